@@ -1,0 +1,14 @@
+//! The KBS resources that carry the keys: `<repository>/<type>/<tag>`.
+
+use alloc::format;
+use alloc::string::String;
+
+use crate::PodId;
+
+/// Where the worker node's public keys are: `authorized_keys` lines.
+pub const WORKER_NODE_PUBLIC_KEY: &str = "default/sshclient/publicKey";
+
+/// Where a pod's SSH host key is: an OpenSSH or PKCS#8 private key in PEM.
+pub fn pod_private_key(pod: &PodId) -> String {
+    format!("default/pp-{pod}/privateKey")
+}

@@ -1,0 +1,22 @@
+//! What the tests and the `double` demo are made of: stand-ins for the systems around Secure Comms, and a harness
+//! for real processes.
+//!
+//! In the order in which a pod meets them:
+//!
+//! - [`process`], [`netns`]: run the real binaries, in network namespaces if asked for;
+//! - [`kbs`]: Trustee's key broker, with faults on demand;
+//! - [`guest`]: the guest components in the VM (`api-server-rest`, AA, CDH), which fetch keys through the agent;
+//! - [`kata`]: the kata agent behind `KATAAGENT`, and the client side that checks every byte;
+//! - [`openssh`]: stock OpenSSH as the other end.
+//!
+//! Everything binds port 0, reports what it got, and stops when dropped.
+
+mod accept;
+pub mod args;
+pub mod guest;
+mod http;
+pub mod kata;
+pub mod kbs;
+pub mod netns;
+pub mod openssh;
+pub mod process;

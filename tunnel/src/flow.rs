@@ -1,0 +1,361 @@
+//! Flow control by credits: what a peer may have on its way to us on each stream.
+//!
+//! An SSH window is re-opened by the library as soon as a message has arrived, not when it has been consumed
+//! (RUSSH_NOTES D1), so it bounds nothing. Credits do: a sender spends them, and gets them back over the control
+//! channel once the receiver's socket has taken the bytes. A message costs its length, at least
+//! [`MESSAGE_COST_MIN`]. A peer that does not speak credits gets plain channels.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use secure_comms_protocol::control::Credit;
+use secure_comms_protocol::limits::{CreditLimits, MESSAGE_COST_MIN, MESSAGE_MAX};
+use tokio::sync::{Notify, watch};
+
+/// Below this much credit a sender waits until a good deal has come back, rather than send splinters.
+const SPLINTER: i64 = 4096;
+/// More than any honest peer ever grants one stream, in bytes.
+const GRANT_MAX: i64 = 1 << 30;
+/// What a stream without credits may hold before we stop taking from its channel, in bytes.
+pub(crate) const PLAIN_QUEUE_MAX: usize = 512 * 1024;
+
+/// How the peer of a connection does flow control.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerFlow {
+    /// By credits; what it grants each stream to begin with, in bytes.
+    Credits(u32),
+    /// By SSH windows alone (stock OpenSSH).
+    Plain,
+}
+
+/// Which end of the connection numbers its streams how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The adaptor: odd stream ids.
+    Adaptor,
+    /// The agent: even stream ids.
+    Agent,
+}
+
+/// Why a stream can't be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StreamError {
+    /// The limit of the connection.
+    #[error("too many open streams on this connection; close some")]
+    TooMany,
+    /// The peer used a stream id that is in use, or not its own to give.
+    #[error("stream id {0} is in use or not the opener's to give")]
+    BadId(u32),
+    /// The connection is gone.
+    #[error("the connection is gone")]
+    Gone,
+}
+
+/// The peer sent more than it was granted: it must not be trusted to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the peer overran the credit of stream {0}")]
+pub struct Overrun(pub u32);
+
+/// The flow control of one connection.
+#[derive(Clone, Debug)]
+pub struct Credits(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    limits: CreditLimits,
+    side: Side,
+    peer: watch::Sender<Option<PeerFlow>>,
+    gone: watch::Sender<bool>,
+    table: Mutex<Table>,
+    grants_waiting: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    streams: HashMap<u32, Arc<SendState>>,
+    next_id: u32,
+    plain: usize,
+    grants: HashMap<u32, u32>,
+    grown: u32,
+}
+
+/// What the peer lets us send on a stream.
+#[derive(Debug)]
+struct SendState {
+    available: AtomicI64,
+    more: Notify,
+}
+
+impl Credits {
+    /// The flow control of a new connection.
+    pub fn new(side: Side, limits: CreditLimits) -> Self {
+        let next_id = if side == Side::Adaptor { 1 } else { 2 };
+        let table = Table { next_id, ..Table::default() };
+        Self(Arc::new(Shared {
+            limits,
+            side,
+            peer: watch::Sender::new(None),
+            gone: watch::Sender::new(false),
+            table: Mutex::new(table),
+            grants_waiting: Notify::new(),
+        }))
+    }
+
+    /// What we grant each stream to begin with: the `credit` of our hello.
+    pub fn initial(&self) -> u32 {
+        self.0.limits.initial
+    }
+
+    /// The peer has said, or will never say, what it grants. The first word counts.
+    pub fn settle(&self, peer: PeerFlow) {
+        self.0.peer.send_if_modified(|current| {
+            let first = current.is_none();
+            current.get_or_insert(peer);
+            first
+        });
+    }
+
+    /// Whether the peer's flow control is known.
+    pub fn settled(&self) -> bool {
+        self.0.peer.borrow().is_some()
+    }
+
+    /// Waits until the peer's flow control is known.
+    ///
+    /// # Errors
+    /// The connection ends first.
+    pub async fn peer(&self) -> Result<PeerFlow, StreamError> {
+        let mut peer = self.0.peer.subscribe();
+        tokio::select! {
+            peer = peer.wait_for(Option::is_some) => peer.ok().and_then(|peer| *peer).ok_or(StreamError::Gone),
+            () = self.gone() => Err(StreamError::Gone),
+        }
+    }
+
+    /// The connection has ended, or must: nobody will grant anything any more.
+    pub fn end(&self) {
+        self.0.gone.send_replace(true);
+    }
+
+    /// Waits until the connection has ended.
+    pub async fn gone(&self) {
+        // The sender lives in self, so this only ends by the value.
+        drop(self.0.gone.subscribe().wait_for(|gone| *gone).await);
+    }
+
+    /// Registers a stream that we are about to open.
+    ///
+    /// # Errors
+    /// Too many are open, or the connection ended before the peer said hello.
+    pub async fn open(&self) -> Result<Flow, StreamError> {
+        let peer = self.peer().await?;
+        let mut table = self.table();
+        let mut id = table.next_id;
+        while table.streams.contains_key(&id) {
+            id = next_id(id, self.0.side);
+        }
+        table.next_id = next_id(id, self.0.side);
+        self.register(table, id, peer)
+    }
+
+    /// Registers a stream that the peer asks for.
+    ///
+    /// # Errors
+    /// Too many are open, or the id is not one it may use.
+    pub async fn accept(&self, id: u32) -> Result<Flow, StreamError> {
+        let peer = self.peer().await?;
+        let table = self.table();
+        if matches!(peer, PeerFlow::Credits(_)) {
+            let odd = id % 2 == 1;
+            if odd != (self.0.side == Side::Agent) || table.streams.contains_key(&id) {
+                return Err(StreamError::BadId(id));
+            }
+        }
+        self.register(table, id, peer)
+    }
+
+    fn register(&self, mut table: MutexGuard<'_, Table>, id: u32, peer: PeerFlow) -> Result<Flow, StreamError> {
+        if table.streams.len() + table.plain >= self.0.limits.streams {
+            return Err(StreamError::TooMany);
+        }
+        let credit = match peer {
+            PeerFlow::Plain => {
+                table.plain += 1;
+                None
+            }
+            PeerFlow::Credits(initial) => {
+                let send = Arc::new(SendState { available: AtomicI64::new(initial.into()), more: Notify::new() });
+                table.streams.insert(id, send.clone());
+                Some(StreamCredit::new(send, initial, self.0.limits.initial))
+            }
+        };
+        drop(table);
+        Ok(Flow { id, credits: self.clone(), credit })
+    }
+
+    /// The peer has granted more; for streams that are gone it means nothing.
+    pub fn granted(&self, credit: Credit) {
+        let send = self.table().streams.get(&credit.stream).cloned();
+        if let Some(send) = send {
+            let before = send.available.fetch_add(credit.bytes.into(), Relaxed);
+            if before > GRANT_MAX {
+                send.available.store(GRANT_MAX, Relaxed);
+            }
+            send.more.notify_one();
+        }
+    }
+
+    /// Waits for credit to give back, coalesced by stream.
+    pub async fn grants(&self) -> Vec<Credit> {
+        loop {
+            let grants = std::mem::take(&mut self.table().grants);
+            if !grants.is_empty() {
+                return grants.into_iter().map(|(stream, bytes)| Credit { stream, bytes }).collect();
+            }
+            self.0.grants_waiting.notified().await;
+        }
+    }
+
+    /// How many streams are open.
+    pub fn open_streams(&self) -> usize {
+        let table = self.table();
+        table.streams.len() + table.plain
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Ids go up in steps of two and start over before they leave u32; 0 is nobody's.
+fn next_id(id: u32, side: Side) -> u32 {
+    id.checked_add(2).unwrap_or(if side == Side::Adaptor { 1 } else { 2 })
+}
+
+/// The flow control of one stream; gives everything back when it is dropped.
+#[derive(Debug)]
+pub struct Flow {
+    id: u32,
+    credits: Credits,
+    credit: Option<StreamCredit>,
+}
+
+#[derive(Debug)]
+struct StreamCredit {
+    send: Arc<SendState>,
+    /// A sender that has run dry waits for this much.
+    resume: i64,
+    /// What the peer may still send us.
+    outstanding: AtomicI64,
+    /// Consumed, and not yet given back.
+    pending: AtomicU32,
+    /// What the peer may have on its way to us at a time.
+    window: AtomicU32,
+}
+
+impl StreamCredit {
+    fn new(send: Arc<SendState>, theirs: u32, ours: u32) -> Self {
+        Self {
+            send,
+            // The peer gives back in batches of half a window, so this much always comes.
+            resume: i64::from(theirs / 2).clamp(MESSAGE_COST_MIN.into(), MESSAGE_MAX as i64),
+            outstanding: AtomicI64::new(ours.into()),
+            pending: AtomicU32::new(0),
+            window: AtomicU32::new(ours),
+        }
+    }
+}
+
+/// What a message of `len` bytes costs.
+pub fn cost(len: usize) -> u32 {
+    u32::try_from(len).unwrap_or(u32::MAX).max(MESSAGE_COST_MIN)
+}
+
+impl Flow {
+    /// The stream id: the originator port of its channel open.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Whether the stream has credits.
+    pub fn has_credit(&self) -> bool {
+        self.credit.is_some()
+    }
+
+    /// Waits until something may be sent; how much, at most [`MESSAGE_MAX`] bytes.
+    pub async fn ready(&self) -> usize {
+        let Some(credit) = &self.credit else { return MESSAGE_MAX };
+        let mut available = credit.send.available.load(Relaxed);
+        if available < SPLINTER.min(credit.resume) {
+            while available < credit.resume {
+                credit.send.more.notified().await;
+                available = credit.send.available.load(Relaxed);
+            }
+        }
+        usize::try_from(available).unwrap_or(0).min(MESSAGE_MAX)
+    }
+
+    /// A message of `len` bytes is about to be sent.
+    pub fn spend(&self, len: usize) {
+        if let Some(credit) = &self.credit {
+            credit.send.available.fetch_sub(cost(len).into(), Relaxed);
+        }
+    }
+
+    /// A message of `len` bytes has arrived; what it cost the peer.
+    ///
+    /// # Errors
+    /// The peer had no credit for it, one message of slack aside: then the connection is ended too.
+    pub fn arrived(&self, len: usize) -> Result<u32, Overrun> {
+        let cost = cost(len);
+        let Some(credit) = &self.credit else { return Ok(cost) };
+        let left = credit.outstanding.fetch_sub(cost.into(), Relaxed) - i64::from(cost);
+        if left < -(MESSAGE_MAX as i64) {
+            self.credits.end();
+            return Err(Overrun(self.id));
+        }
+        Ok(cost)
+    }
+
+    /// The socket has taken messages that cost this much.
+    pub fn consumed(&self, cost: u32) {
+        let Some(credit) = &self.credit else { return };
+        let window = credit.window.load(Relaxed);
+        let pending = credit.pending.fetch_add(cost, Relaxed) + cost;
+        if pending < window / 2 {
+            return;
+        }
+        credit.pending.store(0, Relaxed);
+        let mut table = self.credits.table();
+        let limits = &self.credits.0.limits;
+        // A stream that is used earns a larger window, as long as the connection can hold it.
+        let growth = window.min(limits.stream_max - window.min(limits.stream_max)).min(limits.growth_pool - table.grown);
+        table.grown += growth;
+        credit.window.store(window + growth, Relaxed);
+        let grant = pending + growth;
+        credit.outstanding.fetch_add(grant.into(), Relaxed);
+        *table.grants.entry(self.id).or_default() += grant;
+        drop(table);
+        self.credits.0.grants_waiting.notify_one();
+    }
+
+    /// Waits until the connection has ended.
+    pub async fn gone(&self) {
+        self.credits.gone().await;
+    }
+}
+
+impl Drop for Flow {
+    fn drop(&mut self) {
+        let mut table = self.credits.table();
+        match &self.credit {
+            None => table.plain -= 1,
+            Some(credit) => {
+                table.streams.remove(&self.id);
+                table.grants.remove(&self.id);
+                table.grown -= credit.window.load(Relaxed) - self.credits.0.limits.initial;
+            }
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! Named byte streams over any link: `client -> Inbound(name) == link ==> Outbound(name) -> server`.
+//!
+//! In the order data passes through: an [`inbound`] listens and holds its clients until there is a
+//! [`link`] to open a stream on; the [`relay`] moves bytes between a [`socket`] and the stream, governed by
+//! the [`flow`] control of the connection; an [`outbound`] connects to the server at the other end. A socket
+//! may live in another network namespace ([`netns`]). This crate knows names, phases and bytes, not SSH.
+
+pub mod backoff;
+pub mod flow;
+pub mod inbound;
+pub mod link;
+pub mod netns;
+pub mod outbound;
+mod queue;
+pub mod relay;
+pub mod socket;
+
+pub use backoff::Backoff;
+pub use flow::{Credits, Flow};
+pub use inbound::Inbound;
+pub use link::{Event, Incoming, Link, OpenError, Receiver, Refusal, RefusalKind, Sender, Stream};
+pub use outbound::Outbounds;
+pub use relay::relay;
+pub use socket::Socket;

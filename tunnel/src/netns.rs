@@ -1,0 +1,110 @@
+//! Sockets in another network namespace.
+//!
+//! A socket stays in the namespace it was made in, whoever uses it. So a thread of its own enters the
+//! namespace (setns(2) moves one thread only), makes the socket, hands it over and ends: no other thread moves.
+
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use nix::sched::{CloneFlags, setns};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::oneshot;
+
+/// Where `ip netns` keeps its named namespaces.
+pub const NAMED: &str = "/run/netns";
+
+/// A network namespace: a name under [`NAMED`], or a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Namespace(PathBuf);
+
+/// Why something could not be done in a namespace.
+#[derive(Debug, thiserror::Error)]
+pub enum NamespaceError {
+    /// The namespace is not there, or not ours to open.
+    #[error("opening network namespace {path}: {source}; is netns@podns.service running?", path = path.display())]
+    Open {
+        /// Its path.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The thread could not enter it.
+    #[error("entering network namespace {path}: {source}; this needs CAP_SYS_ADMIN", path = path.display())]
+    Enter {
+        /// Its path.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// What was to be done there failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl Namespace {
+    /// The namespace that `text` names: a name, or a path if it has a slash.
+    pub fn new(text: &str) -> Self {
+        Self(if text.contains('/') { PathBuf::from(text) } else { Path::new(NAMED).join(text) })
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Runs `make` on a thread of its own inside the namespace.
+    ///
+    /// # Errors
+    /// The namespace can't be entered, or `make` failed.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        make: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> Result<T, NamespaceError> {
+        let path = self.0.clone();
+        let (done, result) = oneshot::channel();
+        std::thread::Builder::new().name("netns".into()).spawn(move || {
+            // The caller may have given up; then nobody wants the result.
+            drop(done.send(enter(&path).and_then(|()| Ok(make()?))));
+        })?;
+        result.await.map_err(|_| io::Error::other("the namespace thread ended early"))?
+    }
+}
+
+fn enter(path: &Path) -> Result<(), NamespaceError> {
+    let file = File::open(path).map_err(|source| NamespaceError::Open { path: path.into(), source })?;
+    setns(file, CloneFlags::CLONE_NEWNET)
+        .map_err(|errno| NamespaceError::Enter { path: path.into(), source: errno.into() })
+}
+
+/// Listens on `address`, in `namespace` if there is one.
+///
+/// # Errors
+/// The namespace can't be entered, or the address is taken.
+pub async fn listen(namespace: Option<&Namespace>, address: SocketAddr) -> Result<TcpListener, NamespaceError> {
+    // std's bind sets SO_REUSEADDR, so that a restart does not wait for TIME_WAIT.
+    let bind = move || {
+        let listener = std::net::TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    };
+    let listener = match namespace {
+        Some(namespace) => namespace.run(bind).await?,
+        None => bind()?,
+    };
+    Ok(TcpListener::from_std(listener)?)
+}
+
+/// Connects to `address`, from `namespace` if there is one.
+///
+/// # Errors
+/// The namespace can't be entered, or the connect failed.
+pub async fn connect(namespace: Option<&Namespace>, address: SocketAddr) -> Result<TcpStream, NamespaceError> {
+    let make = move || if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+    let socket = match namespace {
+        Some(namespace) => namespace.run(make).await?,
+        None => make()?,
+    };
+    Ok(socket.connect(address).await?)
+}
