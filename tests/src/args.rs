@@ -1,8 +1,9 @@
-//! `--name value` arguments for the stand-in binaries, which have too few of them for a parser crate.
+//! What the stand-in binaries share: `--name value` arguments, too few for a parser crate, and their end.
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// The arguments by name.
 #[derive(Debug)]
@@ -32,6 +33,18 @@ impl Args {
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(String::as_str)
+    }
+}
+
+/// Waits for SIGTERM or SIGINT, so that `main` returns and sockets are removed.
+///
+/// # Errors
+/// If signals cannot be waited for.
+pub async fn until_told() -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("waiting for SIGTERM")?;
+    tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        done = tokio::signal::ctrl_c() => done.context("waiting for SIGINT"),
     }
 }
 

@@ -61,7 +61,12 @@ pub struct KbsOptions {
 
 impl Default for KbsOptions {
     fn default() -> Self {
-        Self { https: false, old: false, evidence: DEFAULT_EVIDENCE.to_owned(), head_limit: Duration::from_secs(5) }
+        Self {
+            https: false,
+            old: false,
+            evidence: DEFAULT_EVIDENCE.to_owned(),
+            head_limit: Duration::from_secs(5),
+        }
     }
 }
 
@@ -105,6 +110,7 @@ struct Shared {
     sessions: Mutex<HashMap<String, Session>>,
     log: watch::Sender<Vec<LoggedRequest>>,
     connections: AtomicU64,
+    open: watch::Sender<u64>,
     attestations: AtomicU64,
 }
 
@@ -137,6 +143,7 @@ impl Kbs {
             sessions: Mutex::default(),
             log: watch::Sender::new(Vec::new()),
             connections: AtomicU64::new(0),
+            open: watch::Sender::new(0),
             attestations: AtomicU64::new(0),
         });
         let socket = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
@@ -244,6 +251,18 @@ impl Kbs {
         self.shared.connections.load(Ordering::Relaxed)
     }
 
+    /// Connections open now.
+    #[must_use]
+    pub fn open(&self) -> u64 {
+        *self.shared.open.borrow()
+    }
+
+    /// Waits until no connection is open.
+    pub async fn wait_until_idle(&self) {
+        // The sender lives as long as this KBS, so this cannot fail.
+        let _ = self.shared.open.subscribe().wait_for(|open| *open == 0).await;
+    }
+
     /// Successful attestations so far.
     #[must_use]
     pub fn attestations(&self) -> u64 {
@@ -292,11 +311,17 @@ impl Shared {
     fn serve(self: &Arc<Self>, socket: TcpSocket) -> Result<Serving> {
         let listener = socket.listen(128).context("KBS: listening")?;
         let shared = Arc::clone(self);
-        Ok(Serving::start(listener, move |stream| Arc::clone(&shared).connection(stream)))
+        Ok(Serving::start(listener, move |stream| {
+            let open = Open::new(&shared);
+            let shared = Arc::clone(&shared);
+            async move {
+                let _open = open;
+                shared.connection(stream).await;
+            }
+        }))
     }
 
     async fn connection(self: Arc<Self>, stream: TcpStream) {
-        self.connections.fetch_add(1, Ordering::Relaxed);
         match self.fault() {
             Fault::Refuse => return,
             Fault::Silent => return swallow(stream).await,
@@ -318,6 +343,23 @@ impl Shared {
 
     fn fault(&self) -> Fault {
         lock(&self.fault).clone()
+    }
+}
+
+/// Counts a connection as open while it lives, also if its task is aborted.
+struct Open(Arc<Shared>);
+
+impl Open {
+    fn new(shared: &Arc<Shared>) -> Self {
+        shared.connections.fetch_add(1, Ordering::Relaxed);
+        shared.open.send_modify(|open| *open += 1);
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.send_modify(|open| *open = open.saturating_sub(1));
     }
 }
 

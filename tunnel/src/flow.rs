@@ -138,6 +138,11 @@ impl Credits {
         self.0.gone.send_replace(true);
     }
 
+    /// Whether the connection has ended.
+    pub fn is_gone(&self) -> bool {
+        *self.0.gone.borrow()
+    }
+
     /// Waits until the connection has ended.
     pub async fn gone(&self) {
         // The sender lives in self, so this only ends by the value.

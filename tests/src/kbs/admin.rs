@@ -24,11 +24,14 @@ impl AdminKey {
     pub(super) fn generate() -> Result<Self> {
         let mut seed = [0; 32];
         SystemRandom::new().fill(&mut seed).map_err(|_| anyhow!("KBS: no randomness for the admin key"))?;
-        let pair = Ed25519KeyPair::from_seed_unchecked(&seed).map_err(|e| anyhow!("KBS: making the admin key: {e}"))?;
+        let pair = Ed25519KeyPair::from_seed_unchecked(&seed)
+            .map_err(|e| anyhow!("KBS: making the admin key: {e}"))?;
         let der = [PKCS8_PREFIX.as_slice(), &seed].concat();
         // 48 bytes make one line of 64 characters.
-        let pem =
-            format!("-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n", Base64::encode_string(&der));
+        let pem = format!(
+            "-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n",
+            Base64::encode_string(&der)
+        );
         Ok(Self { pair, pem })
     }
 
@@ -53,7 +56,8 @@ impl AdminKey {
         if header.get("alg") != Some(&json!("EdDSA")) {
             return Err(anyhow!("the token's alg is not EdDSA"));
         }
-        let signature = Base64UrlUnpadded::decode_vec(signature).map_err(|e| anyhow!("the signature: {e}"))?;
+        let signature =
+            Base64UrlUnpadded::decode_vec(signature).map_err(|e| anyhow!("the signature: {e}"))?;
         UnparsedPublicKey::new(&ED25519, self.pair.public_key().as_ref())
             .verify(signed.as_bytes(), &signature)
             .map_err(|_| anyhow!("the token's signature is not the admin's"))?;
@@ -66,7 +70,8 @@ fn check_claims(claims: &Value, now: u64) -> Result<()> {
     if claims.get("aud").is_some() {
         return Err(anyhow!("InvalidAudience: no audience is configured, so a token must not have one"));
     }
-    let exp = claims.get("exp").and_then(Value::as_u64).context("exp is missing or not in integer seconds")?;
+    let exp =
+        claims.get("exp").and_then(Value::as_u64).context("exp is missing or not in integer seconds")?;
     if exp <= now {
         return Err(anyhow!("ExpiredSignature"));
     }
@@ -77,7 +82,8 @@ fn check_claims(claims: &Value, now: u64) -> Result<()> {
 }
 
 fn json_part(part: &str) -> Result<Value> {
-    let bytes = Base64UrlUnpadded::decode_vec(part).map_err(|e| anyhow!("the token is not base64url: {e}"))?;
+    let bytes =
+        Base64UrlUnpadded::decode_vec(part).map_err(|e| anyhow!("the token is not base64url: {e}"))?;
     serde_json::from_slice(&bytes).context("the token is not JSON")
 }
 
@@ -134,6 +140,10 @@ mod tests {
             .arg(file.path())
             .output()
             .unwrap();
-        assert!(out.stdout.ends_with(key.pair.public_key().as_ref()), "{}", String::from_utf8_lossy(&out.stderr));
+        assert!(
+            out.stdout.ends_with(key.pair.public_key().as_ref()),
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
     }
 }

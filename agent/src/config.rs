@@ -1,0 +1,320 @@
+//! The validated configuration: flags and the daemon config (apf.json) together.
+
+use std::fmt;
+use std::io::{ErrorKind, Read};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use base64ct::{Base64, Encoding};
+use secure_comms_protocol::tag::{self, InboundTag, OutboundTag, Tag, TagErrors};
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use zeroize::Zeroizing;
+
+use crate::cli::Options;
+use crate::keys::{KeyError, PodKeys, WorkerNodeKeys};
+
+/// The largest daemon config, in bytes.
+const CONFIG_MAX: usize = 1024 * 1024;
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The daemon config is there, but can't be read.
+    #[error("reading the daemon config {}: {source}; make it a file that this service may read", path.display())]
+    Read {
+        /// The daemon config.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The daemon config is too long.
+    #[error("reading the daemon config {}: longer than {CONFIG_MAX} bytes; check the VM's user data", path.display())]
+    TooLong {
+        /// The daemon config.
+        path: PathBuf,
+    },
+    /// The daemon config is not what it should be.
+    #[error("reading the daemon config {}: {source}; correct the VM's user data", path.display())]
+    Parse {
+        /// The daemon config.
+        path: PathBuf,
+        /// The cause, with line and column.
+        source: serde_json::Error,
+    },
+    /// Nobody asked for Secure Comms.
+    #[error(
+        "starting: Secure Comms is off, and this forwarder speaks nothing else; set the flag -secure-comms, or \
+         \"sc\": true with sc-pp-prv and sc-wn-pub in {}", path.display()
+    )]
+    NotSecureComms {
+        /// The daemon config.
+        path: PathBuf,
+    },
+    /// Keys in the daemon config that don't add up. There is no way back to attestation from here.
+    #[error("reading the keys in {}: {fault}", path.display())]
+    UserData {
+        /// The daemon config.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        fault: String,
+    },
+    /// Everything that is wrong with the tags.
+    #[error("reading the tunnels: {0}; correct the flags or apf.json")]
+    Tags(String),
+    /// The kata agent's socket is not a socket's path.
+    #[error("reading -kata-agent-socket: {0}")]
+    KataAgentSocket(String),
+}
+
+/// A text whose memory is wiped, and that Debug does not print.
+#[derive(Clone)]
+pub struct Secret(Zeroizing<String>);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer).map(|text| Self(Zeroizing::new(text)))
+    }
+}
+
+/// What apf.json says about Secure Comms. Other keys are ignored.
+#[derive(Clone, Debug, Default)]
+pub struct DaemonConfig {
+    /// `pod-name`, for logs.
+    pub pod_name: Option<String>,
+    /// `pod-namespace` (Kubernetes' word, not the network's), for logs.
+    pub pod_namespace: Option<String>,
+    /// `sc`: the keys are in this file.
+    pub sc: Option<bool>,
+    /// `sc-pp-prv`: base64 of the pod's private key.
+    pub private_key: Option<Secret>,
+    /// `sc-wn-pub`: base64 of the worker node's authorized_keys lines.
+    pub worker_node: Option<String>,
+    /// `sc-inbounds`: tags.
+    pub inbounds: Option<String>,
+    /// `sc-outbounds`: tags.
+    pub outbounds: Option<String>,
+}
+
+impl<'de> Deserialize<'de> for DaemonConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(ByKey)
+    }
+}
+
+/// By hand, for what the derived code leaves out: which key a value of the wrong type belongs to.
+struct ByKey;
+
+impl<'de> Visitor<'de> for ByKey {
+    type Value = DaemonConfig;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<DaemonConfig, A::Error> {
+        let mut config = DaemonConfig::default();
+        let mut seen = Vec::new();
+        while let Some(key) = map.next_key::<String>()? {
+            match key.as_str() {
+                "pod-name" => config.pod_name = value(&key, &mut map)?,
+                "pod-namespace" => config.pod_namespace = value(&key, &mut map)?,
+                "sc" => config.sc = value(&key, &mut map)?,
+                "sc-pp-prv" => config.private_key = value(&key, &mut map)?,
+                "sc-wn-pub" => config.worker_node = value(&key, &mut map)?,
+                "sc-inbounds" => config.inbounds = value(&key, &mut map)?,
+                "sc-outbounds" => config.outbounds = value(&key, &mut map)?,
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                    continue;
+                }
+            }
+            // Of two keys for one thing the reader and the writer may each mean another.
+            if seen.contains(&key) {
+                return Err(A::Error::custom(format!("key '{key}': given twice")));
+            }
+            seen.push(key);
+        }
+        Ok(config)
+    }
+}
+
+fn value<'de, A: MapAccess<'de>, T: DeserializeOwned>(key: &str, map: &mut A) -> Result<Option<T>, A::Error> {
+    map.next_value().map_err(|error| A::Error::custom(format!("key '{key}': {error}")))
+}
+
+/// Reads the daemon config; `None` if there is no such file.
+///
+/// # Errors
+/// The file is there and is not a daemon config.
+pub fn load(path: &Path) -> Result<Option<DaemonConfig>, ConfigError> {
+    let read_error = |source| ConfigError::Read { path: path.to_owned(), source };
+    let file = match std::fs::File::open(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(read_error)?,
+    };
+    // It holds a private key: wiped, and sized first, for a buffer that grows leaves copies behind.
+    let size = file.metadata().map_err(read_error)?.len();
+    let size = usize::try_from(size).unwrap_or(CONFIG_MAX).min(CONFIG_MAX);
+    let mut text = Zeroizing::new(Vec::with_capacity(size + 1024));
+    file.take(CONFIG_MAX as u64 + 1).read_to_end(&mut text).map_err(read_error)?;
+    if text.len() > CONFIG_MAX {
+        return Err(ConfigError::TooLong { path: path.to_owned() });
+    }
+    serde_json::from_slice(&text)
+        .map(Some)
+        .map_err(|source| ConfigError::Parse { path: path.to_owned(), source })
+}
+
+/// Where the keys of the Kubernetes phase come from.
+#[derive(Clone, Debug)]
+pub enum KeySource {
+    /// From the KBS, after attestation.
+    Kbs {
+        /// If given, attestation users must hold one of these keys.
+        worker_node: Option<WorkerNodeKeys>,
+    },
+    /// From the user data: no Attestation phase at all.
+    UserData(PodKeys),
+}
+
+/// What the agent runs with: valid as a whole.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the SSH server listens.
+    pub listen: SocketAddr,
+    /// The kata agent's unix socket.
+    pub kata_agent_socket: PathBuf,
+    /// The pod's network namespace, a name or a path; none: our own.
+    pub pod_namespace: Option<String>,
+    /// Where `api-server-rest` is, in the pod's namespace.
+    pub guest_api: SocketAddr,
+    /// Where the latched keys are kept for this boot.
+    pub state_dir: PathBuf,
+    /// Data after which new session keys are asked for, in bytes.
+    pub rekey_bytes: usize,
+    /// All inbounds, the built-in one too.
+    pub inbounds: Vec<InboundTag>,
+    /// All outbounds, the built-in one too.
+    pub outbounds: Vec<OutboundTag>,
+    /// Where the keys come from.
+    pub source: KeySource,
+    /// `namespace/name` of the pod, if known: for logs.
+    pub pod: Option<String>,
+}
+
+impl Config {
+    /// Validates flags and daemon config together.
+    ///
+    /// # Errors
+    /// The first thing that is wrong; all faults of all tags count as one thing.
+    pub fn resolve(options: Options, daemon: Option<DaemonConfig>) -> Result<Self, ConfigError> {
+        let daemon = daemon.unwrap_or_default();
+        let source = key_source(&options, &daemon)?;
+        let kata_agent = kata_agent_outbound(&options.kata_agent_socket)?;
+        let file_tags = |tags: &'_ Option<String>| tags.clone().unwrap_or_default();
+        let inbounds = parse_tags::<InboundTag>(&options.inbounds, &file_tags(&daemon.inbounds));
+        let outbounds = parse_tags::<OutboundTag>(&options.outbounds, &file_tags(&daemon.outbounds));
+        let (inbounds, outbounds) = match (inbounds, outbounds) {
+            (Ok(inbounds), Ok(outbounds)) => (inbounds, outbounds),
+            (inbounds, outbounds) => return Err(tag_faults(inbounds.err(), outbounds.err())),
+        };
+        let kbs = InboundTag::parse("BOTH_PHASES:KBS:8080").map_err(|error| ConfigError::Tags(error.to_string()))?;
+        Ok(Self {
+            listen: options.listen,
+            kata_agent_socket: options.kata_agent_socket,
+            pod_namespace: options.pod_namespace,
+            guest_api: options.guest_api,
+            state_dir: options.state_dir,
+            rekey_bytes: options.rekey_bytes,
+            inbounds: tag::with_built_in(inbounds, kbs),
+            outbounds: tag::with_built_in(outbounds, kata_agent),
+            source,
+            pod: pod(&daemon),
+        })
+    }
+}
+
+fn pod(daemon: &DaemonConfig) -> Option<String> {
+    let name = daemon.pod_name.as_deref().filter(|name| !name.is_empty())?;
+    match daemon.pod_namespace.as_deref() {
+        None | Some("") => Some(name.to_owned()),
+        Some(namespace) => Some(format!("{namespace}/{name}")),
+    }
+}
+
+fn parse_tags<T: Tag>(flag: &str, file: &str) -> Result<Vec<T>, TagErrors> {
+    tag::parse_lists([flag, file])
+}
+
+fn tag_faults(inbounds: Option<TagErrors>, outbounds: Option<TagErrors>) -> ConfigError {
+    let inbounds = inbounds.map(|errors| format!("inbounds: {errors}"));
+    let outbounds = outbounds.map(|errors| format!("outbounds: {errors}"));
+    ConfigError::Tags(inbounds.into_iter().chain(outbounds).collect::<Vec<_>>().join("; "))
+}
+
+fn kata_agent_outbound(socket: &Path) -> Result<OutboundTag, ConfigError> {
+    let error = |fault: String| ConfigError::KataAgentSocket(fault);
+    let path = socket
+        .to_str()
+        .filter(|path| path.starts_with('/'))
+        .ok_or_else(|| error(format!("'{}': expected an absolute path in UTF-8", socket.display())))?;
+    OutboundTag::parse(&format!("KUBERNETES_PHASE:KATAAGENT:{path}")).map_err(|fault| error(fault.to_string()))
+}
+
+fn key_source(options: &Options, daemon: &DaemonConfig) -> Result<KeySource, ConfigError> {
+    let fault = |fault: &str| ConfigError::UserData { path: options.config.clone(), fault: fault.to_owned() };
+    let user_data = daemon.sc == Some(true);
+    if !options.secure_comms && !user_data {
+        return Err(ConfigError::NotSecureComms { path: options.config.clone() });
+    }
+    match (user_data, &daemon.private_key, &daemon.worker_node) {
+        (true, Some(private), Some(worker_node)) => {
+            let private = decode("sc-pp-prv", &private.0).map_err(|text| fault(&text))?;
+            let worker_node = decode("sc-wn-pub", worker_node).map_err(|text| fault(&text))?;
+            let keys = PodKeys::parse(&private, &worker_node).map_err(|error| fault(&key_fault(error)))?;
+            Ok(KeySource::UserData(keys))
+        }
+        (true, None, Some(_)) => Err(fault("'sc' is true, but 'sc-pp-prv' is missing; give both keys")),
+        (true, Some(_), None) => Err(fault("'sc' is true, but 'sc-wn-pub' is missing; give both keys")),
+        (true, None, None) => Err(fault(
+            "'sc' is true, but 'sc-pp-prv' and 'sc-wn-pub' are missing; give both, or leave 'sc' out to get the keys \
+             from the KBS",
+        )),
+        (false, Some(_), _) => Err(fault(
+            "'sc-pp-prv' is given, but 'sc' is not true; set 'sc' to use it, or remove it to get the keys from the KBS",
+        )),
+        (false, None, Some(worker_node)) => {
+            let lines = decode("sc-wn-pub", worker_node).map_err(|text| fault(&text))?;
+            let keys = WorkerNodeKeys::parse(&lines).map_err(|error| fault(&key_fault(error)))?;
+            Ok(KeySource::Kbs { worker_node: Some(keys) })
+        }
+        (false, None, None) => Ok(KeySource::Kbs { worker_node: None }),
+    }
+}
+
+fn key_fault(error: KeyError) -> String {
+    let key = if matches!(error, KeyError::WorkerNode(_)) { "sc-wn-pub" } else { "sc-pp-prv" };
+    format!("'{key}': {error}")
+}
+
+/// Decodes base64, which may be wrapped into lines.
+fn decode(key: &str, text: &str) -> Result<Zeroizing<Vec<u8>>, String> {
+    let mut packed = Zeroizing::new(String::with_capacity(text.len()));
+    packed.extend(text.chars().filter(|c| !c.is_ascii_whitespace()));
+    let mut bytes = Zeroizing::new(vec![0; packed.len()]);
+    let decoded = Base64::decode(packed.as_bytes(), &mut bytes).map(<[u8]>::len);
+    let length = decoded.map_err(|_| format!("'{key}': not base64; encode the key file with 'base64 -w0'"))?;
+    bytes.truncate(length);
+    Ok(bytes)
+}
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;

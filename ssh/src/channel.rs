@@ -1,0 +1,92 @@
+//! SSH channels as the tunnel crate's streams, for either end.
+
+use bytes::Bytes;
+use russh::{Channel, ChannelId, ChannelMsg, ChannelOpenFailure, ChannelOpenHandleInner, ChannelReadHalf, ChannelWriteHalf};
+use secure_comms_tunnel::link::Gone;
+use secure_comms_tunnel::{Event, Incoming, Receiver, Refusal, RefusalKind, Sender};
+
+/// What either end's session takes as messages of a channel.
+pub trait Message: From<(ChannelId, ChannelMsg)> + Send + Sync + 'static {}
+
+impl<M: From<(ChannelId, ChannelMsg)> + Send + Sync + 'static> Message for M {}
+
+/// The receiving half of a channel.
+#[derive(Debug)]
+pub struct ChannelReceiver(ChannelReadHalf);
+
+/// The sending half of a channel.
+#[derive(Debug)]
+pub struct ChannelSender<M: Message>(ChannelWriteHalf<M>);
+
+/// Splits a channel into the halves of a stream.
+pub fn split<M: Message>(channel: Channel<M>) -> (ChannelReceiver, ChannelSender<M>) {
+    let (read, write) = channel.split();
+    (ChannelReceiver(read), ChannelSender(write))
+}
+
+impl Receiver for ChannelReceiver {
+    async fn recv(&mut self) -> Option<Event> {
+        loop {
+            match self.0.wait().await? {
+                ChannelMsg::Data { data } => return Some(Event::Data(data)),
+                ChannelMsg::Eof => return Some(Event::Eof),
+                ChannelMsg::Close => return Some(Event::Close),
+                // Requests are answered by the handler; extended data has no meaning on a tunnel.
+                _ => {}
+            }
+        }
+    }
+}
+
+impl<M: Message> Sender for ChannelSender<M> {
+    async fn send(&self, data: Bytes) -> Result<(), Gone> {
+        self.0.data_bytes(data).await.map_err(|_| Gone)
+    }
+
+    async fn eof(&self) -> Result<(), Gone> {
+        self.0.eof().await.map_err(|_| Gone)
+    }
+
+    async fn close(&self) -> Result<(), Gone> {
+        self.0.close().await.map_err(|_| Gone)
+    }
+}
+
+/// A channel that the other end asks to open.
+pub struct PendingChannel<M: Message> {
+    channel: Channel<M>,
+    reply: ChannelOpenHandleInner<M>,
+}
+
+impl<M: Message> std::fmt::Debug for PendingChannel<M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PendingChannel").finish_non_exhaustive()
+    }
+}
+
+impl<M: Message> PendingChannel<M> {
+    /// What a handler was given.
+    pub fn new(channel: Channel<M>, reply: ChannelOpenHandleInner<M>) -> Self {
+        Self { channel, reply }
+    }
+}
+
+impl<M: Message> Incoming for PendingChannel<M> {
+    type Receiver = ChannelReceiver;
+    type Sender = ChannelSender<M>;
+
+    async fn accept(self) -> (ChannelReceiver, ChannelSender<M>) {
+        self.reply.accept().await;
+        split(self.channel)
+    }
+
+    async fn refuse(self, refusal: Refusal) {
+        let code = match refusal.kind {
+            RefusalKind::Prohibited => ChannelOpenFailure::AdministrativelyProhibited,
+            RefusalKind::ConnectFailed => ChannelOpenFailure::ConnectFailed,
+            RefusalKind::Shortage => ChannelOpenFailure::ResourceShortage,
+        };
+        // `Other` is the only variant that carries a description of ours.
+        self.reply.reject(ChannelOpenFailure::Other { code: code.code(), reason: refusal.reason }).await;
+    }
+}

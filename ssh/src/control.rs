@@ -1,0 +1,200 @@
+//! The control channel of a connection: credits, liveness, and what the two ends tell each other.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use secure_comms_protocol::Control;
+use secure_comms_protocol::control::{Bye, ControlError, Lines};
+use secure_comms_protocol::limits::{KEEPALIVE, MESSAGE_MAX, SILENCE};
+use secure_comms_tunnel::flow::PeerFlow;
+use secure_comms_tunnel::link::Gone;
+use secure_comms_tunnel::{Credits, Event, Receiver, Sender};
+use tokio::sync::Notify;
+use tokio::time::{Instant, interval, sleep_until};
+
+/// Messages that may wait to be sent; a peer that makes us answer more than it reads loses the oldest.
+const OUTBOX: usize = 64;
+
+/// Why a control channel ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum ControlEnd {
+    /// The peer closed it, or its connection is gone.
+    Closed,
+    /// The peer said why it ends the connection.
+    Bye(String),
+    /// The peer sent something that is no control message.
+    Malformed(ControlError),
+    /// The peer has not answered a ping for [`SILENCE`]: it is frozen, cut off, or keeps a rekey pending (D3).
+    Silent,
+}
+
+impl std::fmt::Display for ControlEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Closed => f.write_str("the control channel was closed"),
+            Self::Bye(reason) => write!(f, "the peer said bye: {}", reason.escape_default()),
+            Self::Malformed(error) => write!(f, "{error}"),
+            Self::Silent => write!(f, "the peer answered no ping for {} s", SILENCE.as_secs()),
+        }
+    }
+}
+
+/// Where messages to the peer go in.
+#[derive(Clone, Debug, Default)]
+pub struct Outbox(Arc<OutboxState>);
+
+#[derive(Debug, Default)]
+struct OutboxState {
+    messages: Mutex<VecDeque<Control>>,
+    waiting: Notify,
+}
+
+impl Outbox {
+    /// Queues a message.
+    pub fn send(&self, message: Control) {
+        let mut messages = self.0.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        if messages.len() >= OUTBOX {
+            messages.pop_front();
+        }
+        messages.push_back(message);
+        drop(messages);
+        self.0.waiting.notify_one();
+    }
+
+    /// Queues a `bye`.
+    pub fn bye(&self, reason: &str) {
+        self.send(Control::Bye(Bye { reason: reason.to_owned() }));
+    }
+
+    async fn take(&self, lines: &mut Vec<u8>) {
+        loop {
+            let messages = std::mem::take(&mut *self.0.messages.lock().unwrap_or_else(PoisonError::into_inner));
+            if !messages.is_empty() {
+                messages.iter().for_each(|message| message.write_line(lines));
+                return;
+            }
+            self.0.waiting.notified().await;
+        }
+    }
+}
+
+/// Liveness, as the pings see it.
+#[derive(Debug, Default)]
+struct Pings {
+    /// When the oldest unanswered ping went out; none before the peer's hello: `ssh -s` answers none.
+    waiting: Option<Instant>,
+    enabled: bool,
+    sent: u64,
+    answered: u64,
+}
+
+/// Runs the control channel until it ends: sends what is in `outbox` and what `credits` give back, answers pings,
+/// and calls `each` for the messages that are not flow control.
+///
+/// Reading and writing are two futures: while one waits for the session, the other goes on. The session may wait
+/// for us to read, so we must never wait to write first.
+pub async fn run<R: Receiver, S: Sender>(
+    receiver: &mut R,
+    sender: &S,
+    credits: &Credits,
+    outbox: &Outbox,
+    each: impl FnMut(Control),
+) -> ControlEnd {
+    let pings = Mutex::new(Pings::default());
+    tokio::select! {
+        end = read(receiver, credits, outbox, &pings, each) => end,
+        Gone = write(sender, credits, outbox) => ControlEnd::Closed,
+        () = probe(outbox, &pings) => ControlEnd::Silent,
+    }
+}
+
+async fn read<R: Receiver>(
+    receiver: &mut R,
+    credits: &Credits,
+    outbox: &Outbox,
+    pings: &Mutex<Pings>,
+    mut each: impl FnMut(Control),
+) -> ControlEnd {
+    let mut lines = Lines::default();
+    let mut bye = None;
+    loop {
+        let Some(Event::Data(data)) = receiver.recv().await else { return ControlEnd::Closed };
+        let fed = lines.feed(&data, |message| match message {
+            Control::Credit(credit) => credits.granted(credit),
+            Control::Ping(number) => outbox.send(Control::Pong(number)),
+            Control::Pong(number) => lock(pings).pong(number),
+            Control::Bye(message) => bye = Some(message.reason),
+            Control::Hello(hello) => {
+                credits.settle(hello.credit.map_or(PeerFlow::Plain, PeerFlow::Credits));
+                lock(pings).enabled = true;
+                each(Control::Hello(hello));
+            }
+            other => each(other),
+        });
+        if let Err(error) = fed {
+            return ControlEnd::Malformed(error);
+        }
+        if let Some(reason) = bye {
+            return ControlEnd::Bye(reason);
+        }
+    }
+}
+
+async fn write<S: Sender>(sender: &S, credits: &Credits, outbox: &Outbox) -> Gone {
+    let mut lines = Vec::new();
+    loop {
+        tokio::select! {
+            () = outbox.take(&mut lines) => {}
+            grants = credits.grants() => grants.into_iter().for_each(|credit| Control::Credit(credit).write_line(&mut lines)),
+        }
+        let mut batch = Bytes::from(std::mem::take(&mut lines));
+        while !batch.is_empty() {
+            let part = batch.split_to(batch.len().min(MESSAGE_MAX));
+            if sender.send(part).await.is_err() {
+                return Gone;
+            }
+        }
+    }
+}
+
+/// Sends pings; ends once one has gone unanswered for too long.
+async fn probe(outbox: &Outbox, pings: &Mutex<Pings>) {
+    let mut ticks = interval(KEEPALIVE);
+    loop {
+        ticks.tick().await;
+        let (ping, waiting) = lock(pings).tick();
+        if let Some(number) = ping {
+            outbox.send(Control::Ping(number));
+        }
+        if waiting.is_some_and(|since| since.elapsed() + KEEPALIVE > SILENCE) {
+            // One more interval for the answer, then look again.
+            sleep_until(Instant::now() + KEEPALIVE).await;
+            if lock(pings).waiting.is_some_and(|since| since.elapsed() >= SILENCE) {
+                return;
+            }
+        }
+    }
+}
+
+impl Pings {
+    fn tick(&mut self) -> (Option<u64>, Option<Instant>) {
+        if !self.enabled || self.waiting.is_some() {
+            return (None, self.waiting);
+        }
+        self.sent += 1;
+        self.waiting = Some(Instant::now());
+        (Some(self.sent), None)
+    }
+
+    fn pong(&mut self, number: u64) {
+        if number == self.sent && number > self.answered {
+            self.answered = number;
+            self.waiting = None;
+        }
+    }
+}
+
+fn lock(pings: &Mutex<Pings>) -> std::sync::MutexGuard<'_, Pings> {
+    pings.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,137 @@
+//! Strict key exchange is required (OpenSSH PROTOCOL 1.10, the answer to CVE-2023-48795), and russh only prefers it.
+//!
+//! The peer's first packet is in the clear and part of the exchange hash, so looking at it on its way in is enough:
+//! it must be a KEXINIT whose first name-list (RFC 4253 7.1) has the peer's strict marker.
+
+use std::io;
+
+/// Which end the peer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// The peer connected to us.
+    Client,
+    /// We connected to the peer.
+    Server,
+}
+
+/// A peer's identification and first packet may take this much; ours takes about 1 KiB.
+const MAX: usize = 64 * 1024;
+/// The message number of KEXINIT (RFC 4253 12).
+const KEXINIT: u8 = 20;
+
+/// Looks for the marker until it has seen the peer's first packet.
+#[derive(Debug)]
+pub(super) struct StrictKex {
+    marker: &'static [u8],
+    /// What has arrived; none once the check is over.
+    seen: Option<Vec<u8>>,
+}
+
+impl StrictKex {
+    pub(super) fn new(peer: Peer) -> Self {
+        let marker: &[u8] = match peer {
+            Peer::Client => b"kex-strict-c-v00@openssh.com",
+            Peer::Server => b"kex-strict-s-v00@openssh.com",
+        };
+        Self { marker, seen: Some(Vec::new()) }
+    }
+
+    /// Looks at what has arrived.
+    pub(super) fn feed(&mut self, data: &[u8]) -> io::Result<()> {
+        let Some(seen) = &mut self.seen else { return Ok(()) };
+        if seen.len() + data.len() > MAX {
+            // russh has consumed as much without being satisfied, or the first read was huge: look at the front only.
+            seen.extend_from_slice(data.get(..MAX.saturating_sub(seen.len())).unwrap_or_default());
+        } else {
+            seen.extend_from_slice(data);
+        }
+        match offers(seen, self.marker) {
+            Some(true) => self.seen = None,
+            Some(false) => return Err(refusal(self.marker)),
+            None if seen.len() >= MAX => return Err(refusal(self.marker)),
+            None => {}
+        }
+        Ok(())
+    }
+}
+
+fn refusal(marker: &[u8]) -> io::Error {
+    let text = format!(
+        "the peer does not offer strict key exchange ({}); use a release with the fix of CVE-2023-48795",
+        String::from_utf8_lossy(marker)
+    );
+    io::Error::new(io::ErrorKind::InvalidData, text)
+}
+
+/// Whether the peer's first packet offers the marker; none while it has not arrived whole.
+fn offers(mut seen: &[u8], marker: &[u8]) -> Option<bool> {
+    // A server may send other lines before its identification (RFC 4253 4.2).
+    loop {
+        let end = seen.iter().position(|&byte| byte == b'\n')?;
+        let (line, rest) = seen.split_at(end + 1);
+        seen = rest;
+        if line.starts_with(b"SSH-") {
+            break;
+        }
+    }
+    // uint32 length, byte padding, byte message, 16 bytes cookie, then the name-list with its own length.
+    let message = *seen.get(5)?;
+    if message != KEXINIT {
+        return Some(false);
+    }
+    let length: [u8; 4] = seen.get(22..26)?.try_into().ok()?;
+    let length = usize::try_from(u32::from_be_bytes(length)).ok()?;
+    let names = seen.get(26..)?;
+    let names = names.get(..length)?;
+    Some(names.split(|&byte| byte == b',').any(|name| name == marker))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello(names: &str) -> Vec<u8> {
+        let mut bytes = b"SSH-2.0-Test\r\n".to_vec();
+        bytes.extend_from_slice(&[0, 0, 1, 0, 4, KEXINIT]);
+        bytes.extend_from_slice(&[7; 16]);
+        bytes.extend_from_slice(&(names.len() as u32).to_be_bytes());
+        bytes.extend_from_slice(names.as_bytes());
+        bytes
+    }
+
+    fn feed(bytes: &[u8], chunk: usize) -> io::Result<bool> {
+        let mut strict = StrictKex::new(Peer::Client);
+        for part in bytes.chunks(chunk) {
+            strict.feed(part)?;
+        }
+        Ok(strict.seen.is_none())
+    }
+
+    #[test]
+    fn a_peer_that_offers_strict_kex_passes_however_its_bytes_arrive() {
+        let bytes = hello("curve25519-sha256,kex-strict-c-v00@openssh.com");
+        for chunk in [1, 2, 7, bytes.len()] {
+            assert!(feed(&bytes, chunk).unwrap(), "{chunk}");
+        }
+    }
+
+    #[test]
+    fn a_peer_without_strict_kex_is_refused_with_advice() {
+        for names in ["curve25519-sha256", "kex-strict-s-v00@openssh.com", "xkex-strict-c-v00@openssh.com", ""] {
+            let error = feed(&hello(names), 9).unwrap_err();
+            assert!(error.to_string().contains("CVE-2023-48795"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_first_packet_that_is_no_kexinit_is_refused() {
+        let mut bytes = hello("kex-strict-c-v00@openssh.com");
+        bytes[14 + 5] = 2;
+        assert!(feed(&bytes, 64).is_err());
+    }
+
+    #[test]
+    fn a_peer_that_never_says_kexinit_is_refused_in_the_end() {
+        assert!(feed(&vec![b'x'; 2 * MAX], 1000).is_err());
+    }
+}

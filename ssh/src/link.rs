@@ -1,0 +1,88 @@
+//! A connection as the tunnel crate's link.
+
+use std::future::Future;
+
+use russh::{Channel, ChannelOpenFailure};
+use secure_comms_protocol::TunnelName;
+use secure_comms_protocol::limits::CHANNEL_OPEN;
+use secure_comms_tunnel::flow::StreamError;
+use secure_comms_tunnel::{Credits, Link, OpenError, Stream};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use crate::channel::{ChannelReceiver, ChannelSender, Message, split};
+
+/// How an end opens the channel of a named stream.
+pub trait Opener: Clone + Send + Sync + 'static {
+    /// The messages of its session.
+    type Message: Message;
+    /// Opens the channel; `id` goes in as the originator port.
+    fn open(
+        &self,
+        name: &TunnelName,
+        id: u32,
+    ) -> impl Future<Output = Result<Channel<Self::Message>, russh::Error>> + Send + 'static;
+}
+
+/// An authenticated connection on which streams can be opened.
+#[derive(Clone, Debug)]
+pub struct SshLink<O> {
+    opener: O,
+    credits: Credits,
+}
+
+impl<O: Opener> SshLink<O> {
+    /// A link over a connection with this flow control.
+    pub fn new(opener: O, credits: Credits) -> Self {
+        Self { opener, credits }
+    }
+}
+
+impl<O: Opener> Link for SshLink<O> {
+    type Receiver = ChannelReceiver;
+    type Sender = ChannelSender<O::Message>;
+
+    async fn open(
+        &self,
+        name: &TunnelName,
+    ) -> Result<Stream<ChannelReceiver, ChannelSender<O::Message>>, OpenError> {
+        let flow = self.credits.open().await.map_err(|error| match error {
+            StreamError::Gone => OpenError::LinkGone,
+            other => OpenError::Refused(other.to_string()),
+        })?;
+        let (done, opened) = oneshot::channel();
+        let open = self.opener.open(name, flow.id());
+        // On a task of its own, so that it runs to its end: a server session that gets the answer to an open
+        // that nobody waits for any more dies of a refusal and leaks a confirmation.
+        tokio::spawn(async move {
+            if let Err(Ok(late)) = done.send(open.await) {
+                // The client of the inbound has left meanwhile. The session may be gone too.
+                drop(late.close().await);
+            }
+        });
+        tokio::select! {
+            opened = timeout(CHANNEL_OPEN, opened) => match opened {
+                Ok(Ok(Ok(channel))) => {
+                    let (receiver, sender) = split(channel);
+                    Ok(Stream { receiver, sender, flow })
+                }
+                Ok(Ok(Err(russh::Error::ChannelOpenFailure(reason)))) => Err(OpenError::Refused(describe(&reason))),
+                Ok(Ok(Err(_)) | Err(_)) => Err(OpenError::LinkGone),
+                Err(_) => Err(OpenError::Refused(format!("no answer within {} s", CHANNEL_OPEN.as_secs()))),
+            },
+            () = self.credits.gone() => Err(OpenError::LinkGone),
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        self.credits.is_gone()
+    }
+}
+
+fn describe(reason: &ChannelOpenFailure) -> String {
+    match reason {
+        ChannelOpenFailure::AdministrativelyProhibited => "administratively prohibited: not an outbound there".into(),
+        ChannelOpenFailure::ConnectFailed => "connect failed: its server can't be reached".into(),
+        other => other.description().to_owned(),
+    }
+}
