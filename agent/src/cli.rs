@@ -1,15 +1,18 @@
 //! The command line: Go-style flags, so that existing unit files work word for word.
 //!
-//! argh knows `--flag value` only. So [`normalise`] reads the arguments by the rules of Go's `flag` package
-//! (<https://pkg.go.dev/flag#hdr-Command_line_flag_syntax>), and argh gets them in the one form it knows.
+//! argh knows `--flag value` only. So [`go`] reads the arguments by the rules of Go's `flag` package, and argh
+//! gets them in the one form it knows.
 
-use std::collections::BTreeMap;
+mod go;
+
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use argh::FromArgs;
 use secure_comms_protocol::limits;
+
+use go::{FLAGS, normalise};
 
 const NAME: &str = "agent-protocol-forwarder";
 /// The smallest `-secure-comms-rekey-bytes`: less would spend the connection on key exchanges.
@@ -75,6 +78,7 @@ fn escape_control(c: char) -> impl Iterator<Item = char> {
 /// The agent in a pod VM: serves the kata agent and named tunnels to the worker node over SSH.
 /// Flags may be written -flag value, -flag=value or with two dashes; the last one counts.
 #[derive(FromArgs)]
+#[expect(dead_code, reason = "flags that are unused over SSH are only accepted and listed in the help")]
 struct Flags {
     /// print name and version
     #[argh(switch)]
@@ -107,7 +111,7 @@ struct Flags {
     #[argh(option, default = "String::new()")]
     secure_comms_outbounds: String,
     /// address of the SSH server (default [::]:2222)
-    #[argh(option, default = "default_listen()", from_str_fn(listen))]
+    #[argh(option, default = "default_listen()", from_str_fn(listener))]
     secure_comms_listen: SocketAddr,
     /// address of api-server-rest in the pod's namespace (default 127.0.0.1:8006)
     #[argh(option, default = "SocketAddr::from(([127, 0, 0, 1], 8006))", from_str_fn(server))]
@@ -143,7 +147,7 @@ fn path(text: &str) -> Result<PathBuf, String> {
     if text.starts_with('/') { Ok(text.into()) } else { Err("expected an absolute path".into()) }
 }
 
-fn listen(text: &str) -> Result<SocketAddr, String> {
+fn listener(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "expected an address and a port, such as [::]:2222 or 0.0.0.0:2222".into())
 }
 
@@ -161,141 +165,10 @@ fn rekey_bytes(text: &str) -> Result<usize, String> {
         .ok_or_else(|| format!("expected a number of bytes, at least {REKEY_BYTES_MIN}"))
 }
 
-/// A flag as the normaliser knows it: its name, and whether it is a boolean.
-struct Flag {
-    name: &'static str,
-    boolean: bool,
-    unused: bool,
-}
-
-const fn value(name: &'static str) -> Flag {
-    Flag { name, boolean: false, unused: false }
-}
-
-const fn boolean(name: &'static str) -> Flag {
-    Flag { name, boolean: true, unused: false }
-}
-
-const fn unused(flag: Flag) -> Flag {
-    Flag { unused: true, ..flag }
-}
-
-const FLAGS: &[Flag] = &[
-    boolean("version"),
-    value("config"),
-    unused(value("listen")),
-    value("kata-agent-socket"),
-    value("pod-namespace"),
-    value("kata-agent-namespace"),
-    value("host-interface"),
-    boolean("secure-comms"),
-    value("secure-comms-inbounds"),
-    value("secure-comms-outbounds"),
-    value("secure-comms-listen"),
-    value("secure-comms-guest-api"),
-    value("secure-comms-state-dir"),
-    value("secure-comms-rekey-bytes"),
-    unused(value("ca-cert-file")),
-    unused(value("cert-file")),
-    unused(value("cert-key")),
-    unused(boolean("tls-skip-verify")),
-    unused(boolean("disable-tls")),
-];
-
-/// The flags that were given, each with its last value.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Given(BTreeMap<&'static str, String>);
-
-/// Reads `args` as Go's `flag.Parse` does, but that an argument that is no flag is an error instead of the end
-/// of the flags, and that empty arguments are skipped: a unit's `${OPTIONS}` may expand to one.
-fn normalise(args: impl Iterator<Item = OsString>) -> Result<Given, Exit> {
-    let mut given = Given::default();
-    let mut args = args.map(|arg| {
-        arg.into_string().map_err(|arg| {
-            Exit::usage(format!("argument '{}': not UTF-8; write it in UTF-8", arg.to_string_lossy()))
-        })
-    });
-    while let Some(arg) = args.next().transpose()? {
-        if arg.is_empty() {
-            continue;
-        }
-        if arg == "--" {
-            break;
-        }
-        let (name, inline) = split(&arg)?;
-        let Some(flag) = FLAGS.iter().find(|flag| flag.name == name) else {
-            return Err(match name {
-                "h" | "help" => help(),
-                _ => Exit::usage(format!("flag '{arg}': no such flag; correct or remove it")),
-            });
-        };
-        let value = match (inline, flag.boolean) {
-            (Some(value), true) => parse_bool(&arg, value)?.to_string(),
-            (None, true) => true.to_string(),
-            (Some(value), false) => value.to_owned(),
-            (None, false) => args.next().transpose()?.ok_or_else(|| {
-                Exit::usage(format!("flag -{name}: needs a value: -{name} VALUE or -{name}=VALUE"))
-            })?,
-        };
-        given.0.insert(flag.name, value);
-    }
-    while let Some(arg) = args.next().transpose()? {
-        if !arg.is_empty() {
-            return Err(not_a_flag(&arg));
-        }
-    }
-    Ok(given)
-}
-
-fn split(arg: &str) -> Result<(&str, Option<&str>), Exit> {
-    let body = arg.strip_prefix("--").or_else(|| arg.strip_prefix('-')).unwrap_or_default();
-    if !arg.starts_with('-') || arg == "-" {
-        return Err(not_a_flag(arg));
-    }
-    if body.is_empty() || body.starts_with(['-', '=']) {
-        return Err(Exit::usage(format!("argument '{arg}': bad flag syntax; expected -flag or --flag")));
-    }
-    Ok(match body.split_once('=') {
-        Some((name, value)) => (name, Some(value)),
-        None => (body, None),
-    })
-}
-
-fn not_a_flag(arg: &str) -> Exit {
-    Exit::usage(format!(
-        "argument '{arg}': not a flag; remove it, or write -flag={arg} if it is the value of a boolean flag"
-    ))
-}
-
-/// The texts Go's `strconv.ParseBool` takes.
-fn parse_bool(arg: &str, text: &str) -> Result<bool, Exit> {
-    match text {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
-        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-        _ => Err(Exit::usage(format!("flag '{arg}': expected true or false after the '='"))),
-    }
-}
-
 fn help() -> Exit {
     match Flags::from_args(&[NAME], &["--help"]) {
         Err(exit) => Exit::print(exit.output),
         Ok(_) => Exit::print(format!("{NAME}\n")),
-    }
-}
-
-impl Given {
-    /// The one form argh knows.
-    fn to_argh(&self) -> Vec<String> {
-        let mut out = Vec::new();
-        for flag in FLAGS {
-            match self.0.get(flag.name) {
-                Some(value) if flag.boolean && value != "true" => {}
-                Some(_) if flag.boolean => out.push(format!("--{}", flag.name)),
-                Some(value) => out.extend([format!("--{}", flag.name), value.clone()]),
-                None => {}
-            }
-        }
-        out
     }
 }
 
@@ -305,7 +178,7 @@ impl Given {
 /// An [`Exit`] for help, the version and every fault.
 pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Options, Exit> {
     let given = normalise(args)?;
-    let argh_args = given.to_argh();
+    let argh_args = given.to_long_options();
     let argh_args: Vec<&str> = argh_args.iter().map(String::as_str).collect();
     let flags = Flags::from_args(&[NAME], &argh_args)
         .map_err(|exit| Exit::usage(exit.output.trim_end().replace("option '--", "flag '-")))?;

@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -66,7 +68,10 @@ fn an_empty_namespace_is_our_own_and_two_different_ones_are_refused() {
     let same = run(&["-pod-namespace", "a", "-kata-agent-namespace", "a"]).unwrap();
     assert_eq!(same.pod_namespace.as_deref(), Some("a"));
     let text = fault(&["-pod-namespace", "a", "-kata-agent-namespace", "b"]);
-    assert!(text.contains("-pod-namespace 'a' and -kata-agent-namespace 'b'") && text.contains("keep"), "{text}");
+    assert!(
+        text.contains("-pod-namespace 'a' and -kata-agent-namespace 'b'") && text.contains("keep"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -5,14 +5,13 @@ use std::io::{ErrorKind, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use base64ct::{Base64, Encoding};
 use secure_comms_protocol::tag::{self, InboundTag, OutboundTag, Tag, TagErrors};
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use zeroize::Zeroizing;
 
 use crate::cli::Options;
-use crate::keys::{KeyError, PodKeys, WorkerNodeKeys};
+use crate::keys::{self, KeyError, PodKeys, WorkerNodeKeys};
 
 /// The largest daemon config, in bytes.
 const CONFIG_MAX: usize = 1024 * 1024;
@@ -225,7 +224,8 @@ impl Config {
             (Ok(inbounds), Ok(outbounds)) => (inbounds, outbounds),
             (inbounds, outbounds) => return Err(tag_faults(inbounds.err(), outbounds.err())),
         };
-        let kbs = InboundTag::parse("BOTH_PHASES:KBS:8080").map_err(|error| ConfigError::Tags(error.to_string()))?;
+        let kbs = InboundTag::parse("BOTH_PHASES:KBS:8080")
+            .map_err(|error| ConfigError::Tags(error.to_string()))?;
         Ok(Self {
             listen: options.listen,
             kata_agent_socket: options.kata_agent_socket,
@@ -265,7 +265,8 @@ fn kata_agent_outbound(socket: &Path) -> Result<OutboundTag, ConfigError> {
         .to_str()
         .filter(|path| path.starts_with('/'))
         .ok_or_else(|| error(format!("'{}': expected an absolute path in UTF-8", socket.display())))?;
-    OutboundTag::parse(&format!("KUBERNETES_PHASE:KATAAGENT:{path}")).map_err(|fault| error(fault.to_string()))
+    OutboundTag::parse(&format!("KUBERNETES_PHASE:KATAAGENT:{path}"))
+        .map_err(|fault| error(fault.to_string()))
 }
 
 fn key_source(options: &Options, daemon: &DaemonConfig) -> Result<KeySource, ConfigError> {
@@ -304,15 +305,9 @@ fn key_fault(error: KeyError) -> String {
     format!("'{key}': {error}")
 }
 
-/// Decodes base64, which may be wrapped into lines.
 fn decode(key: &str, text: &str) -> Result<Zeroizing<Vec<u8>>, String> {
-    let mut packed = Zeroizing::new(String::with_capacity(text.len()));
-    packed.extend(text.chars().filter(|c| !c.is_ascii_whitespace()));
-    let mut bytes = Zeroizing::new(vec![0; packed.len()]);
-    let decoded = Base64::decode(packed.as_bytes(), &mut bytes).map(<[u8]>::len);
-    let length = decoded.map_err(|_| format!("'{key}': not base64; encode the key file with 'base64 -w0'"))?;
-    bytes.truncate(length);
-    Ok(bytes)
+    keys::decode_base64(text)
+        .ok_or_else(|| format!("'{key}': not base64; encode the key file with 'base64 -w0'"))
 }
 
 #[cfg(test)]

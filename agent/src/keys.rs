@@ -3,13 +3,16 @@
 //! Ed25519 only. What can't be read is an error, never "no key": absence must not open a door.
 
 use std::fmt;
+use std::sync::Arc;
 
+use base64ct::{Base64, Encoding};
 use ed25519_dalek::pkcs8::DecodePrivateKey;
 use ed25519_dalek::{SigningKey, VerifyingKey};
 use russh::keys::ssh_key::LineEnding;
 use russh::keys::ssh_key::private::{Ed25519Keypair, Ed25519PrivateKey, KeypairData};
 use russh::keys::ssh_key::public::{Ed25519PublicKey, KeyData};
-use russh::keys::{HashAlg, PrivateKey, PublicKey};
+pub use russh::keys::PublicKey;
+use russh::keys::{HashAlg, PrivateKey};
 use secure_comms_protocol::limits::KEY_MAX;
 use subtle::{Choice, ConstantTimeEq};
 use zeroize::Zeroizing;
@@ -18,10 +21,14 @@ use zeroize::Zeroizing;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
     /// The pod's private key.
-    #[error("reading the pod's private key: {0}; give an unencrypted Ed25519 key (ssh-keygen -t ed25519 -N '')")]
+    #[error(
+        "reading the pod's private key: {0}; give an unencrypted Ed25519 key (ssh-keygen -t ed25519 -N '')"
+    )]
     Host(String),
     /// The worker node's public keys.
-    #[error("reading the worker node's public keys: {0}; give ssh-ed25519 authorized_keys lines (ssh-keygen -y)")]
+    #[error(
+        "reading the worker node's public keys: {0}; give ssh-ed25519 authorized_keys lines (ssh-keygen -y)"
+    )]
     WorkerNode(String),
     /// The operating system gave no random bytes.
     #[error("making a host key: {0}; check that the VM has a source of randomness")]
@@ -57,15 +64,15 @@ fn from_seed(seed: &[u8; Ed25519PrivateKey::BYTE_SIZE]) -> Result<PrivateKey, Ke
 /// Everything else, with what it is.
 pub fn parse_host_key(pem: &[u8]) -> Result<PrivateKey, KeyError> {
     let pem = text(pem).map_err(KeyError::Host)?;
-    let label = pem
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("-----BEGIN ")?.strip_suffix("-----"))
-        .ok_or_else(|| host_error("not PEM: no '-----BEGIN ... PRIVATE KEY-----' line"))?;
+    let (_, rest) =
+        pem.split_once("-----BEGIN ").ok_or_else(|| host_error("not PEM: no '-----BEGIN' line"))?;
+    let (label, rest) =
+        rest.split_once("-----").ok_or_else(|| host_error("bad PEM: a cut '-----BEGIN' line"))?;
     match label {
-        "OPENSSH PRIVATE KEY" => parse_openssh(pem),
+        "OPENSSH PRIVATE KEY" => parse_openssh(&pem_body(rest, label)?),
         // RFC 8410. Not through russh, whose reader leaves copies behind.
         "PRIVATE KEY" => {
-            let key = SigningKey::from_pkcs8_pem(pem)
+            let key = SigningKey::from_pkcs8_der(&pem_body(rest, label)?)
                 .map_err(|error| host_error(format!("not an Ed25519 key in PKCS#8: {error}")))?;
             from_seed(key.as_bytes())
         }
@@ -77,8 +84,27 @@ pub fn parse_host_key(pem: &[u8]) -> Result<PrivateKey, KeyError> {
     }
 }
 
-fn parse_openssh(pem: &str) -> Result<PrivateKey, KeyError> {
-    let key = PrivateKey::from_openssh(pem).map_err(|error| host_error(format!("bad OpenSSH key: {error}")))?;
+/// What is between the lines of a PEM text, however it is wrapped: writers differ.
+fn pem_body(rest: &str, label: &str) -> Result<Zeroizing<Vec<u8>>, KeyError> {
+    let end = format!("-----END {label}-----");
+    let (body, _) = rest.split_once(&end).ok_or_else(|| host_error(format!("bad PEM: no '{end}' line")))?;
+    decode_base64(body).ok_or_else(|| host_error("bad PEM: not base64"))
+}
+
+/// Decodes base64, however it is wrapped into lines; `None` if it is none.
+pub(crate) fn decode_base64(text: &str) -> Option<Zeroizing<Vec<u8>>> {
+    // Sized first: what grows leaves copies behind.
+    let mut packed = Zeroizing::new(String::with_capacity(text.len()));
+    packed.extend(text.chars().filter(|c| !c.is_ascii_whitespace()));
+    let mut bytes = Zeroizing::new(vec![0; packed.len()]);
+    let length = Base64::decode(packed.as_bytes(), &mut bytes).ok()?.len();
+    bytes.truncate(length);
+    Some(bytes)
+}
+
+fn parse_openssh(bytes: &[u8]) -> Result<PrivateKey, KeyError> {
+    let bad = |error| host_error(format!("bad OpenSSH key: {error}"));
+    let key = PrivateKey::from_bytes(bytes).map_err(bad)?;
     if key.is_encrypted() {
         return Err(host_error("it is encrypted"));
     }
@@ -121,7 +147,8 @@ impl WorkerNodeKeys {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            let key = parse_line(line).map_err(|cause| node_error(format!("line {}: {cause}", number + 1)))?;
+            let key =
+                parse_line(line).map_err(|cause| node_error(format!("line {}: {cause}", number + 1)))?;
             if !keys.contains(&key) {
                 keys.push(key);
             }
@@ -181,7 +208,8 @@ fn parse_line(line: &str) -> Result<Ed25519PublicKey, String> {
 /// What makes the Kubernetes phase: who this pod is, and who may log in. Wiped on drop.
 #[derive(Clone)]
 pub struct PodKeys {
-    host: PrivateKey,
+    // Behind a pointer: a value that moves leaves copies of the key behind.
+    host: Arc<PrivateKey>,
     worker_node: WorkerNodeKeys,
 }
 
@@ -191,7 +219,8 @@ impl PodKeys {
     /// # Errors
     /// Either is not what it should be.
     pub fn parse(host_pem: &[u8], worker_node_lines: &[u8]) -> Result<Self, KeyError> {
-        Ok(Self { host: parse_host_key(host_pem)?, worker_node: WorkerNodeKeys::parse(worker_node_lines)? })
+        let host = Arc::new(parse_host_key(host_pem)?);
+        Ok(Self { host, worker_node: WorkerNodeKeys::parse(worker_node_lines)? })
     }
 
     /// The pod's host key.

@@ -1,7 +1,23 @@
-//! The Secure Comms agent in the pod VM, in the order data passes through: flags ([`cli`]), validated
-//! configuration ([`config`]), [`keys`], the keys kept for this boot ([`latch`]), the [`guest`] components
-//! that fetch them, and what operators see ([`log`], [`notify`]).
+//! The Secure Comms agent in the pod VM, in the order data passes through.
+//!
+//! Before the first connection: flags ([`cli`]), validated configuration ([`config`]), the life of the agent ([`run`]).
+//! A connection comes in ([`ssh`]) past the [`gate`], becomes one of the [`peers`] and gets a [`session`]. Through a
+//! peer of the [`attestation`] phase the [`guest`] components fetch the [`keys`] that open the [`kubernetes`] phase and
+//! are [`latch`]ed for this boot. Clients in the VM reach the peer whose turn it is by [`routes`]. Operators see
+//! [`log`] and [`notify`].
 
+pub mod attestation;
 pub mod cli;
 pub mod config;
+pub mod gate;
+pub mod guest;
 pub mod keys;
+pub mod kubernetes;
+pub mod latch;
+pub mod log;
+pub mod notify;
+pub mod peers;
+pub mod routes;
+pub mod run;
+pub mod session;
+pub mod ssh;

@@ -119,7 +119,12 @@ async fn read<R: Receiver>(
     let mut lines = Lines::default();
     let mut bye = None;
     loop {
-        let Some(Event::Data(data)) = receiver.recv().await else { return ControlEnd::Closed };
+        let data = match receiver.recv().await {
+            Some(Event::Data(data)) => data,
+            // `ssh -s < /dev/null` still wants to read.
+            Some(Event::Eof) => continue,
+            Some(Event::Close) | None => return ControlEnd::Closed,
+        };
         let fed = lines.feed(&data, |message| match message {
             Control::Credit(credit) => credits.granted(credit),
             Control::Ping(number) => outbox.send(Control::Pong(number)),

@@ -274,11 +274,14 @@ impl Kbs {
     /// # Errors
     /// If it is not up.
     pub async fn kill(&self) -> Result<()> {
-        let serving = match std::mem::replace(&mut *lock(&self.state), State::Changing) {
-            State::Up(serving) => serving,
-            other => {
-                *lock(&self.state) = other;
-                bail!("KBS: kill: it is not up");
+        let serving = {
+            let mut state = lock(&self.state);
+            match std::mem::replace(&mut *state, State::Changing) {
+                State::Up(serving) => serving,
+                other => {
+                    *state = other;
+                    bail!("KBS: kill: it is not up");
+                }
             }
         };
         serving.stop().await;

@@ -1,5 +1,8 @@
 //! The guest stand-in fetches through the KBS, in this process and as processes of its own.
 
+// clippy.toml allows these in `#[test]` functions; the helpers of a test program are tests as well.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
 #[allow(dead_code, reason = "each test program uses its part")]
 mod support;
 

@@ -17,8 +17,6 @@ use tokio::sync::{Notify, watch};
 const SPLINTER: i64 = 4096;
 /// More than any honest peer ever grants one stream, in bytes.
 const GRANT_MAX: i64 = 1 << 30;
-/// What a stream without credits may hold before we stop taking from its channel, in bytes.
-pub(crate) const PLAIN_QUEUE_MAX: usize = 512 * 1024;
 
 /// How the peer of a connection does flow control.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,9 +71,11 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Table {
+    /// Those with credits.
     streams: HashMap<u32, Arc<SendState>>,
     next_id: u32,
-    plain: usize,
+    /// All streams, those too that wait for the peer's hello.
+    slots: usize,
     grants: HashMap<u32, u32>,
     grown: u32,
 }
@@ -154,6 +154,7 @@ impl Credits {
     /// # Errors
     /// Too many are open, or the connection ended before the peer said hello.
     pub async fn open(&self) -> Result<Flow, StreamError> {
+        let slot = self.slot()?;
         let peer = self.peer().await?;
         let mut table = self.table();
         let mut id = table.next_id;
@@ -161,7 +162,7 @@ impl Credits {
             id = next_id(id, self.0.side);
         }
         table.next_id = next_id(id, self.0.side);
-        self.register(table, id, peer)
+        Ok(self.register(table, slot, id, peer))
     }
 
     /// Registers a stream that the peer asks for.
@@ -169,34 +170,39 @@ impl Credits {
     /// # Errors
     /// Too many are open, or the id is not one it may use.
     pub async fn accept(&self, id: u32) -> Result<Flow, StreamError> {
+        let slot = self.slot()?;
         let peer = self.peer().await?;
         let table = self.table();
         if matches!(peer, PeerFlow::Credits(_)) {
             let odd = id % 2 == 1;
-            if odd != (self.0.side == Side::Agent) || table.streams.contains_key(&id) {
+            if id == 0 || odd != (self.0.side == Side::Agent) || table.streams.contains_key(&id) {
                 return Err(StreamError::BadId(id));
             }
         }
-        self.register(table, id, peer)
+        Ok(self.register(table, slot, id, peer))
     }
 
-    fn register(&self, mut table: MutexGuard<'_, Table>, id: u32, peer: PeerFlow) -> Result<Flow, StreamError> {
-        if table.streams.len() + table.plain >= self.0.limits.streams {
+    /// Room for one stream. Taken before the peer has said hello: a peer that never does can't pile up opens.
+    fn slot(&self) -> Result<Slot, StreamError> {
+        let mut table = self.table();
+        if table.slots >= self.0.limits.streams {
             return Err(StreamError::TooMany);
         }
+        table.slots += 1;
+        Ok(Slot(self.clone()))
+    }
+
+    fn register(&self, mut table: MutexGuard<'_, Table>, slot: Slot, id: u32, peer: PeerFlow) -> Flow {
         let credit = match peer {
-            PeerFlow::Plain => {
-                table.plain += 1;
-                None
-            }
+            PeerFlow::Plain => None,
             PeerFlow::Credits(initial) => {
-                let send = Arc::new(SendState { available: AtomicI64::new(initial.into()), more: Notify::new() });
+                let send =
+                    Arc::new(SendState { available: AtomicI64::new(initial.into()), more: Notify::new() });
                 table.streams.insert(id, send.clone());
                 Some(StreamCredit::new(send, initial, self.0.limits.initial))
             }
         };
-        drop(table);
-        Ok(Flow { id, credits: self.clone(), credit })
+        Flow { id, slot, credit }
     }
 
     /// The peer has granted more; for streams that are gone it means nothing.
@@ -222,10 +228,9 @@ impl Credits {
         }
     }
 
-    /// How many streams are open.
+    /// How many streams are open, or wait for the peer's hello.
     pub fn open_streams(&self) -> usize {
-        let table = self.table();
-        table.streams.len() + table.plain
+        self.table().slots
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -238,11 +243,21 @@ fn next_id(id: u32, side: Side) -> u32 {
     id.checked_add(2).unwrap_or(if side == Side::Adaptor { 1 } else { 2 })
 }
 
+/// The room that one stream takes up on its connection.
+#[derive(Debug)]
+struct Slot(Credits);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.table().slots -= 1;
+    }
+}
+
 /// The flow control of one stream; gives everything back when it is dropped.
 #[derive(Debug)]
 pub struct Flow {
     id: u32,
-    credits: Credits,
+    slot: Slot,
     credit: Option<StreamCredit>,
 }
 
@@ -263,7 +278,8 @@ impl StreamCredit {
     fn new(send: Arc<SendState>, theirs: u32, ours: u32) -> Self {
         Self {
             send,
-            // The peer gives back in batches of half a window, so this much always comes.
+            // Nobody waits for ever: once the peer's socket has taken all we sent, the peer withholds less than half
+            // of the window (a batch), the window never shrinks below `theirs`, so more than this has come back.
             resume: i64::from(theirs / 2).clamp(MESSAGE_COST_MIN.into(), MESSAGE_MAX as i64),
             outstanding: AtomicI64::new(ours.into()),
             pending: AtomicU32::new(0),
@@ -288,7 +304,14 @@ impl Flow {
         self.credit.is_some()
     }
 
-    /// Waits until something may be sent; how much, at most [`MESSAGE_MAX`] bytes.
+    /// What a stream without credits may hold before we stop taking from its channel, in bytes: its share of what
+    /// the connection may hold, for a peer that says no hello must not cost more than one that does.
+    pub(crate) fn plain_queue_max(&self) -> usize {
+        let limits = &self.slot.0.0.limits;
+        limits.held_max() / limits.streams.max(1)
+    }
+
+    /// Waits until something may be sent; how much, at most [`MESSAGE_MAX`] bytes. One task only may wait.
     pub async fn ready(&self) -> usize {
         let Some(credit) = &self.credit else { return MESSAGE_MAX };
         let mut available = credit.send.available.load(Relaxed);
@@ -317,7 +340,7 @@ impl Flow {
         let Some(credit) = &self.credit else { return Ok(cost) };
         let left = credit.outstanding.fetch_sub(cost.into(), Relaxed) - i64::from(cost);
         if left < -(MESSAGE_MAX as i64) {
-            self.credits.end();
+            self.slot.0.end();
             return Err(Overrun(self.id));
         }
         Ok(cost)
@@ -332,35 +355,33 @@ impl Flow {
             return;
         }
         credit.pending.store(0, Relaxed);
-        let mut table = self.credits.table();
-        let limits = &self.credits.0.limits;
+        let mut table = self.slot.0.table();
+        let limits = &self.slot.0.0.limits;
         // A stream that is used earns a larger window, as long as the connection can hold it.
-        let growth = window.min(limits.stream_max - window.min(limits.stream_max)).min(limits.growth_pool - table.grown);
+        let growth = window
+            .min(limits.stream_max - window.min(limits.stream_max))
+            .min(limits.growth_pool - table.grown);
         table.grown += growth;
         credit.window.store(window + growth, Relaxed);
         let grant = pending + growth;
         credit.outstanding.fetch_add(grant.into(), Relaxed);
         *table.grants.entry(self.id).or_default() += grant;
         drop(table);
-        self.credits.0.grants_waiting.notify_one();
+        self.slot.0.0.grants_waiting.notify_one();
     }
 
     /// Waits until the connection has ended.
     pub async fn gone(&self) {
-        self.credits.gone().await;
+        self.slot.0.gone().await;
     }
 }
 
 impl Drop for Flow {
     fn drop(&mut self) {
-        let mut table = self.credits.table();
-        match &self.credit {
-            None => table.plain -= 1,
-            Some(credit) => {
-                table.streams.remove(&self.id);
-                table.grants.remove(&self.id);
-                table.grown -= credit.window.load(Relaxed) - self.credits.0.limits.initial;
-            }
-        }
+        let Some(credit) = &self.credit else { return };
+        let mut table = self.slot.0.table();
+        table.streams.remove(&self.id);
+        table.grants.remove(&self.id);
+        table.grown -= credit.window.load(Relaxed) - self.slot.0.0.limits.initial;
     }
 }

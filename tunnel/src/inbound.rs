@@ -2,17 +2,18 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use secure_comms_protocol::limits::{INBOUND_CLIENTS_MAX, INBOUND_WAIT, RETRY_MIN};
 use secure_comms_protocol::{Bind, InboundTag, TunnelName};
-use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until};
 
+use crate::backoff::Backoff;
 use crate::link::{Link, OpenError};
 use crate::netns::{self, Namespace, NamespaceError};
 use crate::relay::{RelayError, relay};
@@ -20,6 +21,8 @@ use crate::socket::Socket;
 
 /// How long an inbound waits for its network namespace, which another service makes at boot.
 const NAMESPACE_WAIT: Duration = Duration::from_secs(30);
+/// Clients of a unix socket that may wait to be accepted, as std has it for TCP.
+const BACKLOG: u32 = 128;
 
 /// Why an inbound can't listen.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +43,11 @@ pub struct Inbound {
 #[derive(Debug)]
 enum Listener {
     Tcp(TcpListener),
-    Unix { listener: UnixListener, _unlink: UnlinkOnDrop },
+    /// The path goes before the listener: then no other process takes it for left over, and loses its own to us.
+    Unix {
+        _unlink: UnlinkOnDrop,
+        listener: UnixListener,
+    },
 }
 
 #[derive(Debug)]
@@ -83,21 +90,41 @@ impl Inbound {
     /// Serves clients for ever: each waits for a link (at most [`INBOUND_WAIT`]), then gets a stream on it.
     /// Dropping the future closes the listener and every client.
     pub async fn serve<L: Link>(self, links: watch::Receiver<Option<L>>) {
+        let name = &self.tag.name;
         let mut clients = JoinSet::new();
+        // What goes wrong is logged when it starts, changes and ends, not for every client.
+        let (mut unserved, mut failing) = (String::new(), None);
         loop {
-            while clients.try_join_next().is_some() {}
-            if clients.len() >= INBOUND_CLIENTS_MAX {
-                clients.join_next().await;
-                continue;
-            }
-            match self.accept().await {
-                Ok(socket) => {
-                    clients.spawn(serve_client(self.tag.name.clone(), socket, links.clone()));
+            let room = clients.len() < INBOUND_CLIENTS_MAX;
+            tokio::select! {
+                Some(ended) = clients.join_next() => {
+                    let now = match ended {
+                        Ok(Ended::Served) => String::new(),
+                        Ok(Ended::Unserved(reason)) => reason,
+                        Ok(Ended::Left) | Err(_) => continue,
+                    };
+                    if now != unserved {
+                        match now.as_str() {
+                            "" => log::info!("inbound {name}: clients are served again"),
+                            reason => log::warn!("inbound {name}: closing a client: {reason}"),
+                        }
+                        unserved = now;
+                    }
                 }
-                Err(error) => {
-                    // Out of file descriptors, as a rule: clients that leave make room.
-                    log::warn!("inbound {}: accepting a client: {error}", self.tag.name);
-                    sleep(RETRY_MIN).await;
+                accepted = self.accept(), if room => match accepted {
+                    Ok(socket) => {
+                        failing = None;
+                        clients.spawn(serve_client(name.clone(), socket, links.clone()));
+                    }
+                    // The client's doing, and only its own.
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                    Err(error) => {
+                        // Out of file descriptors, as a rule: clients that leave make room.
+                        if failing.replace(error.kind()) != Some(error.kind()) {
+                            log::warn!("inbound {name}: accepting a client: {error}");
+                        }
+                        sleep(RETRY_MIN).await;
+                    }
                 }
             }
         }
@@ -105,7 +132,10 @@ impl Inbound {
 
     async fn accept(&self) -> io::Result<Socket> {
         match &self.listener {
-            Listener::Tcp(listener) => Socket::tcp(listener.accept().await?.0),
+            Listener::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                Socket::tcp(stream).map_err(|_| io::ErrorKind::ConnectionAborted.into())
+            }
             Listener::Unix { listener, .. } => Ok(listener.accept().await?.0.into()),
         }
     }
@@ -120,9 +150,7 @@ async fn bind_tcp(namespace: Option<Namespace>, port: u16) -> Result<(Listener, 
                 let local = listener.local_addr()?.to_string();
                 return Ok((Listener::Tcp(listener), local));
             }
-            Err(NamespaceError::Open { source, .. })
-                if source.kind() == io::ErrorKind::NotFound && Instant::now() < deadline =>
-            {
+            Err(error) if namespace.is_some() && not_yet(&error) && Instant::now() < deadline => {
                 sleep(RETRY_MIN).await;
             }
             Err(error) => return Err(error),
@@ -130,44 +158,93 @@ async fn bind_tcp(namespace: Option<Namespace>, port: u16) -> Result<(Listener, 
     }
 }
 
-async fn bind_unix(path: &Path) -> io::Result<(Listener, String)> {
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            if UnixStream::connect(path).await.is_ok() {
-                return Err(error);
-            }
-            // Nobody listens: a socket left over by a process that was killed.
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)?
-        }
-        other => other?,
-    };
-    let _unlink = UnlinkOnDrop(path.into());
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok((Listener::Unix { listener, _unlink }, path.display().to_string()))
+/// Whether a namespace is still being made: no file yet, a file on which nothing is mounted yet (`ip netns add` does
+/// it in two steps), or `lo` down.
+fn not_yet(error: &NamespaceError) -> bool {
+    match error {
+        NamespaceError::Open { source, .. } => source.kind() == io::ErrorKind::NotFound,
+        NamespaceError::Enter { source, .. } => source.kind() == io::ErrorKind::InvalidInput,
+        NamespaceError::Io(source) => source.kind() == io::ErrorKind::AddrNotAvailable,
+    }
 }
 
-async fn serve_client<L: Link>(name: TunnelName, socket: Socket, mut links: watch::Receiver<Option<L>>) {
+async fn bind_unix(path: &Path) -> io::Result<(Listener, String)> {
+    let mut socket = UnixSocket::new_stream()?;
+    if let Err(error) = socket.bind(path) {
+        if error.kind() != io::ErrorKind::AddrInUse || !left_over(path).await {
+            return Err(error);
+        }
+        std::fs::remove_file(path)?;
+        socket = UnixSocket::new_stream()?;
+        socket.bind(path)?;
+    }
+    let unlink = UnlinkOnDrop(path.into());
+    // Before it listens: nobody else gets in between.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    let listener = socket.listen(BACKLOG)?;
+    Ok((Listener::Unix { _unlink: unlink, listener }, path.display().to_string()))
+}
+
+/// Whether `path` is the socket of a process that was killed: nothing else may be removed.
+async fn left_over(path: &Path) -> bool {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
+    // Any other error (a full backlog, no permission) says that somebody listens.
+    let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+    is_socket && UnixStream::connect(path).await.is_err_and(refused)
+}
+
+/// How a client went.
+enum Ended {
+    /// It had a stream.
+    Served,
+    /// It left before it had one.
+    Left,
+    /// It was closed without one, and why.
+    Unserved(String),
+}
+
+/// Serves one client.
+async fn serve_client<L: Link>(
+    name: TunnelName,
+    socket: Socket,
+    mut links: watch::Receiver<Option<L>>,
+) -> Ended {
     let deadline = Instant::now() + INBOUND_WAIT;
+    let mut backoff = Backoff::default();
     loop {
         let usable = |link: &Option<L>| link.as_ref().is_some_and(|link| !link.is_gone());
-        let link = match timeout_at(deadline, links.wait_for(usable)).await {
-            Ok(Ok(link)) => link.clone(),
-            Ok(Err(_)) => return socket.abort(),
-            Err(_) => {
-                log::warn!("inbound {name}: closing a client: no peer within {} s", INBOUND_WAIT.as_secs());
-                return socket.abort();
+        let link = tokio::select! {
+            biased;
+            link = links.wait_for(usable) => link.ok().and_then(|link| link.clone()),
+            // Its slot is somebody else's now.
+            () = socket.left() => return Ended::Left,
+            () = sleep_until(deadline) => {
+                return Ended::Unserved(format!("no peer within {} s", INBOUND_WAIT.as_secs()));
             }
         };
-        let Some(link) = link else { continue };
-        match link.open(&name).await {
-            Ok(stream) => return report(&name, relay(socket, stream).await),
-            Err(OpenError::LinkGone) if Instant::now() < deadline => {}
-            Err(OpenError::LinkGone) => return socket.abort(),
-            Err(OpenError::Refused(reason)) => {
-                log::warn!("inbound {name}: closing a client: the other end refused: {reason}");
-                return socket.abort();
+        // None: nobody will ever bring a link.
+        let Some(link) = link else { return Ended::Unserved("shutting down".into()) };
+        let opened = tokio::select! {
+            biased;
+            opened = link.open(&name) => opened,
+            _ = socket.failed() => return Ended::Left,
+        };
+        match opened {
+            Ok(stream) => {
+                report(&name, relay(socket, stream).await);
+                return Ended::Served;
             }
+            Err(OpenError::Refused(reason)) => {
+                return Ended::Unserved(format!("the other end refused: {reason}"));
+            }
+            Err(OpenError::LinkGone) if Instant::now() >= deadline => {
+                return Ended::Unserved("the connection to the peer was lost".into());
+            }
+            // A newer link, or this one a little later: it may not know yet that it is gone.
+            Err(OpenError::LinkGone) => tokio::select! {
+                Ok(()) = links.changed() => {}
+                () = backoff.pause() => {}
+            },
         }
     }
 }

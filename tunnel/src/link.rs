@@ -4,6 +4,7 @@ use std::fmt;
 use std::future::Future;
 
 use bytes::Bytes;
+use secure_comms_protocol::name::TUNNEL_NAME_MAX;
 use secure_comms_protocol::{PhaseName, TunnelName};
 
 use crate::flow::Flow;
@@ -30,7 +31,7 @@ pub trait Receiver: Send + 'static {
 pub struct Gone;
 
 /// The sending half of a stream. No method may be awaited alone: a peer that stops reading holds them up for
-/// as long as it lives.
+/// as long as it lives. Dropped without a [`Sender::close`] (its task was cancelled), it closes the stream too.
 pub trait Sender: Send + Sync + 'static {
     /// Sends bytes, at most [`secure_comms_protocol::limits::MESSAGE_MAX`].
     fn send(&self, data: Bytes) -> impl Future<Output = Result<(), Gone>> + Send;
@@ -66,7 +67,8 @@ pub trait Link: Clone + Send + Sync + 'static {
     type Receiver: Receiver;
     /// The sending half of its streams.
     type Sender: Sender;
-    /// Opens a stream to the other end's outbound `name`.
+    /// Opens a stream to the other end's outbound `name`. Dropping the future gives up: a stream that is confirmed
+    /// later is closed.
     fn open(
         &self,
         name: &TunnelName,
@@ -98,6 +100,8 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal of the tunnel `name` in `phase`.
     pub fn new(kind: RefusalKind, name: &str, phase: PhaseName, cause: impl fmt::Display) -> Self {
+        // What the other end asked for may be as long as a message, and goes into our log.
+        let name: String = name.chars().take(TUNNEL_NAME_MAX).collect();
         Self { kind, reason: format!("tunnel {}, {phase} phase: {cause}", name.escape_default()) }
     }
 }

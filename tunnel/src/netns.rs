@@ -82,7 +82,10 @@ fn enter(path: &Path) -> Result<(), NamespaceError> {
 ///
 /// # Errors
 /// The namespace can't be entered, or the address is taken.
-pub async fn listen(namespace: Option<&Namespace>, address: SocketAddr) -> Result<TcpListener, NamespaceError> {
+pub async fn listen(
+    namespace: Option<&Namespace>,
+    address: SocketAddr,
+) -> Result<TcpListener, NamespaceError> {
     // std's bind sets SO_REUSEADDR, so that a restart does not wait for TIME_WAIT.
     let bind = move || {
         let listener = std::net::TcpListener::bind(address)?;
@@ -100,7 +103,10 @@ pub async fn listen(namespace: Option<&Namespace>, address: SocketAddr) -> Resul
 ///
 /// # Errors
 /// The namespace can't be entered, or the connect failed.
-pub async fn connect(namespace: Option<&Namespace>, address: SocketAddr) -> Result<TcpStream, NamespaceError> {
+pub async fn connect(
+    namespace: Option<&Namespace>,
+    address: SocketAddr,
+) -> Result<TcpStream, NamespaceError> {
     let make = move || if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
     let socket = match namespace {
         Some(namespace) => namespace.run(make).await?,

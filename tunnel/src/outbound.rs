@@ -5,14 +5,14 @@ use std::io;
 use std::marker::PhantomData;
 use std::time::Duration;
 
-use secure_comms_protocol::limits::OUTBOUND_CONNECT;
+use secure_comms_protocol::limits::{OUTBOUND_CONNECT, TCP_CONNECT};
 use secure_comms_protocol::tag::Host;
 use secure_comms_protocol::{OutboundTag, Phase, Target, TunnelName};
-use tokio::net::{TcpStream, UnixStream};
-use tokio::time::{Instant, timeout_at};
+use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use crate::backoff::Backoff;
-use crate::flow::{Credits, StreamError};
+use crate::flow::{Credits, Flow, StreamError};
 use crate::inbound::report;
 use crate::link::{Incoming, Refusal, RefusalKind, Stream};
 use crate::relay::relay;
@@ -77,7 +77,8 @@ impl<P: Phase> Outbounds<P> {
     pub fn permit(&self, asked: &str) -> Result<Permit, Refusal> {
         let refused = |cause: &str| Refusal::new(RefusalKind::Prohibited, asked, P::NAME, cause);
         let name: TunnelName = asked.parse().map_err(|_| refused("not a tunnel name"))?;
-        let server = self.servers.get(&name).ok_or_else(|| refused("no outbound of this name in this phase"))?;
+        let server =
+            self.servers.get(&name).ok_or_else(|| refused("no outbound of this name in this phase"))?;
         Ok(Permit { name, server: server.clone() })
     }
 }
@@ -88,16 +89,24 @@ impl Permit {
     /// # Errors
     /// It can't be reached within [`OUTBOUND_CONNECT`], or within its patience.
     pub async fn connect(&self) -> Result<Socket, ConnectError> {
-        let deadline = Instant::now() + self.server.patience;
+        let Server { target, patience } = &self.server;
+        let start = Instant::now();
+        let end = start + OUTBOUND_CONNECT.max(*patience);
         let mut backoff = Backoff::default();
         loop {
-            let limit = (Instant::now() + OUTBOUND_CONNECT).max(deadline);
-            let result = timeout_at(limit, dial(&self.server.target)).await;
-            match result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            let limit = end.min(Instant::now() + OUTBOUND_CONNECT);
+            let result = timeout_at(limit, dial(target)).await;
+            let source = match result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                 Ok(socket) => return Ok(socket),
-                Err(_) if Instant::now() < deadline => backoff.pause().await,
-                Err(source) => return Err(ConnectError { target: self.server.target.clone(), source }),
+                Err(error) => error,
+            };
+            // A unix server whose backlog is full is there, and busy; unix sockets don't wait for it.
+            let last = if source.kind() == io::ErrorKind::WouldBlock { end } else { start + *patience };
+            let next = Instant::now() + backoff.next_pause();
+            if next >= last {
+                return Err(ConnectError { target: target.clone(), source });
             }
+            sleep_until(next).await;
         }
     }
 }
@@ -107,7 +116,16 @@ async fn dial(target: &Target) -> io::Result<Socket> {
         Target::Unix(path) => Ok(UnixStream::connect(path).await?.into()),
         Target::Tcp { host: Host::Ip(ip), port } => Socket::tcp(TcpStream::connect((*ip, *port)).await?),
         Target::Tcp { host: Host::Name(name), port } => {
-            Socket::tcp(TcpStream::connect((name.as_str(), *port)).await?)
+            let mut failed = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
+            // Each for a while only: the first may be unreachable and the next not.
+            for address in lookup_host((name.as_str(), *port)).await? {
+                match timeout(TCP_CONNECT, TcpStream::connect(address)).await {
+                    Ok(Ok(stream)) => return Socket::tcp(stream),
+                    Ok(Err(error)) => failed = error,
+                    Err(_) => failed = io::ErrorKind::TimedOut.into(),
+                }
+            }
+            Err(failed)
         }
     }
 }
@@ -137,7 +155,7 @@ async fn prepare<P: Phase>(
     credits: &Credits,
     asked: &str,
     id: u32,
-) -> Result<(Permit, Socket, crate::flow::Flow), Refusal> {
+) -> Result<(Permit, Socket, Flow), Refusal> {
     let permit = outbounds.permit(asked)?;
     let refused = |kind, cause: &dyn std::fmt::Display| Refusal::new(kind, asked, P::NAME, cause);
     // Registered before the confirmation goes out: credit for it may come right after.
@@ -145,6 +163,10 @@ async fn prepare<P: Phase>(
         StreamError::TooMany => refused(RefusalKind::Shortage, &error),
         StreamError::BadId(_) | StreamError::Gone => refused(RefusalKind::Prohibited, &error),
     })?;
-    let socket = permit.connect().await.map_err(|error| refused(RefusalKind::ConnectFailed, &error))?;
+    let connected = tokio::select! {
+        connected = permit.connect() => connected,
+        () = credits.gone() => return Err(refused(RefusalKind::ConnectFailed, &StreamError::Gone)),
+    };
+    let socket = connected.map_err(|error| refused(RefusalKind::ConnectFailed, &error))?;
     Ok((permit, socket, flow))
 }

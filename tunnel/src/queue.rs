@@ -12,6 +12,8 @@ use crate::socket::Socket;
 
 /// Messages that go out in one system call.
 const BATCH: usize = 16;
+/// Room for messages that an empty queue keeps; a flood of small ones takes more for as long as it lasts.
+const KEEP: usize = 4 * BATCH;
 
 /// Shared by the two futures of one relay task: never contended, and locked for no await.
 #[derive(Debug, Default)]
@@ -99,14 +101,19 @@ impl Queue {
             return Ok(state.end.map_or(Next::Wait, Next::End));
         }
         let mut slices = [IoSlice::new(&[]); BATCH];
-        let mut count = 0;
+        let (mut count, mut offered) = (0, 0);
         for (slice, message) in slices.iter_mut().zip(&state.messages) {
             *slice = IoSlice::new(&message.data);
             count += 1;
+            offered += message.data.len();
         }
-        let wrote = socket.try_write_vectored(slices.get(..count).unwrap_or_default())?;
-        if wrote == 0 {
-            return Err(io::ErrorKind::WriteZero.into());
+        // SSH allows messages without bytes: they cost, and need no system call.
+        let mut wrote = 0;
+        if offered > 0 {
+            wrote = socket.try_write_vectored(slices.get(..count).unwrap_or_default())?;
+            if wrote == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
         }
         let cost = state.advance(wrote);
         drop(state);
@@ -128,6 +135,9 @@ impl State {
             wrote -= front.data.len();
             cost += front.cost;
             self.messages.pop_front();
+        }
+        if self.messages.is_empty() && self.messages.capacity() > KEEP {
+            self.messages = VecDeque::new();
         }
         cost
     }

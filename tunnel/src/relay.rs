@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use secure_comms_protocol::limits::{FLUSH, MESSAGE_MAX};
+use tokio::task::coop::consume_budget;
 use tokio::time::timeout;
 
-use crate::flow::{Flow, Overrun, PLAIN_QUEUE_MAX};
-use crate::link::{Event, Gone, Receiver, Sender, Stream};
+use crate::flow::{Flow, Overrun};
+use crate::link::{Event, Receiver, Sender, Stream};
 use crate::queue::{Ending, Next, Queue};
 use crate::socket::Socket;
 
@@ -39,17 +40,31 @@ pub enum RelayError {
 /// Moves bytes both ways until both ends are done; then socket and stream are closed.
 ///
 /// # Errors
-/// Why it ended otherwise. The local side then sees a reset, the other end a close without EOF.
+/// Why it ended otherwise. The local side then sees a reset, the other end a close without EOF; so it is too if the
+/// future is dropped.
 pub async fn relay<R: Receiver, S: Sender>(socket: Socket, stream: Stream<R, S>) -> Result<(), RelayError> {
     let Stream { mut receiver, sender, flow } = stream;
     let queue = Queue::default();
     let result = run(&socket, &mut receiver, &sender, &flow, &queue).await;
-    // The peer may have stopped reading: then the connection's own deadlines end this wait.
-    let _: Result<(), Gone> = sender.close().await;
-    if result.is_err() {
-        socket.abort();
+    // First the local side: it must not wait until the connection has room for our close.
+    match &result {
+        Ok(()) => socket.finish(),
+        Err(_) => socket.abort(),
+    }
+    drop(queue);
+    tokio::select! {
+        _ = sender.close() => {}
+        // The connection may wait for us to take what still arrives, before it takes our close (D1).
+        () = discard(&mut receiver) => {}
+        () = flow.gone() => {}
     }
     result
+}
+
+/// Takes what nobody wants any more, for ever.
+async fn discard<R: Receiver>(receiver: &mut R) {
+    while receiver.recv().await.is_some() {}
+    std::future::pending().await
 }
 
 async fn run<R: Receiver, S: Sender>(
@@ -82,6 +97,8 @@ async fn run<R: Receiver, S: Sender>(
                 done?;
                 collected = true;
             }
+            // Nobody reads or writes then, to see it.
+            error = socket.failed(), if collected => return Err(error.into()),
         }
     }
     Ok(())
@@ -105,10 +122,11 @@ async fn flush(
 /// Ends once the other end has closed the stream, or the connection is gone.
 async fn drain<R: Receiver>(receiver: &mut R, flow: &Flow, queue: &Queue) -> Result<(), RelayError> {
     loop {
-        if !flow.has_credit() && queue.bytes() >= PLAIN_QUEUE_MAX {
+        if !flow.has_credit() {
             // Without credits all we can do is to stop taking, which holds up that peer's connection.
             tokio::select! {
-                () = queue.below(PLAIN_QUEUE_MAX) => {}
+                biased;
+                () = queue.below(flow.plain_queue_max()) => {}
                 () = flow.gone() => {}
             }
         }
@@ -143,7 +161,11 @@ async fn deliver(socket: &Socket, flow: &Flow, queue: &Queue) -> Result<(), Rela
 async fn collect<S: Sender>(socket: &Socket, sender: &S, flow: &Flow) -> Result<(), RelayError> {
     let mut size = READ_MIN;
     loop {
-        let credit = flow.ready().await;
+        let credit = tokio::select! {
+            biased;
+            credit = flow.ready() => credit,
+            error = socket.failed() => return Err(error.into()),
+        };
         socket.readable().await?;
         // Allocated only now: an idle stream holds no buffer.
         let mut data = BytesMut::with_capacity(size.min(credit));
@@ -153,11 +175,18 @@ async fn collect<S: Sender>(socket: &Socket, sender: &S, flow: &Flow) -> Result<
                 return sender.eof().await.or(Ok(()));
             }
             Ok(len) => {
-                size = if len == size { (size * 2).min(MESSAGE_MAX) } else { len.next_power_of_two().clamp(READ_MIN, size) };
+                size = if len == size {
+                    (size * 2).min(MESSAGE_MAX)
+                } else {
+                    len.next_power_of_two().clamp(READ_MIN, size)
+                };
                 flow.spend(len);
-                if sender.send(data.freeze()).await == Err(Gone) {
-                    return Ok(std::future::pending().await);
+                if sender.send(data.freeze()).await.is_err() {
+                    // Drain's to report.
+                    return std::future::pending().await;
                 }
+                // A socket that always has more, and a link that always has room, would keep the thread.
+                consume_budget().await;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error.into()),

@@ -5,25 +5,33 @@ use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use bytes::{BufMut, BytesMut};
-use nix::sys::socket::Shutdown;
+use nix::libc::linger;
+use nix::sys::socket::sockopt::Linger;
+use nix::sys::socket::{MsgFlags, Shutdown, recv, setsockopt};
+use tokio::io::Interest;
 use tokio::net::{TcpStream, UnixStream};
 
 /// The local end of a tunnel: a client of an inbound, or the server of an outbound.
+///
+/// Dropping it resets a TCP connection, whoever was cancelled or has crashed: only [`Socket::finish`] closes in good
+/// order. A unix socket knows no reset: its other side reads an end of file, and can't write.
 #[derive(Debug)]
 pub enum Socket {
-    /// TCP over IPv4 or IPv6.
+    /// TCP over IPv4 or IPv6, from [`Socket::tcp`].
     Tcp(TcpStream),
     /// A unix stream socket.
     Unix(UnixStream),
 }
 
 impl Socket {
-    /// A TCP socket, with Nagle's algorithm off: what a client wrote must not wait for an acknowledgement.
+    /// A TCP socket, with Nagle's algorithm off: what a client wrote must not wait for an acknowledgement. From here
+    /// on a close is a reset.
     ///
     /// # Errors
     /// The socket is already dead.
     pub fn tcp(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
+        stream.set_zero_linger()?;
         Ok(Self::Tcp(stream))
     }
 
@@ -46,6 +54,40 @@ impl Socket {
         match self {
             Self::Tcp(stream) => stream.writable().await,
             Self::Unix(stream) => stream.writable().await,
+        }
+    }
+
+    /// Waits until the connection has failed, and says how: a reset, as a rule. Reads nothing.
+    pub async fn failed(&self) -> io::Error {
+        let ready = match self {
+            Self::Tcp(stream) => stream.ready(Interest::ERROR).await.and_then(|_| stream.take_error()),
+            Self::Unix(stream) => stream.ready(Interest::ERROR).await.and_then(|_| stream.take_error()),
+        };
+        ready.unwrap_or_else(Some).unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())
+    }
+
+    /// Waits until whoever is at the other side has left without a word: failed, or ended having sent nothing. One
+    /// that has sent something and then ended may still wait for an answer. Takes no bytes.
+    pub async fn left(&self) {
+        loop {
+            if self.readable().await.is_err() {
+                return;
+            }
+            match self.try_peek() {
+                Ok(0) => return,
+                Ok(_) => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            }
+        }
+        self.failed().await;
+    }
+
+    fn try_peek(&self) -> io::Result<usize> {
+        let peek = || Ok(recv(self.as_fd().as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK)?);
+        match self {
+            Self::Tcp(stream) => stream.try_io(Interest::READABLE, peek),
+            Self::Unix(stream) => stream.try_io(Interest::READABLE, peek),
         }
     }
 
@@ -82,10 +124,15 @@ impl Socket {
 
     /// Closes so that the other side sees a reset, not an orderly end: what it has received is not all there was.
     pub fn abort(self) {
+        drop(self);
+    }
+
+    /// Closes in good order: what was written still goes out.
+    pub fn finish(self) {
         if let Self::Tcp(stream) = self
-            && let Err(error) = stream.set_zero_linger()
+            && let Err(error) = setsockopt(&stream, Linger, &linger { l_onoff: 0, l_linger: 0 })
         {
-            log::debug!("resetting a connection: {error}");
+            log::debug!("closing a connection: {error}");
         }
     }
 }

@@ -120,7 +120,7 @@ impl Checksum {
     fn push(&mut self, byte: u8) {
         self.partial |= u64::from(byte) << (8 * (self.length % 8));
         self.length += 1;
-        if self.length % 8 == 0 {
+        if self.length.is_multiple_of(8) {
             self.state = mix(self.state, std::mem::take(&mut self.partial));
         }
     }

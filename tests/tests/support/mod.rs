@@ -14,20 +14,20 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 /// An answer, read whole.
-pub struct Answer {
-    pub status: StatusCode,
-    pub headers: HeaderMap,
-    pub body: Bytes,
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
 }
 
 impl Answer {
     /// The body as JSON, or null.
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_default()
     }
 
     /// The variant in Trustee's error shape.
-    pub fn variant(&self) -> String {
+    pub(crate) fn variant(&self) -> String {
         let json = self.json();
         assert!(json["detail"].is_string(), "no detail in {json}");
         let prefix = "https://github.com/confidential-containers/kbs/errors/";
@@ -35,13 +35,13 @@ impl Answer {
     }
 
     /// The cookie it sets, as to be sent back.
-    pub fn cookie(&self) -> String {
+    pub(crate) fn cookie(&self) -> String {
         self.headers[SET_COOKIE].to_str().unwrap().split(';').next().unwrap().to_owned()
     }
 }
 
 /// One request on a connection of its own.
-pub async fn call(
+pub(crate) async fn call(
     addr: SocketAddr,
     method: Method,
     path: &str,
@@ -61,7 +61,7 @@ pub async fn call(
 }
 
 /// Attests; answers the cookie and the token.
-pub async fn attest(kbs: &Kbs) -> (String, String) {
+pub(crate) async fn attest(kbs: &Kbs) -> (String, String) {
     let auth = call(kbs.addr(), Method::POST, "/kbs/v0/auth", &[], b"{}").await.unwrap();
     let (cookie, nonce) = (auth.cookie(), auth.json()["nonce"].clone());
     let body = json!({"nonce": nonce, "evidence": DEFAULT_EVIDENCE}).to_string();
@@ -71,6 +71,6 @@ pub async fn attest(kbs: &Kbs) -> (String, String) {
 }
 
 /// Seconds since 1970.
-pub fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }

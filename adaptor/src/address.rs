@@ -1,0 +1,106 @@
+//! Where a pod VM's agent is reached.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr};
+use std::str::FromStr;
+
+use secure_comms_protocol::limits::SSH_PORT;
+use secure_comms_protocol::tag::{Host, Tag};
+use secure_comms_protocol::{OutboundTag, Target};
+
+/// `HOST[:PORT]`: a name, an IPv4 address, or an IPv6 address with or without brackets; the port is 2222 unless given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// The host.
+    pub host: Host,
+    /// The port, never 0.
+    pub port: u16,
+}
+
+/// Why a text is not an address.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected HOST, HOST:PORT, an IPv6 address or [IPv6]:PORT (port 1 to 65535, {SSH_PORT} if left out)")]
+pub struct AddressError;
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        if let Ok(ip) = text.parse::<Ipv6Addr>() {
+            return Ok(Self { host: Host::Ip(IpAddr::V6(ip)), port: SSH_PORT });
+        }
+        let has_port = if text.starts_with('[') { text.contains("]:") } else { text.contains(':') };
+        let (host, port) = if has_port {
+            host_port(text).ok_or(AddressError)?
+        } else {
+            host_port(&format!("{text}:{SSH_PORT}")).ok_or(AddressError)?
+        };
+        Ok(Self { host, port })
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Target::Tcp { host: self.host.clone(), port: self.port }.fmt(f)
+    }
+}
+
+/// Reads `HOST:PORT` by the rules of an outbound tag, so that there is one definition of a host.
+pub(crate) fn host_port(text: &str) -> Option<(Host, u16)> {
+    if !text.contains(':') || text.contains(char::is_whitespace) {
+        return None;
+    }
+    match OutboundTag::parse(&format!("BOTH_PHASES:X:{text}")).ok()?.target {
+        Target::Tcp { host, port } => Some((host, port)),
+        Target::Unix(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_has_port_2222_unless_it_says_otherwise() {
+        for (text, shown) in [
+            ("vm", "vm:2222"),
+            ("vm.example:22", "vm.example:22"),
+            ("10.0.0.1", "10.0.0.1:2222"),
+            ("10.0.0.1:1", "10.0.0.1:1"),
+            ("::1", "[::1]:2222"),
+            ("[fd00::2]", "[fd00::2]:2222"),
+            ("[fd00::2]:65535", "[fd00::2]:65535"),
+        ] {
+            let address: Address = text.parse().unwrap();
+            assert_eq!(address.to_string(), shown);
+            assert_eq!(shown.parse(), Ok(address));
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused() {
+        for text in [
+            "",
+            ":22",
+            "vm:",
+            "vm:0",
+            "vm:65536",
+            "vm:x",
+            "[::1",
+            "[::1]x",
+            "[::1]:",
+            "::1]:22",
+            "a b",
+            "1.2.3",
+            "/run/x",
+            "/run/x:22",
+            "user@vm",
+            "ssh://vm",
+            "[vm]:22",
+            "vm:22:22",
+            "[fe80::1%eth0]",
+        ] {
+            assert_eq!(text.parse::<Address>(), Err(AddressError), "{text:?}");
+        }
+    }
+}

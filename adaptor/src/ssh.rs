@@ -1,0 +1,579 @@
+//! The SSH client: one connection, from TCP to authentication. The only file of the adaptor, with keys.rs, that
+//! names russh.
+
+use std::collections::HashSet;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use russh::client::{self, AuthResult, ChannelOpenHandle, DisconnectReason, Handle, Handler, Msg};
+use russh::keys::{HashAlg, PrivateKeyWithHashAlg, PublicKey, PublicKeyOrCertificate};
+use russh::{Channel, ChannelId, ChannelMsg, ChannelOpenFailure, MethodKind, MethodSet};
+use secure_comms_protocol::limits::{AUTHENTICATE, CONTROL_SUBSYSTEM, CreditLimits, TCP_CONNECT};
+use secure_comms_protocol::{Attestation, Kubernetes, Phase, PhaseName, TunnelName};
+use secure_comms_ssh::channel::{PendingChannel, split};
+use secure_comms_ssh::guard::{Guard, Guarded, Peer};
+use secure_comms_ssh::link::{Opener, SshLink};
+use secure_comms_ssh::profile;
+use secure_comms_tunnel::flow::Side;
+use secure_comms_tunnel::{Credits, Incoming, Outbounds, Receiver, Refusal, RefusalKind, Sender, outbound};
+use tokio::net::TcpStream;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::timeout;
+
+use crate::keys::{PodPublic, WorkerNodeKey};
+use crate::log::quote;
+
+/// A phase as this side of a connection sees it.
+pub trait ClientPhase: Phase {
+    /// What the agent's host key is held against. In the Kubernetes phase there is no way to leave it out.
+    type Host: Copy + Send + Sync + 'static;
+    /// What a connection may hold for slow readers.
+    const CREDIT: CreditLimits;
+    /// Whether the agent proved to be the one.
+    fn trusts(host: &Self::Host, shown: &PublicKey) -> bool;
+}
+
+/// Nothing is proven in the Attestation phase: any host key will do.
+#[derive(Clone, Copy, Debug)]
+pub struct AnyHost;
+
+impl ClientPhase for Attestation {
+    type Host = AnyHost;
+    const CREDIT: CreditLimits = CreditLimits::ATTESTATION;
+
+    fn trusts(_: &AnyHost, _: &PublicKey) -> bool {
+        true
+    }
+}
+
+impl ClientPhase for Kubernetes {
+    type Host = PodPublic;
+    const CREDIT: CreditLimits = CreditLimits::KUBERNETES;
+
+    fn trusts(host: &PodPublic, shown: &PublicKey) -> bool {
+        // Constant time. A key that is not Ed25519 can't be the pod's.
+        PodPublic::from_ssh(shown).is_ok_and(|shown| shown == *host)
+    }
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// No TCP connection.
+    #[error("TCP connect: {0}")]
+    Unreachable(#[source] io::Error),
+    /// The agent's host key is not the pod's; nothing was sent to it.
+    #[error("its host key ({shown}) is not this pod's")]
+    WrongHostKey {
+        /// The fingerprint of the key it showed.
+        shown: String,
+    },
+    /// The agent refuses this user.
+    #[error("user '{}' refused{}", .phase.user(), said(.banner))]
+    Refused {
+        /// The phase that we asked for.
+        phase: PhaseName,
+        /// What the agent said before; it proves nothing.
+        banner: Option<String>,
+    },
+    /// It took too long.
+    #[error("no answer within {0} s while {1}")]
+    Timeout(u64, &'static str),
+    /// The other end does not speak our protocol, or the connection broke.
+    #[error("{0}: {1}")]
+    Protocol(&'static str, String),
+}
+
+fn said(banner: &Option<String>) -> String {
+    banner.as_ref().map(|text| format!(" (it says: {text})")).unwrap_or_default()
+}
+
+impl ConnectError {
+    /// The phase that the agent says it is in, where it refuses ours: a hint.
+    pub fn hint(&self) -> Option<PhaseName> {
+        let Self::Refused { banner: Some(banner), .. } = self else { return None };
+        phase_hint(banner)
+    }
+}
+
+fn phase_hint(banner: &str) -> Option<PhaseName> {
+    let names = |phase: &PhaseName| banner.contains(&format!("{phase} phase"));
+    [PhaseName::Attestation, PhaseName::Kubernetes].into_iter().find(names)
+}
+
+/// How a connection ended, as far as SSH knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TransportEnd {
+    /// The agent offers no way to authenticate as this user.
+    Refused,
+    /// The agent said so.
+    Disconnected(String),
+    /// It broke.
+    Broken(String),
+}
+
+/// Where to connect to and as whom.
+#[derive(Clone, Debug)]
+pub struct Dial {
+    /// The agent's address.
+    pub address: SocketAddr,
+    /// What the worker node proves itself with.
+    pub node_key: WorkerNodeKey,
+    /// Data in a direction after which new session keys are made, in bytes.
+    pub rekey_bytes: usize,
+}
+
+/// What a connection and its handler share.
+struct Shared<P: ClientPhase> {
+    host: P::Host,
+    outbounds: Arc<Outbounds<P>>,
+    credits: Credits,
+    /// The names that we have asked the agent to forward.
+    asked: Mutex<HashSet<TunnelName>>,
+    /// One permit for every stream that the agent has open, or waits to have opened.
+    streams: Arc<Semaphore>,
+    banner: Mutex<Option<String>>,
+    wrong_key: Mutex<Option<String>>,
+    end: watch::Sender<Option<TransportEnd>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<P: ClientPhase> Shared<P> {
+    fn new(host: P::Host, outbounds: Arc<Outbounds<P>>) -> Arc<Self> {
+        Arc::new(Self {
+            host,
+            outbounds,
+            credits: Credits::new(Side::Adaptor, P::CREDIT),
+            asked: Mutex::default(),
+            streams: Arc::new(Semaphore::new(P::CREDIT.streams)),
+            banner: Mutex::default(),
+            wrong_key: Mutex::default(),
+            end: watch::Sender::new(None),
+        })
+    }
+
+    /// The first reason counts: the rest follows from it.
+    fn end(&self, reason: TransportEnd) {
+        self.end.send_if_modified(|end| {
+            let first = end.is_none();
+            end.get_or_insert(reason);
+            first
+        });
+        self.credits.end();
+    }
+
+    async fn ended(&self) -> TransportEnd {
+        let mut end = self.end.subscribe();
+        let end = end.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
+        end.unwrap_or_else(|| TransportEnd::Broken("the connection is gone".into()))
+    }
+
+    fn refused(&self) -> ConnectError {
+        ConnectError::Refused { phase: P::NAME, banner: lock(&self.banner).clone() }
+    }
+
+    /// Serves a stream that the agent asks for, on a task of its own: the caller is the session's loop.
+    fn serve_stream(self: Arc<Self>, name: &str, id: u32, pending: PendingChannel<Msg>) {
+        let refusal = |kind, cause| Refusal::new(kind, name, P::NAME, cause);
+        let asked = name.parse().is_ok_and(|name| lock(&self.asked).contains(&name));
+        let permit = if asked {
+            let full = refusal(RefusalKind::Shortage, "too many open streams on this connection; close some");
+            self.streams.clone().try_acquire_owned().map_err(|_| full)
+        } else {
+            Err(refusal(RefusalKind::Prohibited, "the adaptor has not asked for streams of this name"))
+        };
+        let name = name.to_owned();
+        tokio::spawn(async move {
+            match permit {
+                Ok(_permit) => outbound::serve(&self.outbounds, &self.credits, &name, id, pending).await,
+                Err(refusal) => {
+                    tracing::warn!("refusing a stream of the agent: {}", quote(&refusal.reason));
+                    pending.refuse(refusal).await;
+                }
+            }
+        });
+    }
+}
+
+/// What russh calls. It runs inside the session's loop, so nothing in it may wait.
+struct Client<P: ClientPhase>(Arc<Shared<P>>);
+
+impl<P: ClientPhase> Drop for Client<P> {
+    fn drop(&mut self) {
+        // russh leaves `disconnected` out where closing the socket fails.
+        self.0.end(TransportEnd::Broken("the connection was closed".into()));
+    }
+}
+
+async fn refuse(reply: ChannelOpenHandle, what: &str) -> Result<(), russh::Error> {
+    tracing::warn!("refusing a channel of the agent: {what}: only forwarded-tcpip is served");
+    reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+    Ok(())
+}
+
+impl<P: ClientPhase> Handler for Client<P> {
+    type Error = russh::Error;
+
+    async fn auth_banner(&mut self, banner: &str, _: &mut client::Session) -> Result<(), russh::Error> {
+        // The first one: a stranger could send them for ever.
+        lock(&self.0.banner).get_or_insert_with(|| quote(banner.trim()));
+        Ok(())
+    }
+
+    async fn check_server_key(&mut self, shown: &PublicKeyOrCertificate) -> Result<bool, russh::Error> {
+        let fingerprint = match shown {
+            PublicKeyOrCertificate::PublicKey { key, .. } if P::trusts(&self.0.host, key) => return Ok(true),
+            PublicKeyOrCertificate::PublicKey { key, .. } => key.fingerprint(HashAlg::Sha256).to_string(),
+            PublicKeyOrCertificate::Certificate(_) => "a certificate".to_owned(),
+        };
+        *lock(&self.0.wrong_key) = Some(fingerprint);
+        Ok(false)
+    }
+
+    async fn server_channel_open_forwarded_tcpip(
+        &mut self,
+        channel: Channel<Msg>,
+        connected_address: &str,
+        _: u32,
+        _: &str,
+        originator_port: u32,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        let pending = PendingChannel::new(channel, reply);
+        self.0.clone().serve_stream(connected_address, originator_port, pending);
+        Ok(())
+    }
+
+    // The defaults of the rest accept.
+
+    async fn server_channel_open_session(
+        &mut self,
+        _: Channel<Msg>,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        refuse(reply, "session").await
+    }
+
+    async fn server_channel_open_direct_tcpip(
+        &mut self,
+        _: Channel<Msg>,
+        _: &str,
+        _: u32,
+        _: &str,
+        _: u32,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        refuse(reply, "direct-tcpip").await
+    }
+
+    async fn server_channel_open_direct_streamlocal(
+        &mut self,
+        _: Channel<Msg>,
+        _: &str,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        refuse(reply, "direct-streamlocal").await
+    }
+
+    async fn server_channel_open_forwarded_streamlocal(
+        &mut self,
+        _: Channel<Msg>,
+        _: &str,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        refuse(reply, "forwarded-streamlocal").await
+    }
+
+    async fn server_channel_open_agent_forward(
+        &mut self,
+        _: Channel<Msg>,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        refuse(reply, "agent").await
+    }
+
+    async fn server_channel_open_x11(
+        &mut self,
+        _: Channel<Msg>,
+        _: &str,
+        _: u32,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        refuse(reply, "x11").await
+    }
+
+    async fn should_accept_unknown_server_channel(&mut self, _: ChannelId, _: &str) -> bool {
+        false
+    }
+
+    async fn server_channel_open_unknown(
+        &mut self,
+        _: Channel<Msg>,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        refuse(reply, "unknown").await
+    }
+
+    async fn channel_open_failure(
+        &mut self,
+        _: ChannelId,
+        _: ChannelOpenFailure,
+        description: &str,
+        _: &str,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        // It names tunnel, phase and cause.
+        tracing::warn!("the agent refuses a stream: {}", quote(description));
+        Ok(())
+    }
+
+    async fn disconnected(&mut self, reason: DisconnectReason<russh::Error>) -> Result<(), russh::Error> {
+        match reason {
+            DisconnectReason::ReceivedDisconnect(info) => {
+                self.0.end(TransportEnd::Disconnected(quote(&info.message)));
+                Ok(())
+            }
+            DisconnectReason::Error(error) => {
+                self.0.end(match &error {
+                    russh::Error::NoAuthMethod => TransportEnd::Refused,
+                    russh::Error::Disconnect | russh::Error::HUP => {
+                        TransportEnd::Broken("the agent closed the connection".into())
+                    }
+                    other => TransportEnd::Broken(quote(&other.to_string())),
+                });
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Cuts the connection when dropped: nothing else stops a russh session.
+#[derive(Debug)]
+struct CutOnDrop(Guard);
+
+impl Drop for CutOnDrop {
+    fn drop(&mut self) {
+        self.0.cut();
+    }
+}
+
+/// An authenticated connection; dropping it cuts it and ends its streams.
+pub struct Connection<P: ClientPhase> {
+    handle: Arc<Handle<Client<P>>>,
+    shared: Arc<Shared<P>>,
+    _cut: CutOnDrop,
+}
+
+impl<P: ClientPhase> std::fmt::Debug for Connection<P> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connection").field("phase", &P::NAME).finish_non_exhaustive()
+    }
+}
+
+impl<P: ClientPhase> Drop for Connection<P> {
+    fn drop(&mut self) {
+        // Streams under way see the end of the connection, and reset their local ends: aborting their tasks would
+        // make half a stream look like a whole one.
+        self.shared.end(TransportEnd::Broken("closed from this side".into()));
+    }
+}
+
+/// Opens `direct-tcpip` channels: the host is the tunnel's name, the port means nothing.
+pub struct DirectOpener<P: ClientPhase>(Arc<Handle<Client<P>>>);
+
+impl<P: ClientPhase> Clone for DirectOpener<P> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<P: ClientPhase> std::fmt::Debug for DirectOpener<P> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DirectOpener({})", P::NAME)
+    }
+}
+
+impl<P: ClientPhase> Opener for DirectOpener<P> {
+    type Message = Msg;
+
+    fn open(
+        &self,
+        name: &TunnelName,
+        id: u32,
+    ) -> impl Future<Output = Result<Channel<Msg>, russh::Error>> + Send + 'static {
+        let (handle, name) = (Arc::clone(&self.0), name.to_string());
+        async move { handle.channel_open_direct_tcpip(name, 1, "127.0.0.1", id).await }
+    }
+}
+
+/// Streams to the agent in a phase.
+pub type AgentLink<P> = SshLink<DirectOpener<P>>;
+
+/// Connects to the Attestation phase: neither side proves anything, unless the agent insists on our key.
+///
+/// # Errors
+/// See [`ConnectError`].
+pub async fn attestation(
+    dial: &Dial,
+    outbounds: Arc<Outbounds<Attestation>>,
+) -> Result<Connection<Attestation>, ConnectError> {
+    connect(dial, AnyHost, outbounds).await
+}
+
+/// Connects to the Kubernetes phase: the agent proves itself with the pod's key, and we with the worker node's.
+///
+/// # Errors
+/// See [`ConnectError`].
+pub async fn kubernetes(
+    dial: &Dial,
+    pod: PodPublic,
+    outbounds: Arc<Outbounds<Kubernetes>>,
+) -> Result<Connection<Kubernetes>, ConnectError> {
+    connect(dial, pod, outbounds).await
+}
+
+async fn connect<P: ClientPhase>(
+    dial: &Dial,
+    host: P::Host,
+    outbounds: Arc<Outbounds<P>>,
+) -> Result<Connection<P>, ConnectError> {
+    let tcp = match timeout(TCP_CONNECT, TcpStream::connect(dial.address)).await {
+        Ok(tcp) => tcp.map_err(ConnectError::Unreachable)?,
+        Err(_) => return Err(ConnectError::Timeout(TCP_CONNECT.as_secs(), "connecting")),
+    };
+    tcp.set_nodelay(true).map_err(ConnectError::Unreachable)?;
+    let (socket, guard) = Guarded::new(tcp, Peer::Server);
+    let cut = CutOnDrop(guard.clone());
+    let shared = Shared::new(host, outbounds);
+    let handshake = async {
+        let config = Arc::new(profile::client(dial.rekey_bytes));
+        let handle = client::connect_stream(config, socket, Client(shared.clone()));
+        let mut handle = handle.await.map_err(|error| handshake_error(&shared, &error))?;
+        authenticate(&mut handle, &shared, &dial.node_key).await?;
+        Ok(handle)
+    };
+    match timeout(AUTHENTICATE, handshake).await {
+        Ok(handle) => {
+            let handle = Arc::new(handle?);
+            guard.may_hold(P::CREDIT.held_max());
+            Ok(Connection { handle, shared, _cut: cut })
+        }
+        Err(_) => Err(ConnectError::Timeout(AUTHENTICATE.as_secs(), "agreeing on keys and authenticating")),
+    }
+}
+
+fn handshake_error<P: ClientPhase>(shared: &Shared<P>, error: &russh::Error) -> ConnectError {
+    match (lock(&shared.wrong_key).take(), error) {
+        (Some(shown), _) => ConnectError::WrongHostKey { shown },
+        (None, russh::Error::Disconnect | russh::Error::HUP) => {
+            ConnectError::Protocol("SSH handshake", "the other end closed the connection".into())
+        }
+        (None, error) => ConnectError::Protocol("SSH handshake", quote(&error.to_string())),
+    }
+}
+
+async fn authenticate<P: ClientPhase>(
+    handle: &mut Handle<Client<P>>,
+    shared: &Shared<P>,
+    node_key: &WorkerNodeKey,
+) -> Result<(), ConnectError> {
+    let user = P::NAME.user();
+    let broken = |error: russh::Error| ConnectError::Protocol("authenticate", quote(&error.to_string()));
+    if P::NAME == PhaseName::Attestation {
+        match handle.authenticate_none(user).await.map_err(broken)? {
+            AuthResult::Success => return Ok(()),
+            AuthResult::Failure { remaining_methods, .. } => {
+                if !remaining_methods.contains(&MethodKind::PublicKey) {
+                    return Err(why_refused(shared, &remaining_methods).await);
+                }
+            }
+        }
+    }
+    let key = PrivateKeyWithHashAlg::new(node_key.ssh(), None);
+    match handle.authenticate_publickey(user, key).await.map_err(broken)? {
+        AuthResult::Success => Ok(()),
+        AuthResult::Failure { remaining_methods, .. } => Err(why_refused(shared, &remaining_methods).await),
+    }
+}
+
+/// russh reports a connection that broke while it authenticated as a refusal without further methods.
+async fn why_refused<P: ClientPhase>(shared: &Shared<P>, remaining: &MethodSet) -> ConnectError {
+    if !remaining.is_empty() {
+        return shared.refused();
+    }
+    match shared.ended().await {
+        TransportEnd::Refused => shared.refused(),
+        TransportEnd::Disconnected(why) | TransportEnd::Broken(why) => {
+            ConnectError::Protocol("authenticate", why)
+        }
+    }
+}
+
+impl<P: ClientPhase> Connection<P> {
+    /// Opens the control channel.
+    ///
+    /// # Errors
+    /// The agent refuses it.
+    pub async fn control(&self) -> Result<(impl Receiver + use<P>, impl Sender + use<P>), ConnectError> {
+        let broken = |why: String| ConnectError::Protocol("open the control channel", why);
+        let opened = self.handle.channel_open_session().await;
+        let mut channel = opened.map_err(|error| broken(quote(&error.to_string())))?;
+        let asked = channel.request_subsystem(true, CONTROL_SUBSYSTEM).await;
+        asked.map_err(|error| broken(quote(&error.to_string())))?;
+        loop {
+            match channel.wait().await {
+                Some(ChannelMsg::Success) => return Ok(split(channel)),
+                Some(ChannelMsg::WindowAdjusted { .. }) => {}
+                Some(ChannelMsg::Failure) => {
+                    return Err(broken(format!("it has no subsystem {CONTROL_SUBSYSTEM}: not an agent")));
+                }
+                _ => return Err(broken("it was closed".into())),
+            }
+        }
+    }
+
+    /// Asks the agent to forward streams of this name to us; false if it refuses.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub async fn forward(&self, name: &TunnelName, port: u16) -> Result<bool, ConnectError> {
+        // Before the agent hears of it: a stream may come with the answer.
+        lock(&self.shared.asked).insert(name.clone());
+        match self.handle.tcpip_forward(name.as_str(), port.into()).await {
+            Ok(_) => Ok(true),
+            Err(russh::Error::RequestDenied) => {
+                lock(&self.shared.asked).remove(name);
+                Ok(false)
+            }
+            Err(error) => Err(ConnectError::Protocol("ask for a forward", quote(&error.to_string()))),
+        }
+    }
+
+    /// Where streams to the agent's outbounds are opened.
+    pub fn link(&self) -> AgentLink<P> {
+        SshLink::new(DirectOpener(Arc::clone(&self.handle)), self.shared.credits.clone())
+    }
+
+    /// The connection's flow control.
+    pub fn credits(&self) -> &Credits {
+        &self.shared.credits
+    }
+
+    /// Waits for the end of the connection.
+    pub fn ended(&self) -> impl Future<Output = TransportEnd> + Send + use<P> {
+        let shared = Arc::clone(&self.shared);
+        async move { shared.ended().await }
+    }
+}

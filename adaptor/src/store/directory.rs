@@ -1,0 +1,242 @@
+//! The store in a directory: `worker-node.key`, and `pods/<pod id>/` with `key` and `addresses.json`.
+//!
+//! A lock orders processes that write, so that whatever unfinished file its holder finds is a crash's leftover.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use secure_comms_protocol::PodId;
+use secure_comms_protocol::limits::KEY_MAX;
+use zeroize::Zeroizing;
+
+use super::{Store, StoreError};
+use crate::address::Address;
+use crate::keys::{KeyError, PodKey, WorkerNodeKey};
+use crate::private_file::{self, FileError, TEMP_PREFIX};
+
+const GONE_PREFIX: &str = ".gone-";
+
+/// The store in a directory that only we may write.
+#[derive(Clone, Debug)]
+pub struct DirectoryStore {
+    root: PathBuf,
+}
+
+/// The right to change the store, until dropped.
+struct Locked {
+    _file: File,
+}
+
+impl DirectoryStore {
+    /// Opens the store, makes its directories if need be, and clears away what a crash has left.
+    ///
+    /// # Errors
+    /// The directory cannot be made, or others may write it.
+    pub fn open(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
+        let store = Self { root: root.into() };
+        private_file::own_directory(&store.root)?;
+        private_file::own_directory(&store.pods_directory())?;
+        let _locked = store.lock()?;
+        store.tidy()?;
+        Ok(store)
+    }
+
+    fn pods_directory(&self) -> PathBuf {
+        self.root.join("pods")
+    }
+
+    fn pod_directory(&self, pod: &PodId) -> PathBuf {
+        self.pods_directory().join(pod.as_str())
+    }
+
+    fn key_file(&self, pod: &PodId) -> PathBuf {
+        self.pod_directory(pod).join("key")
+    }
+
+    fn addresses_file(&self, pod: &PodId) -> PathBuf {
+        self.pod_directory(pod).join("addresses.json")
+    }
+
+    fn lock(&self) -> Result<Locked, FileError> {
+        let path = self.root.join(".lock");
+        let failed = || FileError::io("lock", &path);
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let file = file.map_err(failed())?;
+        file.lock().map_err(failed())?;
+        Ok(Locked { _file: file })
+    }
+
+    fn tidy(&self) -> Result<(), FileError> {
+        let pods = self.pods_directory();
+        remove_leftovers(&self.root)?;
+        remove_leftovers(&pods)?;
+        for name in names(&pods)? {
+            if name.parse::<PodId>().is_ok() {
+                remove_leftovers(&pods.join(name))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn find_or_make_worker_node_key(&self) -> Result<WorkerNodeKey, StoreError> {
+        let path = self.root.join("worker-node.key");
+        find_or_make(&path, WorkerNodeKey::from_pem, || {
+            let _locked = self.lock()?;
+            let pem = WorkerNodeKey::generate().and_then(|key| key.to_pem()).map_err(StoreError::Key)?;
+            Ok(private_file::create(&path, pem.as_bytes())?)
+        })
+    }
+
+    fn find_or_make_pod_key(&self, pod: &PodId) -> Result<PodKey, StoreError> {
+        let path = self.key_file(pod);
+        find_or_make(&path, PodKey::from_pem, || {
+            let _locked = self.lock()?;
+            private_file::own_directory(&self.pod_directory(pod))?;
+            private_file::sync_directory(&self.pods_directory())?;
+            let pem = PodKey::generate().and_then(|key| key.to_pem()).map_err(StoreError::Key)?;
+            Ok(private_file::create(&path, pem.as_bytes())?)
+        })
+    }
+
+    fn list_pods(&self) -> Result<Vec<PodId>, StoreError> {
+        let known = |name: String| name.parse().ok().filter(|pod| self.key_file(pod).exists());
+        let mut pods: Vec<PodId> = names(&self.pods_directory())?.into_iter().filter_map(known).collect();
+        pods.sort();
+        Ok(pods)
+    }
+
+    /// One rename forgets all of it at once; the rest is tidying, and a crash in it leaves no pod behind.
+    fn forget_pod(&self, pod: &PodId) -> Result<(), StoreError> {
+        let _locked = self.lock()?;
+        let pods = self.pods_directory();
+        let gone = pods.join(format!("{GONE_PREFIX}{:032x}", rand::random::<u128>()));
+        match fs::rename(self.pod_directory(pod), &gone) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            renamed => renamed.map_err(FileError::io("forget", &self.pod_directory(pod)))?,
+        }
+        private_file::sync_directory(&pods)?;
+        remove_leftovers(&pods)?;
+        Ok(())
+    }
+
+    fn write_addresses(&self, pod: &PodId, addresses: &[Address]) -> Result<(), StoreError> {
+        let _locked = self.lock()?;
+        if !self.key_file(pod).exists() {
+            return Err(StoreError::UnknownPod(pod.clone()));
+        }
+        let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+        let json = serde_json::Value::from(texts).to_string();
+        Ok(private_file::replace(&self.addresses_file(pod), json.as_bytes())?)
+    }
+
+    fn read_addresses(&self, pod: &PodId) -> Result<Vec<Address>, StoreError> {
+        let path = self.addresses_file(pod);
+        let json = match private_file::read(&path, KEY_MAX) {
+            Err(error) if error.is_not_found() => return Ok(Vec::new()),
+            json => json?,
+        };
+        let texts: Option<Vec<String>> = serde_json::from_slice(&json).ok();
+        let addresses = texts.and_then(|texts| texts.iter().map(|text| text.parse().ok()).collect());
+        addresses.ok_or(StoreError::BrokenAddresses(path))
+    }
+
+    /// Disks can be slow; the tasks of other pods must not wait for them.
+    async fn on_disk<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let store = self.clone();
+        tokio::task::spawn_blocking(move || work(&store)).await.unwrap_or(Err(StoreError::CutOff))
+    }
+}
+
+/// Reads the key; if there is none, lets one be made and reads again: what is on the disk is what all get.
+fn find_or_make<K>(
+    path: &Path,
+    decode: fn(&[u8]) -> Result<K, KeyError>,
+    make: impl FnOnce() -> Result<bool, StoreError>,
+) -> Result<K, StoreError> {
+    let pem = match private_file::read(path, KEY_MAX) {
+        Err(error) if error.is_not_found() => {
+            make()?;
+            private_file::read(path, KEY_MAX)?
+        }
+        pem => pem?,
+    };
+    decoded(path, decode, &pem)
+}
+
+fn decoded<K>(
+    path: &Path,
+    decode: fn(&[u8]) -> Result<K, KeyError>,
+    pem: &Zeroizing<Vec<u8>>,
+) -> Result<K, StoreError> {
+    decode(pem).map_err(|source| StoreError::BrokenKey { path: path.to_owned(), source })
+}
+
+fn names(directory: &Path) -> Result<Vec<String>, FileError> {
+    let failed = || FileError::io("list", directory);
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory).map_err(failed())? {
+        // A name that is not UTF-8 is none of ours.
+        names.extend(entry.map_err(failed())?.file_name().into_string());
+    }
+    Ok(names)
+}
+
+fn remove_leftovers(directory: &Path) -> Result<(), FileError> {
+    for name in names(directory)? {
+        let path = directory.join(&name);
+        if name.starts_with(GONE_PREFIX) {
+            fs::remove_dir_all(&path).map_err(FileError::io("remove", &path))?;
+        } else if name.starts_with(TEMP_PREFIX) {
+            fs::remove_file(&path).map_err(FileError::io("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl Store for DirectoryStore {
+    async fn worker_node_key(&self) -> Result<WorkerNodeKey, StoreError> {
+        self.on_disk(Self::find_or_make_worker_node_key).await
+    }
+
+    async fn pod_key(&self, pod: &PodId) -> Result<PodKey, StoreError> {
+        let pod = pod.clone();
+        self.on_disk(move |store| store.find_or_make_pod_key(&pod)).await
+    }
+
+    async fn known_pod_key(&self, pod: &PodId) -> Result<Option<PodKey>, StoreError> {
+        let pod = pod.clone();
+        self.on_disk(move |store| {
+            let path = store.key_file(&pod);
+            match private_file::read(&path, KEY_MAX) {
+                Err(error) if error.is_not_found() => Ok(None),
+                pem => decoded(&path, PodKey::from_pem, &pem?).map(Some),
+            }
+        })
+        .await
+    }
+
+    async fn pods(&self) -> Result<Vec<PodId>, StoreError> {
+        self.on_disk(Self::list_pods).await
+    }
+
+    async fn forget(&self, pod: &PodId) -> Result<(), StoreError> {
+        let pod = pod.clone();
+        self.on_disk(move |store| store.forget_pod(&pod)).await
+    }
+
+    async fn save_addresses(&self, pod: &PodId, addresses: &[Address]) -> Result<(), StoreError> {
+        let (pod, addresses) = (pod.clone(), addresses.to_vec());
+        self.on_disk(move |store| store.write_addresses(&pod, &addresses)).await
+    }
+
+    async fn addresses(&self, pod: &PodId) -> Result<Vec<Address>, StoreError> {
+        let pod = pod.clone();
+        self.on_disk(move |store| store.read_addresses(&pod)).await
+    }
+}

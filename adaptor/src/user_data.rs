@@ -1,0 +1,89 @@
+//! The part of `apf.json` that carries the keys to a pod VM when there is no Trustee.
+
+use std::fmt;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use secure_comms_protocol::{InboundTag, OutboundTag};
+use serde::Serialize;
+use zeroize::Zeroizing;
+
+use crate::keys::{KeyError, PodKey, WorkerNodePublic};
+
+/// Why there is no fragment.
+#[derive(Debug, thiserror::Error)]
+pub enum UserDataError {
+    /// A key could not be encoded.
+    #[error("user data")]
+    Key(#[from] KeyError),
+    /// The JSON could not be written.
+    #[error("user data")]
+    Json(#[from] serde_json::Error),
+}
+
+#[derive(Serialize)]
+struct Fragment<'a> {
+    sc: bool,
+    #[serde(rename = "sc-pp-prv")]
+    pod_private: &'a str,
+    #[serde(rename = "sc-wn-pub")]
+    worker_node_public: &'a str,
+    #[serde(rename = "sc-inbounds")]
+    inbounds: &'a str,
+    #[serde(rename = "sc-outbounds")]
+    outbounds: &'a str,
+}
+
+/// One JSON object and a newline. It is secret: it holds the pod's private key.
+///
+/// # Errors
+/// A key could not be encoded.
+pub fn fragment(
+    pod: &PodKey,
+    worker_node: &WorkerNodePublic,
+    inbounds: &[InboundTag],
+    outbounds: &[OutboundTag],
+) -> Result<Zeroizing<Vec<u8>>, UserDataError> {
+    let pod_private = Zeroizing::new(STANDARD.encode(pod.to_pem()?.as_bytes()));
+    let (inbounds, outbounds) = (list(inbounds), list(outbounds));
+    let fragment = Fragment {
+        sc: true,
+        pod_private: &pod_private,
+        worker_node_public: &STANDARD.encode(worker_node.authorized_keys_line()?),
+        inbounds: &inbounds,
+        outbounds: &outbounds,
+    };
+    // Room enough at once: a vector that grows leaves copies behind that nobody wipes. JSON escapes at most sixfold.
+    let room = 4096 + pod_private.len() + 6 * (inbounds.len() + outbounds.len());
+    let mut json = Zeroizing::new(Vec::with_capacity(room));
+    serde_json::to_writer(&mut *json, &fragment)?;
+    json.push(b'\n');
+    Ok(json)
+}
+
+fn list<T: fmt::Display>(tags: &[T]) -> String {
+    tags.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::WorkerNodeKey;
+    use secure_comms_protocol::tag::parse_list;
+
+    #[test]
+    fn the_fragment_has_the_keys_that_the_agent_reads() {
+        let pod = PodKey::generate().unwrap();
+        let node = WorkerNodeKey::generate().unwrap().public().unwrap();
+        let inbounds = parse_list("KUBERNETES_PHASE:LOG:podns:7000, KUBERNETES_PHASE:B:0").unwrap();
+        let json = fragment(&pod, &node, &inbounds, &[]).unwrap();
+        assert_eq!(json.last(), Some(&b'\n'));
+        let value: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        assert_eq!(value["sc"], true);
+        assert_eq!(value["sc-inbounds"], "KUBERNETES_PHASE:LOG:podns:7000,KUBERNETES_PHASE:B:0");
+        assert_eq!(value["sc-outbounds"], "");
+        let decode = |key: &str| STANDARD.decode(value[key].as_str().unwrap()).unwrap();
+        assert_eq!(PodKey::from_pem(&decode("sc-pp-prv")).unwrap().public().unwrap(), pod.public().unwrap());
+        assert_eq!(decode("sc-wn-pub"), node.authorized_keys_line().unwrap().into_bytes());
+    }
+}

@@ -1,0 +1,176 @@
+//! The directory store: found or made once, never in silence, nothing left behind.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use secure_comms_adaptor::address::Address;
+use secure_comms_adaptor::store::{DirectoryStore, Store, StoreError};
+use secure_comms_protocol::PodId;
+
+fn open(root: &Path) -> DirectoryStore {
+    DirectoryStore::open(root).unwrap()
+}
+
+fn pod(id: &str) -> PodId {
+    id.parse().unwrap()
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+#[tokio::test]
+async fn a_key_is_made_once_and_found_ever_after() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("store");
+    let store = open(&root);
+    assert!(store.known_pod_key(&pod("a")).await.unwrap().is_none());
+    let (node, a) = (store.worker_node_key().await.unwrap(), store.pod_key(&pod("a")).await.unwrap());
+    let again = open(&root);
+    assert_eq!(again.worker_node_key().await.unwrap().public().unwrap(), node.public().unwrap());
+    assert_eq!(again.pod_key(&pod("a")).await.unwrap().public().unwrap(), a.public().unwrap());
+    assert!(again.known_pod_key(&pod("a")).await.unwrap().is_some());
+    assert_ne!(again.pod_key(&pod("b")).await.unwrap().public().unwrap(), a.public().unwrap());
+    for (path, mode) in
+        [("", 0o700), ("pods", 0o700), ("pods/a", 0o700), ("pods/a/key", 0o600), ("worker-node.key", 0o600)]
+    {
+        assert_eq!(fs::metadata(root.join(path)).unwrap().mode() & 0o7777, mode, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn all_that_race_for_a_key_get_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..20 {
+        let pod = pod(&format!("pod{round}"));
+        let racers = (0..8).map(|_| {
+            let (store, pod) = (open(dir.path()), pod.clone());
+            tokio::spawn(async move {
+                (
+                    store.pod_key(&pod).await.unwrap().public().unwrap(),
+                    store.worker_node_key().await.unwrap().public().unwrap(),
+                )
+            })
+        });
+        let mut keys = Vec::new();
+        for racer in racers.collect::<Vec<_>>() {
+            keys.push(racer.await.unwrap());
+        }
+        assert!(keys.iter().all(|key| *key == keys[0]), "{keys:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_forgotten_pod_is_gone_and_forgetting_twice_is_no_fault() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let key = store.pod_key(&pod("a")).await.unwrap();
+    store.pod_key(&pod("b")).await.unwrap();
+    store.save_addresses(&pod("a"), &["vm".parse().unwrap()]).await.unwrap();
+    assert_eq!(store.pods().await.unwrap(), [pod("a"), pod("b")]);
+    store.forget(&pod("a")).await.unwrap();
+    store.forget(&pod("a")).await.unwrap();
+    assert_eq!(store.pods().await.unwrap(), [pod("b")]);
+    assert_eq!(fs::read_dir(dir.path().join("pods")).unwrap().count(), 1);
+    assert_eq!(store.addresses(&pod("a")).await.unwrap(), []);
+    assert_ne!(store.pod_key(&pod("a")).await.unwrap().public().unwrap(), key.public().unwrap());
+}
+
+#[tokio::test]
+async fn addresses_are_kept_for_a_known_pod_and_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let addresses: Vec<Address> = ["vm:1", "[::1]:2", "10.0.0.1"].map(|text| text.parse().unwrap()).into();
+    let error = store.save_addresses(&pod("a"), &addresses).await.unwrap_err();
+    assert_eq!(error.to_string(), "key store: pod a is not known: prepare it first");
+    store.pod_key(&pod("a")).await.unwrap();
+    assert_eq!(store.addresses(&pod("a")).await.unwrap(), []);
+    store.save_addresses(&pod("a"), &addresses).await.unwrap();
+    assert_eq!(open(dir.path()).addresses(&pod("a")).await.unwrap(), addresses);
+    let file = dir.path().join("pods/a/addresses.json");
+    for broken in ["", "{}", "[1]", "[\"a b\"]"] {
+        fs::write(&file, broken).unwrap();
+        let error = store.addresses(&pod("a")).await.unwrap_err().to_string();
+        assert!(error.contains("addresses.json: not a JSON list of addresses: delete the file"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn what_a_crash_left_is_ignored_and_cleared_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    store.pod_key(&pod("a")).await.unwrap();
+    let pods = dir.path().join("pods");
+    for leftover in [dir.path().join(".tmp-1"), pods.join(".tmp-2"), pods.join("a/.tmp-3")] {
+        fs::write(leftover, "half a ke").unwrap();
+    }
+    for directory in [pods.join("halfway"), pods.join(".gone-1")] {
+        fs::create_dir(&directory).unwrap();
+        fs::write(directory.join(".tmp-4"), "half a ke").unwrap();
+    }
+    assert_eq!(store.pods().await.unwrap(), [pod("a")]);
+    let store = open(dir.path());
+    assert_eq!(store.pods().await.unwrap(), [pod("a")]);
+    let left = std::process::Command::new("find")
+        .arg(dir.path())
+        .args(["-name", ".tmp-*", "-o", "-name", ".gone-*"])
+        .output();
+    assert_eq!(String::from_utf8(left.unwrap().stdout).unwrap(), "");
+    store.pod_key(&pod("halfway")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_broken_key_is_an_error_that_names_the_file_and_is_never_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    store.pod_key(&pod("a")).await.unwrap();
+    store.worker_node_key().await.unwrap();
+    let files = [dir.path().join("pods/a/key"), dir.path().join("worker-node.key")];
+    for broken in ["", "garbage"] {
+        for file in &files {
+            fs::write(file, broken).unwrap();
+        }
+        let expected = |file: &Path| {
+            format!(
+                "key store: {}: no usable key: restore the file from a backup, or delete it to have a new key made: \
+                 read a key: not a private key in OpenSSH or PKCS#8 PEM",
+                file.display()
+            )
+        };
+        assert_eq!(chain(&store.pod_key(&pod("a")).await.unwrap_err()), expected(&files[0]));
+        assert_eq!(chain(&store.known_pod_key(&pod("a")).await.unwrap_err()), expected(&files[0]));
+        assert_eq!(chain(&store.worker_node_key().await.unwrap_err()), expected(&files[1]));
+        assert_eq!(fs::read_to_string(&files[0]).unwrap(), broken);
+    }
+}
+
+#[tokio::test]
+async fn keys_and_directories_that_others_may_touch_are_refused_with_advice() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("store");
+    let store = open(&root);
+    store.pod_key(&pod("a")).await.unwrap();
+    let key = root.join("pods/a/key");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();
+    let error = store.pod_key(&pod("a")).await.unwrap_err();
+    assert!(matches!(error, StoreError::File(_)));
+    assert!(
+        chain(&error).contains("key: others may access it (mode 0640): run chmod 0600 on it"),
+        "{}",
+        chain(&error)
+    );
+    fs::set_permissions(&root, fs::Permissions::from_mode(0o777)).unwrap();
+    let error = DirectoryStore::open(&root).unwrap_err();
+    assert!(
+        chain(&error).contains("store: others may access it (mode 0777): run chmod 0700 on it"),
+        "{}",
+        chain(&error)
+    );
+}

@@ -1,0 +1,84 @@
+use std::os::unix::net::UnixDatagram;
+
+use super::*;
+
+#[test]
+fn levels_are_read_from_the_environment_and_others_are_usage_errors() {
+    for (text, expected) in [
+        (None, LevelFilter::Info),
+        (Some(""), LevelFilter::Info),
+        (Some("debug"), LevelFilter::Debug),
+        (Some("warn"), LevelFilter::Warn),
+        (Some("error"), LevelFilter::Error),
+    ] {
+        assert_eq!(level(text), Ok(expected));
+    }
+    let text = level(Some("lo\nud")).unwrap_err().to_string();
+    assert!(
+        text.contains("SECURE_COMMS_LOG='lo\\nud'") && text.contains("error, warn, info or debug"),
+        "{text}"
+    );
+}
+
+#[test]
+fn what_peers_send_cannot_forge_a_line() {
+    assert_eq!(one_line("a\nb\r\x1b[2J\u{2028}\u{202e}ü"), "a\\nb\\r\\u{1b}[2J\\u{2028}\\u{202e}ü");
+}
+
+#[test]
+fn long_lines_are_cut_and_say_how_much_is_missing() {
+    let line = one_line(&"ü".repeat(5000));
+    assert!(
+        line.len() < LINE_MAX + 40 && line.ends_with(&format!("... ({} bytes more)", 10_000 - LINE_MAX)),
+        "{line}"
+    );
+    assert!(one_line(&"\n".repeat(5000)).len() < LINE_MAX + 40);
+}
+
+#[test]
+fn russh_speaks_from_warnings_on_and_we_from_the_chosen_level_on() {
+    let logger = Logger { sink: Sink::Plain, level: LevelFilter::Debug };
+    let enabled = |target, level| logger.enabled(&Metadata::builder().target(target).level(level).build());
+    assert!(enabled("agent_protocol_forwarder::run", Level::Debug) && enabled("russh::server", Level::Warn));
+    assert!(!enabled("russh::server", Level::Info) && !enabled("agent_protocol_forwarder", Level::Trace));
+    let quiet = Logger { sink: Sink::Plain, level: LevelFilter::Error };
+    assert!(!quiet.enabled(&Metadata::builder().target("russh").level(Level::Warn).build()));
+}
+
+#[test]
+fn syslog_gets_one_rfc_3164_datagram_a_line_and_a_full_or_lost_daemon_does_not_block() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("log");
+    let daemon = UnixDatagram::bind(&path).unwrap();
+    let formatter =
+        Formatter3164 { facility: Facility::LOG_DAEMON, hostname: None, process: PROCESS.into(), pid: 7 };
+    let mut syslog = syslog::unix_custom(formatter, &path).unwrap();
+    set_nonblocking(&syslog).unwrap();
+    assert!(send(&mut syslog, Level::Warn, "hello"));
+    let mut buffer = [0; 256];
+    let length = daemon.recv(&mut buffer).unwrap();
+    let line = std::str::from_utf8(&buffer[..length]).unwrap();
+    assert!(line.starts_with("<28>") && line.ends_with(" agent-protocol-forwarder[7]: hello"), "{line:?}");
+    let sent = (0..100_000).take_while(|_| send(&mut syslog, Level::Info, "flood")).count();
+    assert!(sent < 100_000, "a full queue is an error, not a wait");
+    drop(daemon);
+    assert!(!send(&mut syslog, Level::Info, "nobody listens"));
+}
+
+#[test]
+fn a_repeated_failure_is_logged_when_it_starts_changes_and_ends() {
+    let mut repeated = Repeated::new("fetching the keys");
+    assert_eq!(repeated.note_success(), None);
+    assert_eq!(repeated.note_failure("refused".into()).unwrap(), "fetching the keys: refused");
+    assert_eq!(repeated.note_failure("refused".into()), None);
+    assert_eq!(
+        repeated.note_failure("timeout".into()).unwrap(),
+        "fetching the keys: failure 3, now: timeout"
+    );
+    assert_eq!(repeated.note_failure("refused".into()), None, "two that take turns are not news");
+    assert_eq!(repeated.count(), 4);
+    let line = repeated.note_success().unwrap();
+    assert!(line.starts_with("fetching the keys: works after 4 failures in "), "{line}");
+    assert_eq!((repeated.note_success(), repeated.count()), (None, 0));
+    assert!(repeated.note_failure("refused".into()).is_some(), "a new spell is news again");
+}

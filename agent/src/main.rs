@@ -1,0 +1,83 @@
+//! `agent-protocol-forwarder`: parses, binds, and calls [`run`].
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
+
+use agent_protocol_forwarder::cli::{self, Exit};
+use agent_protocol_forwarder::config::{self, Config};
+use agent_protocol_forwarder::notify::Notifier;
+use agent_protocol_forwarder::{log as logging, run};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+fn main() -> ExitCode {
+    match start() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(exit) => {
+            if exit.to_stderr {
+                eprintln!("{}", exit.text);
+            } else {
+                println!("{}", exit.text);
+            }
+            ExitCode::from(u8::try_from(exit.code).unwrap_or(1))
+        }
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> Exit {
+    Exit { code: 1, text: format!("agent-protocol-forwarder: {error}"), to_stderr: true }
+}
+
+fn start() -> Result<(), Exit> {
+    let options = cli::parse(std::env::args_os())?;
+    logging::init().map_err(|error| Exit { code: 2, ..failed(error) })?;
+    for flag in &options.unused {
+        log::info!("{flag} has no meaning over Secure Comms: unused");
+    }
+    let daemon = config::load(&options.config).map_err(failed)?;
+    let config = Config::resolve(options, daemon).map_err(|error| Exit { code: 2, ..failed(error) })?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> Result<(), Exit> {
+    let notifier = Notifier::from_env().map_err(failed)?;
+    let listen = config.listen;
+    let listener = bind(listen)
+        .await
+        .map_err(|error| failed(format!("listening on {listen}: {error}; is another agent running?")))?;
+    if let Some(pod) = &config.pod {
+        log::info!("pod {pod}");
+    }
+    match listener.local_addr() {
+        Ok(address) => log::info!("listens on {address}"),
+        Err(error) => return Err(failed(error)),
+    }
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let shutdown = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        log::info!("stopping");
+    };
+    run::run(config, listener, notifier, shutdown).await.map_err(failed)
+}
+
+/// `[::]` takes IPv4 too; a VM whose kernel has IPv6 switched off gets IPv4 alone.
+async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Err(error) if address.is_ipv6() && address.ip().is_unspecified() && no_ipv6(&error) => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        other => other,
+    }
+}
+
+fn no_ipv6(error: &io::Error) -> bool {
+    // EAFNOSUPPORT has no kind of its own.
+    error.raw_os_error() == Some(nix::errno::Errno::EAFNOSUPPORT as i32)
+        || error.kind() == io::ErrorKind::AddrNotAvailable
+}

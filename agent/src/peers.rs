@@ -1,0 +1,225 @@
+//! Connections: those that have not authenticated yet, and the peers of each phase.
+
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use secure_comms_protocol::{Phase, PodId, TunnelName};
+use secure_comms_ssh::control::Outbox;
+use secure_comms_ssh::guard::Guard;
+use secure_comms_tunnel::Credits;
+use tokio::sync::watch;
+
+/// The handle on a connection: cutting it ends its session and everything on it.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// Unique in this process, growing.
+    pub id: u64,
+    /// Where it comes from.
+    pub address: SocketAddr,
+    guard: Guard,
+    /// None until it has authenticated: only then the limits are known.
+    credits: Arc<OnceLock<Credits>>,
+}
+
+impl Connection {
+    /// A connection that has just been accepted.
+    pub fn new(id: u64, address: SocketAddr, guard: Guard) -> Self {
+        Self { id, address, guard, credits: Arc::default() }
+    }
+
+    /// The peer has authenticated and gets this flow control.
+    pub fn authenticated(&self, credits: Credits, held_max: usize) {
+        self.guard.may_hold(held_max);
+        // A connection authenticates once.
+        drop(self.credits.set(credits));
+    }
+
+    /// Ends it. The credits too: a stream that has stopped taking must not hold the session up for ever.
+    pub fn cut(&self) {
+        if let Some(credits) = self.credits.get() {
+            credits.end();
+        }
+        self.guard.cut();
+    }
+}
+
+/// Connections of one kind, at most so many: a random one makes room for the newcomer, so that a flood slows an
+/// honest peer and can't keep it out.
+#[derive(Debug)]
+pub struct Slots {
+    limit: usize,
+    held: Mutex<Vec<Connection>>,
+}
+
+/// A place among [`Slots`], given up on drop.
+#[derive(Debug)]
+pub struct Slot {
+    slots: Arc<Slots>,
+    id: u64,
+}
+
+impl Slots {
+    /// So many places.
+    pub fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { limit, held: Mutex::default() })
+    }
+
+    fn held(&self) -> MutexGuard<'_, Vec<Connection>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a place; if there is none, a random other connection is cut (never `spared`).
+    pub fn enter(self: &Arc<Self>, connection: Connection, spared: Option<u64>) -> Slot {
+        let id = connection.id;
+        let mut held = self.held();
+        if held.len() >= self.limit {
+            let others = || held.iter().enumerate().filter(|(_, other)| Some(other.id) != spared);
+            let victim = others().nth(rand::random_range(0..others().count().max(1))).map(|(index, _)| index);
+            if let Some(index) = victim {
+                let victim = held.swap_remove(index);
+                log::info!("connection from {}: cut to make room for a newcomer", victim.address);
+                victim.cut();
+            }
+        }
+        held.push(connection);
+        Slot { slots: self.clone(), id }
+    }
+
+    /// Cuts them all.
+    pub fn cut_all(&self) {
+        self.held().drain(..).for_each(|connection| connection.cut());
+    }
+
+    /// How many places are taken.
+    pub fn taken(&self) -> usize {
+        self.held().len()
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.slots.held().retain(|connection| connection.id != self.id);
+    }
+}
+
+/// What a peer serves: the tunnel names it asked to have forwarded, with address and port as it asked.
+pub type Offers = Mutex<HashMap<TunnelName, (String, u32)>>;
+
+/// An authenticated peer of a phase.
+#[derive(Debug)]
+pub struct Peer<P> {
+    /// Its connection.
+    pub connection: Connection,
+    /// Opens streams to it.
+    pub link: crate::ssh::PeerLink,
+    /// What it serves.
+    pub offers: Arc<Offers>,
+    /// Messages to it.
+    pub outbox: Outbox,
+    /// The streams on its connection.
+    pub credits: Credits,
+    /// The pod it says it drives.
+    pub pod: OnceLock<PodId>,
+    tried: AtomicBool,
+    phase: PhantomData<P>,
+}
+
+impl<P: Phase> Peer<P> {
+    /// A peer that has just authenticated.
+    pub fn new(
+        connection: Connection,
+        credits: Credits,
+        link: crate::ssh::PeerLink,
+        offers: Arc<Offers>,
+    ) -> Self {
+        Self {
+            connection,
+            link,
+            offers,
+            outbox: Outbox::default(),
+            credits,
+            pod: OnceLock::new(),
+            tried: AtomicBool::new(false),
+            phase: PhantomData,
+        }
+    }
+
+    /// Whether it serves this tunnel.
+    pub fn offers(&self, name: &TunnelName) -> bool {
+        self.offers.lock().unwrap_or_else(PoisonError::into_inner).contains_key(name)
+    }
+
+    /// Whether an attempt was made with it before; from now on there was.
+    pub fn mark_tried(&self) -> bool {
+        self.tried.swap(true, Ordering::Relaxed)
+    }
+
+    /// Whether an attempt was made with it.
+    pub fn was_tried(&self) -> bool {
+        self.tried.load(Ordering::Relaxed)
+    }
+}
+
+/// The peers of a phase.
+#[derive(Debug)]
+pub struct Peers<P> {
+    list: Mutex<Vec<Arc<Peer<P>>>>,
+    changed: watch::Sender<u64>,
+}
+
+impl<P> Default for Peers<P> {
+    fn default() -> Self {
+        Self { list: Mutex::default(), changed: watch::Sender::new(0) }
+    }
+}
+
+impl<P: Phase> Peers<P> {
+    fn list(&self) -> MutexGuard<'_, Vec<Arc<Peer<P>>>> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds one.
+    pub fn add(&self, peer: Arc<Peer<P>>) {
+        self.list().push(peer);
+        self.touch();
+    }
+
+    /// Removes one.
+    pub fn remove(&self, id: u64) {
+        self.list().retain(|peer| peer.connection.id != id);
+        self.touch();
+    }
+
+    /// Something about a peer has changed: what it serves, what it said.
+    pub fn touch(&self) {
+        self.changed.send_modify(|version| *version += 1);
+    }
+
+    /// Tells of changes.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// All of them now, oldest first.
+    pub fn all(&self) -> Vec<Arc<Peer<P>>> {
+        self.list().clone()
+    }
+
+    /// The one that authenticated last.
+    pub fn newest(&self) -> Option<Arc<Peer<P>>> {
+        self.list().last().cloned()
+    }
+
+    /// Waits until there are none.
+    pub async fn none_left(&self) {
+        let mut changes = self.changes();
+        while !self.list().is_empty() {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}

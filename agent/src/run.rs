@@ -1,0 +1,215 @@
+//! The agent's life: bind -> attest -> keys -> serve -> drain.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+
+use secure_comms_protocol::PhaseName;
+use secure_comms_protocol::limits::{RETRY_MIN, SHUTDOWN_DRAIN};
+use secure_comms_tunnel::netns::Namespace;
+use secure_comms_tunnel::{Inbound, inbound};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, interval, sleep, sleep_until};
+
+use crate::attestation::{self, Guest};
+use crate::config::{Config, KeySource};
+use crate::gate::{Attesters, Gate, Keep};
+use crate::keys::{KeyError, new_host_key};
+use crate::kubernetes;
+use crate::latch::{Latch, LatchError};
+use crate::notify::{Notifier, watchdog_interval};
+use crate::session::Agent;
+use crate::ssh::{self, Identity};
+
+/// Why the agent could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The keys of this boot are there and can't be used.
+    #[error(transparent)]
+    Latch(#[from] LatchError),
+    /// No host key could be made.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// An inbound can't listen.
+    #[error(transparent)]
+    Bind(#[from] inbound::BindError),
+    /// The operating system gave no random bytes.
+    #[error("naming this agent process: {0}; check that the VM has a source of randomness")]
+    Random(String),
+    /// The signal handlers could not be set up.
+    #[error("setting up: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Runs the agent on a bound listener until `shutdown`, then lets its streams finish, at most [`SHUTDOWN_DRAIN`].
+///
+/// # Errors
+/// It could not start.
+pub async fn run(
+    config: Config,
+    listener: TcpListener,
+    notifier: Notifier,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), RunError> {
+    let (gate, start) = gate(&config)?;
+    let agent = Arc::new(Agent::new(&config, gate, instance()?));
+    let mut tasks = JoinSet::new();
+    for inbound in bind_inbounds(&config).await? {
+        if let Some(route) = agent.routes.of(inbound.tag()) {
+            tasks.spawn(inbound.serve(route));
+        }
+    }
+    let guest =
+        Guest { namespace: config.pod_namespace.as_deref().map(Namespace::new), address: config.guest_api };
+    notifier.ready(status(&agent));
+    tasks.spawn(accept(agent.clone(), listener));
+    tasks.spawn(phases(agent.clone(), guest, start));
+    tasks.spawn(tell_systemd(agent.clone(), notifier));
+    shutdown.await;
+    drop(tasks);
+    drain(&agent).await;
+    Ok(())
+}
+
+/// Where the agent starts.
+enum Start {
+    /// Without keys.
+    Attestation(Attesters),
+    /// With keys that serve for the rest of this boot.
+    Latched,
+}
+
+fn gate(config: &Config) -> Result<(Gate, Start), RunError> {
+    let latch = Latch::new(&config.state_dir);
+    let keep: Keep = {
+        let latch = latch.clone();
+        Box::new(move |keys| latch.store(keys))
+    };
+    let attesters = match &config.source {
+        KeySource::UserData(keys) => {
+            log::info!(
+                "Kubernetes phase: host key {} from the user data, no attestation",
+                keys.fingerprint()
+            );
+            return Ok((Gate::kubernetes(keys.clone(), keep, config.rekey_bytes), Start::Latched));
+        }
+        KeySource::Kbs { worker_node: Some(keys) } => Attesters::Holding(keys.clone()),
+        KeySource::Kbs { worker_node: None } => Attesters::Anyone,
+    };
+    if let Some(keys) = latch.load()? {
+        log::info!("Kubernetes phase, latched earlier in this boot: host key {}", keys.fingerprint());
+        return Ok((Gate::kubernetes(keys, keep, config.rekey_bytes), Start::Latched));
+    }
+    let identity = Identity::new(new_host_key()?, config.rekey_bytes);
+    log::info!("Attestation phase: waiting for a worker node");
+    Ok((
+        Gate::attestation(identity, attesters.clone(), keep, config.rekey_bytes),
+        Start::Attestation(attesters),
+    ))
+}
+
+/// Random hex that names this process to its peers.
+fn instance() -> Result<String, RunError> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).map_err(|error| RunError::Random(error.to_string()))?;
+    Ok(format!("{:016x}", u64::from_be_bytes(bytes)))
+}
+
+async fn bind_inbounds(config: &Config) -> Result<Vec<Inbound>, RunError> {
+    let mut inbounds = Vec::with_capacity(config.inbounds.len());
+    for tag in &config.inbounds {
+        let inbound = Inbound::bind(tag).await?;
+        log::info!("inbound {} listens on {}", tag.name, inbound.local());
+        inbounds.push(inbound);
+    }
+    Ok(inbounds)
+}
+
+/// The phases, one after the other; never ends.
+async fn phases(agent: Arc<Agent>, guest: Guest, start: Start) {
+    let latch = async {
+        if let Start::Attestation(attesters) = start {
+            let keys = attestation::run(&agent, &guest).await;
+            kubernetes::latch(&agent, &guest, &attesters, keys).await;
+        }
+    };
+    tokio::join!(latch, kubernetes::serve(&agent));
+}
+
+async fn accept(agent: Arc<Agent>, listener: TcpListener) {
+    for id in 0.. {
+        match listener.accept().await {
+            Ok((socket, address)) => {
+                tokio::spawn(ssh::serve(agent.clone(), socket, id, address));
+            }
+            Err(error) => {
+                // Out of file descriptors, as a rule: connections that end make room.
+                log::warn!("accepting a connection: {error}");
+                sleep(RETRY_MIN).await;
+            }
+        }
+    }
+}
+
+fn status(agent: &Agent) -> &'static str {
+    match agent.gate.phase() {
+        PhaseName::Attestation if agent.attestation.newest().is_some() => {
+            "Attestation phase: getting the keys"
+        }
+        PhaseName::Attestation => "Attestation phase: waiting for a worker node",
+        PhaseName::Kubernetes if agent.kubernetes.newest().is_some() => {
+            "Kubernetes phase: serving the worker node"
+        }
+        PhaseName::Kubernetes => "Kubernetes phase: waiting for the worker node",
+    }
+}
+
+/// Keeps systemd's STATUS true and its watchdog quiet.
+async fn tell_systemd(agent: Arc<Agent>, notifier: Notifier) {
+    let (mut attestation, mut kubernetes) = (agent.attestation.changes(), agent.kubernetes.changes());
+    let mut told = status(&agent);
+    let watchdog = async {
+        let Some(period) = watchdog_interval() else { return std::future::pending().await };
+        let mut ticks = interval(period);
+        loop {
+            ticks.tick().await;
+            notifier.watchdog();
+        }
+    };
+    let follow = async {
+        loop {
+            tokio::select! {
+                changed = attestation.changed() => if changed.is_err() { return },
+                changed = kubernetes.changed() => if changed.is_err() { return },
+            }
+            let now = status(&agent);
+            if now != told {
+                notifier.status(now);
+                told = now;
+            }
+        }
+    };
+    tokio::join!(watchdog, follow);
+}
+
+/// Nobody new is let in; streams that are open may finish.
+async fn drain(agent: &Agent) {
+    let deadline = Instant::now() + SHUTDOWN_DRAIN;
+    agent.unauthenticated.cut_all();
+    agent.dismiss_attestation("the agent stops");
+    let peers = agent.kubernetes.all();
+    for peer in &peers {
+        peer.outbox.bye("the agent stops");
+    }
+    let open = || peers.iter().map(|peer| peer.credits.open_streams()).sum::<usize>();
+    tokio::select! {
+        () = agent.kubernetes.none_left() => {}
+        () = sleep_until(deadline) => {}
+    }
+    match open() {
+        0 => log::info!("stopped"),
+        left => log::warn!("stopped with {left} streams open"),
+    }
+    peers.iter().for_each(|peer| peer.connection.cut());
+}
