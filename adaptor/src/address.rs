@@ -103,4 +103,13 @@ mod tests {
             assert_eq!(text.parse::<Address>(), Err(AddressError), "{text:?}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_refused_or_shown_so_that_it_parses_back(text in "\\PC{0,12}|[a-z0-9.:\\[\\]]{0,30}") {
+            if let Ok(address) = text.parse::<Address>() {
+                proptest::prop_assert_eq!(address.to_string().parse(), Ok(address));
+            }
+        }
+    }
 }

@@ -83,7 +83,7 @@ fn check_owner(path: &Path, owner: u32) -> Result<(), FileError> {
 pub fn read(path: &Path, max: usize) -> Result<Zeroizing<Vec<u8>>, FileError> {
     // Non-blocking, so that a FIFO in its place does not hang us before it is recognised.
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-    let mut file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path).map_err(|source| {
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path).map_err(|source| {
         if source.raw_os_error() == Some(nix::errno::Errno::ELOOP as i32) {
             FileError::NotAFile(path.to_owned())
         } else {
@@ -103,7 +103,7 @@ pub fn read(path: &Path, max: usize) -> Result<Zeroizing<Vec<u8>>, FileError> {
     let len = usize::try_from(meta.len()).ok().filter(|&len| len <= max).ok_or_else(too_large)?;
     // Room for all of it at once: a vector that grows leaves copies behind that nobody wipes.
     let mut bytes = Zeroizing::new(Vec::with_capacity(len + 1));
-    file.by_ref().take(len as u64).read_to_end(&mut bytes).map_err(FileError::io("read", path))?;
+    file.take(len as u64).read_to_end(&mut bytes).map_err(FileError::io("read", path))?;
     Ok(bytes)
 }
 

@@ -1,28 +1,41 @@
-//! The SSH client: one connection, from TCP to authentication. The only file of the adaptor, with keys.rs, that
-//! names russh.
+//! The SSH client: one connection, from TCP to authentication. With keys.rs, the only room of the adaptor that names
+//! russh.
 
-use std::collections::HashSet;
+mod handler;
+
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use russh::client::{self, AuthResult, ChannelOpenHandle, DisconnectReason, Handle, Handler, Msg};
-use russh::keys::{HashAlg, PrivateKeyWithHashAlg, PublicKey, PublicKeyOrCertificate};
-use russh::{Channel, ChannelId, ChannelMsg, ChannelOpenFailure, MethodKind, MethodSet};
+use russh::client::{self, AuthResult, Handle, Msg};
+use russh::keys::{PrivateKeyWithHashAlg, PublicKey};
+use russh::{Channel, ChannelMsg, MethodKind, MethodSet};
 use secure_comms_protocol::limits::{AUTHENTICATE, CONTROL_SUBSYSTEM, CreditLimits, TCP_CONNECT};
 use secure_comms_protocol::{Attestation, Kubernetes, Phase, PhaseName, TunnelName};
-use secure_comms_ssh::channel::{PendingChannel, split};
+use secure_comms_ssh::channel::split;
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
 use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_ssh::profile;
-use secure_comms_tunnel::flow::Side;
-use secure_comms_tunnel::{Credits, Incoming, Outbounds, Receiver, Refusal, RefusalKind, Sender, outbound};
+use secure_comms_tunnel::{Credits, Outbounds, Receiver, Sender};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
+pub use self::handler::TransportEnd;
+use self::handler::{Client, Shared, lock};
 use crate::keys::{PodPublic, WorkerNodeKey};
-use crate::log::quote;
+use crate::log::escape;
+
+/// The most that is repeated of what a stranger says, in characters.
+const QUOTE_MAX: usize = 300;
+
+/// What a stranger says, fit for a line of ours.
+pub(crate) fn quote(text: &str) -> String {
+    let mut short: String = text.chars().take(QUOTE_MAX).collect();
+    if short.len() < text.len() {
+        short.push('…');
+    }
+    escape(&short)
+}
 
 /// A phase as this side of a connection sees it.
 pub trait ClientPhase: Phase {
@@ -102,17 +115,6 @@ fn phase_hint(banner: &str) -> Option<PhaseName> {
     [PhaseName::Attestation, PhaseName::Kubernetes].into_iter().find(names)
 }
 
-/// How a connection ended, as far as SSH knows.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TransportEnd {
-    /// The agent offers no way to authenticate as this user.
-    Refused,
-    /// The agent said so.
-    Disconnected(String),
-    /// It broke.
-    Broken(String),
-}
-
 /// Where to connect to and as whom.
 #[derive(Clone, Debug)]
 pub struct Dial {
@@ -122,241 +124,6 @@ pub struct Dial {
     pub node_key: WorkerNodeKey,
     /// Data in a direction after which new session keys are made, in bytes.
     pub rekey_bytes: usize,
-}
-
-/// What a connection and its handler share.
-struct Shared<P: ClientPhase> {
-    host: P::Host,
-    outbounds: Arc<Outbounds<P>>,
-    credits: Credits,
-    /// The names that we have asked the agent to forward.
-    asked: Mutex<HashSet<TunnelName>>,
-    /// One permit for every stream that the agent has open, or waits to have opened.
-    streams: Arc<Semaphore>,
-    banner: Mutex<Option<String>>,
-    wrong_key: Mutex<Option<String>>,
-    end: watch::Sender<Option<TransportEnd>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl<P: ClientPhase> Shared<P> {
-    fn new(host: P::Host, outbounds: Arc<Outbounds<P>>) -> Arc<Self> {
-        Arc::new(Self {
-            host,
-            outbounds,
-            credits: Credits::new(Side::Adaptor, P::CREDIT),
-            asked: Mutex::default(),
-            streams: Arc::new(Semaphore::new(P::CREDIT.streams)),
-            banner: Mutex::default(),
-            wrong_key: Mutex::default(),
-            end: watch::Sender::new(None),
-        })
-    }
-
-    /// The first reason counts: the rest follows from it.
-    fn end(&self, reason: TransportEnd) {
-        self.end.send_if_modified(|end| {
-            let first = end.is_none();
-            end.get_or_insert(reason);
-            first
-        });
-        self.credits.end();
-    }
-
-    async fn ended(&self) -> TransportEnd {
-        let mut end = self.end.subscribe();
-        let end = end.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
-        end.unwrap_or_else(|| TransportEnd::Broken("the connection is gone".into()))
-    }
-
-    fn refused(&self) -> ConnectError {
-        ConnectError::Refused { phase: P::NAME, banner: lock(&self.banner).clone() }
-    }
-
-    /// Serves a stream that the agent asks for, on a task of its own: the caller is the session's loop.
-    fn serve_stream(self: Arc<Self>, name: &str, id: u32, pending: PendingChannel<Msg>) {
-        let refusal = |kind, cause| Refusal::new(kind, name, P::NAME, cause);
-        let asked = name.parse().is_ok_and(|name| lock(&self.asked).contains(&name));
-        let permit = if asked {
-            let full = refusal(RefusalKind::Shortage, "too many open streams on this connection; close some");
-            self.streams.clone().try_acquire_owned().map_err(|_| full)
-        } else {
-            Err(refusal(RefusalKind::Prohibited, "the adaptor has not asked for streams of this name"))
-        };
-        let name = name.to_owned();
-        tokio::spawn(async move {
-            match permit {
-                Ok(_permit) => outbound::serve(&self.outbounds, &self.credits, &name, id, pending).await,
-                Err(refusal) => {
-                    tracing::warn!("refusing a stream of the agent: {}", quote(&refusal.reason));
-                    pending.refuse(refusal).await;
-                }
-            }
-        });
-    }
-}
-
-/// What russh calls. It runs inside the session's loop, so nothing in it may wait.
-struct Client<P: ClientPhase>(Arc<Shared<P>>);
-
-impl<P: ClientPhase> Drop for Client<P> {
-    fn drop(&mut self) {
-        // russh leaves `disconnected` out where closing the socket fails.
-        self.0.end(TransportEnd::Broken("the connection was closed".into()));
-    }
-}
-
-async fn refuse(reply: ChannelOpenHandle, what: &str) -> Result<(), russh::Error> {
-    tracing::warn!("refusing a channel of the agent: {what}: only forwarded-tcpip is served");
-    reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
-    Ok(())
-}
-
-impl<P: ClientPhase> Handler for Client<P> {
-    type Error = russh::Error;
-
-    async fn auth_banner(&mut self, banner: &str, _: &mut client::Session) -> Result<(), russh::Error> {
-        // The first one: a stranger could send them for ever.
-        lock(&self.0.banner).get_or_insert_with(|| quote(banner.trim()));
-        Ok(())
-    }
-
-    async fn check_server_key(&mut self, shown: &PublicKeyOrCertificate) -> Result<bool, russh::Error> {
-        let fingerprint = match shown {
-            PublicKeyOrCertificate::PublicKey { key, .. } if P::trusts(&self.0.host, key) => return Ok(true),
-            PublicKeyOrCertificate::PublicKey { key, .. } => key.fingerprint(HashAlg::Sha256).to_string(),
-            PublicKeyOrCertificate::Certificate(_) => "a certificate".to_owned(),
-        };
-        *lock(&self.0.wrong_key) = Some(fingerprint);
-        Ok(false)
-    }
-
-    async fn server_channel_open_forwarded_tcpip(
-        &mut self,
-        channel: Channel<Msg>,
-        connected_address: &str,
-        _: u32,
-        _: &str,
-        originator_port: u32,
-        reply: ChannelOpenHandle,
-        _: &mut client::Session,
-    ) -> Result<(), russh::Error> {
-        let pending = PendingChannel::new(channel, reply);
-        self.0.clone().serve_stream(connected_address, originator_port, pending);
-        Ok(())
-    }
-
-    // The defaults of the rest accept.
-
-    async fn server_channel_open_session(
-        &mut self,
-        _: Channel<Msg>,
-        reply: ChannelOpenHandle,
-        _: &mut client::Session,
-    ) -> Result<(), russh::Error> {
-        refuse(reply, "session").await
-    }
-
-    async fn server_channel_open_direct_tcpip(
-        &mut self,
-        _: Channel<Msg>,
-        _: &str,
-        _: u32,
-        _: &str,
-        _: u32,
-        reply: ChannelOpenHandle,
-        _: &mut client::Session,
-    ) -> Result<(), russh::Error> {
-        refuse(reply, "direct-tcpip").await
-    }
-
-    async fn server_channel_open_direct_streamlocal(
-        &mut self,
-        _: Channel<Msg>,
-        _: &str,
-        reply: ChannelOpenHandle,
-        _: &mut client::Session,
-    ) -> Result<(), russh::Error> {
-        refuse(reply, "direct-streamlocal").await
-    }
-
-    async fn server_channel_open_forwarded_streamlocal(
-        &mut self,
-        _: Channel<Msg>,
-        _: &str,
-        reply: ChannelOpenHandle,
-        _: &mut client::Session,
-    ) -> Result<(), russh::Error> {
-        refuse(reply, "forwarded-streamlocal").await
-    }
-
-    async fn server_channel_open_agent_forward(
-        &mut self,
-        _: Channel<Msg>,
-        reply: ChannelOpenHandle,
-        _: &mut client::Session,
-    ) -> Result<(), russh::Error> {
-        refuse(reply, "agent").await
-    }
-
-    async fn server_channel_open_x11(
-        &mut self,
-        _: Channel<Msg>,
-        _: &str,
-        _: u32,
-        reply: ChannelOpenHandle,
-        _: &mut client::Session,
-    ) -> Result<(), russh::Error> {
-        refuse(reply, "x11").await
-    }
-
-    async fn should_accept_unknown_server_channel(&mut self, _: ChannelId, _: &str) -> bool {
-        false
-    }
-
-    async fn server_channel_open_unknown(
-        &mut self,
-        _: Channel<Msg>,
-        reply: ChannelOpenHandle,
-        _: &mut client::Session,
-    ) -> Result<(), russh::Error> {
-        refuse(reply, "unknown").await
-    }
-
-    async fn channel_open_failure(
-        &mut self,
-        _: ChannelId,
-        _: ChannelOpenFailure,
-        description: &str,
-        _: &str,
-        _: &mut client::Session,
-    ) -> Result<(), russh::Error> {
-        // It names tunnel, phase and cause.
-        tracing::warn!("the agent refuses a stream: {}", quote(description));
-        Ok(())
-    }
-
-    async fn disconnected(&mut self, reason: DisconnectReason<russh::Error>) -> Result<(), russh::Error> {
-        match reason {
-            DisconnectReason::ReceivedDisconnect(info) => {
-                self.0.end(TransportEnd::Disconnected(quote(&info.message)));
-                Ok(())
-            }
-            DisconnectReason::Error(error) => {
-                self.0.end(match &error {
-                    russh::Error::NoAuthMethod => TransportEnd::Refused,
-                    russh::Error::Disconnect | russh::Error::HUP => {
-                        TransportEnd::Broken("the agent closed the connection".into())
-                    }
-                    other => TransportEnd::Broken(quote(&other.to_string())),
-                });
-                Err(error)
-            }
-        }
-    }
 }
 
 /// Cuts the connection when dropped: nothing else stops a russh session.

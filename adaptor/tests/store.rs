@@ -1,4 +1,11 @@
 //! The directory store: found or made once, never in silence, nothing left behind.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "clippy.toml lets tests fail loudly; clippy does not take the helpers of an integration test for tests"
+)]
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};

@@ -66,6 +66,16 @@ pub enum ConfigError {
     KataAgentSocket(String),
 }
 
+impl ConfigError {
+    /// 2 where the command line is wrong, 1 where what it names is.
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::NotSecureComms { .. } | Self::Tags(_) | Self::KataAgentSocket(_) => 2,
+            Self::Read { .. } | Self::TooLong { .. } | Self::Parse { .. } | Self::UserData { .. } => 1,
+        }
+    }
+}
+
 /// A text whose memory is wiped, and that Debug does not print.
 #[derive(Clone)]
 pub struct Secret(Zeroizing<String>);

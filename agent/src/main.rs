@@ -30,13 +30,13 @@ fn failed(error: impl std::fmt::Display) -> Exit {
 }
 
 fn start() -> Result<(), Exit> {
-    let options = cli::parse(std::env::args_os())?;
+    let options = cli::parse(std::env::args_os().skip(1))?;
     logging::init().map_err(|error| Exit { code: 2, ..failed(error) })?;
     for flag in &options.unused {
         log::info!("{flag} has no meaning over Secure Comms: unused");
     }
     let daemon = config::load(&options.config).map_err(failed)?;
-    let config = Config::resolve(options, daemon).map_err(|error| Exit { code: 2, ..failed(error) })?;
+    let config = Config::resolve(options, daemon).map_err(|error| Exit { code: error.exit_code(), ..failed(error) })?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     runtime.block_on(serve(config))
 }

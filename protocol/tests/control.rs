@@ -1,4 +1,11 @@
 //! The control channel: every message of the protocol, both ways, whole and in pieces.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "clippy.toml lets tests fail loudly; clippy does not take the helpers of an integration test for tests"
+)]
 
 use proptest::prelude::*;
 use secure_comms_protocol::control::{Bye, ControlError, Empty, Lines};

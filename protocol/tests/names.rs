@@ -1,4 +1,11 @@
 //! Names that exist only if they are valid.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "clippy.toml lets tests fail loudly; clippy does not take the helpers of an integration test for tests"
+)]
 
 use std::hash::{BuildHasher, RandomState};
 

@@ -1,4 +1,11 @@
 //! Every form of a tag, every fault of one, and what holds for any text.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "clippy.toml lets tests fail loudly; clippy does not take the helpers of an integration test for tests"
+)]
 
 use proptest::prelude::*;
 use secure_comms_protocol::tag::{Host, Tag, UNIX_PATH_MAX, parse_list, parse_lists, with_built_in};

@@ -7,7 +7,8 @@
 //! - [`kbs`]: Trustee's key broker, with faults on demand;
 //! - [`guest`]: the guest components in the VM (`api-server-rest`, AA, CDH), which fetch keys through the agent;
 //! - [`kata`]: the kata agent behind `KATAAGENT`, and the client side that checks every byte;
-//! - [`openssh`]: stock OpenSSH as the other end.
+//! - [`openssh`]: stock OpenSSH as the other end;
+//! - [`scene`]: one pod with all of that around it; [`vm`]: the same, with the VM in network namespaces.
 //!
 //! Everything binds port 0, reports what it got, and stops when dropped.
 
@@ -20,3 +21,5 @@ pub mod kbs;
 pub mod netns;
 pub mod openssh;
 pub mod process;
+pub mod scene;
+pub mod vm;

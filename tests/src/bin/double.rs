@@ -1,0 +1,162 @@
+//! The main job, whole, to be watched: a pod goes from nothing to a kata agent that is reachable through the
+//! Kubernetes phase. Agent and adaptor are the real binaries, as processes; everything around them is embedded.
+//!
+//! `cargo run --release --bin double [-- --netns]`
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use secure_comms_tests::kata::client::{EchoSession, bulk_both_ways};
+use secure_comms_tests::kbs::Kbs;
+use secure_comms_tests::process::{Child, Signal, ensure_built};
+use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
+use secure_comms_tests::vm::Vm;
+use secure_comms_tunnel::netns;
+use tokio::net::TcpStream;
+
+/// Bytes that go each way through a tunnel, and are checked one by one.
+const BULK: u64 = 32 * 1024 * 1024;
+/// Requests of [`SMALL`] bytes, answered one after the other.
+const REQUESTS: u64 = 1000;
+const SMALL: u64 = 200;
+
+/// Prints what has happened, and how long it took.
+struct Steps {
+    began: Instant,
+    last: Instant,
+}
+
+impl Steps {
+    fn new() -> Self {
+        Self { began: Instant::now(), last: Instant::now() }
+    }
+
+    fn done(&mut self, what: impl std::fmt::Display) {
+        let (now, ms) = (Instant::now(), |time: Duration| time.as_secs_f64() * 1e3);
+        println!("{:>10.1} ms {:>+10.1} ms  {what}", ms(now - self.began), ms(now - self.last));
+        self.last = now;
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let netns = match std::env::args().skip(1).collect::<Vec<_>>().as_slice() {
+        [] => false,
+        [flag] if flag == "--netns" => true,
+        other => {
+            eprintln!("double: {other:?}: expected nothing, or --netns (the VM in network namespaces; needs root)");
+            return ExitCode::from(2);
+        }
+    };
+    println!("{:>13} {:>13}  what happened", "since start", "this step");
+    let result = if netns { in_namespaces().await } else { in_one_namespace().await };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("double: failed: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn in_one_namespace() -> Result<()> {
+    let mut steps = Steps::new();
+    ensure_built().await?;
+    steps.done("agent-protocol-forwarder and secure-comms-adaptor are built");
+    let scene = Scene::new(SceneOptions::default()).await?;
+    steps.done(format!("KBS, guest components and kata agent stand in; the KBS is at {}", scene.kbs.url()));
+    let mut agent = scene.agent().await?;
+    steps.done(format!("the VM is up: its agent (process {}) listens on {}", agent.pid(), scene.ssh));
+    let adaptor = scene.adaptor()?;
+    let node_client = async || client(scene.node_inbound).await;
+    play(&mut steps, &scene, &mut agent, adaptor, node_client).await
+}
+
+async fn in_namespaces() -> Result<()> {
+    let mut steps = Steps::new();
+    ensure_built().await?;
+    steps.done("agent-protocol-forwarder and secure-comms-adaptor are built");
+    let scene = Scene::new(SceneOptions::default()).await?;
+    let mut vm = Vm::boot().await?;
+    steps.done(format!("the VM is up in network namespaces of its own, podns included; its agent listens on {}", vm.ssh));
+    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[vm.ssh])?)?;
+    let (pod, node_inbound) = (vm.pod.clone(), vm.node_inbound);
+    let node_client = async || Ok(netns::connect(Some(&pod), node_inbound).await?);
+    play(&mut steps, &scene, &mut vm.agent, adaptor, node_client).await
+}
+
+/// Both phases, real traffic, and a clean end.
+async fn play(
+    steps: &mut Steps,
+    scene: &Scene,
+    agent: &mut Child,
+    mut adaptor: Child,
+    node_client: impl AsyncFn() -> Result<TcpStream>,
+) -> Result<()> {
+    let result = async {
+        phases(steps, &scene.kbs, &scene.pod, &adaptor).await?;
+        traffic(steps, &adaptor, node_client).await?;
+        steps.done(format!("the agent's memory, connected and idle: {} KiB", agent.rss_kib()?));
+        stop(steps, agent, &mut adaptor).await
+    };
+    let result = result.await;
+    if result.is_err() {
+        eprintln!("--- agent ---\n{}--- adaptor ---\n{}", agent.log(), adaptor.log());
+    }
+    result
+}
+
+async fn phases(steps: &mut Steps, kbs: &Kbs, pod: &str, adaptor: &Child) -> Result<()> {
+    let resource = format!("default/pp-{pod}/privateKey");
+    let published = kbs.wait_for_request(|request| request.method == "POST" && request.path.contains("sshclient"), PATIENCE);
+    published.await.context("the worker node's public key at the KBS")?;
+    ensure!(kbs.resource(&resource).is_some(), "the pod's private key is not at the KBS");
+    steps.done("prepare: the adaptor made the pod's keys and put them at the KBS");
+    adaptor.wait_for_text("attestation: connected", PATIENCE).await?;
+    steps.done("Attestation: the adaptor is connected, nobody has proven anything");
+    kbs.wait_for_request(|request| request.method == "GET" && request.path.contains("sshclient"), PATIENCE).await?;
+    ensure!(kbs.attestations() >= 2, "the guest got keys without attesting");
+    steps.done(format!("the guest attested {} times through the KBS tunnel and got the keys", kbs.attestations()));
+    up(adaptor).await?;
+    steps.done("Kubernetes: both sides have proven themselves with those keys");
+    Ok(())
+}
+
+async fn traffic(steps: &mut Steps, adaptor: &Child, node_client: impl AsyncFn() -> Result<TcpStream>) -> Result<()> {
+    let kata = endpoint(adaptor, "KATAAGENT").await?;
+    let mut session = EchoSession::open(client(kata).await?).await?;
+    let mut times = Vec::new();
+    for seed in 0..REQUESTS {
+        times.push(session.roundtrip(SMALL, seed).await?);
+    }
+    session.finish().await?;
+    times.sort_unstable();
+    let at = |share: usize| times.get(times.len() * share / 100).copied().unwrap_or_default();
+    steps.done(format!(
+        "KATAAGENT: {REQUESTS} requests of {SMALL} bytes; p50 {:.0?}, p99 {:.0?}",
+        at(50),
+        at(99)
+    ));
+    let mut bulk = async |name: &str, stream: TcpStream| {
+        let time = bulk_both_ways(stream, BULK, 7).await.with_context(|| format!("tunnel {name}"))?;
+        let rate = BULK as f64 / (1 << 20) as f64 / time.as_secs_f64();
+        steps.done(format!("{name}: {} MiB each way, every byte checked; {rate:.0} MiB/s each way", BULK >> 20));
+        anyhow::Ok(())
+    };
+    bulk("KATAAGENT (worker node -> kata agent)", client(kata).await?).await?;
+    bulk("VMSERVICE (worker node -> VM)", client(endpoint(adaptor, "VMSERVICE").await?).await?).await?;
+    bulk("NODESERVICE (VM -> worker node)", node_client().await?).await
+}
+
+async fn stop(steps: &mut Steps, agent: &mut Child, adaptor: &mut Child) -> Result<()> {
+    for process in [adaptor, agent] {
+        process.signal(Signal::SIGTERM)?;
+        let status = process.wait_exit(PATIENCE).await?;
+        if !status.success() {
+            bail!("the {} ended with {status}", process.name());
+        }
+    }
+    steps.done("both processes ended cleanly on SIGTERM");
+    Ok(())
+}

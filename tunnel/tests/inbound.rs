@@ -1,0 +1,351 @@
+//! Inbounds hold their clients until there is a link, and let go of those that leave.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod harness;
+
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+
+use harness::{Connection, FIXED, MemLink, Watchdog, check_end, check_pattern, quiet, within, write_pattern};
+use secure_comms_protocol::limits::{CreditLimits, INBOUND_WAIT};
+use secure_comms_protocol::tag::parse_list;
+use secure_comms_protocol::{InboundTag, Kubernetes, OutboundTag};
+use secure_comms_tunnel::{Event, Inbound, Outbounds, Receiver, Sender};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+fn inbound_tag(text: &str) -> InboundTag {
+    parse_list::<InboundTag>(text).unwrap().remove(0)
+}
+
+fn outbounds(list: &str) -> Outbounds<Kubernetes> {
+    Outbounds::new(&parse_list::<OutboundTag>(list).unwrap())
+}
+
+/// An inbound `T` on any port, at work.
+struct Served {
+    local: String,
+    links: watch::Sender<Option<MemLink>>,
+    task: JoinHandle<()>,
+}
+
+impl Served {
+    async fn new(bind: &str) -> Self {
+        let inbound = Inbound::bind(&inbound_tag(&format!("KUBERNETES_PHASE:T:{bind}"))).await.unwrap();
+        let (links, links_seen) = watch::channel(None);
+        Self { local: inbound.local().to_owned(), links, task: tokio::spawn(inbound.serve(links_seen)) }
+    }
+
+    async fn connect(&self) -> TcpStream {
+        TcpStream::connect(&self.local).await.unwrap()
+    }
+
+    /// Every clone of the watch is a client's, but one.
+    fn clients(&self) -> usize {
+        self.links.receiver_count() - 1
+    }
+
+    /// Waits until the inbound serves this many clients.
+    async fn until_clients(&self, count: usize) {
+        while self.clients() != count {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+/// A server that answers what it read to the end with the same, and its address.
+async fn echo() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let mut all = Vec::new();
+                stream.read_to_end(&mut all).await.unwrap();
+                stream.write_all(&all).await.unwrap();
+            });
+        }
+    });
+    format!("KUBERNETES_PHASE:T:{port}")
+}
+
+#[tokio::test]
+async fn a_client_waits_for_a_link_and_even_a_half_closed_one_is_served() {
+    within(async {
+        let served = Served::new("0").await;
+        let mut connection = Connection::new(FIXED);
+        connection.serve(outbounds(&echo().await));
+        let mut client = served.connect().await;
+        client.write_all(b"early").await.unwrap();
+        client.shutdown().await.unwrap();
+        served.until_clients(1).await;
+        quiet(|| served.clients()).await;
+        assert_eq!(served.clients(), 1, "it still waits for its answer");
+        served.links.send_replace(Some(connection.adaptor.clone()));
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"early");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn many_clients_are_served_at_a_time() {
+    within(async {
+        let served = Served::new("0").await;
+        let mut connection = Connection::new(CreditLimits::KUBERNETES);
+        connection.serve(outbounds(&echo().await));
+        served.links.send_replace(Some(connection.adaptor.clone()));
+        let mut clients = tokio::task::JoinSet::new();
+        for seed in 0..100 {
+            let mut client = served.connect().await;
+            clients.spawn(async move {
+                write_pattern(&mut client, seed, 100_000, 10_000).await;
+                client.shutdown().await.unwrap();
+                check_pattern(&mut client, seed, 100_000).await;
+                check_end(&mut client).await;
+            });
+        }
+        while let Some(client) = clients.join_next().await {
+            client.unwrap();
+        }
+        served.until_clients(0).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_while_it_waits_frees_its_place() {
+    within(async {
+        let served = Served::new("0").await;
+        let (closes, mut resets, stays) =
+            (served.connect().await, served.connect().await, served.connect().await);
+        resets.write_all(b"never mind").await.unwrap();
+        served.until_clients(3).await;
+        drop(closes);
+        served.until_clients(2).await;
+        resets.set_zero_linger().unwrap();
+        drop(resets);
+        served.until_clients(1).await;
+        drop(stays);
+        served.until_clients(0).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_that_resets_while_the_other_end_connects_frees_its_place() {
+    within(async {
+        let served = Served::new("0").await;
+        let mut connection = Connection::new(FIXED);
+        let mut asks = connection.take_asks();
+        served.links.send_replace(Some(connection.adaptor.clone()));
+        let client = served.connect().await;
+        let ask = asks.recv().await.unwrap();
+        client.set_zero_linger().unwrap();
+        drop(client);
+        served.until_clients(0).await;
+        assert_eq!(connection.adaptor.credits.open_streams(), 0);
+        drop(ask);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_link_that_dies_before_it_answers_is_followed_by_the_next() {
+    within(async {
+        let served = Served::new("0").await;
+        let mut dies = Connection::new(FIXED);
+        let mut asks = dies.take_asks();
+        served.links.send_replace(Some(dies.adaptor.clone()));
+        let mut client = served.connect().await;
+        client.write_all(b"again").await.unwrap();
+        client.shutdown().await.unwrap();
+        let unanswered = asks.recv().await.unwrap();
+        dies.kill();
+        let mut lives = Connection::new(FIXED);
+        lives.serve(outbounds(&echo().await));
+        served.links.send_replace(Some(lives.adaptor.clone()));
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"again");
+        drop(unanswered);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_link_that_is_gone_and_does_not_know_it_does_not_keep_the_thread() {
+    within(async {
+        let served = Served::new("0").await;
+        let mut connection = Connection::new(FIXED);
+        // Every open fails at once, and the link never says that it is gone.
+        drop(connection.take_asks());
+        served.links.send_replace(Some(connection.adaptor.clone()));
+        let client = served.connect().await;
+        served.until_clients(1).await;
+        assert!(!connection.adaptor.credits.is_gone());
+        drop(client);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_that_is_refused_sees_a_reset() {
+    within(async {
+        let served = Served::new("0").await;
+        let mut connection = Connection::new(FIXED);
+        connection.serve(outbounds("KUBERNETES_PHASE:OTHER:1"));
+        served.links.send_replace(Some(connection.adaptor.clone()));
+        let mut client = served.connect().await;
+        assert_eq!(client.read(&mut [0]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+        served.until_clients(0).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_without_a_link_is_closed_after_its_wait_and_not_before() {
+    let _watchdog = Watchdog::new();
+    let served = Served::new("0").await;
+    let mut client = served.connect().await;
+    client.write_all(b"anyone?").await.unwrap();
+    served.until_clients(1).await;
+    tokio::time::pause();
+    let start = Instant::now();
+    assert_eq!(client.read(&mut [0]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert!(start.elapsed() + std::time::Duration::from_secs(1) > INBOUND_WAIT, "{:?}", start.elapsed());
+    served.until_clients(0).await;
+}
+
+#[tokio::test]
+async fn dropping_the_service_closes_the_listener_and_resets_its_clients() {
+    within(async {
+        let served = Served::new("0").await;
+        let mut connection = Connection::new(FIXED);
+        connection.serve(outbounds(&echo().await));
+        let mut waits = served.connect().await;
+        served.until_clients(1).await;
+        served.links.send_replace(Some(connection.adaptor.clone()));
+        let mut speaks = served.connect().await;
+        speaks.write_all(b"x").await.unwrap();
+        served.until_clients(2).await;
+        served.task.abort();
+        for client in [&mut waits, &mut speaks] {
+            assert_eq!(client.read(&mut [0]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+        }
+        assert_eq!(TcpStream::connect(&served.local).await.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_is_an_error_that_names_the_tag() {
+    within(async {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let text = format!("KUBERNETES_PHASE:T:{}", taken.local_addr().unwrap().port());
+        let error = Inbound::bind(&inbound_tag(&text)).await.unwrap_err().to_string();
+        assert!(error.starts_with(&format!("inbound {text}: listening: Address already in use")), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_unix_inbound_serves_is_private_and_is_gone_when_dropped() {
+    within(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let served = Served::new(path.to_str().unwrap()).await;
+        assert_eq!(served.local, path.to_str().unwrap());
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let mut connection = Connection::new(FIXED);
+        connection.serve(outbounds(&echo().await));
+        served.links.send_replace(Some(connection.adaptor.clone()));
+        let mut client = UnixStream::connect(&path).await.unwrap();
+        client.write_all(b"hello").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"hello");
+        served.task.abort();
+        assert!(served.task.await.unwrap_err().is_cancelled());
+        assert!(!path.exists());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_unix_inbound_replaces_a_socket_left_over_and_nothing_else() {
+    within(async {
+        let dir = tempfile::tempdir().unwrap();
+        let bind = |name: &str| {
+            let path = dir.path().join(name);
+            let tag = inbound_tag(&format!("KUBERNETES_PHASE:T:{}", path.display()));
+            (path, tag)
+        };
+        let (path, tag) = bind("left-over");
+        // Dropping a listener leaves its path behind.
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let inbound = Inbound::bind(&tag).await.unwrap();
+        let _client = UnixStream::connect(&path).await.unwrap();
+        drop(inbound);
+        assert!(!path.exists());
+
+        let (path, tag) = bind("in-use");
+        let _other = UnixListener::bind(&path).unwrap();
+        assert!(Inbound::bind(&tag).await.unwrap_err().to_string().contains("Address already in use"));
+        assert!(std::fs::metadata(&path).unwrap().file_type().is_socket());
+
+        let (path, tag) = bind("a-file");
+        std::fs::write(&path, "precious").unwrap();
+        assert!(Inbound::bind(&tag).await.unwrap_err().to_string().contains("Address already in use"));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_unix_listener_whose_backlog_is_full_is_not_taken_for_left_over() {
+    within(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("busy");
+        let socket = tokio::net::UnixSocket::new_stream().unwrap();
+        socket.bind(&path).unwrap();
+        let _busy = socket.listen(1).unwrap();
+        let mut waiting = Vec::new();
+        while let Ok(client) = UnixStream::connect(&path).await {
+            waiting.push(client);
+        }
+        let tag = inbound_tag(&format!("KUBERNETES_PHASE:T:{}", path.display()));
+        assert!(Inbound::bind(&tag).await.unwrap_err().to_string().contains("Address already in use"));
+        assert!(path.exists());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stream_of_an_inbound_carries_eof_and_close_to_a_raw_peer() {
+    within(async {
+        let served = Served::new("0").await;
+        let mut connection = Connection::new(FIXED);
+        let mut asks = connection.take_asks();
+        served.links.send_replace(Some(connection.adaptor.clone()));
+        let mut client = served.connect().await;
+        let ask = asks.recv().await.unwrap();
+        assert_eq!((ask.name.as_str(), ask.id), ("T", 1));
+        let (mut receiver, sender) = secure_comms_tunnel::Incoming::accept(ask.incoming).await;
+        client.write_all(b"x").await.unwrap();
+        client.shutdown().await.unwrap();
+        assert_eq!(receiver.recv().await, Some(Event::Data("x".into())));
+        assert_eq!(receiver.recv().await, Some(Event::Eof));
+        sender.eof().await.unwrap();
+        assert_eq!(receiver.recv().await, Some(Event::Close));
+        check_end(&mut client).await;
+    })
+    .await;
+}
