@@ -1,19 +1,129 @@
-//! `connect`: one pod in the foreground. Being written.
+//! `connect`: one pod in the foreground, and a line on stdout for whatever happens to it.
 
-use crate::settings::Settings;
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::time::Duration;
 
-/// Why a pod could not be connected.
+use secure_comms_protocol::PodId;
+use secure_comms_protocol::resource::pod_private_key;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::timeout;
+
+use crate::adaptor::{Adaptor, AdaptorError, Config, KeySource};
+use crate::kbs::{KbsClient, KbsError};
+use crate::log::escape;
+use crate::pod::PodEvent;
+use crate::settings::{Settings, Trust};
+use crate::store::{DirectoryStore, StoreError};
+
+/// How long forgetting the pod may take once we were told to end: whoever ends us will not wait much longer.
+const FORGET: Duration = Duration::from_secs(20);
+
+/// Why `connect` failed.
 #[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// This part is being written.
-    #[error("connect to pod {0}: not built yet")]
-    NotBuilt(String),
+pub enum ConnectFailed {
+    /// The pod was not prepared, not started or not stopped.
+    #[error(transparent)]
+    Adaptor(#[from] AdaptorError),
+    /// The store can't be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The KBS client can't be set up.
+    #[error(transparent)]
+    Kbs(#[from] KbsError),
+    /// Signals can't be awaited.
+    #[error("wait for signals")]
+    Signals(#[source] io::Error),
+    /// The pod could not be forgotten in time.
+    #[error(
+        "stop pod {pod}: not done within {seconds} s: delete {resource} from the KBS by hand, or run connect and end it once more"
+    )]
+    Forget {
+        /// The pod.
+        pod: PodId,
+        /// What is left in the KBS.
+        resource: String,
+        /// How long it was tried, in seconds.
+        seconds: u64,
+    },
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    term: Signal,
+    int: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
 }
 
 /// Brings the pod up and keeps its channel up until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// What was last seen when the deadline passed.
-pub async fn run(settings: Settings) -> Result<(), ConnectError> {
-    Err(ConnectError::NotBuilt(settings.pod.to_string()))
+pub async fn run(settings: Settings) -> Result<(), ConnectFailed> {
+    let mut signals = Signals::new().map_err(ConnectFailed::Signals)?;
+    let store = Arc::new(DirectoryStore::open(&settings.store)?);
+    let keys = match &settings.trust {
+        Trust::Kbs(kbs) => KeySource::Kbs(KbsClient::new(kbs, settings.deadline)?),
+        Trust::UserData => KeySource::UserData,
+    };
+    let config = Config {
+        inbounds: settings.inbounds.clone(),
+        outbounds: settings.outbounds.clone(),
+        rekey_bytes: settings.rekey_bytes,
+        observer: Arc::new(tell),
+    };
+    let adaptor = Adaptor::new(store, keys, config);
+    let come_up = async {
+        for endpoint in adaptor.prepare(&settings.pod).await? {
+            line(&format!("inbound {} listens on {}", endpoint.name, endpoint.local));
+        }
+        adaptor.start(&settings.pod, &settings.addresses, settings.deadline).await
+    };
+    let came_up = tokio::select! {
+        came_up = come_up => came_up,
+        () = signals.any() => return end(&adaptor, &settings).await,
+    };
+    if let Err(error) = came_up {
+        adaptor.close(&settings.pod).await;
+        return Err(error.into());
+    }
+    signals.any().await;
+    end(&adaptor, &settings).await
+}
+
+async fn end(adaptor: &Adaptor, settings: &Settings) -> Result<(), ConnectFailed> {
+    if !settings.delete_on_exit {
+        adaptor.close(&settings.pod).await;
+        return Ok(());
+    }
+    match timeout(FORGET, adaptor.stop(&settings.pod)).await {
+        Ok(stopped) => Ok(stopped?),
+        Err(_) => Err(ConnectFailed::Forget {
+            pod: settings.pod.clone(),
+            resource: pod_private_key(&settings.pod),
+            seconds: FORGET.as_secs(),
+        }),
+    }
+}
+
+fn tell(pod: &PodId, event: &PodEvent) {
+    line(&format!("pod {pod}: {event}"));
+}
+
+/// One whole line at a time; nobody has to read them.
+fn line(text: &str) {
+    let mut out = io::stdout().lock();
+    let _ = writeln!(out, "{}", escape(text)).and_then(|()| out.flush());
 }

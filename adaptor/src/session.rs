@@ -295,7 +295,8 @@ async fn forwards<P: ClientPhase>(
 /// A line for each tunnel without a partner.
 fn unpartnered<P: Phase>(tunnels: &Tunnels<P>, agent: &Hello, refused: &[TunnelName]) -> Vec<String> {
     // What is not a name can't be a partner.
-    let names = |texts: &[String]| texts.iter().filter_map(|text| text.parse().ok()).collect::<Vec<TunnelName>>();
+    let names =
+        |texts: &[String]| texts.iter().filter_map(|text| text.parse().ok()).collect::<Vec<TunnelName>>();
     let (inbounds, outbounds) = (names(&agent.inbounds), names(&agent.outbounds));
     let ours: Vec<TunnelName> = tunnels.forwards.iter().map(|(name, _)| name.clone()).collect();
     let mut lines = Vec::new();

@@ -18,6 +18,7 @@ use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_ssh::profile;
 use secure_comms_tunnel::{Credits, Outbounds, Receiver, Sender};
 use tokio::net::TcpStream;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::timeout;
 
 pub use self::handler::TransportEnd;
@@ -141,6 +142,7 @@ pub struct Connection<P: ClientPhase> {
     handle: Arc<Handle<Client<P>>>,
     shared: Arc<Shared<P>>,
     _cut: CutOnDrop,
+    _turn: OwnedMutexGuard<()>,
 }
 
 impl<P: ClientPhase> std::fmt::Debug for Connection<P> {
@@ -185,6 +187,11 @@ impl<P: ClientPhase> Opener for DirectOpener<P> {
     }
 }
 
+/// Attempts that share one authenticate one at a time, and hold it for as long as their connection: an agent lets a
+/// newer Kubernetes peer take the place of an older one, so two addresses of one VM must not race each other in.
+#[derive(Clone, Debug, Default)]
+pub struct Turn(Arc<Mutex<()>>);
+
 /// Streams to the agent in a phase.
 pub type AgentLink<P> = SshLink<DirectOpener<P>>;
 
@@ -196,7 +203,8 @@ pub async fn attestation(
     dial: &Dial,
     outbounds: Arc<Outbounds<Attestation>>,
 ) -> Result<Connection<Attestation>, ConnectError> {
-    connect(dial, AnyHost, outbounds).await
+    // Nobody is let wait for a stranger.
+    connect(dial, AnyHost, Turn::default(), outbounds).await
 }
 
 /// Connects to the Kubernetes phase: the agent proves itself with the pod's key, and we with the worker node's.
@@ -206,14 +214,16 @@ pub async fn attestation(
 pub async fn kubernetes(
     dial: &Dial,
     pod: PodPublic,
+    turn: Turn,
     outbounds: Arc<Outbounds<Kubernetes>>,
 ) -> Result<Connection<Kubernetes>, ConnectError> {
-    connect(dial, pod, outbounds).await
+    connect(dial, pod, turn, outbounds).await
 }
 
 async fn connect<P: ClientPhase>(
     dial: &Dial,
     host: P::Host,
+    turn: Turn,
     outbounds: Arc<Outbounds<P>>,
 ) -> Result<Connection<P>, ConnectError> {
     let tcp = match timeout(TCP_CONNECT, TcpStream::connect(dial.address)).await {
@@ -228,14 +238,15 @@ async fn connect<P: ClientPhase>(
         let config = Arc::new(profile::client(dial.rekey_bytes));
         let handle = client::connect_stream(config, socket, Client(shared.clone()));
         let mut handle = handle.await.map_err(|error| handshake_error(&shared, &error))?;
+        let turn = turn.0.lock_owned().await;
         authenticate(&mut handle, &shared, &dial.node_key).await?;
-        Ok(handle)
+        Ok((Arc::new(handle), turn))
     };
     match timeout(AUTHENTICATE, handshake).await {
-        Ok(handle) => {
-            let handle = Arc::new(handle?);
+        Ok(authenticated) => {
+            let (handle, turn) = authenticated?;
             guard.may_hold(P::CREDIT.held_max());
-            Ok(Connection { handle, shared, _cut: cut })
+            Ok(Connection { handle, shared, _cut: cut, _turn: turn })
         }
         Err(_) => Err(ConnectError::Timeout(AUTHENTICATE.as_secs(), "agreeing on keys and authenticating")),
     }

@@ -36,7 +36,8 @@ fn start() -> Result<(), Exit> {
         log::info!("{flag} has no meaning over Secure Comms: unused");
     }
     let daemon = config::load(&options.config).map_err(failed)?;
-    let config = Config::resolve(options, daemon).map_err(|error| Exit { code: error.exit_code(), ..failed(error) })?;
+    let config = Config::resolve(options, daemon)
+        .map_err(|error| Exit { code: error.exit_code(), ..failed(error) })?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     runtime.block_on(serve(config))
 }

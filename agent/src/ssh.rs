@@ -399,7 +399,12 @@ impl Handler for ConnectionHandler {
         session.channel_failure(channel)
     }
 
-    async fn signal(&mut self, channel: ChannelId, _: russh::Sig, _: &mut Session) -> Result<(), russh::Error> {
+    async fn signal(
+        &mut self,
+        channel: ChannelId,
+        _: russh::Sig,
+        _: &mut Session,
+    ) -> Result<(), russh::Error> {
         self.tolerate_request(channel);
         Ok(())
     }

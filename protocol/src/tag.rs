@@ -203,6 +203,8 @@ pub trait Tag: Sized + fmt::Display {
     fn phases(&self) -> PhaseSet;
     /// The tunnel.
     fn name(&self) -> &TunnelName;
+    /// The same tunnel in other phases.
+    fn in_phases(self, phases: PhaseSet) -> Self;
     /// Reads one tag.
     fn parse(text: &str) -> Result<Self, TagError>;
 }
@@ -214,6 +216,10 @@ impl Tag for InboundTag {
 
     fn name(&self) -> &TunnelName {
         &self.name
+    }
+
+    fn in_phases(self, phases: PhaseSet) -> Self {
+        Self { phases, ..self }
     }
 
     fn parse(text: &str) -> Result<Self, TagError> {
@@ -242,6 +248,10 @@ impl Tag for OutboundTag {
 
     fn name(&self) -> &TunnelName {
         &self.name
+    }
+
+    fn in_phases(self, phases: PhaseSet) -> Self {
+        Self { phases, ..self }
     }
 
     fn parse(text: &str) -> Result<Self, TagError> {
@@ -379,10 +389,18 @@ pub fn parse_lists<'a, T: Tag>(lists: impl IntoIterator<Item = &'a str>) -> Resu
     if errors.is_empty() { Ok(tags) } else { Err(TagErrors(errors)) }
 }
 
-/// Adds what is built in, unless the operator's tags name the same tunnel in an overlapping phase: theirs wins.
+/// Adds what is built in, for the phases in which the operator's tags do not name the same tunnel: there theirs wins.
 pub fn with_built_in<T: Tag>(mut tags: Vec<T>, built_in: T) -> Vec<T> {
-    if !tags.iter().any(|t| t.name() == built_in.name() && t.phases().overlaps(built_in.phases())) {
-        tags.push(built_in);
-    }
+    let left = |phase: PhaseName| {
+        built_in.phases().includes(phase)
+            && !tags.iter().any(|tag| tag.name() == built_in.name() && tag.phases().includes(phase))
+    };
+    let phases = match (left(PhaseName::Attestation), left(PhaseName::Kubernetes)) {
+        (true, true) => PhaseSet::Both,
+        (true, false) => PhaseSet::Attestation,
+        (false, true) => PhaseSet::Kubernetes,
+        (false, false) => return tags,
+    };
+    tags.push(built_in.in_phases(phases));
     tags
 }

@@ -243,6 +243,10 @@ fn the_operators_tag_wins_over_a_built_in_of_the_same_name_and_phase() {
     assert_eq!(with_built_in(mine.clone(), built_in()), mine);
     let other = vec![inbound("ATTESTATION_PHASE:KATAAGENT:7000")];
     assert_eq!(with_built_in(other.clone(), built_in()), [other[0].clone(), built_in()]);
+    // In the phase that the operator left alone, the built-in one stays.
+    let mine = vec![inbound("KUBERNETES_PHASE:KBS:9090")];
+    let left = inbound("ATTESTATION_PHASE:KBS:8080");
+    assert_eq!(with_built_in(mine.clone(), inbound("BOTH_PHASES:KBS:8080")), [mine[0].clone(), left]);
 }
 
 fn any_phase() -> impl Strategy<Value = &'static str> {

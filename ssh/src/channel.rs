@@ -1,7 +1,10 @@
 //! SSH channels as the tunnel crate's streams, for either end.
 
 use bytes::Bytes;
-use russh::{Channel, ChannelId, ChannelMsg, ChannelOpenFailure, ChannelOpenHandleInner, ChannelReadHalf, ChannelWriteHalf};
+use russh::{
+    Channel, ChannelId, ChannelMsg, ChannelOpenFailure, ChannelOpenHandleInner, ChannelReadHalf,
+    ChannelWriteHalf,
+};
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::{Event, Incoming, Receiver, Refusal, RefusalKind, Sender};
 

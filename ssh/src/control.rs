@@ -69,7 +69,8 @@ impl Outbox {
 
     async fn take(&self, lines: &mut Vec<u8>) {
         loop {
-            let messages = std::mem::take(&mut *self.0.messages.lock().unwrap_or_else(PoisonError::into_inner));
+            let messages =
+                std::mem::take(&mut *self.0.messages.lock().unwrap_or_else(PoisonError::into_inner));
             if !messages.is_empty() {
                 messages.iter().for_each(|message| message.write_line(lines));
                 return;

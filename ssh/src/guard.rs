@@ -15,8 +15,8 @@ use std::task::{Context, Poll, Waker};
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use self::strict::StrictKex;
 pub use self::strict::Peer;
+use self::strict::StrictKex;
 
 mod strict;
 
@@ -68,7 +68,8 @@ impl<S> Guarded<S> {
     pub fn new(socket: S, peer: Peer) -> (Self, Guard) {
         let guard = Guard::default();
         guard.0.read_ahead.store(UNAUTHENTICATED_READ_AHEAD, Ordering::Relaxed);
-        let guarded = Self { socket, guard: guard.clone(), ahead: BytesMut::new(), strict: StrictKex::new(peer) };
+        let guarded =
+            Self { socket, guard: guard.clone(), ahead: BytesMut::new(), strict: StrictKex::new(peer) };
         (guarded, guard)
     }
 
@@ -114,7 +115,11 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        out: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         this.check()?;
         if !this.ahead.is_empty() {

@@ -81,7 +81,9 @@ impl<O: Opener> Link for SshLink<O> {
 
 fn describe(reason: &ChannelOpenFailure) -> String {
     match reason {
-        ChannelOpenFailure::AdministrativelyProhibited => "administratively prohibited: not an outbound there".into(),
+        ChannelOpenFailure::AdministrativelyProhibited => {
+            "administratively prohibited: not an outbound there".into()
+        }
         ChannelOpenFailure::ConnectFailed => "connect failed: its server can't be reached".into(),
         other => other.description().to_owned(),
     }

@@ -203,6 +203,11 @@ impl Kbs {
         lock(&self.shared.denied).insert(path.to_owned());
     }
 
+    /// Takes a refusal back.
+    pub fn allow(&self, path: &str) {
+        lock(&self.shared.denied).remove(path);
+    }
+
     /// The resource at `<repo>/<type>/<tag>`.
     #[must_use]
     pub fn resource(&self, path: &str) -> Option<Vec<u8>> {

@@ -3,23 +3,27 @@
 //!
 //! In the order in which a pod meets them:
 //!
-//! - [`process`], [`netns`]: run the real binaries, in network namespaces if asked for;
+//! - [`process`], [`netns`]: run the real binaries, in network namespaces if asked for; [`cable`]: what lies between;
 //! - [`kbs`]: Trustee's key broker, with faults on demand;
 //! - [`guest`]: the guest components in the VM (`api-server-rest`, AA, CDH), which fetch keys through the agent;
 //! - [`kata`]: the kata agent behind `KATAAGENT`, and the client side that checks every byte;
-//! - [`openssh`]: stock OpenSSH as the other end;
+//! - [`openssh`]: stock OpenSSH as the other end; [`stranger`]: one that means harm, or a peer by hand; [`pod_keys`]: what
+//!   an adaptor would have made for the pod;
 //! - [`scene`]: one pod with all of that around it; [`vm`]: the same, with the VM in network namespaces.
 //!
 //! Everything binds port 0, reports what it got, and stops when dropped.
 
 mod accept;
 pub mod args;
+pub mod cable;
 pub mod guest;
 mod http;
 pub mod kata;
 pub mod kbs;
 pub mod netns;
 pub mod openssh;
+pub mod pod_keys;
 pub mod process;
 pub mod scene;
+pub mod stranger;
 pub mod vm;

@@ -62,7 +62,8 @@ pub struct Scene {
 /// None is free.
 pub fn free_port() -> Result<SocketAddr> {
     let start = u16::from_le_bytes(random()?) % 12_000;
-    let addresses = (0..12_000).map(|step| SocketAddr::from((Ipv4Addr::LOCALHOST, 20_000 + (start + step) % 12_000)));
+    let addresses =
+        (0..12_000).map(|step| SocketAddr::from((Ipv4Addr::LOCALHOST, 20_000 + (start + step) % 12_000)));
     addresses.into_iter().find(|address| TcpListener::bind(address).is_ok()).context("no port is free")
 }
 
@@ -206,6 +207,22 @@ impl Scene {
     /// It can't be started.
     pub fn adaptor(&self) -> Result<Child> {
         Child::spawn("adaptor", self.adaptor_command(&[self.ssh])?)
+    }
+
+    /// Starts the adaptor and waits until the pod's keys are at the KBS.
+    ///
+    /// # Errors
+    /// They do not get there.
+    pub async fn adaptor_with_keys_published(&self) -> Result<Child> {
+        let adaptor = self.adaptor()?;
+        adaptor.wait_for_text("inbound KATAAGENT listens on", PATIENCE).await?;
+        self.kbs
+            .wait_for_request(
+                |request| request.method == "POST" && request.path.contains("/sshclient/"),
+                PATIENCE,
+            )
+            .await?;
+        Ok(adaptor)
     }
 
     /// Writes apf.json as the adaptor makes it for the pod.

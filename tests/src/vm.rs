@@ -55,7 +55,9 @@ impl Vm {
         let mut kata = host.command(&binaries.kata);
         kata.arg("--socket").arg(path("kata.sock")).args(["--tcp", &format!("127.0.0.1:{VM_SERVICE_PORT}")]);
         let mut cdh = host.command(&binaries.guest);
-        cdh.arg("--cdh-listen").arg(path("cdh.sock")).args(["--kbs", &format!("http://127.0.0.1:{KBS_PORT}")]);
+        cdh.arg("--cdh-listen")
+            .arg(path("cdh.sock"))
+            .args(["--kbs", &format!("http://127.0.0.1:{KBS_PORT}")]);
         let mut rest = pod.command(&binaries.guest);
         rest.args(["--rest", &format!("127.0.0.1:{GUEST_PORT}")]).arg("--cdh").arg(path("cdh.sock"));
         let mut agent = host.command(&binaries.agent);
@@ -74,7 +76,8 @@ impl Vm {
 
         let agent = Child::spawn("agent", agent)?;
         agent.wait_for_text("inbound NODESERVICE listens on", PATIENCE).await?;
-        let services = vec![Child::spawn("kata agent", kata)?, Child::spawn("cdh", cdh)?, Child::spawn("rest", rest)?];
+        let services =
+            vec![Child::spawn("kata agent", kata)?, Child::spawn("cdh", cdh)?, Child::spawn("rest", rest)?];
         for service in &services {
             service.wait_for_text("listening on", PATIENCE).await?;
         }

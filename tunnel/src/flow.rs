@@ -128,8 +128,10 @@ impl Credits {
     pub async fn peer(&self) -> Result<PeerFlow, StreamError> {
         let mut peer = self.0.peer.subscribe();
         tokio::select! {
-            peer = peer.wait_for(Option::is_some) => peer.ok().and_then(|peer| *peer).ok_or(StreamError::Gone),
+            // First: no stream begins on a connection that has ended.
+            biased;
             () = self.gone() => Err(StreamError::Gone),
+            peer = peer.wait_for(Option::is_some) => peer.ok().and_then(|peer| *peer).ok_or(StreamError::Gone),
         }
     }
 

@@ -159,7 +159,7 @@ async fn bind_tcp(namespace: Option<Namespace>, port: u16) -> Result<(Listener, 
 }
 
 /// Whether a namespace is still being made: no file yet, a file on which nothing is mounted yet (`ip netns add` does
-/// it in two steps), or `lo` down.
+/// it in two steps), or other interfaces up and `lo` not yet.
 fn not_yet(error: &NamespaceError) -> bool {
     match error {
         NamespaceError::Open { source, .. } => source.kind() == io::ErrorKind::NotFound,

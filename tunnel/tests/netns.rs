@@ -4,14 +4,14 @@
 mod harness;
 
 use std::io::ErrorKind;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::PathBuf;
 use std::process::Command;
 
 use harness::{Connection, FIXED, within};
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{InboundTag, Kubernetes, OutboundTag};
-use secure_comms_tunnel::netns::{self, Namespace};
+use secure_comms_tunnel::netns::{self, Namespace, NamespaceError};
 use secure_comms_tunnel::{Inbound, Outbounds};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -23,6 +23,8 @@ fn ip(arguments: &[&str]) {
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "this test needs root (CAP_SYS_ADMIN): ip {arguments:?}: {error}");
 }
+
+const LOOPBACK: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0));
 
 /// A namespace of our own, gone when dropped.
 struct Made(String);
@@ -108,13 +110,33 @@ async fn an_inbound_waits_until_its_namespace_is_made_and_up() {
     within(async {
         let name = Made::name("late");
         let tag = parse_list::<InboundTag>(&format!("BOTH_PHASES:T:{name}:0")).unwrap().remove(0);
+        let binding = tokio::spawn({
+            let tag = tag.clone();
+            async move { Inbound::bind(&tag).await }
+        });
+        tokio::task::yield_now().await;
+        // `ip netns add` makes the file, then mounts the namespace on it: first a file that is none yet.
+        std::fs::create_dir_all(netns::NAMED).unwrap();
+        let path = format!("{}/{name}", netns::NAMED);
+        std::fs::write(&path, "").unwrap();
+        let early = netns::listen(Some(&Namespace::new(&name)), LOOPBACK).await.unwrap_err();
+        assert!(matches!(early, NamespaceError::Enter { .. }), "{early}");
+        std::fs::remove_file(&path).unwrap();
+        let made = Made::new("late");
+        drop(binding.await.unwrap().unwrap());
+
+        // A namespace with an interface that is up, as podns has, lets nobody bind 127.0.0.1 before `lo` is up.
+        ip(&["-n", &name, "link", "add", "name", "v0", "type", "veth", "peer", "name", "v1"]);
+        ip(&["-n", &name, "addr", "add", "192.0.2.1/24", "dev", "v0"]);
+        ip(&["-n", &name, "link", "set", "v0", "up"]);
+        ip(&["-n", &name, "link", "set", "v1", "up"]);
+        let early = netns::listen(Some(&Namespace::new(&name)), LOOPBACK).await.unwrap_err();
+        assert!(
+            matches!(&early, NamespaceError::Io(error) if error.kind() == ErrorKind::AddrNotAvailable),
+            "{early}"
+        );
         let binding = tokio::spawn(async move { Inbound::bind(&tag).await });
         tokio::task::yield_now().await;
-        let made = Made::new("late");
-        // Bound only once 127.0.0.1 is there.
-        let early = netns::listen(Some(&Namespace::new(&name)), "127.0.0.1:0".parse().unwrap()).await;
-        assert!(early.unwrap_err().to_string().contains("assign requested address"));
-        assert!(!binding.is_finished());
         made.up();
         binding.await.unwrap().unwrap();
     })
@@ -124,11 +146,10 @@ async fn an_inbound_waits_until_its_namespace_is_made_and_up() {
 #[tokio::test]
 async fn a_namespace_that_is_not_there_or_none_is_an_error_that_names_it() {
     within(async {
-        let address: SocketAddr = "127.0.0.1:0".parse().unwrap();
-        let error = netns::listen(Some(&Namespace::new("no-such-namespace")), address).await.unwrap_err();
+        let error = netns::listen(Some(&Namespace::new("no-such-namespace")), LOOPBACK).await.unwrap_err();
         let expected = "opening network namespace /run/netns/no-such-namespace: No such file";
         assert!(error.to_string().starts_with(expected), "{error}");
-        let error = netns::connect(Some(&Namespace::new("/etc/hostname")), address).await.unwrap_err();
+        let error = netns::connect(Some(&Namespace::new("/etc/hostname")), LOOPBACK).await.unwrap_err();
         assert!(error.to_string().starts_with("entering network namespace /etc/hostname: "), "{error}");
     })
     .await;

@@ -117,7 +117,9 @@ mod tests {
 
     #[test]
     fn a_peer_without_strict_kex_is_refused_with_advice() {
-        for names in ["curve25519-sha256", "kex-strict-s-v00@openssh.com", "xkex-strict-c-v00@openssh.com", ""] {
+        for names in
+            ["curve25519-sha256", "kex-strict-s-v00@openssh.com", "xkex-strict-c-v00@openssh.com", ""]
+        {
             let error = feed(&hello(names), 9).unwrap_err();
             assert!(error.to_string().contains("CVE-2023-48795"), "{error}");
         }

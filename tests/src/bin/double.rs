@@ -45,7 +45,9 @@ async fn main() -> ExitCode {
         [] => false,
         [flag] if flag == "--netns" => true,
         other => {
-            eprintln!("double: {other:?}: expected nothing, or --netns (the VM in network namespaces; needs root)");
+            eprintln!(
+                "double: {other:?}: expected nothing, or --netns (the VM in network namespaces; needs root)"
+            );
             return ExitCode::from(2);
         }
     };
@@ -79,7 +81,10 @@ async fn in_namespaces() -> Result<()> {
     steps.done("agent-protocol-forwarder and secure-comms-adaptor are built");
     let scene = Scene::new(SceneOptions::default()).await?;
     let mut vm = Vm::boot().await?;
-    steps.done(format!("the VM is up in network namespaces of its own, podns included; its agent listens on {}", vm.ssh));
+    steps.done(format!(
+        "the VM is up in network namespaces of its own, podns included; its agent listens on {}",
+        vm.ssh
+    ));
     let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[vm.ssh])?)?;
     let (pod, node_inbound) = (vm.pod.clone(), vm.node_inbound);
     let node_client = async || Ok(netns::connect(Some(&pod), node_inbound).await?);
@@ -109,21 +114,30 @@ async fn play(
 
 async fn phases(steps: &mut Steps, kbs: &Kbs, pod: &str, adaptor: &Child) -> Result<()> {
     let resource = format!("default/pp-{pod}/privateKey");
-    let published = kbs.wait_for_request(|request| request.method == "POST" && request.path.contains("sshclient"), PATIENCE);
+    let published = kbs
+        .wait_for_request(|request| request.method == "POST" && request.path.contains("sshclient"), PATIENCE);
     published.await.context("the worker node's public key at the KBS")?;
     ensure!(kbs.resource(&resource).is_some(), "the pod's private key is not at the KBS");
     steps.done("prepare: the adaptor made the pod's keys and put them at the KBS");
     adaptor.wait_for_text("attestation: connected", PATIENCE).await?;
     steps.done("Attestation: the adaptor is connected, nobody has proven anything");
-    kbs.wait_for_request(|request| request.method == "GET" && request.path.contains("sshclient"), PATIENCE).await?;
+    kbs.wait_for_request(|request| request.method == "GET" && request.path.contains("sshclient"), PATIENCE)
+        .await?;
     ensure!(kbs.attestations() >= 2, "the guest got keys without attesting");
-    steps.done(format!("the guest attested {} times through the KBS tunnel and got the keys", kbs.attestations()));
+    steps.done(format!(
+        "the guest attested {} times through the KBS tunnel and got the keys",
+        kbs.attestations()
+    ));
     up(adaptor).await?;
     steps.done("Kubernetes: both sides have proven themselves with those keys");
     Ok(())
 }
 
-async fn traffic(steps: &mut Steps, adaptor: &Child, node_client: impl AsyncFn() -> Result<TcpStream>) -> Result<()> {
+async fn traffic(
+    steps: &mut Steps,
+    adaptor: &Child,
+    node_client: impl AsyncFn() -> Result<TcpStream>,
+) -> Result<()> {
     let kata = endpoint(adaptor, "KATAAGENT").await?;
     let mut session = EchoSession::open(client(kata).await?).await?;
     let mut times = Vec::new();
@@ -141,7 +155,10 @@ async fn traffic(steps: &mut Steps, adaptor: &Child, node_client: impl AsyncFn()
     let mut bulk = async |name: &str, stream: TcpStream| {
         let time = bulk_both_ways(stream, BULK, 7).await.with_context(|| format!("tunnel {name}"))?;
         let rate = BULK as f64 / (1 << 20) as f64 / time.as_secs_f64();
-        steps.done(format!("{name}: {} MiB each way, every byte checked; {rate:.0} MiB/s each way", BULK >> 20));
+        steps.done(format!(
+            "{name}: {} MiB each way, every byte checked; {rate:.0} MiB/s each way",
+            BULK >> 20
+        ));
         anyhow::Ok(())
     };
     bulk("KATAAGENT (worker node -> kata agent)", client(kata).await?).await?;

@@ -26,7 +26,7 @@ pub(crate) const FIXED: CreditLimits =
     CreditLimits { initial: 32 * 1024, stream_max: 32 * 1024, growth_pool: 0, streams: 64 };
 
 /// Far more than any kernel buffer between two local sockets, in bytes.
-pub(crate) const BULK: usize = 64 * 1024 * 1024;
+pub(crate) const BULK: usize = 16 * 1024 * 1024;
 /// More than a local socket pair holds in its kernel buffers, far less than [`BULK`], in bytes.
 pub(crate) const KERNEL: u64 = 8 * 1024 * 1024;
 
@@ -335,6 +335,10 @@ impl Incoming for MemIncoming {
     }
 
     async fn refuse(self, refusal: Refusal) {
+        // Nothing travels on a dead connection.
+        if *self.halves.0.dead.borrow() {
+            return;
+        }
         drop(self.answer.send(Err(refusal)));
     }
 }

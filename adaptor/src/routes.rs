@@ -1,0 +1,86 @@
+//! Which connection the clients of an inbound are handed to: by its phase, and by type.
+
+use secure_comms_protocol::{Attestation, Kubernetes, PhaseSet, TunnelName};
+use secure_comms_tunnel::{Inbound, Link, OpenError, Stream};
+use tokio::sync::watch;
+
+use crate::ssh::AgentLink;
+
+/// The links that there are now. A client of a Kubernetes-phase inbound has no way to an attestation link.
+#[derive(Debug)]
+pub(crate) struct Routes {
+    attestation: watch::Sender<Option<AgentLink<Attestation>>>,
+    kubernetes: watch::Sender<Option<AgentLink<Kubernetes>>>,
+    both: watch::Sender<Option<AnyLink>>,
+}
+
+/// The link of a `BOTH_PHASES` inbound: whatever there is, proven or not, as its tag says.
+#[derive(Clone, Debug)]
+pub(crate) enum AnyLink {
+    Attestation(AgentLink<Attestation>),
+    Kubernetes(AgentLink<Kubernetes>),
+}
+
+impl Link for AnyLink {
+    type Receiver = <AgentLink<Kubernetes> as Link>::Receiver;
+    type Sender = <AgentLink<Kubernetes> as Link>::Sender;
+
+    async fn open(&self, name: &TunnelName) -> Result<Stream<Self::Receiver, Self::Sender>, OpenError> {
+        match self {
+            Self::Attestation(link) => link.open(name).await,
+            Self::Kubernetes(link) => link.open(name).await,
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        match self {
+            Self::Attestation(link) => link.is_gone(),
+            Self::Kubernetes(link) => link.is_gone(),
+        }
+    }
+}
+
+impl Default for Routes {
+    fn default() -> Self {
+        Self {
+            attestation: watch::Sender::new(None),
+            kubernetes: watch::Sender::new(None),
+            both: watch::Sender::new(None),
+        }
+    }
+}
+
+impl Routes {
+    /// Serves the clients of an inbound, until the future is dropped.
+    pub(crate) fn serve(&self, inbound: Inbound) -> impl Future<Output = ()> + Send + use<> {
+        let phases = inbound.tag().phases;
+        let (attestation, kubernetes, both) =
+            (self.attestation.subscribe(), self.kubernetes.subscribe(), self.both.subscribe());
+        async move {
+            match phases {
+                PhaseSet::Attestation => inbound.serve(attestation).await,
+                PhaseSet::Kubernetes => inbound.serve(kubernetes).await,
+                PhaseSet::Both => inbound.serve(both).await,
+            }
+        }
+    }
+
+    /// Routes to the agent in the Attestation phase.
+    pub(crate) fn attestation(&self, link: AgentLink<Attestation>) {
+        self.both.send_replace(Some(AnyLink::Attestation(link.clone())));
+        self.attestation.send_replace(Some(link));
+    }
+
+    /// Routes to the agent in the Kubernetes phase.
+    pub(crate) fn kubernetes(&self, link: AgentLink<Kubernetes>) {
+        self.both.send_replace(Some(AnyLink::Kubernetes(link.clone())));
+        self.kubernetes.send_replace(Some(link));
+    }
+
+    /// Routes nowhere: clients that come now wait. Streams that are open go on.
+    pub(crate) fn close(&self) {
+        self.attestation.send_replace(None);
+        self.kubernetes.send_replace(None);
+        self.both.send_replace(None);
+    }
+}

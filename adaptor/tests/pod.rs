@@ -1,0 +1,243 @@
+//! One pod, from prepared to stopped, against a stand-in agent.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use secure_comms_adaptor::adaptor::AdaptorError;
+use secure_comms_adaptor::address::Address;
+use secure_comms_adaptor::keys::{PodKey, WorkerNodeKey};
+use secure_comms_adaptor::pod::{LOST, PodState};
+use secure_comms_adaptor::store::Store;
+use support::agent::{Agent, Mode};
+use support::{PATIENCE, World, addresses, echoes, pod};
+use tokio::net::TcpListener;
+
+const SOON: Duration = Duration::from_secs(2);
+
+impl World {
+    async fn latched(&self) -> Mode {
+        Mode::kubernetes(self.pod_key().await, self.node_key().await)
+    }
+
+    async fn start(&self, at: &[Address], deadline: Duration) -> Result<(), AdaptorError> {
+        self.adaptor.start(&pod(), at, deadline).await
+    }
+}
+
+#[tokio::test]
+async fn a_new_pod_attests_and_comes_back_with_one_handshake_a_phase() {
+    let world = World::new("BOTH_PHASES:KBS:127.0.0.1:9").await;
+    let agent = Agent::start(Mode::attestation()).await;
+    let local = world.prepare().await;
+    assert_eq!(world.prepare().await, local, "a second prepare changes nothing");
+    assert_eq!(world.published.all()[..2], ["POST /kbs/v0/resource/default/sshclient/publicKey", "POST /kbs/v0/resource/default/pp-pod-1/privateKey"]);
+    let latched = world.latched().await;
+    let at = addresses(&[agent.address]);
+    let guest = async {
+        agent.seen.wait("hello", 1).await;
+        agent.keys(1, "api-server-rest: \x1b[31mconnection refused");
+        world.events.wait("keys:", 1).await;
+        assert!(!agent.seen.all().iter().any(|line| line.contains("kubernetes")));
+        agent.upgrade(latched);
+    };
+    let (started, ()) = tokio::join!(world.start(&at, PATIENCE), guest);
+    started.unwrap();
+    echoes(&local).await;
+    let address = agent.address;
+    assert_eq!(
+        world.events.all(),
+        [
+            format!("attestation: connected to {address}"),
+            "tunnel KATAAGENT, Attestation phase: the agent's outbound has no inbound here".to_owned(),
+            "keys: attempt 1: api-server-rest: \\u{1b}[31mconnection refused".to_owned(),
+            "attestation: done, coming back as kubernetes".to_owned(),
+            format!("kubernetes phase up at {address}"),
+        ]
+    );
+    assert_eq!(agent.seen.count("connection"), 2 + agent.seen.count("connection refused"));
+    assert_eq!(agent.seen.count("hello pod-1 out [\"KBS\"]"), 2);
+    assert_eq!(agent.seen.count("forward KBS:9"), 2);
+    assert_eq!(*world.adaptor.watch(&pod()).unwrap().borrow(), PodState::Up { instance: "cafe".into() });
+}
+
+#[tokio::test]
+async fn a_dead_first_address_does_not_hold_up_the_second() {
+    let world = World::new("").await;
+    // It takes connections, and never says a word.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    world.prepare().await;
+    let agent = Agent::start(world.latched().await).await;
+    let start = Instant::now();
+    let at = addresses(&[silent.local_addr().unwrap(), agent.address]);
+    world.start(&at, PATIENCE).await.unwrap();
+    assert!(start.elapsed() < SOON + SOON, "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn a_start_that_takes_too_long_tells_what_was_last_seen() {
+    let world = World::new("").await;
+    world.prepare().await;
+    let agent = Agent::start(Mode::attestation()).await;
+    let at = addresses(&[agent.address]);
+    let guest = async {
+        agent.seen.wait("hello", 1).await;
+        agent.keys(7, "the KBS says no");
+    };
+    let (started, ()) = tokio::join!(world.start(&at, SOON), guest);
+    assert_eq!(
+        started.unwrap_err().to_string(),
+        "start pod pod-1: not up within 2 s; last seen: keys: attempt 7: the KBS says no; see that the VM runs and its \
+         agent is reached, or give it more time"
+    );
+    agent.seen.wait("gone", 1).await;
+    // Nobody there at all: the address and the cause.
+    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let error = world.start(&addresses(&[nobody]), Duration::from_secs(1)).await.unwrap_err().to_string();
+    assert!(error.contains(&format!("connecting: {nobody}: attestation: TCP connect: Connection refused")), "{error}");
+    assert_eq!(world.events.count("TCP connect"), 1, "a failure that repeats is told once: {:?}", world.events.all());
+}
+
+#[tokio::test]
+async fn a_lost_vm_fails_the_start_at_once() {
+    let world = World::new("").await;
+    world.prepare().await;
+    let strangers = Mode::kubernetes(PodKey::generate().unwrap(), WorkerNodeKey::generate().unwrap().public().unwrap());
+    let agent = Agent::start(strangers).await;
+    let start = Instant::now();
+    let error = world.start(&addresses(&[agent.address]), PATIENCE).await.unwrap_err();
+    assert_eq!(error.to_string(), format!("start pod pod-1: {LOST}"));
+    assert!(start.elapsed() < SOON + SOON, "{:?}", start.elapsed());
+    assert_eq!(agent.seen.count("auth kubernetes"), 0);
+    assert!(matches!(error, AdaptorError::StartFailed { .. }));
+}
+
+#[tokio::test]
+async fn an_agent_that_gets_its_keys_between_two_tries_is_not_lost() {
+    let world = World::new("").await;
+    world.prepare().await;
+    let agent = Agent::start(Mode::attestation()).await;
+    let latched = world.latched().await;
+    let guest = async {
+        agent.seen.wait("hello", 1).await;
+        // It moves on without a word.
+        agent.cut();
+        agent.seen.wait("gone", 2).await;
+        agent.become_(latched);
+    };
+    let at = addresses(&[agent.address]);
+    let (started, ()) = tokio::join!(world.start(&at, PATIENCE), guest);
+    started.unwrap();
+}
+
+#[tokio::test]
+async fn a_rejected_worker_node_key_is_told_with_advice() {
+    let world = World::new("").await;
+    world.prepare().await;
+    let other = WorkerNodeKey::generate().unwrap().public().unwrap();
+    let agent = Agent::start(Mode::kubernetes(world.pod_key().await, other)).await;
+    let error = world.start(&addresses(&[agent.address]), SOON).await.unwrap_err().to_string();
+    assert!(error.contains("rejects this worker node's (SHA256:"), "{error}");
+    assert!(error.contains("see that default/sshclient/publicKey in the KBS is this node's"), "{error}");
+}
+
+#[tokio::test]
+async fn a_connection_that_dies_comes_back_and_local_clients_wait_for_it() {
+    let world = World::new("").await;
+    let local = world.prepare().await;
+    let latched = world.latched().await;
+    let agent = Agent::start(latched.clone()).await;
+    world.start(&addresses(&[agent.address]), PATIENCE).await.unwrap();
+    // While nobody at the address is the pod, a client is held, and handed to nobody.
+    agent.become_(Mode::attestation());
+    agent.cut();
+    world.events.wait("channel down: ", 1).await;
+    let client = tokio::spawn(async move { echoes(&local).await });
+    agent.seen.wait("hello", 2).await;
+    assert!(!client.is_finished());
+    assert_eq!(agent.seen.count("opens KATAAGENT in Attestation"), 0);
+    agent.upgrade(latched);
+    world.events.wait("kubernetes phase up", 2).await;
+    client.await.unwrap();
+    assert_eq!(agent.seen.count("opens KATAAGENT in Attestation"), 0);
+    assert_eq!(agent.seen.count("opens KATAAGENT in Kubernetes"), 1);
+}
+
+#[tokio::test]
+async fn a_lost_vm_later_on_is_told_and_waited_for() {
+    let world = World::new("").await;
+    world.prepare().await;
+    let latched = world.latched().await;
+    let agent = Agent::start(latched.clone()).await;
+    world.start(&addresses(&[agent.address]), PATIENCE).await.unwrap();
+    agent.become_(Mode::kubernetes(PodKey::generate().unwrap(), world.node_key().await));
+    agent.cut();
+    world.events.wait("it is lost to this pod", 1).await;
+    agent.become_(latched);
+    world.events.wait("kubernetes phase up", 2).await;
+}
+
+#[tokio::test]
+async fn a_stopped_pod_says_bye_and_leaves_nothing() {
+    let world = World::new("").await;
+    let local = world.prepare().await;
+    let agent = Agent::start(world.latched().await).await;
+    world.start(&addresses(&[agent.address]), PATIENCE).await.unwrap();
+    let state = world.adaptor.watch(&pod()).unwrap();
+    world.adaptor.stop(&pod()).await.unwrap();
+    assert_eq!(*state.borrow(), PodState::Stopped);
+    assert_eq!(agent.seen.count("the peer said bye: the pod is being deleted"), 1);
+    assert_eq!(world.published.count("DELETE /kbs/v0/resource/default/pp-pod-1/privateKey"), 1);
+    assert!(world.store.known_pod_key(&pod()).await.unwrap().is_none());
+    assert!(world.adaptor.watch(&pod()).is_none());
+    assert!(tokio::net::TcpStream::connect(local).await.is_err());
+    agent.seen.wait("gone", 2).await;
+}
+
+#[tokio::test]
+async fn a_new_process_resumes_its_pods_without_new_keys() {
+    let world = World::new("").await;
+    world.prepare().await;
+    let agent = Agent::start(world.latched().await).await;
+    world.start(&addresses(&[agent.address]), PATIENCE).await.unwrap();
+    let key = world.pod_key().await.public().unwrap();
+    let published = world.published.all().len();
+    let world = world.restart("");
+    let before = agent.seen.count("auth attestation");
+    assert_eq!(world.adaptor.resume().await.unwrap(), [pod()]);
+    world.events.wait("kubernetes phase up", 1).await;
+    assert_eq!(agent.seen.count("auth attestation"), before, "Kubernetes comes first");
+    assert_eq!(world.pod_key().await.public().unwrap(), key);
+    assert_eq!(world.published.all().len(), published);
+    let endpoints = world.adaptor.endpoints(&pod()).unwrap();
+    echoes(&endpoints[0].local).await;
+}
+
+#[tokio::test]
+async fn without_trustee_there_is_no_attestation() {
+    let world = World::user_data().await;
+    let local = world.prepare().await;
+    let agent = Agent::start(Mode::attestation()).await;
+    let latched = world.latched().await;
+    let vm = async {
+        world.events.wait("host key", 1).await;
+        agent.become_(latched);
+    };
+    let at = addresses(&[agent.address]);
+    let (started, ()) = tokio::join!(world.start(&at, PATIENCE), vm);
+    started.unwrap();
+    echoes(&local).await;
+    assert_eq!(agent.seen.count("attestation"), 0);
+    assert_eq!(world.published.all().len(), 0);
+    assert_eq!(world.events.count("see that the VM got this pod's user data"), 1);
+}
+
+#[tokio::test]
+async fn a_start_needs_a_prepared_pod_and_an_address() {
+    let world = World::new("").await;
+    let at = addresses(&["127.0.0.1:1".parse().unwrap()]);
+    let error = |result: Result<(), AdaptorError>| result.unwrap_err().to_string();
+    assert_eq!(error(world.start(&[], SOON).await), "start pod pod-1: no address: give at least one");
+    assert!(error(world.start(&at, SOON).await).contains("prepare it first"));
+    assert!(world.store.pods().await.unwrap().is_empty());
+}
