@@ -216,12 +216,6 @@ impl Scene {
     pub async fn adaptor_with_keys_published(&self) -> Result<Child> {
         let adaptor = self.adaptor()?;
         adaptor.wait_for_text("inbound KATAAGENT listens on", PATIENCE).await?;
-        self.kbs
-            .wait_for_request(
-                |request| request.method == "POST" && request.path.contains("/sshclient/"),
-                PATIENCE,
-            )
-            .await?;
         Ok(adaptor)
     }
 

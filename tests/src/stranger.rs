@@ -160,8 +160,8 @@ impl Stranger {
             let mut lines = Lines::default();
             while let Some(message) = read.wait().await {
                 let ChannelMsg::Data { data } = message else { continue };
-                let fed =
-                    lines.feed(&data, |message| heard.send_modify(|all: &mut Vec<Control>| all.push(message)));
+                let fed = lines
+                    .feed(&data, |message| heard.send_modify(|all: &mut Vec<Control>| all.push(message)));
                 if fed.is_err() {
                     return;
                 }

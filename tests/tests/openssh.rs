@@ -188,8 +188,10 @@ async fn ssh_dash_r_serves_the_kbs_the_guest_attests_through_it_and_kubernetes_f
     vm.keys.publish(&vm.scene.kbs, &vm.scene.pod)?;
     let nobody = vm.nobody()?;
     // One that only serves tunnels, to a port where nobody is, stays beside it and costs nothing.
-    let silent =
-        Child::spawn("ssh -R", nobody.command("attestation", &["-v", "-N", "-R", "KBS:8080:127.0.0.1:1"], &[]))?;
+    let silent = Child::spawn(
+        "ssh -R",
+        nobody.command("attestation", &["-v", "-N", "-R", "KBS:8080:127.0.0.1:1"], &[]),
+    )?;
     silent.wait_for_text("remote forward success", PATIENCE).await?;
     ensure!(vm.scene.cdh.fetches() == 0, "a peer that drives no pod was asked for its keys");
 
@@ -199,8 +201,10 @@ async fn ssh_dash_r_serves_the_kbs_the_guest_attests_through_it_and_kubernetes_f
     let hello = peer.hears("hello").await?;
     ensure!(hello["phase"] == "attestation" && hello["inbounds"] == json!(["KBS"]), "{hello}");
     let pod = &vm.scene.pod;
-    peer.say(&json!({"hello": {"version": 1, "pod_id": pod, "inbounds": [], "outbounds": ["KBS"]}}).to_string())
-        .await?;
+    peer.say(
+        &json!({"hello": {"version": 1, "pod_id": pod, "inbounds": [], "outbounds": ["KBS"]}}).to_string(),
+    )
+    .await?;
     let keys = peer.hears("keys").await?;
     ensure!(keys["error"].is_null(), "{keys}");
     peer.hears("upgrade").await?;
@@ -284,7 +288,9 @@ async fn the_sftp_client_is_refused() -> Result<()> {
     let vm = Vm::kubernetes().await?;
     let mut sftp = Command::new("sftp");
     sftp.args(["-F", "none", "-b", "-", "-P", &vm.scene.ssh.port().to_string()]);
-    sftp.args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]).arg("-i").arg(&vm.keys.node);
+    sftp.args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"])
+        .arg("-i")
+        .arg(&vm.keys.node);
     sftp.arg(format!("kubernetes@{}", vm.scene.ssh.ip())).env_remove("SSH_AUTH_SOCK");
     run(sftp).await?.refused(&["subsystem request failed"])?;
     vm.serves().await
@@ -307,7 +313,10 @@ async fn agent_forwarding_gives_no_agent_and_x11_is_refused() -> Result<()> {
     vm.agent.wait_for_text("agent forwarding refused", PATIENCE).await?;
     open.say(r#"{"ping":1}"#).await?;
     open.hears("pong").await?;
-    ensure!(timeout(std::time::Duration::ZERO, forwarded_listener.accept()).await.is_err(), "an agent was used");
+    ensure!(
+        timeout(std::time::Duration::ZERO, forwarded_listener.accept()).await.is_err(),
+        "an agent was used"
+    );
     closes.abort();
 
     let mut command =
@@ -334,7 +343,8 @@ async fn refused_open(ssh: &OpenSsh, user: &str, remote: &str) -> Result<String>
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_stream_names_the_tunnel_the_phase_and_the_cause() -> Result<()> {
     let dead = free_port()?;
-    let tags = json!({"sc-outbounds": format!("KUBERNETES_PHASE:DEAD:{dead},ATTESTATION_PHASE:EARLY:{dead}")});
+    let tags =
+        json!({"sc-outbounds": format!("KUBERNETES_PHASE:DEAD:{dead},ATTESTATION_PHASE:EARLY:{dead}")});
     let vm = Vm::kubernetes_with(tags).await?;
     let ssh = vm.ssh()?;
     let prohibited = "administratively prohibited";
@@ -368,9 +378,12 @@ async fn a_refused_stream_names_the_tunnel_the_phase_and_the_cause() -> Result<(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_remote_forward_of_a_name_that_is_no_inbound_is_refused() -> Result<()> {
     let vm = Vm::kubernetes().await?;
-    for spec in ["NOPE:1:127.0.0.1:1", "KATAAGENT:1:127.0.0.1:1", "0:127.0.0.1:1", "/tmp/no.sock:127.0.0.1:1"] {
+    for spec in ["NOPE:1:127.0.0.1:1", "KATAAGENT:1:127.0.0.1:1", "0:127.0.0.1:1", "/tmp/no.sock:127.0.0.1:1"]
+    {
         let ended = run(vm.ssh()?.command("kubernetes", &["-N", "-R", spec], &[])).await?;
-        ended.refused(&["remote port forwarding failed"]).or_else(|_| ended.refused(&["forwarding failed"]))?;
+        ended
+            .refused(&["remote port forwarding failed"])
+            .or_else(|_| ended.refused(&["forwarding failed"]))?;
     }
     vm.agent.wait_for_text("tunnel NOPE, Kubernetes phase", PATIENCE).await?;
     vm.serves().await?;
@@ -424,7 +437,8 @@ async fn the_user_of_the_other_phase_is_refused_at_once_by_a_banner_that_names_t
     // No method is left to try: the key is not even offered.
     ensure!(!ended.stderr.contains("Offering public key"), "{}", ended.stderr);
     let vm = Vm::attestation().await?;
-    let ended = run(vm.nobody()?.identity_file(&vm.keys.node).command("kubernetes", &["-v", "-N"], &[])).await?;
+    let ended =
+        run(vm.nobody()?.identity_file(&vm.keys.node).command("kubernetes", &["-v", "-N"], &[])).await?;
     ended.refused(&["Permission denied", "Secure Comms agent in the Attestation phase"])?;
     ensure!(!ended.stderr.contains("Offering public key"), "{}", ended.stderr);
     Ok(())

@@ -114,9 +114,8 @@ async fn play(
 
 async fn phases(steps: &mut Steps, kbs: &Kbs, pod: &str, adaptor: &Child) -> Result<()> {
     let resource = format!("default/pp-{pod}/privateKey");
-    let published = kbs
-        .wait_for_request(|request| request.method == "POST" && request.path.contains("sshclient"), PATIENCE);
-    published.await.context("the worker node's public key at the KBS")?;
+    // Printed once the pod is prepared.
+    endpoint(adaptor, "KATAAGENT").await?;
     ensure!(kbs.resource(&resource).is_some(), "the pod's private key is not at the KBS");
     steps.done("prepare: the adaptor made the pod's keys and put them at the KBS");
     adaptor.wait_for_text("attestation: connected", PATIENCE).await?;

@@ -223,9 +223,15 @@ impl Raw {
         let (their_public, _) = cut(rest)?;
 
         let mut hashed = Vec::new();
-        for part in
-            [OURS.as_bytes(), theirs.as_bytes(), &init.0, &their_init, host_key, public.as_ref(), their_public]
-        {
+        for part in [
+            OURS.as_bytes(),
+            theirs.as_bytes(),
+            &init.0,
+            &their_init,
+            host_key,
+            public.as_ref(),
+            their_public,
+        ] {
             string(&mut hashed, part);
         }
         let peer = UnparsedPublicKey::new(&X25519, their_public);
@@ -235,11 +241,13 @@ impl Raw {
         self.send(&Packet::new(message::NEWKEYS)).await?;
         self.expect(&[message::NEWKEYS]).await?;
         // RFC 4253 7.2; this is the first exchange, so its hash is the session's id.
-        let derive = |letter: u8| digest(&SHA256, &[&shared, hash.as_ref(), &[letter], hash.as_ref()].concat());
+        let derive =
+            |letter: u8| digest(&SHA256, &[&shared, hash.as_ref(), &[letter], hash.as_ref()].concat());
         let cipher = |iv: u8, key: u8| {
             let mut nonce = [0; 12];
             nonce.copy_from_slice(derive(iv).as_ref().get(..12).unwrap_or_default());
-            let key = UnboundKey::new(&AES_256_GCM, derive(key).as_ref()).map_err(|_| anyhow!("raw: cipher"))?;
+            let key =
+                UnboundKey::new(&AES_256_GCM, derive(key).as_ref()).map_err(|_| anyhow!("raw: cipher"))?;
             anyhow::Ok(Cipher { key: LessSafeKey::new(key), nonce })
         };
         self.ciphers = Some((cipher(b'A', b'C')?, cipher(b'B', b'D')?));
