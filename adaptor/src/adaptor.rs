@@ -1,5 +1,7 @@
 //! The adaptor as a library: pods are prepared, started, watched, stopped and resumed.
 
+mod error;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,24 +10,24 @@ use std::time::Duration;
 use secure_comms_protocol::limits::SHUTDOWN_DRAIN;
 use secure_comms_protocol::{InboundTag, OutboundTag, PodId, TunnelName, resource};
 use secure_comms_tunnel::Inbound;
-use secure_comms_tunnel::inbound::BindError;
 use tokio::sync::{OwnedMutexGuard, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+pub use self::error::AdaptorError;
 use crate::address::Address;
-use crate::kbs::{KbsClient, KbsError};
-use crate::keys::{KeyError, PodKey, PodPublic, WorkerNodeKey};
+use crate::kbs::KbsClient;
+use crate::keys::{PodKey, PodPublic, WorkerNodeKey};
 use crate::pod::{Driver, Observer, Plan, PodState, Report, Stop, Way};
 use crate::routes::Routes;
 use crate::session::Tunnels;
-use crate::store::{Store, StoreError};
+use crate::store::Store;
 
 /// How the VMs come to their keys.
 #[derive(Debug)]
 pub enum KeySource {
     /// From the KBS, where they are published.
-    Kbs(KbsClient),
+    Kbs(Box<KbsClient>),
     /// By their user data; there is no Attestation phase.
     UserData,
 }
@@ -59,52 +61,6 @@ pub struct Endpoint {
     pub name: TunnelName,
     /// `127.0.0.1:<port>`, or the path of a unix socket.
     pub local: String,
-}
-
-/// Why something could not be done for a pod.
-#[derive(Debug, thiserror::Error)]
-pub enum AdaptorError {
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The KBS failed.
-    #[error(transparent)]
-    Kbs(#[from] KbsError),
-    /// An inbound can't listen.
-    #[error(transparent)]
-    Bind(#[from] BindError),
-    /// A key of the store can't be used.
-    #[error("use a key of the store")]
-    Key(#[from] KeyError),
-    /// The pod has not been prepared.
-    #[error("pod {0}: it is not prepared: prepare it first")]
-    NotPrepared(PodId),
-    /// The pod has been started.
-    #[error("pod {0}: it is started already: stop it first")]
-    AlreadyStarted(PodId),
-    /// There is nothing to connect to.
-    #[error("start pod {0}: no address: give at least one")]
-    NoAddress(PodId),
-    /// The pod did not come up.
-    #[error("start pod {pod}: {reason}")]
-    StartFailed {
-        /// The pod.
-        pod: PodId,
-        /// Why.
-        reason: String,
-    },
-    /// The pod did not come up in time.
-    #[error(
-        "start pod {pod}: not up within {seconds} s; last seen: {last_seen}; see that the VM runs and its agent is reached, or give it more time"
-    )]
-    Deadline {
-        /// The pod.
-        pod: PodId,
-        /// The deadline, in seconds.
-        seconds: u64,
-        /// The last word on each thing that keeps the pod from coming up.
-        last_seen: String,
-    },
 }
 
 /// The worker node's end, for any number of pods. Dropping it cuts every connection.

@@ -75,7 +75,7 @@ pub async fn run(settings: Settings) -> Result<(), ConnectFailed> {
     let mut signals = Signals::new().map_err(ConnectFailed::Signals)?;
     let store = Arc::new(DirectoryStore::open(&settings.store)?);
     let keys = match &settings.trust {
-        Trust::Kbs(kbs) => KeySource::Kbs(KbsClient::new(kbs, settings.deadline)?),
+        Trust::Kbs(kbs) => KeySource::Kbs(Box::new(KbsClient::new(kbs, settings.deadline)?)),
         Trust::UserData => KeySource::UserData,
     };
     let config = Config {

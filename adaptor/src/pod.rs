@@ -279,7 +279,8 @@ impl Driver {
         let attests = matches!(self.plan.way, Way::Attests(_));
         if kubernetes().any(|error| matches!(error, ConnectError::Refused { .. })) {
             let node = self.plan.node_key.public().map(|key| key.to_string()).unwrap_or_default();
-            let source = if attests { "default/sshclient/publicKey in the KBS" } else { "sc-wn-pub in its user data" };
+            let source =
+                if attests { "default/sshclient/publicKey in the KBS" } else { "sc-wn-pub in its user data" };
             return format!(
                 "; the agent has this pod's key and rejects this worker node's ({node}): see that {source} is this \
                  node's, and start a new VM"

@@ -1,6 +1,7 @@
 //! The SSH client: one connection, from TCP to authentication. With keys.rs, the only room of the adaptor that names
 //! russh.
 
+mod error;
 mod handler;
 
 use std::io;
@@ -21,6 +22,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::timeout;
 
+pub use self::error::ConnectError;
 pub use self::handler::TransportEnd;
 use self::handler::{Client, Shared, lock};
 use crate::keys::{PodPublic, WorkerNodeKey};
@@ -69,51 +71,6 @@ impl ClientPhase for Kubernetes {
         // Constant time. A key that is not Ed25519 can't be the pod's.
         PodPublic::from_ssh(shown).is_ok_and(|shown| shown == *host)
     }
-}
-
-/// Why there is no connection.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// No TCP connection.
-    #[error("TCP connect: {0}")]
-    Unreachable(#[source] io::Error),
-    /// The agent's host key is not the pod's; nothing was sent to it.
-    #[error("its host key ({shown}) is not this pod's")]
-    WrongHostKey {
-        /// The fingerprint of the key it showed.
-        shown: String,
-    },
-    /// The agent refuses this user.
-    #[error("user '{}' refused{}", .phase.user(), said(.banner))]
-    Refused {
-        /// The phase that we asked for.
-        phase: PhaseName,
-        /// What the agent said before; it proves nothing.
-        banner: Option<String>,
-    },
-    /// It took too long.
-    #[error("no answer within {0} s while {1}")]
-    Timeout(u64, &'static str),
-    /// The other end does not speak our protocol, or the connection broke.
-    #[error("{0}: {1}")]
-    Protocol(&'static str, String),
-}
-
-fn said(banner: &Option<String>) -> String {
-    banner.as_ref().map(|text| format!(" (it says: {text})")).unwrap_or_default()
-}
-
-impl ConnectError {
-    /// The phase that the agent says it is in, where it refuses ours: a hint.
-    pub fn hint(&self) -> Option<PhaseName> {
-        let Self::Refused { banner: Some(banner), .. } = self else { return None };
-        phase_hint(banner)
-    }
-}
-
-fn phase_hint(banner: &str) -> Option<PhaseName> {
-    let names = |phase: &PhaseName| banner.contains(&format!("{phase} phase"));
-    [PhaseName::Attestation, PhaseName::Kubernetes].into_iter().find(names)
 }
 
 /// Where to connect to and as whom.
@@ -253,12 +210,19 @@ async fn connect<P: ClientPhase>(
 }
 
 fn handshake_error<P: ClientPhase>(shared: &Shared<P>, error: &russh::Error) -> ConnectError {
-    match (lock(&shared.wrong_key).take(), error) {
-        (Some(shown), _) => ConnectError::WrongHostKey { shown },
-        (None, russh::Error::Disconnect | russh::Error::HUP) => {
-            ConnectError::Protocol("SSH handshake", "the other end closed the connection".into())
+    match lock(&shared.wrong_key).take() {
+        Some(shown) => ConnectError::WrongHostKey { shown },
+        None => ConnectError::Protocol("SSH handshake", cause(error)),
+    }
+}
+
+fn cause(error: &russh::Error) -> String {
+    match error {
+        russh::Error::Disconnect | russh::Error::HUP => "the other end closed the connection".into(),
+        russh::Error::IO(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            "the other end closed the connection".into()
         }
-        (None, error) => ConnectError::Protocol("SSH handshake", quote(&error.to_string())),
+        other => quote(&other.to_string()),
     }
 }
 
@@ -268,7 +232,7 @@ async fn authenticate<P: ClientPhase>(
     node_key: &WorkerNodeKey,
 ) -> Result<(), ConnectError> {
     let user = P::NAME.user();
-    let broken = |error: russh::Error| ConnectError::Protocol("authenticate", quote(&error.to_string()));
+    let broken = |error: russh::Error| ConnectError::Protocol("authenticate", cause(&error));
     if P::NAME == PhaseName::Attestation {
         match handle.authenticate_none(user).await.map_err(broken)? {
             AuthResult::Success => return Ok(()),
@@ -307,9 +271,9 @@ impl<P: ClientPhase> Connection<P> {
     pub async fn control(&self) -> Result<(impl Receiver + use<P>, impl Sender + use<P>), ConnectError> {
         let broken = |why: String| ConnectError::Protocol("open the control channel", why);
         let opened = self.handle.channel_open_session().await;
-        let mut channel = opened.map_err(|error| broken(quote(&error.to_string())))?;
+        let mut channel = opened.map_err(|error| broken(cause(&error)))?;
         let asked = channel.request_subsystem(true, CONTROL_SUBSYSTEM).await;
-        asked.map_err(|error| broken(quote(&error.to_string())))?;
+        asked.map_err(|error| broken(cause(&error)))?;
         loop {
             match channel.wait().await {
                 Some(ChannelMsg::Success) => return Ok(split(channel)),
@@ -335,7 +299,7 @@ impl<P: ClientPhase> Connection<P> {
                 lock(&self.shared.asked).remove(name);
                 Ok(false)
             }
-            Err(error) => Err(ConnectError::Protocol("ask for a forward", quote(&error.to_string()))),
+            Err(error) => Err(ConnectError::Protocol("ask for a forward", cause(&error))),
         }
     }
 

@@ -1,4 +1,5 @@
 //! One connection: who is trusted, what is refused, and what is left when it is gone.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 
@@ -44,8 +45,13 @@ async fn session(outbounds: &str) -> (Agent, Session<Kubernetes>) {
 async fn a_wrong_host_key_is_an_error_and_nothing_more_is_sent() {
     let (agent, node, _) = kubernetes_agent().await;
     let other = PodKey::generate().unwrap().public().unwrap();
-    let error = ssh::kubernetes(&dial(agent.address, &node), other, Turn::default(), tunnels("").outbounds()).await.unwrap_err();
-    assert!(matches!(&error, ConnectError::WrongHostKey { shown } if shown.starts_with("SHA256:")), "{error}");
+    let error = ssh::kubernetes(&dial(agent.address, &node), other, Turn::default(), tunnels("").outbounds())
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, ConnectError::WrongHostKey { shown } if shown.starts_with("SHA256:")),
+        "{error}"
+    );
     agent.seen.wait("gone", 1).await;
     // Not even the service that a user would authenticate to was asked for.
     assert_eq!(agent.seen.all(), ["connection", "gone"]);
@@ -75,7 +81,10 @@ async fn an_agent_that_insists_on_a_key_gets_the_worker_nodes() {
 async fn a_refusal_tells_the_phase_of_the_agent() {
     let (agent, node, _) = kubernetes_agent().await;
     let error = ssh::attestation(&dial(agent.address, &node), tunnels("").outbounds()).await.unwrap_err();
-    assert_eq!(error.to_string(), "user 'attestation' refused (it says: Secure Comms agent in the Kubernetes phase)");
+    assert_eq!(
+        error.to_string(),
+        "user 'attestation' refused (it says: Secure Comms agent in the Kubernetes phase)"
+    );
     assert_eq!(error.hint(), Some(PhaseName::Kubernetes));
 }
 
@@ -99,7 +108,8 @@ async fn what_does_not_speak_ssh_is_told_apart() {
     let node = WorkerNodeKey::generate().unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let connect = || async { ssh::attestation(&dial(address, &node), tunnels("").outbounds()).await.unwrap_err() };
+    let connect =
+        || async { ssh::attestation(&dial(address, &node), tunnels("").outbounds()).await.unwrap_err() };
     let server = async {
         let (mut socket, _) = listener.accept().await.unwrap();
         socket.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
@@ -108,7 +118,10 @@ async fn what_does_not_speak_ssh_is_told_apart() {
     assert!(error.to_string().starts_with("SSH handshake: "), "{error}");
     drop(listener);
     let error = connect().await;
-    assert!(matches!(error, ConnectError::Unreachable(_)) && error.to_string().contains("refused"), "{error}");
+    assert!(
+        matches!(error, ConnectError::Unreachable(_)) && error.to_string().contains("refused"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -127,9 +140,16 @@ async fn an_agent_that_says_no_hello_is_given_up() {
 #[tokio::test]
 async fn only_streams_that_were_asked_for_are_served() {
     let echo = support::echo().await;
-    let (agent, session) = session(&format!("KUBERNETES_PHASE:up:{echo},KUBERNETES_PHASE:refused:{echo},ATTESTATION_PHASE:early:{echo}")).await;
+    let (agent, session) = session(&format!(
+        "KUBERNETES_PHASE:up:{echo},KUBERNETES_PHASE:refused:{echo},ATTESTATION_PHASE:early:{echo}"
+    ))
+    .await;
     assert_eq!(agent.seen.count("forward "), 2);
-    assert!(session.unpartnered().contains(&"tunnel refused, Kubernetes phase: the agent refuses to forward it to us".to_owned()));
+    assert!(
+        session
+            .unpartnered()
+            .contains(&"tunnel refused, Kubernetes phase: the agent refuses to forward it to us".to_owned())
+    );
     let (handle, credits) = agent.newest();
     for name in ["early", "other", "refused", "", "127.0.0.1", "a\nb"] {
         let flow = credits.open().await.unwrap();
@@ -179,7 +199,9 @@ async fn a_dropped_session_frees_everything() {
 #[tokio::test]
 async fn a_bye_ends_the_session_with_its_reason() {
     let (agent, mut session) = session("").await;
-    agent.say(&secure_comms_protocol::Control::Bye(secure_comms_protocol::control::Bye { reason: "tired\n".into() }));
+    agent.say(&secure_comms_protocol::Control::Bye(secure_comms_protocol::control::Bye {
+        reason: "tired\n".into(),
+    }));
     let why = timeout(PATIENCE, session.ended()).await.unwrap().to_string();
     assert_eq!(why, "the agent said bye: tired\\n");
     session.close("bye").await;

@@ -1,4 +1,5 @@
 //! One pod, from prepared to stopped, against a stand-in agent.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 
@@ -31,7 +32,13 @@ async fn a_new_pod_attests_and_comes_back_with_one_handshake_a_phase() {
     let agent = Agent::start(Mode::attestation()).await;
     let local = world.prepare().await;
     assert_eq!(world.prepare().await, local, "a second prepare changes nothing");
-    assert_eq!(world.published.all()[..2], ["POST /kbs/v0/resource/default/sshclient/publicKey", "POST /kbs/v0/resource/default/pp-pod-1/privateKey"]);
+    assert_eq!(
+        world.published.all()[..2],
+        [
+            "POST /kbs/v0/resource/default/sshclient/publicKey",
+            "POST /kbs/v0/resource/default/pp-pod-1/privateKey"
+        ]
+    );
     let latched = world.latched().await;
     let at = addresses(&[agent.address]);
     let guest = async {
@@ -94,15 +101,24 @@ async fn a_start_that_takes_too_long_tells_what_was_last_seen() {
     // Nobody there at all: the address and the cause.
     let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let error = world.start(&addresses(&[nobody]), Duration::from_secs(1)).await.unwrap_err().to_string();
-    assert!(error.contains(&format!("connecting: {nobody}: attestation: TCP connect: Connection refused")), "{error}");
-    assert_eq!(world.events.count("TCP connect"), 1, "a failure that repeats is told once: {:?}", world.events.all());
+    assert!(
+        error.contains(&format!("connecting: {nobody}: attestation: TCP connect: Connection refused")),
+        "{error}"
+    );
+    assert_eq!(
+        world.events.count("TCP connect"),
+        1,
+        "a failure that repeats is told once: {:?}",
+        world.events.all()
+    );
 }
 
 #[tokio::test]
 async fn a_lost_vm_fails_the_start_at_once() {
     let world = World::new("").await;
     world.prepare().await;
-    let strangers = Mode::kubernetes(PodKey::generate().unwrap(), WorkerNodeKey::generate().unwrap().public().unwrap());
+    let strangers =
+        Mode::kubernetes(PodKey::generate().unwrap(), WorkerNodeKey::generate().unwrap().public().unwrap());
     let agent = Agent::start(strangers).await;
     let start = Instant::now();
     let error = world.start(&addresses(&[agent.address]), PATIENCE).await.unwrap_err();
@@ -117,17 +133,17 @@ async fn an_agent_that_gets_its_keys_between_two_tries_is_not_lost() {
     let world = World::new("").await;
     world.prepare().await;
     let agent = Agent::start(Mode::attestation()).await;
-    let latched = world.latched().await;
+    // Attestation; then, as kubernetes, its host key of that phase still; then it has moved on.
+    agent.script([Mode::attestation(), Mode::attestation(), world.latched().await]);
     let guest = async {
         agent.seen.wait("hello", 1).await;
-        // It moves on without a word.
         agent.cut();
-        agent.seen.wait("gone", 2).await;
-        agent.become_(latched);
     };
     let at = addresses(&[agent.address]);
     let (started, ()) = tokio::join!(world.start(&at, PATIENCE), guest);
     started.unwrap();
+    assert_eq!(agent.seen.count("connection"), 4);
+    assert_eq!(world.events.count("connecting: "), 0, "it is one round: {:?}", world.events.all());
 }
 
 #[tokio::test]
@@ -240,4 +256,36 @@ async fn a_start_needs_a_prepared_pod_and_an_address() {
     assert_eq!(error(world.start(&[], SOON).await), "start pod pod-1: no address: give at least one");
     assert!(error(world.start(&at, SOON).await).contains("prepare it first"));
     assert!(world.store.pods().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn an_expected_pod_is_preferred_to_a_stranger_that_attests() {
+    let world = World::new("").await;
+    world.prepare().await;
+    let stranger = Agent::start(Mode::attestation()).await;
+    let agent = Agent::start(world.latched().await).await;
+    let latched = world.latched().await;
+    stranger.become_(latched.clone());
+    let at = addresses(&[stranger.address, agent.address]);
+    world.start(&at, PATIENCE).await.unwrap();
+    // The address that the pod was reached at is another VM's now.
+    stranger.become_(Mode::attestation());
+    stranger.cut();
+    agent.cut();
+    world.events.wait(&format!("kubernetes phase up at {}", agent.address), 1).await;
+}
+
+#[tokio::test]
+async fn a_pod_can_be_started_again_after_a_failed_start() {
+    let world = World::new("").await;
+    world.prepare().await;
+    let latched = world.latched().await;
+    let agent = Agent::start(Mode { hangs_up: true, ..latched.clone() }).await;
+    let at = addresses(&[agent.address]);
+    let error = world.start(&at, Duration::from_secs(1)).await.unwrap_err().to_string();
+    assert!(error.contains("attestation: authenticate: the other end closed the connection"), "{error}");
+    agent.become_(latched);
+    world.start(&at, PATIENCE).await.unwrap();
+    let again = world.start(&at, PATIENCE).await.unwrap_err().to_string();
+    assert_eq!(again, "pod pod-1: it is started already: stop it first");
 }

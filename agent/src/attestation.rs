@@ -164,8 +164,7 @@ async fn try_peer(agent: &Agent, guest: &Guest, peer: &Peer<Attestation>) -> Res
             log::info!("connection from {}: {why}", peer.connection.address);
             agent.routes.refuse();
             agent.set_attempt(None);
-            peer.outbox.bye(why);
-            peer.connection.cut();
+            peer.dismiss(why);
             // The keys may have been on their way when the peer left.
             fetch.await.map_err(|_| AttemptError::Peer(why))
         }

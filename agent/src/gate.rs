@@ -83,7 +83,7 @@ impl Gate {
 
     /// A gate in the Kubernetes phase from the start: the keys were latched earlier in this boot, or came by user data.
     pub fn kubernetes(keys: PodKeys, keep: Keep, rekey_bytes: usize) -> Self {
-        let identity = Identity::new(keys.host().clone(), rekey_bytes);
+        let identity = Identity::new(PhaseName::Kubernetes, keys.host().clone(), rekey_bytes);
         let admission = Admission { generation: 0, phase: PhaseName::Kubernetes, identity };
         let gate = Self::new(
             Inner { state: State::Kubernetes { keys, standing: Standing::Latched }, admission },
@@ -110,6 +110,19 @@ impl Gate {
     /// The phase the agent is in.
     pub fn phase(&self) -> PhaseName {
         self.inner().admission.phase
+    }
+
+    /// What the banner says: a hint for the other side, for before authentication it proves nothing.
+    pub fn banner(&self) -> &'static str {
+        match self.inner().state {
+            State::Attestation { .. } => "Secure Comms agent in the Attestation phase\r\n",
+            State::Kubernetes { standing: Standing::Fresh { .. }, .. } => {
+                "Secure Comms agent in the Kubernetes phase, fresh\r\n"
+            }
+            State::Kubernetes { standing: Standing::Latched, .. } => {
+                "Secure Comms agent in the Kubernetes phase, latched\r\n"
+            }
+        }
     }
 
     /// Whether a connection of this generation may attest without a key.
@@ -179,7 +192,7 @@ impl Gate {
         inner.admission = Admission {
             generation: inner.admission.generation + 1,
             phase: PhaseName::Kubernetes,
-            identity: Identity::new(keys.host().clone(), self.rekey_bytes),
+            identity: Identity::new(PhaseName::Kubernetes, keys.host().clone(), self.rekey_bytes),
         };
         inner.state = State::Kubernetes { keys, standing: Standing::Fresh { reopened: None } };
         Ok(())

@@ -1,6 +1,6 @@
 //! `agent-protocol-forwarder`: parses, binds, and calls [`run`].
 
-use std::io;
+use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
@@ -15,11 +15,12 @@ fn main() -> ExitCode {
     match start() {
         Ok(()) => ExitCode::SUCCESS,
         Err(exit) => {
-            if exit.to_stderr {
-                eprintln!("{}", exit.text);
+            // Nobody may be listening; the exit code says it too.
+            drop(if exit.to_stderr {
+                writeln!(io::stderr(), "{}", exit.text)
             } else {
-                println!("{}", exit.text);
-            }
+                writeln!(io::stdout(), "{}", exit.text)
+            });
             ExitCode::from(u8::try_from(exit.code).unwrap_or(1))
         }
     }

@@ -6,11 +6,13 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use secure_comms_protocol::limits::UPGRADE_DRAIN;
 use secure_comms_protocol::{Phase, PodId, TunnelName};
 use secure_comms_ssh::control::Outbox;
 use secure_comms_ssh::guard::Guard;
 use secure_comms_tunnel::Credits;
 use tokio::sync::watch;
+use tokio::time::sleep;
 
 /// The handle on a connection: cutting it ends its session and everything on it.
 #[derive(Clone, Debug)]
@@ -35,6 +37,19 @@ impl Connection {
         self.guard.may_hold(held_max);
         // A connection authenticates once.
         drop(self.credits.set(credits));
+    }
+
+    /// Whether it has authenticated.
+    pub fn has_authenticated(&self) -> bool {
+        self.credits.get().is_some()
+    }
+
+    /// Waits until its flow control has ended: it was cut, or the peer overran its credit.
+    pub async fn broken(&self) {
+        match self.credits.get() {
+            Some(credits) => credits.gone().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// Ends it. The credits too: a stream that has stopped taking must not hold the session up for ever.
@@ -88,7 +103,7 @@ impl Slots {
         Slot { slots: self.clone(), id }
     }
 
-    /// Cuts them all.
+    /// Cuts them all, at once.
     pub fn cut_all(&self) {
         self.held().drain(..).for_each(|connection| connection.cut());
     }
@@ -145,6 +160,16 @@ impl<P: Phase> Peer<P> {
             tried: AtomicBool::new(false),
             phase: PhantomData,
         }
+    }
+
+    /// Tells it why it must go, and lets it: what stays is cut.
+    pub fn dismiss(&self, reason: &str) {
+        self.outbox.bye(reason);
+        let connection = self.connection.clone();
+        tokio::spawn(async move {
+            sleep(UPGRADE_DRAIN).await;
+            connection.cut();
+        });
     }
 
     /// Whether it serves this tunnel.

@@ -10,7 +10,7 @@ use secure_comms_tunnel::netns::Namespace;
 use secure_comms_tunnel::{Inbound, inbound};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, interval, sleep, sleep_until};
+use tokio::time::{interval, sleep, timeout};
 
 use crate::attestation::{self, Guest};
 use crate::config::{Config, KeySource};
@@ -62,12 +62,14 @@ pub async fn run(
     }
     let guest =
         Guest { namespace: config.pod_namespace.as_deref().map(Namespace::new), address: config.guest_api };
+    let notifier = Arc::new(notifier);
     notifier.ready(status(&agent));
-    tasks.spawn(accept(agent.clone(), listener));
+    let accept = tasks.spawn(accept(agent.clone(), listener));
     tasks.spawn(phases(agent.clone(), guest, start));
-    tasks.spawn(tell_systemd(agent.clone(), notifier));
+    tasks.spawn(tell_systemd(agent.clone(), notifier.clone()));
     shutdown.await;
-    drop(tasks);
+    notifier.stopping("stopping: open streams may finish");
+    accept.abort();
     drain(&agent).await;
     Ok(())
 }
@@ -101,7 +103,7 @@ fn gate(config: &Config) -> Result<(Gate, Start), RunError> {
         log::info!("Kubernetes phase, latched earlier in this boot: host key {}", keys.fingerprint());
         return Ok((Gate::kubernetes(keys, keep, config.rekey_bytes), Start::Latched));
     }
-    let identity = Identity::new(new_host_key()?, config.rekey_bytes);
+    let identity = Identity::new(PhaseName::Attestation, new_host_key()?, config.rekey_bytes);
     log::info!("Attestation phase: waiting for a worker node");
     Ok((
         Gate::attestation(identity, attesters.clone(), keep, config.rekey_bytes),
@@ -166,7 +168,7 @@ fn status(agent: &Agent) -> &'static str {
 }
 
 /// Keeps systemd's STATUS true and its watchdog quiet.
-async fn tell_systemd(agent: Arc<Agent>, notifier: Notifier) {
+async fn tell_systemd(agent: Arc<Agent>, notifier: Arc<Notifier>) {
     let (mut attestation, mut kubernetes) = (agent.attestation.changes(), agent.kubernetes.changes());
     let mut told = status(&agent);
     let watchdog = async {
@@ -195,21 +197,25 @@ async fn tell_systemd(agent: Arc<Agent>, notifier: Notifier) {
 
 /// Nobody new is let in; streams that are open may finish.
 async fn drain(agent: &Agent) {
-    let deadline = Instant::now() + SHUTDOWN_DRAIN;
     agent.unauthenticated.cut_all();
     agent.dismiss_attestation("the agent stops");
+    agent.routes.hold();
     let peers = agent.kubernetes.all();
-    for peer in &peers {
-        peer.outbox.bye("the agent stops");
-    }
-    let open = || peers.iter().map(|peer| peer.credits.open_streams()).sum::<usize>();
-    tokio::select! {
-        () = agent.kubernetes.none_left() => {}
-        () = sleep_until(deadline) => {}
-    }
-    match open() {
+    let idle = async {
+        for peer in &peers {
+            peer.credits.idle().await;
+        }
+    };
+    // What does not finish in time is counted below.
+    drop(timeout(SHUTDOWN_DRAIN, idle).await);
+    match peers.iter().map(|peer| peer.credits.open_streams()).sum::<usize>() {
         0 => log::info!("stopped"),
         left => log::warn!("stopped with {left} streams open"),
     }
-    peers.iter().for_each(|peer| peer.connection.cut());
+    for peer in &peers {
+        peer.dismiss("the agent stops");
+    }
+    // Every peer that has not left soon is cut; a session that hangs must not keep the process.
+    let left = async { tokio::join!(agent.kubernetes.none_left(), agent.attestation.none_left()) };
+    drop(timeout(SHUTDOWN_DRAIN, left).await);
 }

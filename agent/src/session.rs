@@ -98,17 +98,21 @@ impl Agent {
         self.kubernetes.remove(id);
     }
 
-    /// Tells every attestation peer why it must go, and cuts it.
+    /// Tells every attestation peer why it must go, and sees that it does.
     pub fn dismiss_attestation(&self, reason: &str) {
         for peer in self.attestation.all() {
-            peer.outbox.bye(reason);
+            peer.dismiss(reason);
         }
-        self.attesting.cut_all();
     }
 
     /// Tells every attestation peer that the keys are here.
     pub fn announce_upgrade(&self) {
+        let progress = self.progress.borrow().clone();
         for peer in self.attestation.all() {
+            // In this order; the report of the phase may come too late.
+            if let Some(progress) = &progress {
+                peer.outbox.send(Control::Keys(progress.clone()));
+            }
             peer.outbox.send(Control::Upgrade(Empty {}));
         }
     }
@@ -180,8 +184,7 @@ impl Seat for Kubernetes {
     fn seat(agent: &Agent, _: &Connection, _: u64) -> Option<Option<Slot>> {
         for older in agent.kubernetes.all() {
             log::info!("connection from {}: replaced by a newer one", older.connection.address);
-            older.outbox.bye("replaced by a newer connection of the worker node");
-            older.connection.cut();
+            older.dismiss("replaced by a newer connection of the worker node");
         }
         Some(None)
     }
@@ -318,12 +321,17 @@ async fn converse<P: Seat>(
     let end = tokio::select! {
         end = control::run(&mut receiver, &sender, &peer.credits, &peer.outbox, heard) => end,
         end = background => end,
+        () = peer.outbox.said_bye() => {
+            // The disconnect comes after the bye; what stays all the same is cut by whoever dismissed it.
+            return peer.link.opener().disconnect().await;
+        }
     };
     // `ssh -s` may leave and go on with its tunnels; a peer with credits can't do without.
     if greeted || end != ControlEnd::Closed {
         log::info!("connection from {}: {end}", peer.connection.address);
         peer.connection.cut();
     }
+    peer.credits.settle(PeerFlow::Plain);
 }
 
 fn hear_hello<P: Seat>(
@@ -342,8 +350,7 @@ fn hear_hello<P: Seat>(
         }
         Some(Err(error)) => {
             log::warn!("connection from {address}: {error}");
-            peer.outbox.bye(&error.to_string());
-            peer.connection.cut();
+            peer.dismiss(&error.to_string());
         }
         None => {}
     }

@@ -35,9 +35,9 @@ pub type PeerPending = PendingChannel<Msg>;
 pub struct Identity(Arc<Config>);
 
 impl Identity {
-    /// Serves this host key.
-    pub fn new(host_key: PrivateKey, rekey_bytes: usize) -> Self {
-        Self(Arc::new(profile::server(host_key, &[MethodKind::None, MethodKind::PublicKey], rekey_bytes)))
+    /// Serves this host key in a phase.
+    pub fn new(phase: PhaseName, host_key: PrivateKey, rekey_bytes: usize) -> Self {
+        Self(Arc::new(profile::server(phase, host_key, rekey_bytes)))
     }
 }
 
@@ -46,6 +46,15 @@ impl Identity {
 pub struct ForwardOpener {
     handle: Handle,
     offers: Arc<Offers>,
+}
+
+impl ForwardOpener {
+    /// Ends the connection in good order, after all that was sent on it before.
+    pub async fn disconnect(&self) {
+        let reason = russh::Disconnect::ByApplication;
+        // It may be gone already.
+        drop(self.handle.disconnect(reason, "bye".into(), "en".into()).await);
+    }
 }
 
 impl Opener for ForwardOpener {
@@ -104,14 +113,23 @@ pub async fn serve(agent: Arc<Agent>, socket: TcpStream, id: u64, address: std::
     drop(slot);
     let ended = match ended {
         Some(ended) => ended,
-        None => session.await,
+        None => tokio::select! {
+            ended = &mut session => ended,
+            () = connection.broken() => {
+                // A peer that sends more than it was granted must not be trusted to stop.
+                connection.cut();
+                session.await
+            }
+        },
     };
     // Wakes whatever still waits on this connection.
     connection.cut();
     agent.left(id);
+    // Strangers must not fill the log.
+    let level = if connection.has_authenticated() { log::Level::Info } else { log::Level::Debug };
     match ended {
-        Ok(()) => log::info!("connection from {address}: closed"),
-        Err(error) => log::info!("connection from {address}: ended: {error}"),
+        Ok(()) => log::log!(level, "connection from {address}: closed"),
+        Err(error) => log::log!(level, "connection from {address}: ended: {error}"),
     }
 }
 
@@ -198,7 +216,7 @@ impl Handler for ConnectionHandler {
     type Error = russh::Error;
 
     async fn authentication_banner(&mut self) -> Result<Option<String>, russh::Error> {
-        Ok(Some(format!("Secure Comms agent in the {} phase\r\n", self.agent.gate.phase())))
+        Ok(Some(self.agent.gate.banner().to_owned()))
     }
 
     async fn auth_none(&mut self, user: &str) -> Result<Auth, russh::Error> {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use secure_comms_protocol::Control;
 use secure_comms_protocol::control::{Bye, ControlError, Lines};
-use secure_comms_protocol::limits::{KEEPALIVE, MESSAGE_MAX, SILENCE};
+use secure_comms_protocol::limits::{KEEPALIVE, MESSAGE_COST_MIN, MESSAGE_MAX, SILENCE};
 use secure_comms_tunnel::flow::PeerFlow;
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::{Credits, Event, Receiver, Sender};
@@ -25,6 +25,8 @@ pub enum ControlEnd {
     Bye(String),
     /// The peer sent something that is no control message.
     Malformed(ControlError),
+    /// The peer speaks credits and said so too late, or grants less than a message costs: its streams would never move.
+    BadCredit,
     /// The peer has not answered a ping for [`SILENCE`]: it is frozen, cut off, or keeps a rekey pending (D3).
     Silent,
 }
@@ -35,6 +37,9 @@ impl std::fmt::Display for ControlEnd {
             Self::Closed => f.write_str("the control channel was closed"),
             Self::Bye(reason) => write!(f, "the peer said bye: {}", reason.escape_default()),
             Self::Malformed(error) => write!(f, "{error}"),
+            Self::BadCredit => {
+                f.write_str("the peer's hello came too late, or grants less credit than a message costs")
+            }
             Self::Silent => write!(f, "the peer answered no ping for {} s", SILENCE.as_secs()),
         }
     }
@@ -48,6 +53,7 @@ pub struct Outbox(Arc<OutboxState>);
 struct OutboxState {
     messages: Mutex<VecDeque<Control>>,
     waiting: Notify,
+    said_bye: Notify,
 }
 
 impl Outbox {
@@ -67,13 +73,19 @@ impl Outbox {
         self.send(Control::Bye(Bye { reason: reason.to_owned() }));
     }
 
-    async fn take(&self, lines: &mut Vec<u8>) {
+    /// Waits until a `bye` is on its way, with all that came before it.
+    pub async fn said_bye(&self) {
+        self.0.said_bye.notified().await;
+    }
+
+    /// Takes what is there; whether a `bye` was among it.
+    async fn take(&self, lines: &mut Vec<u8>) -> bool {
         loop {
             let messages =
                 std::mem::take(&mut *self.0.messages.lock().unwrap_or_else(PoisonError::into_inner));
             if !messages.is_empty() {
                 messages.iter().for_each(|message| message.write_line(lines));
-                return;
+                return messages.iter().any(|message| matches!(message, Control::Bye(_)));
             }
             self.0.waiting.notified().await;
         }
@@ -118,7 +130,7 @@ async fn read<R: Receiver>(
     mut each: impl FnMut(Control),
 ) -> ControlEnd {
     let mut lines = Lines::default();
-    let mut bye = None;
+    let mut end = None;
     loop {
         let data = match receiver.recv().await {
             Some(Event::Data(data)) => data,
@@ -130,10 +142,15 @@ async fn read<R: Receiver>(
             Control::Credit(credit) => credits.granted(credit),
             Control::Ping(number) => outbox.send(Control::Pong(number)),
             Control::Pong(number) => lock(pings).pong(number),
-            Control::Bye(message) => bye = Some(message.reason),
+            Control::Bye(message) => end = Some(ControlEnd::Bye(message.reason)),
             Control::Hello(hello) => {
-                credits.settle(hello.credit.map_or(PeerFlow::Plain, PeerFlow::Credits));
-                lock(pings).enabled = true;
+                let peer = hello.credit.map_or(PeerFlow::Plain, PeerFlow::Credits);
+                credits.settle(peer);
+                if hello.credit.is_some_and(|credit| credit < MESSAGE_COST_MIN || !credits.is(peer)) {
+                    end = Some(ControlEnd::BadCredit);
+                }
+                // A person at the other end of `ssh -s` answers none.
+                lock(pings).enabled |= hello.credit.is_some();
                 each(Control::Hello(hello));
             }
             other => each(other),
@@ -141,8 +158,8 @@ async fn read<R: Receiver>(
         if let Err(error) = fed {
             return ControlEnd::Malformed(error);
         }
-        if let Some(reason) = bye {
-            return ControlEnd::Bye(reason);
+        if let Some(end) = end {
+            return end;
         }
     }
 }
@@ -150,16 +167,22 @@ async fn read<R: Receiver>(
 async fn write<S: Sender>(sender: &S, credits: &Credits, outbox: &Outbox) -> Gone {
     let mut lines = Vec::new();
     loop {
-        tokio::select! {
-            () = outbox.take(&mut lines) => {}
-            grants = credits.grants() => grants.into_iter().for_each(|credit| Control::Credit(credit).write_line(&mut lines)),
-        }
+        let bye = tokio::select! {
+            bye = outbox.take(&mut lines) => bye,
+            grants = credits.grants() => {
+                grants.into_iter().for_each(|credit| Control::Credit(credit).write_line(&mut lines));
+                false
+            }
+        };
         let mut batch = Bytes::from(std::mem::take(&mut lines));
         while !batch.is_empty() {
             let part = batch.split_to(batch.len().min(MESSAGE_MAX));
             if sender.send(part).await.is_err() {
                 return Gone;
             }
+        }
+        if bye {
+            outbox.0.said_bye.notify_one();
         }
     }
 }

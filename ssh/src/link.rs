@@ -36,6 +36,11 @@ impl<O: Opener> SshLink<O> {
     pub fn new(opener: O, credits: Credits) -> Self {
         Self { opener, credits }
     }
+
+    /// What it opens channels with.
+    pub fn opener(&self) -> &O {
+        &self.opener
+    }
 }
 
 impl<O: Opener> Link for SshLink<O> {

@@ -4,12 +4,16 @@ use std::borrow::Cow;
 
 use russh::keys::{Algorithm, PrivateKey};
 use russh::{Limits, MethodKind, MethodSet, Preferred, SshId, cipher, client, compression, kex, server};
+use secure_comms_protocol::PhaseName;
 use secure_comms_protocol::limits::{
     AUTH_TRIES, KEEPALIVE, KEEPALIVE_TRIES, MESSAGE_MAX, REKEY_TIME, SILENCE, SSH_WINDOW,
 };
 
-/// Messages of one channel that may wait for its task; in credit mode the task always takes them.
+/// Messages of one channel that may wait for its task. With credits the task takes them at once; a peer without
+/// can fill this, for each of its streams.
 const CHANNEL_QUEUE: usize = 32;
+/// The same while strangers are let in.
+const STRANGERS_QUEUE: usize = 4;
 
 /// The first line that both ends send (RFC 4253 4.2).
 const IDENTIFICATION: &str = concat!("SSH-2.0-SecureComms_", env!("CARGO_PKG_VERSION"));
@@ -40,8 +44,9 @@ fn limits(rekey_bytes: usize) -> Limits {
     Limits { rekey_write_limit: rekey_bytes, rekey_read_limit: rekey_bytes, rekey_time_limit: REKEY_TIME }
 }
 
-/// The agent's side: `methods` is what it offers, `host_key` what it proves itself with.
-pub fn server(host_key: PrivateKey, methods: &[MethodKind], rekey_bytes: usize) -> server::Config {
+/// The agent's side in a phase; `host_key` is what it proves itself with.
+pub fn server(phase: PhaseName, host_key: PrivateKey, rekey_bytes: usize) -> server::Config {
+    let methods: &[MethodKind] = &[MethodKind::None, MethodKind::PublicKey];
     server::Config {
         server_id: SshId::Standard(Cow::Borrowed(IDENTIFICATION)),
         methods: MethodSet::from(methods),
@@ -52,7 +57,10 @@ pub fn server(host_key: PrivateKey, methods: &[MethodKind], rekey_bytes: usize) 
         limits: limits(rekey_bytes),
         window_size: SSH_WINDOW,
         maximum_packet_size: MESSAGE_MAX as u32,
-        channel_buffer_size: CHANNEL_QUEUE,
+        channel_buffer_size: match phase {
+            PhaseName::Attestation => STRANGERS_QUEUE,
+            PhaseName::Kubernetes => CHANNEL_QUEUE,
+        },
         preferred: preferred(),
         max_auth_attempts: AUTH_TRIES,
         inactivity_timeout: Some(SILENCE),

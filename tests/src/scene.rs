@@ -34,6 +34,8 @@ pub struct Scene {
     directory: TempDir,
     binaries: &'static Binaries,
     options: SceneOptions,
+    /// How long the adaptor's start may take, in seconds.
+    pub deadline: u64,
     /// The pod's id.
     pub pod: String,
     /// Trustee's key broker.
@@ -104,6 +106,7 @@ impl Scene {
             node_service: KataAgent::tcp(any).await?,
             ssh: free_port()?,
             node_inbound: free_port()?,
+            deadline: 110,
             pod: pod_id()?,
             directory,
             binaries,
@@ -176,7 +179,8 @@ impl Scene {
             command.arg("--address").arg(address.to_string());
         }
         command
-            .args(["--deadline", "110", "--inbounds", "KUBERNETES_PHASE:VMSERVICE:0"])
+            .args(["--deadline", &self.deadline.to_string()])
+            .args(["--inbounds", "KUBERNETES_PHASE:VMSERVICE:0"])
             .arg("--store")
             .arg(self.path("store"))
             .arg("--outbounds")

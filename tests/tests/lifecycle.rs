@@ -80,13 +80,13 @@ async fn a_client_that_comes_before_there_is_a_peer_is_served_once_there_is() ->
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_killed_during_attestation_starts_over_and_the_pod_comes_up() -> Result<()> {
     let scene = scene().await?;
-    scene.kbs.set_fault(Fault::Refuse);
+    scene.kbs.deny("default/sshclient/publicKey");
     let mut agent = scene.agent().await?;
     let adaptor = scene.adaptor_with_keys_published().await?;
     says(&agent, "getting the keys from the KBS through").await?;
     agent.kill9().await?;
     let _agent = scene.agent().await?;
-    scene.kbs.set_fault(Fault::None);
+    scene.kbs.allow("default/sshclient/publicKey");
     works(&scene, &adaptor).await
 }
 
@@ -226,7 +226,7 @@ async fn a_kbs_that_is_down_when_the_adaptor_publishes_is_waited_for() -> Result
     let _agent = scene.agent().await?;
     scene.kbs.kill().await?;
     let adaptor = scene.adaptor()?;
-    says(&adaptor, "publishing").await?;
+    says(&adaptor, "trying on").await?;
     scene.kbs.restart().await?;
     works(&scene, &adaptor).await
 }
@@ -272,7 +272,7 @@ async fn keys_by_user_data_need_no_attestation_and_no_kbs() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_node_with_another_key_is_refused_by_the_vm() -> Result<()> {
-    let scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
+    let mut scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
     scene.write_user_data().await?;
     let agent = scene.agent().await?;
     // The VM has its keys; the worker node now loses its own.
@@ -288,9 +288,8 @@ async fn a_worker_node_with_another_key_is_refused_by_the_vm() -> Result<()> {
     let swapped = swap_worker_node(&user_data, other.lines().next().unwrap())?;
     std::fs::write(scene.path("apf.json"), swapped)?;
     let agent = scene.agent().await?;
-    let mut command = scene.adaptor_command(&[scene.ssh])?;
-    command.args(["--deadline", "5"]);
-    let mut adaptor = Child::spawn("adaptor", command)?;
+    scene.deadline = 5;
+    let mut adaptor = scene.adaptor()?;
     let status = adaptor.wait_exit(PATIENCE).await?;
     ensure!(status.code() == Some(1), "{status}");
     ensure!(agent.log().contains("not a key of this pod's worker node"), "{}", agent.log());
@@ -307,13 +306,12 @@ fn swap_worker_node(user_data: &str, line: &str) -> Result<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_with_another_host_key_gets_nothing_from_the_adaptor() -> Result<()> {
-    let scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
+    let mut scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
     let stranger = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
     stranger.write_user_data().await?;
     let agent = stranger.agent().await?;
-    let mut command = scene.adaptor_command(&[stranger.ssh])?;
-    command.args(["--deadline", "5"]);
-    let mut adaptor = Child::spawn("adaptor", command)?;
+    scene.deadline = 5;
+    let mut adaptor = Child::spawn("adaptor", scene.adaptor_command(&[stranger.ssh])?)?;
     let status = adaptor.wait_exit(PATIENCE).await?;
     ensure!(status.code() == Some(1), "{status}");
     ensure!(adaptor.log().contains("host key"), "{}", adaptor.log());
@@ -334,10 +332,9 @@ async fn a_dead_address_does_not_hold_up_a_living_one() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_fails_says_what_was_last_seen() -> Result<()> {
-    let scene = scene().await?;
-    let mut command = scene.adaptor_command(&[scene.ssh])?;
-    command.args(["--deadline", "3"]);
-    let mut adaptor = Child::spawn("adaptor", command)?;
+    let mut scene = scene().await?;
+    scene.deadline = 3;
+    let mut adaptor = scene.adaptor()?;
     ensure!(adaptor.wait_exit(PATIENCE).await?.code() == Some(1));
     ensure!(
         adaptor.log().contains("refused") && adaptor.log().contains(&scene.ssh.to_string()),

@@ -176,7 +176,8 @@ async fn a_tunnel_name_is_compared_without_regard_to_case() -> Result<()> {
 async fn ssh_dash_r_serves_a_tunnel_of_the_worker_node_in_the_kubernetes_phase() -> Result<()> {
     let vm = Vm::kubernetes().await?;
     let spec = format!("NODESERVICE:7:{}", vm.scene.node_service.addr().unwrap());
-    let tunnel = Child::spawn("ssh -R", vm.ssh()?.command("kubernetes", &["-v", "-N", "-R", &spec], &[]))?;
+    let ssh = vm.ssh()?;
+    let tunnel = Child::spawn("ssh -R", ssh.command("kubernetes", &["-v", "-N", "-R", &spec], &[]))?;
     tunnel.wait_for_text("remote forward success", PATIENCE).await?;
     timeout(PATIENCE, bulk_both_ways(client(vm.scene.node_inbound).await?, 8 * MIB, 3)).await??;
     Ok(())
@@ -253,7 +254,8 @@ async fn a_garbage_control_line_ends_the_connection_with_a_reason_and_the_agent_
         (r#"{"hello":{"version":1,"pod_id":"../../etc"}}"#, "pod id"),
     ] {
         let mark = vm.agent.mark();
-        let mut open = ControlChannel::open(control(&vm.ssh()?, "kubernetes"))?;
+        let ssh = vm.ssh()?;
+        let mut open = ControlChannel::open(control(&ssh, "kubernetes"))?;
         open.hears("hello").await?;
         // Cut in the middle of a long line, it can't take all of it.
         drop(open.say(line).await);
@@ -378,9 +380,10 @@ async fn a_refused_stream_names_the_tunnel_the_phase_and_the_cause() -> Result<(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_remote_forward_of_a_name_that_is_no_inbound_is_refused() -> Result<()> {
     let vm = Vm::kubernetes().await?;
+    let ssh = vm.ssh()?;
     for spec in ["NOPE:1:127.0.0.1:1", "KATAAGENT:1:127.0.0.1:1", "0:127.0.0.1:1", "/tmp/no.sock:127.0.0.1:1"]
     {
-        let ended = run(vm.ssh()?.command("kubernetes", &["-N", "-R", spec], &[])).await?;
+        let ended = run(ssh.command("kubernetes", &["-N", "-R", spec], &[])).await?;
         ended
             .refused(&["remote port forwarding failed"])
             .or_else(|_| ended.refused(&["forwarding failed"]))?;
@@ -389,7 +392,8 @@ async fn a_remote_forward_of_a_name_that_is_no_inbound_is_refused() -> Result<()
     vm.serves().await?;
     let vm = Vm::attestation().await?;
     let spec = "NODESERVICE:1:127.0.0.1:1";
-    let ended = run(vm.nobody()?.command("attestation", &["-N", "-R", spec], &[])).await?;
+    let nobody = vm.nobody()?;
+    let ended = run(nobody.command("attestation", &["-N", "-R", spec], &[])).await?;
     ended.refused(&["remote port forwarding failed"])?;
     vm.agent.wait_for_text("tunnel NODESERVICE, Attestation phase", PATIENCE).await?;
     Ok(())
@@ -401,10 +405,12 @@ async fn a_wrong_key_an_rsa_key_a_password_and_an_unknown_user_are_refused() -> 
     let other = PodKeys::make(vm.scene.path("x").parent().unwrap(), "other").await?;
     let denied = ["Permission denied"];
     let with = |key: &std::path::Path| anyhow::Ok(OpenSsh::new(vm.scene.ssh)?.identity_file(key));
+    let own = vm.ssh()?;
     let mark = vm.agent.mark();
     // The pod's own key is not the worker node's.
     for key in [&other.node, &vm.keys.host] {
-        run(with(key)?.command("kubernetes", &["-N"], &[])).await?.refused(&denied)?;
+        let ssh = with(key)?;
+        run(ssh.command("kubernetes", &["-N"], &[])).await?.refused(&denied)?;
     }
     let refusals = "not a key of this pod's worker node";
     vm.agent.wait_from(mark, |line| line.contains(refusals), PATIENCE).await?;
@@ -412,7 +418,8 @@ async fn a_wrong_key_an_rsa_key_a_password_and_an_unknown_user_are_refused() -> 
     let mut keygen = Command::new("ssh-keygen");
     keygen.args(["-q", "-t", "rsa", "-b", "2048", "-N", "", "-f"]).arg(&rsa);
     ensure!(run(keygen).await?.success, "ssh-keygen failed");
-    run(with(&rsa)?.command("kubernetes", &["-N"], &[])).await?.refused(&denied)?;
+    let with_rsa = with(&rsa)?;
+    run(with_rsa.command("kubernetes", &["-N"], &[])).await?.refused(&denied)?;
     let password = OpenSsh::new(vm.scene.ssh)?
         .option("PreferredAuthentications=password,keyboard-interactive")
         .option("BatchMode=no");
@@ -422,7 +429,7 @@ async fn a_wrong_key_an_rsa_key_a_password_and_an_unknown_user_are_refused() -> 
     let mut stranger = Stranger::connect(vm.scene.ssh, Answer::Refuses).await?;
     ensure!(!stranger.handle().authenticate_password("kubernetes", "password").await?.success());
     for user in ["root", "", "Kubernetes", "kubernetes\n", "a\"; drop"] {
-        let ended = run(vm.ssh()?.command(user, &["-N"], &[])).await?;
+        let ended = run(own.command(user, &["-N"], &[])).await?;
         ended.refused(&[]).with_context(|| format!("user {user:?}"))?;
     }
     ensure!(vm.scene.kata.connections() == 0);
@@ -432,7 +439,8 @@ async fn a_wrong_key_an_rsa_key_a_password_and_an_unknown_user_are_refused() -> 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_user_of_the_other_phase_is_refused_at_once_by_a_banner_that_names_the_phase() -> Result<()> {
     let vm = Vm::kubernetes().await?;
-    let ended = run(vm.ssh()?.command("attestation", &["-v", "-N"], &[])).await?;
+    let ssh = vm.ssh()?;
+    let ended = run(ssh.command("attestation", &["-v", "-N"], &[])).await?;
     ended.refused(&["Permission denied", "Secure Comms agent in the Kubernetes phase"])?;
     // No method is left to try: the key is not even offered.
     ensure!(!ended.stderr.contains("Offering public key"), "{}", ended.stderr);
@@ -461,7 +469,8 @@ async fn old_algorithms_are_refused_and_nothing_is_compressed() -> Result<()> {
         "Ciphers=aes128-gcm@openssh.com",
         "HostKeyAlgorithms=rsa-sha2-512",
     ] {
-        let ended = run(vm.ssh()?.option(option).command("kubernetes", &["-N"], &[])).await?;
+        let ssh = vm.ssh()?.option(option);
+        let ended = run(ssh.command("kubernetes", &["-N"], &[])).await?;
         ended.refused(&["Unable to negotiate"]).with_context(|| option.to_owned())?;
     }
     // OpenSSH asks for compression and takes none as well; one that insists is refused.
@@ -506,6 +515,14 @@ async fn answer(raw: &mut Raw, packet: Packet) -> Result<u8> {
     Ok(raw.expect(&answers).await?[0])
 }
 
+/// The request is answered by this refusal.
+async fn refuses(raw: &mut Raw, packet: Packet, refusal: u8) -> Result<()> {
+    let text = format!("{packet:?}");
+    let answer = answer(raw, packet).await.with_context(|| text.clone())?;
+    ensure!(answer == refusal, "{answer} instead of {refusal} on {text}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_that_is_not_served_is_refused_and_the_connection_goes_on() -> Result<()> {
     let vm = Vm::attestation().await?;
@@ -522,8 +539,7 @@ async fn everything_that_is_not_served_is_refused_and_the_connection_goes_on() -
         Packet::open("unheard-of", 8).bytes(b"whatever"),
     ];
     for open in opens {
-        let text = format!("{open:?}");
-        ensure!(answer(&mut raw, open).await? == message::CHANNEL_OPEN_FAILURE, "{text}");
+        refuses(&mut raw, open, message::CHANNEL_OPEN_FAILURE).await?;
     }
     let globals = [
         Packet::global("tcpip-forward").string("KATAAGENT").uint(1),
@@ -536,8 +552,7 @@ async fn everything_that_is_not_served_is_refused_and_the_connection_goes_on() -
         Packet::global("unheard-of").bytes(b"whatever"),
     ];
     for global in globals {
-        let text = format!("{global:?}");
-        ensure!(answer(&mut raw, global).await? == message::REQUEST_FAILURE, "{text}");
+        refuses(&mut raw, global, message::REQUEST_FAILURE).await?;
     }
     // The one session channel: refused requests, then it is still there for others to be refused; no second one.
     raw.send(&Packet::open("session", 9)).await?;
@@ -558,8 +573,7 @@ async fn everything_that_is_not_served_is_refused_and_the_connection_goes_on() -
         Packet::request(id, "subsystem").string("secure-comms"),
     ];
     for request in requests {
-        let text = format!("{request:?}");
-        ensure!(answer(&mut raw, request).await? == message::CHANNEL_FAILURE, "{text}");
+        refuses(&mut raw, request, message::CHANNEL_FAILURE).await?;
     }
     // Data that nobody asked for, on channels that are not there and on one that is: it leads nowhere.
     for channel in [id, 77, u32::MAX] {

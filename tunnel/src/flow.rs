@@ -67,6 +67,7 @@ struct Shared {
     gone: watch::Sender<bool>,
     table: Mutex<Table>,
     grants_waiting: Notify,
+    slot_free: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -99,6 +100,7 @@ impl Credits {
             gone: watch::Sender::new(false),
             table: Mutex::new(table),
             grants_waiting: Notify::new(),
+            slot_free: Notify::new(),
         }))
     }
 
@@ -114,6 +116,11 @@ impl Credits {
             current.get_or_insert(peer);
             first
         });
+    }
+
+    /// Whether the peer's flow control was settled as this.
+    pub fn is(&self, peer: PeerFlow) -> bool {
+        *self.0.peer.borrow() == Some(peer)
     }
 
     /// Whether the peer's flow control is known.
@@ -138,6 +145,13 @@ impl Credits {
     /// The connection has ended, or must: nobody will grant anything any more.
     pub fn end(&self) {
         self.0.gone.send_replace(true);
+    }
+
+    /// Waits until no stream is open. For one caller at a time.
+    pub async fn idle(&self) {
+        while self.open_streams() > 0 {
+            self.0.slot_free.notified().await;
+        }
     }
 
     /// Whether the connection has ended.
@@ -252,6 +266,7 @@ struct Slot(Credits);
 impl Drop for Slot {
     fn drop(&mut self) {
         self.0.table().slots -= 1;
+        self.0.0.slot_free.notify_one();
     }
 }
 

@@ -166,7 +166,10 @@ impl Attempt {
 
     async fn attestation(&self) -> Result<Session<Attestation>, ConnectError> {
         let Way::Attests(tunnels) = &self.plan.way else {
-            return Err(ConnectError::Protocol("attest", "there is no Attestation phase without Trustee".into()));
+            return Err(ConnectError::Protocol(
+                "attest",
+                "there is no Attestation phase without Trustee".into(),
+            ));
         };
         let connection = ssh::attestation(&self.dial, tunnels.outbounds()).await?;
         Session::establish(connection, &self.plan.id, tunnels).await

@@ -93,6 +93,7 @@ pub type Observer = Arc<dyn Fn(&PodId, &PodEvent) + Send + Sync>;
 /// The last word on each thing that keeps a pod from coming up.
 #[derive(Clone, Debug, Default)]
 struct LastSeen {
+    connected: bool,
     connecting: Option<String>,
     keys: Option<String>,
 }
@@ -100,7 +101,10 @@ struct LastSeen {
 impl fmt::Display for LastSeen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.connecting, &self.keys) {
-            (None, None) => f.write_str("nothing yet"),
+            (None, None) if self.connected => {
+                f.write_str("connected, and the agent has not told of its keys yet")
+            }
+            (None, None) => f.write_str("no answer yet"),
             (Some(connecting), None) => write!(f, "connecting: {connecting}"),
             (None, Some(keys)) => write!(f, "keys: {keys}"),
             (Some(connecting), Some(keys)) => write!(f, "connecting: {connecting}; keys: {keys}"),
@@ -170,7 +174,8 @@ impl Report {
 
     /// Connecting has worked: what failed before is history.
     pub(super) fn connected(&self) {
-        self.seen().connecting = None;
+        let mut seen = self.seen();
+        (seen.connected, seen.connecting) = (true, None);
     }
 
     pub(super) fn up(&self, address: SocketAddr, instance: String) {

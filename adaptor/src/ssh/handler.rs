@@ -12,7 +12,7 @@ use secure_comms_tunnel::flow::Side;
 use secure_comms_tunnel::{Credits, Incoming, Outbounds, Refusal, RefusalKind, outbound};
 use tokio::sync::{Semaphore, watch};
 
-use super::{ClientPhase, ConnectError, quote};
+use super::{ClientPhase, ConnectError, cause, quote};
 
 /// How a connection ended, as far as SSH knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -249,10 +249,7 @@ impl<P: ClientPhase> Handler for Client<P> {
             DisconnectReason::Error(error) => {
                 self.0.end(match &error {
                     russh::Error::NoAuthMethod => TransportEnd::Refused,
-                    russh::Error::Disconnect | russh::Error::HUP => {
-                        TransportEnd::Broken("the agent closed the connection".into())
-                    }
-                    other => TransportEnd::Broken(quote(&other.to_string())),
+                    other => TransportEnd::Broken(cause(other)),
                 });
                 Err(error)
             }

@@ -1,10 +1,13 @@
 //! The stand-in agent: an SSH server with our profile, that behaves as a test tells it.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use russh::keys::PublicKey;
-use russh::server::{Auth, ChannelOpenHandle, Handle, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey};
+use russh::server::{
+    Auth, ChannelOpenHandle, Handle, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey,
+};
 use russh::{Channel, ChannelId, MethodKind, MethodSet};
 use secure_comms_adaptor::keys::{PodKey, WorkerNodePublic};
 use secure_comms_protocol::control::{Empty, Hello, KeyProgress};
@@ -57,7 +60,8 @@ pub struct Live {
 pub struct Agent {
     pub address: SocketAddr,
     pub seen: Lines,
-    mode: Arc<Mutex<Mode>>,
+    /// One for each connection to come; the last one stays.
+    modes: Arc<Mutex<VecDeque<Mode>>>,
     live: Arc<Mutex<Vec<Live>>>,
     /// Where its KATAAGENT outbound leads.
     kata: SocketAddr,
@@ -69,7 +73,7 @@ impl Agent {
         let agent = Self {
             address: listener.local_addr().unwrap(),
             seen: Lines::default(),
-            mode: Arc::new(Mutex::new(mode)),
+            modes: Arc::new(Mutex::new([mode].into())),
             live: Arc::default(),
             kata: super::echo().await,
         };
@@ -84,7 +88,17 @@ impl Agent {
     }
 
     pub fn become_(&self, mode: Mode) {
-        *self.mode.lock().unwrap() = mode;
+        self.script([mode]);
+    }
+
+    /// Each connection to come meets the next of these, the last one all that follow.
+    pub fn script(&self, modes: impl Into<VecDeque<Mode>>) {
+        *self.modes.lock().unwrap() = modes.into();
+    }
+
+    fn next_mode(&self) -> Mode {
+        let mut modes = self.modes.lock().unwrap();
+        if modes.len() > 1 { modes.pop_front().unwrap() } else { modes[0].clone() }
     }
 
     /// Moves on to the Kubernetes phase as an agent does.
@@ -114,12 +128,11 @@ impl Agent {
     }
 
     async fn serve(self, socket: TcpStream) {
-        let mode = self.mode.lock().unwrap().clone();
+        let mode = self.next_mode();
         self.seen.push("connection");
         let (socket, guard) = Guarded::new(socket, Peer::Client);
         guard.may_hold(CreditLimits::KUBERNETES.held_max());
-        let methods = [MethodKind::None, MethodKind::PublicKey];
-        let config = profile::server((*mode.host.ssh()).clone(), &methods, REKEY_BYTES);
+        let config = profile::server(mode.phase, (*mode.host.ssh()).clone(), REKEY_BYTES);
         let outbounds = parse_list(&format!("KUBERNETES_PHASE:KATAAGENT:{}", self.kata)).unwrap();
         let handler = Peer_ {
             agent: self.clone(),
@@ -164,7 +177,8 @@ impl Peer_ {
     }
 
     fn knows(&self, user: &str, key: &PublicKey) -> bool {
-        let worker = self.mode.worker.is_some_and(|worker| WorkerNodePublic::from_ssh(key).unwrap() == worker);
+        let worker =
+            self.mode.worker.is_some_and(|worker| WorkerNodePublic::from_ssh(key).unwrap() == worker);
         worker && PhaseName::from_user(user) == Some(self.mode.phase)
     }
 }
@@ -182,7 +196,11 @@ impl Handler for Peer_ {
         self.answer(user, "none", open && PhaseName::from_user(user) == Some(PhaseName::Attestation))
     }
 
-    async fn auth_publickey_offered(&mut self, user: &str, offer: PublicKeyOffer<'_>) -> Result<Auth, russh::Error> {
+    async fn auth_publickey_offered(
+        &mut self,
+        user: &str,
+        offer: PublicKeyOffer<'_>,
+    ) -> Result<Auth, russh::Error> {
         self.answer(user, "offers a key", self.knows(user, offer.public_key))
     }
 
@@ -208,7 +226,12 @@ impl Handler for Peer_ {
         Ok(())
     }
 
-    async fn subsystem_request(&mut self, id: ChannelId, name: &str, session: &mut Session) -> Result<(), russh::Error> {
+    async fn subsystem_request(
+        &mut self,
+        id: ChannelId,
+        name: &str,
+        session: &mut Session,
+    ) -> Result<(), russh::Error> {
         assert_eq!(name, "secure-comms");
         session.channel_success(id)?;
         let (mut receiver, sender) = split(self.control.take().unwrap());
@@ -228,7 +251,11 @@ impl Handler for Peer_ {
         tokio::spawn(async move {
             let heard = |message| {
                 if let Control::Hello(hello) = message {
-                    seen.push(format!("hello {} out {:?}", hello.pod_id.unwrap_or_default(), hello.outbounds));
+                    seen.push(format!(
+                        "hello {} out {:?}",
+                        hello.pod_id.unwrap_or_default(),
+                        hello.outbounds
+                    ));
                 }
             };
             let end = control::run(&mut receiver, &sender, &credits, &outbox, heard).await;
@@ -255,7 +282,12 @@ impl Handler for Peer_ {
         Ok(())
     }
 
-    async fn tcpip_forward(&mut self, address: &str, port: &mut u32, _: &mut Session) -> Result<bool, russh::Error> {
+    async fn tcpip_forward(
+        &mut self,
+        address: &str,
+        port: &mut u32,
+        _: &mut Session,
+    ) -> Result<bool, russh::Error> {
         self.agent.seen.push(format!("forward {address}:{port}"));
         Ok(address != "refused")
     }

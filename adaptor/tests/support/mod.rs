@@ -1,5 +1,6 @@
 //! A stand-in agent, on the other side of a real SSH connection, and what else a pod needs around it.
 #![allow(missing_docs, unreachable_pub, dead_code)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 pub mod agent;
 
@@ -164,7 +165,7 @@ fn build(
     let told = events.clone();
     let keys = kbs.map_or(KeySource::UserData, |url| {
         let settings = KbsSettings { url: url.clone(), ca: None, admin: None };
-        KeySource::Kbs(KbsClient::new(&settings, Duration::from_secs(5)).unwrap())
+        KeySource::Kbs(Box::new(KbsClient::new(&settings, Duration::from_secs(5)).unwrap()))
     });
     let config = Config {
         inbounds: parse_list("KUBERNETES_PHASE:KATAAGENT:0").unwrap(),

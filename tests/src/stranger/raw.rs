@@ -77,8 +77,14 @@ impl Default for Offer {
 }
 
 /// A message under construction: its number, then its fields (RFC 4251 5).
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Packet(Vec<u8>);
+
+impl std::fmt::Debug for Packet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Packet({})", self.0.escape_ascii())
+    }
+}
 
 impl Packet {
     /// Begins one.
