@@ -16,11 +16,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use secure_comms_protocol::limits::{RETRY_MAX, RETRY_MIN};
+use secure_comms_protocol::limits::RETRY_MAX;
 use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, PodId};
 use secure_comms_tunnel::Backoff;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, timeout};
 
 use self::reach::{Failure, Reached};
 use crate::address::Address;
@@ -322,10 +322,8 @@ async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
 
 /// Waits until no stream is open. There is no event for that, and the process is ending: so it looks now and then.
 async fn drain(session: &Session<Kubernetes>, limit: Duration) {
-    let deadline = Instant::now() + limit;
-    while session.open_streams() > 0 && Instant::now() < deadline {
-        sleep(RETRY_MIN / 4).await;
-    }
+    // What does not end in time is counted below.
+    drop(timeout(limit, session.idle()).await);
     match session.open_streams() {
         0 => {}
         left => tracing::warn!("{left} streams are cut: they did not end within {} s", limit.as_secs()),

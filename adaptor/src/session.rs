@@ -126,6 +126,11 @@ impl<P: ClientPhase> Session<P> {
         &self.unpartnered
     }
 
+    /// Waits until no stream is open.
+    pub async fn idle(&self) {
+        self.connection.credits().idle().await;
+    }
+
     /// How many streams are open.
     pub fn open_streams(&self) -> usize {
         self.connection.credits().open_streams()

@@ -293,7 +293,7 @@ async fn a_worker_node_with_another_key_is_refused_by_the_vm() -> Result<()> {
     let status = adaptor.wait_exit(PATIENCE).await?;
     ensure!(status.code() == Some(1), "{status}");
     ensure!(agent.log().contains("not a key of this pod's worker node"), "{}", agent.log());
-    ensure!(adaptor.log().contains("worker node's key"), "{}", adaptor.log());
+    ensure!(adaptor.log().contains("rejects this worker node's"), "{}", adaptor.log());
     Ok(())
 }
 

@@ -125,7 +125,7 @@ impl Suspect {
         lost
     }
 
-    /// A refusal of attestation, by an agent that says it is in this phase.
+    /// A refusal of attestation, by an agent that says it is in this phase for good.
     fn refused(&mut self, hint: Option<PhaseName>) {
         *self = match std::mem::take(self) {
             Self::Shown(key) if hint == Some(PhaseName::Kubernetes) => Self::ShownThenRefused(key),
@@ -185,7 +185,7 @@ impl Attempt {
     /// The phase to try next, if any.
     fn after_attestation(&mut self, error: ConnectError) -> Option<PhaseName> {
         let refused = matches!(error, ConnectError::Refused { .. });
-        self.suspect.refused(error.hint());
+        self.suspect.refused(error.hint().filter(|_| !error.hints_fresh()));
         self.failure.attestation = Some(error);
         // A worker-node key that was rejected once is not tried again in this round.
         let rejected = matches!(self.failure.kubernetes, Some(ConnectError::Refused { .. }));

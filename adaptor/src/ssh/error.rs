@@ -42,6 +42,12 @@ impl ConnectError {
         let Self::Refused { banner: Some(banner), .. } = self else { return None };
         phase_hint(banner)
     }
+
+    /// Whether the agent says that nobody has logged in with its keys yet: if they are a stranger's, it will ask for
+    /// others. A hint as well: an agent that lies only makes us wait.
+    pub fn hints_fresh(&self) -> bool {
+        matches!(self, Self::Refused { banner: Some(banner), .. } if banner.contains("fresh"))
+    }
 }
 
 fn phase_hint(banner: &str) -> Option<PhaseName> {

@@ -135,6 +135,16 @@ impl<P: ClientPhase> Handler for Client<P> {
         Ok(false)
     }
 
+    async fn kex_done(
+        &mut self,
+        _: Option<&[u8]>,
+        _: &russh::Names,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        tracing::debug!("{}: new session keys", P::NAME.user());
+        Ok(())
+    }
+
     async fn server_channel_open_forwarded_tcpip(
         &mut self,
         channel: Channel<Msg>,
