@@ -114,7 +114,10 @@ pub async fn run(agent: &Agent, guest: &Guest) -> PodKeys {
 }
 
 fn eligible(peer: &Peer<Attestation>) -> bool {
-    peer.pod.get().is_some() && peer.offers(&TunnelName::kbs()) && !peer.credits.is_gone()
+    peer.pod.get().is_some()
+        && peer.offers(&TunnelName::kbs())
+        && !peer.is_dismissed()
+        && !peer.credits.is_gone()
 }
 
 /// The next peer whose turn it is, once there is one.
@@ -128,7 +131,12 @@ async fn candidate(agent: &Agent, last: u64) -> Arc<Peer<Attestation>> {
             .or_else(|| peers.iter().find(|peer| peer.connection.id > last))
             .or_else(|| peers.first());
         if let Some(peer) = next {
-            peer.mark_tried();
+            if !peer.mark_tried()
+                && let Some(pod) = peer.pod.get()
+            {
+                // Once for each peer; how its attempts go is told when it changes.
+                log::info!("pod {pod}: getting the keys from the KBS through {}", peer.connection.address);
+            }
             return peer.clone();
         }
         // The sender lives in the agent.
@@ -148,7 +156,6 @@ async fn newcomer(agent: &Agent) {
 /// loses its turn, and what is left of the fetch then fails fast.
 async fn try_peer(agent: &Agent, guest: &Guest, peer: &Peer<Attestation>) -> Result<PodKeys, AttemptError> {
     let Some(pod) = peer.pod.get() else { return Err(AttemptError::Peer("the peer named no pod")) };
-    log::info!("pod {pod}: getting the keys from the KBS through {}", peer.connection.address);
     let hurry = Hurry { first_byte: KBS_FIRST_BYTE, silent: Arc::new(Notify::new()) };
     agent.set_attempt(Some(peer.connection.id));
     agent.routes.attest(peer, &hurry);

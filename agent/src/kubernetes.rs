@@ -36,6 +36,11 @@ pub async fn latch(agent: &Agent, guest: &Guest, attesters: &Attesters, mut keys
         }
     }
     agent.set_attempt(None);
+    if agent.kubernetes.newest().is_none() {
+        // The attempt that the login has ended may have left its routes behind, and the worker node may be late, or
+        // gone again.
+        agent.routes.hold();
+    }
     agent.dismiss_attestation("the agent serves its worker node and attests no more in this boot");
     log::info!("Kubernetes phase, latched: these keys serve until the VM reboots");
 }

@@ -15,11 +15,12 @@ fn main() -> ExitCode {
     match start() {
         Ok(()) => ExitCode::SUCCESS,
         Err(exit) => {
+            let text = exit.text.trim_end();
             // Nobody may be listening; the exit code says it too.
             drop(if exit.to_stderr {
-                writeln!(io::stderr(), "{}", exit.text)
+                writeln!(io::stderr(), "{text}")
             } else {
-                writeln!(io::stdout(), "{}", exit.text)
+                writeln!(io::stdout(), "{text}")
             });
             ExitCode::from(u8::try_from(exit.code).unwrap_or(1))
         }
@@ -44,11 +45,14 @@ fn start() -> Result<(), Exit> {
 }
 
 async fn serve(config: Config) -> Result<(), Exit> {
+    // First: a start that is stopped ends in good order too.
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let notifier = Notifier::from_env().map_err(failed)?;
     let listen = config.listen;
     let listener = bind(listen)
         .await
-        .map_err(|error| failed(format!("listening on {listen}: {error}; is another agent running?")))?;
+        .map_err(|error| failed(format!("listening on {listen}: {error}; {}", listen_advice(&error))))?;
     if let Some(pod) = &config.pod {
         log::info!("pod {pod}");
     }
@@ -56,8 +60,6 @@ async fn serve(config: Config) -> Result<(), Exit> {
         Ok(address) => log::info!("listens on {address}"),
         Err(error) => return Err(failed(error)),
     }
-    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let shutdown = async {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -75,6 +77,13 @@ async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
             TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
         }
         other => other,
+    }
+}
+
+fn listen_advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => "is another agent running? end it, or change -secure-comms-listen",
+        _ => "correct -secure-comms-listen",
     }
 }
 

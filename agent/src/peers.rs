@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use secure_comms_protocol::limits::UPGRADE_DRAIN;
@@ -13,6 +13,9 @@ use secure_comms_ssh::guard::Guard;
 use secure_comms_tunnel::Credits;
 use tokio::sync::watch;
 use tokio::time::sleep;
+
+/// Refusals of a connection that are logged; the rest only for those who debug: strangers must not fill the log.
+const REFUSALS_LOGGED: u32 = 16;
 
 /// The handle on a connection: cutting it ends its session and everything on it.
 #[derive(Clone, Debug)]
@@ -24,12 +27,13 @@ pub struct Connection {
     guard: Guard,
     /// None until it has authenticated: only then the limits are known.
     credits: Arc<OnceLock<Credits>>,
+    refusals: Arc<AtomicU32>,
 }
 
 impl Connection {
     /// A connection that has just been accepted.
     pub fn new(id: u64, address: SocketAddr, guard: Guard) -> Self {
-        Self { id, address, guard, credits: Arc::default() }
+        Self { id, address, guard, credits: Arc::default(), refusals: Arc::default() }
     }
 
     /// The peer has authenticated and gets this flow control.
@@ -37,6 +41,14 @@ impl Connection {
         self.guard.may_hold(held_max);
         // A connection authenticates once.
         drop(self.credits.set(credits));
+    }
+
+    /// Something that it asked for is refused: the level to log that at.
+    pub fn refused(&self) -> log::Level {
+        match self.refusals.fetch_add(1, Ordering::Relaxed) {
+            0..REFUSALS_LOGGED => log::Level::Warn,
+            _ => log::Level::Debug,
+        }
     }
 
     /// Whether it has authenticated.
@@ -139,6 +151,7 @@ pub struct Peer<P> {
     /// The pod it says it drives.
     pub pod: OnceLock<PodId>,
     tried: AtomicBool,
+    dismissed: AtomicBool,
     phase: PhantomData<P>,
 }
 
@@ -158,18 +171,27 @@ impl<P: Phase> Peer<P> {
             credits,
             pod: OnceLock::new(),
             tried: AtomicBool::new(false),
+            dismissed: AtomicBool::new(false),
             phase: PhantomData,
         }
     }
 
     /// Tells it why it must go, and lets it: what stays is cut.
     pub fn dismiss(&self, reason: &str) {
+        if self.dismissed.swap(true, Ordering::Relaxed) {
+            return;
+        }
         self.outbox.bye(reason);
         let connection = self.connection.clone();
         tokio::spawn(async move {
             sleep(UPGRADE_DRAIN).await;
             connection.cut();
         });
+    }
+
+    /// Whether it has been told to go: it gets nothing new to do, though its connection may last a little.
+    pub fn is_dismissed(&self) -> bool {
+        self.dismissed.load(Ordering::Relaxed)
     }
 
     /// Whether it serves this tunnel.
@@ -233,9 +255,9 @@ impl<P: Phase> Peers<P> {
         self.list().clone()
     }
 
-    /// The one that authenticated last.
+    /// The one that authenticated last, of those that stay.
     pub fn newest(&self) -> Option<Arc<Peer<P>>> {
-        self.list().last().cloned()
+        self.list().iter().rev().find(|peer| !peer.is_dismissed()).cloned()
     }
 
     /// Waits until there are none.

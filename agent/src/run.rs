@@ -18,6 +18,7 @@ use crate::gate::{Attesters, Gate, Keep};
 use crate::keys::{KeyError, new_host_key};
 use crate::kubernetes;
 use crate::latch::{Latch, LatchError};
+use crate::log::Repeated;
 use crate::notify::{Notifier, watchdog_interval};
 use crate::session::Agent;
 use crate::ssh::{self, Identity};
@@ -32,7 +33,9 @@ pub enum RunError {
     #[error(transparent)]
     Key(#[from] KeyError),
     /// An inbound can't listen.
-    #[error(transparent)]
+    #[error(
+        "{0}; end what is in its way, or correct its tag (-secure-comms-inbounds, or sc-inbounds in apf.json)"
+    )]
     Bind(#[from] inbound::BindError),
     /// The operating system gave no random bytes.
     #[error("naming this agent process: {0}; check that the VM has a source of randomness")]
@@ -55,7 +58,16 @@ pub async fn run(
     let (gate, start) = gate(&config)?;
     let agent = Arc::new(Agent::new(&config, gate, instance()?));
     let mut tasks = JoinSet::new();
-    for inbound in bind_inbounds(&config).await? {
+    tokio::pin!(shutdown);
+    let inbounds = tokio::select! {
+        inbounds = bind_inbounds(&config) => inbounds?,
+        // A network namespace that does not come is waited for; whoever stops us is not made to wait as well.
+        () = &mut shutdown => {
+            notifier.stopping("stopping before the start was complete");
+            return Ok(());
+        }
+    };
+    for inbound in inbounds {
         if let Some(route) = agent.routes.of(inbound.tag()) {
             tasks.spawn(inbound.serve(route));
         }
@@ -140,14 +152,16 @@ async fn phases(agent: Arc<Agent>, guest: Guest, start: Start) {
 }
 
 async fn accept(agent: Arc<Agent>, listener: TcpListener) {
+    let mut failure = Repeated::new("accepting a connection");
     for id in 0.. {
         match listener.accept().await {
             Ok((socket, address)) => {
+                failure.succeeded();
                 tokio::spawn(ssh::serve(agent.clone(), socket, id, address));
             }
             Err(error) => {
                 // Out of file descriptors, as a rule: connections that end make room.
-                log::warn!("accepting a connection: {error}");
+                failure.failed(&error);
                 sleep(RETRY_MIN).await;
             }
         }

@@ -12,8 +12,8 @@ use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PhaseName, 
 use secure_comms_ssh::control::{self, ControlEnd};
 use secure_comms_tunnel::flow::{PeerFlow, Side};
 use secure_comms_tunnel::link::{Incoming, Refusal, RefusalKind};
-use secure_comms_tunnel::{Credits, Outbounds, outbound};
-use tokio::sync::{Semaphore, watch};
+use secure_comms_tunnel::{Credits, Event, Outbounds, Receiver, outbound};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::timeout;
 
 use crate::config::Config;
@@ -24,6 +24,8 @@ use crate::ssh::{PeerLink, PeerPending, PeerReceiver, PeerSender};
 
 /// Opens that may be under way on a connection beyond its streams; more are refused unread.
 const PENDING_OPENS: usize = 16;
+/// Names of a list that are looked up among those of the other end, for the log.
+const UNMATCHED_MAX: usize = 64;
 /// No attempt is under way.
 const NOBODY: u64 = u64::MAX;
 
@@ -182,7 +184,7 @@ impl Seat for Kubernetes {
 
     /// The newest takes the place of the others: the adaptor was restarted, or its old connection is half dead.
     fn seat(agent: &Agent, _: &Connection, _: u64) -> Option<Option<Slot>> {
-        for older in agent.kubernetes.all() {
+        for older in agent.kubernetes.all().into_iter().filter(|peer| !peer.is_dismissed()) {
             log::info!("connection from {}: replaced by a newer one", older.connection.address);
             older.dismiss("replaced by a newer connection of the worker node");
         }
@@ -196,8 +198,9 @@ impl Seat for Kubernetes {
 pub trait PeerActions: Send {
     /// Takes the one session channel of the connection.
     fn take_session_channel(&mut self) -> bool;
-    /// Runs the control channel.
-    fn control(&self, receiver: PeerReceiver, sender: PeerSender);
+    /// Empties the session channel, and runs the control channel on it once told to; a sender that is dropped says that
+    /// it will not be one.
+    fn control(&self, receiver: PeerReceiver, sender: PeerSender) -> oneshot::Sender<()>;
     /// Serves a stream that the peer asks for.
     fn serve_stream(&self, name: &str, id: u32, pending: PeerPending);
     /// The peer serves a tunnel.
@@ -219,11 +222,22 @@ struct Member<P: Phase> {
 
 impl<P: Seat> PeerActions for Member<P> {
     fn take_session_channel(&mut self) -> bool {
-        !std::mem::replace(&mut self.control, true)
+        let first = !std::mem::replace(&mut self.control, true);
+        if first {
+            tokio::spawn(settle_without_hello(self.peer.credits.clone()));
+        }
+        first
     }
 
-    fn control(&self, receiver: PeerReceiver, sender: PeerSender) {
-        tokio::spawn(converse(self.agent.clone(), self.peer.clone(), receiver, sender));
+    fn control(&self, mut receiver: PeerReceiver, sender: PeerSender) -> oneshot::Sender<()> {
+        let (begin, begun) = oneshot::channel();
+        let (agent, peer) = (self.agent.clone(), self.peer.clone());
+        tokio::spawn(async move {
+            if becomes_control(&mut receiver, begun).await {
+                converse(agent, peer, receiver, sender).await;
+            }
+        });
+        begin
     }
 
     fn serve_stream(&self, name: &str, id: u32, pending: PeerPending) {
@@ -236,6 +250,18 @@ impl<P: Seat> PeerActions for Member<P> {
             return;
         };
         let (outbounds, credits) = (P::outbounds(&self.agent), self.peer.credits.clone());
+        if let Err(refusal) = outbounds.permit(&name) {
+            // Here and not by the tunnel, which would tell of each: strangers must not fill the log.
+            let connection = &self.peer.connection;
+            log::log!(
+                connection.refused(),
+                "refusing a stream of {}: {}",
+                connection.address,
+                refusal.reason
+            );
+            tokio::spawn(pending.refuse(refusal));
+            return;
+        }
         tokio::spawn(async move {
             outbound::serve(&outbounds, &credits, &name, id, pending).await;
             drop(permit);
@@ -245,11 +271,12 @@ impl<P: Seat> PeerActions for Member<P> {
     fn forward(&self, name: &str, port: u32) -> bool {
         self.settle_without_control();
         let Some(tunnel) = self.tunnel(name) else {
-            let name = name.escape_default();
-            log::warn!(
+            let (name, connection) = (name.escape_default(), &self.peer.connection);
+            log::log!(
+                connection.refused(),
                 "tunnel {name:.80}, {} phase: {} serves it, and there is no such inbound here",
                 P::NAME,
-                self.peer.connection.address
+                connection.address
             );
             return false;
         };
@@ -283,6 +310,26 @@ impl<P: Seat> Member<P> {
     }
 }
 
+/// Takes what comes on a session channel before it asks to be the control channel; false if it never does.
+async fn becomes_control(receiver: &mut PeerReceiver, mut begun: oneshot::Receiver<()>) -> bool {
+    loop {
+        tokio::select! {
+            // First, for what comes after it is the control channel's.
+            biased;
+            begun = &mut begun => return begun.is_ok(),
+            event = receiver.recv() => if matches!(event, None | Some(Event::Close)) { return false },
+        }
+    }
+}
+
+/// A peer that has a session channel and says no hello, or does not make a control channel of it, still gets its
+/// tunnels served.
+async fn settle_without_hello(credits: Credits) {
+    if timeout(HELLO, credits.peer()).await.is_err() {
+        credits.settle(PeerFlow::Plain);
+    }
+}
+
 /// The control channel of a peer, from our hello to its end.
 async fn converse<P: Seat>(
     agent: Arc<Agent>,
@@ -310,21 +357,23 @@ async fn converse<P: Seat>(
         }
     };
     let background = async {
-        let settle = async {
-            if timeout(HELLO, peer.credits.peer()).await.is_err() {
-                peer.credits.settle(PeerFlow::Plain);
-            }
-        };
-        tokio::join!(settle, P::report(&agent, &peer));
+        P::report(&agent, &peer).await;
         std::future::pending().await
     };
     let end = tokio::select! {
-        end = control::run(&mut receiver, &sender, &peer.credits, &peer.outbox, heard) => end,
-        end = background => end,
-        () = peer.outbox.said_bye() => {
-            // The disconnect comes after the bye; what stays all the same is cut by whoever dismissed it.
-            return peer.link.opener().disconnect().await;
+        end = control::run(&mut receiver, &sender, &peer.credits, &peer.outbox, heard) => Some(end),
+        end = background => Some(end),
+        () = peer.outbox.said_bye() => None,
+    };
+    let Some(end) = end else {
+        // Nobody empties the channel any more: the session must not wait for us while we wait for it.
+        drop(receiver);
+        // The disconnect comes after the bye; what stays all the same is cut by whoever dismissed it.
+        tokio::select! {
+            () = peer.link.opener().disconnect() => {}
+            () = peer.credits.gone() => {}
         }
+        return;
     };
     // `ssh -s` may leave and go on with its tunnels; a peer with credits can't do without.
     if greeted || end != ControlEnd::Closed {
@@ -362,8 +411,9 @@ fn hear_hello<P: Seat>(
 }
 
 fn warn_unmatched(phase: PhaseName, what: &str, names: &[String], partners: &[String]) {
-    for name in names.iter().filter(|name| !partners.iter().any(|partner| partner.eq_ignore_ascii_case(name)))
-    {
+    let alone = |name: &&String| !partners.iter().any(|partner| partner.eq_ignore_ascii_case(name));
+    // A stranger may name thousands.
+    for name in names.iter().take(UNMATCHED_MAX).filter(alone) {
         let name = name.escape_default();
         log::info!("tunnel {name:.80}, {phase} phase: an {what} without a partner at the other end");
     }

@@ -15,7 +15,7 @@ use secure_comms_ssh::guard::{self, Guarded};
 use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_ssh::profile;
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use crate::gate::Admission;
 use crate::peers::{Connection, Offers};
@@ -142,13 +142,14 @@ struct ConnectionHandler {
     asked: Option<PhaseName>,
     authenticated: Arc<Notify>,
     peer: Option<PeerSession>,
-    /// The session channel, until it has become the control channel or has asked for anything else.
-    control: Option<Channel<Msg>>,
+    /// The session channel, until it has become the control channel or has asked for anything else. A task empties it
+    /// all the while: a full queue would hold up the session for ever, deaf to a cut.
+    control: Option<(ChannelId, oneshot::Sender<()>)>,
     /// Requests on it that were refused without giving it up.
     requests: u8,
 }
 
-/// Requests that a session channel may make before it becomes the control channel; its queue holds twice as many.
+/// Requests that a session channel may make before it becomes the control channel.
 const REQUESTS_MAX: u8 = 16;
 
 /// A refusal that offers these methods next; none at all ends it at once.
@@ -182,6 +183,11 @@ impl ConnectionHandler {
         refuse(self.methods(&user.to_string()))
     }
 
+    /// How loud to be about one more refusal.
+    fn refusal_level(&self) -> log::Level {
+        self.connection.refused()
+    }
+
     /// Whatever a session channel asks for besides the control channel.
     fn refuse_request(
         &mut self,
@@ -189,7 +195,8 @@ impl ConnectionHandler {
         session: &mut Session,
         what: &str,
     ) -> Result<(), russh::Error> {
-        log::info!(
+        log::log!(
+            self.refusal_level(),
             "connection from {}: {what} refused: only subsystem {CONTROL_SUBSYSTEM} is served",
             self.connection.address
         );
@@ -205,10 +212,9 @@ impl ConnectionHandler {
         }
     }
 
-    /// Lets go of a session channel that will not be the control channel: nobody would empty its queue, and a full
-    /// one would hold up the session for ever.
+    /// Lets go of a session channel that will not be the control channel.
     fn forget_channel(&mut self, channel: ChannelId) {
-        self.control.take_if(|own| own.id() == channel);
+        self.control.take_if(|(own, _)| *own == channel);
     }
 }
 
@@ -292,7 +298,9 @@ impl Handler for ConnectionHandler {
         let Some(peer) = &mut self.peer else { return Ok(()) };
         // One control channel; a reply that is dropped is a refusal.
         if peer.take_session_channel() {
-            self.control = Some(channel);
+            let id = channel.id();
+            let (receiver, sender) = split(channel);
+            self.control = Some((id, peer.control(receiver, sender)));
             reply.accept().await;
         }
         Ok(())
@@ -305,14 +313,14 @@ impl Handler for ConnectionHandler {
         session: &mut Session,
     ) -> Result<(), russh::Error> {
         let wanted = name == CONTROL_SUBSYSTEM;
-        match (self.control.take_if(|channel| wanted && channel.id() == id), &self.peer) {
-            (Some(channel), Some(peer)) => {
+        match self.control.take_if(|(own, _)| wanted && *own == id) {
+            Some((_, begin)) => {
                 session.channel_success(id)?;
-                let (receiver, sender) = split(channel);
-                peer.control(receiver, sender);
+                // Its task is gone only if the channel or the connection is.
+                let _ = begin.send(());
                 Ok(())
             }
-            _ => self.refuse_request(id, session, "a subsystem"),
+            None => self.refuse_request(id, session, "a subsystem"),
         }
     }
 
@@ -442,7 +450,11 @@ impl Handler for ConnectionHandler {
 
     async fn agent_request(&mut self, channel: ChannelId, _: &mut Session) -> Result<bool, russh::Error> {
         self.tolerate_request(channel);
-        log::info!("connection from {}: agent forwarding refused", self.connection.address);
+        log::log!(
+            self.refusal_level(),
+            "connection from {}: agent forwarding refused",
+            self.connection.address
+        );
         Ok(false)
     }
 }

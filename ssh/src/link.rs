@@ -6,7 +6,7 @@ use russh::{Channel, ChannelOpenFailure};
 use secure_comms_protocol::TunnelName;
 use secure_comms_protocol::limits::CHANNEL_OPEN;
 use secure_comms_tunnel::flow::StreamError;
-use secure_comms_tunnel::{Credits, Link, OpenError, Stream};
+use secure_comms_tunnel::{Credits, Link, OpenError, Receiver, Sender, Stream};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
@@ -57,12 +57,19 @@ impl<O: Opener> Link for SshLink<O> {
         })?;
         let (done, opened) = oneshot::channel();
         let open = self.opener.open(name, flow.id());
+        let credits = self.credits.clone();
         // On a task of its own, so that it runs to its end: a server session that gets the answer to an open
         // that nobody waits for any more dies of a refusal and leaks a confirmation.
         tokio::spawn(async move {
             if let Err(Ok(late)) = done.send(open.await) {
-                // The client of the inbound has left meanwhile. The session may be gone too.
-                drop(late.close().await);
+                // The client of the inbound has left meanwhile. The session may be gone too, or wait for us to take
+                // what arrives before it takes our close (D1): neither cut nor end would ever reach it then.
+                let (mut receiver, sender) = split(late);
+                tokio::select! {
+                    _ = sender.close() => {}
+                    () = async { while receiver.recv().await.is_some() {} } => {}
+                    () = credits.gone() => {}
+                }
             }
         });
         tokio::select! {

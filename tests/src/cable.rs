@@ -2,13 +2,16 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
 
 /// What the path does with the connections on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +37,14 @@ impl Cable {
     /// # Errors
     /// No port is free.
     pub async fn to(server: SocketAddr) -> Result<Self> {
+        Self::with_delay(server, Duration::ZERO).await
+    }
+
+    /// Lays a long one: what goes in comes out so much later, however much of it is under way.
+    ///
+    /// # Errors
+    /// No port is free.
+    pub async fn with_delay(server: SocketAddr, delay: Duration) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("laying a cable")?;
         let address = listener.local_addr()?;
         let (state, cuts) = (watch::Sender::new(State::Carries), watch::Sender::new(0));
@@ -41,7 +52,7 @@ impl Cable {
         let serving = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let (state, cuts) = (ends.0.clone(), ends.1.clone());
-                tokio::spawn(carry(client, server, state, cuts));
+                tokio::spawn(carry(client, server, delay, state, cuts));
             }
         });
         Ok(Self { address, state, cuts, serving })
@@ -79,6 +90,7 @@ impl Drop for Cable {
 async fn carry(
     client: TcpStream,
     server: SocketAddr,
+    delay: Duration,
     state: watch::Receiver<State>,
     mut cuts: watch::Receiver<u64>,
 ) {
@@ -86,8 +98,8 @@ async fn carry(
     let Ok(server) = TcpStream::connect(server).await else { return reset(client) };
     let ((client_read, client_write), (server_read, server_write)) =
         (client.into_split(), server.into_split());
-    let up = pump(client_read, server_write, state.clone());
-    let down = pump(server_read, client_write, state);
+    let up = pump(client_read, server_write, delay, state.clone());
+    let down = pump(server_read, client_write, delay, state);
     tokio::pin!(up, down);
     tokio::select! {
         _ = cuts.changed() => {}
@@ -101,25 +113,41 @@ fn reset(stream: TcpStream) {
     drop(stream.set_zero_linger());
 }
 
-async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut state: watch::Receiver<State>) {
+/// What a long cable may have under way in a direction, in chunks of at most [`CHUNK`] bytes.
+const CHUNKS: usize = 4096;
+const CHUNK: usize = 64 * 1024;
+
+async fn pump(from: OwnedReadHalf, to: OwnedWriteHalf, delay: Duration, state: watch::Receiver<State>) {
     drop(from.as_ref().set_zero_linger());
-    let mut buffer = vec![0; 64 * 1024];
+    let (into, out) = mpsc::channel(CHUNKS);
+    tokio::join!(take_in(from, into, delay), give_out(out, to, state));
+}
+
+async fn take_in(mut from: OwnedReadHalf, into: mpsc::Sender<(Instant, Bytes)>, delay: Duration) {
     loop {
-        let read = from.read(&mut buffer).await;
-        if state.wait_for(|state| *state == State::Carries).await.is_err() {
+        let mut chunk = BytesMut::with_capacity(CHUNK);
+        // An end and an error both end the direction.
+        let Ok(1..) = from.read_buf(&mut chunk).await else { return };
+        if into.send((Instant::now() + delay, chunk.freeze())).await.is_err() {
             return;
         }
-        let goes_on = match read {
-            Ok(len @ 1..) => to.write_all(buffer.get(..len).unwrap_or_default()).await.is_ok(),
-            Ok(_) => {
-                // That the other side is dead already makes no difference.
-                drop(to.shutdown().await);
-                false
-            }
-            Err(_) => false,
-        };
-        if !goes_on {
+    }
+}
+
+async fn give_out(
+    mut out: mpsc::Receiver<(Instant, Bytes)>,
+    mut to: OwnedWriteHalf,
+    mut state: watch::Receiver<State>,
+) {
+    while let Some((due, chunk)) = out.recv().await {
+        sleep_until(due).await;
+        let carries = state.wait_for(|state| *state == State::Carries).await.is_ok();
+        if !carries || to.write_all(&chunk).await.is_err() {
             return;
         }
+    }
+    if state.wait_for(|state| *state == State::Carries).await.is_ok() {
+        // That the other side is dead already makes no difference.
+        drop(to.shutdown().await);
     }
 }

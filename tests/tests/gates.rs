@@ -5,13 +5,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_protocol::limits::SILENCE;
+use secure_comms_tests::cable::Cable;
 use secure_comms_tests::kata::client::{
     EchoSession, bulk_both_ways, check_pattern, open_source, open_stall, read_source, write_pattern,
 };
+use secure_comms_tests::netns::Netns;
 use secure_comms_tests::process::Child;
 use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -21,25 +23,32 @@ struct Pod {
     scene: Scene,
     agent: Child,
     adaptor: Child,
+    _cable: Option<Cable>,
 }
 
 impl Pod {
     async fn up() -> Result<Self> {
-        Self::up_with(&[], &[]).await
+        Self::up_with(&[], &[], Duration::ZERO).await
     }
 
-    /// A pod in the Kubernetes phase, its processes with further flags.
-    async fn up_with(agent_flags: &[&str], adaptor_flags: &[&str]) -> Result<Self> {
+    /// A pod in the Kubernetes phase, its processes with further flags, its path with a delay each way.
+    async fn up_with(agent_flags: &[&str], adaptor_flags: &[&str], delay: Duration) -> Result<Self> {
         let scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
         scene.write_user_data().await?;
         let mut agent = scene.agent_command()?;
         agent.args(agent_flags).env("SECURE_COMMS_LOG", "debug");
         let agent = Child::spawn("agent", agent)?;
-        let mut adaptor = scene.adaptor_command(&[scene.ssh])?;
+        let cable = if delay.is_zero() { None } else { Some(Cable::with_delay(scene.ssh, delay).await?) };
+        let mut adaptor = scene.adaptor_command(&[cable.as_ref().map_or(scene.ssh, Cable::address)])?;
         adaptor.args(adaptor_flags).env("SECURE_COMMS_LOG", "debug");
         let adaptor = Child::spawn("adaptor", adaptor)?;
         up(&adaptor).await?;
-        Ok(Self { scene, agent, adaptor })
+        Ok(Self { scene, agent, adaptor, _cable: cable })
+    }
+
+    /// How often the two sides agreed on session keys.
+    fn rekeys(&self) -> usize {
+        self.adaptor.lines().iter().filter(|line| line.text.contains("new session keys")).count()
     }
 
     async fn kata(&self) -> Result<TcpStream> {
@@ -150,16 +159,72 @@ async fn thirty_two_two_way_bulk_streams_at_once_finish_with_every_byte_right() 
     pod.never_down()
 }
 
+/// Over kernel buffers of a few KiB, as on a real path: there two sessions that do not read while they write soon
+/// wait for each other (D2). Everything is in a network namespace of its own; the servers are unix sockets.
+#[tokio::test(flavor = "multi_thread")]
+async fn thirty_two_two_way_bulk_streams_finish_over_small_socket_buffers() -> Result<()> {
+    let narrow = Netns::new("narrow")?;
+    for (name, value) in [("tcp_wmem", "4096 16384 16384"), ("tcp_rmem", "4096 16384 16384")] {
+        let set =
+            narrow.command("sysctl").args(["-q", "-w", &format!("net.ipv4.{name}={value}")]).output().await?;
+        ensure!(set.status.success(), "sysctl: {}", String::from_utf8_lossy(&set.stderr));
+    }
+    let scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
+    scene.write_user_data().await?;
+    let kata = scene.path("kata.sock");
+    let (here, there) = (scene.path("here.sock"), scene.path("there.sock"));
+    let mut agent = narrow.command(&scene.binaries().agent);
+    agent
+        .args(["-secure-comms", "-pod-namespace", ""])
+        .arg("-kata-agent-socket")
+        .arg(&kata)
+        .arg("-config")
+        .arg(scene.path("apf.json"))
+        .arg("-secure-comms-state-dir")
+        .arg(scene.path("agent-state"))
+        .arg("-secure-comms-inbounds")
+        .arg(format!("KUBERNETES_PHASE:NODESERVICE:{}", there.display()));
+    let agent = Child::spawn("agent", agent)?;
+    agent.wait_for_text("inbound NODESERVICE listens on", PATIENCE).await?;
+    let mut adaptor = narrow.command(&scene.binaries().adaptor);
+    adaptor
+        .args(["connect", "--no-trustee", "--pod-id", &scene.pod, "--address", "127.0.0.1"])
+        .arg("--store")
+        .arg(scene.path("store"))
+        .arg("--inbounds")
+        .arg(format!("KUBERNETES_PHASE:KATAAGENT:{}", here.display()))
+        .arg("--outbounds")
+        .arg(format!("KUBERNETES_PHASE:NODESERVICE:{}", kata.display()));
+    let adaptor = Child::spawn("adaptor", adaptor)?;
+    up(&adaptor).await?;
+    let mut all = JoinSet::new();
+    for seed in 0..32 {
+        let stream = UnixStream::connect(if seed % 2 == 0 { &here } else { &there }).await?;
+        all.spawn(async move { bulk_both_ways(stream, 4 * MIB, seed).await });
+    }
+    let finish = async {
+        while let Some(done) = all.join_next().await {
+            done??;
+        }
+        anyhow::Ok(())
+    };
+    timeout(PATIENCE, finish)
+        .await
+        .with_context(|| format!("they hang\n{}{}", agent.log(), adaptor.log()))??;
+    ensure!(!adaptor.log().contains("channel down"), "{}", adaptor.log());
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn new_session_keys_under_load_lose_nothing_whichever_side_asks_for_them() -> Result<()> {
     let limit = (4 * MIB).to_string();
     for (agent, adaptor) in [(None, Some(&limit)), (Some(&limit), None), (Some(&limit), Some(&limit))] {
         let agent = agent.map_or(vec![], |limit| vec!["-secure-comms-rekey-bytes", limit]);
         let adaptor = adaptor.map_or(vec![], |limit| vec!["--rekey-bytes", limit]);
-        let pod = Pod::up_with(&agent, &adaptor).await?;
+        let pod = Pod::up_with(&agent, &adaptor, Duration::ZERO).await?;
         many_two_way_streams(&pod, 16, 8 * MIB).await?;
         pod.never_down()?;
-        let rekeys = pod.adaptor.lines().iter().filter(|line| line.text.contains("new session keys")).count();
+        let rekeys = pod.rekeys();
         println!("{rekeys} new session keys under load (agent {agent:?}, adaptor {adaptor:?})");
         ensure!(
             rekeys > 3,
@@ -167,6 +232,19 @@ async fn new_session_keys_under_load_lose_nothing_whichever_side_asks_for_them()
             pod.adaptor.log()
         );
     }
+    Ok(())
+}
+
+/// Over a long path, where much is under way when a side asks for new keys (D3: more than russh's default allows).
+#[tokio::test(flavor = "multi_thread")]
+async fn new_session_keys_lose_nothing_while_megabytes_are_under_way() -> Result<()> {
+    let limit = (16 * MIB).to_string();
+    let flags = (["-secure-comms-rekey-bytes", &limit], ["--rekey-bytes", &limit]);
+    let pod = Pod::up_with(&flags.0, &flags.1, Duration::from_millis(100)).await?;
+    many_two_way_streams(&pod, 32, 6 * MIB).await?;
+    pod.never_down()?;
+    println!("{} new session keys over a long path", pod.rekeys());
+    ensure!(pod.rekeys() > 3, "{}", pod.adaptor.log());
     Ok(())
 }
 

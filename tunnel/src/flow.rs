@@ -68,6 +68,7 @@ struct Shared {
     table: Mutex<Table>,
     grants_waiting: Notify,
     slot_free: Notify,
+    plain_room: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -101,6 +102,7 @@ impl Credits {
             table: Mutex::new(table),
             grants_waiting: Notify::new(),
             slot_free: Notify::new(),
+            plain_room: Notify::new(),
         }))
     }
 
@@ -218,7 +220,7 @@ impl Credits {
                 Some(StreamCredit::new(send, initial, self.0.limits.initial))
             }
         };
-        Flow { id, slot, credit }
+        Flow { id, slot, credit, plain: AtomicU32::new(0) }
     }
 
     /// The peer has granted more; for streams that are gone it means nothing.
@@ -276,6 +278,8 @@ pub struct Flow {
     id: u32,
     slot: Slot,
     credit: Option<StreamCredit>,
+    /// What a stream without credits holds, in bytes; changed only with the table locked.
+    plain: AtomicU32,
 }
 
 #[derive(Debug)]
@@ -321,11 +325,35 @@ impl Flow {
         self.credit.is_some()
     }
 
-    /// What a stream without credits may hold before we stop taking from its channel, in bytes: its share of what
-    /// the connection may hold, for a peer that says no hello must not cost more than one that does.
-    pub(crate) fn plain_queue_max(&self) -> usize {
-        let limits = &self.slot.0.0.limits;
-        limits.held_max() / limits.streams.max(1)
+    /// Waits until more may be taken from a stream without credits: it may hold what one with credits is granted to begin
+    /// with, and beyond that what is left of the pool that those grow from. A peer that says no hello must not cost more
+    /// than one that does; and a two-way stream needs room, for a connection that is held up takes what we send no more.
+    pub(crate) async fn plain_room(&self) {
+        let shared = &self.slot.0.0;
+        loop {
+            let room = shared.plain_room.notified();
+            tokio::pin!(room);
+            room.as_mut().enable();
+            let grown = self.slot.0.table().grown;
+            if self.plain.load(Relaxed) < shared.limits.initial || grown < shared.limits.growth_pool {
+                return;
+            }
+            room.await;
+        }
+    }
+
+    /// A stream without credits holds this much now.
+    fn hold_plain(&self, change: impl Fn(u32) -> u32) {
+        let initial = self.slot.0.0.limits.initial;
+        let mut table = self.slot.0.table();
+        let before = self.plain.load(Relaxed);
+        let after = change(before);
+        self.plain.store(after, Relaxed);
+        table.grown = (table.grown + after.saturating_sub(initial)).saturating_sub(before.saturating_sub(initial));
+        drop(table);
+        if after < before {
+            self.slot.0.0.plain_room.notify_waiters();
+        }
     }
 
     /// Waits until something may be sent; how much, at most [`MESSAGE_MAX`] bytes. One task only may wait.
@@ -354,7 +382,10 @@ impl Flow {
     /// The peer had no credit for it, one message of slack aside: then the connection is ended too.
     pub fn arrived(&self, len: usize) -> Result<u32, Overrun> {
         let cost = cost(len);
-        let Some(credit) = &self.credit else { return Ok(cost) };
+        let Some(credit) = &self.credit else {
+            self.hold_plain(|held| held.saturating_add(cost));
+            return Ok(cost);
+        };
         let left = credit.outstanding.fetch_sub(cost.into(), Relaxed) - i64::from(cost);
         if left < -(MESSAGE_MAX as i64) {
             self.slot.0.end();
@@ -365,7 +396,7 @@ impl Flow {
 
     /// The socket has taken messages that cost this much.
     pub fn consumed(&self, cost: u32) {
-        let Some(credit) = &self.credit else { return };
+        let Some(credit) = &self.credit else { return self.hold_plain(|held| held.saturating_sub(cost)) };
         let window = credit.window.load(Relaxed);
         let pending = credit.pending.fetch_add(cost, Relaxed) + cost;
         if pending < window / 2 {
@@ -395,7 +426,7 @@ impl Flow {
 
 impl Drop for Flow {
     fn drop(&mut self) {
-        let Some(credit) = &self.credit else { return };
+        let Some(credit) = &self.credit else { return self.hold_plain(|_| 0) };
         let mut table = self.slot.0.table();
         table.streams.remove(&self.id);
         table.grants.remove(&self.id);

@@ -20,7 +20,6 @@ const KEEP: usize = 4 * BATCH;
 pub(crate) struct Queue {
     state: Mutex<State>,
     changed: Notify,
-    shrunk: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -79,13 +78,6 @@ impl Queue {
         self.changed.notified().await;
     }
 
-    /// Waits until less than `limit` bytes are queued.
-    pub(crate) async fn below(&self, limit: usize) {
-        while self.bytes() >= limit {
-            self.shrunk.notified().await;
-        }
-    }
-
     pub(crate) fn ending(&self) -> Option<Ending> {
         self.state().end
     }
@@ -116,8 +108,6 @@ impl Queue {
             }
         }
         let cost = state.advance(wrote);
-        drop(state);
-        self.shrunk.notify_one();
         Ok(Next::Wrote(cost))
     }
 }

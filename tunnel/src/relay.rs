@@ -126,7 +126,7 @@ async fn drain<R: Receiver>(receiver: &mut R, flow: &Flow, queue: &Queue) -> Res
             // Without credits all we can do is to stop taking, which holds up that peer's connection.
             tokio::select! {
                 biased;
-                () = queue.below(flow.plain_queue_max()) => {}
+                () = flow.plain_room() => {}
                 () = flow.gone() => {}
             }
         }

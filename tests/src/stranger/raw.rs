@@ -37,6 +37,8 @@ pub mod message {
     pub const USERAUTH_SUCCESS: u8 = 52;
     /// SSH_MSG_GLOBAL_REQUEST.
     pub const GLOBAL_REQUEST: u8 = 80;
+    /// SSH_MSG_REQUEST_SUCCESS.
+    pub const REQUEST_SUCCESS: u8 = 81;
     /// SSH_MSG_REQUEST_FAILURE.
     pub const REQUEST_FAILURE: u8 = 82;
     /// SSH_MSG_CHANNEL_OPEN.

@@ -1,0 +1,73 @@
+//! The real binary under systemd: its signals, and what systemd is told.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "clippy.toml lets tests fail loudly; clippy does not take the helpers of an integration test for tests"
+)]
+
+mod support;
+
+use base64ct::{Base64, Encoding};
+use support::{FREE_PORTS, Place, Systemd};
+
+#[test]
+fn systemd_hears_that_it_is_ready_what_it_does_and_that_it_stops() {
+    let place = Place::new();
+    let (systemd, notify) = (Systemd::new(&place), place.path("notify"));
+    let mut agent = place.start(&FREE_PORTS, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
+    let ready = systemd.hears("READY=1");
+    assert!(ready.contains("STATUS=Attestation phase: waiting for a worker node"), "{ready}");
+    // Ready says that it is bound.
+    std::net::TcpStream::connect(agent.address()).unwrap();
+    assert_eq!(agent.terminate().code(), Some(0));
+    assert!(systemd.hears("STOPPING=1").contains("STATUS=stopping"));
+    assert!(!place.path("state").exists(), "nothing was latched");
+}
+
+#[test]
+fn with_keys_in_its_user_data_it_begins_in_the_kubernetes_phase() {
+    let place = Place::new();
+    let key = |name: &str| {
+        let path = format!("{}/testdata/{name}", env!("CARGO_MANIFEST_DIR"));
+        Base64::encode_string(&std::fs::read(path).unwrap())
+    };
+    place.write_config(&format!(
+        r#"{{"sc": true, "sc-pp-prv": "{}", "sc-wn-pub": "{}"}}"#,
+        key("ed25519.openssh"),
+        key("ed25519.pub")
+    ));
+    let (systemd, notify) = (Systemd::new(&place), place.path("notify"));
+    let mut agent = place.start(&FREE_PORTS, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
+    let ready = systemd.hears("READY=1");
+    assert!(ready.contains("STATUS=Kubernetes phase: waiting for the worker node"), "{ready}");
+    assert_eq!(agent.terminate().code(), Some(0));
+}
+
+#[test]
+fn the_watchdog_is_fed() {
+    let place = Place::new();
+    let (systemd, notify) = (Systemd::new(&place), place.path("notify"));
+    let env = [("NOTIFY_SOCKET", notify.to_str().unwrap()), ("WATCHDOG_USEC", "20000")];
+    let mut agent = place.start(&FREE_PORTS, &env);
+    systemd.hears("READY=1");
+    for _ in 0..3 {
+        systemd.hears("WATCHDOG=1");
+    }
+    assert_eq!(agent.terminate().code(), Some(0));
+}
+
+#[test]
+fn a_start_that_waits_for_a_namespace_can_be_stopped() {
+    let place = Place::new();
+    let (systemd, notify) = (Systemd::new(&place), place.path("notify"));
+    let absent = place.path("netns");
+    let tags = format!("BOTH_PHASES:KBS:0,BOTH_PHASES:X:{}:0", absent.to_str().unwrap());
+    let args = ["-secure-comms", "-secure-comms-inbounds", &tags];
+    let mut agent = place.start(&args, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
+    agent.says("inbound KBS listens on");
+    assert_eq!(agent.terminate().code(), Some(0));
+    let first = systemd.hears("STOPPING=1");
+    assert!(first.contains("STATUS=stopping before the start was complete"), "{first}");
+}

@@ -1,0 +1,145 @@
+//! The real binary, in a directory of its own.
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "clippy.toml lets tests fail loudly; clippy does not take the helpers of an integration test for tests"
+)]
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// What ends a test that hangs; nothing is measured with it.
+pub const HANG: Duration = Duration::from_secs(60);
+
+/// Flags that bind no port of the machine's.
+pub const FREE_PORTS: [&str; 3] = ["-secure-comms", "-secure-comms-inbounds", "BOTH_PHASES:KBS:0"];
+
+/// A directory for apf.json and the latched keys.
+pub struct Place {
+    pub directory: tempfile::TempDir,
+}
+
+impl Place {
+    pub fn new() -> Self {
+        Self { directory: tempfile::tempdir().unwrap() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub fn write_config(&self, text: &str) {
+        std::fs::write(self.path("apf.json"), text).unwrap();
+    }
+
+    /// Our flags, before those of the test: the last one counts.
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_agent-protocol-forwarder"));
+        command.arg("-config").arg(self.path("apf.json"));
+        command.arg("-secure-comms-state-dir").arg(self.path("state"));
+        command.args(["-pod-namespace", "", "-secure-comms-listen", "127.0.0.1:0"]).args(args);
+        // Under a journal it logs to stderr, wherever the tests run.
+        command.env_clear().env("JOURNAL_STREAM", "1:1").stdin(Stdio::null());
+        command
+    }
+
+    /// Runs it to its end.
+    pub fn run(&self, args: &[&str], env: &[(&str, &str)]) -> Output {
+        self.command(args).envs(env.iter().copied()).output().unwrap()
+    }
+
+    /// Starts it.
+    pub fn start(&self, args: &[&str], env: &[(&str, &str)]) -> Agent {
+        let mut command = self.command(args);
+        command.envs(env.iter().copied()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        Agent { child, log }
+    }
+}
+
+/// A running agent; killed when dropped.
+pub struct Agent {
+    child: Child,
+    log: BufReader<ChildStderr>,
+}
+
+impl Agent {
+    /// Reads its log up to a line that has `part`; what follows it there.
+    pub fn says(&mut self, part: &str) -> String {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            assert!(self.log.read_line(&mut line).unwrap() > 0, "it ended without saying {part:?}");
+            if let Some((_, rest)) = line.split_once(part) {
+                return rest.trim_end().to_owned();
+            }
+        }
+    }
+
+    /// What it says until it ends.
+    pub fn rest(&mut self) -> String {
+        let mut text = String::new();
+        self.log.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    /// Where its SSH server listens.
+    pub fn address(&mut self) -> SocketAddr {
+        self.says(">listens on ").parse().unwrap()
+    }
+
+    /// Asks it to end, and waits for that.
+    pub fn terminate(&mut self) -> ExitStatus {
+        kill(Pid::from_raw(self.child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+        let deadline = Instant::now() + HANG;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("it did not end");
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// systemd's end of NOTIFY_SOCKET.
+pub struct Systemd(UnixDatagram);
+
+impl Systemd {
+    pub fn new(place: &Place) -> Self {
+        let socket = UnixDatagram::bind(place.path("notify")).unwrap();
+        socket.set_read_timeout(Some(HANG)).unwrap();
+        Self(socket)
+    }
+
+    /// Receives until a message has this assignment; the message.
+    pub fn hears(&self, assignment: &str) -> String {
+        let mut buffer = [0; 1024];
+        loop {
+            let length = self.0.recv(&mut buffer).unwrap();
+            let message = String::from_utf8(buffer[..length].to_vec()).unwrap();
+            if message.lines().any(|line| line == assignment) {
+                return message;
+            }
+        }
+    }
+}
