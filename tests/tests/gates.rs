@@ -165,9 +165,9 @@ async fn thirty_two_two_way_bulk_streams_at_once_finish_with_every_byte_right() 
 async fn thirty_two_two_way_bulk_streams_finish_over_small_socket_buffers() -> Result<()> {
     let narrow = Netns::new("narrow")?;
     for (name, value) in [("tcp_wmem", "4096 16384 16384"), ("tcp_rmem", "4096 16384 16384")] {
-        let set =
-            narrow.command("sysctl").args(["-q", "-w", &format!("net.ipv4.{name}={value}")]).output().await?;
-        ensure!(set.status.success(), "sysctl: {}", String::from_utf8_lossy(&set.stderr));
+        let set = format!("echo '{value}' > /proc/sys/net/ipv4/{name}");
+        let set = narrow.command("sh").args(["-c", &set]).output().await?;
+        ensure!(set.status.success(), "setting {name}: {}", String::from_utf8_lossy(&set.stderr));
     }
     let scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
     scene.write_user_data().await?;
