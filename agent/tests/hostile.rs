@@ -50,6 +50,18 @@ async fn a_session_channel_that_asks_for_nothing_does_not_hold_up_its_session() 
 }
 
 #[tokio::test]
+async fn ends_of_file_before_the_control_channel_do_not_hold_up_the_session() {
+    let place = Place::new();
+    let mut agent = place.start(&FREE_PORTS, &[]);
+    let stranger = attest(agent.address()).await;
+    let session = stranger.channel_open_session().await.unwrap();
+    for _ in 0..MANY {
+        session.eof().await.unwrap();
+    }
+    timeout(HANG, stranger.send_ping()).await.expect("the session is stuck").unwrap();
+}
+
+#[tokio::test]
 async fn as_many_variables_as_are_allowed_do_not_keep_the_control_channel_away() {
     let place = Place::new();
     let mut agent = place.start(&FREE_PORTS, &[]);

@@ -349,7 +349,8 @@ impl Flow {
         let before = self.plain.load(Relaxed);
         let after = change(before);
         self.plain.store(after, Relaxed);
-        table.grown = (table.grown + after.saturating_sub(initial)).saturating_sub(before.saturating_sub(initial));
+        table.grown =
+            (table.grown + after.saturating_sub(initial)).saturating_sub(before.saturating_sub(initial));
         drop(table);
         if after < before {
             self.slot.0.0.plain_room.notify_waiters();

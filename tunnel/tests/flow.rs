@@ -357,3 +357,35 @@ async fn whoever_waits_for_hello_hears_that_the_connection_is_gone() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn plain_streams_share_the_growth_pool_and_give_it_back() {
+    within(async {
+        let pool = BULK / 2;
+        let limits = CreditLimits { growth_pool: u32::try_from(pool).unwrap(), ..FIXED };
+        let connection = Connection::plain(limits);
+        let mut streams = Vec::new();
+        for seed in [1, 2] {
+            let ((mut client, near), (server, far)) = (unix(), unix());
+            let (id, ..) = connection.join(near, far).await;
+            let writer = tokio::spawn(async move {
+                write_pattern(&mut client, seed, BULK, 50_000).await;
+                client.shutdown().await.unwrap();
+                client
+            });
+            streams.push((seed, id, server, writer));
+        }
+        let taken = |id| connection.meter(Side::Adaptor, id).bytes;
+        let total = || streams.iter().map(|(_, id, ..)| taken(*id)).sum::<u64>();
+        quiet(total).await;
+        let held = total();
+        let pool = u64::try_from(pool).unwrap();
+        assert!((pool..pool + KERNEL).contains(&held), "{held} of a pool of {pool}");
+        for (seed, _, mut server, writer) in streams {
+            check_pattern(&mut server, seed, BULK).await;
+            check_end(&mut server).await;
+            writer.await.unwrap();
+        }
+    })
+    .await;
+}

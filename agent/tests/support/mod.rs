@@ -1,6 +1,7 @@
 //! The real binary, in a directory of its own.
 #![allow(
     dead_code,
+    unreachable_pub,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
