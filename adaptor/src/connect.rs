@@ -96,7 +96,10 @@ pub async fn run(settings: Settings) -> Result<(), ConnectFailed> {
         () = signals.any() => return end(&adaptor, &settings).await,
     };
     if let Err(error) = came_up {
-        adaptor.close(&settings.pod).await;
+        // What the start made goes too, where the operator asked for that; why it failed is what they need to read.
+        if let Err(left) = end(&adaptor, &settings).await {
+            tracing::error!("after the failed start: {left}");
+        }
         return Err(error.into());
     }
     signals.any().await;

@@ -8,6 +8,7 @@ use agent_protocol_forwarder::cli::{self, Exit};
 use agent_protocol_forwarder::config::{self, Config};
 use agent_protocol_forwarder::notify::Notifier;
 use agent_protocol_forwarder::{log as logging, run};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -27,6 +28,15 @@ fn main() -> ExitCode {
     }
 }
 
+/// A connection may have as many streams open as the usual soft limit allows files, and each takes one.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        log::warn!("raising the limit of open files: {error}; set LimitNOFILE= in the unit");
+    }
+}
+
 fn failed(error: impl std::fmt::Display) -> Exit {
     Exit { code: 1, text: format!("agent-protocol-forwarder: {error}"), to_stderr: true }
 }
@@ -40,6 +50,7 @@ fn start() -> Result<(), Exit> {
     let daemon = config::load(&options.config).map_err(failed)?;
     let config = Config::resolve(options, daemon)
         .map_err(|error| Exit { code: error.exit_code(), ..failed(error) })?;
+    raise_file_limit();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     runtime.block_on(serve(config))
 }

@@ -363,6 +363,20 @@ async fn stopping_for_good_deletes_the_pods_key_at_the_kbs_and_in_the_store() ->
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_that_fails_leaves_nothing_behind_where_deletion_was_asked_for() -> Result<()> {
+    let mut scene = scene().await?;
+    scene.deadline = 3;
+    let mut command = scene.adaptor_command(&[scene.ssh])?;
+    command.arg("--delete-on-exit");
+    let mut adaptor = Child::spawn("adaptor", command)?;
+    ensure!(adaptor.wait_exit(PATIENCE).await?.code() == Some(1), "{}", adaptor.log());
+    ensure!(private_key(&scene).is_none(), "the key is still at the KBS");
+    let left = files_with(&scene.path("store"), &scene.pod)?;
+    ensure!(left.is_empty(), "the store still has {left:?}");
+    Ok(())
+}
+
 fn files_with(directory: &std::path::Path, text: &str) -> Result<Vec<std::path::PathBuf>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory)? {

@@ -1,6 +1,7 @@
 //! What russh calls: the host key, the banner, the streams that the agent asks for, the end.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use russh::client::{self, ChannelOpenHandle, DisconnectReason, Handler, Msg};
@@ -13,6 +14,9 @@ use secure_comms_tunnel::{Credits, Incoming, Outbounds, Refusal, RefusalKind, ou
 use tokio::sync::{Semaphore, watch};
 
 use super::{ClientPhase, ConnectError, cause, quote};
+
+/// How many refusals of one connection are worth a warning.
+const REFUSALS_LOGGED: u32 = 16;
 
 /// How a connection ended, as far as SSH knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +36,7 @@ pub(super) struct Shared<P: ClientPhase> {
     pub(super) credits: Credits,
     /// The names that we have asked the agent to forward.
     pub(super) asked: Mutex<HashSet<TunnelName>>,
+    refusals: AtomicU32,
     /// One permit for every stream that the agent has open, or waits to have opened.
     streams: Arc<Semaphore>,
     banner: Mutex<Option<String>>,
@@ -50,6 +55,7 @@ impl<P: ClientPhase> Shared<P> {
             outbounds,
             credits: Credits::new(Side::Adaptor, P::CREDIT),
             asked: Mutex::default(),
+            refusals: AtomicU32::new(0),
             streams: Arc::new(Semaphore::new(P::CREDIT.streams)),
             banner: Mutex::default(),
             wrong_key: Mutex::default(),
@@ -73,6 +79,15 @@ impl<P: ClientPhase> Shared<P> {
         end.unwrap_or_else(|| TransportEnd::Broken("the connection is gone".into()))
     }
 
+    /// Says what is refused; not for ever, for whoever plays the agent must not fill our log.
+    fn refuses(&self, what: &str) {
+        if self.refusals.fetch_add(1, Ordering::Relaxed) < REFUSALS_LOGGED {
+            tracing::warn!("refusing the agent: {}", quote(what));
+        } else {
+            tracing::debug!("refusing the agent: {}", quote(what));
+        }
+    }
+
     pub(super) fn refused(&self) -> ConnectError {
         ConnectError::Refused { phase: P::NAME, banner: lock(&self.banner).clone() }
     }
@@ -92,7 +107,7 @@ impl<P: ClientPhase> Shared<P> {
             match permit {
                 Ok(_permit) => outbound::serve(&self.outbounds, &self.credits, &name, id, pending).await,
                 Err(refusal) => {
-                    tracing::warn!("refusing a stream of the agent: {}", quote(&refusal.reason));
+                    self.refuses(&refusal.reason);
                     pending.refuse(refusal).await;
                 }
             }
@@ -110,10 +125,12 @@ impl<P: ClientPhase> Drop for Client<P> {
     }
 }
 
-async fn refuse(reply: ChannelOpenHandle, what: &str) -> Result<(), russh::Error> {
-    tracing::warn!("refusing a channel of the agent: {what}: only forwarded-tcpip is served");
-    reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
-    Ok(())
+impl<P: ClientPhase> Client<P> {
+    async fn refuse(&self, reply: ChannelOpenHandle, what: &str) -> Result<(), russh::Error> {
+        self.0.refuses(&format!("a channel of type {what}: only forwarded-tcpip is served"));
+        reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+        Ok(())
+    }
 }
 
 impl<P: ClientPhase> Handler for Client<P> {
@@ -168,7 +185,7 @@ impl<P: ClientPhase> Handler for Client<P> {
         reply: ChannelOpenHandle,
         _: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        refuse(reply, "session").await
+        self.refuse(reply, "session").await
     }
 
     async fn server_channel_open_direct_tcpip(
@@ -181,7 +198,7 @@ impl<P: ClientPhase> Handler for Client<P> {
         reply: ChannelOpenHandle,
         _: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        refuse(reply, "direct-tcpip").await
+        self.refuse(reply, "direct-tcpip").await
     }
 
     async fn server_channel_open_direct_streamlocal(
@@ -191,7 +208,7 @@ impl<P: ClientPhase> Handler for Client<P> {
         reply: ChannelOpenHandle,
         _: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        refuse(reply, "direct-streamlocal").await
+        self.refuse(reply, "direct-streamlocal").await
     }
 
     async fn server_channel_open_forwarded_streamlocal(
@@ -201,7 +218,7 @@ impl<P: ClientPhase> Handler for Client<P> {
         reply: ChannelOpenHandle,
         _: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        refuse(reply, "forwarded-streamlocal").await
+        self.refuse(reply, "forwarded-streamlocal").await
     }
 
     async fn server_channel_open_agent_forward(
@@ -210,7 +227,7 @@ impl<P: ClientPhase> Handler for Client<P> {
         reply: ChannelOpenHandle,
         _: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        refuse(reply, "agent").await
+        self.refuse(reply, "agent").await
     }
 
     async fn server_channel_open_x11(
@@ -221,7 +238,7 @@ impl<P: ClientPhase> Handler for Client<P> {
         reply: ChannelOpenHandle,
         _: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        refuse(reply, "x11").await
+        self.refuse(reply, "x11").await
     }
 
     async fn should_accept_unknown_server_channel(&mut self, _: ChannelId, _: &str) -> bool {
@@ -234,7 +251,7 @@ impl<P: ClientPhase> Handler for Client<P> {
         reply: ChannelOpenHandle,
         _: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        refuse(reply, "unknown").await
+        self.refuse(reply, "unknown").await
     }
 
     async fn channel_open_failure(
@@ -246,7 +263,9 @@ impl<P: ClientPhase> Handler for Client<P> {
         _: &mut client::Session,
     ) -> Result<(), russh::Error> {
         // It names tunnel, phase and cause.
-        tracing::warn!("the agent refuses a stream: {}", quote(description));
+        if self.0.refusals.fetch_add(1, Ordering::Relaxed) < REFUSALS_LOGGED {
+            tracing::warn!("the agent refuses a stream: {}", quote(description));
+        }
         Ok(())
     }
 
