@@ -262,6 +262,14 @@ impl Raw {
         Ok(())
     }
 
+    /// Where it connects from: what the agent's log calls it.
+    ///
+    /// # Errors
+    /// The socket is dead.
+    pub fn address(&self) -> Result<SocketAddr> {
+        self.socket.local_addr().context("raw: its own address")
+    }
+
     /// Sends bytes as they are.
     ///
     /// # Errors
