@@ -9,7 +9,8 @@
 //! - [`kata`]: the kata agent behind `KATAAGENT`, and the client side that checks every byte;
 //! - [`openssh`]: stock OpenSSH as the other end; [`stranger`]: one that means harm, or a peer by hand; [`pod_keys`]: what
 //!   an adaptor would have made for the pod;
-//! - [`scene`]: one pod with all of that around it; [`vm`]: the same, with the VM in network namespaces.
+//! - [`scene`]: one pod with all of that around it; [`vm`]: the same, with the VM in network namespaces; [`half`]: one
+//!   half of it, by hand.
 //!
 //! Everything binds port 0, reports what it got, and stops when dropped.
 
@@ -17,6 +18,7 @@ mod accept;
 pub mod args;
 pub mod cable;
 pub mod guest;
+pub mod half;
 mod http;
 pub mod kata;
 pub mod kbs;
