@@ -197,6 +197,32 @@ fn one_line(text: &str) -> String {
     line
 }
 
+/// Lets so many lines a minute through, so that strangers tell us why they failed and can't fill the log.
+#[derive(Debug)]
+pub struct Throttle {
+    a_minute: u32,
+    window: Mutex<(Option<Instant>, u32)>,
+}
+
+impl Throttle {
+    /// So many.
+    pub fn new(a_minute: u32) -> Self {
+        Self { a_minute, window: Mutex::new((None, 0)) }
+    }
+
+    /// The level of a line that would be worth `level`: debug, once there are too many of its kind.
+    pub fn level(&self, level: Level) -> Level {
+        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        if window.0.is_none_or(|began| began.elapsed() >= MINUTE) {
+            *window = (Some(Instant::now()), 0);
+        }
+        window.1 = window.1.saturating_add(1);
+        if window.1 > self.a_minute { Level::Debug.max(level) } else { level }
+    }
+}
+
+const MINUTE: Duration = Duration::from_secs(60);
+
 /// How many different texts of one failure are remembered, so that two that take turns are not both news.
 const REMEMBERED: usize = 8;
 

@@ -82,3 +82,13 @@ fn a_repeated_failure_is_logged_when_it_starts_changes_and_ends() {
     assert_eq!((repeated.note_success(), repeated.count()), (None, 0));
     assert!(repeated.note_failure("refused".into()).is_some(), "a new spell is news again");
 }
+
+#[test]
+fn lines_of_a_kind_become_debug_once_there_are_too_many() {
+    let throttle = Throttle::new(2);
+    let levels: Vec<_> = (0..4).map(|_| throttle.level(Level::Info)).collect();
+    assert_eq!(levels, [Level::Info, Level::Info, Level::Debug, Level::Debug]);
+    // The next minute starts over.
+    throttle.window.lock().unwrap().0 = Some(Instant::now().checked_sub(MINUTE).unwrap());
+    assert_eq!(throttle.level(Level::Info), Level::Info);
+}

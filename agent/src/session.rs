@@ -18,6 +18,7 @@ use tokio::time::timeout;
 
 use crate::config::Config;
 use crate::gate::Gate;
+use crate::log::Throttle;
 use crate::peers::{Connection, Offers, Peer, Peers, Slot, Slots};
 use crate::routes::Routes;
 use crate::ssh::{PeerLink, PeerPending, PeerReceiver, PeerSender};
@@ -26,6 +27,8 @@ use crate::ssh::{PeerLink, PeerPending, PeerReceiver, PeerSender};
 const PENDING_OPENS: usize = 16;
 /// Names of a list that are looked up among those of the other end, for the log.
 const UNMATCHED_MAX: usize = 64;
+/// Connections a minute that never authenticated, and whose end is worth a line.
+const STRANGERS_LOGGED: u32 = 20;
 /// No attempt is under way.
 const NOBODY: u64 = u64::MAX;
 
@@ -42,6 +45,8 @@ pub struct Agent {
     pub kubernetes: Peers<Kubernetes>,
     /// Where clients of inbounds go.
     pub routes: Routes,
+    /// Lines about connections that never authenticated.
+    pub strangers: Throttle,
     /// How getting the keys goes.
     pub progress: watch::Sender<Option<KeyProgress>>,
     attesting: Arc<Slots>,
@@ -58,6 +63,7 @@ impl Agent {
             Outbounds::new(&config.outbounds).with_patience(&TunnelName::kata_agent(), KATA_AGENT_CONNECT);
         Self {
             gate,
+            strangers: Throttle::new(STRANGERS_LOGGED),
             unauthenticated: Slots::new(UNAUTHENTICATED_MAX),
             attesting: Slots::new(ATTESTATION_PEERS_MAX),
             attempt: AtomicU64::new(NOBODY),

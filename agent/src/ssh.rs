@@ -125,8 +125,11 @@ pub async fn serve(agent: Arc<Agent>, socket: TcpStream, id: u64, address: std::
     // Wakes whatever still waits on this connection.
     connection.cut();
     agent.left(id);
-    // Strangers must not fill the log.
-    let level = if connection.has_authenticated() { log::Level::Info } else { log::Level::Debug };
+    let level = if connection.has_authenticated() {
+        log::Level::Info
+    } else {
+        agent.strangers.level(log::Level::Info)
+    };
     match ended {
         Ok(()) => log::log!(level, "connection from {address}: closed"),
         Err(error) => log::log!(level, "connection from {address}: ended: {error}"),
