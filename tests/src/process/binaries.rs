@@ -10,6 +10,9 @@ use tokio::sync::OnceCell;
 const BIN_DIR: &str = "SECURE_COMMS_BIN_DIR";
 const PACKAGES: [&str; 3] = ["agent-protocol-forwarder", "secure-comms-adaptor", "secure-comms-tests"];
 
+const OWN_PACKAGE: [&str; 4] =
+    ["CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH", "CARGO_PRIMARY_PACKAGE", "CARGO_BIN_NAME"];
+
 /// The programs that tests run.
 #[derive(Clone, Debug)]
 pub struct Binaries {
@@ -49,6 +52,11 @@ async fn build() -> Result<Binaries> {
     command.current_dir(env!("CARGO_MANIFEST_DIR"));
     for package in PACKAGES {
         command.args(["-p", package]);
+    }
+    // What `cargo run` tells this program about its own package; some build scripts (ring's) start over when it differs.
+    let own = |name: &str| name.starts_with("CARGO_PKG_") || OWN_PACKAGE.contains(&name);
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(own)) {
+        command.env_remove(name);
     }
     let out = command.output().await.with_context(|| format!("running {}", cargo.display()))?;
     if !out.status.success() {
