@@ -51,6 +51,9 @@ async fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    println!(
+        "Building agent-protocol-forwarder and secure-comms-adaptor, if they are not there: minutes, the first time."
+    );
     println!("{:>13} {:>13}  what happened", "since start", "this step");
     let result = if netns { in_namespaces().await } else { in_one_namespace().await };
     match result {
