@@ -119,11 +119,6 @@ impl Slots {
     pub fn cut_all(&self) {
         self.held().drain(..).for_each(|connection| connection.cut());
     }
-
-    /// How many places are taken.
-    pub fn taken(&self) -> usize {
-        self.held().len()
-    }
 }
 
 impl Drop for Slot {

@@ -125,11 +125,6 @@ impl Credits {
         *self.0.peer.borrow() == Some(peer)
     }
 
-    /// Whether the peer's flow control is known.
-    pub fn settled(&self) -> bool {
-        self.0.peer.borrow().is_some()
-    }
-
     /// Waits until the peer's flow control is known.
     ///
     /// # Errors

@@ -80,11 +80,12 @@ impl<P: ClientPhase> Shared<P> {
     }
 
     /// Says what is refused; not for ever, for whoever plays the agent must not fill our log.
-    fn refuses(&self, what: &str) {
+    fn tell_refusal(&self, whose: &str, what: &str) {
+        let what = quote(what);
         if self.refusals.fetch_add(1, Ordering::Relaxed) < REFUSALS_LOGGED {
-            tracing::warn!("refusing the agent: {}", quote(what));
+            tracing::warn!("{whose}: {what}");
         } else {
-            tracing::debug!("refusing the agent: {}", quote(what));
+            tracing::debug!("{whose}: {what}");
         }
     }
 
@@ -107,7 +108,7 @@ impl<P: ClientPhase> Shared<P> {
             match permit {
                 Ok(_permit) => outbound::serve(&self.outbounds, &self.credits, &name, id, pending).await,
                 Err(refusal) => {
-                    self.refuses(&refusal.reason);
+                    self.tell_refusal("refusing the agent", &refusal.reason);
                     pending.refuse(refusal).await;
                 }
             }
@@ -127,7 +128,8 @@ impl<P: ClientPhase> Drop for Client<P> {
 
 impl<P: ClientPhase> Client<P> {
     async fn refuse(&self, reply: ChannelOpenHandle, what: &str) -> Result<(), russh::Error> {
-        self.0.refuses(&format!("a channel of type {what}: only forwarded-tcpip is served"));
+        let what = format!("a channel of type {what}: only forwarded-tcpip is served");
+        self.0.tell_refusal("refusing the agent", &what);
         reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
         Ok(())
     }
@@ -263,9 +265,7 @@ impl<P: ClientPhase> Handler for Client<P> {
         _: &mut client::Session,
     ) -> Result<(), russh::Error> {
         // It names tunnel, phase and cause.
-        if self.0.refusals.fetch_add(1, Ordering::Relaxed) < REFUSALS_LOGGED {
-            tracing::warn!("the agent refuses a stream: {}", quote(description));
-        }
+        self.0.tell_refusal("the agent refuses a stream", description);
         Ok(())
     }
 
