@@ -201,12 +201,35 @@ impl Child {
     /// # Errors
     /// If the process is gone.
     pub fn rss_kib(&self) -> Result<u64> {
+        self.status("VmRSS")
+    }
+
+    /// The most resident memory it has had so far, in KiB.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub fn peak_kib(&self) -> Result<u64> {
+        self.status("VmHWM")
+    }
+
+    /// How many threads it has.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub fn threads(&self) -> Result<u64> {
+        self.status("Threads")
+    }
+
+    /// A number of `/proc/PID/status`.
+    fn status(&self, field: &str) -> Result<u64> {
         let path = format!("/proc/{}/status", self.pid);
         let status =
             std::fs::read_to_string(&path).with_context(|| format!("{}: reading {path}", self.name))?;
         let fields: HashMap<_, _> = status.lines().filter_map(|line| line.split_once(':')).collect();
-        let rss = fields.get("VmRSS").and_then(|rss| rss.trim().strip_suffix(" kB"));
-        rss.and_then(|rss| rss.parse().ok()).with_context(|| format!("{}: no VmRSS in {path}", self.name))
+        let value = fields.get(field).map(|value| value.trim().trim_end_matches(" kB"));
+        value
+            .and_then(|value| value.parse().ok())
+            .with_context(|| format!("{}: no {field} in {path}", self.name))
     }
 
     /// Waits until it ends by itself.
