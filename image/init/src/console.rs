@@ -1,0 +1,56 @@
+//! Lines on the console, all of which start with "init: ".
+
+use std::fmt::Display;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+
+use nix::sys::termios::tcdrain;
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
+
+use crate::failure::{Failure, While};
+
+/// Takes /dev/console for input, output and errors. The kernel does so before PID 1 starts, but only if the initramfs brings the
+/// node; so once more when devtmpfs is mounted. A machine without the console that its command line names (a cloud without a serial
+/// port) boots all the same: then the lines go to the kernel's log.
+pub fn open() -> Result<(), Failure> {
+    let terminal = OpenOptions::new().read(true).write(true).open("/dev/console");
+    let (what, file) = match terminal {
+        Ok(file) => ("/dev/console", file),
+        Err(_) => ("/dev/kmsg", open_log()?),
+    };
+    dup2_stdin(&file)
+        .and_then(|()| dup2_stdout(&file))
+        .and_then(|()| dup2_stderr(&file))
+        .while_doing(|| format!("using {what} for the console"))
+}
+
+/// The kernel's log, to write to: it reaches whatever console the kernel has, whoever owns that.
+pub(crate) fn open_log() -> Result<File, Failure> {
+    OpenOptions::new().write(true).open("/dev/kmsg").while_doing(|| "opening /dev/kmsg")
+}
+
+/// A line.
+pub fn say(line: impl Display) {
+    write(format_args!("init: {line}"));
+}
+
+/// A line as it is, in one piece. Nobody can be told that the console does not take it.
+pub(crate) fn write(line: impl Display) {
+    let mut out = io::stdout().lock();
+    drop(out.write_all(format!("{line}\n").as_bytes()).and_then(|()| out.flush()));
+}
+
+/// Waits until the console has sent everything.
+pub(crate) fn drain() {
+    // Fails where the console is no terminal, and then there is nothing to wait for.
+    let _no_terminal = tcdrain(io::stdout());
+}
+
+/// Seconds since the kernel started, for messages.
+pub fn uptime() -> String {
+    match clock_gettime(ClockId::CLOCK_BOOTTIME) {
+        Ok(time) => format!("{}.{:02} s", time.tv_sec(), time.tv_nsec() / 10_000_000),
+        Err(error) => format!("an unknown time ({error})"),
+    }
+}

@@ -1,0 +1,177 @@
+//! The disk with the root, found by the UUIDs of its partitions on whatever bus it is.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::failure::{Failure, While};
+use crate::gpt;
+use crate::root_hash::{RootHash, Uuid};
+use crate::superblock::{self, Superblock};
+use crate::uevents::Uevents;
+
+/// How long a disk may take to appear: an emulated machine under load takes a few seconds, a cloud's disk hardly one.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+/// Whole disks, as the kernel knows them.
+const DISKS: &str = "/sys/block";
+
+/// The two partitions of a root.
+pub struct RootDisk {
+    /// The file system.
+    pub data: Partition,
+    /// The hash tree.
+    pub hash: Partition,
+}
+
+/// A partition that the kernel has made.
+pub struct Partition {
+    /// As in /dev and /sys/class/block.
+    pub name: String,
+    /// "major:minor".
+    pub device: String,
+    /// Its size as the disk has it, not as the table says.
+    pub bytes: u64,
+}
+
+/// Waits for the disk; events must have been listened to since before the drivers were loaded.
+pub fn wait(root_hash: &RootHash, events: &Uevents) -> Result<RootDisk, Failure> {
+    let (data, hash) = (root_hash.data_partition(), root_hash.hash_partition());
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        let mut seen = Vec::new();
+        if let Some(disk) = scan(&data, &hash, &mut seen)? {
+            return Ok(disk);
+        }
+        if !events.wait_until(deadline)? {
+            let seen = if seen.is_empty() { "no disk at all".into() } else { seen.join(", ") };
+            return Err(Failure::new(
+                format!(
+                    "waiting {} s for the root partition {data} and its hashes {hash}",
+                    DEADLINE.as_secs()
+                ),
+                format_args!("{seen}; is it another image's root hash, or a driver missing?"),
+            ));
+        }
+    }
+}
+
+/// Looks at every disk; those that are not it go to `seen`, with the reason.
+fn scan(data: &Uuid, hash: &Uuid, seen: &mut Vec<String>) -> Result<Option<RootDisk>, Failure> {
+    let mut disks: Vec<String> = fs::read_dir(DISKS)
+        .and_then(|entries| {
+            entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+        })
+        .while_doing(|| format!("reading {DISKS}"))?;
+    disks.sort();
+    // Loop devices and drives without a medium have no size.
+    disks.retain(|disk| {
+        fs::read_to_string(Path::new(DISKS).join(disk).join("size")).is_ok_and(|size| size.trim() != "0")
+    });
+    for disk in disks {
+        match partitions(&disk) {
+            // Empty, still being read, or with a table that the kernel rejects: a truncated disk.
+            Ok(found) if found.is_empty() => {
+                seen.push(format!("{disk} has no partitions that the kernel takes"))
+            }
+            Ok(mut found) => {
+                let mut take =
+                    |uuid| found.iter().position(|(u, _)| u == uuid).map(|at| found.swap_remove(at).1);
+                match (take(data), take(hash)) {
+                    // The kernel shows a partition a moment before it can be opened; an event follows when it can.
+                    (Some(data), Some(hash)) => match open(&data.name).and_then(|_| open(&hash.name)) {
+                        Ok(_) => return Ok(Some(RootDisk { data, hash })),
+                        Err(error) => seen.push(format!("opening {} and {}: {error}", data.name, hash.name)),
+                    },
+                    (None, None) => seen.push(format!("{disk} has other partitions")),
+                    (Some(_), None) => seen.push(format!("{disk} has no partition with the hashes")),
+                    (None, Some(_)) => seen.push(format!("{disk} has no root partition")),
+                }
+            }
+            // It may be gone again, or bad: another one may be good.
+            Err(failure) => seen.push(failure.to_string()),
+        }
+    }
+    Ok(None)
+}
+
+/// The kernel's partitions of a disk, with the UUIDs that the disk's table gives them.
+fn partitions(disk: &str) -> Result<Vec<(Uuid, Partition)>, Failure> {
+    let sysfs = Path::new(DISKS).join(disk);
+    let mut numbered = Vec::new();
+    let listing = || format!("listing the partitions of {disk}");
+    for entry in fs::read_dir(&sysfs).while_doing(listing)? {
+        let dir = entry.while_doing(listing)?.path();
+        if let Ok(number) = fs::read_to_string(dir.join("partition")) {
+            numbered.push((parse::<usize>(&number).while_doing(listing)?, dir));
+        }
+    }
+    if numbered.is_empty() {
+        return Ok(Vec::new());
+    }
+    let uuids = read_gpt(disk, &sysfs)?;
+    let mut found = Vec::new();
+    for (number, dir) in numbered {
+        let uuid = number.checked_sub(1).and_then(|at| uuids.get(at).copied().flatten());
+        if let (Some(uuid), Some(name)) = (uuid, dir.file_name()) {
+            let read = |file| fs::read_to_string(dir.join(file));
+            let device = read("dev").while_doing(listing)?.trim().to_owned();
+            let sectors: u64 = read("size").and_then(|size| parse(&size)).while_doing(listing)?;
+            let name = name.to_string_lossy().into_owned();
+            // sysfs counts in 512 bytes whatever the disk's block size.
+            found.push((uuid, Partition { name, device, bytes: sectors.saturating_mul(512) }));
+        }
+    }
+    Ok(found)
+}
+
+fn read_gpt(disk: &str, sysfs: &Path) -> Result<Vec<Option<Uuid>>, Failure> {
+    let reading = || format!("reading the partition table of {disk}");
+    let block_size: usize = fs::read_to_string(sysfs.join("queue/logical_block_size"))
+        .and_then(|size| parse(&size))
+        .while_doing(reading)?;
+    if !(512..=65536).contains(&block_size) {
+        return Err(Failure::new(reading(), format_args!("blocks of {block_size} bytes")));
+    }
+    let device = open(disk).while_doing(reading)?;
+    let mut block = vec![0; block_size];
+    let block_size = block_size as u64;
+    device.read_exact_at(&mut block, block_size).while_doing(reading)?;
+    let header = gpt::Header::parse(&block).while_doing(reading)?;
+    let mut entries = vec![0; header.bytes()];
+    device
+        .read_exact_at(&mut entries, header.first_block().saturating_mul(block_size))
+        .while_doing(reading)?;
+    header.partitions(&entries).while_doing(reading)
+}
+
+/// The superblock at the start of the partition with the hashes, if both partitions are as large as it says.
+pub fn superblock(disk: &RootDisk) -> Result<Superblock, Failure> {
+    let RootDisk { data, hash } = disk;
+    let reading = || format!("reading the verity superblock of {}", hash.name);
+    let mut raw = [0; superblock::SIZE];
+    open(&hash.name).and_then(|device| device.read_exact_at(&mut raw, 0)).while_doing(reading)?;
+    let superblock = Superblock::parse(&raw).while_doing(reading)?;
+    for (partition, needed) in [(data, superblock.data_bytes()), (hash, superblock.hash_bytes())] {
+        if partition.bytes < needed {
+            return Err(Failure::new(
+                format!("checking the size of {}", partition.name),
+                format_args!(
+                    "{} bytes, {needed} are needed: the disk is truncated or not this image",
+                    partition.bytes
+                ),
+            ));
+        }
+    }
+    Ok(superblock)
+}
+
+/// A block device by the name it has in sysfs, where '!' stands for '/'.
+fn open(name: &str) -> io::Result<File> {
+    File::open(Path::new("/dev").join(name.replace('!', "/")))
+}
+
+fn parse<T: std::str::FromStr<Err: std::error::Error + Send + Sync + 'static>>(text: &str) -> io::Result<T> {
+    text.trim().parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}

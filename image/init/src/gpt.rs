@@ -1,0 +1,201 @@
+//! The GUID partition table (UEFI specification, chapter 5), as far as it says which partition has which UUID.
+//!
+//! Not every kernel tells a partition's UUID in sysfs (6.1 does not), so the table is read here, for all kernels in the same way.
+//! Only the primary one: the kernel makes no partitions from the backup either, unless told to. Untrusted, like all of
+//! the disk; a wrong answer leads to a root that does not verify.
+
+use crate::root_hash::Uuid;
+
+/// 128 entries of 128 bytes are usual.
+const MAX_ENTRIES_BYTES: u64 = 1 << 20;
+
+/// The header: where the entries are, and their checksum.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Header {
+    first_block: u64,
+    entry_size: u32,
+    bytes: u32,
+    crc: u32,
+}
+
+/// Why a table is not taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum BadGpt {
+    /// Something else is on the disk.
+    #[error("no GPT (signature)")]
+    Signature,
+    /// Fields that contradict each other or reason.
+    #[error("GPT header: bad {0}")]
+    Field(&'static str),
+    /// The header is damaged.
+    #[error("GPT header: checksum does not match")]
+    HeaderChecksum,
+    /// The entries are damaged.
+    #[error("GPT entries: checksum does not match")]
+    EntriesChecksum,
+}
+
+impl Header {
+    /// From the disk's second logical block.
+    pub fn parse(block: &[u8]) -> Result<Self, BadGpt> {
+        if field::<8>(block, 0)? != *b"EFI PART" {
+            return Err(BadGpt::Signature);
+        }
+        let u32_at = |at| Ok(u32::from_le_bytes(field(block, at)?));
+        let u64_at = |at| Ok(u64::from_le_bytes(field(block, at)?));
+        let size = usize::try_from(u32_at(12)?).map_err(|_| BadGpt::Field("size"))?;
+        let header = block.get(..size).filter(|_| size >= 92).ok_or(BadGpt::Field("size"))?;
+        // The checksum's own field counts as zero.
+        let zeroed =
+            header.iter().enumerate().map(|(at, byte)| if (16..20).contains(&at) { 0 } else { *byte });
+        if crc32(zeroed) != u32_at(16)? {
+            return Err(BadGpt::HeaderChecksum);
+        }
+        if u64_at(24)? != 1 {
+            return Err(BadGpt::Field("position of itself"));
+        }
+        let (first_block, count, entry_size, crc) = (u64_at(72)?, u32_at(80)?, u32_at(84)?, u32_at(88)?);
+        if first_block < 2 {
+            return Err(BadGpt::Field("position of the entries"));
+        }
+        if entry_size < 128 || !entry_size.is_power_of_two() {
+            return Err(BadGpt::Field("size of an entry"));
+        }
+        let bytes = u64::from(count) * u64::from(entry_size);
+        match u32::try_from(bytes) {
+            Ok(bytes) if (1..=MAX_ENTRIES_BYTES).contains(&u64::from(bytes)) => {
+                Ok(Self { first_block, entry_size, bytes, crc })
+            }
+            _ => Err(BadGpt::Field("number of entries")),
+        }
+    }
+
+    /// The logical block where the entries start.
+    pub fn first_block(&self) -> u64 {
+        self.first_block
+    }
+
+    /// Bytes of all entries, 1 MiB at most.
+    pub fn bytes(&self) -> usize {
+        // 1 MiB fits.
+        usize::try_from(self.bytes).unwrap_or(usize::MAX)
+    }
+
+    /// The UUIDs of partitions 1, 2…; `None` for an unused entry. Takes [`Header::bytes`] bytes.
+    pub fn partitions(&self, entries: &[u8]) -> Result<Vec<Option<Uuid>>, BadGpt> {
+        if entries.len() != self.bytes() || crc32(entries.iter().copied()) != self.crc {
+            return Err(BadGpt::EntriesChecksum);
+        }
+        let entry_size = usize::try_from(self.entry_size).map_err(|_| BadGpt::Field("size of an entry"))?;
+        entries
+            .chunks_exact(entry_size)
+            .map(|entry| {
+                let used = field::<16>(entry, 0)? != [0; 16];
+                Ok(used.then_some(Uuid::from_gpt(field(entry, 16)?)))
+            })
+            .collect()
+    }
+}
+
+/// The `N` bytes at an offset.
+fn field<const N: usize>(raw: &[u8], at: usize) -> Result<[u8; N], BadGpt> {
+    raw.get(at..).and_then(|rest| rest.first_chunk()).copied().ok_or(BadGpt::Field("length"))
+}
+
+/// CRC-32 of IEEE 802.3; bit by bit is fast enough for one table.
+fn crc32(bytes: impl Iterator<Item = u8>) -> u32 {
+    !bytes.fold(!0, |crc, byte| {
+        (0..8).fold(
+            crc ^ u32::from(byte),
+            |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 },
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A header block and 128 entries; partition 3 is the only one.
+    fn table(change: impl FnOnce(&mut [u8])) -> (Vec<u8>, Vec<u8>) {
+        let mut entries = vec![0; 128 * 128];
+        entries[256..272].fill(0xee);
+        for (at, byte) in entries[272..288].iter_mut().enumerate() {
+            *byte = u8::try_from(at).unwrap();
+        }
+        let mut block = vec![0; 512];
+        block[..8].copy_from_slice(b"EFI PART");
+        block[12] = 92;
+        block[24] = 1;
+        block[72] = 2;
+        block[80..84].copy_from_slice(&128u32.to_le_bytes());
+        block[84..88].copy_from_slice(&128u32.to_le_bytes());
+        block[88..92].copy_from_slice(&crc32(entries.iter().copied()).to_le_bytes());
+        change(&mut block);
+        let crc = crc32(block[..92].iter().copied());
+        block[16..20].copy_from_slice(&crc.to_le_bytes());
+        (block, entries)
+    }
+
+    #[test]
+    fn the_checksum_is_the_usual_one() {
+        assert_eq!(crc32(b"123456789".iter().copied()), 0xcbf4_3926);
+    }
+
+    #[test]
+    fn a_partition_is_found_at_its_number() {
+        let (block, entries) = table(|_| ());
+        let header = Header::parse(&block).unwrap();
+        assert_eq!((header.first_block(), header.bytes()), (2, 128 * 128));
+        let partitions = header.partitions(&entries).unwrap();
+        assert_eq!(partitions.iter().flatten().count(), 1);
+        assert_eq!(partitions[2].unwrap().to_string(), "03020100-0504-0706-0809-0a0b0c0d0e0f");
+    }
+
+    #[test]
+    fn damage_is_noticed() {
+        let (mut block, mut entries) = table(|_| ());
+        let header = Header::parse(&block).unwrap();
+        entries[300] ^= 1;
+        assert_eq!(header.partitions(&entries), Err(BadGpt::EntriesChecksum));
+        assert_eq!(header.partitions(&[]), Err(BadGpt::EntriesChecksum));
+        block[40] ^= 1;
+        assert_eq!(Header::parse(&block), Err(BadGpt::HeaderChecksum));
+        assert_eq!(Header::parse(&[]), Err(BadGpt::Field("length")));
+        assert_eq!(Header::parse(&[0; 512]), Err(BadGpt::Signature));
+    }
+
+    #[test]
+    fn absurd_fields_are_refused() {
+        for (at, value, name) in [
+            (24, 2u32, "position of itself"),
+            (72, 1, "position of the entries"),
+            (80, 0, "number of entries"),
+            (80, u32::MAX, "number of entries"),
+            (84, 64, "size of an entry"),
+            (84, 129, "size of an entry"),
+        ] {
+            let (block, _) = table(|block| block[at..at + 4].copy_from_slice(&value.to_le_bytes()));
+            assert_eq!(Header::parse(&block), Err(BadGpt::Field(name)));
+        }
+        let (mut block, _) = table(|_| ());
+        block[12..16].copy_from_slice(&513u32.to_le_bytes());
+        assert_eq!(Header::parse(&block), Err(BadGpt::Field("size")));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_upset_it(noise in prop::collection::vec((0..92usize, any::<u8>()), 0..20)) {
+            let (block, entries) = table(|block| {
+                for (at, byte) in noise {
+                    block[at] = byte;
+                }
+            });
+            if let Ok(header) = Header::parse(&block) {
+                prop_assert!(header.bytes() <= 1 << 20);
+                drop(header.partitions(&entries));
+            }
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! `init`: PID 1 of the pod VM's initrd. Verifies the root that the kernel command line names and becomes its systemd; or says why
+//! not, in one line, and powers off. Never a shell, never an unverified root.
+
+use std::convert::Infallible;
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use podvm_init::dm::Verity;
+use podvm_init::failure::{Failure, While};
+use podvm_init::uevents::Uevents;
+use podvm_init::{cmdline, console, disk, guard, modules, mounts, power, table};
+
+/// Where the root is mounted before it becomes the root.
+const NEW_ROOT: &str = "/sysroot";
+/// The root's own PID 1: the first of these that exists.
+const NEXT: [&str; 2] = ["/usr/lib/systemd/systemd", "/sbin/init"];
+
+fn main() {
+    power::off_on_panic();
+    if std::env::args().nth(1).as_deref() == Some(guard::ARGUMENT) && std::process::id() != 1 {
+        guard::run();
+    }
+    match boot() {
+        Err(failure) => power::fatal(failure),
+    }
+}
+
+fn boot() -> Result<Infallible, Failure> {
+    mounts::kernel_file_systems()?;
+    console::open()?;
+    console::say(format_args!("started {} after the kernel", console::uptime()));
+    let line = fs::read_to_string("/proc/cmdline").while_doing(|| "reading /proc/cmdline")?;
+    let root_hash =
+        cmdline::root_hash(&line).while_doing(|| "looking for the root on the kernel command line")?;
+    let events = Uevents::listen()?;
+    modules::load_all(modules::LIST)?;
+
+    let disk = disk::wait(&root_hash, &events)?;
+    let superblock = disk::superblock(&disk)?;
+    let table = table::verity(&superblock, &root_hash, &disk.data.device, &disk.hash.device);
+    let (verity, device) = Verity::create(&table, superblock.data_bytes())?;
+    mounts::root(&device, NEW_ROOT)?;
+    guard::start(events, verity)?;
+    console::say(format_args!(
+        "root is verified and mounted, {} since the kernel started",
+        console::uptime()
+    ));
+
+    mounts::switch_root(NEW_ROOT)?;
+    Err(become_next())
+}
+
+/// Replaces this program; comes back only if that fails. The environment is what the kernel made of its command line: not taken along
+/// but for the terminal's type.
+fn become_next() -> Failure {
+    let next = NEXT.into_iter().find(|path| fs::exists(path).unwrap_or(true));
+    let Some(next) = next else {
+        return Failure::new("starting the root's PID 1", format_args!("none of {NEXT:?} is there"));
+    };
+    let terminal = std::env::var_os("TERM").unwrap_or_else(|| "linux".into());
+    let error = Command::new(next).env_clear().env("TERM", terminal).exec();
+    Failure::new(format!("starting {next}"), error)
+}

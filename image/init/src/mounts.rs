@@ -1,0 +1,52 @@
+//! File systems: the kernel's own, the root, and the step from one root to the other.
+
+use std::fs;
+use std::os::unix::fs::chroot;
+use std::path::Path;
+
+use nix::mount::{MsFlags, mount};
+
+use crate::failure::{Failure, While};
+
+const NO_TYPE: Option<&str> = None;
+
+fn attach(what: &str, fs_type: &str, at: &str, flags: MsFlags, options: Option<&str>) -> Result<(), Failure> {
+    fs::create_dir_all(at).while_doing(|| format!("creating {at}"))?;
+    mount(Some(what), at, Some(fs_type), flags, options)
+        .while_doing(|| format!("mounting {what} ({fs_type}) on {at}"))
+}
+
+/// Mounts /proc, /sys and /dev: what `switch_root` takes along.
+pub fn kernel_file_systems() -> Result<(), Failure> {
+    // As systemd does, which takes over what is mounted.
+    let data = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NODEV;
+    attach("devtmpfs", "devtmpfs", "/dev", MsFlags::MS_NOSUID, Some("mode=0755"))?;
+    attach("proc", "proc", "/proc", data, None)?;
+    attach("sysfs", "sysfs", "/sys", data, None)
+}
+
+/// Mounts an empty /run, for a PID 1 that stays in the initramfs.
+pub fn run() -> Result<(), Failure> {
+    attach("tmpfs", "tmpfs", "/run", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755"))
+}
+
+/// Mounts an erofs read-only.
+pub fn root(device: &Path, at: &str) -> Result<(), Failure> {
+    attach(&device.to_string_lossy(), "erofs", at, MsFlags::MS_RDONLY, None)
+}
+
+/// Makes the file system at `to` the root, with /dev, /proc and /sys moved into it. The initramfs' own files are
+/// removed first: nothing would free their memory later.
+pub fn switch_root(to: &str) -> Result<(), Failure> {
+    for dir in ["/dev", "/proc", "/sys"] {
+        let target = format!("{to}{dir}");
+        mount(Some(dir), target.as_str(), NO_TYPE, MsFlags::MS_MOVE, NO_TYPE)
+            .while_doing(|| format!("moving {dir} to {target}"))?;
+    }
+    fs::remove_dir_all("/lib")
+        .and_then(|()| fs::remove_file("/init"))
+        .while_doing(|| "freeing the initramfs")?;
+    std::env::set_current_dir(to).while_doing(|| format!("entering {to}"))?;
+    mount(Some("."), "/", NO_TYPE, MsFlags::MS_MOVE, NO_TYPE).while_doing(|| format!("moving {to} to /"))?;
+    chroot(".").and_then(|()| std::env::set_current_dir("/")).while_doing(|| "entering the new root")
+}
