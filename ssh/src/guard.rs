@@ -6,6 +6,7 @@
 //! writes always proceed. And a session can't be stopped from outside (its task outlives every handle): cutting
 //! its socket ends it.
 
+use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -24,7 +25,7 @@ mod strict;
 const UNAUTHENTICATED_READ_AHEAD: usize = 256 * 1024;
 /// Framing and channel messages besides the data that credits count, in bytes.
 const READ_AHEAD_SLACK: usize = 1024 * 1024;
-/// Reads into the read-ahead buffer, in bytes.
+/// The largest read while a write is pending, and a piece of what has been read ahead, in bytes.
 const READ: usize = 64 * 1024;
 
 /// The handle on a guarded socket.
@@ -59,8 +60,52 @@ impl Guard {
 pub struct Guarded<S> {
     socket: S,
     guard: Guard,
-    ahead: BytesMut,
+    ahead: Ahead,
     strict: StrictKex,
+}
+
+/// What has been read ahead: in pieces, for one buffer that grows would be copied again and again, and take up to three
+/// times the memory.
+#[derive(Debug, Default)]
+struct Ahead {
+    pieces: VecDeque<BytesMut>,
+    len: usize,
+}
+
+impl Ahead {
+    fn push(&mut self, mut data: &[u8]) {
+        self.len += data.len();
+        while !data.is_empty() {
+            let room = self.pieces.back().map_or(0, |piece| piece.capacity() - piece.len());
+            if room == 0 {
+                self.pieces.push_back(BytesMut::with_capacity(READ));
+                continue;
+            }
+            let (now, later) = data.split_at(room.min(data.len()));
+            if let Some(piece) = self.pieces.back_mut() {
+                piece.extend_from_slice(now);
+            }
+            data = later;
+        }
+    }
+
+    fn take(&mut self, out: &mut ReadBuf<'_>) {
+        while let Some(piece) = self.pieces.front_mut()
+            && out.remaining() > 0
+        {
+            let len = out.remaining().min(piece.len());
+            out.put_slice(piece.get(..len).unwrap_or_default());
+            piece.advance(len);
+            self.len -= len;
+            if piece.is_empty() {
+                self.pieces.pop_front();
+            }
+        }
+        if self.len == 0 {
+            // Gives the memory of a burst back.
+            *self = Self::default();
+        }
+    }
 }
 
 impl<S> Guarded<S> {
@@ -69,7 +114,7 @@ impl<S> Guarded<S> {
         let guard = Guard::default();
         guard.0.read_ahead.store(UNAUTHENTICATED_READ_AHEAD, Ordering::Relaxed);
         let guarded =
-            Self { socket, guard: guard.clone(), ahead: BytesMut::new(), strict: StrictKex::new(peer) };
+            Self { socket, guard: guard.clone(), ahead: Ahead::default(), strict: StrictKex::new(peer) };
         (guarded, guard)
     }
 
@@ -94,14 +139,14 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
     /// Reads what is there while a write is pending, as far as the bound allows.
     fn read_ahead(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let bound = self.guard.0.read_ahead.load(Ordering::Relaxed);
-        while self.ahead.len() < bound {
-            let old = self.ahead.len();
-            self.ahead.resize(old + READ, 0);
-            let mut buffer = ReadBuf::new(self.ahead.get_mut(old..).unwrap_or_default());
+        let mut scratch = vec![0; READ];
+        while self.ahead.len < bound {
+            let mut buffer = ReadBuf::new(&mut scratch);
             let poll = Pin::new(&mut self.socket).poll_read(cx, &mut buffer);
-            let read = buffer.filled().len();
-            self.ahead.truncate(old + read);
-            self.strict.feed(self.ahead.get(old..).unwrap_or_default())?;
+            let data = buffer.filled();
+            let read = data.len();
+            self.strict.feed(data)?;
+            self.ahead.push(data);
             match poll {
                 Poll::Pending => break,
                 // End of file or an error: the next ordinary read meets it again.
@@ -122,14 +167,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         this.check()?;
-        if !this.ahead.is_empty() {
-            let len = out.remaining().min(this.ahead.len());
-            out.put_slice(this.ahead.get(..len).unwrap_or_default());
-            this.ahead.advance(len);
-            if this.ahead.is_empty() {
-                // Gives the memory of a burst back.
-                this.ahead = BytesMut::new();
-            }
+        if this.ahead.len > 0 {
+            this.ahead.take(out);
             return Poll::Ready(Ok(()));
         }
         let old = out.filled().len();
@@ -167,5 +206,33 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_read_ahead_comes_out_whole_and_in_order_and_leaves_no_memory() {
+        let data: Vec<u8> = (0..5 * READ + 17).map(|at| (at % 251) as u8).collect();
+        let mut ahead = Ahead::default();
+        let mut out = Vec::new();
+        let mut buffer = [0; 40_000];
+        // Pieces of other sizes than those that go in and come out, and never all of it at once.
+        for pushed in data.chunks(50_001) {
+            ahead.push(pushed);
+            let mut read = ReadBuf::new(&mut buffer);
+            ahead.take(&mut read);
+            out.extend_from_slice(read.filled());
+        }
+        while ahead.len > 0 {
+            let mut read = ReadBuf::new(&mut buffer);
+            ahead.take(&mut read);
+            assert!(!read.filled().is_empty());
+            out.extend_from_slice(read.filled());
+        }
+        assert!(out == data);
+        assert_eq!(ahead.pieces.capacity(), 0);
     }
 }
