@@ -16,19 +16,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
+use secure_comms_stand_ins::accept::Serving;
+use secure_comms_stand_ins::http;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
-use crate::accept::Serving;
-use crate::http;
 use admin::AdminKey;
 use tls::ServerIdentity;
 
-/// The evidence that the KBS expects and the guest shows, unless told otherwise.
-pub const DEFAULT_EVIDENCE: &str = "stand-in evidence";
+/// The evidence that the KBS expects unless told otherwise.
+pub use secure_comms_stand_ins::guest::DEFAULT_EVIDENCE;
 
 /// How the KBS behaves from now on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

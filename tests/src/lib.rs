@@ -10,17 +10,13 @@
 //! - [`openssh`]: stock OpenSSH as the other end; [`stranger`]: one that means harm, or a peer by hand; [`pod_keys`]: what
 //!   an adaptor would have made for the pod;
 //! - [`scene`]: one pod with all of that around it; [`vm`]: the same, with the VM in network namespaces; [`half`]: one
-//!   half of it, by hand.
+//!   half of it, by hand; [`boot`]: the VM as a machine under qemu, with an [`inspector`] in it.
 //!
 //! Everything binds port 0, reports what it got, and stops when dropped.
 
-mod accept;
-pub mod args;
+pub mod boot;
 pub mod cable;
-pub mod guest;
 pub mod half;
-mod http;
-pub mod kata;
 pub mod kbs;
 pub mod netns;
 pub mod openssh;
@@ -29,3 +25,5 @@ pub mod process;
 pub mod scene;
 pub mod stranger;
 pub mod vm;
+
+pub use secure_comms_stand_ins::{args, guest, inspector, kata};

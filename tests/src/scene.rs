@@ -36,6 +36,8 @@ pub struct Scene {
     options: SceneOptions,
     /// How long the adaptor's start may take, in seconds.
     pub deadline: u64,
+    /// The adaptor's inbound tags.
+    pub inbounds: String,
     /// The pod's id.
     pub pod: String,
     /// Trustee's key broker.
@@ -107,6 +109,7 @@ impl Scene {
             ssh: free_port()?,
             node_inbound: free_port()?,
             deadline: 110,
+            inbounds: "KUBERNETES_PHASE:VMSERVICE:0".to_owned(),
             pod: pod_id()?,
             directory,
             binaries,
@@ -180,7 +183,7 @@ impl Scene {
         }
         command
             .args(["--deadline", &self.deadline.to_string()])
-            .args(["--inbounds", "KUBERNETES_PHASE:VMSERVICE:0"])
+            .args(["--inbounds", &self.inbounds])
             .arg("--store")
             .arg(self.path("store"))
             .arg("--outbounds")

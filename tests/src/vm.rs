@@ -52,14 +52,17 @@ impl Vm {
         let address = |last| IpAddr::V4(Ipv4Addr::new(10, 213, 78, block + last));
         host.link_to_host(LinkAddr(address(2), 30), LinkAddr(address(1), 30))?;
 
-        let mut kata = host.command(&binaries.kata);
-        kata.arg("--socket").arg(path("kata.sock")).args(["--tcp", &format!("127.0.0.1:{VM_SERVICE_PORT}")]);
-        let mut cdh = host.command(&binaries.guest);
-        cdh.arg("--cdh-listen")
+        let mut kata = host.command(&binaries.stand_in);
+        kata.args(["kata-agent", "--socket"])
+            .arg(path("kata.sock"))
+            .args(["--tcp", &format!("127.0.0.1:{VM_SERVICE_PORT}")]);
+        let mut cdh = host.command(&binaries.stand_in);
+        cdh.args(["cdh", "--listen"])
             .arg(path("cdh.sock"))
             .args(["--kbs", &format!("http://127.0.0.1:{KBS_PORT}")]);
-        let mut rest = pod.command(&binaries.guest);
-        rest.args(["--rest", &format!("127.0.0.1:{GUEST_PORT}")]).arg("--cdh").arg(path("cdh.sock"));
+        let mut rest = pod.command(&binaries.stand_in);
+        rest.args(["api-server-rest", "--listen", &format!("127.0.0.1:{GUEST_PORT}"), "--cdh"])
+            .arg(path("cdh.sock"));
         let mut agent = host.command(&binaries.agent);
         agent
             .args(["-secure-comms", "-pod-namespace", pod.name()])

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use hyper::Method;
 use secure_comms_tests::guest::{Backend, Cdh, CdhOptions, CdhSocket, Rest};
 use secure_comms_tests::kbs::{Fault, Kbs, KbsOptions};
-use secure_comms_tests::process::{Child, Signal};
+use secure_comms_tests::process::{Child, Signal, ensure_built};
 use support::{Answer, call};
 use tokio::process::Command;
 
@@ -128,7 +128,7 @@ async fn the_front_reaches_the_back_over_a_unix_socket() {
 }
 
 async fn spawn(args: &[&str]) -> (Child, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_stand-in-guest"));
+    let mut command = Command::new(&ensure_built().await.unwrap().stand_in);
     command.args(args);
     let child = Child::spawn("guest", command).unwrap();
     let line = child.wait_for_text("listening on ", SOON).await.unwrap();
@@ -142,7 +142,8 @@ async fn one_process_serves_front_and_back_over_https() {
     let ca = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(ca.path(), kbs.ca_pem().unwrap()).unwrap();
     let ca = ca.path().to_str().unwrap();
-    let (_guest, at) = spawn(&["--listen", "127.0.0.1:0", "--kbs", &kbs.url(), "--ca", ca]).await;
+    let (_guest, at) =
+        spawn(&["api-server-rest", "--listen", "127.0.0.1:0", "--kbs", &kbs.url(), "--ca", ca]).await;
     assert_eq!(&fetch(at.parse().unwrap(), PATH).await.body[..], b"the key");
 }
 
@@ -152,8 +153,8 @@ async fn two_processes_serve_front_and_back_and_clean_up_when_told_to_end() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("cdh.sock");
     let path = socket.to_str().unwrap();
-    let (mut back, _) = spawn(&["--cdh-listen", path, "--kbs", &kbs.url(), "--retry-ms", "10"]).await;
-    let (_front, at) = spawn(&["--rest", "127.0.0.1:0", "--cdh", path]).await;
+    let (mut back, _) = spawn(&["cdh", "--listen", path, "--kbs", &kbs.url(), "--retry-ms", "10"]).await;
+    let (_front, at) = spawn(&["api-server-rest", "--listen", "127.0.0.1:0", "--cdh", path]).await;
     assert_eq!(&fetch(at.parse().unwrap(), PATH).await.body[..], b"the key");
     back.signal(Signal::SIGTERM).unwrap();
     assert!(back.wait_exit(SOON).await.unwrap().success());

@@ -9,7 +9,7 @@ use secure_comms_tests::kata::KataAgent;
 use secure_comms_tests::kata::client::{
     EchoSession, bulk_both_ways, echo_roundtrip, open_stall, read_source, write_pattern, write_sink,
 };
-use secure_comms_tests::process::Child;
+use secure_comms_tests::process::{Child, ensure_built};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::process::Command;
@@ -122,8 +122,8 @@ async fn a_byte_changed_dropped_or_added_on_the_way_is_found() {
 async fn the_process_serves_both_kinds_of_sockets() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("kata.sock");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_stand-in-kata"));
-    command.arg("--socket").arg(&path).args(["--tcp", "127.0.0.1:0"]);
+    let mut command = Command::new(&ensure_built().await.unwrap().stand_in);
+    command.args(["kata-agent", "--socket"]).arg(&path).args(["--tcp", "127.0.0.1:0"]);
     let kata = Child::spawn("kata", command).unwrap();
     let line = kata.wait_for_text("listening on 127.", SOON).await.unwrap();
     let addr = line.strip_prefix("listening on ").unwrap();

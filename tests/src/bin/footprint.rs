@@ -31,7 +31,10 @@ async fn main() -> ExitCode {
     match run(Path::new(budget)).await {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => {
-            eprintln!("footprint: over the budget: make it smaller, or change {} and say why", budget.display());
+            eprintln!(
+                "footprint: over the budget: make it smaller, or change {} and say why",
+                budget.display()
+            );
             ExitCode::FAILURE
         }
         Err(error) => {

@@ -11,10 +11,10 @@ use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, COOKIE, HeaderMap, HeaderValue, SET_COOKIE};
 use hyper::{Method, Request, StatusCode};
 use ring::rand::{SecureRandom, SystemRandom};
+use secure_comms_stand_ins::http::{Reply, reply};
 use serde_json::{Value, json};
 
 use super::{Fault, LoggedRequest, Session, Shared, lock};
-use crate::http::{Reply, reply};
 
 /// The largest resource Trustee takes.
 const BODY_LIMIT: usize = 2 * 1024 * 1024;

@@ -8,7 +8,7 @@ use tokio::sync::OnceCell;
 
 /// Names a directory that holds the binaries already: nothing is built then.
 const BIN_DIR: &str = "SECURE_COMMS_BIN_DIR";
-const PACKAGES: [&str; 3] = ["agent-protocol-forwarder", "secure-comms-adaptor", "secure-comms-tests"];
+const PACKAGES: [&str; 3] = ["agent-protocol-forwarder", "secure-comms-adaptor", "secure-comms-stand-ins"];
 
 const OWN_PACKAGE: [&str; 4] =
     ["CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH", "CARGO_PRIMARY_PACKAGE", "CARGO_BIN_NAME"];
@@ -20,10 +20,8 @@ pub struct Binaries {
     pub agent: PathBuf,
     /// `secure-comms-adaptor`.
     pub adaptor: PathBuf,
-    /// `stand-in-guest`.
-    pub guest: PathBuf,
-    /// `stand-in-kata`.
-    pub kata: PathBuf,
+    /// `stand-in`: its first argument says for what.
+    pub stand_in: PathBuf,
 }
 
 /// Builds the release binaries, once per process, or finds them in `$SECURE_COMMS_BIN_DIR`.
@@ -84,8 +82,7 @@ impl Binaries {
         Ok(Self {
             agent: binary("agent-protocol-forwarder")?,
             adaptor: binary("secure-comms-adaptor")?,
-            guest: binary("stand-in-guest")?,
-            kata: binary("stand-in-kata")?,
+            stand_in: binary("stand-in")?,
         })
     }
 }

@@ -11,7 +11,7 @@ use tokio::task::{JoinHandle, JoinSet};
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
 /// A source of connections.
-pub(crate) trait Listener: Send + 'static {
+pub trait Listener: Send + 'static {
     /// What a connection of this listener is.
     type Stream: Send + 'static;
 
@@ -39,11 +39,11 @@ impl Listener for UnixListener {
 
 /// A running accept loop; dropping it closes the listener and every connection it took.
 #[derive(Debug)]
-pub(crate) struct Serving(JoinHandle<()>);
+pub struct Serving(JoinHandle<()>);
 
 impl Serving {
     /// Serves each connection of `listener` in a task of its own.
-    pub(crate) fn start<L, F, Fut>(mut listener: L, serve: F) -> Self
+    pub fn start<L, F, Fut>(mut listener: L, serve: F) -> Self
     where
         L: Listener,
         F: Fn(L::Stream) -> Fut + Send + 'static,
@@ -65,7 +65,7 @@ impl Serving {
     }
 
     /// Stops, and returns once the listener is closed: the port is free then.
-    pub(crate) async fn stop(mut self) {
+    pub async fn stop(mut self) {
         self.0.abort();
         // An error is the cancellation that was asked for.
         let _ = (&mut self.0).await;

@@ -2,7 +2,7 @@
 //!
 //! In a pod VM the front runs in the pod's network namespace and AA and CDH in the host's; they talk over a unix
 //! socket. Here too: [`Rest`] is the front, [`Cdh`] the back, [`CdhSocket`] serves the back on a unix socket. All
-//! run in this process or, as the binary `stand-in-guest`, in others.
+//! run in this process or, as roles of the binary `stand-in`, in others.
 
 mod cdh;
 mod socket;
@@ -25,6 +25,8 @@ pub use socket::CdhSocket;
 
 /// The front closes a connection that sends no request for this long; clients of it are local.
 const HEAD_LIMIT: Duration = Duration::from_secs(30);
+/// What the guest attests with, and what the KBS stand-in expects, unless told otherwise.
+pub const DEFAULT_EVIDENCE: &str = "stand-in evidence";
 const RESOURCE: &str = "/cdh/resource/";
 
 /// Where the front finds the back.

@@ -13,10 +13,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// An answer with its whole body.
-pub(crate) type Reply = Response<Full<Bytes>>;
+pub type Reply = Response<Full<Bytes>>;
 
 /// An answer of `status` without headers of its own.
-pub(crate) fn reply(status: StatusCode, body: impl Into<Bytes>) -> Reply {
+pub fn reply(status: StatusCode, body: impl Into<Bytes>) -> Reply {
     let mut reply = Response::new(Full::new(body.into()));
     *reply.status_mut() = status;
     reply
@@ -24,7 +24,7 @@ pub(crate) fn reply(status: StatusCode, body: impl Into<Bytes>) -> Reply {
 
 /// Serves one connection until either side closes it, or no request head arrives within `head_limit` (a new and
 /// an idle connection alike). An error of `handle` closes the connection without an answer.
-pub(crate) async fn serve<S, F, Fut, E>(stream: S, head_limit: Duration, handle: F)
+pub async fn serve<S, F, Fut, E>(stream: S, head_limit: Duration, handle: F)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     F: Fn(Request<Incoming>) -> Fut,

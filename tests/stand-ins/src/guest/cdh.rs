@@ -19,7 +19,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
-use crate::kbs::DEFAULT_EVIDENCE;
+use super::DEFAULT_EVIDENCE;
 
 /// What the guest was configured with.
 #[derive(Clone, Debug)]

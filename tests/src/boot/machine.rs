@@ -1,0 +1,198 @@
+//! One qemu.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
+use tokio::process::Command;
+use tokio::sync::{Mutex, MutexGuard};
+
+use super::{Artifacts, UserData, artifacts};
+use crate::process::Child;
+
+/// A whole machine, without KVM and on a busy computer, may take this long for a step.
+const PATIENCE: Duration = Duration::from_secs(300);
+const OVMF_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
+const OVMF_VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+
+/// qemu emulates, and takes all the processors that there are: two at a time would only be slower.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+
+/// What a machine starts from.
+#[derive(Clone, Debug)]
+pub enum Boot {
+    /// The initramfs without systemd.
+    Bare,
+    /// The root as one cpio, with systemd.
+    Fast,
+    /// The disk (the artifact, or a changed copy), by OVMF and the UKI on it.
+    Disk(Option<PathBuf>),
+    /// The disk with kernel and initrd beside it, and this root hash.
+    Direct {
+        /// What the kernel is told.
+        root_hash: String,
+    },
+}
+
+/// What a machine is like.
+#[derive(Clone, Debug)]
+pub struct MachineOptions {
+    /// Names its log.
+    pub name: &'static str,
+    /// What it starts from.
+    pub boot: Boot,
+    /// The port of the host that leads to its port 2222.
+    pub ssh: SocketAddr,
+    /// Its apf.json.
+    pub user_data: UserData,
+    /// A reboot ends it instead.
+    pub no_reboot: bool,
+}
+
+/// A running machine. Killed when dropped; what its console said is then kept, unless it [`Machine::passed`].
+#[derive(Debug)]
+pub struct Machine {
+    name: &'static str,
+    ssh: SocketAddr,
+    passed: bool,
+    /// What it says on its console.
+    pub console: Child,
+    _directory: TempDir,
+    _one: MutexGuard<'static, ()>,
+}
+
+impl Machine {
+    /// Starts it, once no other one runs.
+    ///
+    /// # Errors
+    /// Something that it needs is not there.
+    pub async fn start(options: &MachineOptions) -> Result<Self> {
+        let one = ONE_AT_A_TIME.lock().await;
+        let directory = tempfile::Builder::new().prefix("secure-comms-boot-").tempdir()?;
+        let mut command = Command::new("qemu-system-x86_64");
+        let forward = format!("user,id=net,restrict=on,hostfwd=tcp:{}-:2222", options.ssh);
+        // No option ROM on the network card: nothing boots from there.
+        command
+            .args(["-accel", "tcg", "-cpu", "max", "-machine", "q35", "-smp", "2", "-m", "1024"])
+            .args(["-nodefaults", "-display", "none", "-monitor", "none", "-serial", "stdio"])
+            .args(["-netdev", &forward, "-device", "virtio-net-pci,netdev=net,romfile="])
+            .args(options.user_data.arguments(directory.path())?)
+            .args(boot_arguments(&options.boot, &artifacts()?, directory.path())?);
+        if options.no_reboot {
+            command.arg("-no-reboot");
+        }
+        let console = Child::spawn("console", command)
+            .context("qemu: is qemu-system-x86 installed? tests/install-deps does it")?;
+        Ok(Self {
+            name: options.name,
+            ssh: options.ssh,
+            passed: false,
+            console,
+            _directory: directory,
+            _one: one,
+        })
+    }
+
+    /// Waits until the console says `text`, in a line after the first `mark` ones.
+    ///
+    /// # Errors
+    /// It does not, or the machine ends.
+    pub async fn says_after(&self, mark: usize, text: &str) -> Result<String> {
+        let said = self.console.wait_from(mark, |line| line.contains(text), PATIENCE).await;
+        said.with_context(|| format!("{}: waiting for {text:?} on the console", self.name))
+    }
+
+    /// Waits until the machine ends by itself; whether anybody served SSH in the meantime.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub async fn ends_without_serving(&mut self) -> Result<(ExitStatus, bool)> {
+        let ssh = self.ssh;
+        let served = tokio::spawn(async move {
+            // qemu itself accepts the connection: only what comes from within counts.
+            loop {
+                if greeting(ssh).await.is_ok_and(|greeting| greeting.starts_with(b"SSH-")) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+        let ended = self.console.wait_exit(PATIENCE).await;
+        let answered = served.is_finished();
+        served.abort();
+        Ok((ended?, answered))
+    }
+
+    /// All is well: its log is not needed.
+    pub fn passed(mut self) {
+        self.passed = true;
+    }
+
+    fn keep_log(&self) -> Result<PathBuf> {
+        let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("finding the source tree")?;
+        let directory = top.join("target/boot-logs");
+        std::fs::create_dir_all(&directory)?;
+        let path = directory.join(format!("{}.log", self.name));
+        std::fs::write(&path, self.console.log())?;
+        Ok(path)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if self.passed {
+            return;
+        }
+        match self.keep_log() {
+            Ok(path) => eprintln!("{}: the console's log is in {}", self.name, path.display()),
+            Err(error) => eprintln!("{}: keeping the console's log: {error:#}", self.name),
+        }
+    }
+}
+
+async fn greeting(ssh: SocketAddr) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; 256];
+    let mut stream = TcpStream::connect(ssh).await?;
+    let read = tokio::time::timeout(Duration::from_secs(5), stream.read(&mut bytes)).await??;
+    bytes.truncate(read);
+    Ok(bytes)
+}
+
+fn boot_arguments(boot: &Boot, artifacts: &Artifacts, directory: &Path) -> Result<Vec<String>> {
+    let text = |path: PathBuf| path.display().to_string();
+    let kernel = |initrd: &str, append: String| -> Result<Vec<String>> {
+        let (kernel, initrd) = (artifacts.file("podvm.vmlinuz")?, artifacts.file(initrd)?);
+        let arguments =
+            ["-kernel".into(), text(kernel), "-initrd".into(), text(initrd), "-append".into(), append];
+        Ok(arguments.into())
+    };
+    let disk = |path: PathBuf| {
+        let drive = format!("if=none,id=disk,format=raw,snapshot=on,file={}", path.display());
+        ["-drive".to_owned(), drive, "-device".to_owned(), "virtio-blk-pci,drive=disk".to_owned()]
+    };
+    let pflash = |options: &str| ["-drive".to_owned(), format!("if=pflash,format=raw,{options}")];
+    Ok(match boot {
+        Boot::Bare => kernel("bare.cpio", artifacts.command_line(None)?)?,
+        Boot::Fast => kernel("podvm-fast.cpio", artifacts.command_line(None)?)?,
+        Boot::Direct { root_hash } => {
+            let mut arguments = kernel("podvm.initrd", artifacts.command_line(Some(root_hash))?)?;
+            arguments.extend(disk(artifacts.file("podvm.raw")?));
+            arguments
+        }
+        Boot::Disk(changed) => {
+            let variables = directory.join("vars.fd");
+            std::fs::copy(OVMF_VARS, &variables)
+                .with_context(|| format!("copying {OVMF_VARS}: is ovmf installed?"))?;
+            let path = changed.clone().map_or_else(|| artifacts.file("podvm.raw"), Ok)?;
+            let mut arguments = Vec::from(disk(path));
+            arguments.extend(pflash(&format!("readonly=on,file={OVMF_CODE}")));
+            arguments.extend(pflash(&format!("file={}", variables.display())));
+            arguments
+        }
+    })
+}

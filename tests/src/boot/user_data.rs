@@ -1,0 +1,86 @@
+//! The ways in which apf.json gets into a VM.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use base64ct::{Base64, Encoding};
+use serde_json::{Value, json};
+
+/// How a machine gets its apf.json.
+#[derive(Clone, Debug)]
+pub enum UserData {
+    /// On a disk labelled `cidata`, as clouds without a metadata service give it.
+    NoCloud(Value),
+    /// As a system credential in an SMBIOS string.
+    Smbios(Value),
+    /// As a system credential in qemu's fw_cfg.
+    FwCfg(Value),
+}
+
+/// An apf.json of a test VM: with what `keys` has, and the tunnels to its inspector and from its podns.
+///
+/// # Errors
+/// `keys` is no object.
+pub fn apf_json(keys: &Value) -> Result<Value> {
+    let mut apf = keys.as_object().context("apf.json is an object")?.clone();
+    for (key, value) in [
+        ("pod-name", "boot"),
+        ("pod-namespace", "default"),
+        ("sc-inbounds", "KUBERNETES_PHASE:NODESERVICE:podns:9000"),
+        ("sc-outbounds", "KUBERNETES_PHASE:INSPECTOR:/run/inspector.sock"),
+    ] {
+        apf.insert(key.to_owned(), value.into());
+    }
+    Ok(apf.into())
+}
+
+impl UserData {
+    /// qemu's arguments for it; files that they need go to `directory`.
+    pub(super) fn arguments(&self, directory: &Path) -> Result<Vec<String>> {
+        Ok(match self {
+            Self::NoCloud(apf) => {
+                let seed = seed(apf, directory)?;
+                vec![
+                    "-drive".to_owned(),
+                    format!("if=none,id=seed,format=raw,readonly=on,file={}", seed.display()),
+                    "-device".to_owned(),
+                    "virtio-blk-pci,drive=seed".to_owned(),
+                ]
+            }
+            Self::Smbios(apf) => {
+                let apf = Base64::encode_string(apf.to_string().as_bytes());
+                vec![
+                    "-smbios".to_owned(),
+                    format!("type=11,value=io.systemd.credential.binary:apf.json={apf}"),
+                ]
+            }
+            Self::FwCfg(apf) => {
+                let file = directory.join("apf-credential.json");
+                std::fs::write(&file, apf.to_string()).context("writing the credential")?;
+                vec![
+                    "-fw_cfg".to_owned(),
+                    format!("name=opt/io.systemd.credentials/apf.json,file={}", file.display()),
+                ]
+            }
+        })
+    }
+}
+
+/// The disk of a NoCloud seed.
+fn seed(apf: &Value, directory: &Path) -> Result<std::path::PathBuf> {
+    let files = json!([{"path": "/run/peerpod/apf.json", "content": apf.to_string()}]);
+    let user_data = format!("#cloud-config\n{}\n", json!({ "write_files": files }));
+    for (name, content) in [("user-data", user_data.as_str()), ("meta-data", "instance-id: boot\n")] {
+        std::fs::write(directory.join(name), content).context("writing the seed's files")?;
+    }
+    let image = directory.join("seed.iso");
+    let mut command = Command::new("genisoimage");
+    command.args(["-quiet", "-volid", "cidata", "-joliet", "-rock", "-output"]).arg(&image);
+    command.args(["user-data", "meta-data"]).current_dir(directory);
+    let output = command.output().context("running genisoimage: is it installed?")?;
+    if !output.status.success() {
+        bail!("genisoimage: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(image)
+}

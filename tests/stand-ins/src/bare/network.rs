@@ -1,0 +1,94 @@
+//! Links, an address, and the pod's network namespace: by rtnetlink(7) itself, for three messages need no library.
+
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::net::if_::if_nametoindex;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use secure_comms_tunnel::netns::NAMED;
+
+/// What qemu's user network gives its first guest, with the length of the prefix.
+pub(super) const QEMU_USER_NETWORK: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 0, 2, 15), 24);
+
+const RTM_NEWLINK: u16 = 16;
+const RTM_NEWADDR: u16 = 20;
+const NLM_F_REQUEST_ACK: u16 = 1 | 4;
+const NLM_F_CREATE: u16 = 0x400;
+const NLMSG_ERROR: u16 = 2;
+const IFF_UP: u32 = 1;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+
+/// Brings a link up, with an address and its prefix length if one is given.
+pub(super) fn up(link: &str, address: Option<(Ipv4Addr, u8)>) -> Result<()> {
+    let index = if_nametoindex(link).with_context(|| format!("network: looking for {link}"))?;
+    if let Some((address, prefix)) = address {
+        let mut body = vec![AddressFamily::Inet as u8, prefix, 0, 0];
+        body.extend(index.to_ne_bytes());
+        for kind in [IFA_LOCAL, IFA_ADDRESS] {
+            body.extend(8_u16.to_ne_bytes());
+            body.extend(kind.to_ne_bytes());
+            body.extend(address.octets());
+        }
+        request(RTM_NEWADDR, NLM_F_REQUEST_ACK | NLM_F_CREATE, &body)
+            .with_context(|| format!("network: giving {link} the address {address}/{prefix}"))?;
+    }
+    let mut body = vec![0; 4];
+    for word in [index, IFF_UP, IFF_UP] {
+        body.extend(word.to_ne_bytes());
+    }
+    request(RTM_NEWLINK, NLM_F_REQUEST_ACK, &body).with_context(|| format!("network: bringing {link} up"))
+}
+
+/// Sends one message and waits for the kernel's word on it.
+fn request(kind: u16, flags: u16, body: &[u8]) -> Result<()> {
+    let netlink = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        Some(SockProtocol::NetlinkRoute),
+    )?;
+    let mut message = u32::try_from(16 + body.len())?.to_ne_bytes().to_vec();
+    message.extend(kind.to_ne_bytes());
+    message.extend(flags.to_ne_bytes());
+    // Sequence number and sender: nobody else uses this socket.
+    message.extend([0; 8]);
+    message.extend(body);
+    send(netlink.as_raw_fd(), &message, MsgFlags::empty())?;
+    let mut answer = [0; 4096];
+    let length = recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+    let field = |at: usize, size: usize| answer.get(..length).and_then(|answer| answer.get(at..at + size));
+    let (Some(kind), Some(error)) = (field(4, 2), field(16, 4)) else {
+        return Err(anyhow!("an answer of {length} bytes"));
+    };
+    if kind != NLMSG_ERROR.to_ne_bytes() {
+        return Err(anyhow!("an answer that is no acknowledgement"));
+    }
+    match i32::from_ne_bytes(error.try_into()?) {
+        0 => Ok(()),
+        error => Err(Errno::from_raw(-error).into()),
+    }
+}
+
+/// As `ip netns add`, with `lo` up.
+pub(super) fn make_namespace(name: &str) -> Result<()> {
+    let path = Path::new(NAMED).join(name);
+    // unshare(2) moves one thread only; the mount keeps the namespace when that has ended.
+    let thread = std::thread::spawn(move || -> Result<()> {
+        fs::create_dir_all(NAMED)?;
+        File::create(&path)?;
+        unshare(CloneFlags::CLONE_NEWNET).context("unshare")?;
+        mount(Some("/proc/thread-self/ns/net"), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .context("bind mount")?;
+        up("lo", None)
+    });
+    let made = thread.join().map_err(|_| std::io::Error::from(ErrorKind::Other))?;
+    made.with_context(|| format!("making the network namespace {name}"))
+}
