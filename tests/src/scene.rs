@@ -17,7 +17,7 @@ use crate::kbs::{Kbs, KbsOptions};
 use crate::process::{Binaries, Child, ensure_built};
 
 /// No step of a test takes longer, however busy the machine is.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What a scene is made with.
 #[derive(Clone, Debug, Default)]

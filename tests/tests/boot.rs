@@ -24,6 +24,8 @@ const AGENT: &str = "agent-protocol-forwarder";
 async fn scene(user_data: bool) -> Result<Scene> {
     let mut scene = Scene::new(SceneOptions { user_data, ..SceneOptions::default() }).await?;
     scene.inbounds = "KUBERNETES_PHASE:INSPECTOR:0".to_owned();
+    // A VM boots first, emulated.
+    scene.deadline = 280;
     Ok(scene)
 }
 

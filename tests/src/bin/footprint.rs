@@ -85,7 +85,9 @@ async fn measure() -> Result<Figures> {
     let agent = &ensure_built().await?.agent;
     let size = std::fs::metadata(agent).with_context(|| format!("looking at {}", agent.display()))?.len();
     let mut figures = Figures::from([("binary_bytes".to_owned(), size)]);
-    let mut note = |name: &str, value: u64| drop(figures.insert(name.to_owned(), value));
+    let mut note = |name: &str, value: u64| {
+        figures.insert(name.to_owned(), value);
+    };
 
     let pod = Pod::up().await?;
     note("idle_kib", pod.agent.rss_kib()?);
