@@ -9,5 +9,5 @@ mod machine;
 mod user_data;
 
 pub use artifacts::{Artifacts, artifacts};
-pub use machine::{Boot, Machine, MachineOptions};
+pub use machine::{Boot, Machine, MachineOptions, Turn};
 pub use user_data::{UserData, apf_json};

@@ -6,7 +6,7 @@
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail, ensure};
-use secure_comms_tests::boot::{Boot, Machine, MachineOptions, UserData, apf_json, artifacts};
+use secure_comms_tests::boot::{Boot, Machine, MachineOptions, Turn, UserData, apf_json, artifacts};
 use secure_comms_tests::inspector::Request;
 use secure_comms_tests::inspector::client::Inspection;
 use secure_comms_tests::kata::client::bulk_both_ways;
@@ -29,11 +29,6 @@ async fn scene(user_data: bool) -> Result<Scene> {
     Ok(scene)
 }
 
-async fn machine(scene: &Scene, name: &'static str, boot: Boot, user_data: UserData) -> Result<Machine> {
-    let options = MachineOptions { name, boot, ssh: scene.ssh, user_data, no_reboot: false };
-    Machine::start(&options).await
-}
-
 /// A pod whose VM runs, and its adaptor.
 struct Pod {
     scene: Scene,
@@ -45,8 +40,10 @@ struct Pod {
 impl Pod {
     /// The adaptor is there first, as in real life: it is what waits for a VM.
     async fn start(scene: Scene, name: &'static str, boot: Boot, user_data: UserData) -> Result<Self> {
+        let turn = Turn::take().await;
         let adaptor = scene.adaptor()?;
-        let machine = machine(&scene, name, boot, user_data).await?;
+        let options = MachineOptions { name, boot, ssh: scene.ssh, user_data, no_reboot: false };
+        let machine = Machine::start(turn, &options)?;
         let started = async {
             up(&adaptor).await?;
             anyhow::Ok(Inspection(endpoint(&adaptor, "INSPECTOR").await?))
@@ -264,7 +261,7 @@ async fn refuses_to_start(name: &'static str, boot: Boot, why: &str) -> Result<(
     let scene = scene(false).await?;
     let user_data = UserData::Smbios(apf_json(&json!({}))?);
     let options = MachineOptions { name, boot, ssh: scene.ssh, user_data, no_reboot: true };
-    let mut machine = Machine::start(&options).await?;
+    let mut machine = Machine::start(Turn::take().await, &options)?;
     let (status, served) = machine.ends_without_serving().await?;
     ensure!(!served, "it served SSH");
     ensure!(status.success(), "qemu ended with {status}");

@@ -23,6 +23,17 @@ const OVMF_VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 /// qemu emulates, and takes all the processors that there are: two at a time would only be slower.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
+/// Leave to run a machine. To be had before anything is started that waits for it, and whose patience may end.
+#[derive(Debug)]
+pub struct Turn(#[expect(dead_code, reason = "held")] MutexGuard<'static, ()>);
+
+impl Turn {
+    /// Waits until no other machine runs.
+    pub async fn take() -> Self {
+        Self(ONE_AT_A_TIME.lock().await)
+    }
+}
+
 /// What a machine starts from.
 #[derive(Clone, Debug)]
 pub enum Boot {
@@ -63,16 +74,15 @@ pub struct Machine {
     /// What it says on its console.
     pub console: Child,
     _directory: TempDir,
-    _one: MutexGuard<'static, ()>,
+    _turn: Turn,
 }
 
 impl Machine {
-    /// Starts it, once no other one runs.
+    /// Starts it.
     ///
     /// # Errors
     /// Something that it needs is not there.
-    pub async fn start(options: &MachineOptions) -> Result<Self> {
-        let one = ONE_AT_A_TIME.lock().await;
+    pub fn start(turn: Turn, options: &MachineOptions) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("secure-comms-boot-").tempdir()?;
         let mut command = Command::new("qemu-system-x86_64");
         let forward = format!("user,id=net,restrict=on,hostfwd=tcp:{}-:2222", options.ssh);
@@ -94,7 +104,7 @@ impl Machine {
             passed: false,
             console,
             _directory: directory,
-            _one: one,
+            _turn: turn,
         })
     }
 
