@@ -14,9 +14,8 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use super::{Artifacts, UserData, artifacts};
 use crate::process::Child;
+use crate::scene::PATIENCE;
 
-/// A whole machine, without KVM and on a busy computer, may take this long for a step.
-const PATIENCE: Duration = Duration::from_secs(300);
 const OVMF_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
 const OVMF_VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 
@@ -129,6 +128,7 @@ impl Machine {
                 if greeting(ssh).await.is_ok_and(|greeting| greeting.starts_with(b"SSH-")) {
                     return;
                 }
+                // Nothing tells when the guest begins to listen; aborted once the machine has ended.
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         });
