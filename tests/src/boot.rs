@@ -5,9 +5,14 @@
 //! of the guest. So the VM reaches the KBS through the agent's tunnel or not at all.
 
 mod artifacts;
+mod firmware;
 mod machine;
+mod pod;
+mod tpm;
 mod user_data;
 
 pub use artifacts::{Artifacts, artifacts};
-pub use machine::{Boot, Machine, MachineOptions, Turn};
+pub use firmware::{Certificate, test_certificate};
+pub use machine::{Boot, Machine, MachineOptions, Platform, Turn};
+pub use pod::{AGENT, Pod, scene};
 pub use user_data::{UserData, apf_json};

@@ -12,12 +12,9 @@ use tokio::net::TcpStream;
 use tokio::process::Command;
 use tokio::sync::{Mutex, MutexGuard};
 
-use super::{Artifacts, UserData, artifacts};
+use super::{Artifacts, UserData, artifacts, firmware, tpm};
 use crate::process::Child;
 use crate::scene::PATIENCE;
-
-const OVMF_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
-const OVMF_VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 
 /// qemu emulates, and takes all the processors that there are: two at a time would only be slower.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
@@ -49,6 +46,18 @@ pub enum Boot {
     },
 }
 
+/// What a machine has besides, where it boots its disk by firmware.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Platform {
+    /// Nothing.
+    #[default]
+    Plain,
+    /// Secure Boot, with the public test key of Debian's OVMF in its db.
+    SecureBoot,
+    /// A TPM 2.0.
+    Tpm,
+}
+
 /// What a machine is like.
 #[derive(Clone, Debug)]
 pub struct MachineOptions {
@@ -56,6 +65,8 @@ pub struct MachineOptions {
     pub name: &'static str,
     /// What it starts from.
     pub boot: Boot,
+    /// What it has besides.
+    pub platform: Platform,
     /// The port of the host that leads to its port 2222.
     pub ssh: SocketAddr,
     /// Its apf.json.
@@ -72,6 +83,7 @@ pub struct Machine {
     passed: bool,
     /// What it says on its console.
     pub console: Child,
+    _tpm: Option<Child>,
     _directory: TempDir,
     _turn: Turn,
 }
@@ -81,17 +93,32 @@ impl Machine {
     ///
     /// # Errors
     /// Something that it needs is not there.
-    pub fn start(turn: Turn, options: &MachineOptions) -> Result<Self> {
+    pub async fn start(turn: Turn, options: &MachineOptions) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("secure-comms-boot-").tempdir()?;
         let mut command = Command::new("qemu-system-x86_64");
         let forward = format!("user,id=net,restrict=on,hostfwd=tcp:{}-:2222", options.ssh);
         // No option ROM on the network card: nothing boots from there.
         command
-            .args(["-accel", "tcg", "-cpu", "max", "-machine", "q35", "-smp", "2", "-m", "1024"])
+            .args([
+                "-accel",
+                "tcg",
+                "-cpu",
+                "max",
+                "-machine",
+                machine(options.platform),
+                "-smp",
+                "2",
+                "-m",
+                "1024",
+            ])
             .args(["-nodefaults", "-display", "none", "-monitor", "none", "-serial", "stdio"])
             .args(["-netdev", &forward, "-device", "virtio-net-pci,netdev=net,romfile="])
             .args(options.user_data.arguments(directory.path())?)
-            .args(boot_arguments(&options.boot, &artifacts()?, directory.path())?);
+            .args(boot_arguments(&options.boot, options.platform, &artifacts()?, directory.path())?);
+        let tpm = match options.platform {
+            Platform::Tpm => Some(tpm::start(directory.path(), &mut command).await?),
+            Platform::Plain | Platform::SecureBoot => None,
+        };
         if options.no_reboot {
             command.arg("-no-reboot");
         }
@@ -102,6 +129,7 @@ impl Machine {
             ssh: options.ssh,
             passed: false,
             console,
+            _tpm: tpm,
             _directory: directory,
             _turn: turn,
         })
@@ -173,7 +201,20 @@ async fn greeting(ssh: SocketAddr) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn boot_arguments(boot: &Boot, artifacts: &Artifacts, directory: &Path) -> Result<Vec<String>> {
+fn machine(platform: Platform) -> &'static str {
+    match platform {
+        // Only system management mode may write what the firmware trusts.
+        Platform::SecureBoot => "q35,smm=on",
+        Platform::Plain | Platform::Tpm => "q35",
+    }
+}
+
+fn boot_arguments(
+    boot: &Boot,
+    platform: Platform,
+    artifacts: &Artifacts,
+    directory: &Path,
+) -> Result<Vec<String>> {
     let text = |path: PathBuf| path.display().to_string();
     let kernel = |initrd: &str, append: String| -> Result<Vec<String>> {
         let (kernel, initrd) = (artifacts.file("podvm.vmlinuz")?, artifacts.file(initrd)?);
@@ -185,7 +226,6 @@ fn boot_arguments(boot: &Boot, artifacts: &Artifacts, directory: &Path) -> Resul
         let drive = format!("if=none,id=disk,format=raw,snapshot=on,file={}", path.display());
         ["-drive".to_owned(), drive, "-device".to_owned(), "virtio-blk-pci,drive=disk".to_owned()]
     };
-    let pflash = |options: &str| ["-drive".to_owned(), format!("if=pflash,format=raw,{options}")];
     Ok(match boot {
         Boot::Bare => kernel("bare.cpio", artifacts.command_line(None)?)?,
         Boot::Fast => kernel("podvm-fast.cpio", artifacts.command_line(None)?)?,
@@ -195,13 +235,9 @@ fn boot_arguments(boot: &Boot, artifacts: &Artifacts, directory: &Path) -> Resul
             arguments
         }
         Boot::Disk(changed) => {
-            let variables = directory.join("vars.fd");
-            std::fs::copy(OVMF_VARS, &variables)
-                .with_context(|| format!("copying {OVMF_VARS}: is ovmf installed?"))?;
             let path = changed.clone().map_or_else(|| artifacts.file("podvm.raw"), Ok)?;
             let mut arguments = Vec::from(disk(path));
-            arguments.extend(pflash(&format!("readonly=on,file={OVMF_CODE}")));
-            arguments.extend(pflash(&format!("file={}", variables.display())));
+            arguments.extend(firmware::arguments(platform, directory)?);
             arguments
         }
     })

@@ -1,0 +1,162 @@
+//! A pod whose VM runs, and what a test asks of it.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tokio::time::timeout;
+
+use super::{Boot, Machine, MachineOptions, Platform, Turn, UserData};
+use crate::inspector::Request;
+use crate::inspector::client::Inspection;
+use crate::kata::client::bulk_both_ways;
+use crate::process::Child;
+use crate::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
+
+const MIB: u64 = 1024 * 1024;
+const SIGKILL: i32 = 9;
+/// As the kernel cuts names.
+const AGENT_COMM: &str = "agent-protocol-";
+/// The agent's program.
+pub const AGENT: &str = "agent-protocol-forwarder";
+
+/// The worker node of a pod VM; with `user_data` its keys go in there.
+///
+/// # Errors
+/// Something of it can't be started.
+pub async fn scene(user_data: bool) -> Result<Scene> {
+    let mut scene = Scene::new(SceneOptions { user_data, ..SceneOptions::default() }).await?;
+    scene.inbounds = "KUBERNETES_PHASE:INSPECTOR:0".to_owned();
+    // A VM boots first, emulated.
+    scene.deadline = 280;
+    Ok(scene)
+}
+
+/// A pod whose VM runs, and its adaptor.
+#[derive(Debug)]
+pub struct Pod {
+    /// The worker node.
+    pub scene: Scene,
+    /// The VM.
+    pub machine: Machine,
+    adaptor: Child,
+    /// What is going on in the VM.
+    pub inspection: Inspection,
+}
+
+impl Pod {
+    /// The adaptor is there first, as in real life: it is what waits for a VM.
+    ///
+    /// # Errors
+    /// It does not come up; the error has the console's log.
+    pub async fn start(scene: Scene, name: &'static str, boot: Boot, user_data: UserData) -> Result<Self> {
+        Self::start_on(Platform::default(), scene, name, boot, user_data).await
+    }
+
+    /// The same on another platform.
+    ///
+    /// # Errors
+    /// As [`Pod::start`].
+    pub async fn start_on(
+        platform: Platform,
+        scene: Scene,
+        name: &'static str,
+        boot: Boot,
+        user_data: UserData,
+    ) -> Result<Self> {
+        let turn = Turn::take().await;
+        let adaptor = scene.adaptor()?;
+        let options = MachineOptions { name, boot, platform, ssh: scene.ssh, user_data, no_reboot: false };
+        let machine = Machine::start(turn, &options).await?;
+        let started = async {
+            up(&adaptor).await?;
+            anyhow::Ok(Inspection(endpoint(&adaptor, "INSPECTOR").await?))
+        };
+        match started.await {
+            Ok(inspection) => Ok(Self { scene, machine, adaptor, inspection }),
+            Err(error) => Err(error.context(format!("the console says:\n{}", machine.console.log()))),
+        }
+    }
+
+    /// The kata agent answers through the Kubernetes phase, and a client in podns reaches the worker node.
+    ///
+    /// # Errors
+    /// It is not so.
+    pub async fn works(&self) -> Result<()> {
+        let kata = endpoint(&self.adaptor, "KATAAGENT").await?;
+        let bulk = async { bulk_both_ways(client(kata).await?, MIB, 11).await };
+        timeout(PATIENCE, bulk).await.context("KATAAGENT hangs")?.context("KATAAGENT")?;
+        let before = self.scene.node_service.connections();
+        let echo = Request::Echo { namespace: "podns".into(), address: "127.0.0.1:9000".into(), bytes: MIB };
+        let () = self.inspection.ask(&echo).await.context("NODESERVICE, from podns")?;
+        ensure!(
+            self.scene.node_service.connections() > before,
+            "another service than the worker node's answered"
+        );
+        Ok(())
+    }
+
+    /// What has happened since `mark`: the connection was lost, and then the pod is back.
+    async fn is_back(&self, mark: usize) -> Result<()> {
+        for text in ["channel down", "kubernetes phase up"] {
+            self.adaptor.wait_from(mark, |line| line.contains(text), PATIENCE).await?;
+        }
+        self.works().await
+    }
+
+    /// A killed agent goes on with the keys of this boot.
+    ///
+    /// # Errors
+    /// It is not so.
+    pub async fn agent_killed(&self) -> Result<()> {
+        let (attestations, mark) = (self.scene.kbs.attestations(), self.adaptor.mark());
+        let before = self.inspection.process(AGENT).await?.pid;
+        self.inspection.have_done(&Request::Signal(AGENT_COMM.into(), SIGKILL)).await;
+        self.is_back(mark).await.context("after the agent was killed")?;
+        ensure!(self.inspection.process(AGENT).await?.pid != before, "the agent was not killed");
+        let after = self.scene.kbs.attestations();
+        ensure!(after == attestations, "the restarted agent attested again");
+        Ok(())
+    }
+
+    /// A VM that has started anew attests anew.
+    ///
+    /// # Errors
+    /// It is not so.
+    pub async fn rebooted(&self) -> Result<()> {
+        let (attestations, mark) = (self.scene.kbs.attestations(), self.adaptor.mark());
+        let boot_id = "/proc/sys/kernel/random/boot_id";
+        let before = self.inspection.read(boot_id).await?;
+        self.inspection.have_done(&Request::Reboot).await;
+        self.is_back(mark).await.context("after the VM was rebooted")?;
+        ensure!(self.inspection.read(boot_id).await? != before, "the VM was not rebooted");
+        ensure!(self.scene.kbs.attestations() > attestations, "the VM did not attest after its reboot");
+        Ok(())
+    }
+
+    /// Who listens where: from outside there is port 2222 alone, and podns is another world with `lo` in it.
+    ///
+    /// # Errors
+    /// It is not so.
+    pub async fn listeners(&self) -> Result<()> {
+        let (agent, rest) =
+            (self.inspection.process(AGENT).await?, self.inspection.process("api-server-rest").await?);
+        let host = self.inspection.listeners(&agent).await?;
+        let outside: Vec<_> = host.iter().filter(|listener| !listener.ip().is_loopback()).collect();
+        ensure!(outside == [&"[::]:2222".parse()?], "from outside there is more than port 2222: {host:?}");
+        ensure!(host.contains(&"127.0.0.1:8080".parse()?), "the KBS inbound is not there: {host:?}");
+        ensure!(rest.net != agent.net, "api-server-rest runs in the host's network namespace");
+        let mut pod = self.inspection.listeners(&rest).await?;
+        pod.sort_unstable();
+        ensure!(pod == ["127.0.0.1:8006".parse()?, "127.0.0.1:9000".parse()?], "in podns: {pod:?}");
+        Ok(())
+    }
+
+    /// apf.json is what was given, and for root alone.
+    ///
+    /// # Errors
+    /// It is not so.
+    pub async fn has(&self, apf: &Value) -> Result<()> {
+        let text = self.inspection.read("/run/peerpod/apf.json").await?;
+        ensure!(&serde_json::from_str::<Value>(&text)? == apf, "another apf.json: {text}");
+        Ok(())
+    }
+}

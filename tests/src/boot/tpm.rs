@@ -1,0 +1,39 @@
+//! A TPM 2.0 in software, for one machine.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::process::Command;
+use tokio::time::{Instant, sleep};
+
+use crate::process::Child;
+use crate::scene::PATIENCE;
+
+/// Starts one with its state in `directory`, and tells the machine of `command` about it.
+pub(super) async fn start(directory: &Path, command: &mut Command) -> Result<Child> {
+    let socket = directory.join("tpm.sock");
+    let mut swtpm = Command::new("swtpm");
+    swtpm
+        .args(["socket", "--tpm2", "--tpmstate"])
+        .arg(format!("dir={}", directory.display()))
+        .arg("--ctrl")
+        .arg(format!("type=unixio,path={}", socket.display()));
+    let mut swtpm = Child::spawn("swtpm", swtpm).context("is swtpm installed?")?;
+    let start = Instant::now();
+    while !socket.exists() {
+        // It says nothing once it listens.
+        if let Ok(status) = swtpm.wait_exit(Duration::from_millis(20)).await {
+            anyhow::bail!("swtpm ended with {status}: {}", swtpm.log());
+        }
+        anyhow::ensure!(start.elapsed() < PATIENCE, "swtpm does not listen");
+        sleep(Duration::from_millis(20)).await;
+    }
+    command.arg("-chardev").arg(format!("socket,id=tpm,path={}", socket.display())).args([
+        "-tpmdev",
+        "emulator,id=tpm0,chardev=tpm",
+        "-device",
+        "tpm-tis,tpmdev=tpm0",
+    ]);
+    Ok(swtpm)
+}
