@@ -3,7 +3,8 @@
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -60,15 +61,28 @@ pub struct Scene {
     pub node_inbound: SocketAddr,
 }
 
-/// A port that is free now, below the range from which the kernel hands out others: nobody gets it by chance.
+/// Ports below the range from which the kernel hands out others: nobody gets them by chance.
+const PORTS: u16 = 12_000;
+const FIRST_PORT: u16 = 20_000;
+
+/// A port that is free now, and that this process has given to nobody else: it may be bound much later, and again.
 ///
 /// # Errors
 /// None is free.
 pub fn free_port() -> Result<SocketAddr> {
-    let start = u16::from_le_bytes(random()?) % 12_000;
-    let addresses =
-        (0..12_000).map(|step| SocketAddr::from((Ipv4Addr::LOCALHOST, 20_000 + (start + step) % 12_000)));
-    addresses.into_iter().find(|address| TcpListener::bind(address).is_ok()).context("no port is free")
+    static START: OnceLock<u16> = OnceLock::new();
+    static GIVEN: AtomicU16 = AtomicU16::new(0);
+    // Elsewhere in each process, for others may run beside us.
+    let random = u16::from_le_bytes(random()?);
+    let start = START.get_or_init(|| random % PORTS);
+    for _ in 0..PORTS {
+        let given = GIVEN.fetch_add(1, Ordering::Relaxed) % PORTS;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST_PORT + (start + given) % PORTS));
+        if TcpListener::bind(address).is_ok() {
+            return Ok(address);
+        }
+    }
+    bail!("no port is free")
 }
 
 fn random<const N: usize>() -> Result<[u8; N]> {
