@@ -21,8 +21,8 @@ pub const REKEY_BYTES_MIN: usize = 1024 * 1024;
 /// What the operator asked for on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// The daemon config (apf.json); may be missing.
-    pub config: PathBuf,
+    /// The daemon config (apf.json), which is waited for; none: there is none.
+    pub config: Option<PathBuf>,
     /// The kata agent's unix socket.
     pub kata_agent_socket: PathBuf,
     /// The pod's network namespace; none: our own.
@@ -83,9 +83,9 @@ struct Flags {
     /// print name and version
     #[argh(switch)]
     version: bool,
-    /// daemon config, may be missing (default /run/peerpod/apf.json)
-    #[argh(option, default = "PathBuf::from(\"/run/peerpod/apf.json\")", from_str_fn(path))]
-    config: PathBuf,
+    /// daemon config, waited for until it is there; empty: none (default /run/peerpod/apf.json)
+    #[argh(option, default = "Some(\"/run/peerpod/apf.json\".into())", from_str_fn(path_or_none))]
+    config: Option<PathBuf>,
     /// address of the older TLS mode; unused over SSH
     #[argh(option)]
     listen: Option<String>,
@@ -145,6 +145,10 @@ fn default_listen() -> SocketAddr {
 
 fn path(text: &str) -> Result<PathBuf, String> {
     if text.starts_with('/') { Ok(text.into()) } else { Err("expected an absolute path".into()) }
+}
+
+fn path_or_none(text: &str) -> Result<Option<PathBuf>, String> {
+    if text.is_empty() { Ok(None) } else { path(text).map(Some) }
 }
 
 fn listener(text: &str) -> Result<SocketAddr, String> {

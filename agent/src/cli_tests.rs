@@ -18,7 +18,7 @@ fn fault(args: &[&str]) -> String {
 #[test]
 fn without_flags_the_defaults_are_those_of_the_manual() {
     let options = run(&[]).unwrap();
-    assert_eq!(options.config.to_str(), Some("/run/peerpod/apf.json"));
+    assert_eq!(options.config.unwrap().to_str(), Some("/run/peerpod/apf.json"));
     assert_eq!(options.kata_agent_socket.to_str(), Some("/run/kata-containers/agent.sock"));
     assert_eq!(options.pod_namespace.as_deref(), Some("/run/netns/podns"));
     assert_eq!(options.listen.to_string(), "[::]:2222");
@@ -50,10 +50,11 @@ fn the_command_line_of_existing_unit_files_works_word_for_word() {
 #[test]
 fn every_go_spelling_of_a_flag_is_understood() {
     for args in [["-config", "/x"], ["--config", "/x"]] {
-        assert_eq!(run(&args).unwrap().config.to_str(), Some("/x"));
+        assert_eq!(run(&args).unwrap().config.unwrap().to_str(), Some("/x"));
     }
-    assert_eq!(run(&["-config=/x"]).unwrap().config.to_str(), Some("/x"));
-    assert_eq!(run(&["--config=/x=y"]).unwrap().config.to_str(), Some("/x=y"));
+    assert_eq!(run(&["-config=/x"]).unwrap().config.unwrap().to_str(), Some("/x"));
+    assert_eq!(run(&["-config="]).unwrap().config, None);
+    assert_eq!(run(&["--config=/x=y"]).unwrap().config.unwrap().to_str(), Some("/x=y"));
     for (arg, on) in [("-secure-comms=t", true), ("--secure-comms=TRUE", true), ("-secure-comms=0", false)] {
         assert_eq!(run(&["-secure-comms", arg]).unwrap().secure_comms, on, "{arg}");
     }

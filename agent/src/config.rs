@@ -1,7 +1,6 @@
 //! The validated configuration: flags and the daemon config (apf.json) together.
 
 use std::fmt;
-use std::io::{ErrorKind, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -13,48 +12,20 @@ use zeroize::Zeroizing;
 use crate::cli::Options;
 use crate::keys::{self, KeyError, PodKeys, WorkerNodeKeys};
 
-/// The largest daemon config, in bytes.
-const CONFIG_MAX: usize = 1024 * 1024;
-
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The daemon config is there, but can't be read.
-    #[error("reading the daemon config {}: {source}; make it a file that this service may read", path.display())]
-    Read {
-        /// The daemon config.
-        path: PathBuf,
-        /// The cause.
-        source: std::io::Error,
-    },
-    /// The daemon config is too long.
-    #[error("reading the daemon config {}: longer than {CONFIG_MAX} bytes; check the VM's user data", path.display())]
-    TooLong {
-        /// The daemon config.
-        path: PathBuf,
-    },
-    /// The daemon config is not what it should be.
-    #[error("reading the daemon config {}: {source}; correct the VM's user data", path.display())]
-    Parse {
-        /// The daemon config.
-        path: PathBuf,
-        /// The cause, with line and column.
-        source: serde_json::Error,
-    },
     /// Nobody asked for Secure Comms.
     #[error(
         "starting: Secure Comms is off, and this forwarder speaks nothing else; set the flag -secure-comms, or \
-         \"sc\": true with sc-pp-prv and sc-wn-pub in {}", path.display()
+         \"sc\": true with sc-pp-prv and sc-wn-pub in {0}"
     )]
-    NotSecureComms {
-        /// The daemon config.
-        path: PathBuf,
-    },
+    NotSecureComms(String),
     /// Keys in the daemon config that don't add up. There is no way back to attestation from here.
-    #[error("reading the keys in {}: {fault}", path.display())]
+    #[error("reading the keys in {file}: {fault}")]
     UserData {
         /// The daemon config.
-        path: PathBuf,
+        file: String,
         /// What is wrong, and what to do.
         fault: String,
     },
@@ -70,8 +41,8 @@ impl ConfigError {
     /// 2 where the command line is wrong, 1 where what it names is.
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::NotSecureComms { .. } | Self::Tags(_) | Self::KataAgentSocket(_) => 2,
-            Self::Read { .. } | Self::TooLong { .. } | Self::Parse { .. } | Self::UserData { .. } => 1,
+            Self::NotSecureComms(_) | Self::Tags(_) | Self::KataAgentSocket(_) => 2,
+            Self::UserData { .. } => 1,
         }
     }
 }
@@ -158,29 +129,6 @@ fn value<'de, A: MapAccess<'de>, T: DeserializeOwned>(key: &str, map: &mut A) ->
     map.next_value().map_err(|error| A::Error::custom(format!("key '{key}': {error}")))
 }
 
-/// Reads the daemon config; `None` if there is no such file.
-///
-/// # Errors
-/// The file is there and is not a daemon config.
-pub fn load(path: &Path) -> Result<Option<DaemonConfig>, ConfigError> {
-    let read_error = |source| ConfigError::Read { path: path.to_owned(), source };
-    let file = match std::fs::File::open(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        file => file.map_err(read_error)?,
-    };
-    // It holds a private key: wiped, and sized first, for a buffer that grows leaves copies behind.
-    let size = file.metadata().map_err(read_error)?.len();
-    let size = usize::try_from(size).unwrap_or(CONFIG_MAX).min(CONFIG_MAX);
-    let mut text = Zeroizing::new(Vec::with_capacity(size + 1024));
-    file.take(CONFIG_MAX as u64 + 1).read_to_end(&mut text).map_err(read_error)?;
-    if text.len() > CONFIG_MAX {
-        return Err(ConfigError::TooLong { path: path.to_owned() });
-    }
-    serde_json::from_slice(&text)
-        .map(Some)
-        .map_err(|source| ConfigError::Parse { path: path.to_owned(), source })
-}
-
 /// Where the keys of the Kubernetes phase come from.
 #[derive(Clone, Debug)]
 pub enum KeySource {
@@ -219,6 +167,19 @@ pub struct Config {
 }
 
 impl Config {
+    /// Finds the faults of the flags that no daemon config could mend.
+    ///
+    /// # Errors
+    /// As [`Config::resolve`].
+    pub fn check_flags(options: &Options) -> Result<(), ConfigError> {
+        match Self::resolve(options.clone(), None) {
+            Err(ConfigError::NotSecureComms(_)) => {
+                Self::resolve(Options { secure_comms: true, ..options.clone() }, None).map(drop)
+            }
+            other => other.map(drop),
+        }
+    }
+
     /// Validates flags and daemon config together.
     ///
     /// # Errors
@@ -280,10 +241,14 @@ fn kata_agent_outbound(socket: &Path) -> Result<OutboundTag, ConfigError> {
 }
 
 fn key_source(options: &Options, daemon: &DaemonConfig) -> Result<KeySource, ConfigError> {
-    let fault = |fault: &str| ConfigError::UserData { path: options.config.clone(), fault: fault.to_owned() };
+    let file = || match &options.config {
+        Some(path) => path.display().to_string(),
+        None => "a daemon config (-config)".to_owned(),
+    };
+    let fault = |fault: &str| ConfigError::UserData { file: file(), fault: fault.to_owned() };
     let user_data = daemon.sc == Some(true);
     if !options.secure_comms && !user_data {
-        return Err(ConfigError::NotSecureComms { path: options.config.clone() });
+        return Err(ConfigError::NotSecureComms(file()));
     }
     match (user_data, &daemon.private_key, &daemon.worker_node) {
         (true, Some(private), Some(worker_node)) => {

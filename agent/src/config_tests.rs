@@ -1,5 +1,4 @@
 use std::ffi::OsString;
-use std::path::PathBuf;
 
 use base64ct::{Base64, Encoding};
 use secure_comms_protocol::tag::Target;
@@ -21,59 +20,16 @@ fn daemon(json: &str) -> DaemonConfig {
     serde_json::from_str(json).unwrap()
 }
 
-fn load_text(text: &[u8]) -> (PathBuf, Result<Option<DaemonConfig>, ConfigError>) {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("apf.json");
-    std::fs::write(&path, text).unwrap();
-    (path.clone(), load(&path))
-}
-
 fn resolve(args: &[&str], json: &str) -> Result<Config, ConfigError> {
     Config::resolve(options(args), Some(daemon(json)))
 }
 
 #[test]
-fn a_missing_daemon_config_is_none_and_an_unreadable_one_an_error() {
-    let directory = tempfile::tempdir().unwrap();
-    assert!(load(&directory.path().join("apf.json")).unwrap().is_none());
-    let text = load(directory.path()).unwrap_err().to_string();
-    assert!(
-        text.contains(&directory.path().display().to_string()) && text.contains("make it a file"),
-        "{text}"
-    );
-}
-
-#[test]
 fn unknown_keys_are_ignored_and_null_is_absent() {
     let text =
-        br#"{"pod-network":{"podip":""},"tls-server-key":"x","sc":null,"pod-name":"p","pod-namespace":"n"}"#;
-    let config = load_text(text).1.unwrap().unwrap();
-    assert_eq!(config.sc, None);
-    assert_eq!(resolve(&["-secure-comms"], std::str::from_utf8(text).unwrap()).unwrap().pod.unwrap(), "n/p");
-}
-
-#[test]
-fn a_broken_daemon_config_is_reported_with_path_place_key_and_advice() {
-    for (json, parts) in [
-        (&b""[..], &["line 1 column 0"][..]),
-        (b"{\"sc\": true,\n \"sc-pp-prv\": ", &["line 2"]),
-        (b"[]", &["expected an object", "line 1"]),
-        (b"{\n\"sc\": \"yes\"}", &["key 'sc'", "expected a boolean", "line 2"]),
-        (b"{\"sc-inbounds\": [1]}", &["key 'sc-inbounds'", "expected a string", "line 1"]),
-        (b"{\"sc-pp-prv\": 7}", &["key 'sc-pp-prv'", "expected a string"]),
-        (b"{\"sc\": true, \"sc\": false}", &["key 'sc': given twice"]),
-        (b"{} trailing", &["trailing characters at line 1"]),
-        (b"\xff", &["line 1"]),
-    ] {
-        let (path, loaded) = load_text(json);
-        let text = loaded.unwrap_err().to_string();
-        for part in parts.iter().copied().chain([path.to_str().unwrap(), "correct the VM's user data"]) {
-            assert!(text.contains(part), "{part:?} is not in {text:?}");
-        }
-        assert_eq!(text.matches(" at line ").count(), 1, "{text}");
-    }
-    let (_, loaded) = load_text(&vec![b' '; CONFIG_MAX + 1]);
-    assert!(loaded.unwrap_err().to_string().contains("longer than 1048576 bytes"));
+        r#"{"pod-network":{"podip":""},"tls-server-key":"x","sc":null,"pod-name":"p","pod-namespace":"n"}"#;
+    assert_eq!(daemon(text).sc, None);
+    assert_eq!(resolve(&["-secure-comms"], text).unwrap().pod.unwrap(), "n/p");
 }
 
 #[test]
@@ -183,5 +139,17 @@ fn a_kata_agent_socket_that_no_socket_can_have_is_refused() {
     for path in [format!("/{}", "x".repeat(200)), "/run/".into()] {
         let text = resolve(&["-secure-comms", "-kata-agent-socket", &path], "{}").unwrap_err().to_string();
         assert!(text.contains("-kata-agent-socket") && text.contains("at most 107 bytes"), "{text}");
+    }
+}
+
+#[test]
+fn faults_of_the_flags_are_found_before_there_is_a_daemon_config() {
+    for args in [&[][..], &["-secure-comms"]] {
+        assert!(Config::check_flags(&options(args)).is_ok(), "{args:?}");
+    }
+    let wrong =
+        [&["-secure-comms-inbounds", "NO_PHASE:x:1"][..], &["-secure-comms-outbounds", "KUBERNETES_PHASE:q"]];
+    for args in wrong {
+        assert_eq!(Config::check_flags(&options(args)).unwrap_err().exit_code(), 2, "{args:?}");
     }
 }

@@ -1,6 +1,6 @@
 //! The Secure Comms agent in the pod VM, in the order data passes through.
 //!
-//! Before the first connection: flags ([`cli`]), validated configuration ([`config`]), the life of the agent ([`run`]).
+//! Before the first connection: flags ([`cli`]), the daemon config ([`config_file`]), validated configuration ([`config`]), the life of the agent ([`run`]).
 //! A connection comes in ([`ssh`]) past the [`gate`], becomes one of the [`peers`] and gets a [`session`]. Through a
 //! peer of the [`attestation`] phase the [`guest`] components fetch the [`keys`] that open the [`kubernetes`] phase and
 //! are [`latch`]ed for this boot. Clients in the VM reach the peer whose turn it is by [`routes`]. Operators see
@@ -9,6 +9,7 @@
 pub mod attestation;
 pub mod cli;
 pub mod config;
+pub mod config_file;
 pub mod gate;
 pub mod guest;
 pub mod keys;

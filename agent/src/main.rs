@@ -4,10 +4,10 @@ use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
-use agent_protocol_forwarder::cli::{self, Exit};
-use agent_protocol_forwarder::config::{self, Config};
+use agent_protocol_forwarder::cli::{self, Exit, Options};
+use agent_protocol_forwarder::config::{Config, ConfigError};
 use agent_protocol_forwarder::notify::Notifier;
-use agent_protocol_forwarder::{log as logging, run};
+use agent_protocol_forwarder::{config_file, log as logging, run};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -52,19 +52,36 @@ fn start() -> Result<(), Exit> {
     for flag in &options.unused {
         log::info!("{flag} has no meaning over Secure Comms: unused");
     }
-    let daemon = config::load(&options.config).map_err(failed)?;
-    let config = Config::resolve(options, daemon)
-        .map_err(|error| Exit { code: error.exit_code(), ..failed(error) })?;
+    Config::check_flags(&options).map_err(config_fault)?;
     raise_file_limit();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
-    runtime.block_on(serve(config))
+    runtime.block_on(serve(options))
 }
 
-async fn serve(config: Config) -> Result<(), Exit> {
+fn config_fault(error: ConfigError) -> Exit {
+    Exit { code: error.exit_code(), ..failed(error) }
+}
+
+async fn serve(options: Options) -> Result<(), Exit> {
     // First: a start that is stopped ends in good order too.
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let notifier = Notifier::from_env().map_err(failed)?;
+    let shutdown = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        log::info!("stopping");
+    };
+    tokio::pin!(shutdown);
+    let config = tokio::select! {
+        config = configuration(options, &notifier) => config?,
+        () = &mut shutdown => {
+            notifier.stopping("stopping before the start was complete");
+            return Ok(());
+        }
+    };
     let listen = config.listen;
     let listener = bind(listen)
         .await
@@ -76,14 +93,16 @@ async fn serve(config: Config) -> Result<(), Exit> {
         Ok(address) => log::info!("listens on {address}"),
         Err(error) => return Err(failed(error)),
     }
-    let shutdown = async {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        log::info!("stopping");
-    };
     run::run(config, listener, notifier, shutdown).await.map_err(failed)
+}
+
+/// Nothing begins before the daemon config is there: it says whether there is an Attestation phase at all.
+async fn configuration(options: Options, notifier: &Notifier) -> Result<Config, Exit> {
+    let daemon = match &options.config {
+        Some(path) => Some(config_file::wait_for(path, notifier).await.map_err(failed)?),
+        None => None,
+    };
+    Config::resolve(options, daemon).map_err(config_fault)
 }
 
 /// `[::]` takes IPv4 too; a VM whose kernel has IPv6 switched off gets IPv4 alone.

@@ -15,6 +15,8 @@ fn tells_everything(name: OsString, systemd: &UnixDatagram) {
     assert_eq!(received(systemd), "STATUS=Kubernetes");
     notifier.watchdog();
     assert_eq!(received(systemd), "WATCHDOG=1");
+    notifier.extend_start(Duration::from_secs(60));
+    assert_eq!(received(systemd), "EXTEND_TIMEOUT_USEC=60000000");
     notifier.stopping("draining");
     assert_eq!(received(systemd), "STOPPING=1\nSTATUS=draining");
 }

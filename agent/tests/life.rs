@@ -71,3 +71,39 @@ fn a_start_that_waits_for_a_namespace_can_be_stopped() {
     let first = systemd.hears("STOPPING=1");
     assert!(first.contains("STATUS=stopping before the start was complete"), "{first}");
 }
+
+#[test]
+fn a_daemon_config_that_comes_late_is_waited_for() {
+    let place = Place::new();
+    std::fs::remove_file(place.path("apf.json")).unwrap();
+    let (systemd, notify) = (Systemd::new(&place), place.path("notify"));
+    // Not even Secure Comms is asked for yet.
+    let args = ["-secure-comms-inbounds", "BOTH_PHASES:KBS:0"];
+    let mut agent = place.start(&args, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
+    let config = place.path("apf.json");
+    systemd.hears(&format!("STATUS=waiting for the daemon config {}: it is not there yet", config.display()));
+    systemd.hears("EXTEND_TIMEOUT_USEC=60000000");
+    place.write_config("{\n \"sc-inb");
+    agent.says("not complete yet: EOF while parsing a string at line 2 column 8");
+    let whole = place.path("whole");
+    std::fs::write(&whole, r#"{"sc-outbounds": "", "pod-name": "late"}"#).unwrap();
+    std::fs::rename(whole, config).unwrap();
+    agent.says("waiting for the daemon config");
+    assert!(agent.rest().contains("Secure Comms is off"));
+
+    let mut agent = place.start(&FREE_PORTS, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
+    agent.says("pod late");
+    systemd.hears("READY=1");
+    assert_eq!(agent.terminate().code(), Some(0));
+}
+
+#[test]
+fn a_start_that_waits_for_its_daemon_config_can_be_stopped() {
+    let place = Place::new();
+    std::fs::remove_file(place.path("apf.json")).unwrap();
+    let (systemd, notify) = (Systemd::new(&place), place.path("notify"));
+    let mut agent = place.start(&FREE_PORTS, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
+    agent.says("it is not there yet");
+    assert_eq!(agent.terminate().code(), Some(0));
+    systemd.hears("STOPPING=1");
+}

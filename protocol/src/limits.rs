@@ -98,5 +98,7 @@ pub const UPGRADE_DRAIN: Duration = Duration::from_secs(1);
 pub const FRESH: Duration = Duration::from_secs(60);
 /// Streams get this long to finish after SIGTERM.
 pub const SHUTDOWN_DRAIN: Duration = Duration::from_secs(3);
+/// While the agent waits for its daemon config, systemd is asked for this much more time, twice as often.
+pub const START_EXTENSION: Duration = Duration::from_secs(60);
 /// The largest key resource, in bytes.
 pub const KEY_MAX: usize = 64 * 1024;

@@ -115,6 +115,10 @@ impl Scene {
         cdh.ca_pem = kbs.ca_pem().map(ToOwned::to_owned);
         let cdh = Arc::new(Cdh::new(cdh)?);
         let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        if !options.user_data {
+            // As the cloud writes it for a pod that gets its keys elsewhere.
+            std::fs::write(directory.path().join("apf.json"), "{}")?;
+        }
         Ok(Self {
             guest: Rest::start(any, Backend::Local(cdh.clone())).await?,
             kata: KataAgent::unix(directory.path().join("kata.sock"))?,

@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::id;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use secure_comms_tunnel::netns::Namespace;
 use tempfile::TempDir;
 
@@ -63,6 +63,7 @@ impl Vm {
         let mut rest = pod.command(&binaries.stand_in);
         rest.args(["api-server-rest", "--listen", &format!("127.0.0.1:{GUEST_PORT}"), "--cdh"])
             .arg(path("cdh.sock"));
+        std::fs::write(path("apf.json"), "{}").context("writing the VM's daemon config")?;
         let mut agent = host.command(&binaries.agent);
         agent
             .args(["-secure-comms", "-pod-namespace", pod.name()])

@@ -32,7 +32,9 @@ pub struct Place {
 
 impl Place {
     pub fn new() -> Self {
-        Self { directory: tempfile::tempdir().unwrap() }
+        let place = Self { directory: tempfile::tempdir().unwrap() };
+        place.write_config("{}");
+        place
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
