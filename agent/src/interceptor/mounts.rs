@@ -75,8 +75,12 @@ async fn mounted(volumes: &[PathBuf]) -> Result<(), Refusal> {
 struct Table(AsyncFd<File>);
 
 impl Table {
+    #[expect(
+        deprecated,
+        reason = "what took its place is unsafe, for types whose descriptor changes; a File's stays the same"
+    )]
     fn open() -> io::Result<Self> {
-        AsyncFd::register_with_interest(File::open(MOUNT_INFO)?, Interest::PRIORITY).map(Self)
+        AsyncFd::with_interest(File::open(MOUNT_INFO)?, Interest::PRIORITY).map(Self)
     }
 
     /// Waits until it has changed since it was opened, or since the last time.
