@@ -210,5 +210,7 @@ impl FromServer for FromKataAgent {
 }
 
 #[cfg(test)]
+mod messages;
+#[cfg(test)]
 #[path = "interceptor_tests.rs"]
 mod tests;

@@ -244,3 +244,7 @@ fn path(bytes: &[u8]) -> PathBuf {
     let end = bytes.iter().rposition(|byte| *byte != b'/').map_or(bytes.len().min(1), |last| last + 1);
     PathBuf::from(OsStr::from_bytes(bytes.get(..end).unwrap_or_default()))
 }
+
+#[cfg(test)]
+#[path = "edit_tests.rs"]
+mod tests;

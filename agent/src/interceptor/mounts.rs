@@ -30,8 +30,7 @@ pub async fn prepare(mounts: Mounts) -> Result<(), Refusal> {
         .name("mounts".into())
         .spawn(move || drop(done.send(make(mounts))))
         .map_err(Refusal::Mounts)?;
-    let volumes =
-        made.await.map_err(|_| Refusal::Mounts(io::Error::other("its thread ended early")))??;
+    let volumes = made.await.map_err(|_| Refusal::Mounts(io::Error::other("its thread ended early")))??;
     if volumes.is_empty() { Ok(()) } else { mounted(&volumes).await }
 }
 

@@ -55,7 +55,9 @@ pub enum Refusal {
         path: PathBuf,
     },
     /// The mounts could not be looked after.
-    #[error("looking at the VM's mounts: {0}; check that the agent may read /proc/self/mountinfo and start threads")]
+    #[error(
+        "looking at the VM's mounts: {0}; check that the agent may read /proc/self/mountinfo and start threads"
+    )]
     Mounts(io::Error),
 }
 
@@ -67,7 +69,7 @@ impl Refusal {
             Self::Volume { .. } => 4,              // DEADLINE_EXCEEDED
             Self::TooLong(_) | Self::TooMany => 8, // RESOURCE_EXHAUSTED
             Self::Source { .. } => 9,              // FAILED_PRECONDITION
-            Self::Mounts(_) => 13,              // INTERNAL
+            Self::Mounts(_) => 13,                 // INTERNAL
         }
     }
 

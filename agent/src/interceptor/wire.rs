@@ -172,3 +172,7 @@ pub fn put(number: u32, content: &[u8], out: &mut Vec<u8>) {
     put_varint(content.len() as u64, out);
     out.extend_from_slice(content);
 }
+
+#[cfg(test)]
+#[path = "wire_tests.rs"]
+mod tests;
