@@ -9,6 +9,8 @@ use super::wire::{self, Field, Fields, Malformed, put};
 
 /// The service of the requests.
 pub const SERVICE: &[u8] = b"grpc.AgentService";
+/// What the field of the longer of its names takes up: key, length and [`SERVICE`].
+const NAME_MAX: usize = 2 + SERVICE.len();
 /// The annotation that lists the volumes that a container waits for, comma separated.
 pub const VOLUMES: &str = "io.confidentialcontainers.org.peerpodvolumes.target_path";
 
@@ -84,15 +86,17 @@ pub fn recognise(beginning: &[u8], whole: bool) -> Verdict {
             Some(Ok(_)) => {}
             Some(Err(Malformed::Truncated)) if !whole => return Verdict::More,
             None if !whole => return Verdict::More,
-            // A name that is longer than ours.
-            Some(Err(_)) if matches!(wire::number(before), Some(request::SERVICE | request::METHOD)) => {
-                return Verdict::Pass;
-            }
+            // A name that is longer than ours: of those is all there.
+            Some(Err(_)) if is_name(before) && before.len() >= NAME_MAX => return Verdict::Pass,
             Some(Err(Malformed::Truncated)) | None => return Verdict::Assemble,
             // The kata agent will say so.
             Some(Err(Malformed::NoField)) => return Verdict::Pass,
         }
     }
+}
+
+fn is_name(field: &[u8]) -> bool {
+    matches!(wire::number(field), Some(request::SERVICE | request::METHOD))
 }
 
 /// A request after the edit.

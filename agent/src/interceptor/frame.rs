@@ -75,7 +75,7 @@ pub struct Scanner {
 impl Scanner {
     /// Whether the next byte begins a frame.
     pub fn between(&self) -> bool {
-        self.missing() == HEADER
+        self.left == 0 && self.have == 0
     }
 
     /// Bytes of data of this frame that are still to come, once its header is complete.

@@ -89,3 +89,7 @@ impl Refusal {
         frame.into()
     }
 }
+
+#[cfg(test)]
+#[path = "reply_tests.rs"]
+mod tests;

@@ -222,3 +222,7 @@ fn pass(piece: Bytes, out: &mut impl FnMut(Out)) {
         out(Out::Pass(piece));
     }
 }
+
+#[cfg(test)]
+#[path = "requests_tests.rs"]
+mod tests;
