@@ -11,6 +11,7 @@ use secure_comms_protocol::limits::{
 use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PhaseName, PodId, TunnelName};
 use secure_comms_ssh::control::{self, ControlEnd};
 use secure_comms_tunnel::flow::{PeerFlow, Side};
+use secure_comms_tunnel::intercept::{Interceptor, Plain};
 use secure_comms_tunnel::link::{Incoming, Refusal, RefusalKind};
 use secure_comms_tunnel::{Credits, Event, Outbounds, Receiver, outbound};
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -18,6 +19,7 @@ use tokio::time::timeout;
 
 use crate::config::Config;
 use crate::gate::Gate;
+use crate::interceptor::KataAgent;
 use crate::log::Throttle;
 use crate::peers::{Connection, Offers, Peer, Peers, Slot, Slots};
 use crate::routes::Routes;
@@ -52,15 +54,16 @@ pub struct Agent {
     attesting: Arc<Slots>,
     attempt: AtomicU64,
     attestation_outbounds: Arc<Outbounds<Attestation>>,
-    kubernetes_outbounds: Arc<Outbounds<Kubernetes>>,
+    kubernetes_outbounds: Arc<Outbounds<Kubernetes, KataAgent>>,
     instance: String,
 }
 
 impl Agent {
     /// An agent without peers.
     pub fn new(config: &Config, gate: Gate, instance: String) -> Self {
-        let kubernetes_outbounds =
-            Outbounds::new(&config.outbounds).with_patience(&TunnelName::kata_agent(), KATA_AGENT_CONNECT);
+        let kubernetes_outbounds = Outbounds::new(&config.outbounds)
+            .with_patience(&TunnelName::kata_agent(), KATA_AGENT_CONNECT)
+            .with_interceptor(TunnelName::kata_agent(), KataAgent::new(config.pod_namespace.as_deref()));
         Self {
             gate,
             strangers: Throttle::new(STRANGERS_LOGGED),
@@ -130,12 +133,14 @@ impl Agent {
 pub trait Seat: Phase {
     /// What a connection may hold for its streams.
     const LIMITS: CreditLimits;
+    /// What stands in one of its tunnels.
+    type Interceptor: Interceptor;
     /// The peers of the phase.
     fn peers(agent: &Agent) -> &Peers<Self>
     where
         Self: Sized;
     /// The outbounds of the phase.
-    fn outbounds(agent: &Agent) -> Arc<Outbounds<Self>>
+    fn outbounds(agent: &Agent) -> Arc<Outbounds<Self, Self::Interceptor>>
     where
         Self: Sized;
     /// A place for one more; none if the phase is over. The inner none: the phase has no limit.
@@ -148,6 +153,7 @@ pub trait Seat: Phase {
 
 impl Seat for Attestation {
     const LIMITS: CreditLimits = CreditLimits::ATTESTATION;
+    type Interceptor = Plain;
 
     fn peers(agent: &Agent) -> &Peers<Self> {
         &agent.attestation
@@ -179,12 +185,13 @@ impl Seat for Attestation {
 
 impl Seat for Kubernetes {
     const LIMITS: CreditLimits = CreditLimits::KUBERNETES;
+    type Interceptor = KataAgent;
 
     fn peers(agent: &Agent) -> &Peers<Self> {
         &agent.kubernetes
     }
 
-    fn outbounds(agent: &Agent) -> Arc<Outbounds<Self>> {
+    fn outbounds(agent: &Agent) -> Arc<Outbounds<Self, KataAgent>> {
         agent.kubernetes_outbounds.clone()
     }
 

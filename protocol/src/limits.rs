@@ -74,6 +74,16 @@ pub const INBOUND_WAIT: Duration = Duration::from_secs(30);
 pub const OUTBOUND_CONNECT: Duration = Duration::from_secs(10);
 /// How long the agent tries the kata agent's socket, which may come up after it.
 pub const KATA_AGENT_CONNECT: Duration = Duration::from_secs(150);
+/// The longest data of a ttrpc frame, in bytes, without the header.
+pub const TTRPC_DATA_MAX: usize = 4 * 1024 * 1024;
+/// Requests to the kata agent that one tunnel may hold back at a time.
+pub const HELD_REQUESTS_MAX: usize = 64;
+/// What the requests that one tunnel holds back may take up together, in bytes.
+pub const HELD_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Answers of our own that may wait on one tunnel until its client takes them.
+pub const REPLIES_MAX: usize = 64;
+/// How long a container waits until its annotated volumes are mounted.
+pub const VOLUME_MOUNT: Duration = Duration::from_secs(180);
 /// A channel open that is not answered within this long is given up.
 pub const CHANNEL_OPEN: Duration = Duration::from_secs(160);
 /// A stream that the other end has closed is dropped when its local reader takes nothing for this long.

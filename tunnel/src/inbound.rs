@@ -254,6 +254,7 @@ pub(crate) fn report(name: &TunnelName, result: Result<(), RelayError>) {
     match result {
         Ok(()) => {}
         Err(error @ RelayError::Overrun(_)) => log::error!("tunnel {name}: {error}"),
+        Err(error @ RelayError::Broken(_)) => log::warn!("tunnel {name}: {error}"),
         Err(error) => log::debug!("tunnel {name}: {error}"),
     }
 }

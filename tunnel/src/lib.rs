@@ -2,12 +2,13 @@
 //!
 //! In the order data passes through: an [`inbound`] listens and holds its clients until there is a
 //! [`link`] to open a stream on; the [`relay`] moves bytes between a [`socket`] and the stream, governed by
-//! the [`flow`] control of the connection; an [`outbound`] connects to the server at the other end. A socket
-//! may live in another network namespace ([`netns`]). This crate knows names, phases and bytes, not SSH.
+//! the [`flow`] control of the connection; an [`outbound`] connects to the server at the other end, and may have
+//! them looked at on their way ([`intercept`]). A socket may live in another network namespace ([`netns`]). This crate knows names, phases and bytes, not SSH.
 
 pub mod backoff;
 pub mod flow;
 pub mod inbound;
+pub mod intercept;
 pub mod link;
 pub mod netns;
 pub mod outbound;
@@ -18,7 +19,8 @@ pub mod socket;
 pub use backoff::Backoff;
 pub use flow::{Credits, Flow};
 pub use inbound::Inbound;
+pub use intercept::{FromServer, Interceptor, ToServer};
 pub use link::{Event, Incoming, Link, OpenError, Receiver, Refusal, RefusalKind, Sender, Stream};
 pub use outbound::Outbounds;
-pub use relay::relay;
+pub use relay::{relay, relay_through};
 pub use socket::Socket;

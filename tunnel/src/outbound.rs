@@ -14,14 +14,16 @@ use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use crate::backoff::Backoff;
 use crate::flow::{Credits, Flow, StreamError};
 use crate::inbound::report;
+use crate::intercept::{Interceptor, Plain};
 use crate::link::{Incoming, Refusal, RefusalKind, Stream};
-use crate::relay::relay;
+use crate::relay::{relay, relay_through};
 use crate::socket::Socket;
 
-/// The outbounds of one phase. What is not in here can't be dialled.
+/// The outbounds of one phase, one of which may have an interceptor. What is not in here can't be dialled.
 #[derive(Clone, Debug)]
-pub struct Outbounds<P> {
+pub struct Outbounds<P, I = Plain> {
     servers: HashMap<TunnelName, Server>,
+    intercepted: Option<(TunnelName, I)>,
     phase: PhantomData<P>,
 }
 
@@ -54,7 +56,14 @@ impl<P: Phase> Outbounds<P> {
             .filter(|tag| tag.phases.includes(P::NAME))
             .map(|tag| (tag.name.clone(), Server { target: tag.target.clone(), patience: Duration::ZERO }))
             .collect();
-        Self { servers, phase: PhantomData }
+        Self { servers, intercepted: None, phase: PhantomData }
+    }
+}
+
+impl<P: Phase, I: Interceptor> Outbounds<P, I> {
+    /// Puts an interceptor before the server of this name, whatever its target; it takes the place of another one.
+    pub fn with_interceptor<J: Interceptor>(self, name: TunnelName, interceptor: J) -> Outbounds<P, J> {
+        Outbounds { servers: self.servers, intercepted: Some((name, interceptor)), phase: PhantomData }
     }
 
     /// Lets one server come up later than its clients: connecting is tried for this long.
@@ -131,17 +140,24 @@ async fn dial(target: &Target) -> io::Result<Socket> {
 }
 
 /// Answers a stream that the other end asks for: the permit, the server, the confirmation, then the relay.
-pub async fn serve<P: Phase, I: Incoming>(
-    outbounds: &Outbounds<P>,
+pub async fn serve<P: Phase, I: Interceptor>(
+    outbounds: &Outbounds<P, I>,
     credits: &Credits,
     asked: &str,
     id: u32,
-    incoming: I,
+    incoming: impl Incoming,
 ) {
     match prepare(outbounds, credits, asked, id).await {
         Ok((permit, socket, flow)) => {
             let (receiver, sender) = incoming.accept().await;
-            report(&permit.name, relay(socket, Stream { receiver, sender, flow }).await);
+            let stream = Stream { receiver, sender, flow };
+            let result = match &outbounds.intercepted {
+                Some((name, interceptor)) if *name == permit.name => {
+                    relay_through(interceptor, socket, stream).await
+                }
+                _ => relay(socket, stream).await,
+            };
+            report(&permit.name, result);
         }
         Err(refusal) => {
             log::warn!("refusing a stream: {}", refusal.reason);
@@ -150,8 +166,8 @@ pub async fn serve<P: Phase, I: Incoming>(
     }
 }
 
-async fn prepare<P: Phase>(
-    outbounds: &Outbounds<P>,
+async fn prepare<P: Phase, I: Interceptor>(
+    outbounds: &Outbounds<P, I>,
     credits: &Credits,
     asked: &str,
     id: u32,

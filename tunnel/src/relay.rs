@@ -2,17 +2,19 @@
 //!
 //! *drain* takes what arrives off the stream at once and queues it, so that one slow socket never holds up the
 //! connection; *deliver* moves the queue into the socket and gives credit back; *collect* waits for credit, then
-//! reads the socket and sends. A close seen by *drain* ends *collect* wherever it waits.
+//! reads the socket and sends. A close seen by *drain* ends *collect* wherever it waits. An interceptor, where a tunnel
+//! has one, stands in *drain* and in *collect*.
 
 use std::io;
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use secure_comms_protocol::limits::{FLUSH, MESSAGE_MAX};
 use tokio::task::coop::consume_budget;
 use tokio::time::timeout;
 
 use crate::flow::{Flow, Overrun};
+use crate::intercept::{Broken, FromServer, Interceptor, Plain, ToServer};
 use crate::link::{Event, Receiver, Sender, Stream};
 use crate::queue::{Ending, Next, Queue};
 use crate::socket::Socket;
@@ -35,6 +37,9 @@ pub enum RelayError {
     /// The peer broke flow control; its connection must end.
     #[error(transparent)]
     Overrun(#[from] Overrun),
+    /// The interceptor can't go on with what it has seen.
+    #[error("{0}")]
+    Broken(Broken),
 }
 
 /// Moves bytes both ways until both ends are done; then socket and stream are closed.
@@ -43,9 +48,21 @@ pub enum RelayError {
 /// Why it ended otherwise. The local side then sees a reset, the other end a close without EOF; so it is too if the
 /// future is dropped.
 pub async fn relay<R: Receiver, S: Sender>(socket: Socket, stream: Stream<R, S>) -> Result<(), RelayError> {
+    relay_through(&Plain, socket, stream).await
+}
+
+/// The same, with an interceptor between the stream and the server at the other side of `socket`.
+///
+/// # Errors
+/// As [`relay`], and where the interceptor can't go on.
+pub async fn relay_through<I: Interceptor, R: Receiver, S: Sender>(
+    interceptor: &I,
+    socket: Socket,
+    stream: Stream<R, S>,
+) -> Result<(), RelayError> {
     let Stream { mut receiver, sender, flow } = stream;
     let queue = Queue::default();
-    let result = run(&socket, &mut receiver, &sender, &flow, &queue).await;
+    let result = run(interceptor, &socket, &mut receiver, &sender, &flow, &queue).await;
     // First the local side: it must not wait until the connection has room for our close.
     match &result {
         Ok(()) => socket.finish(),
@@ -67,16 +84,18 @@ async fn discard<R: Receiver>(receiver: &mut R) {
     std::future::pending().await
 }
 
-async fn run<R: Receiver, S: Sender>(
+async fn run<I: Interceptor, R: Receiver, S: Sender>(
+    interceptor: &I,
     socket: &Socket,
     receiver: &mut R,
     sender: &S,
     flow: &Flow,
     queue: &Queue,
 ) -> Result<(), RelayError> {
-    let drain = drain(receiver, flow, queue);
+    let (mut to_server, mut from_server) = interceptor.begin();
+    let drain = drain(receiver, flow, queue, &mut to_server);
     let deliver = deliver(socket, flow, queue);
-    let collect = collect(socket, sender, flow);
+    let collect = collect(socket, sender, flow, &mut from_server);
     tokio::pin!(drain, deliver, collect);
     let (mut delivered, mut collected) = (false, false);
     while !(delivered && collected) {
@@ -120,8 +139,17 @@ async fn flush(
 }
 
 /// Ends once the other end has closed the stream, or the connection is gone.
-async fn drain<R: Receiver>(receiver: &mut R, flow: &Flow, queue: &Queue) -> Result<(), RelayError> {
+async fn drain<R: Receiver>(
+    receiver: &mut R,
+    flow: &Flow,
+    queue: &Queue,
+    to_server: &mut impl ToServer,
+) -> Result<(), RelayError> {
+    let mut ended = false;
     loop {
+        if ended && !to_server.holds() {
+            queue.end(Ending::Complete);
+        }
         if !flow.has_credit() {
             // Without credits all we can do is to stop taking, which holds up that peer's connection.
             tokio::select! {
@@ -130,12 +158,34 @@ async fn drain<R: Receiver>(receiver: &mut R, flow: &Flow, queue: &Queue) -> Res
                 () = flow.gone() => {}
             }
         }
-        match receiver.recv().await {
+        let holds = to_server.holds();
+        let event = tokio::select! {
+            biased;
+            released = to_server.released(), if holds => {
+                if let Some(piece) = released.map_err(RelayError::Broken)? {
+                    queue.push(piece, 0);
+                }
+                continue;
+            }
+            event = receiver.recv() => event,
+        };
+        match event {
             Some(Event::Data(data)) => {
                 let cost = flow.arrived(data.len())?;
-                queue.push(data, cost);
+                // All that the message costs leaves with its last piece; a place in the queue is left by one kept whole.
+                let mut last = None;
+                let mut out = |piece| {
+                    if let Some(before) = last.replace(piece) {
+                        queue.push(before, 0);
+                    }
+                };
+                to_server.take(data, &mut out).map_err(RelayError::Broken)?;
+                queue.push(last.unwrap_or_default(), cost);
             }
-            Some(Event::Eof) => queue.end(Ending::Complete),
+            Some(Event::Eof) => {
+                to_server.ended().map_err(RelayError::Broken)?;
+                ended = true;
+            }
             Some(Event::Close) | None => break,
         }
     }
@@ -158,38 +208,54 @@ async fn deliver(socket: &Socket, flow: &Flow, queue: &Queue) -> Result<(), Rela
     }
 }
 
-async fn collect<S: Sender>(socket: &Socket, sender: &S, flow: &Flow) -> Result<(), RelayError> {
+async fn collect<S: Sender>(
+    socket: &Socket,
+    sender: &S,
+    flow: &Flow,
+    from_server: &mut impl FromServer,
+) -> Result<(), RelayError> {
     let mut size = READ_MIN;
+    let mut inserted = Bytes::new();
     loop {
         let credit = tokio::select! {
             biased;
             credit = flow.ready() => credit,
             error = socket.failed() => return Err(error.into()),
         };
-        socket.readable().await?;
-        // Allocated only now: an idle stream holds no buffer.
-        let mut data = BytesMut::with_capacity(size.min(credit));
-        match socket.try_read(&mut data, credit.min(size)) {
-            Ok(0) => {
-                // A connection that is gone is drain's to report.
-                return sender.eof().await.or(Ok(()));
-            }
-            Ok(len) => {
-                size = if len == size {
-                    (size * 2).min(MESSAGE_MAX)
-                } else {
-                    len.next_power_of_two().clamp(READ_MIN, size)
-                };
-                flow.spend(len);
-                if sender.send(data.freeze()).await.is_err() {
-                    // Drain's to report.
-                    return std::future::pending().await;
-                }
-                // A socket that always has more, and a link that always has room, would keep the thread.
-                consume_budget().await;
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error.into()),
+        if inserted.is_empty() {
+            inserted = from_server.insert().unwrap_or_default();
         }
+        let data = if inserted.is_empty() {
+            tokio::select! {
+                biased;
+                readable = socket.readable() => readable?,
+                () = from_server.wakes() => continue,
+            }
+            let max = size.min(credit).min(from_server.reach());
+            // Allocated only now: an idle stream holds no buffer.
+            let mut data = BytesMut::with_capacity(max);
+            match socket.try_read(&mut data, max) {
+                Ok(0) => {
+                    from_server.ended().map_err(RelayError::Broken)?;
+                    // A connection that is gone is drain's to report.
+                    return sender.eof().await.or(Ok(()));
+                }
+                Ok(len) if len == size => size = (size * 2).min(MESSAGE_MAX),
+                Ok(len) => size = len.next_power_of_two().clamp(READ_MIN, size),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) => return Err(error.into()),
+            }
+            from_server.passes(&data).map_err(RelayError::Broken)?;
+            data.freeze()
+        } else {
+            inserted.split_to(credit.min(inserted.len()))
+        };
+        flow.spend(data.len());
+        if sender.send(data).await.is_err() {
+            // Drain's to report.
+            return std::future::pending().await;
+        }
+        // A socket that always has more, and a link that always has room, would keep the thread.
+        consume_budget().await;
     }
 }

@@ -10,11 +10,12 @@ use bytes::Bytes;
 use secure_comms_protocol::limits::CreditLimits;
 use secure_comms_protocol::{Phase, TunnelName};
 use secure_comms_tunnel::flow::{PeerFlow, Side, StreamError, cost};
+use secure_comms_tunnel::intercept::{Interceptor, Plain};
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::relay::RelayError;
 use secure_comms_tunnel::{
     Credits, Event, Flow, Incoming, Link, OpenError, Outbounds, Receiver, Refusal, Sender, Socket, Stream,
-    outbound, relay,
+    outbound, relay, relay_through,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
@@ -189,10 +190,20 @@ impl Connection {
 
     /// Relays between `socket` and a stream of the adaptor, whose agent end the test holds.
     pub(crate) async fn raw(&self, socket: Socket) -> (Relay, Raw) {
+        self.raw_through(Plain, socket).await
+    }
+
+    /// The same, with an interceptor.
+    pub(crate) async fn raw_through<I: Interceptor>(&self, interceptor: I, socket: Socket) -> (Relay, Raw)
+    where
+        I::ToServer: 'static,
+        I::FromServer: 'static,
+    {
         let flow = self.adaptor.credits.open().await.unwrap();
         let theirs = self.agent.credits.accept(flow.id()).await.unwrap();
         let [(receiver, sender), raw] = self.halves(flow.id());
-        let task = tokio::spawn(relay(socket, Stream { receiver, sender, flow }));
+        let stream = Stream { receiver, sender, flow };
+        let task = tokio::spawn(async move { relay_through(&interceptor, socket, stream).await });
         (task, Raw { receiver: raw.0, sender: raw.1, flow: theirs })
     }
 
@@ -208,7 +219,7 @@ impl Connection {
     }
 
     /// Lets the agent's outbounds answer what the adaptor asks for.
-    pub(crate) fn serve<P: Phase>(&mut self, outbounds: Outbounds<P>) {
+    pub(crate) fn serve<P: Phase, I: Interceptor>(&mut self, outbounds: Outbounds<P, I>) {
         let (mut asks, credits) = (self.take_asks(), self.agent.credits.clone());
         tokio::spawn(async move {
             while let Some(Ask { name, id, incoming }) = asks.recv().await {

@@ -1,0 +1,221 @@
+//! An interceptor sees what passes, holds pieces back, adds its own, and costs a peer no credit.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod harness;
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use harness::{Connection, FIXED, quiet, tcp, within};
+use secure_comms_protocol::tag::parse_list;
+use secure_comms_protocol::{Kubernetes, OutboundTag};
+use secure_comms_tunnel::flow::Side;
+use secure_comms_tunnel::intercept::{Broken, FromServer, Interceptor, ToServer};
+use secure_comms_tunnel::relay::RelayError;
+use secure_comms_tunnel::{Event, Link, Outbounds, Receiver, Sender};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+
+/// Cuts messages at `|`, keeps a part without one; holds a part back that is `hold`, until told to let it go; breaks at
+/// a part that is `break`. From the server it only counts lines, and says `wake` between two of them when told to.
+#[derive(Clone, Debug, Default)]
+struct Parts {
+    go: Arc<Notify>,
+    wake: Arc<Notify>,
+}
+
+struct To {
+    go: Arc<Notify>,
+    kept: Vec<u8>,
+    held: Vec<Bytes>,
+}
+
+struct From {
+    wake: Arc<Notify>,
+    between: bool,
+    woken: bool,
+}
+
+impl Interceptor for Parts {
+    type ToServer = To;
+    type FromServer = From;
+
+    fn begin(&self) -> (To, From) {
+        (
+            To { go: self.go.clone(), kept: vec![], held: vec![] },
+            From { wake: self.wake.clone(), between: true, woken: false },
+        )
+    }
+}
+
+impl ToServer for To {
+    fn take(&mut self, message: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), Broken> {
+        for byte in message {
+            if byte != b'|' {
+                self.kept.push(byte);
+                continue;
+            }
+            match Bytes::from(std::mem::take(&mut self.kept)) {
+                part if part == "hold" => self.held.push(part),
+                part if part == "break" => return Err("reading parts: this one breaks".into()),
+                part => out(part),
+            }
+        }
+        Ok(())
+    }
+
+    fn ended(&mut self) -> Result<(), Broken> {
+        if self.kept.is_empty() { Ok(()) } else { Err("reading parts: the last one has no end".into()) }
+    }
+
+    fn holds(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    async fn released(&mut self) -> Result<Option<Bytes>, Broken> {
+        self.go.notified().await;
+        Ok(self.held.pop())
+    }
+}
+
+impl FromServer for From {
+    fn passes(&mut self, data: &[u8]) -> Result<(), Broken> {
+        self.between = data.ends_with(b"\n");
+        if data.contains(&b'!') { Err("reading lines: a bad one".into()) } else { Ok(()) }
+    }
+
+    fn ended(&mut self) -> Result<(), Broken> {
+        if self.between { Ok(()) } else { Err("reading lines: the last one has no end".into()) }
+    }
+
+    fn reach(&self) -> usize {
+        if self.woken { 1 } else { usize::MAX }
+    }
+
+    fn insert(&mut self) -> Option<Bytes> {
+        (self.between && std::mem::take(&mut self.woken)).then(|| Bytes::from("wake\n"))
+    }
+
+    async fn wakes(&mut self) {
+        self.wake.notified().await;
+        self.woken = true;
+    }
+}
+
+#[tokio::test]
+async fn what_is_kept_gives_its_credit_back_once_and_what_is_held_goes_on_before_the_end() {
+    within(async {
+        let (connection, parts) = (Connection::new(FIXED), Parts::default());
+        let (mut server, socket) = tcp().await;
+        let (relay, raw) = connection.raw_through(parts.clone(), socket).await;
+        let id = raw.flow.id();
+        // Batches of credit are half a window: so many messages of so much leave nothing withheld.
+        let messages = FIXED.initial as usize / 512;
+        for round in 0..messages {
+            raw.flow.ready().await;
+            raw.flow.spend(10);
+            raw.send(["a|b|c|dddd", "|hold|eeee", "ffffffffff", "|g|h|iiii|"][round % 4]).await;
+        }
+        let mut got = vec![0; messages / 4 * 25];
+        server.read_exact(&mut got).await.unwrap();
+        assert_eq!(got, b"abcddddeeeeffffffffffghiiii".repeat(messages / 4)[..got.len()]);
+        quiet(|| connection.meter(Side::Agent, id).available).await;
+        assert_eq!(connection.meter(Side::Agent, id).available, i64::from(FIXED.initial));
+        raw.sender.eof().await.unwrap();
+        let mut rest = vec![0; messages / 4 * 27 - got.len()];
+        server.read_exact(&mut rest).await.unwrap();
+        for _ in 0..messages / 4 {
+            parts.go.notify_one();
+            server.read_exact(&mut [0; 4]).await.unwrap();
+        }
+        assert_eq!(server.read(&mut [0]).await.unwrap(), 0);
+        drop(server);
+        relay.await.unwrap().unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_piece_of_its_own_waits_for_its_place_and_wakes_a_server_that_is_silent() {
+    within(async {
+        let (connection, parts) = (Connection::new(FIXED), Parts::default());
+        let (mut server, socket) = tcp().await;
+        let (relay, mut raw) = connection.raw_through(parts.clone(), socket).await;
+        let next = async |raw: &mut harness::Raw| match raw.receiver.recv().await {
+            Some(Event::Data(data)) => data,
+            other => panic!("{other:?}"),
+        };
+        parts.wake.notify_one();
+        assert_eq!(next(&mut raw).await, "wake\n");
+        server.write_all(b"abc").await.unwrap();
+        assert_eq!(next(&mut raw).await, "abc");
+        parts.wake.notify_one();
+        quiet(|| connection.meter(Side::Adaptor, raw.flow.id()).messages).await;
+        server.write_all(b"d\ne\n").await.unwrap();
+        server.shutdown().await.unwrap();
+        raw.sender.eof().await.unwrap();
+        assert_eq!(raw.receive().await, (b"d\nwake\ne\n".to_vec(), Some(Event::Eof)));
+        relay.await.unwrap().unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_it_can_not_go_on_with_resets_the_server_and_closes_the_stream_without_an_end() {
+    within(async {
+        for (from_server, text) in [
+            (None, "reading parts: this one breaks"),
+            (Some(&b"a\n!"[..]), "reading lines: a bad one"),
+            (Some(b"a\nb"), "reading lines: the last one has no end"),
+        ] {
+            let connection = Connection::new(FIXED);
+            let (mut server, socket) = tcp().await;
+            let (relay, mut raw) = connection.raw_through(Parts::default(), socket).await;
+            if let Some(data) = from_server {
+                server.write_all(data).await.unwrap();
+                server.shutdown().await.unwrap();
+            } else {
+                raw.send("a|break|b|").await;
+            }
+            let error = relay.await.unwrap().unwrap_err();
+            assert!(matches!(error, RelayError::Broken(_)));
+            assert_eq!(error.to_string(), text);
+            assert_eq!(raw.receive().await.1, Some(Event::Close), "no EOF before it");
+            let error = server.read_to_end(&mut vec![]).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        }
+        let connection = Connection::new(FIXED);
+        let (_server, socket) = tcp().await;
+        let (relay, raw) = connection.raw_through(Parts::default(), socket).await;
+        raw.send("half of").await;
+        raw.sender.eof().await.unwrap();
+        let error = relay.await.unwrap().unwrap_err();
+        assert_eq!(error.to_string(), "reading parts: the last one has no end");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn it_stands_in_the_tunnel_that_it_was_put_into_and_in_no_other() {
+    within(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let list = format!("BOTH_PHASES:PARTS:{port},BOTH_PHASES:OTHER:{port}");
+        let tags: Vec<OutboundTag> = parse_list(&list).unwrap();
+        let outbounds = Outbounds::<Kubernetes>::new(&tags);
+        let mut connection = Connection::new(FIXED);
+        connection.serve(outbounds.with_interceptor("PARTS".parse().unwrap(), Parts::default()));
+        for (asked, expected) in [("PARTS", "ab"), ("OTHER", "a|b|"), ("PARTS", "ab")] {
+            let stream = connection.adaptor.open(&asked.parse().unwrap()).await.unwrap();
+            let mut server = listener.accept().await.unwrap().0;
+            stream.sender.send("a|b|".into()).await.unwrap();
+            stream.sender.eof().await.unwrap();
+            let mut got = String::new();
+            server.read_to_string(&mut got).await.unwrap();
+            assert_eq!(got, expected);
+        }
+    })
+    .await;
+}
