@@ -13,6 +13,7 @@ use tokio::process::Command;
 
 use crate::guest::{Backend, Cdh, CdhOptions, Rest};
 use crate::kata::KataAgent;
+use crate::kata::framed::Framed;
 use crate::kbs::{Kbs, KbsOptions};
 use crate::process::{Binaries, Child, ensure_built};
 
@@ -268,10 +269,18 @@ pub async fn endpoint(process: &Child, tunnel: &str) -> Result<SocketAddr> {
     address.context("no address")?.parse().with_context(|| format!("an address in: {line}"))
 }
 
-/// Connects to an inbound.
+/// Connects to an inbound of any other tunnel than the kata agent's.
 ///
 /// # Errors
 /// Nobody listens.
 pub async fn client(address: SocketAddr) -> Result<TcpStream> {
     TcpStream::connect(address).await.with_context(|| format!("connecting to {address}"))
+}
+
+/// Connects to an inbound that leads to the kata agent: what passes there is in ttrpc frames.
+///
+/// # Errors
+/// Nobody listens.
+pub async fn kata_client(address: SocketAddr) -> Result<Framed<TcpStream>> {
+    client(address).await.map(Framed::new)
 }

@@ -11,7 +11,7 @@ use secure_comms_tests::inspector::Request;
 use secure_comms_tests::inspector::client::Inspection;
 use secure_comms_tests::kata::client::bulk_both_ways;
 use secure_comms_tests::process::Child;
-use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
+use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, endpoint, kata_client, up};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
@@ -57,7 +57,7 @@ impl Pod {
     /// The kata agent answers through the Kubernetes phase, and a client in podns reaches the worker node.
     async fn works(&self) -> Result<()> {
         let kata = endpoint(&self.adaptor, "KATAAGENT").await?;
-        let bulk = async { bulk_both_ways(client(kata).await?, MIB, 11).await };
+        let bulk = async { bulk_both_ways(kata_client(kata).await?, MIB, 11).await };
         timeout(PATIENCE, bulk).await.context("KATAAGENT hangs")?.context("KATAAGENT")?;
         let before = self.scene.node_service.connections();
         let echo = Request::Echo { namespace: "podns".into(), address: "127.0.0.1:9000".into(), bytes: MIB };
