@@ -39,6 +39,10 @@ pub struct Scene {
     pub deadline: u64,
     /// The adaptor's inbound tags.
     pub inbounds: String,
+    /// The socket on which the agent expects the kata agent; that of `kata`, if nobody says otherwise.
+    pub kata_socket: PathBuf,
+    /// The pod's network namespace, as the agent is told; empty: there is none.
+    pub pod_namespace: String,
     /// The pod's id.
     pub pod: String,
     /// Trustee's key broker.
@@ -111,6 +115,8 @@ impl Scene {
             node_inbound: free_port()?,
             deadline: 110,
             inbounds: "KUBERNETES_PHASE:VMSERVICE:0".to_owned(),
+            kata_socket: directory.path().join("kata.sock"),
+            pod_namespace: String::new(),
             pod: pod_id()?,
             directory,
             binaries,
@@ -139,9 +145,9 @@ impl Scene {
         let service = self.vm_service.addr().context("the VM's service listens on TCP")?;
         let mut command = Command::new(&self.binaries.agent);
         command
-            .args(["-secure-comms", "-pod-namespace", ""])
+            .args(["-secure-comms", "-pod-namespace", &self.pod_namespace])
             .arg("-kata-agent-socket")
-            .arg(self.path("kata.sock"))
+            .arg(&self.kata_socket)
             .arg("-config")
             .arg(self.path("apf.json"))
             .arg("-secure-comms-listen")
