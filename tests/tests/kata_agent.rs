@@ -176,6 +176,11 @@ async fn a_container_joins_the_pods_network_whatever_network_it_asked_for() -> R
         ensure!(networks == [pod.network()], "{id}: {networks:?}");
         ensure!(arrived == without_network(sent.clone()).0, "{id}: {sent}\nbecame\n{arrived}");
     }
+    let mut sent = container("no-linux", vec![]);
+    sent.OCI.mut_or_insert_default().Linux.take();
+    let (arrived, networks) = without_network(pod.arrives(&kata, &sent).await?);
+    ensure!(networks == [pod.network()], "{networks:?}");
+    ensure!(arrived == without_network(sent.clone()).0, "{sent}\nbecame\n{arrived}");
     // Not even a specification, and still it must not get the VM's own network.
     let bare = CreateContainerRequest { container_id: "bare".into(), ..Default::default() };
     let (arrived, networks) = without_network(pod.arrives(&kata, &bare).await?);
@@ -321,8 +326,9 @@ async fn requests_in_parallel_over_several_connections_each_get_their_own_answer
     let all = async {
         while let Some(done) = calls.join_next().await {
             let id = done??;
-            let (_, networks) = without_network(kata.container(&id).await.unwrap());
+            let (arrived, networks) = without_network(kata.container(&id).await.unwrap());
             ensure!(networks == [pod.network()], "{id}: {networks:?}");
+            ensure!(arrived == container(&id, vec![]), "{id} became {arrived}");
         }
         Ok(())
     };

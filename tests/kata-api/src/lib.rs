@@ -13,3 +13,27 @@ pub mod api {
 }
 
 pub use {protobuf, ttrpc};
+
+#[cfg(test)]
+mod tests {
+    use protobuf::{Message, MessageField};
+
+    use crate::api::agent::CreateContainerRequest;
+    use crate::api::oci::{Linux, LinuxNamespace, Mount, Spec};
+
+    fn request(spec: Spec) -> CreateContainerRequest {
+        CreateContainerRequest { OCI: MessageField::some(spec), ..Default::default() }
+    }
+
+    /// Protobuf says that a singular message which occurs twice is merged. The kata agent decodes with this crate, and this
+    /// crate replaces the first by the second: who appends a namespace to a request loses all mounts.
+    #[test]
+    fn the_kata_agents_decoder_replaces_a_message_that_occurs_twice() {
+        let mounts = Spec { Mounts: vec![Mount::new()], ..Spec::default() };
+        let linux = Linux { Namespaces: vec![LinuxNamespace::new()], ..Linux::default() };
+        let namespaces = Spec { Linux: MessageField::some(linux), ..Spec::default() };
+        let mut bytes = request(mounts).write_to_bytes().unwrap();
+        bytes.extend(request(namespaces.clone()).write_to_bytes().unwrap());
+        assert_eq!(CreateContainerRequest::parse_from_bytes(&bytes).unwrap(), request(namespaces));
+    }
+}
