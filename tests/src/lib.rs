@@ -7,6 +7,7 @@
 //! - [`kbs`]: Trustee's key broker, with faults on demand;
 //! - [`guest`]: the guest components in the VM (`api-server-rest`, AA, CDH), which fetch keys through the agent;
 //! - [`kata`]: the kata agent behind `KATAAGENT`, and the client side that checks every byte;
+//! - [`kata_api`]: a kata agent and its runtime that speak the real protocol, for what the agent does to requests;
 //! - [`openssh`]: stock OpenSSH as the other end; [`stranger`]: one that means harm, or a peer by hand; [`pod_keys`]: what
 //!   an adaptor would have made for the pod;
 //! - [`scene`]: one pod with all of that around it; [`vm`]: the same, with the VM in network namespaces; [`half`]: one
@@ -26,4 +27,5 @@ pub mod scene;
 pub mod stranger;
 pub mod vm;
 
+pub use secure_comms_kata_api as kata_api;
 pub use secure_comms_stand_ins::{args, guest, inspector, kata};

@@ -14,6 +14,7 @@ use tokio::process::Command;
 
 use crate::guest::{Backend, Cdh, CdhOptions, Rest};
 use crate::kata::KataAgent;
+use crate::kata::framed::Framed;
 use crate::kbs::{Kbs, KbsOptions};
 use crate::process::{Binaries, Child, ensure_built};
 
@@ -39,6 +40,10 @@ pub struct Scene {
     pub deadline: u64,
     /// The adaptor's inbound tags.
     pub inbounds: String,
+    /// The socket on which the agent expects the kata agent; that of `kata`, if nobody says otherwise.
+    pub kata_socket: PathBuf,
+    /// The pod's network namespace, as the agent is told; empty: there is none.
+    pub pod_namespace: String,
     /// The pod's id.
     pub pod: String,
     /// Trustee's key broker.
@@ -128,6 +133,8 @@ impl Scene {
             node_inbound: free_port()?,
             deadline: 110,
             inbounds: "KUBERNETES_PHASE:VMSERVICE:0".to_owned(),
+            kata_socket: directory.path().join("kata.sock"),
+            pod_namespace: String::new(),
             pod: pod_id()?,
             directory,
             binaries,
@@ -156,9 +163,9 @@ impl Scene {
         let service = self.vm_service.addr().context("the VM's service listens on TCP")?;
         let mut command = Command::new(&self.binaries.agent);
         command
-            .args(["-secure-comms", "-pod-namespace", ""])
+            .args(["-secure-comms", "-pod-namespace", &self.pod_namespace])
             .arg("-kata-agent-socket")
-            .arg(self.path("kata.sock"))
+            .arg(&self.kata_socket)
             .arg("-config")
             .arg(self.path("apf.json"))
             .arg("-secure-comms-listen")
@@ -286,10 +293,18 @@ pub async fn endpoint(process: &Child, tunnel: &str) -> Result<SocketAddr> {
     address.context("no address")?.parse().with_context(|| format!("an address in: {line}"))
 }
 
-/// Connects to an inbound.
+/// Connects to an inbound of any other tunnel than the kata agent's.
 ///
 /// # Errors
 /// Nobody listens.
 pub async fn client(address: SocketAddr) -> Result<TcpStream> {
     TcpStream::connect(address).await.with_context(|| format!("connecting to {address}"))
+}
+
+/// Connects to an inbound that leads to the kata agent: what passes there is in ttrpc frames.
+///
+/// # Errors
+/// Nobody listens.
+pub async fn kata_client(address: SocketAddr) -> Result<Framed<TcpStream>> {
+    client(address).await.map(Framed::new)
 }

@@ -9,10 +9,11 @@ use secure_comms_tests::cable::Cable;
 use secure_comms_tests::kata::client::{
     EchoSession, bulk_both_ways, check_pattern, open_source, open_stall, read_source, write_pattern,
 };
+use secure_comms_tests::kata::framed::Framed;
 use secure_comms_tests::netns::Netns;
 use secure_comms_tests::process::Child;
-use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -51,8 +52,8 @@ impl Pod {
         self.adaptor.lines().iter().filter(|line| line.text.contains("new session keys")).count()
     }
 
-    async fn kata(&self) -> Result<TcpStream> {
-        client(endpoint(&self.adaptor, "KATAAGENT").await?).await
+    async fn kata(&self) -> Result<Framed<TcpStream>> {
+        kata_client(endpoint(&self.adaptor, "KATAAGENT").await?).await
     }
 
     async fn vm_service(&self) -> Result<TcpStream> {
@@ -90,7 +91,7 @@ async fn one_stalled_reader_on_either_side_holds_up_no_other_stream_no_open_and_
     open_source(&mut stalled_here, 64 * MIB, 3).await?;
     let mut stalled_there = pod.kata().await?;
     open_stall(&mut stalled_there).await?;
-    let (_keep, mut blocked) = stalled_there.into_split();
+    let (_keep, mut blocked) = tokio::io::split(stalled_there);
     let blocked = tokio::spawn(async move { write_pattern(&mut blocked, 64 * MIB, 4).await });
 
     // Longer than a connection lives on which keepalives do not get through.
@@ -128,12 +129,16 @@ async fn many_two_way_streams(pod: &Pod, streams: u64, bytes: u64) -> Result<()>
     let mut all = JoinSet::new();
     for seed in 0..streams {
         // A third each over the three tunnels: both sides open streams, both have servers.
-        let stream = match seed % 3 {
-            0 => pod.kata().await?,
+        let other = match seed % 3 {
+            0 => {
+                let stream = pod.kata().await?;
+                all.spawn(async move { bulk_both_ways(stream, bytes, seed).await });
+                continue;
+            }
             1 => pod.vm_service().await?,
             _ => client(pod.scene.node_inbound).await?,
         };
-        all.spawn(async move { bulk_both_ways(stream, bytes, seed).await });
+        all.spawn(async move { bulk_both_ways(other, bytes, seed).await });
     }
     timeout(PATIENCE, async {
         while let Some(done) = all.join_next().await {
@@ -199,7 +204,7 @@ async fn thirty_two_two_way_bulk_streams_finish_over_small_socket_buffers() -> R
     up(&adaptor).await?;
     let mut all = JoinSet::new();
     for seed in 0..32 {
-        let stream = UnixStream::connect(if seed % 2 == 0 { &here } else { &there }).await?;
+        let stream = Framed::new(UnixStream::connect(if seed % 2 == 0 { &here } else { &there }).await?);
         all.spawn(async move { bulk_both_ways(stream, 4 * MIB, seed).await });
     }
     let finish = async {
@@ -251,10 +256,10 @@ async fn new_session_keys_lose_nothing_while_megabytes_are_under_way() -> Result
 /// A client that writes into a reader that never reads, until nothing more fits.
 async fn blocked_writer(
     pod: &Pod,
-) -> Result<(tokio::task::JoinHandle<std::io::Result<()>>, tokio::net::tcp::OwnedReadHalf)> {
+) -> Result<(tokio::task::JoinHandle<std::io::Result<()>>, ReadHalf<Framed<TcpStream>>)> {
     let mut stream = pod.kata().await?;
     open_stall(&mut stream).await?;
-    let (read, mut write) = stream.into_split();
+    let (read, mut write) = tokio::io::split(stream);
     let writer = tokio::spawn(async move { write_pattern(&mut write, 1024 * MIB, 9).await });
     Ok((writer, read))
 }
@@ -262,7 +267,7 @@ async fn blocked_writer(
 /// The writer's socket is closed, and the writer wakes up with an error.
 async fn wakes(
     writer: tokio::task::JoinHandle<std::io::Result<()>>,
-    mut read: tokio::net::tcp::OwnedReadHalf,
+    mut read: ReadHalf<Framed<TcpStream>>,
 ) -> Result<()> {
     let written = timeout(PATIENCE, writer).await.context("the writer never woke")??;
     ensure!(written.is_err(), "1 GiB went into a reader that never reads");

@@ -3,12 +3,14 @@
 // clippy.toml allows these in `#[test]` functions; the helpers of a test program are tests as well.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
+use std::path::Path;
 use std::time::Duration;
 
 use secure_comms_tests::kata::KataAgent;
 use secure_comms_tests::kata::client::{
     EchoSession, bulk_both_ways, echo_roundtrip, open_stall, read_source, write_pattern, write_sink,
 };
+use secure_comms_tests::kata::framed::Framed;
 use secure_comms_tests::process::{Child, ensure_built};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
@@ -24,15 +26,20 @@ async fn tcp() -> (KataAgent, TcpStream) {
     (kata, stream)
 }
 
+/// The kata agent's clients speak in ttrpc frames.
+async fn framed(path: &Path) -> Framed<UnixStream> {
+    Framed::new(UnixStream::connect(path).await.unwrap())
+}
+
 #[tokio::test]
 async fn an_echo_is_verified_over_a_unix_socket() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("kata.sock");
     std::fs::write(&path, "stale").unwrap();
     let kata = KataAgent::unix(&path).unwrap();
-    let mut stream = UnixStream::connect(&path).await.unwrap();
+    let mut stream = framed(&path).await;
     echo_roundtrip(&mut stream, 1000, 1).await.unwrap();
-    bulk_both_ways(UnixStream::connect(&path).await.unwrap(), MUCH, 2).await.unwrap();
+    bulk_both_ways(framed(&path).await, MUCH, 2).await.unwrap();
     assert_eq!(kata.connections(), 2);
     drop(kata);
     assert!(!path.exists());
@@ -127,6 +134,6 @@ async fn the_process_serves_both_kinds_of_sockets() {
     let kata = Child::spawn("kata", command).unwrap();
     let line = kata.wait_for_text("listening on 127.", SOON).await.unwrap();
     let addr = line.strip_prefix("listening on ").unwrap();
-    bulk_both_ways(UnixStream::connect(&path).await.unwrap(), MUCH, 6).await.unwrap();
+    bulk_both_ways(framed(&path).await, MUCH, 6).await.unwrap();
     bulk_both_ways(TcpStream::connect(addr).await.unwrap(), MUCH, 7).await.unwrap();
 }

@@ -6,9 +6,8 @@ use secure_comms_tests::cable::Cable;
 use secure_comms_tests::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::kbs::{Fault, KbsOptions};
 use secure_comms_tests::process::{Child, Signal};
-use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
+use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 const MIB: u64 = 1024 * 1024;
@@ -20,9 +19,10 @@ async fn scene() -> Result<Scene> {
 /// The kata agent answers through the Kubernetes phase, and so do the extra tunnels.
 async fn works(scene: &Scene, adaptor: &Child) -> Result<()> {
     up(adaptor).await?;
-    for address in
-        [endpoint(adaptor, "KATAAGENT").await?, endpoint(adaptor, "VMSERVICE").await?, scene.node_inbound]
-    {
+    let kata = endpoint(adaptor, "KATAAGENT").await?;
+    let bulk = async { bulk_both_ways(kata_client(kata).await?, MIB, 11).await };
+    timeout(PATIENCE, bulk).await.context("the kata agent hangs")??;
+    for address in [endpoint(adaptor, "VMSERVICE").await?, scene.node_inbound] {
         let bulk = async { bulk_both_ways(client(address).await?, MIB, 11).await };
         timeout(PATIENCE, bulk).await.context("traffic hangs")??;
     }
@@ -67,7 +67,7 @@ async fn a_client_that_comes_before_there_is_a_peer_is_served_once_there_is() ->
     let scene = scene().await?;
     let adaptor = scene.adaptor()?;
     let kata = endpoint(&adaptor, "KATAAGENT").await?;
-    let early = tokio::spawn(async move { bulk_both_ways(client(kata).await?, MIB, 1).await });
+    let early = tokio::spawn(async move { bulk_both_ways(kata_client(kata).await?, MIB, 1).await });
     let agent = scene.agent().await?;
     let node = scene.node_inbound;
     let early_there = tokio::spawn(async move { bulk_both_ways(client(node).await?, MIB, 2).await });
@@ -164,7 +164,7 @@ async fn a_connection_that_is_cut_comes_back_and_its_clients_see_a_reset() -> Re
     let cable = Cable::to(scene.ssh).await?;
     let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[cable.address()])?)?;
     works(&scene, &adaptor).await?;
-    let mut session = EchoSession::open(client(endpoint(&adaptor, "KATAAGENT").await?).await?).await?;
+    let mut session = EchoSession::open(kata_client(endpoint(&adaptor, "KATAAGENT").await?).await?).await?;
     session.roundtrip(200, 1).await?;
     for _ in 0..3 {
         let mark = adaptor.mark();
@@ -397,7 +397,7 @@ async fn stopping_lets_streams_finish_and_ends_with_success() -> Result<()> {
     let mut agent = scene.agent().await?;
     let mut adaptor = scene.adaptor()?;
     works(&scene, &adaptor).await?;
-    let mut stream: TcpStream = client(endpoint(&adaptor, "KATAAGENT").await?).await?;
+    let mut stream = kata_client(endpoint(&adaptor, "KATAAGENT").await?).await?;
     stream.write_all(&(1_u64 << 56).to_be_bytes()).await?;
     stream.write_all(b"half a word").await?;
     let mut echo = [0; 11];

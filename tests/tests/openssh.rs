@@ -5,10 +5,11 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::kata::client::{EchoSession, bulk_both_ways};
+use secure_comms_tests::kata::framed::Framed;
 use secure_comms_tests::openssh::OpenSsh;
 use secure_comms_tests::pod_keys::PodKeys;
 use secure_comms_tests::process::Child;
-use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, free_port};
+use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, free_port, kata_client};
 use secure_comms_tests::stranger::raw::{Offer, Packet, Raw, message};
 use secure_comms_tests::stranger::{Answer, Stranger};
 use serde_json::{Value, json};
@@ -64,7 +65,7 @@ impl Vm {
     async fn serves(&self) -> Result<()> {
         let ssh = self.ssh()?;
         let (tunnel, local) = forward(&ssh, "kubernetes", "KATAAGENT").await?;
-        timeout(PATIENCE, bulk_both_ways(client(local).await?, 1000, 1)).await??;
+        timeout(PATIENCE, bulk_both_ways(kata_client(local).await?, 1000, 1)).await??;
         drop(tunnel);
         Ok(())
     }
@@ -164,11 +165,11 @@ fn control(ssh: &OpenSsh, user: &str) -> Command {
 async fn ssh_dash_l_reaches_the_kata_agent_both_ways_and_half_closes() -> Result<()> {
     let vm = Vm::kubernetes().await?;
     let (_tunnel, local) = forward(&vm.ssh()?, "kubernetes", "KATAAGENT").await?;
-    let mut session = EchoSession::open(client(local).await?).await?;
+    let mut session = EchoSession::open(kata_client(local).await?).await?;
     timeout(PATIENCE, session.roundtrip(200, 1)).await??;
     timeout(PATIENCE, session.finish()).await??;
     // Half-closed at once after sending, while most of the echo is still under way.
-    timeout(PATIENCE, bulk_both_ways(client(local).await?, 8 * MIB, 2)).await??;
+    timeout(PATIENCE, bulk_both_ways(kata_client(local).await?, 8 * MIB, 2)).await??;
     ensure!(vm.scene.kata.connections() == 2, "{} connections", vm.scene.kata.connections());
     Ok(())
 }
@@ -177,7 +178,7 @@ async fn ssh_dash_l_reaches_the_kata_agent_both_ways_and_half_closes() -> Result
 async fn a_tunnel_name_is_compared_without_regard_to_case() -> Result<()> {
     let vm = Vm::kubernetes().await?;
     let (_tunnel, local) = forward(&vm.ssh()?, "kubernetes", "kataAgent").await?;
-    timeout(PATIENCE, bulk_both_ways(client(local).await?, 1000, 1)).await??;
+    timeout(PATIENCE, bulk_both_ways(kata_client(local).await?, 1000, 1)).await??;
     Ok(())
 }
 
@@ -493,7 +494,7 @@ async fn old_algorithms_are_refused_and_nothing_is_compressed() -> Result<()> {
     for cipher in ["aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com"] {
         let ssh = vm.ssh()?.option(format!("Ciphers={cipher}"));
         let (_tunnel, local) = forward(&ssh, "kubernetes", "KATAAGENT").await?;
-        timeout(PATIENCE, bulk_both_ways(client(local).await?, MIB, 1)).await??;
+        timeout(PATIENCE, bulk_both_ways(kata_client(local).await?, MIB, 1)).await??;
     }
     Ok(())
 }
@@ -599,7 +600,7 @@ async fn the_worker_node_too_gets_nothing_that_is_not_served() -> Result<()> {
     ensure!(handle.tcpip_forward("NOPE", 1).await.is_err(), "tcpip-forward");
     ensure!(handle.send_global_request("unheard-of", b"", true).await.is_err(), "an unknown global request");
     drop(first);
-    let stream = node.open("KATAAGENT").await?;
+    let stream = Framed::new(node.open("KATAAGENT").await?);
     timeout(PATIENCE, bulk_both_ways(stream, MIB, 1)).await??;
     vm.serves().await
 }

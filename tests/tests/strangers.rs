@@ -11,11 +11,12 @@ use anyhow::{Context, Result, ensure};
 use secure_comms_protocol::Control;
 use secure_comms_protocol::limits::{ATTESTATION_PEERS_MAX, UNAUTHENTICATED_MAX};
 use secure_comms_tests::kata::client::bulk_both_ways;
+use secure_comms_tests::kata::framed::Framed;
 use secure_comms_tests::kbs::{Kbs, KbsOptions};
 use secure_comms_tests::openssh::OpenSsh;
 use secure_comms_tests::pod_keys::PodKeys;
 use secure_comms_tests::process::Child;
-use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, pod_id, up};
+use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, pod_id, up};
 use secure_comms_tests::stranger::raw::{Offer, Packet, Raw, message};
 use secure_comms_tests::stranger::{Answer, Stranger};
 use tokio::io::AsyncReadExt;
@@ -41,9 +42,9 @@ async fn talkative(scene: &Scene) -> Result<Child> {
 /// The pod is up, and its tunnels carry.
 async fn works(scene: &Scene, adaptor: &Child) -> Result<()> {
     up(adaptor).await?;
-    for address in [endpoint(adaptor, "KATAAGENT").await?, scene.node_inbound] {
-        timeout(PATIENCE, bulk_both_ways(client(address).await?, MIB, 11)).await??;
-    }
+    let kata = endpoint(adaptor, "KATAAGENT").await?;
+    timeout(PATIENCE, bulk_both_ways(kata_client(kata).await?, MIB, 11)).await??;
+    timeout(PATIENCE, bulk_both_ways(client(scene.node_inbound).await?, MIB, 11)).await??;
     Ok(())
 }
 
@@ -226,7 +227,7 @@ async fn a_stranger_that_plays_the_kbs_and_logs_in_gets_the_empty_vm_and_the_ada
     impostor.feed(scene.ssh).await?;
     let owner = Stranger::kubernetes(scene.ssh, &impostor.keys.node).await?;
     agent.wait_for_text("Kubernetes phase, latched", PATIENCE).await?;
-    timeout(PATIENCE, bulk_both_ways(owner.open("KATAAGENT").await?, MIB, 1)).await??;
+    timeout(PATIENCE, bulk_both_ways(Framed::new(owner.open("KATAAGENT").await?), MIB, 1)).await??;
 
     let mut adaptor = scene.adaptor()?;
     let status = adaptor.wait_exit(PATIENCE).await?;

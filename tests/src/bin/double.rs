@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use secure_comms_tests::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::kbs::Kbs;
 use secure_comms_tests::process::{Child, Signal, ensure_built};
-use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
+use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
 use secure_comms_tests::vm::Vm;
 use secure_comms_tunnel::netns;
 use tokio::net::TcpStream;
@@ -141,7 +141,7 @@ async fn traffic(
     node_client: impl AsyncFn() -> Result<TcpStream>,
 ) -> Result<()> {
     let kata = endpoint(adaptor, "KATAAGENT").await?;
-    let mut session = EchoSession::open(client(kata).await?).await?;
+    let mut session = EchoSession::open(kata_client(kata).await?).await?;
     let mut times = Vec::new();
     for seed in 0..REQUESTS {
         times.push(session.roundtrip(SMALL, seed).await?);
@@ -154,8 +154,8 @@ async fn traffic(
         at(50),
         at(99)
     ));
-    let mut bulk = async |name: &str, stream: TcpStream| {
-        let time = bulk_both_ways(stream, BULK, 7).await.with_context(|| format!("tunnel {name}"))?;
+    let mut tell = |name: &str, time: Result<Duration>| {
+        let time = time.with_context(|| format!("tunnel {name}"))?;
         let rate = BULK as f64 / (1 << 20) as f64 / time.as_secs_f64();
         steps.done(format!(
             "{name}: {} MiB each way, every byte checked; {rate:.0} MiB/s each way",
@@ -163,9 +163,11 @@ async fn traffic(
         ));
         anyhow::Ok(())
     };
-    bulk("KATAAGENT (worker node -> kata agent)", client(kata).await?).await?;
-    bulk("VMSERVICE (worker node -> VM)", client(endpoint(adaptor, "VMSERVICE").await?).await?).await?;
-    bulk("NODESERVICE (VM -> worker node)", node_client().await?).await
+    let time = bulk_both_ways(kata_client(kata).await?, BULK, 7).await;
+    tell("KATAAGENT (worker node -> kata agent)", time)?;
+    let time = bulk_both_ways(client(endpoint(adaptor, "VMSERVICE").await?).await?, BULK, 7).await;
+    tell("VMSERVICE (worker node -> VM)", time)?;
+    tell("NODESERVICE (VM -> worker node)", bulk_both_ways(node_client().await?, BULK, 7).await)
 }
 
 async fn stop(steps: &mut Steps, agent: &mut Child, adaptor: &mut Child) -> Result<()> {

@@ -9,8 +9,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
 use secure_comms_tests::kata::client::{EchoSession, bulk_both_ways};
+use secure_comms_tests::kata::framed::Framed;
 use secure_comms_tests::process::{Child, ensure_built};
-use secure_comms_tests::scene::{Scene, SceneOptions, client, endpoint, up};
+use secure_comms_tests::scene::{Scene, SceneOptions, endpoint, kata_client, up};
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 const STREAMS: u64 = 1000;
@@ -122,11 +124,11 @@ impl Pod {
     }
 
     /// Opens streams to the kata agent, each of which has answered once.
-    async fn streams(&self, count: u64) -> Result<Vec<EchoSession<tokio::net::TcpStream>>> {
+    async fn streams(&self, count: u64) -> Result<Vec<EchoSession<Framed<TcpStream>>>> {
         let kata = endpoint(&self.adaptor, "KATAAGENT").await?;
         let mut streams = Vec::new();
         for seed in 0..count {
-            let mut stream = EchoSession::open(client(kata).await?).await?;
+            let mut stream = EchoSession::open(kata_client(kata).await?).await?;
             stream.roundtrip(200, seed).await.with_context(|| format!("stream {seed}"))?;
             streams.push(stream);
         }
@@ -138,7 +140,7 @@ impl Pod {
         let kata = endpoint(&self.adaptor, "KATAAGENT").await?;
         let mut streams = JoinSet::new();
         for seed in 0..BULK_STREAMS {
-            streams.spawn(async move { bulk_both_ways(client(kata).await?, BULK, seed).await });
+            streams.spawn(async move { bulk_both_ways(kata_client(kata).await?, BULK, seed).await });
         }
         while let Some(stream) = streams.join_next().await {
             stream??;

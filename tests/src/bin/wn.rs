@@ -8,7 +8,7 @@ use anyhow::Result;
 use secure_comms_tests::half::{finish, watch};
 use secure_comms_tests::kata::client::echo_roundtrip;
 use secure_comms_tests::process::Child;
-use secure_comms_tests::scene::{Scene, SceneOptions, client, endpoint, up};
+use secure_comms_tests::scene::{Scene, SceneOptions, endpoint, kata_client, up};
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -29,7 +29,7 @@ async fn run(address: SocketAddr) -> Result<()> {
     let mut adaptor = Child::spawn("adaptor", scene.adaptor_command(&[address])?)?;
     up(&adaptor).await?;
     let kata = endpoint(&adaptor, "KATAAGENT").await?;
-    let time = echo_roundtrip(&mut client(kata).await?, 200, 1).await?;
+    let time = echo_roundtrip(&mut kata_client(kata).await?, 200, 1).await?;
     println!("The kata agent in the VM answers at {kata}: 200 bytes there and back in {time:.0?}.");
     println!("Kill and restart either half, and watch it come back. Ctrl-C ends the worker node's half.\n");
     watch(&mut adaptor).await

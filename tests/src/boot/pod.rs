@@ -9,7 +9,7 @@ use crate::inspector::Request;
 use crate::inspector::client::Inspection;
 use crate::kata::client::bulk_both_ways;
 use crate::process::Child;
-use crate::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
+use crate::scene::{PATIENCE, Scene, SceneOptions, endpoint, kata_client, up};
 
 const MIB: u64 = 1024 * 1024;
 const SIGKILL: i32 = 9;
@@ -82,7 +82,7 @@ impl Pod {
     /// It is not so.
     pub async fn works(&self) -> Result<()> {
         let kata = endpoint(&self.adaptor, "KATAAGENT").await?;
-        let bulk = async { bulk_both_ways(client(kata).await?, MIB, 11).await };
+        let bulk = async { bulk_both_ways(kata_client(kata).await?, MIB, 11).await };
         timeout(PATIENCE, bulk).await.context("KATAAGENT hangs")?.context("KATAAGENT")?;
         let before = self.scene.node_service.connections();
         let echo = Request::Echo { namespace: "podns".into(), address: "127.0.0.1:9000".into(), bytes: MIB };

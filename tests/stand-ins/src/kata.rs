@@ -1,4 +1,5 @@
-//! Stand-in for the kata agent, or for any server behind a tunnel: plain bytes, each of which a test can check.
+//! Stand-in for the kata agent, or for any server behind a tunnel: bytes, each of which a test can check. On a unix
+//! socket it is the kata agent, and the bytes are in ttrpc frames ([`framed`]); on TCP it is any server, and they are plain.
 //!
 //! A connection starts with an 8-byte big-endian word: the command in its first byte, a count in the other seven.
 //!
@@ -10,8 +11,10 @@
 //! | `stall` 4 | 0 | never reads again, and holds the connection |
 
 pub mod client;
+pub mod framed;
 pub mod pattern;
 
+use std::convert::identity;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +25,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::accept::Serving;
+use framed::Framed;
 use pattern::Checksum;
 
 /// Size of the buffers on both sides, in bytes.
@@ -79,7 +83,7 @@ struct Served {
 }
 
 impl KataAgent {
-    /// Listens on a unix socket; a stale one at `path` is replaced, as the kata agent does.
+    /// Listens on a unix socket, and speaks in ttrpc frames; a stale one at `path` is replaced, as the kata agent does.
     ///
     /// # Errors
     /// If the socket cannot be bound.
@@ -94,10 +98,15 @@ impl KataAgent {
         let listener =
             UnixListener::bind(&path).with_context(|| format!("kata: binding {}", path.display()))?;
         let served = Arc::<Served>::default();
-        Ok(Self { _serving: Served::serve(&served, listener), served, tcp: None, unix: Some(path) })
+        Ok(Self {
+            _serving: Served::serve(&served, listener, Framed::new),
+            served,
+            tcp: None,
+            unix: Some(path),
+        })
     }
 
-    /// Listens on a TCP address (port 0 for any free port), for further tunnels.
+    /// Listens on a TCP address (port 0 for any free port), and speaks in plain bytes, for further tunnels.
     ///
     /// # Errors
     /// If the address cannot be bound.
@@ -105,7 +114,7 @@ impl KataAgent {
         let listener = TcpListener::bind(addr).await.with_context(|| format!("kata: binding {addr}"))?;
         let addr = listener.local_addr().context("kata: reading the bound address")?;
         let served = Arc::<Served>::default();
-        Ok(Self { _serving: Served::serve(&served, listener), served, tcp: Some(addr), unix: None })
+        Ok(Self { _serving: Served::serve(&served, listener, identity), served, tcp: Some(addr), unix: None })
     }
 
     /// The TCP address, if it listens on one.
@@ -152,10 +161,11 @@ impl Drop for Open {
 }
 
 impl Served {
-    fn serve<L>(served: &Arc<Self>, listener: L) -> Serving
+    /// Serves each connection as what `speak` makes of it.
+    fn serve<L, S>(served: &Arc<Self>, listener: L, speak: fn(L::Stream) -> S) -> Serving
     where
         L: crate::accept::Listener,
-        L::Stream: AsyncRead + AsyncWrite + Unpin + Send,
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let served = Arc::clone(served);
         Serving::start(listener, move |stream| {
@@ -165,7 +175,7 @@ impl Served {
             async move {
                 let _open = open;
                 // The client sees its connection end; it is the one that checks.
-                let _ = answer(stream).await;
+                let _ = answer(speak(stream)).await;
             }
         })
     }

@@ -1,0 +1,87 @@
+//! The runtime's side of a connection to a kata agent.
+
+use tokio::net::TcpStream;
+use ttrpc::r#async::{Client, transport::Socket};
+use ttrpc::context::Context;
+
+use crate::api::agent::{
+    CheckRequest, CreateContainerRequest, CreateSandboxRequest, HealthCheckResponse, ReadStreamRequest,
+    StatsContainerRequest, WriteStreamRequest,
+};
+use crate::api::agent_ttrpc::{AgentServiceClient, HealthClient};
+
+/// A connection; its clones share it, and any number of calls may be under way at a time. No call has a deadline of its own:
+/// the kata agent's runtime has them, and so have the tests.
+#[derive(Clone)]
+pub struct Runtime {
+    agent: AgentServiceClient,
+    health: HealthClient,
+}
+
+impl Runtime {
+    /// Speaks ttrpc over this socket from now on; within a tokio runtime.
+    #[must_use]
+    pub fn new(stream: TcpStream) -> Self {
+        let client = Client::new(Socket::from(stream));
+        Self { agent: AgentServiceClient::new(client.clone()), health: HealthClient::new(client) }
+    }
+
+    /// `grpc.AgentService/CreateSandbox`.
+    ///
+    /// # Errors
+    /// It is refused, or the connection ends.
+    pub async fn create_sandbox(&self, request: &CreateSandboxRequest) -> ttrpc::Result<()> {
+        self.agent.create_sandbox(Context::default(), request).await.map(drop)
+    }
+
+    /// `grpc.AgentService/CreateContainer`.
+    ///
+    /// # Errors
+    /// It is refused, or the connection ends.
+    pub async fn create_container(&self, request: &CreateContainerRequest) -> ttrpc::Result<()> {
+        self.agent.create_container(Context::default(), request).await.map(drop)
+    }
+
+    /// `grpc.AgentService/StatsContainer`.
+    ///
+    /// # Errors
+    /// It is refused, or the connection ends.
+    pub async fn stats_container(&self, container_id: &str) -> ttrpc::Result<()> {
+        let request = StatsContainerRequest { container_id: container_id.to_owned(), ..Default::default() };
+        self.agent.stats_container(Context::default(), &request).await.map(drop)
+    }
+
+    /// `grpc.AgentService/WriteStdin`; answers how many bytes were taken.
+    ///
+    /// # Errors
+    /// It is refused, or the connection ends.
+    pub async fn write_stdin(&self, container_id: &str, data: Vec<u8>) -> ttrpc::Result<u32> {
+        let container_id = container_id.to_owned();
+        let request = WriteStreamRequest { container_id, data, ..Default::default() };
+        Ok(self.agent.write_stdin(Context::default(), &request).await?.len)
+    }
+
+    /// `grpc.AgentService/ReadStdout`, of `len` bytes.
+    ///
+    /// # Errors
+    /// It is refused, or the connection ends.
+    pub async fn read_stdout(&self, container_id: &str, len: u32) -> ttrpc::Result<Vec<u8>> {
+        let container_id = container_id.to_owned();
+        let request = ReadStreamRequest { container_id, len, ..Default::default() };
+        Ok(self.agent.read_stdout(Context::default(), &request).await?.data)
+    }
+
+    /// `grpc.Health/Check`.
+    ///
+    /// # Errors
+    /// It is refused, or the connection ends.
+    pub async fn check(&self) -> ttrpc::Result<HealthCheckResponse> {
+        self.health.check(Context::default(), &CheckRequest::new()).await
+    }
+}
+
+impl std::fmt::Debug for Runtime {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Runtime").finish_non_exhaustive()
+    }
+}
