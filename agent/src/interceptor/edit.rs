@@ -175,17 +175,33 @@ pub fn create_container<'a>(payload: &'a [u8], namespace: Option<&str>) -> Resul
         without(payload, &path, &|namespace| is_network(namespace).and(Ok(false)))?;
         return Ok(Cow::Borrowed(payload));
     };
-    let mut payload = without(payload, &path, &is_network)?.into_owned();
-    // Protobuf merges a message that occurs twice, and appends what is repeated in it.
+    let payload = without(payload, &path, &is_network)?;
     let mut ours = Vec::new();
     put(kata::NAMESPACE_TYPE, NETWORK, &mut ours);
     put(kata::NAMESPACE_PATH, namespace.as_bytes(), &mut ours);
-    for number in path.into_iter().rev() {
-        let inner = std::mem::take(&mut ours);
-        put(number, &inner, &mut ours);
+    Ok(Cow::Owned(with(&payload, &path, &ours)?))
+}
+
+/// `message` with one more field at the end of `path`, in the last of the messages on the way; those that are missing are
+/// made. Not by appending a message of its own: protobuf would merge the two, but the kata agent's decoder (the crate
+/// `protobuf` 3) lets the second take the place of the first.
+fn with(message: &[u8], path: &[u32], content: &[u8]) -> Result<Vec<u8>, Malformed> {
+    let Some((wanted, deeper)) = path.split_first() else { return Ok(content.to_vec()) };
+    let fields = Fields::of(message).collect::<Result<Vec<_>, _>>()?;
+    let is_on_the_way = |field: &Field<'_>| field.number == *wanted && field.content.is_some();
+    // At the end of the path there may be several: it is one more.
+    let last = if deeper.is_empty() { None } else { fields.iter().rposition(is_on_the_way) };
+    let mut out = Vec::with_capacity(message.len() + content.len() + 64);
+    for (at, field) in fields.iter().enumerate() {
+        match field.content.filter(|_| Some(at) == last) {
+            Some(inner) => put(*wanted, &with(inner, deeper, content)?, &mut out),
+            None => out.extend_from_slice(field.raw),
+        }
     }
-    payload.extend_from_slice(&ours);
-    Ok(Cow::Owned(payload))
+    if last.is_none() {
+        put(*wanted, &with(&[], deeper, content)?, &mut out);
+    }
+    Ok(out)
 }
 
 /// `message` without those of the fields at the end of `path` that `drops` picks by their content.

@@ -34,9 +34,9 @@ fn edited(mut before: CreateContainer) -> CreateContainer {
 fn golden_bytes_of_a_container_without_a_network_namespace() {
     // container_id "c", an unknown field 15, OCI { Linux { Namespaces { "mount" } } }
     let before = hex("0a0163 7a0178 320b 4209 3207 0a056d6f756e74");
-    // The same, and OCI { Linux { Namespaces { "network", "/run/netns/podns" } } }
-    let ours = "321f 421d 321b 0a076e6574776f726b 12102f72756e2f6e65746e732f706f646e73";
-    assert_eq!(create_container(&before, Some(PATH)).unwrap(), [before.clone(), hex(ours)].concat());
+    // The same, and in its Linux Namespaces { "network", "/run/netns/podns" }
+    let after = "0a0163 7a0178 3228 4226 3207 0a056d6f756e74 321b 0a076e6574776f726b 12102f72756e2f6e65746e732f706f646e73";
+    assert_eq!(create_container(&before, Some(PATH)).unwrap(), hex(after));
 }
 
 #[test]
@@ -44,7 +44,8 @@ fn golden_bytes_of_a_container_that_has_network_namespaces_in_two_places() {
     // OCI { unknown 14 "x", Linux { "network" "/a", unknown 13: 1, "pid" } }, unknown 15, OCI { Linux { "network" } }
     let first = "321d 720178 4218 320d0a076e6574776f726b12022f61 6801 32050a03706964";
     let before = hex(&format!("{first} 7a0178 320d 420b 32090a076e6574776f726b"));
-    let after = "320e 720178 4209 6801 32050a03706964 7a0178 3202 4200";
+    let after = "320e 720178 4209 6801 32050a03706964 7a0178";
+    // In the last OCI: for a decoder that does not merge them it is the one that counts.
     let ours = "321f 421d 321b 0a076e6574776f726b 12102f72756e2f6e65746e732f706f646e73";
     assert_eq!(create_container(&before, Some(PATH)).unwrap(), [hex(after), hex(ours)].concat());
 }
