@@ -6,12 +6,15 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use secure_comms_protocol::tag::{self, InboundTag, OutboundTag, Tag, TagErrors};
+use secure_comms_tunnel::netns::Namespace;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use zeroize::Zeroizing;
 
 use crate::cli::Options;
 use crate::keys::{self, KeyError, PodKeys, WorkerNodeKeys};
+use crate::pod_network::PodNetwork;
+use crate::pod_network::spec::{Faults, InterfaceName, PodNetworkConfig};
 
 /// The largest daemon config, in bytes.
 const CONFIG_MAX: usize = 1024 * 1024;
@@ -64,14 +67,42 @@ pub enum ConfigError {
     /// The kata agent's socket is not a socket's path.
     #[error("reading -kata-agent-socket: {0}")]
     KataAgentSocket(String),
+    /// The interface for the pod network can't be one.
+    #[error("reading -host-interface: '{0}': expected {expected}", expected = InterfaceName::EXPECTED)]
+    HostInterface(String),
+    /// Everything that is wrong with the pod network.
+    #[error("reading 'pod-network' in {}: {faults}; correct the VM's user data", path.display())]
+    PodNetwork {
+        /// The daemon config.
+        path: PathBuf,
+        /// What is wrong.
+        faults: Faults,
+    },
+    /// A pod network without a namespace for it.
+    #[error(
+        "setting up the pod network: 'pod-network' is in {}, but -pod-namespace is empty; name the pod's network \
+         namespace, or take 'pod-network' out", path.display()
+    )]
+    NoPodNamespace {
+        /// The daemon config.
+        path: PathBuf,
+    },
 }
 
 impl ConfigError {
     /// 2 where the command line is wrong, 1 where what it names is.
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::NotSecureComms { .. } | Self::Tags(_) | Self::KataAgentSocket(_) => 2,
-            Self::Read { .. } | Self::TooLong { .. } | Self::Parse { .. } | Self::UserData { .. } => 1,
+            Self::NotSecureComms { .. }
+            | Self::Tags(_)
+            | Self::KataAgentSocket(_)
+            | Self::HostInterface(_) => 2,
+            Self::Read { .. }
+            | Self::TooLong { .. }
+            | Self::Parse { .. }
+            | Self::UserData { .. }
+            | Self::PodNetwork { .. }
+            | Self::NoPodNamespace { .. } => 1,
         }
     }
 }
@@ -92,7 +123,7 @@ impl<'de> Deserialize<'de> for Secret {
     }
 }
 
-/// What apf.json says about Secure Comms. Other keys are ignored.
+/// What apf.json says to us. Other keys are ignored.
 #[derive(Clone, Debug, Default)]
 pub struct DaemonConfig {
     /// `pod-name`, for logs.
@@ -109,6 +140,8 @@ pub struct DaemonConfig {
     pub inbounds: Option<String>,
     /// `sc-outbounds`: tags.
     pub outbounds: Option<String>,
+    /// `pod-network`.
+    pub pod_network: Option<PodNetworkConfig>,
 }
 
 impl<'de> Deserialize<'de> for DaemonConfig {
@@ -134,6 +167,7 @@ impl<'de> Visitor<'de> for ByKey {
             match key.as_str() {
                 "pod-name" => config.pod_name = value(&key, &mut map)?,
                 "pod-namespace" => config.pod_namespace = value(&key, &mut map)?,
+                "pod-network" => config.pod_network = value(&key, &mut map)?,
                 "sc" => config.sc = value(&key, &mut map)?,
                 "sc-pp-prv" => config.private_key = value(&key, &mut map)?,
                 "sc-wn-pub" => config.worker_node = value(&key, &mut map)?,
@@ -216,6 +250,8 @@ pub struct Config {
     pub source: KeySource,
     /// `namespace/name` of the pod, if known: for logs.
     pub pod: Option<String>,
+    /// The pod's network, if it is ours to make.
+    pub pod_network: Option<PodNetwork>,
 }
 
 impl Config {
@@ -236,6 +272,7 @@ impl Config {
         };
         let kbs = InboundTag::parse("BOTH_PHASES:KBS:8080")
             .map_err(|error| ConfigError::Tags(error.to_string()))?;
+        let pod_network = pod_network(&options, &daemon)?;
         Ok(Self {
             listen: options.listen,
             kata_agent_socket: options.kata_agent_socket,
@@ -247,6 +284,7 @@ impl Config {
             outbounds: tag::with_built_in(outbounds, kata_agent),
             source,
             pod: pod(&daemon),
+            pod_network,
         })
     }
 }
@@ -257,6 +295,21 @@ fn pod(daemon: &DaemonConfig) -> Option<String> {
         None | Some("") => Some(name.to_owned()),
         Some(namespace) => Some(format!("{namespace}/{name}")),
     }
+}
+
+fn pod_network(options: &Options, daemon: &DaemonConfig) -> Result<Option<PodNetwork>, ConfigError> {
+    let path = || options.config.clone();
+    let named = options.host_interface.as_deref();
+    let host_interface: Option<InterfaceName> = named
+        .map(|name| name.parse().map_err(|()| ConfigError::HostInterface(name.to_owned())))
+        .transpose()?;
+    let Some(config) = daemon.pod_network.as_ref().filter(|config| !config.is_empty()) else {
+        return Ok(None);
+    };
+    let spec = config.validate().map_err(|faults| ConfigError::PodNetwork { path: path(), faults })?;
+    let namespace =
+        options.pod_namespace.as_deref().ok_or_else(|| ConfigError::NoPodNamespace { path: path() })?;
+    Ok(Some(PodNetwork::new(spec, Namespace::new(namespace), host_interface)))
 }
 
 fn parse_tags<T: Tag>(flag: &str, file: &str) -> Result<Vec<T>, TagErrors> {

@@ -4,11 +4,13 @@ use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
-use agent_protocol_forwarder::cli::{self, Exit};
+use agent_protocol_forwarder::cli::{self, Exit, MissingNamespace, Options};
 use agent_protocol_forwarder::config::{self, Config};
 use agent_protocol_forwarder::notify::Notifier;
+use agent_protocol_forwarder::pod_network;
 use agent_protocol_forwarder::{log as logging, run};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use secure_comms_tunnel::netns::Namespace;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -52,12 +54,27 @@ fn start() -> Result<(), Exit> {
     for flag in &options.unused {
         log::info!("{flag} has no meaning over Secure Comms: unused");
     }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    if options.missing_namespace != MissingNamespace::Awaited {
+        runtime.block_on(make_namespace(&options))?;
+    }
+    if options.missing_namespace == MissingNamespace::MadeOnly {
+        return Ok(());
+    }
     let daemon = config::load(&options.config).map_err(failed)?;
     let config = Config::resolve(options, daemon)
         .map_err(|error| Exit { code: error.exit_code(), ..failed(error) })?;
     raise_file_limit();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     runtime.block_on(serve(config))
+}
+
+/// The pod's namespace, with `lo` up, as whatever runs in it expects.
+async fn make_namespace(options: &Options) -> Result<(), Exit> {
+    let Some(namespace) = options.pod_namespace.as_deref().map(Namespace::new) else { return Ok(()) };
+    if namespace.make().await.map_err(failed)? {
+        log::info!("network namespace {}: made", namespace.path().display());
+    }
+    pod_network::set_loopback_up(&namespace).await.map_err(failed)
 }
 
 async fn serve(config: Config) -> Result<(), Exit> {
