@@ -82,7 +82,7 @@ fn make(path: &Path) -> Result<bool, MakeError> {
 /// Whether `path` is a network namespace; if it is not, there is an empty file to mount one on.
 fn is_there(path: &Path) -> Result<bool, MakeError> {
     let failed = |step| move |source| MakeError::Step { path: path.to_owned(), step, source };
-    let created = OpenOptions::new().write(true).create_new(true).mode(0).open(path);
+    let created = OpenOptions::new().write(true).create_new(true).mode(0o000).open(path);
     match created {
         Ok(_) => return Ok(false),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
