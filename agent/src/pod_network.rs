@@ -73,10 +73,17 @@ impl PodNetwork {
     async fn give(&self, second: Second) -> Result<(), PodNetworkError> {
         let Namespaces { pod, pod_file, host, host_file } = self.open().await?;
         let given = external::give(&host, &pod, &pod_file, second).await;
-        if given.is_err()
-            && let Err(error) = external::take_back(&host, &pod, &host_file).await
-        {
-            log::warn!("pod network: {error}");
+        if given.is_err() {
+            let undo = async {
+                external::take_back(&host, &pod, &host_file).await?;
+                match link::named(&pod, self.spec.interface.as_str()).await? {
+                    Some(tunnel) => route::add_defaults(&pod, &tunnel, &self.spec).await,
+                    None => Ok(()),
+                }
+            };
+            if let Err(error) = undo.await {
+                log::warn!("pod network: {error}");
+            }
         }
         given
     }
@@ -120,9 +127,11 @@ impl PodNetwork {
         let mtu = link::set_mtu(pod, &tunnel, spec, &over).await?;
         // The worker node says which of the networks around the pod are on the link, as its own pods have it.
         link::add_address(pod, &tunnel, spec.pod, spec.pod.is_host()).await?;
+        // Before the first packet can be.
+        let rules = notrack::add(spec.worker_node, spec.port);
         link::set_up(pod, &tunnel).await?;
         route::add_all(pod, &tunnel, spec).await?;
-        if let Err(error) = notrack::add(spec.worker_node, spec.port) {
+        if let Err(error) = rules {
             log::warn!(
                 "pod network: the NOTRACK rules are left out: {}; connection tracking, where the VM has it on, tracks the \
                  tunnel",

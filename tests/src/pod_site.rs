@@ -201,15 +201,31 @@ impl Netns {
     /// # Errors
     /// `ip` fails.
     pub fn state(&self) -> Result<Value> {
-        Ok(json!({
-            "links": keep(&self.show(["link"])?, &["ifname", "address", "mtu", "flags", "ifalias", "linkinfo"]),
-            "addresses": keep(&self.show(["address"])?, &["ifname", "addr_info"]),
-            "routes": self.routes()?,
-            "neighbours": self.show(["neigh", "show", "nud", "permanent"])?,
-        }))
+        let mut links = keep(&self.show(["link"])?, &["ifname", "address", "mtu", "ifalias", "linkinfo"]);
+        for link in &mut links {
+            // An index in the VM, which `ip` takes for one in the pod's namespace.
+            if let Some(data) = link.pointer_mut("/linkinfo/info_data").and_then(Value::as_object_mut) {
+                data.remove("link");
+            }
+        }
+        links.sort_by_key(|link| link["ifname"].to_string());
+        let mut addresses = Vec::new();
+        for link in self.show(["address"])?.as_array().into_iter().flatten() {
+            let fields = ["local", "prefixlen", "broadcast", "scope", "noprefixroute"];
+            addresses.extend(
+                keep(&link["addr_info"], &fields).into_iter().map(|info| json!([link["ifname"], info])),
+            );
+        }
+        // Link-local ones are the kernel's own, and come when it likes.
+        addresses.retain(|address| !address.to_string().contains("fe80:"));
+        addresses.sort_by_key(Value::to_string);
+        let neighbours = self.show(["neigh", "show", "nud", "permanent"])?;
+        Ok(
+            json!({"links": links, "addresses": addresses, "routes": self.routes()?, "neighbours": neighbours}),
+        )
     }
 
-    /// The routes of both families.
+    /// The routes of both families, sorted, without those to link-local addresses.
     ///
     /// # Errors
     /// `ip` fails.
@@ -217,6 +233,8 @@ impl Netns {
         let fields = ["dst", "gateway", "dev", "protocol", "scope", "metric", "prefsrc"];
         let mut routes = keep(&self.show(["-4", "route"])?, &fields);
         routes.extend(keep(&self.show(["-6", "route"])?, &fields));
+        routes.retain(|route| route["dst"] != "fe80::/64");
+        routes.sort_by_key(Value::to_string);
         Ok(routes)
     }
 
@@ -246,8 +264,7 @@ impl Netns {
         let (here, there) = (Namespace::new(self.name()), Namespace::new(other.name()));
         let listener = netns::listen(Some(&there), SocketAddr::new(address, 0)).await?;
         let to = listener.local_addr()?;
-        let data: Vec<u8> =
-            (0..1 << 20).map(|index: u32| index.to_le_bytes()[usize::from(index % 7 == 0)]).collect();
+        let data: Vec<u8> = (0_u32..1 << 18).flat_map(u32::to_le_bytes).collect();
         let server = async {
             let (mut socket, _) = listener.accept().await?;
             let mut got = Vec::new();

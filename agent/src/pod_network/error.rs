@@ -84,6 +84,15 @@ pub(super) fn cause(error: NetlinkError) -> io::Error {
 
 /// Whether a request failed because what it was about is not there (any more).
 pub(super) fn is_gone(error: &NetlinkError) -> bool {
-    let NetlinkError::NetlinkError(message) = error else { return false };
-    matches!(Errno::from_raw(message.raw_code().abs()), Errno::ENOENT | Errno::ESRCH | Errno::ENODEV)
+    matches!(errno(error), Some(Errno::ENOENT | Errno::ESRCH | Errno::ENODEV))
+}
+
+/// Whether a request failed because what it was to make is there.
+pub(super) fn is_there(error: &NetlinkError) -> bool {
+    errno(error) == Some(Errno::EEXIST)
+}
+
+fn errno(error: &NetlinkError) -> Option<Errno> {
+    let NetlinkError::NetlinkError(message) = error else { return None };
+    Some(Errno::from_raw(message.raw_code().abs()))
 }

@@ -62,15 +62,13 @@ pub(super) async fn give(
     link::hand_over(host, &second.link, namespace).await?;
     let families: HashSet<u8> =
         second.routes.iter().filter(|route| route::is_default(route)).map(family).collect();
-    let link = restore(pod, second).await?;
     for other in route::all(pod).await? {
         let replaced = route::is_default(&other) && families.contains(&family(&other));
-        if let ([index], true) = (&*route::leaves_by(&other), replaced)
-            && *index != link.index
-        {
+        if let ([index], true) = (&*route::leaves_by(&other), replaced) {
             route::remove(pod, carried(&other, *index), "default").await?;
         }
     }
+    let link = restore(pod, second).await?;
     log::info!("pod network: '{}' is the pod's, with its addresses and routes", link.name);
     Ok(())
 }
@@ -148,11 +146,11 @@ async fn restore(net: &Net, second: Second) -> Result<Link, PodNetworkError> {
         return Err(PodNetworkError::Taken(second.link.name));
     };
     for address in &second.addresses {
-        link::add_address(net, &link, address.prefix, true).await?;
+        link::add_again(net, &link, address).await?;
     }
     link::set_up(net, &link).await?;
     for route in &second.routes {
-        route::add(net, carried(route, link.index), &format!("of '{}'", link.name)).await?;
+        route::append(net, carried(route, link.index), &format!("of '{}'", link.name)).await?;
     }
     Ok(link)
 }

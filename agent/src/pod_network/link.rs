@@ -80,21 +80,22 @@ pub(super) async fn named(net: &Net, name: &str) -> Result<Option<Link>, PodNetw
 }
 
 /// An address of a link.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Address {
     pub(super) index: u32,
     pub(super) prefix: Prefix,
     pub(super) link_local: bool,
+    message: AddressMessage,
 }
 
 /// The addresses of all links that can be used: not those that another host may turn out to have, nor old ones.
 pub(super) async fn addresses(net: &Net) -> Result<Vec<Address>, PodNetworkError> {
     let messages: Result<Vec<_>, _> = net.handle.address().get().execute().try_collect().await;
     let messages = messages.step(|| "listing the addresses".into(), "try again")?;
-    Ok(messages.iter().filter_map(usable).collect())
+    Ok(messages.into_iter().filter_map(usable).collect())
 }
 
-fn usable(message: &AddressMessage) -> Option<Address> {
+fn usable(message: AddressMessage) -> Option<Address> {
     let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
     let (mut local, mut address) = (None, None);
     for attribute in &message.attributes {
@@ -113,7 +114,8 @@ fn usable(message: &AddressMessage) -> Option<Address> {
         _ => return None,
     };
     let prefix = Prefix::new(local.or(address)?, message.header.prefix_len)?;
-    (!flags.intersects(unusable)).then_some(Address { index: message.header.index, prefix, link_local })
+    let index = message.header.index;
+    (!flags.intersects(unusable)).then_some(Address { index, prefix, link_local, message })
 }
 
 /// Gives a link an address, usable at once. Without `connected` the kernel makes no route to its network.
@@ -124,15 +126,39 @@ pub(super) async fn add_address(
     connected: bool,
 ) -> Result<(), PodNetworkError> {
     let mut request = net.handle.address().add(link.index, prefix.address(), prefix.length());
-    let mut flags = AddressFlags::empty();
+    let mut flags = at_once(prefix);
     flags.set(AddressFlags::Noprefixroute, !connected);
-    // Nobody else can have it, and who would answer is not there yet.
-    flags.set(AddressFlags::Nodad, prefix.address().is_ipv6());
     request.message_mut().attributes.push(AddressAttribute::Flags(flags));
     request
         .execute()
         .await
         .step(|| format!("adding address {prefix} to '{}'", link.name), "correct pod-network in apf.json")
+}
+
+/// Gives a link an address that it had in another namespace.
+pub(super) async fn add_again(net: &Net, link: &Link, address: &Address) -> Result<(), PodNetworkError> {
+    let prefix = address.prefix;
+    let mut request = net.handle.address().add(link.index, prefix.address(), prefix.length());
+    let message = request.message_mut();
+    message.header.scope = address.message.header.scope;
+    message.attributes.clear();
+    let mut flags = at_once(prefix);
+    for attribute in &address.message.attributes {
+        match attribute {
+            AddressAttribute::Flags(had) => flags |= *had & AddressFlags::Noprefixroute,
+            AddressAttribute::Address(_) | AddressAttribute::Local(_) | AddressAttribute::Broadcast(_) => {
+                message.attributes.push(attribute.clone());
+            }
+            _ => {}
+        }
+    }
+    message.attributes.push(AddressAttribute::Flags(flags));
+    request.execute().await.step(|| format!("adding address {prefix} to '{}'", link.name), "add it by hand")
+}
+
+/// Nobody else can have it, or it was in use before: it is not asked for first.
+fn at_once(prefix: Prefix) -> AddressFlags {
+    if prefix.address().is_ipv6() { AddressFlags::Nodad } else { AddressFlags::empty() }
 }
 
 pub(super) async fn set_up(net: &Net, link: &Link) -> Result<(), PodNetworkError> {
@@ -180,6 +206,8 @@ pub(super) async fn make_tunnel(
     let mut link = LinkVxlan::new(name, spec.id)
         .dev(over.link.index)
         .port(spec.port)
+        // There is one other end, whatever anyone sends us.
+        .learning(false)
         .setns_by_fd(namespace.as_fd().as_raw_fd());
     link = match (spec.worker_node, over.address) {
         (IpAddr::V4(remote), IpAddr::V4(local)) => link.remote(remote).local(local),

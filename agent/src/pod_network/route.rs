@@ -2,15 +2,19 @@
 
 use std::net::IpAddr;
 
-use futures_util::TryStreamExt;
-use rtnetlink::RouteMessageBuilder;
-use rtnetlink::packet_route::AddressFamily;
+use futures_util::{StreamExt, TryStreamExt};
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::error::{PodNetworkError, Step, is_gone};
+use rtnetlink::{Error as NetlinkError, RouteMessageBuilder};
+
+use super::error::{PodNetworkError, Step, is_gone, is_there};
 use super::link::{self, Link};
 use super::netlink::Net;
 use super::spec::{InterfaceName, Neighbour, Prefix, Route, Spec};
@@ -99,13 +103,24 @@ pub(super) fn message(
     message
 }
 
-/// Adds a route; one that is there already is as good.
-pub(super) async fn add(net: &Net, route: RouteMessage, what: &str) -> Result<(), PodNetworkError> {
-    net.handle.route().add(route).execute().await.step(
-        || format!("adding route {what}"),
-        "a gateway must be reached by a route without one, and no two routes may have one destination; correct \
-         pod-network.routes in apf.json",
-    )
+/// Adds a route beside others to the same destination, as two interfaces may have them; once is enough.
+pub(super) async fn append(net: &Net, route: RouteMessage, what: &str) -> Result<(), PodNetworkError> {
+    let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewRoute(route));
+    request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_APPEND;
+    let answered = async {
+        let mut answers = net.handle.clone().request(request)?;
+        while let Some(answer) = answers.next().await {
+            if let NetlinkPayload::Error(error) = answer.payload {
+                return Err(NetlinkError::NetlinkError(error));
+            }
+        }
+        Ok(())
+    };
+    let appended = match answered.await {
+        Err(error) if is_there(&error) => Ok(()),
+        other => other,
+    };
+    appended.step(|| format!("adding route {what}"), "look at `ip route` there")
 }
 
 /// Removes a route, if it is there.
@@ -121,11 +136,24 @@ pub(super) async fn remove(net: &Net, route: RouteMessage, what: &str) -> Result
 pub(super) async fn add_all(pod: &Net, tunnel: &Link, spec: &Spec) -> Result<(), PodNetworkError> {
     for route in &spec.routes {
         let index = index(pod, tunnel, route.device.as_ref()).await?;
-        add(pod, as_message(route, index), &describe(route)).await?;
+        pod.handle.route().add(as_message(route, index)).execute().await.step(
+            || format!("adding route {}", describe(route)),
+            "a gateway must be reached by a route without one, and no two routes may have one destination; correct \
+             pod-network.routes in apf.json",
+        )?;
     }
     for neighbour in &spec.neighbours {
         let index = index(pod, tunnel, neighbour.device.as_ref()).await?;
         add_neighbour(pod, neighbour, index).await?;
+    }
+    Ok(())
+}
+
+/// Adds the default routes of a spec that are not there.
+pub(super) async fn add_defaults(pod: &Net, tunnel: &Link, spec: &Spec) -> Result<(), PodNetworkError> {
+    for route in spec.routes.iter().filter(|route| route.destination.length() == 0) {
+        let index = index(pod, tunnel, route.device.as_ref()).await?;
+        append(pod, as_message(route, index), &describe(route)).await?;
     }
     Ok(())
 }
