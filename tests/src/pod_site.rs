@@ -242,9 +242,8 @@ impl Netns {
     ///
     /// # Errors
     /// None is.
-    pub async fn ping(&self, address: &str, more: &[&str]) -> Result<()> {
-        let output =
-            self.command("ping").args(["-n", "-c", "1", "-w", "60"]).args(more).arg(address).output().await?;
+    pub async fn ping(&self, address: &str) -> Result<()> {
+        let output = self.command("ping").args(["-n", "-c", "1", "-w", "60"]).arg(address).output().await?;
         let said = String::from_utf8_lossy(&output.stdout);
         ensure!(
             output.status.success(),

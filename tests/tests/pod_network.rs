@@ -1,4 +1,5 @@
 //! The pod's network: the real agent in a VM that is a namespace, and a VXLAN peer at the worker node.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::os::unix::net::UnixDatagram;
 use std::process::Output;
@@ -29,8 +30,8 @@ fn with(plan: &Plan, changes: &[(&str, Value)]) -> Value {
 
 async fn traffic(site: &PodSite, plan: &Plan) {
     let (pod, gateway) = (Plan::bare(plan.pod), Plan::bare(plan.gateway));
-    site.pod.ping(gateway, &[]).await.unwrap();
-    site.node.ping(pod, &[]).await.unwrap();
+    site.pod.ping(gateway).await.unwrap();
+    site.node.ping(pod).await.unwrap();
     site.pod.exchange(&site.node, gateway).await.unwrap();
     site.node.exchange(&site.pod, pod).await.unwrap();
 }
@@ -210,7 +211,7 @@ async fn the_second_interface_moves_to_the_pod_with_its_addresses_and_routes_and
         assert_eq!(defaults.len(), 1, "{defaults:?}");
         assert_eq!((&defaults[0]["dev"], &defaults[0]["metric"]), (&json!("ens4"), &json!(300)));
         assert!(site.vm.show(["link", "show", "dev", "ens4"]).is_err());
-        site.pod.ping("198.51.100.1", &[]).await.unwrap();
+        site.pod.ping("198.51.100.1").await.unwrap();
         site.pod.exchange(&outside, "198.51.100.1").await.unwrap();
         traffic(&site, &V4).await;
         agent.kill9().await.unwrap();
@@ -329,6 +330,22 @@ async fn a_failure_is_undone_and_told_and_tried_again() {
     site.pod.ip(["link", "del", "eth0"]).unwrap();
     is_up(&agent).await.unwrap();
     traffic(&site, &V4).await;
+    end(agent).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_namespace_that_comes_late_gets_its_network() {
+    let site = PodSite::new(&V4).unwrap();
+    let late = Made(format!("sc-late-{}", std::process::id()));
+    let path = format!("/run/netns/{}", late.0);
+    let mut command = site.agent_command(&V4.pod_network()).await.unwrap();
+    command.args(["-pod-namespace", &path]);
+    let agent = Child::spawn("agent", command).unwrap();
+    agent.wait_for_text(&format!("opening network namespace {path}"), PATIENCE).await.unwrap();
+    assert!(make(&path).await.status.success());
+    is_up(&agent).await.unwrap();
+    // It may also go before the agent does.
+    assert!(Command::new("ip").args(["netns", "del", &late.0]).status().await.unwrap().success());
     end(agent).await;
 }
 
