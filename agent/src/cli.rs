@@ -27,6 +27,8 @@ pub struct Options {
     pub kata_agent_socket: PathBuf,
     /// The pod's network namespace; none: our own.
     pub pod_namespace: Option<String>,
+    /// What becomes of a pod namespace that is missing.
+    pub missing_namespace: MissingNamespace,
     /// The interface for the pod network tunnel; none: the one with the default route.
     pub host_interface: Option<String>,
     /// Whether `-secure-comms` is set.
@@ -45,6 +47,17 @@ pub struct Options {
     pub rekey_bytes: usize,
     /// Flags that were given and mean nothing over SSH.
     pub unused: Vec<&'static str>,
+}
+
+/// What becomes of a pod namespace that is missing at the start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MissingNamespace {
+    /// It is waited for: someone else makes it.
+    Awaited,
+    /// It is made.
+    Made,
+    /// It is made, and that is all.
+    MadeOnly,
 }
 
 /// Why there are no options: the process prints `text` and exits with `code`.
@@ -98,6 +111,12 @@ struct Flags {
     /// older name of -pod-namespace
     #[argh(option)]
     kata_agent_namespace: Option<String>,
+    /// make the pod's network namespace if it is missing
+    #[argh(switch)]
+    create_pod_namespace: bool,
+    /// make it if it is missing, and end
+    #[argh(switch)]
+    create_pod_namespace_only: bool,
     /// interface for the pod network tunnel (default: the one with the default route)
     #[argh(option)]
     host_interface: Option<String>,
@@ -189,11 +208,21 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Options, Exit> {
     if flags.version {
         return Err(Exit::print(format!("{NAME} {}\n", env!("CARGO_PKG_VERSION"))));
     }
+    let missing_namespace = match (flags.create_pod_namespace, flags.create_pod_namespace_only) {
+        (_, true) => MissingNamespace::MadeOnly,
+        (true, false) => MissingNamespace::Made,
+        (false, false) => MissingNamespace::Awaited,
+    };
+    let pod_namespace = pod_namespace(flags.pod_namespace, flags.kata_agent_namespace)?;
+    if pod_namespace.is_none() && missing_namespace != MissingNamespace::Awaited {
+        return Err(Exit::usage("flag -create-pod-namespace: -pod-namespace is empty; name the one to make"));
+    }
     let unused = FLAGS.iter().filter(|flag| flag.unused && given.0.contains_key(flag.name));
     Ok(Options {
         config: flags.config,
         kata_agent_socket: flags.kata_agent_socket,
-        pod_namespace: pod_namespace(flags.pod_namespace, flags.kata_agent_namespace)?,
+        pod_namespace,
+        missing_namespace,
         host_interface: flags.host_interface.filter(|name| !name.is_empty()),
         secure_comms: flags.secure_comms,
         inbounds: flags.secure_comms_inbounds,

@@ -25,6 +25,7 @@ fn without_flags_the_defaults_are_those_of_the_manual() {
     assert_eq!(options.guest_api.to_string(), "127.0.0.1:8006");
     assert_eq!(options.state_dir.to_str(), Some("/run/secure-comms"));
     assert_eq!(options.rekey_bytes, limits::REKEY_BYTES);
+    assert_eq!(options.missing_namespace, MissingNamespace::Awaited);
     assert!(!options.secure_comms && options.unused.is_empty());
 }
 
@@ -73,6 +74,19 @@ fn an_empty_namespace_is_our_own_and_two_different_ones_are_refused() {
         text.contains("-pod-namespace 'a' and -kata-agent-namespace 'b'") && text.contains("keep"),
         "{text}"
     );
+}
+
+#[test]
+fn a_missing_namespace_is_made_if_asked_for_and_an_empty_one_cannot_be() {
+    let missing = |args: &[&str]| run(args).unwrap().missing_namespace;
+    assert_eq!(missing(&["-create-pod-namespace"]), MissingNamespace::Made);
+    assert_eq!(missing(&["-create-pod-namespace=false"]), MissingNamespace::Awaited);
+    assert_eq!(missing(&["--create-pod-namespace-only"]), MissingNamespace::MadeOnly);
+    assert_eq!(missing(&["-create-pod-namespace", "-create-pod-namespace-only"]), MissingNamespace::MadeOnly);
+    for flag in ["-create-pod-namespace", "-create-pod-namespace-only"] {
+        let text = fault(&[flag, "-pod-namespace", ""]);
+        assert!(text.contains("-pod-namespace is empty; name the one to make"), "{text}");
+    }
 }
 
 #[test]

@@ -5,12 +5,15 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use secure_comms_protocol::tag::{self, InboundTag, OutboundTag, Tag, TagErrors};
+use secure_comms_tunnel::netns::Namespace;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use zeroize::Zeroizing;
 
 use crate::cli::Options;
 use crate::keys::{self, KeyError, PodKeys, WorkerNodeKeys};
+use crate::pod_network::PodNetwork;
+use crate::pod_network::spec::{Faults, InterfaceName, PodNetworkConfig};
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
@@ -35,14 +38,31 @@ pub enum ConfigError {
     /// The kata agent's socket is not a socket's path.
     #[error("reading -kata-agent-socket: {0}")]
     KataAgentSocket(String),
+    /// The interface for the pod network can't be one.
+    #[error("reading -host-interface: '{0}': expected {expected}", expected = InterfaceName::EXPECTED)]
+    HostInterface(String),
+    /// Everything that is wrong with the pod network.
+    #[error("reading 'pod-network' in {file}: {faults}; correct the VM's user data")]
+    PodNetwork {
+        /// The daemon config.
+        file: String,
+        /// What is wrong.
+        faults: Faults,
+    },
+    /// A pod network without a namespace for it.
+    #[error(
+        "setting up the pod network: 'pod-network' is in {0}, but -pod-namespace is empty; name the pod's network \
+         namespace, or take 'pod-network' out"
+    )]
+    NoPodNamespace(String),
 }
 
 impl ConfigError {
     /// 2 where the command line is wrong, 1 where what it names is.
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::NotSecureComms(_) | Self::Tags(_) | Self::KataAgentSocket(_) => 2,
-            Self::UserData { .. } => 1,
+            Self::NotSecureComms(_) | Self::Tags(_) | Self::KataAgentSocket(_) | Self::HostInterface(_) => 2,
+            Self::UserData { .. } | Self::PodNetwork { .. } | Self::NoPodNamespace(_) => 1,
         }
     }
 }
@@ -63,7 +83,7 @@ impl<'de> Deserialize<'de> for Secret {
     }
 }
 
-/// What apf.json says about Secure Comms. Other keys are ignored.
+/// What apf.json says to us. Other keys are ignored.
 #[derive(Clone, Debug, Default)]
 pub struct DaemonConfig {
     /// `pod-name`, for logs.
@@ -80,6 +100,8 @@ pub struct DaemonConfig {
     pub inbounds: Option<String>,
     /// `sc-outbounds`: tags.
     pub outbounds: Option<String>,
+    /// `pod-network`.
+    pub pod_network: Option<PodNetworkConfig>,
 }
 
 impl<'de> Deserialize<'de> for DaemonConfig {
@@ -105,6 +127,7 @@ impl<'de> Visitor<'de> for ByKey {
             match key.as_str() {
                 "pod-name" => config.pod_name = value(&key, &mut map)?,
                 "pod-namespace" => config.pod_namespace = value(&key, &mut map)?,
+                "pod-network" => config.pod_network = value(&key, &mut map)?,
                 "sc" => config.sc = value(&key, &mut map)?,
                 "sc-pp-prv" => config.private_key = value(&key, &mut map)?,
                 "sc-wn-pub" => config.worker_node = value(&key, &mut map)?,
@@ -164,6 +187,8 @@ pub struct Config {
     pub source: KeySource,
     /// `namespace/name` of the pod, if known: for logs.
     pub pod: Option<String>,
+    /// The pod's network, if it is ours to make.
+    pub pod_network: Option<PodNetwork>,
 }
 
 impl Config {
@@ -197,6 +222,7 @@ impl Config {
         };
         let kbs = InboundTag::parse("BOTH_PHASES:KBS:8080")
             .map_err(|error| ConfigError::Tags(error.to_string()))?;
+        let pod_network = pod_network(&options, &daemon)?;
         Ok(Self {
             listen: options.listen,
             kata_agent_socket: options.kata_agent_socket,
@@ -208,6 +234,7 @@ impl Config {
             outbounds: tag::with_built_in(outbounds, kata_agent),
             source,
             pod: pod(&daemon),
+            pod_network,
         })
     }
 }
@@ -217,6 +244,29 @@ fn pod(daemon: &DaemonConfig) -> Option<String> {
     match daemon.pod_namespace.as_deref() {
         None | Some("") => Some(name.to_owned()),
         Some(namespace) => Some(format!("{namespace}/{name}")),
+    }
+}
+
+fn pod_network(options: &Options, daemon: &DaemonConfig) -> Result<Option<PodNetwork>, ConfigError> {
+    let named = options.host_interface.as_deref();
+    let host_interface: Option<InterfaceName> = named
+        .map(|name| name.parse().map_err(|()| ConfigError::HostInterface(name.to_owned())))
+        .transpose()?;
+    let Some(config) = daemon.pod_network.as_ref().filter(|config| !config.is_empty()) else {
+        return Ok(None);
+    };
+    let spec =
+        config.validate().map_err(|faults| ConfigError::PodNetwork { file: file_of(options), faults })?;
+    let namespace =
+        options.pod_namespace.as_deref().ok_or_else(|| ConfigError::NoPodNamespace(file_of(options)))?;
+    Ok(Some(PodNetwork::new(spec, Namespace::new(namespace), host_interface)))
+}
+
+/// What errors call the daemon config.
+fn file_of(options: &Options) -> String {
+    match &options.config {
+        Some(path) => path.display().to_string(),
+        None => "a daemon config (-config)".to_owned(),
     }
 }
 
@@ -241,14 +291,10 @@ fn kata_agent_outbound(socket: &Path) -> Result<OutboundTag, ConfigError> {
 }
 
 fn key_source(options: &Options, daemon: &DaemonConfig) -> Result<KeySource, ConfigError> {
-    let file = || match &options.config {
-        Some(path) => path.display().to_string(),
-        None => "a daemon config (-config)".to_owned(),
-    };
-    let fault = |fault: &str| ConfigError::UserData { file: file(), fault: fault.to_owned() };
+    let fault = |fault: &str| ConfigError::UserData { file: file_of(options), fault: fault.to_owned() };
     let user_data = daemon.sc == Some(true);
     if !options.secure_comms && !user_data {
-        return Err(ConfigError::NotSecureComms(file()));
+        return Err(ConfigError::NotSecureComms(file_of(options)));
     }
     match (user_data, &daemon.private_key, &daemon.worker_node) {
         (true, Some(private), Some(worker_node)) => {

@@ -135,6 +135,40 @@ fn every_fault_of_all_tags_is_reported_together() {
 }
 
 #[test]
+fn a_pod_network_is_validated_and_one_that_says_nothing_is_none() {
+    let whole = r#"{"pod-network":{"podip":"10.244.1.7/24","interface":"eth0","worker-node-ip":"10.0.0.9/24",
+        "tunnel-type":"vxlan"}}"#;
+    assert!(resolve(&["-secure-comms"], whole).unwrap().pod_network.is_some());
+    for json in ["{}", r#"{"pod-network":null}"#, r#"{"pod-network":{"podip":"","mtu":0,"routes":null}}"#] {
+        assert!(
+            resolve(&["-secure-comms", "-pod-namespace="], json).unwrap().pod_network.is_none(),
+            "{json}"
+        );
+    }
+    for (args, json, code, parts) in [
+        (
+            &["-config=/a.json"][..],
+            r#"{"pod-network":{"podip":"x"}}"#,
+            1,
+            &["/a.json", "'podip': 'x'", "'interface': missing"][..],
+        ),
+        (&["-pod-namespace="], whole, 1, &["-pod-namespace is empty", "take 'pod-network' out"]),
+        (&["-host-interface", "a/b"], whole, 2, &["-host-interface: 'a/b'", "an interface's name"]),
+    ] {
+        let args: Vec<_> = ["-secure-comms"].iter().chain(args).copied().collect();
+        let error = resolve(&args, json).unwrap_err();
+        assert_eq!(error.exit_code(), code);
+        let text = error.to_string();
+        for part in parts {
+            assert!(text.contains(part), "{part:?} is not in {text:?}");
+        }
+    }
+    let fault = |json| serde_json::from_str::<DaemonConfig>(json).unwrap_err().to_string();
+    assert!(fault(r#"{"pod-network": "eth0"}"#).contains("key 'pod-network'"));
+    assert!(fault(r#"{"pod-network": {"mtu": 1, "mtu": 2}}"#).contains("duplicate field"));
+}
+
+#[test]
 fn a_kata_agent_socket_that_no_socket_can_have_is_refused() {
     for path in [format!("/{}", "x".repeat(200)), "/run/".into()] {
         let text = resolve(&["-secure-comms", "-kata-agent-socket", &path], "{}").unwrap_err().to_string();

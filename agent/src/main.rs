@@ -4,11 +4,12 @@ use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
-use agent_protocol_forwarder::cli::{self, Exit, Options};
+use agent_protocol_forwarder::cli::{self, Exit, MissingNamespace, Options};
 use agent_protocol_forwarder::config::{Config, ConfigError};
 use agent_protocol_forwarder::notify::Notifier;
-use agent_protocol_forwarder::{config_file, log as logging, run};
+use agent_protocol_forwarder::{config_file, log as logging, pod_network, run};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use secure_comms_tunnel::netns::Namespace;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -52,14 +53,29 @@ fn start() -> Result<(), Exit> {
     for flag in &options.unused {
         log::info!("{flag} has no meaning over Secure Comms: unused");
     }
-    Config::check_flags(&options).map_err(config_fault)?;
-    raise_file_limit();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    if options.missing_namespace == MissingNamespace::MadeOnly {
+        return runtime.block_on(make_namespace(&options));
+    }
+    Config::check_flags(&options).map_err(config_fault)?;
+    if options.missing_namespace == MissingNamespace::Made {
+        runtime.block_on(make_namespace(&options))?;
+    }
+    raise_file_limit();
     runtime.block_on(serve(options))
 }
 
 fn config_fault(error: ConfigError) -> Exit {
     Exit { code: error.exit_code(), ..failed(error) }
+}
+
+/// The pod's namespace, with `lo` up, as whatever runs in it expects.
+async fn make_namespace(options: &Options) -> Result<(), Exit> {
+    let Some(namespace) = options.pod_namespace.as_deref().map(Namespace::new) else { return Ok(()) };
+    if namespace.make().await.map_err(failed)? {
+        log::info!("network namespace {}: made", namespace.path().display());
+    }
+    pod_network::set_loopback_up(&namespace).await.map_err(failed)
 }
 
 async fn serve(options: Options) -> Result<(), Exit> {

@@ -9,6 +9,7 @@ use secure_comms_protocol::limits::{RETRY_MIN, SHUTDOWN_DRAIN};
 use secure_comms_tunnel::netns::Namespace;
 use secure_comms_tunnel::{Inbound, inbound};
 use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{interval, sleep, timeout};
 
@@ -75,14 +76,26 @@ pub async fn run(
     let guest =
         Guest { namespace: config.pod_namespace.as_deref().map(Namespace::new), address: config.guest_api };
     let notifier = Arc::new(notifier);
-    notifier.ready(status(&agent));
+    let (trouble, told) = watch::channel(String::new());
+    let (stop, stopped) = oneshot::channel::<()>();
+    let network = config.pod_network.clone().map(|network| {
+        // Not one of the tasks, which end when we do: it has things to undo. Dropping `stop` tells it.
+        tokio::spawn(network.keep(trouble.clone(), async { drop(stopped.await) }))
+    });
+    notifier.ready(&status(&agent, &told));
     let accept = tasks.spawn(accept(agent.clone(), listener));
     tasks.spawn(phases(agent.clone(), guest, start));
-    tasks.spawn(tell_systemd(agent.clone(), notifier.clone()));
+    tasks.spawn(tell_systemd(agent.clone(), told, notifier.clone()));
     shutdown.await;
     notifier.stopping("stopping: open streams may finish");
     accept.abort();
     drain(&agent).await;
+    drop(stop);
+    if let Some(network) = network
+        && let Err(error) = network.await
+    {
+        log::error!("undoing the pod network: {error}");
+    }
     Ok(())
 }
 
@@ -168,7 +181,16 @@ async fn accept(agent: Arc<Agent>, listener: TcpListener) {
     }
 }
 
-fn status(agent: &Agent) -> &'static str {
+/// The phase, and what the pod network lacks.
+fn status(agent: &Agent, trouble: &watch::Receiver<String>) -> String {
+    let phase = phase(agent);
+    match &*trouble.borrow() {
+        none if none.is_empty() => phase.to_owned(),
+        trouble => format!("{phase}; {trouble}"),
+    }
+}
+
+fn phase(agent: &Agent) -> &'static str {
     match agent.gate.phase() {
         PhaseName::Attestation if agent.attestation.newest().is_some() => {
             "Attestation phase: getting the keys"
@@ -182,9 +204,9 @@ fn status(agent: &Agent) -> &'static str {
 }
 
 /// Keeps systemd's STATUS true and its watchdog quiet.
-async fn tell_systemd(agent: Arc<Agent>, notifier: Arc<Notifier>) {
+async fn tell_systemd(agent: Arc<Agent>, mut trouble: watch::Receiver<String>, notifier: Arc<Notifier>) {
     let (mut attestation, mut kubernetes) = (agent.attestation.changes(), agent.kubernetes.changes());
-    let mut told = status(&agent);
+    let mut told = status(&agent, &trouble);
     let watchdog = async {
         let Some(period) = watchdog_interval() else { return std::future::pending().await };
         let mut ticks = interval(period);
@@ -198,10 +220,11 @@ async fn tell_systemd(agent: Arc<Agent>, notifier: Arc<Notifier>) {
             tokio::select! {
                 changed = attestation.changed() => if changed.is_err() { return },
                 changed = kubernetes.changed() => if changed.is_err() { return },
+                changed = trouble.changed() => if changed.is_err() { return },
             }
-            let now = status(&agent);
+            let now = status(&agent, &trouble);
             if now != told {
-                notifier.status(now);
+                notifier.status(&now);
                 told = now;
             }
         }

@@ -106,6 +106,10 @@ pub const KEYS_REPORT: Duration = Duration::from_secs(15);
 pub const UPGRADE_DRAIN: Duration = Duration::from_secs(1);
 /// Without an authenticated worker node for this long, a fresh agent lets attestation peers in again.
 pub const FRESH: Duration = Duration::from_secs(60);
+/// How long a try to set up the pod network waits for the VM's own: DHCP may be late.
+pub const POD_NETWORK_WAIT: Duration = Duration::from_secs(180);
+/// The pod network is undone within this long after SIGTERM, or by the next start.
+pub const POD_NETWORK_UNDO: Duration = Duration::from_secs(5);
 /// Streams get this long to finish after SIGTERM.
 pub const SHUTDOWN_DRAIN: Duration = Duration::from_secs(3);
 /// While the agent waits for its daemon config, systemd is asked for this much more time, twice as often.

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 /// A named network namespace with `lo` up; deleted when dropped, with the links in it.
 #[derive(Debug)]
@@ -96,9 +97,27 @@ impl Netns {
         self.ip(["link", "set", link, "up"])
     }
 
-    fn ip<'a>(&'a self, args: impl IntoIterator<Item = &'a str>) -> Result<()> {
+    /// Runs `ip` on this namespace.
+    ///
+    /// # Errors
+    /// If it fails, with what it said.
+    pub fn ip<'a>(&'a self, args: impl IntoIterator<Item = &'a str>) -> Result<()> {
         let inside = ["-n", self.name.as_str()];
         ip(inside.into_iter().chain(args))
+    }
+
+    /// What `ip` shows of this namespace, as JSON.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn show<'a>(&'a self, args: impl IntoIterator<Item = &'a str>) -> Result<Value> {
+        let inside = ["-n", self.name.as_str(), "-j", "-d"];
+        let text = output(inside.into_iter().chain(args))?;
+        // Of an empty list some versions print nothing.
+        if text.trim().is_empty() {
+            return Ok(Value::Array(Vec::new()));
+        }
+        serde_json::from_str(&text).with_context(|| format!("what ip printed: {text}"))
     }
 }
 
@@ -138,6 +157,10 @@ fn unique() -> String {
 }
 
 fn ip<'a>(args: impl IntoIterator<Item = &'a str>) -> Result<()> {
+    output(args).map(drop)
+}
+
+fn output<'a>(args: impl IntoIterator<Item = &'a str>) -> Result<String> {
     let args: Vec<_> = args.into_iter().collect();
     let said = args.join(" ");
     let out = match Command::new("ip").args(&args).output() {
@@ -147,7 +170,7 @@ fn ip<'a>(args: impl IntoIterator<Item = &'a str>) -> Result<()> {
         out => out.with_context(|| format!("ip {said}"))?,
     };
     if out.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&out.stdout).into_owned());
     }
     let error = String::from_utf8_lossy(&out.stderr);
     bail!("ip {said}: {}: network namespaces need root and iproute2", error.trim())

@@ -12,6 +12,10 @@ use nix::sched::{CloneFlags, setns};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::oneshot;
 
+mod make;
+
+pub use make::MakeError;
+
 /// Where `ip netns` keeps its named namespaces.
 pub const NAMED: &str = "/run/netns";
 
@@ -63,13 +67,22 @@ impl Namespace {
         make: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> Result<T, NamespaceError> {
         let path = self.0.clone();
-        let (done, result) = oneshot::channel();
-        std::thread::Builder::new().name("netns".into()).spawn(move || {
-            // The caller may have given up; then nobody wants the result.
-            drop(done.send(enter(&path).and_then(|()| Ok(make()?))));
-        })?;
-        result.await.map_err(|_| io::Error::other("the namespace thread ended early"))?
+        apart(move || enter(&path).and_then(|()| Ok(make()?))).await
     }
+}
+
+/// Runs `job` on a thread of its own, which it may move to another namespace.
+async fn apart<T, E>(job: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
+where
+    T: Send + 'static,
+    E: From<io::Error> + Send + 'static,
+{
+    let (done, result) = oneshot::channel();
+    std::thread::Builder::new().name("netns".into()).spawn(move || {
+        // The caller may have given up; then nobody wants the result.
+        drop(done.send(job()));
+    })?;
+    result.await.map_err(|_| io::Error::other("the namespace thread ended early"))?
 }
 
 fn enter(path: &Path) -> Result<(), NamespaceError> {

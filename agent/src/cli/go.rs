@@ -33,6 +33,8 @@ pub(super) const FLAGS: &[Flag] = &[
     value("kata-agent-socket"),
     value("pod-namespace"),
     value("kata-agent-namespace"),
+    boolean("create-pod-namespace"),
+    boolean("create-pod-namespace-only"),
     value("host-interface"),
     boolean("secure-comms"),
     value("secure-comms-inbounds"),

@@ -1,0 +1,83 @@
+//! A netlink socket, which belongs for life to the namespace it was made in.
+
+use std::io;
+
+use futures_util::StreamExt;
+use rtnetlink::{Handle, MulticastGroup, new_connection, new_multicast_connection};
+use secure_comms_tunnel::netns::{Namespace, NamespaceError};
+use std::sync::Arc;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
+/// Whatever may make an interface fit for us.
+const GROUPS: [MulticastGroup; 5] = [
+    MulticastGroup::Link,
+    MulticastGroup::Ipv4Ifaddr,
+    MulticastGroup::Ipv6Ifaddr,
+    MulticastGroup::Ipv4Route,
+    MulticastGroup::Ipv6Route,
+];
+
+/// The kernel's network configuration in one namespace.
+pub(super) struct Net {
+    pub(super) handle: Handle,
+    changed: Arc<Notify>,
+    /// What moves the messages; ends with this value.
+    _connection: JoinSet<()>,
+}
+
+impl Net {
+    /// In our own namespace.
+    pub(super) fn host() -> io::Result<Self> {
+        let (connection, handle, _) = new_connection()?;
+        Ok(Self::new(connection, handle, Arc::default()))
+    }
+
+    /// In our own namespace, and told of changes.
+    pub(super) fn host_watched() -> io::Result<Self> {
+        let (connection, handle, mut messages) = new_multicast_connection(&GROUPS)?;
+        let changed = Arc::new(Notify::new());
+        let watch = {
+            let changed = changed.clone();
+            async move {
+                while messages.next().await.is_some() {
+                    changed.notify_one();
+                }
+                // The socket is broken: who waits must ask once more, and hear it.
+                changed.notify_one();
+            }
+        };
+        let both = async move {
+            tokio::join!(connection, watch);
+        };
+        Ok(Self::new(both, handle, changed))
+    }
+
+    /// In another namespace.
+    pub(super) async fn inside(namespace: &Namespace) -> Result<Self, NamespaceError> {
+        let runtime = tokio::runtime::Handle::current();
+        let (connection, handle, _) = namespace
+            .run(move || {
+                // The thread makes the socket, the runtime's own thread will serve it.
+                let _runtime = runtime.enter();
+                new_connection()
+            })
+            .await?;
+        Ok(Self::new(connection, handle, Arc::default()))
+    }
+
+    fn new(
+        connection: impl Future<Output = ()> + Send + 'static,
+        handle: Handle,
+        changed: Arc<Notify>,
+    ) -> Self {
+        let mut tasks = JoinSet::new();
+        tasks.spawn(connection);
+        Self { handle, changed, _connection: tasks }
+    }
+
+    /// Waits for a change since the last call, if changes are told.
+    pub(super) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+}

@@ -1,0 +1,225 @@
+//! `pod-network` of apf.json: what the worker node wants the pod's network to be, valid as a whole.
+
+mod read;
+mod values;
+
+use std::fmt;
+use std::net::IpAddr;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use read::Reader;
+pub use values::{HardwareAddress, InterfaceName, Prefix};
+
+/// The largest MTU: what a VXLAN header (50 bytes over IPv4) leaves of Ethernet's 1500.
+const MTU_MAX: u32 = 1450;
+/// The smallest MTU of IPv4 (RFC 791) and of IPv6 (RFC 8200).
+const MTU_MIN: (u32, u32) = (68, 1280);
+/// The VXLAN port (RFC 7348), unless `vxlan-port` names another.
+const VXLAN_PORT: u16 = 4789;
+/// RTPROT_BOOT: what `ip route add` takes when nothing is said.
+const PROTOCOL_BOOT: u8 = 3;
+/// RT_SCOPE_LINK: the destination is on the link itself.
+const SCOPE_LINK: u8 = 253;
+/// NUD_PERMANENT.
+const STATE_PERMANENT: u16 = 0x80;
+
+/// `pod-network` as it stands in the file. Other keys of it are ignored.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct PodNetworkConfig {
+    podip: Value,
+    pod_hw_addr: Value,
+    interface: Value,
+    worker_node_ip: Value,
+    tunnel_type: Value,
+    routes: Value,
+    neighbors: Value,
+    mtu: Value,
+    vxlan_port: Value,
+    vxlan_id: Value,
+    dedicated: Value,
+    external_net_via_pod_vm: Value,
+}
+
+/// Everything that is wrong with a `pod-network`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Faults(Vec<String>);
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("; "))
+    }
+}
+
+/// A valid `pod-network`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spec {
+    pub(super) pod: Prefix,
+    /// None: the kernel chooses one.
+    pub(super) hardware_address: Option<HardwareAddress>,
+    pub(super) interface: InterfaceName,
+    pub(super) worker_node: IpAddr,
+    pub(super) port: u16,
+    pub(super) id: u32,
+    pub(super) mtu: u32,
+    /// The tunnel has an interface of the VM to itself.
+    pub(super) dedicated: bool,
+    /// The pod reaches the outside by the VM's second interface.
+    pub(super) external: bool,
+    /// Those without a gateway first: the gateways of the others are reached by them.
+    pub(super) routes: Vec<Route>,
+    pub(super) neighbours: Vec<Neighbour>,
+}
+
+/// A route in the pod's network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Route {
+    pub(super) destination: Prefix,
+    pub(super) gateway: Option<IpAddr>,
+    /// None: the tunnel's interface.
+    pub(super) device: Option<InterfaceName>,
+    pub(super) protocol: u8,
+    pub(super) scope: u8,
+}
+
+/// An entry of the pod's neighbour table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Neighbour {
+    pub(super) address: IpAddr,
+    pub(super) hardware_address: Option<HardwareAddress>,
+    /// None: the tunnel's interface.
+    pub(super) device: Option<InterfaceName>,
+    pub(super) state: u16,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct RouteConfig {
+    dst: Value,
+    gw: Value,
+    dev: Value,
+    protocol: Value,
+    scope: Value,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+struct NeighbourConfig {
+    ip: Value,
+    hw_addr: Value,
+    dev: Value,
+    state: Value,
+}
+
+impl PodNetworkConfig {
+    /// Whether it says nothing: a worker node without a pod network writes empty texts and zeros.
+    pub fn is_empty(&self) -> bool {
+        [&self.podip, &self.interface, &self.worker_node_ip, &self.tunnel_type]
+            .iter()
+            .all(|value| value.is_null() || value.as_str() == Some(""))
+    }
+
+    /// Validates it.
+    ///
+    /// # Errors
+    /// Every fault.
+    pub fn validate(&self) -> Result<Spec, Faults> {
+        let mut read = Reader::default();
+        let pod: Option<Prefix> = read.required("podip", &self.podip, Prefix::EXPECTED);
+        let hardware_address = read.parsed("pod-hw-addr", &self.pod_hw_addr, HardwareAddress::EXPECTED);
+        let interface = read.required("interface", &self.interface, InterfaceName::EXPECTED);
+        let worker_node: Option<Prefix> =
+            read.required("worker-node-ip", &self.worker_node_ip, Prefix::EXPECTED);
+        match read.text("tunnel-type", &self.tunnel_type) {
+            Some("vxlan") => {}
+            Some(other) => {
+                read.fault("tunnel-type", &format!("'{other}' is not supported; expected 'vxlan'"))
+            }
+            None => read.missing("tunnel-type", &self.tunnel_type, "'vxlan'"),
+        }
+        let port = read.number("vxlan-port", &self.vxlan_port, 0..=u16::MAX);
+        let id = read.number("vxlan-id", &self.vxlan_id, 0..=(1 << 24) - 1);
+        let mtu = read.number("mtu", &self.mtu, 0..=u32::MAX);
+        if let (Some(mtu), Some(pod)) = (mtu, pod) {
+            let min = if pod.address().is_ipv4() { MTU_MIN.0 } else { MTU_MIN.1 };
+            if (1..min).contains(&mtu) {
+                read.fault("mtu", &format!("{mtu} is too small; expected at least {min}"));
+            }
+        }
+        let dedicated = read.flag("dedicated", &self.dedicated);
+        let external = read.flag("external-net-via-pod-vm", &self.external_net_via_pod_vm);
+        let family = pod.map(|pod| pod.address());
+        let mut routes =
+            read.list("routes", &self.routes, |read, key, route| Route::read(read, key, &route, family));
+        routes.sort_by_key(|route| route.gateway.is_some());
+        let neighbours =
+            read.list("neighbors", &self.neighbors, |read, key, entry| Neighbour::read(read, key, &entry));
+        if let (Some(pod), Some(interface), Some(worker_node), []) =
+            (pod, interface, worker_node, &*read.faults)
+        {
+            return Ok(Spec {
+                pod,
+                hardware_address,
+                interface,
+                worker_node: worker_node.address(),
+                port: port.filter(|&port| port != 0).unwrap_or(VXLAN_PORT),
+                // Zero is an id too: the first pod's, where ids start at zero.
+                id: id.unwrap_or(0),
+                mtu: mtu.filter(|&mtu| mtu != 0).unwrap_or(MTU_MAX).min(MTU_MAX),
+                dedicated,
+                external,
+                routes,
+                neighbours,
+            });
+        }
+        Err(Faults(read.faults))
+    }
+}
+
+impl Route {
+    fn read(read: &mut Reader, key: &str, config: &RouteConfig, pod: Option<IpAddr>) -> Option<Self> {
+        let destination: Option<Prefix> = read.parsed(&format!("{key}.dst"), &config.dst, Prefix::EXPECTED);
+        let gateway: Option<IpAddr> = read.parsed(&format!("{key}.gw"), &config.gw, "an address");
+        let device = read.parsed(&format!("{key}.dev"), &config.dev, InterfaceName::EXPECTED);
+        let protocol = read.number(&format!("{key}.protocol"), &config.protocol, 0..=u8::MAX);
+        let scope = read.number(&format!("{key}.scope"), &config.scope, 0..=u8::MAX);
+        if let (Some(destination), Some(gateway)) = (destination, gateway)
+            && destination.address().is_ipv4() != gateway.is_ipv4()
+        {
+            let fault = format!("{gateway} is not of the family of dst {destination}; expected one that is");
+            read.fault(&format!("{key}.gw"), &fault);
+        }
+        // Without a destination it is the default route.
+        let destination = destination.or_else(|| gateway.or(pod).map(Prefix::default_of))?;
+        // A route without a gateway leads to the link; as a universal one it would not lead to any gateway.
+        let nearest = if gateway.is_none() && destination.address().is_ipv4() { SCOPE_LINK } else { 0 };
+        Some(Self {
+            destination: destination.network(),
+            gateway,
+            device,
+            protocol: protocol.filter(|&protocol| protocol != 0).unwrap_or(PROTOCOL_BOOT),
+            scope: scope.filter(|&scope| scope != 0).unwrap_or(nearest),
+        })
+    }
+}
+
+impl Neighbour {
+    fn read(read: &mut Reader, key: &str, config: &NeighbourConfig) -> Option<Self> {
+        let hardware_address =
+            read.parsed(&format!("{key}.hw-addr"), &config.hw_addr, HardwareAddress::EXPECTED);
+        let device = read.parsed(&format!("{key}.dev"), &config.dev, InterfaceName::EXPECTED);
+        let state = read.number(&format!("{key}.state"), &config.state, 0..=u16::MAX);
+        Some(Self {
+            address: read.required(&format!("{key}.ip"), &config.ip, "an address")?,
+            hardware_address,
+            device,
+            state: state.filter(|&state| state != 0).unwrap_or(STATE_PERMANENT),
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "spec_tests.rs"]
+mod tests;

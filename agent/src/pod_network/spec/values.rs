@@ -1,0 +1,140 @@
+//! The values of a `pod-network` that exist only if valid.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+/// The longest name of an interface, in bytes: IFNAMSIZ without its end.
+const NAME_MAX: usize = 15;
+
+/// An address with the length of its network's prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefix {
+    address: IpAddr,
+    length: u8,
+}
+
+impl Prefix {
+    pub(super) const EXPECTED: &str = "an address with its prefix length, such as 10.244.1.7/24";
+
+    pub(crate) fn new(address: IpAddr, length: u8) -> Option<Self> {
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        (length <= bits).then_some(Self { address, length })
+    }
+
+    /// All of an address' family.
+    pub(crate) fn default_of(address: IpAddr) -> Self {
+        let any = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        Self { address: any, length: 0 }
+    }
+
+    /// The address.
+    pub fn address(&self) -> IpAddr {
+        self.address
+    }
+
+    /// How many bits of the address name its network.
+    pub fn length(&self) -> u8 {
+        self.length
+    }
+
+    /// Whether it is one address, without a network around it.
+    pub fn is_host(&self) -> bool {
+        self.length == if self.address.is_ipv4() { 32 } else { 128 }
+    }
+
+    /// The network alone.
+    pub fn network(&self) -> Self {
+        let address = match self.address {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(self.length)).unwrap_or(0);
+                Ipv4Addr::from_bits(address.to_bits() & mask).into()
+            }
+            IpAddr::V6(address) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(self.length)).unwrap_or(0);
+                Ipv6Addr::from_bits(address.to_bits() & mask).into()
+            }
+        };
+        Self { address, length: self.length }
+    }
+
+    /// Whether `address` is in the network.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        address.is_ipv4() == self.address.is_ipv4()
+            && Self { address, length: self.length }.network() == self.network()
+    }
+}
+
+impl FromStr for Prefix {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (address, length) = text.split_once('/').ok_or(())?;
+        Self::new(address.parse().map_err(drop)?, length.parse().map_err(drop)?).ok_or(())
+    }
+}
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.length)
+    }
+}
+
+/// The name of a network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InterfaceName(String);
+
+impl InterfaceName {
+    /// What to say to who wrote another text.
+    pub const EXPECTED: &str = "an interface's name: at most 15 bytes, no '/', ':', '%' or blank";
+
+    /// As the kernel takes it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for InterfaceName {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        // The kernel would replace a '%d' by a number; the rest it refuses.
+        let strange = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':' | '%');
+        let valid =
+            (1..=NAME_MAX).contains(&text.len()) && !matches!(text, "." | "..") && !text.contains(strange);
+        if valid { Ok(Self(text.to_owned())) } else { Err(()) }
+    }
+}
+
+impl fmt::Display for InterfaceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// An Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HardwareAddress([u8; 6]);
+
+impl HardwareAddress {
+    pub(super) const EXPECTED: &str = "an Ethernet address, such as 0a:58:0a:f4:01:07";
+
+    /// Its bytes, in the order of the wire.
+    pub fn bytes(&self) -> &[u8; 6] {
+        &self.0
+    }
+}
+
+impl FromStr for HardwareAddress {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let byte = |text: &str| match text.len() {
+            // Else a sign would be taken.
+            2 if text.bytes().all(|c| c.is_ascii_hexdigit()) => u8::from_str_radix(text, 16).map_err(drop),
+            _ => Err(()),
+        };
+        let bytes: Vec<u8> = text.split([':', '-']).map(byte).collect::<Result<_, _>>()?;
+        bytes.try_into().map(Self).map_err(drop)
+    }
+}
