@@ -82,9 +82,9 @@ async fn systemd_is_content(pod: &Pod) -> Result<()> {
         let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
         line.map(str::trim).with_context(|| format!("no {name} in {status}"))
     };
-    // Bit 21 is CAP_SYS_ADMIN, for setns(2).
+    // Bit 12 is CAP_NET_ADMIN, for the pod network, 21 CAP_SYS_ADMIN, for setns(2).
     for capabilities in ["CapEff", "CapPrm", "CapBnd"] {
-        ensure!(field(capabilities)? == "0000000000200000", "{capabilities}: {status}");
+        ensure!(field(capabilities)? == "0000000000201000", "{capabilities}: {status}");
     }
     ensure!(field("NoNewPrivs")? == "1" && field("Seccomp")? == "2", "the agent is not confined: {status}");
     let init = inspection.process("systemd").await.or(inspection.process("init").await)?;
@@ -107,14 +107,26 @@ async fn boot_time(pod: &Pod) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_image_with_systemd_confines_the_agent_and_recovers_it() -> Result<()> {
-    let apf = apf_json(&json!({}))?;
+    let apf = apf_json(&json!({ "pod-network": {
+        "podip": "10.244.1.7/24",
+        "interface": "pod0",
+        "worker-node-ip": "10.0.2.2/24",
+        "tunnel-type": "vxlan",
+        "routes": [{"dst": "0.0.0.0/0", "gw": "10.244.1.1"}, {"dst": "10.244.1.0/24", "gw": "", "scope": 253}],
+        "mtu": 1400,
+        "vxlan-port": 4789,
+        "vxlan-id": 555001,
+    }}))?;
     let pod = Pod::start(scene(false).await?, "fast", Boot::Fast, UserData::Smbios(apf.clone())).await?;
     pod.works().await?;
     pod.has(&apf).await?;
+    pod.network("pod0").await?;
+    pod.containers().await?;
     systemd_is_content(&pod).await?;
     boot_time(&pod).await?;
     pod.listeners().await?;
     pod.agent_killed().await?;
+    pod.network("pod0").await?;
     pod.machine.passed();
     Ok(())
 }

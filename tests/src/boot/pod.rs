@@ -1,20 +1,28 @@
 //! A pod whose VM runs, and what a test asks of it.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::{Boot, Machine, MachineOptions, Platform, Turn, UserData};
 use crate::inspector::Request;
 use crate::inspector::client::Inspection;
 use crate::kata::client::bulk_both_ways;
+use crate::kata_api::api::agent::CreateContainerRequest;
+use crate::kata_api::api::oci::{Mount, Spec};
+use crate::kata_api::client::Runtime;
+use crate::kata_api::protobuf::MessageField;
 use crate::process::Child;
-use crate::scene::{PATIENCE, Scene, SceneOptions, endpoint, kata_client, up};
+use crate::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
 
 const MIB: u64 = 1024 * 1024;
 const SIGKILL: i32 = 9;
 /// As the kernel cuts names.
 const AGENT_COMM: &str = "agent-protocol-";
+/// The annotation with the volumes of a container.
+const VOLUMES: &str = "io.confidentialcontainers.org.peerpodvolumes.target_path";
 /// The agent's program.
 pub const AGENT: &str = "agent-protocol-forwarder";
 
@@ -28,6 +36,17 @@ pub async fn scene(user_data: bool) -> Result<Scene> {
     // A VM boots first, emulated.
     scene.deadline = 280;
     Ok(scene)
+}
+
+/// A request for a container with one bind mount, from a source that is a volume or not.
+fn container(source: &str, volume: bool) -> CreateContainerRequest {
+    let mount = Mount { source: source.into(), type_: "bind".into(), ..Mount::default() };
+    let mut spec = Spec { Mounts: vec![mount], ..Spec::default() };
+    if volume {
+        spec.Annotations.insert(VOLUMES.into(), source.into());
+    }
+    let container_id = "boot".into();
+    CreateContainerRequest { container_id, OCI: MessageField::some(spec), ..Default::default() }
 }
 
 /// A pod whose VM runs, and its adaptor.
@@ -147,6 +166,60 @@ impl Pod {
         let mut pod = self.inspection.listeners(&rest).await?;
         pod.sort_unstable();
         ensure!(pod == ["127.0.0.1:8006".parse()?, "127.0.0.1:9000".parse()?], "in podns: {pod:?}");
+        Ok(())
+    }
+
+    /// The agent does for containers what it must, confined as it is: it makes the sources of their bind mounts, sees what
+    /// others mount in the VM, and says what it can't do.
+    ///
+    /// # Errors
+    /// It is not so.
+    pub async fn containers(&self) -> Result<()> {
+        let runtime = Runtime::new(client(endpoint(&self.adaptor, "KATAAGENT").await?).await?);
+        let refused = runtime.create_container(&container("/usr/no-such-source", false)).await;
+        let refused = refused.err().context("a source on the read-only root was made")?.to_string();
+        ensure!(refused.contains("making /usr/no-such-source"), "{refused}");
+
+        let volume = "/run/kata-containers/volume";
+        let request = container(volume, true);
+        let waiting = tokio::spawn(async move { runtime.create_container(&request).await });
+        let made = async {
+            while self.inspection.run(&["stat", volume]).await.is_err() {
+                // Nothing tells when a directory of the VM is made.
+                sleep(Duration::from_millis(100)).await;
+            }
+        };
+        timeout(PATIENCE, made).await.context("the source of a bind mount was not made")?;
+        ensure!(!waiting.is_finished(), "the request did not wait for its volume");
+        let _ = self.inspection.run(&["mount", "-t", "tmpfs", "tmpfs", volume]).await?;
+        // The stand-in knows no such request, and hangs up: so it has arrived there.
+        let ended = timeout(PATIENCE, waiting).await.context("the mounted volume is not seen")??;
+        let ended = ended.err().context("the stand-in answered a request")?.to_string();
+        ensure!(!ended.contains("volume"), "the request was refused: {ended}");
+        Ok(())
+    }
+
+    /// The pod's namespace has the interface of its network, and a route over it.
+    ///
+    /// # Errors
+    /// It does not get there.
+    pub async fn network(&self, interface: &str) -> Result<()> {
+        let pid = self.inspection.process("api-server-rest").await?.pid;
+        let file = |name: &str| format!("/proc/{pid}/net/{name}");
+        let set_up = async {
+            loop {
+                let routes = self.inspection.read(&file("route")).await?;
+                // The lines of the kernel: interface, destination, ...
+                let route = routes.lines().any(|line| line.starts_with(&format!("{interface}\t00000000\t")));
+                if route {
+                    return self.inspection.read(&file("dev")).await;
+                }
+                // The agent sets it up beside everything else.
+                sleep(Duration::from_millis(100)).await;
+            }
+        };
+        let devices = timeout(PATIENCE, set_up).await.context("the pod network does not come up")??;
+        ensure!(devices.contains(&format!("{interface}:")), "{devices}");
         Ok(())
     }
 

@@ -33,7 +33,7 @@ fn boot() -> Result<std::convert::Infallible> {
     kernel().context("preparing the kernel")?;
     network::up("lo", None)?;
     network::up("eth0", Some(network::QEMU_USER_NETWORK))?;
-    network::make_namespace(services::POD_NAMESPACE)?;
+    services::make_namespace()?;
     match user_data::process()? {
         Some(place) => say(format_args!("user data: {place}")),
         None => say("user data: none"),

@@ -1,18 +1,12 @@
-//! Links, an address, and the pod's network namespace: by rtnetlink(7) itself, for three messages need no library.
+//! Links and an address: by rtnetlink(7) itself, for two messages need no library.
 
-use std::fs::{self, File};
-use std::io::ErrorKind;
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
-use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use nix::errno::Errno;
-use nix::mount::{MsFlags, mount};
 use nix::net::if_::if_nametoindex;
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
-use secure_comms_tunnel::netns::NAMED;
 
 /// What qemu's user network gives its first guest, with the length of the prefix.
 pub(super) const QEMU_USER_NETWORK: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 0, 2, 15), 24);
@@ -75,20 +69,4 @@ fn request(kind: u16, flags: u16, body: &[u8]) -> Result<()> {
         0 => Ok(()),
         error => Err(Errno::from_raw(-error).into()),
     }
-}
-
-/// As `ip netns add`, with `lo` up.
-pub(super) fn make_namespace(name: &str) -> Result<()> {
-    let path = Path::new(NAMED).join(name);
-    // unshare(2) moves one thread only; the mount keeps the namespace when that has ended.
-    let thread = std::thread::spawn(move || -> Result<()> {
-        fs::create_dir_all(NAMED)?;
-        File::create(&path)?;
-        unshare(CloneFlags::CLONE_NEWNET).context("unshare")?;
-        mount(Some("/proc/thread-self/ns/net"), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-            .context("bind mount")?;
-        up("lo", None)
-    });
-    let made = thread.join().map_err(|_| std::io::Error::from(ErrorKind::Other))?;
-    made.with_context(|| format!("making the network namespace {name}"))
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::wait::{WaitStatus, wait};
 use podvm_init::console::uptime;
@@ -14,7 +14,7 @@ use podvm_init::console::uptime;
 use super::say;
 
 /// Where the pod's containers have their network.
-pub(super) const POD_NAMESPACE: &str = "podns";
+const POD_NAMESPACE: &str = "/run/netns/podns";
 /// What the services need to be there.
 pub(super) const DIRECTORIES: [&str; 2] = ["/run/kata-containers", "/run/confidential-containers"];
 
@@ -63,7 +63,7 @@ const SERVICES: [Service; 5] = [
         name: "agent-protocol-forwarder",
         args: &[
             "-kata-agent-namespace",
-            "/run/netns/podns",
+            POD_NAMESPACE,
             "-secure-comms",
             "-kata-agent-socket",
             "/run/kata-containers/agent.sock",
@@ -71,6 +71,15 @@ const SERVICES: [Service; 5] = [
         in_pod: false,
     },
 ];
+
+/// What netns@podns.service does in the image.
+pub(super) fn make_namespace() -> Result<()> {
+    let mut command = Command::new(AGENT);
+    command.args(["-create-pod-namespace-only", "-pod-namespace", POD_NAMESPACE]);
+    let status = command.status().with_context(|| format!("starting {AGENT}"))?;
+    ensure!(status.success(), "making {POD_NAMESPACE}: {status}");
+    Ok(())
+}
 
 /// Starts all services, and each again that ends; reaps whatever else ends.
 pub(super) fn supervise(notify: &Path) -> Result<Infallible> {
@@ -109,7 +118,7 @@ impl Service {
         // What is forked from a thread is in the thread's network namespace.
         let start = move || -> Result<i32> {
             if self.in_pod {
-                let namespace = std::fs::File::open(Path::new("/run/netns").join(POD_NAMESPACE))?;
+                let namespace = std::fs::File::open(POD_NAMESPACE)?;
                 setns(namespace, CloneFlags::CLONE_NEWNET).context("entering podns")?;
             }
             // Reaped by `supervise`.
