@@ -55,21 +55,28 @@ impl Netns {
     /// If a step fails; names it.
     pub fn link(&self, addr: LinkAddr, other: &Self, other_addr: LinkAddr) -> Result<()> {
         let (here, there) = link_names();
-        ip([
-            "link",
-            "add",
-            &here,
-            "netns",
-            &self.name,
-            "type",
-            "veth",
-            "peer",
-            &there,
-            "netns",
-            &other.name,
-        ])?;
-        self.bring_up(&here, addr)?;
-        other.bring_up(&there, other_addr)
+        self.cable(&here, other, &there)?;
+        self.address(&here, &addr.to_string())?;
+        other.address(&there, &other_addr.to_string())
+    }
+
+    /// Links this namespace with another by a veth pair of these names, both ends up.
+    ///
+    /// # Errors
+    /// If a step fails; names it.
+    pub fn cable(&self, end: &str, other: &Self, other_end: &str) -> Result<()> {
+        // In one step in the other namespaces: the names need not be free in ours.
+        self.ip(["link", "add", end, "type", "veth", "peer", "name", other_end, "netns", other.name()])?;
+        self.ip(["link", "set", end, "up"])?;
+        other.ip(["link", "set", other_end, "up"])
+    }
+
+    /// Gives an interface an address, with its prefix length, that can be used at once.
+    ///
+    /// # Errors
+    /// If it can't have it.
+    pub fn address(&self, interface: &str, address: &str) -> Result<()> {
+        self.ip(add_address(interface, address))
     }
 
     /// As [`Netns::link`], with the namespace that this process is in.
@@ -79,8 +86,9 @@ impl Netns {
     pub fn link_to_host(&self, addr: LinkAddr, host_addr: LinkAddr) -> Result<()> {
         let (here, there) = link_names();
         ip(["link", "add", &here, "netns", &self.name, "type", "veth", "peer", &there])?;
-        self.bring_up(&here, addr)?;
-        ip(host_addr.add_to(&there).iter().map(String::as_str))?;
+        self.address(&here, &addr.to_string())?;
+        self.ip(["link", "set", &here, "up"])?;
+        ip(add_address(&there, &host_addr.to_string()))?;
         ip(["link", "set", &there, "up"])
     }
 
@@ -90,11 +98,6 @@ impl Netns {
         let mut command = tokio::process::Command::new("ip");
         command.args(["netns", "exec", &self.name]).arg(program);
         command
-    }
-
-    fn bring_up(&self, link: &str, addr: LinkAddr) -> Result<()> {
-        self.ip(addr.add_to(link).iter().map(String::as_str))?;
-        self.ip(["link", "set", link, "up"])
     }
 
     /// Runs `ip` on this namespace.
@@ -121,18 +124,6 @@ impl Netns {
     }
 }
 
-impl LinkAddr {
-    /// The `ip` arguments that give `link` this address.
-    fn add_to(&self, link: &str) -> Vec<String> {
-        let mut args: Vec<_> = ["address", "add", &self.to_string(), "dev", link].map(str::to_owned).into();
-        if self.0.is_ipv6() {
-            // Without duplicate address detection it can be used at once.
-            args.push("nodad".to_owned());
-        }
-        args
-    }
-}
-
 impl Drop for Netns {
     fn drop(&mut self) {
         // Nothing to be done about a failure here; the name says what left it behind.
@@ -144,6 +135,13 @@ impl std::fmt::Display for LinkAddr {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}/{}", self.0, self.1)
     }
+}
+
+/// The `ip` arguments that give an interface an address.
+fn add_address<'a>(interface: &'a str, address: &'a str) -> impl Iterator<Item = &'a str> {
+    // Without duplicate address detection it can be used at once.
+    let nodad = address.contains(':').then_some("nodad");
+    ["address", "add", address, "dev", interface].into_iter().chain(nodad)
 }
 
 /// Two interface names; at most 15 characters each, and unlike those of other processes.

@@ -176,26 +176,6 @@ pub async fn is_up(agent: &Child) -> Result<String> {
 }
 
 impl Netns {
-    /// A cable to another namespace, both ends up.
-    ///
-    /// # Errors
-    /// A step fails.
-    pub fn cable(&self, end: &str, other: &Self, other_end: &str) -> Result<()> {
-        // In one step in the other namespaces: the names need not be free in ours.
-        self.ip(["link", "add", end, "type", "veth", "peer", "name", other_end, "netns", other.name()])?;
-        self.ip(["link", "set", end, "up"])?;
-        other.ip(["link", "set", other_end, "up"])
-    }
-
-    /// Gives an interface an address that can be used at once.
-    ///
-    /// # Errors
-    /// `ip` fails.
-    pub fn address(&self, interface: &str, address: &str) -> Result<()> {
-        let nodad = address.contains(':').then_some("nodad");
-        self.ip(["address", "add", address, "dev", interface].into_iter().chain(nodad))
-    }
-
     /// Links, addresses, routes and permanent neighbours, without what changes by itself.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use secure_comms_tests::kata_api::VOLUMES;
 use secure_comms_tests::kata_api::api::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
 use secure_comms_tests::kata_api::api::oci::{Linux, LinuxNamespace, Mount, Spec};
 use secure_comms_tests::kata_api::client::Runtime;
@@ -23,8 +24,6 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 const MIB: u32 = 1024 * 1024;
-/// Where a request names the volumes that are mounted from outside the pod.
-const VOLUMES: &str = "io.confidentialcontainers.org.peerpodvolumes.target_path";
 
 /// A pod in the Kubernetes phase, with a network namespace.
 struct Pod {

@@ -14,6 +14,9 @@ pub mod api {
 
 pub use {protobuf, ttrpc};
 
+/// The annotation of a container that lists its volumes that are mounted from outside the pod, comma separated.
+pub const VOLUMES: &str = "io.confidentialcontainers.org.peerpodvolumes.target_path";
+
 #[cfg(test)]
 mod tests {
     use protobuf::{Message, MessageField};

@@ -10,6 +10,7 @@ use super::{Boot, Machine, MachineOptions, Platform, Turn, UserData};
 use crate::inspector::Request;
 use crate::inspector::client::Inspection;
 use crate::kata::client::bulk_both_ways;
+use crate::kata_api::VOLUMES;
 use crate::kata_api::api::agent::CreateContainerRequest;
 use crate::kata_api::api::oci::{Mount, Spec};
 use crate::kata_api::client::Runtime;
@@ -21,8 +22,6 @@ const MIB: u64 = 1024 * 1024;
 const SIGKILL: i32 = 9;
 /// As the kernel cuts names.
 const AGENT_COMM: &str = "agent-protocol-";
-/// The annotation with the volumes of a container.
-const VOLUMES: &str = "io.confidentialcontainers.org.peerpodvolumes.target_path";
 /// The agent's program.
 pub const AGENT: &str = "agent-protocol-forwarder";
 
