@@ -15,6 +15,7 @@
 //!
 //! Everything binds port 0, reports what it got, and stops when dropped.
 
+pub mod bench;
 pub mod boot;
 pub mod cable;
 pub mod half;

@@ -1,0 +1,246 @@
+//! Secure Comms, or OpenSSH: connected, with one tunnel from the worker node to the server in the VM.
+
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use super::load::{self, Load};
+use super::place::Place;
+use crate::openssh::OpenSsh;
+use crate::pod_keys::PodKeys;
+use crate::process::{Binaries, Child, ensure_built};
+use crate::scene::{PATIENCE, free_port, pod_id};
+
+/// What both use, so that none has the faster cipher: the first that ours would choose.
+const CIPHER: &str = "aes256-gcm@openssh.com";
+/// By its path: it starts itself again for each connection.
+const SSHD: &str = "/usr/sbin/sshd";
+/// Between tries to reach a tunnel that is not there yet: short beside what is measured.
+const AGAIN: Duration = Duration::from_micros(500);
+
+/// Who.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// Secure Comms: the adaptor and the agent.
+    Ours,
+    /// `ssh` and `sshd`.
+    OpenSsh,
+}
+
+/// The two programs of a contender, ready to be connected.
+#[derive(Debug)]
+pub struct Prepared {
+    who: Who,
+    directory: TempDir,
+    keys: PodKeys,
+    /// The server at the VM's end, which listens.
+    server: Child,
+    ssh: SocketAddr,
+    inbound: SocketAddr,
+    target: SocketAddr,
+    pod: String,
+}
+
+/// A contender whose tunnel carries.
+#[derive(Debug)]
+pub struct Contender {
+    /// Who it is.
+    pub who: Who,
+    /// Where clients on the worker node go in.
+    pub inbound: SocketAddr,
+    /// The process at the worker node's end.
+    pub node: End,
+    /// The process at the VM's end that serves this connection.
+    pub vm: End,
+    // Killed with it.
+    _client: Child,
+    _openssh: OpenSsh,
+    _prepared: Prepared,
+}
+
+/// A process at one end.
+#[derive(Clone, Copy, Debug)]
+pub struct End(i32);
+
+impl Prepared {
+    /// Makes keys and starts the server's side in the VM; `target` is where the tunnel leads, in the VM.
+    ///
+    /// # Errors
+    /// A program is missing or does not start.
+    pub async fn new(who: Who, place: &Place, target: SocketAddr) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("secure-comms-bench-").tempdir()?;
+        let (inbound, ssh) = (free_port()?, SocketAddr::new(place.vm(), free_port()?.port()));
+        let pod = pod_id()?;
+        let keys = PodKeys::make(directory.path(), "bench").await?;
+        let server = match who {
+            Who::Ours => agent(place, directory.path(), ssh, target, &pod).await?,
+            Who::OpenSsh => sshd(place, directory.path(), ssh, &keys).await?,
+        };
+        Ok(Self { who, directory, keys, server, ssh, inbound, target, pod })
+    }
+
+    /// Where its server listens.
+    #[must_use]
+    pub fn ssh(&self) -> SocketAddr {
+        self.ssh
+    }
+
+    /// Starts the client, at an address that leads to the server, and waits until the tunnel carries. Answers also
+    /// when its process started and when the first answer came.
+    ///
+    /// # Errors
+    /// It does not carry in the end.
+    pub async fn connect(self, place: &Place, ssh: SocketAddr) -> Result<(Contender, Range<Instant>)> {
+        let openssh = self.openssh(ssh)?;
+        let command = match self.who {
+            Who::Ours => self.adaptor(ssh).await?,
+            Who::OpenSsh => {
+                let forward = format!("{}:{}:{}", self.inbound.port(), self.target.ip(), self.target.port());
+                openssh.command("root", &["-N", "-L", &forward], &[])
+            }
+        };
+        let inbound = self.inbound;
+        let began = Instant::now();
+        let client = Child::spawn("client", place.on_node(command))?;
+        let carried = place.at_node(move || first_answer(inbound)).await;
+        let carried = carried.with_context(|| format!("{}\n{}", client.log(), self.server.log()))?;
+        let node = End(client.pid());
+        let vm = match self.who {
+            Who::Ours => End(self.server.pid()),
+            Who::OpenSsh => End(only_child(self.server.pid())?),
+        };
+        let contender = Contender {
+            who: self.who,
+            inbound,
+            node,
+            vm,
+            _client: client,
+            _openssh: openssh,
+            _prepared: self,
+        };
+        Ok((contender, began..carried))
+    }
+
+    async fn adaptor(&self, ssh: SocketAddr) -> Result<Command> {
+        let mut command = Command::new(&ensure_built().await?.adaptor);
+        command.args(["connect", "--no-trustee", "--pod-id", &self.pod, "--address", &ssh.to_string()]);
+        command.arg("--store").arg(self.path("store"));
+        command.args(["--inbounds", &format!("KUBERNETES_PHASE:BENCH:{}", self.inbound.port())]);
+        Ok(command)
+    }
+
+    fn openssh(&self, ssh: SocketAddr) -> Result<OpenSsh> {
+        let read = |path: &Path| {
+            std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))
+        };
+        let client = OpenSsh::new(ssh)?.option(format!("Ciphers={CIPHER}"));
+        client.host_key(&self.keys.host_public)?.identity(&read(&self.keys.node)?)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+}
+
+/// Our agent, with the keys in its user data.
+async fn agent(
+    place: &Place,
+    directory: &Path,
+    ssh: SocketAddr,
+    target: SocketAddr,
+    pod: &str,
+) -> Result<Child> {
+    let Binaries { agent, adaptor, .. } = ensure_built().await?;
+    let (user_data, store) = (directory.join("apf.json"), directory.join("store"));
+    let mut command = Command::new(adaptor);
+    command.args(["user-data", "--pod-id", pod]).arg("--store").arg(store).arg("--output").arg(&user_data);
+    command.args(["--pp-outbounds", &format!("KUBERNETES_PHASE:BENCH:{target}")]);
+    let output = command.output().await?;
+    ensure!(output.status.success(), "user-data: {}", String::from_utf8_lossy(&output.stderr));
+    let mut command = Command::new(agent);
+    command.args(["-secure-comms", "-pod-namespace", "", "-secure-comms-listen", &ssh.to_string()]);
+    command.arg("-config").arg(user_data);
+    command.arg("-kata-agent-socket").arg(directory.join("kata.sock"));
+    command.arg("-secure-comms-state-dir").arg(directory.join("state"));
+    let agent = Child::spawn("agent", place.in_vm(command))?;
+    agent.wait_for_text("listens on", PATIENCE).await?;
+    Ok(agent)
+}
+
+/// A stock sshd that lets root in by key and forwards, and nothing else that is not its own default.
+async fn sshd(place: &Place, directory: &Path, ssh: SocketAddr, keys: &PodKeys) -> Result<Child> {
+    // Where it puts its unprivileged child; Debian's unit makes it.
+    std::fs::create_dir_all("/run/sshd").context("making /run/sshd, as root")?;
+    let (config, authorized) = (directory.join("sshd_config"), directory.join("authorized_keys"));
+    std::fs::write(&authorized, &keys.node_public)?;
+    let text = format!(
+        "ListenAddress {ssh}\nHostKey {}\nAuthorizedKeysFile {}\nStrictModes no\nPidFile none\nUsePAM no\n\
+         PermitRootLogin prohibit-password\nCiphers {CIPHER}\n",
+        keys.host.display(),
+        authorized.display(),
+    );
+    std::fs::write(&config, text)?;
+    let mut command = Command::new(SSHD);
+    command.args(["-D", "-e", "-f"]).arg(config);
+    let sshd = Child::spawn("sshd", place.in_vm(command)).context("is openssh-server installed?")?;
+    sshd.wait_for_text("Server listening on", PATIENCE).await?;
+    Ok(sshd)
+}
+
+/// Tries until the tunnel answers; when it did.
+fn first_answer(inbound: SocketAddr) -> Result<Instant> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        // ssh listens only once it is logged in; ours holds the client until then.
+        let answered = load::open(inbound, Load::Echo).and_then(|mut stream| load::echo(&mut stream, 0));
+        match answered {
+            Ok(_) => return Ok(Instant::now()),
+            Err(error) if Instant::now() > until => return Err(error.context("the tunnel carries nothing")),
+            Err(_) => std::thread::sleep(AGAIN),
+        }
+    }
+}
+
+/// The one process that `sshd` serves a connection with. (Root's sessions are not split in two.)
+fn only_child(pid: i32) -> Result<i32> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let children = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let mut children = children.split_whitespace();
+    match (children.next(), children.next()) {
+        (Some(child), None) => Ok(child.parse()?),
+        _ => bail!("sshd does not serve one connection with one process: {path} has others"),
+    }
+}
+
+impl End {
+    /// Processor time so far, of all its threads.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn cpu(self) -> Result<Duration> {
+        let mut nanoseconds = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.0))? {
+            // proc(5): time on the processor, time waiting for one, time slices.
+            let text = std::fs::read_to_string(task?.path().join("schedstat"))?;
+            let first = text.split_whitespace().next().context("an empty schedstat")?;
+            nanoseconds += first.parse::<u64>()?;
+        }
+        Ok(Duration::from_nanos(nanoseconds))
+    }
+
+    /// A size of `/proc/PID/status`, in KiB: `VmRSS`, or `VmHWM`, the most it was.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn memory(self, field: &str) -> Result<u64> {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.0))?;
+        let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+        let value = line.with_context(|| format!("no {field}"))?.trim().trim_end_matches(" kB");
+        Ok(value.parse()?)
+    }
+}

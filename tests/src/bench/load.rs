@@ -1,0 +1,313 @@
+//! The server behind the tunnels and the clients before them, in plain threads: nothing in between costs what is measured.
+//!
+//! A connection begins with one byte that says what it is for. All bulk data are the same block again and again, and
+//! whoever reads compares it.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+/// Bytes of a small request, and of its answer.
+pub const SMALL: usize = 200;
+/// Bytes a write and a read of bulk data.
+const CHUNK: usize = 256 * 1024;
+/// A connection that makes no progress for this long has failed.
+const STUCK: Duration = Duration::from_secs(60);
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Load {
+    /// The client sends bulk data; at its end the server says how much arrived.
+    Up,
+    /// The server sends bulk data until the client has enough.
+    Down,
+    /// Both at once.
+    Both,
+    /// Small requests and answers, one after the other.
+    Echo,
+}
+
+impl Load {
+    fn byte(self) -> u8 {
+        match self {
+            Self::Up => b'u',
+            Self::Down => b'd',
+            Self::Both => b'b',
+            Self::Echo => b'e',
+        }
+    }
+
+    fn of(byte: u8) -> Option<Self> {
+        [Self::Up, Self::Down, Self::Both, Self::Echo].into_iter().find(|load| load.byte() == byte)
+    }
+}
+
+/// Serves the listener until the process ends.
+pub fn serve(listener: TcpListener) {
+    thread::spawn(move || {
+        // Ends with the process; a listener that fails shows at the clients.
+        while let Ok((stream, _)) = listener.accept() {
+            thread::spawn(move || {
+                if let Err(error) = answer(stream)
+                    && !gone(&error)
+                {
+                    eprintln!("bench: the server: {error}");
+                }
+            });
+        }
+    });
+}
+
+/// A client that has what it wants leaves, and so may what carried it.
+fn gone(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof)
+}
+
+fn answer(mut stream: TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut kind = [0];
+    stream.read_exact(&mut kind)?;
+    match Load::of(kind[0]) {
+        Some(Load::Up) => {
+            let mut received = Received::default();
+            while received.some(&mut stream)? > 0 {}
+            stream.write_all(&received.total.to_be_bytes())
+        }
+        Some(Load::Down) => send(&mut stream, || true).map(drop),
+        Some(Load::Both) => {
+            let mut back = stream.try_clone()?;
+            // Its end shows here too: the client closes both ways.
+            thread::spawn(move || send(&mut back, || true));
+            let mut received = Received::default();
+            while received.some(&mut stream)? > 0 {}
+            Ok(())
+        }
+        Some(Load::Echo) => {
+            let mut message = [0; SMALL];
+            loop {
+                stream.read_exact(&mut message)?;
+                stream.write_all(&message)?;
+            }
+        }
+        None => Err(io::Error::other("a connection for nothing we know")),
+    }
+}
+
+/// The block that bulk data repeat: no two places in it look alike for long.
+fn block() -> &'static [u8] {
+    static BLOCK: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
+    BLOCK.get_or_init(|| {
+        // xorshift64 (Marsaglia 2003): what matters is only that it does not repeat.
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let words = std::iter::repeat_with(|| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()
+        });
+        words.take(4 * CHUNK / 8).flatten().collect()
+    })
+}
+
+/// Sends the block again and again while `more` says so; how much.
+fn send(stream: &mut impl Write, mut more: impl FnMut() -> bool) -> io::Result<u64> {
+    let mut total = 0;
+    for chunk in block().chunks(CHUNK).cycle() {
+        if !more() {
+            break;
+        }
+        stream.write_all(chunk)?;
+        total += chunk.len() as u64;
+    }
+    Ok(total)
+}
+
+/// What has arrived, each byte of it compared.
+#[derive(Debug, Default)]
+struct Received {
+    total: u64,
+    buffer: Vec<u8>,
+}
+
+impl Received {
+    /// Reads what is there; how much, 0 at the end.
+    fn some(&mut self, stream: &mut impl Read) -> io::Result<usize> {
+        self.buffer.resize(CHUNK, 0);
+        let read = stream.read(&mut self.buffer)?;
+        let mut data = self.buffer.get(..read).unwrap_or_default();
+        while !data.is_empty() {
+            let at = usize::try_from(self.total % block().len() as u64).unwrap_or_default();
+            let expected = block().get(at..).unwrap_or_default();
+            let len = data.len().min(expected.len());
+            if data.get(..len) != expected.get(..len) {
+                return Err(io::Error::other(format!("wrong data after {} bytes", self.total)));
+            }
+            data = data.get(len..).unwrap_or_default();
+            self.total += len as u64;
+        }
+        Ok(read)
+    }
+}
+
+/// Connects for a load; the stream has moved nothing yet.
+///
+/// # Errors
+/// Nobody listens.
+pub fn open(address: SocketAddr, load: Load) -> Result<TcpStream> {
+    begin(TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?, load)
+}
+
+/// Says on a connected stream what it is for.
+///
+/// # Errors
+/// The connection is gone.
+pub fn begin(mut stream: TcpStream, load: Load) -> Result<TcpStream> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(STUCK))?;
+    stream.set_write_timeout(Some(STUCK))?;
+    stream.write_all(&[load.byte()]).context("saying what the connection is for")?;
+    Ok(stream)
+}
+
+/// For how long bulk data are moved, and from when on they count: windows grow with use.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// Moved and not counted.
+    pub warm_up: Duration,
+    /// Counted.
+    pub counted: Duration,
+}
+
+/// Bytes that were moved.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Moved {
+    /// In the time that counts.
+    pub counted: u64,
+    /// In all.
+    pub total: u64,
+}
+
+/// When bytes begin to count, and when they have done so for long enough.
+struct Clock {
+    span: Span,
+    began: Instant,
+    before: u64,
+}
+
+impl Clock {
+    fn start(span: Span) -> Self {
+        Self { span, began: Instant::now(), before: 0 }
+    }
+
+    /// `total` bytes have been moved so far; whether more are wanted.
+    fn more(&mut self, total: u64) -> bool {
+        let elapsed = self.began.elapsed();
+        if elapsed < self.span.warm_up {
+            self.before = total;
+        }
+        elapsed < self.span.warm_up + self.span.counted
+    }
+}
+
+/// Moves bulk data over a stream that was opened for it; in both directions for [`Load::Both`].
+///
+/// # Errors
+/// A byte is wrong or missing, or nothing moves.
+pub fn bulk(mut stream: TcpStream, load: Load, span: Span) -> Result<Moved> {
+    let mut clock = Clock::start(span);
+    match load {
+        Load::Up => {
+            let sent = up(&mut stream, &mut clock)?;
+            stream.shutdown(Shutdown::Write)?;
+            let mut reply = [0; 8];
+            stream.read_exact(&mut reply).context("the server does not say what arrived")?;
+            let arrived = u64::from_be_bytes(reply);
+            ensure!(arrived == sent, "{sent} bytes were sent, {arrived} arrived");
+            Ok(Moved { counted: sent - clock.before, total: sent })
+        }
+        Load::Down => down(&mut stream, clock),
+        Load::Both => {
+            let mut back = stream.try_clone()?;
+            let down = thread::spawn(move || down(&mut back, Clock::start(span)));
+            let sent = up(&mut stream, &mut clock)?;
+            let down = down.join().map_err(|_| anyhow::anyhow!("the reader died"))??;
+            Ok(Moved { counted: sent - clock.before + down.counted, total: sent + down.total })
+        }
+        Load::Echo => anyhow::bail!("that is no bulk load"),
+    }
+}
+
+fn up(stream: &mut TcpStream, clock: &mut Clock) -> Result<u64> {
+    let mut total = 0;
+    let more = || {
+        let more = clock.more(total);
+        total += CHUNK as u64;
+        more
+    };
+    send(stream, more).context("sending")
+}
+
+fn down(stream: &mut TcpStream, mut clock: Clock) -> Result<Moved> {
+    let mut received = Received::default();
+    while clock.more(received.total) {
+        ensure!(received.some(stream).context("receiving")? > 0, "it ended early");
+    }
+    Ok(Moved { counted: received.total - clock.before, total: received.total })
+}
+
+/// Makes a small request and reads its answer; how long that took.
+///
+/// # Errors
+/// The answer is wrong, or none comes.
+pub fn echo(stream: &mut TcpStream, number: u64) -> Result<Duration> {
+    let mut message = [0x5a; SMALL];
+    if let Some(head) = message.first_chunk_mut() {
+        *head = number.to_be_bytes();
+    }
+    let mut answer = [0; SMALL];
+    let began = Instant::now();
+    stream.write_all(&message).context("sending a request")?;
+    stream.read_exact(&mut answer).context("waiting for an answer")?;
+    let took = began.elapsed();
+    ensure!(answer == message, "an answer is not what was sent");
+    Ok(took)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHORT: Span = Span { warm_up: Duration::from_millis(1), counted: Duration::from_millis(20) };
+
+    fn server() -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        serve(listener);
+        address
+    }
+
+    #[test]
+    fn every_load_moves_bytes_and_counts_them() {
+        let server = server();
+        for load in [Load::Up, Load::Down, Load::Both] {
+            let moved = bulk(open(server, load).unwrap(), load, SHORT).unwrap();
+            assert!(moved.counted > 0 && moved.total >= moved.counted, "{load:?}: {moved:?}");
+        }
+        let mut stream = open(server, Load::Echo).unwrap();
+        for number in 0..3 {
+            echo(&mut stream, number).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_wrong_byte_is_found() {
+        let mut data = block().to_vec();
+        data.extend_from_slice(block());
+        assert_eq!(Received::default().some(&mut data.as_slice()).unwrap(), CHUNK);
+        data[CHUNK - 1] ^= 1;
+        assert!(Received::default().some(&mut data.as_slice()).is_err());
+    }
+}

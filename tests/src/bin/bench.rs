@@ -1,0 +1,112 @@
+//! Secure Comms beside stock OpenSSH, in turns, in one run: `tests/bench` builds what this needs and calls it.
+//!
+//! `bench [--short] [--write DOCUMENT] [GROUP...]`. The agent is that of `SECURE_COMMS_BIN_DIR`, as for the tests. Every
+//! byte that is moved is compared, and a wrong one is an error; a slow one never is.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use secure_comms_tests::bench::groups::{Amount, GROUPS, Group};
+use secure_comms_tests::bench::report;
+use secure_comms_tests::process::ensure_built;
+
+const USAGE: &str = "usage: bench [--short] [--write DOCUMENT] [GROUP...]";
+const FULL: Amount = Amount { rounds: 7, counted: Duration::from_millis(1500), requests: 3000 };
+/// Enough to see that everything works; its figures say little.
+const SHORT: Amount = Amount { rounds: 1, counted: Duration::from_millis(300), requests: 200 };
+
+struct Arguments {
+    amount: Amount,
+    document: Option<PathBuf>,
+    groups: Vec<Group>,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = match arguments(std::env::args().skip(1)) {
+        Ok(arguments) => arguments,
+        Err(fault) => {
+            eprintln!("bench: {fault}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(arguments).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn arguments(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
+    let mut arguments = Arguments { amount: FULL, document: None, groups: Vec::new() };
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--short" => arguments.amount = SHORT,
+            "--write" => arguments.document = Some(words.next().ok_or("--write wants a file")?.into()),
+            name => {
+                let group = GROUPS.into_iter().find(|group| group.name == name);
+                let names = || GROUPS.map(|group| group.name).join(", ");
+                arguments
+                    .groups
+                    .push(group.ok_or_else(|| format!("no group {name:?}; there are {}", names()))?);
+            }
+        }
+    }
+    if arguments.groups.is_empty() {
+        arguments.groups = GROUPS.to_vec();
+    }
+    if arguments.document.is_some() && arguments.groups.len() < GROUPS.len() {
+        return Err("--write wants all groups: a document has one run's figures".to_owned());
+    }
+    Ok(arguments)
+}
+
+async fn run(arguments: Arguments) -> Result<()> {
+    let about = about(arguments.amount).await?;
+    println!("{about}");
+    let mut measured = Vec::new();
+    for group in arguments.groups {
+        let rounds = group.run(arguments.amount).await?;
+        let summaries = report::summarize(&group, &rounds);
+        println!("{}", report::table(&group, &summaries));
+        measured.push((group, summaries));
+    }
+    match arguments.document {
+        Some(document) => report::write(&document, &about, &measured),
+        None => Ok(()),
+    }
+}
+
+/// Machine, versions, amounts: without them figures say nothing.
+async fn about(amount: Amount) -> Result<String> {
+    let binaries = ensure_built().await?;
+    let size = std::fs::metadata(&binaries.agent)?.len();
+    let cpu = std::fs::read_to_string("/proc/cpuinfo")?;
+    let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let (cpu, cores) =
+        (cpu.map_or("unknown processor", |(_, name)| name), std::thread::available_parallelism()?);
+    let (kernel, date) = (said("uname", &["-sr"])?, said("date", &["-u", "+%F %R UTC"])?);
+    // To standard error, with a version before the words.
+    let openssh = said("ssh", &["-V"])?;
+    let agent = said(&binaries.agent.display().to_string(), &["-version"])?;
+    Ok(format!(
+        "{date}; {cpu}, {cores} cores; {kernel}; {agent} ({size} bytes); {openssh}. {} rounds, bulk data counted for {} ms \
+         each, {} requests each.\n",
+        amount.rounds,
+        amount.counted.as_millis(),
+        amount.requests,
+    ))
+}
+
+/// The first line that a program prints, wherever it prints it.
+fn said(program: &str, arguments: &[&str]) -> Result<String> {
+    let output =
+        Command::new(program).args(arguments).output().with_context(|| format!("running {program}"))?;
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    text.lines().next().map(str::to_owned).with_context(|| format!("{program} printed nothing"))
+}
