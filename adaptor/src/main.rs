@@ -10,6 +10,9 @@ use secure_comms_adaptor::settings::{self, KeygenSettings, Settings, UsageError,
 use secure_comms_adaptor::store::{DirectoryStore, Store};
 use secure_comms_adaptor::{connect, private_file, user_data};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
@@ -29,7 +32,8 @@ fn complain(line: &str) {
     let _ = writeln!(std::io::stderr(), "secure-comms-adaptor: {line}");
 }
 
-#[tokio::main]
+// One thread: one pod's bytes go through one SSH session, and each hand-over to another thread would cost more than it brings.
+#[tokio::main(flavor = "current_thread")]
 async fn run() -> anyhow::Result<()> {
     let cli = cli::parse(std::env::args_os());
     let env = |name: &str| std::env::var_os(name);

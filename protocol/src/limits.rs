@@ -28,7 +28,9 @@ pub const REKEY_TIME: Duration = Duration::from_secs(24 * 3600);
 pub struct CreditLimits {
     /// What each stream is granted when it opens, in bytes; the value in `hello`.
     pub initial: u32,
-    /// What a stream that uses its credit up may grow to, in bytes.
+    /// What a stream that is used grows to, whatever the line is like, in bytes.
+    pub stream_usual: u32,
+    /// What one may grow to that uses its window up as fast as the round trip allows, in bytes.
     pub stream_max: u32,
     /// What all streams together may have grown by, in bytes.
     pub growth_pool: u32,
@@ -38,17 +40,30 @@ pub struct CreditLimits {
 
 impl CreditLimits {
     /// Nobody yet: at most 1 MiB is held for all streams of the connection.
-    pub const ATTESTATION: Self =
-        Self { initial: 32 * 1024, stream_max: 256 * 1024, growth_pool: 512 * 1024, streams: 16 };
+    pub const ATTESTATION: Self = Self {
+        initial: 32 * 1024,
+        stream_usual: 256 * 1024,
+        stream_max: 256 * 1024,
+        growth_pool: 512 * 1024,
+        streams: 16,
+    };
     /// Proven: at most 64 MiB is held for all streams of the connection.
-    pub const KUBERNETES: Self =
-        Self { initial: 32 * 1024, stream_max: 512 * 1024, growth_pool: 32 * 1024 * 1024, streams: 1024 };
+    pub const KUBERNETES: Self = Self {
+        initial: 32 * 1024,
+        stream_usual: 256 * 1024,
+        stream_max: 16 * 1024 * 1024,
+        growth_pool: 32 * 1024 * 1024,
+        streams: 1024,
+    };
 
     /// The most that may be in flight towards us on one connection, in bytes.
     pub const fn held_max(&self) -> usize {
         self.streams * self.initial as usize + self.growth_pool as usize
     }
 }
+
+/// A stream that needs longer than this to use its window up gives half back of what it has beyond the usual.
+pub const WINDOW_UNUSED: Duration = Duration::from_secs(10);
 
 /// A new TCP connection is given up after this long.
 pub const TCP_CONNECT: Duration = Duration::from_secs(5);

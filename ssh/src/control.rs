@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use secure_comms_protocol::Control;
@@ -141,7 +142,9 @@ async fn read<R: Receiver>(
         let fed = lines.feed(&data, |message| match message {
             Control::Credit(credit) => credits.granted(credit),
             Control::Ping(number) => outbox.send(Control::Pong(number)),
-            Control::Pong(number) => lock(pings).pong(number),
+            Control::Pong(number) => {
+                lock(pings).pong(number).into_iter().for_each(|took| credits.round_trip(took))
+            }
             Control::Bye(message) => end = Some(ControlEnd::Bye(message.reason)),
             Control::Hello(hello) => {
                 let peer = hello.credit.map_or(PeerFlow::Plain, PeerFlow::Credits);
@@ -150,7 +153,12 @@ async fn read<R: Receiver>(
                     end = Some(ControlEnd::BadCredit);
                 }
                 // A person at the other end of `ssh -s` answers none.
-                lock(pings).enabled |= hello.credit.is_some();
+                if hello.credit.is_some() {
+                    // The first at once: how far away the peer is decides how windows grow.
+                    let mut pings = lock(pings);
+                    pings.enabled = true;
+                    pings.tick().0.into_iter().for_each(|number| outbox.send(Control::Ping(number)));
+                }
                 each(Control::Hello(hello));
             }
             other => each(other),
@@ -216,11 +224,13 @@ impl Pings {
         (Some(self.sent), None)
     }
 
-    fn pong(&mut self, number: u64) {
-        if number == self.sent && number > self.answered {
-            self.answered = number;
-            self.waiting = None;
+    /// How long the answer took, if it is the one that was waited for.
+    fn pong(&mut self, number: u64) -> Option<Duration> {
+        if number != self.sent || number <= self.answered {
+            return None;
         }
+        self.answered = number;
+        self.waiting.take().map(|since| since.elapsed())
     }
 }
 

@@ -8,13 +8,13 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
 pub use self::strict::Peer;
 use self::strict::StrictKex;
@@ -25,8 +25,14 @@ mod strict;
 const UNAUTHENTICATED_READ_AHEAD: usize = 256 * 1024;
 /// Framing and channel messages besides the data that credits count, in bytes.
 const READ_AHEAD_SLACK: usize = 1024 * 1024;
-/// The largest read while a write is pending, and a piece of what has been read ahead, in bytes.
+/// A piece of what has been read ahead, in bytes.
 const READ: usize = 64 * 1024;
+/// What is read along with the length of a packet, in bytes.
+const SMALL: usize = 2048;
+/// Reads of at most so many bytes are for the length of a packet, or for what the ciphers need to know it (RFC 4253 6).
+const LENGTH: usize = 16;
+/// Room for pieces that an empty read-ahead keeps.
+const KEEP: usize = 8;
 
 /// The handle on a guarded socket.
 #[derive(Clone, Debug, Default)]
@@ -73,19 +79,25 @@ struct Ahead {
 }
 
 impl Ahead {
-    fn push(&mut self, mut data: &[u8]) {
-        self.len += data.len();
-        while !data.is_empty() {
-            let room = self.pieces.back().map_or(0, |piece| piece.capacity() - piece.len());
-            if room == 0 {
-                self.pieces.push_back(BytesMut::with_capacity(READ));
-                continue;
+    /// Reads once, into memory that nobody has to clear first; what was read, and none where nothing is there. `size` is
+    /// that of a new piece.
+    fn read_from<S: AsyncRead + Unpin>(
+        &mut self,
+        size: usize,
+        socket: &mut S,
+        cx: &mut Context<'_>,
+    ) -> io::Result<Option<&[u8]>> {
+        if self.pieces.back().is_none_or(|piece| piece.len() == piece.capacity()) {
+            self.pieces.push_back(BytesMut::with_capacity(size));
+        }
+        let Some(piece) = self.pieces.back_mut() else { return Ok(None) };
+        let old = piece.len();
+        match pin!(socket.read_buf(piece)).poll(cx) {
+            Poll::Pending => Ok(None),
+            Poll::Ready(read) => {
+                self.len += read?;
+                Ok(Some(piece.get(old..).unwrap_or_default()))
             }
-            let (now, later) = data.split_at(room.min(data.len()));
-            if let Some(piece) = self.pieces.back_mut() {
-                piece.extend_from_slice(now);
-            }
-            data = later;
         }
     }
 
@@ -101,9 +113,9 @@ impl Ahead {
                 self.pieces.pop_front();
             }
         }
-        if self.len == 0 {
+        if self.len == 0 && self.pieces.capacity() > KEEP {
             // Gives the memory of a burst back.
-            *self = Self::default();
+            self.pieces = VecDeque::new();
         }
     }
 }
@@ -139,20 +151,11 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
     /// Reads what is there while a write is pending, as far as the bound allows.
     fn read_ahead(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let bound = self.guard.0.read_ahead.load(Ordering::Relaxed);
-        let mut scratch = vec![0; READ];
         while self.ahead.len < bound {
-            let mut buffer = ReadBuf::new(&mut scratch);
-            let poll = Pin::new(&mut self.socket).poll_read(cx, &mut buffer);
-            let data = buffer.filled();
-            let read = data.len();
-            self.strict.feed(data)?;
-            self.ahead.push(data);
-            match poll {
-                Poll::Pending => break,
-                // End of file or an error: the next ordinary read meets it again.
-                Poll::Ready(Ok(())) if read == 0 => break,
-                Poll::Ready(Err(_)) => break,
-                Poll::Ready(Ok(())) => {}
+            match self.ahead.read_from(READ, &mut self.socket, cx) {
+                Ok(Some(data)) if !data.is_empty() => self.strict.feed(data)?,
+                // Nothing there; the end of file or an error, which the next ordinary read meets again.
+                Ok(_) | Err(_) => break,
             }
         }
         Ok(())
@@ -170,6 +173,23 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
         if this.ahead.len > 0 {
             this.ahead.take(out);
             return Poll::Ready(Ok(()));
+        }
+        // A session reads the four bytes of a packet's length, then the packet. With what may follow taken along, a small
+        // packet costs one system call; a large one still goes where it belongs without a copy.
+        if out.remaining() <= LENGTH {
+            return match this.ahead.read_from(SMALL, &mut this.socket, cx) {
+                Ok(Some(data)) => {
+                    this.strict.feed(data)?;
+                    this.ahead.take(out);
+                    Poll::Ready(Ok(()))
+                }
+                Ok(None) => {
+                    this.watch(cx);
+                    this.check()?;
+                    Poll::Pending
+                }
+                Err(error) => Poll::Ready(Err(error)),
+            };
         }
         let old = out.filled().len();
         match Pin::new(&mut this.socket).poll_read(cx, out) {
@@ -220,8 +240,13 @@ mod tests {
         let mut out = Vec::new();
         let mut buffer = [0; 40_000];
         // Pieces of other sizes than those that go in and come out, and never all of it at once.
-        for pushed in data.chunks(50_001) {
-            ahead.push(pushed);
+        let mut context = Context::from_waker(Waker::noop());
+        for mut pushed in data.chunks(50_001) {
+            while ahead
+                .read_from(READ, &mut pushed, &mut context)
+                .unwrap()
+                .is_some_and(|read| !read.is_empty())
+            {}
             let mut read = ReadBuf::new(&mut buffer);
             ahead.take(&mut read);
             out.extend_from_slice(read.filled());

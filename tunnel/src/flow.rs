@@ -8,10 +8,15 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use secure_comms_protocol::control::Credit;
 use secure_comms_protocol::limits::{CreditLimits, MESSAGE_COST_MIN, MESSAGE_MAX};
 use tokio::sync::{Notify, watch};
+
+use self::window::Window;
+
+mod window;
 
 /// Below this much credit a sender waits until a good deal has come back, rather than send splinters.
 const SPLINTER: i64 = 4096;
@@ -80,6 +85,8 @@ struct Table {
     slots: usize,
     grants: HashMap<u32, u32>,
     grown: u32,
+    /// The shortest seen; the others have waited in our own queues.
+    round_trip: Option<Duration>,
 }
 
 /// What the peer lets us send on a stream.
@@ -137,6 +144,12 @@ impl Credits {
             () = self.gone() => Err(StreamError::Gone),
             peer = peer.wait_for(Option::is_some) => peer.ok().and_then(|peer| *peer).ok_or(StreamError::Gone),
         }
+    }
+
+    /// A message to the peer and its answer took this long.
+    pub fn round_trip(&self, took: Duration) {
+        let mut table = self.table();
+        table.round_trip = Some(table.round_trip.map_or(took, |shortest| shortest.min(took)));
     }
 
     /// The connection has ended, or must: nobody will grant anything any more.
@@ -284,10 +297,8 @@ struct StreamCredit {
     resume: i64,
     /// What the peer may still send us.
     outstanding: AtomicI64,
-    /// Consumed, and not yet given back.
-    pending: AtomicU32,
-    /// What the peer may have on its way to us at a time.
-    window: AtomicU32,
+    /// What the peer may have on its way to us at a time; never contended, and locked for no await.
+    window: Mutex<Window>,
 }
 
 impl StreamCredit {
@@ -298,9 +309,12 @@ impl StreamCredit {
             // of the window (a batch), the window never shrinks below `theirs`, so more than this has come back.
             resume: i64::from(theirs / 2).clamp(MESSAGE_COST_MIN.into(), MESSAGE_MAX as i64),
             outstanding: AtomicI64::new(ours.into()),
-            pending: AtomicU32::new(0),
-            window: AtomicU32::new(ours),
+            window: Mutex::new(Window::new(ours)),
         }
+    }
+
+    fn window(&self) -> MutexGuard<'_, Window> {
+        self.window.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -393,23 +407,19 @@ impl Flow {
     /// The socket has taken messages that cost this much.
     pub fn consumed(&self, cost: u32) {
         let Some(credit) = &self.credit else { return self.hold_plain(|held| held.saturating_sub(cost)) };
-        let window = credit.window.load(Relaxed);
-        let pending = credit.pending.fetch_add(cost, Relaxed) + cost;
-        if pending < window / 2 {
+        let mut window = credit.window();
+        if !window.consumed(cost) {
             return;
         }
-        credit.pending.store(0, Relaxed);
         let mut table = self.slot.0.table();
         let limits = &self.slot.0.0.limits;
-        // A stream that is used earns a larger window, as long as the connection can hold it.
-        let growth = window
-            .min(limits.stream_max - window.min(limits.stream_max))
-            .min(limits.growth_pool - table.grown);
-        table.grown += growth;
-        credit.window.store(window + growth, Relaxed);
-        let grant = pending + growth;
+        let before = window.grown(limits);
+        let grant = window.batch(limits, limits.growth_pool - table.grown, table.round_trip);
+        table.grown = table.grown - before + window.grown(limits);
         credit.outstanding.fetch_add(grant.into(), Relaxed);
-        *table.grants.entry(self.id).or_default() += grant;
+        if grant > 0 {
+            *table.grants.entry(self.id).or_default() += grant;
+        }
         drop(table);
         self.slot.0.0.grants_waiting.notify_one();
     }
@@ -426,6 +436,6 @@ impl Drop for Flow {
         let mut table = self.slot.0.table();
         table.streams.remove(&self.id);
         table.grants.remove(&self.id);
-        table.grown -= credit.window.load(Relaxed) - self.slot.0.0.limits.initial;
+        table.grown -= credit.window().grown(&self.slot.0.0.limits);
     }
 }

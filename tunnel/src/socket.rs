@@ -11,6 +11,9 @@ use nix::sys::socket::{MsgFlags, Shutdown, recv, setsockopt};
 use tokio::io::Interest;
 use tokio::net::{TcpStream, UnixStream};
 
+/// A read of no more than this is a small one, in bytes.
+const SMALL: usize = 4096;
+
 /// The local end of a tunnel: a client of an inbound, or the server of an outbound.
 ///
 /// Dropping it resets a TCP connection, whoever was cancelled or has crashed: only [`Socket::finish`] closes in good
@@ -96,11 +99,42 @@ impl Socket {
     /// # Errors
     /// `WouldBlock` where nothing is there; else the socket's error.
     pub fn try_read(&self, buffer: &mut BytesMut, max: usize) -> io::Result<usize> {
+        if max <= SMALL {
+            return self.try_read_small(buffer, max);
+        }
         let mut buffer = buffer.limit(max);
         match self {
             Self::Tcp(stream) => stream.try_read_buf(&mut buffer),
             Self::Unix(stream) => stream.try_read_buf(&mut buffer),
         }
+    }
+
+    /// The same for little: less than there was room for means that the socket is empty now, so the next read waits
+    /// without asking it first. Clearing the memory costs less than that system call.
+    fn try_read_small(&self, buffer: &mut BytesMut, max: usize) -> io::Result<usize> {
+        let old = buffer.len();
+        buffer.resize(old + max, 0);
+        let mut result = Err(io::ErrorKind::WouldBlock.into());
+        let read = || {
+            result =
+                recv(self.as_fd().as_raw_fd(), buffer.get_mut(old..).unwrap_or_default(), MsgFlags::empty())
+                    .map_err(io::Error::from);
+            // What tokio's own reads do: had more come in between, it would be a new event, and this not touch it.
+            match &result {
+                Ok(read) if (1..max).contains(read) => Err(io::ErrorKind::WouldBlock.into()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    Err(io::ErrorKind::WouldBlock.into())
+                }
+                _ => Ok(()),
+            }
+        };
+        // Says whether the socket was ready; the result of the read, if there was one, is what counts.
+        let _ = match self {
+            Self::Tcp(stream) => stream.try_io(Interest::READABLE, read),
+            Self::Unix(stream) => stream.try_io(Interest::READABLE, read),
+        };
+        buffer.truncate(old + result.as_ref().map_or(0, |read| *read));
+        result
     }
 
     /// Writes what fits.

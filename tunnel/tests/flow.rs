@@ -168,8 +168,13 @@ async fn grow(connection: &Connection) -> (i64, Box<dyn std::any::Any>) {
 #[tokio::test]
 async fn a_used_window_grows_out_of_the_pool_and_the_pool_gets_it_back() {
     within(async {
-        let limits =
-            CreditLimits { initial: 32 << 10, stream_max: 128 << 10, growth_pool: 96 << 10, streams: 8 };
+        let limits = CreditLimits {
+            initial: 32 << 10,
+            stream_usual: 128 << 10,
+            stream_max: 128 << 10,
+            growth_pool: 96 << 10,
+            streams: 8,
+        };
         let connection = Connection::new(limits);
         let (first, holds_pool) = grow(&connection).await;
         assert!(first > 64 << 10 && first <= 128 << 10, "{first}");
@@ -331,7 +336,13 @@ async fn credit_for_unknown_streams_and_too_much_of_it_do_no_harm() {
 async fn every_window_from_the_smallest_on_keeps_moving() {
     within(async {
         for initial in [512, 513, 600, 1023, 1025, 4096, 5000, 8191, 65_536, 1 << 20] {
-            let limits = CreditLimits { initial, stream_max: initial, growth_pool: 0, streams: 4 };
+            let limits = CreditLimits {
+                initial,
+                stream_usual: initial,
+                stream_max: initial,
+                growth_pool: 0,
+                streams: 4,
+            };
             let connection = Connection::new(limits);
             let ((mut client, near), (mut server, far)) = (unix(), unix());
             let (id, ..) = connection.join(near, far).await;

@@ -23,8 +23,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 /// No growth, so that a window is exactly what it was to begin with.
-pub(crate) const FIXED: CreditLimits =
-    CreditLimits { initial: 32 * 1024, stream_max: 32 * 1024, growth_pool: 0, streams: 64 };
+pub(crate) const FIXED: CreditLimits = CreditLimits {
+    initial: 32 * 1024,
+    stream_usual: 32 * 1024,
+    stream_max: 32 * 1024,
+    growth_pool: 0,
+    streams: 64,
+};
 
 /// Far more than any kernel buffer between two local sockets, in bytes.
 pub(crate) const BULK: usize = 16 * 1024 * 1024;
