@@ -15,6 +15,10 @@ const CHANNEL_QUEUE: usize = 32;
 /// The same while strangers are let in.
 const STRANGERS_QUEUE: usize = 4;
 
+/// Messages of all channels together that wait for the session (russh's client has 10, and no way to say otherwise). More
+/// than it takes to keep it busy only makes a small message wait behind bulk data, and spoils the caches.
+const SESSION_QUEUE: usize = 4;
+
 /// The first line that both ends send (RFC 4253 4.2).
 const IDENTIFICATION: &str = concat!("SSH-2.0-SecureComms_", env!("CARGO_PKG_VERSION"));
 
@@ -57,6 +61,7 @@ pub fn server(phase: PhaseName, host_key: PrivateKey, rekey_bytes: usize) -> ser
         limits: limits(rekey_bytes),
         window_size: SSH_WINDOW,
         maximum_packet_size: MESSAGE_MAX as u32,
+        event_buffer_size: SESSION_QUEUE,
         channel_buffer_size: match phase {
             PhaseName::Attestation => STRANGERS_QUEUE,
             PhaseName::Kubernetes => CHANNEL_QUEUE,
