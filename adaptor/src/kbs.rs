@@ -1,6 +1,7 @@
 //! The KBS as its admin: publishes a resource, deletes one. Reading is for attested VMs alone.
 
 mod answer;
+mod said;
 mod tls;
 
 use std::error::Error as _;

@@ -1,12 +1,14 @@
 //! The validated configuration: flags and the daemon config (apf.json) together.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use secure_comms_protocol::tag::{self, InboundTag, OutboundTag, Tag, TagErrors};
 use secure_comms_tunnel::netns::Namespace;
 use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use zeroize::Zeroizing;
 
@@ -127,7 +129,9 @@ impl<'de> Visitor<'de> for ByKey {
             match key.as_str() {
                 "pod-name" => config.pod_name = value(&key, &mut map)?,
                 "pod-namespace" => config.pod_namespace = value(&key, &mut map)?,
-                "pod-network" => config.pod_network = value(&key, &mut map)?,
+                "pod-network" => {
+                    config.pod_network = value(&key, &mut map)?.map(|Object(network)| network);
+                }
                 "sc" => config.sc = value(&key, &mut map)?,
                 "sc-pp-prv" => config.private_key = value(&key, &mut map)?,
                 "sc-wn-pub" => config.worker_node = value(&key, &mut map)?,
@@ -145,6 +149,29 @@ impl<'de> Visitor<'de> for ByKey {
             seen.push(key);
         }
         Ok(config)
+    }
+}
+
+/// What an object says: the derived reader would take a list as the fields in their order, which nobody means.
+struct Object<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Fields(PhantomData)).map(Self)
+    }
+}
+
+struct Fields<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map))
     }
 }
 

@@ -165,6 +165,7 @@ fn a_pod_network_is_validated_and_one_that_says_nothing_is_none() {
     }
     let fault = |json| serde_json::from_str::<DaemonConfig>(json).unwrap_err().to_string();
     assert!(fault(r#"{"pod-network": "eth0"}"#).contains("key 'pod-network'"));
+    assert!(fault(r#"{"pod-network": ["10.244.1.7/24"]}"#).contains("expected an object"));
     assert!(fault(r#"{"pod-network": {"mtu": 1, "mtu": 2}}"#).contains("duplicate field"));
 }
 

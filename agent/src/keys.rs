@@ -9,9 +9,9 @@ use base64ct::{Base64, Encoding};
 use ed25519_dalek::pkcs8::DecodePrivateKey;
 use ed25519_dalek::{SigningKey, VerifyingKey};
 pub use russh::keys::PublicKey;
-use russh::keys::ssh_key::LineEnding;
 use russh::keys::ssh_key::private::{Ed25519Keypair, Ed25519PrivateKey, KeypairData};
 use russh::keys::ssh_key::public::{Ed25519PublicKey, KeyData};
+use russh::keys::ssh_key::{Error as SshKeyError, LineEnding, encoding};
 use russh::keys::{HashAlg, PrivateKey};
 use secure_comms_protocol::limits::KEY_MAX;
 use subtle::{Choice, ConstantTimeEq};
@@ -103,13 +103,14 @@ pub(crate) fn decode_base64(text: &str) -> Option<Zeroizing<Vec<u8>>> {
 }
 
 fn parse_openssh(bytes: &[u8]) -> Result<PrivateKey, KeyError> {
-    let bad = |error| host_error(format!("bad OpenSSH key: {error}"));
+    let bad = |error: SshKeyError| host_error(format!("bad OpenSSH key: {}", cause(&error)));
     let key = PrivateKey::from_bytes(bytes).map_err(bad)?;
     if key.is_encrypted() {
         return Err(host_error("it is encrypted"));
     }
     let KeypairData::Ed25519(pair) = key.key_data() else {
-        return Err(host_error(format!("a key of type {} is not an Ed25519 key", key.algorithm())));
+        let kind = excerpt(key.algorithm().as_str());
+        return Err(host_error(format!("a key of type {kind} is not an Ed25519 key")));
     };
     // The file holds both halves; signing with halves that differ would give the private one away.
     let sound = from_seed(pair.private.as_ref())?;
@@ -117,6 +118,16 @@ fn parse_openssh(bytes: &[u8]) -> Result<PrivateKey, KeyError> {
         return Err(host_error("bad OpenSSH key: its public half belongs to another key"));
     }
     Ok(sound)
+}
+
+/// What is wrong, without the names that the reader found: in a damaged file any part of the key may stand where it looks
+/// for one, and faults are told to peers who have proven nothing.
+fn cause(error: &SshKeyError) -> String {
+    match error {
+        SshKeyError::Encoding(encoding::Error::Label(_)) => "a name in it is not known".to_owned(),
+        SshKeyError::AlgorithmUnsupported { .. } => "its algorithm is not supported".to_owned(),
+        other => other.to_string(),
+    }
 }
 
 fn text(bytes: &[u8]) -> Result<&str, String> {
@@ -196,7 +207,7 @@ fn parse_line(line: &str) -> Result<Ed25519PublicKey, String> {
             "not a public key".to_owned()
         });
     }
-    let key = PublicKey::from_openssh(line).map_err(|error| format!("bad key: {error}"))?;
+    let key = PublicKey::from_openssh(line).map_err(|error| format!("bad key: {}", cause(&error)))?;
     let KeyData::Ed25519(key) = key.key_data() else { return Err("bad key: not what its type says".into()) };
     // With a point of small order anybody could make signatures that verify.
     match VerifyingKey::from_bytes(&key.0) {

@@ -152,3 +152,16 @@ fn every_new_host_key_is_another_ed25519_key() {
     assert_eq!(one.algorithm(), russh::keys::Algorithm::Ed25519);
     assert_ne!(one.public_key(), two.public_key());
 }
+
+#[test]
+fn a_damaged_key_does_not_show_what_stands_where_a_name_should() {
+    // The name of a cipher, by its length.
+    let secret = "a part of the key\n";
+    let binary = [b"openssh-key-v1\0\0\0\0", &[secret.len() as u8][..], secret.as_bytes()].concat();
+    let pem = format!(
+        "-----BEGIN OPENSSH PRIVATE KEY-----\n{}\n-----END OPENSSH PRIVATE KEY-----\n",
+        Base64::encode_string(&binary)
+    );
+    let text = parse_host_key(pem.as_bytes()).unwrap_err().to_string();
+    assert!(text.contains("a name in it is not known") && !text.contains("a part"), "{text}");
+}

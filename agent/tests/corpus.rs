@@ -1,4 +1,4 @@
-//! What the fuzz target of the interceptor starts from, and what it has found, through the same function.
+//! What the fuzz targets of this crate start from, and what they have found, through the same functions.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -7,23 +7,59 @@
     reason = "clippy.toml lets tests fail loudly; clippy does not take the helpers of an integration test for tests"
 )]
 
-#[path = "../../fuzz/src/exercise.rs"]
-mod exercise;
+#[path = "../../fuzz/src/config.rs"]
+mod config;
+#[path = "../../fuzz/src/corpus.rs"]
+mod corpus;
+#[path = "../../fuzz/src/edit.rs"]
+mod edit;
+#[path = "../../fuzz/src/flags.rs"]
+mod flags;
+#[path = "../../fuzz/src/frames.rs"]
+mod frames;
+#[path = "../../fuzz/src/guest.rs"]
+mod guest;
+#[path = "../../fuzz/src/keys.rs"]
+mod keys;
+#[path = "../../fuzz/src/pod_network.rs"]
+mod pod_network;
 
 #[test]
-fn the_corpus_of_the_fuzz_target_holds() {
-    let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/frames");
-    let mut seen = 0;
-    for entry in std::fs::read_dir(directory).unwrap() {
-        let path = entry.unwrap().path();
-        eprintln!("{}", path.display());
-        let data = std::fs::read(path).unwrap();
-        exercise::exercise(&data);
-        // And however it is split.
+fn the_corpus_of_flags_holds() {
+    corpus::replay("flags", flags::exercise);
+}
+
+#[test]
+fn the_corpus_of_config_holds() {
+    corpus::replay("config", config::exercise);
+}
+
+#[test]
+fn the_corpus_of_pod_network_holds() {
+    corpus::replay("pod_network", pod_network::exercise);
+}
+
+#[test]
+fn the_corpus_of_keys_holds() {
+    corpus::replay("keys", keys::exercise);
+}
+
+#[test]
+fn the_corpus_of_guest_holds() {
+    corpus::replay("guest", guest::exercise);
+}
+
+#[test]
+fn the_corpus_of_edit_holds() {
+    corpus::replay("edit", edit::exercise);
+}
+
+#[test]
+fn the_corpus_of_frames_holds_however_it_is_split() {
+    corpus::replay("frames", |data| {
+        frames::exercise(data);
         for step in 1..=64 {
-            exercise::exercise(&[&[step], data.get(1..).unwrap_or_default()].concat());
+            frames::exercise(&[&[step], data.get(1..).unwrap_or_default()].concat());
         }
-        seen += 1;
-    }
-    assert!(seen > 0, "{directory} is empty");
+    });
 }

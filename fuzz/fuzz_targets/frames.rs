@@ -1,7 +1,7 @@
 //! Frames towards the kata agent, and the edits of those that are touched.
 #![no_main]
 
-#[path = "../src/exercise.rs"]
-mod exercise;
+#[path = "../src/frames.rs"]
+mod frames;
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| exercise::exercise(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| frames::exercise(data));

@@ -92,6 +92,25 @@ async fn systemd_is_content(pod: &Pod) -> Result<()> {
     ensure!(agent.net == init.net, "the agent is not in the VM's network namespace");
     let mode = inspection.run(&["stat", "-c", "%a %n", "/run/secure-comms", "/run/peerpod/apf.json"]).await?;
     ensure!(mode == "700 /run/secure-comms\n600 /run/peerpod/apf.json\n", "{mode}");
+    confined(pod).await
+}
+
+/// As systemd itself rates the agent's unit: 10 is without any confinement. What is left is the two capabilities, the network and root.
+const EXPOSURE_MAX: f64 = 2.6;
+
+async fn confined(pod: &Pod) -> Result<()> {
+    let security = ["systemd-analyze", "security", "--no-pager", "agent-protocol-forwarder.service"];
+    let table = pod.inspection.run(&security).await?;
+    let (_, verdict) = table
+        .rsplit_once("Overall exposure level for agent-protocol-forwarder.service: ")
+        .with_context(|| format!("no exposure level in {table}"))?;
+    println!("exposure level of the agent's unit: {}", verdict.trim());
+    let level = verdict.split_whitespace().next().unwrap_or_default();
+    let level: f64 = level.parse().with_context(|| format!("'{level}' is no exposure level"))?;
+    ensure!(
+        level <= EXPOSURE_MAX,
+        "the agent's unit is less confined than it was, more than {EXPOSURE_MAX}: {table}"
+    );
     Ok(())
 }
 

@@ -3,29 +3,17 @@
 use std::fmt;
 
 use reqwest::{Method, Response, StatusCode};
-use serde::Deserialize;
 
 use super::KbsError;
+use super::said::Said;
 
 /// The most that is read of an answer, in bytes: errors are short, and no answer has anything else for us.
 const ANSWER_MAX: usize = 8 * 1024;
-/// The most that is shown of an answer that we do not understand, in characters.
-const SHOWN_MAX: usize = 200;
 
 /// Status and error of an answer.
 pub(super) struct Answer {
     status: StatusCode,
-    /// The last segment of `type`; Trustee's names of its errors.
-    variant: String,
-    detail: String,
-}
-
-/// `{"type":".../errors/<Variant>","detail":"..."}`, without a content type.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct ErrorBody {
-    r#type: String,
-    detail: String,
+    said: Said,
 }
 
 impl Answer {
@@ -41,12 +29,7 @@ impl Answer {
                 }
             }
         }
-        let error: ErrorBody = serde_json::from_slice(&body).unwrap_or_else(|_| ErrorBody {
-            r#type: String::new(),
-            detail: String::from_utf8_lossy(&body).trim().to_owned(),
-        });
-        let variant = error.r#type.rsplit('/').next().unwrap_or_default().to_owned();
-        Self { status, variant, detail: error.detail }
+        Self { status, said: Said::read(&body) }
     }
 
     pub(super) fn is_success(&self) -> bool {
@@ -62,7 +45,7 @@ impl Answer {
     }
 
     pub(super) fn is_missing_resource(&self) -> bool {
-        self.variant == "PluginInternalError"
+        self.said.variant() == "PluginInternalError"
     }
 
     pub(super) fn refusal(&self, path: &str, method: Method) -> KbsError {
@@ -70,7 +53,7 @@ impl Answer {
     }
 
     fn advice(&self) -> &'static str {
-        match (self.variant.as_str(), self.status) {
+        match (self.said.variant(), self.status) {
             ("AdminAuthInitialization", _) => {
                 "; the KBS does not take our admin token: check that --kbs-admin-key is the private half of a key it \
                  trusts, that --kbs-admin-issuer and --kbs-admin-role are what it expects, and both clocks"
@@ -89,13 +72,6 @@ impl Answer {
 
 impl fmt::Display for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.status.as_u16())?;
-        for text in [&self.variant, &self.detail] {
-            if !text.is_empty() {
-                let shown: String = text.chars().take(SHOWN_MAX).collect();
-                write!(f, " {}", shown.escape_debug())?;
-            }
-        }
-        Ok(())
+        write!(f, "{}{}", self.status.as_u16(), self.said)
     }
 }

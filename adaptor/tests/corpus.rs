@@ -1,0 +1,21 @@
+//! What the fuzz targets of this crate start from, and what they have found, through the same functions.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "clippy.toml lets tests fail loudly; clippy does not take the helpers of an integration test for tests"
+)]
+
+#[path = "../../fuzz/src/corpus.rs"]
+mod corpus;
+#[path = "../../fuzz/src/kbs_answer.rs"]
+mod kbs_answer;
+// Where kbs_answer.rs looks for it.
+#[path = "../src/kbs/said.rs"]
+mod said;
+
+#[test]
+fn the_corpus_of_kbs_answer_holds() {
+    corpus::replay("kbs_answer", kbs_answer::exercise);
+}

@@ -1,0 +1,61 @@
+//! The note on the agent's dependencies is about those that it has.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "clippy.toml lets tests fail loudly; clippy does not take the helpers of an integration test for tests"
+)]
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use serde_json::Value;
+
+const NOTE: &str = include_str!("../../docs/DEPENDENCIES.md");
+const LOCK: &str = include_str!("../../Cargo.lock");
+/// Reviewed where all of our code is.
+const OURS: &str = "secure-comms-";
+
+/// The crates that are linked into the agent by its own manifest.
+fn direct() -> Vec<String> {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version=1", "--no-deps", "--offline", "--manifest-path"])
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let packages = metadata["packages"].as_array().unwrap();
+    let agent = packages.iter().find(|package| package["name"] == env!("CARGO_PKG_NAME")).unwrap();
+    let normal =
+        agent["dependencies"].as_array().unwrap().iter().filter(|dependency| dependency["kind"].is_null());
+    let names = normal.map(|dependency| dependency["name"].as_str().unwrap().to_owned());
+    let mut names: Vec<String> = names.filter(|name| !name.starts_with(OURS)).collect();
+    names.sort_unstable();
+    names
+}
+
+/// Those of the note's table, with their versions.
+fn reviewed() -> BTreeMap<&'static str, &'static str> {
+    let rows = NOTE.lines().filter_map(|line| line.strip_prefix("| `"));
+    let rows = rows.map(|row| row.split_once("` | ").expect("a name and more"));
+    rows.map(|(name, rest)| (name, rest.split(" | ").next().unwrap())).collect()
+}
+
+#[test]
+fn the_note_has_a_row_for_each_direct_dependency_and_no_other() {
+    let named: Vec<&str> = reviewed().into_keys().collect();
+    assert_eq!(direct(), named, "docs/DEPENDENCIES.md and agent/Cargo.toml differ");
+}
+
+#[test]
+fn each_was_reviewed_at_the_version_that_is_built() {
+    for (name, version) in reviewed() {
+        let locked = format!("name = \"{name}\"\nversion = \"{version}\"\n");
+        assert!(
+            LOCK.contains(&locked),
+            "{name} {version}: Cargo.lock has another version; review the change"
+        );
+    }
+}

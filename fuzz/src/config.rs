@@ -1,0 +1,161 @@
+//! What must hold for whatever is in apf.json.
+
+use agent_protocol_forwarder::cli::{self, Options};
+use agent_protocol_forwarder::config::{Config, ConfigError, DaemonConfig, KeySource};
+use secure_comms_protocol::PhaseName;
+use secure_comms_protocol::tag::Tag;
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+use std::fmt;
+
+/// What the base64 of a PEM text begins with. Another key may be a text of our own, which the fuzzer sees compared.
+const PEM: &str = "LS0tLS1CRUdJTi";
+
+type Is = fn(&Value) -> bool;
+
+/// An object as it is written: a key may be there twice.
+struct Pairs(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Pairs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InOrder;
+        impl<'de> Visitor<'de> for InOrder {
+            type Value = Pairs;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pairs, A::Error> {
+                let mut pairs = Vec::new();
+                while let Some(pair) = map.next_entry()? {
+                    pairs.push(pair);
+                }
+                Ok(Pairs(pairs))
+            }
+        }
+        deserializer.deserialize_map(InOrder)
+    }
+}
+
+impl Pairs {
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.0.iter().find(|(name, _)| name == key).map(|(_, value)| value).filter(|value| !value.is_null())
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        self.get(key).and_then(Value::as_str)
+    }
+
+    /// Whether the agent must refuse it: a value of the wrong type, or a key twice that may be there once.
+    fn is_wrong(&self) -> bool {
+        let types: [(&str, Is); 8] = [
+            ("pod-name", Value::is_string),
+            ("pod-namespace", Value::is_string),
+            ("sc", Value::is_boolean),
+            ("sc-pp-prv", Value::is_string),
+            ("sc-wn-pub", Value::is_string),
+            ("sc-inbounds", Value::is_string),
+            ("sc-outbounds", Value::is_string),
+            ("pod-network", Value::is_object),
+        ];
+        types.iter().any(|(key, is_right)| {
+            let values: Vec<&Value> =
+                self.0.iter().filter(|(name, _)| name == key).map(|(_, value)| value).collect();
+            values.len() > 1 || values.iter().any(|value| !value.is_null() && !is_right(value))
+        })
+    }
+}
+
+/// The first byte says which flags there are.
+pub(crate) fn exercise(data: &[u8]) {
+    let Some((flags, text)) = data.split_first() else { return };
+    let read = serde_json::from_slice::<DaemonConfig>(text);
+    let pairs = serde_json::from_slice::<Pairs>(text);
+    let config = match (read, &pairs) {
+        (Ok(config), Ok(pairs)) => {
+            says_the_same(&config, pairs);
+            config
+        }
+        // What is ignored is looked at less closely: it may be nested too deep, or not quite text.
+        (Ok(config), Err(_)) => config,
+        (Err(_), Err(_)) => return,
+        (Err(error), Ok(pairs)) => {
+            // The pod's network has keys of its own.
+            assert!(pairs.is_wrong() || error.to_string().contains("duplicate field"), "refused: {error}");
+            return hides(text, pairs, &error.to_string());
+        }
+    };
+    let pairs = pairs.unwrap_or(Pairs(Vec::new()));
+    hides(text, &pairs, &format!("{config:?}"));
+    match Config::resolve(options(*flags), Some(config.clone())) {
+        Ok(resolved) => {
+            is_sound(&resolved, &config);
+            hides(text, &pairs, &format!("{resolved:?}"));
+        }
+        Err(error) => {
+            assert!(matches!(error.exit_code(), 1 | 2));
+            let is_asked_for = flags & 1 == 1 || config.sc == Some(true);
+            assert_eq!(matches!(error, ConfigError::NotSecureComms(_)), !is_asked_for);
+            hides(text, &pairs, &format!("{error} {error:?}"));
+        }
+    }
+}
+
+fn options(flags: u8) -> Options {
+    let all = [
+        "-secure-comms",
+        "-host-interface=eth1",
+        "-pod-namespace=",
+        "-secure-comms-inbounds=BOTH_PHASES:kbs:1",
+    ];
+    let given = all.iter().enumerate().filter(|(bit, _)| flags >> bit & 1 == 1).map(|(_, flag)| flag.into());
+    cli::parse(given).expect("these are good")
+}
+
+fn says_the_same(config: &DaemonConfig, pairs: &Pairs) {
+    assert!(!pairs.is_wrong(), "it is taken");
+    assert_eq!(config.pod_name.as_deref(), pairs.text("pod-name"));
+    assert_eq!(config.pod_namespace.as_deref(), pairs.text("pod-namespace"));
+    assert_eq!(config.worker_node.as_deref(), pairs.text("sc-wn-pub"));
+    assert_eq!(config.inbounds.as_deref(), pairs.text("sc-inbounds"));
+    assert_eq!(config.outbounds.as_deref(), pairs.text("sc-outbounds"));
+    assert_eq!(config.private_key.is_some(), pairs.get("sc-pp-prv").is_some());
+    assert_eq!(config.sc, pairs.get("sc").and_then(Value::as_bool));
+    assert_eq!(config.pod_network.is_some(), pairs.get("pod-network").is_some());
+}
+
+/// The private key is not in what is shown, unless it is something else too.
+fn hides(text: &[u8], pairs: &Pairs, shown: &str) {
+    let Some(key) = pairs.text("sc-pp-prv") else { return };
+    let once = std::str::from_utf8(text).is_ok_and(|text| text.matches(key).count() == 1);
+    if key.starts_with(PEM) && once {
+        assert!(!shown.contains(key), "the private key is shown: {shown}");
+    }
+}
+
+fn is_sound(resolved: &Config, config: &DaemonConfig) {
+    for phase in [PhaseName::Attestation, PhaseName::Kubernetes] {
+        let kbs = resolved.inbounds.iter().filter(|tag| tag.phases.includes(phase) && is(*tag, "kbs"));
+        assert_eq!(kbs.count(), 1, "{:?}", resolved.inbounds);
+    }
+    let kata = resolved
+        .outbounds
+        .iter()
+        .filter(|tag| tag.phases.includes(PhaseName::Kubernetes) && is(*tag, "kataagent"));
+    assert_eq!(kata.count(), 1, "{:?}", resolved.outbounds);
+    // What was given must count: its absence would open a door.
+    match &resolved.source {
+        KeySource::UserData(_) => assert!(config.sc == Some(true) && config.private_key.is_some()),
+        KeySource::Kbs { worker_node } => {
+            assert!(config.sc != Some(true) && config.private_key.is_none());
+            assert_eq!(worker_node.is_some(), config.worker_node.is_some());
+        }
+    }
+    let is_wanted = config.pod_network.as_ref().is_some_and(|network| !network.is_empty());
+    assert_eq!(resolved.pod_network.is_some(), is_wanted);
+}
+
+fn is(tag: &impl Tag, name: &str) -> bool {
+    tag.name().as_str().eq_ignore_ascii_case(name)
+}

@@ -1,0 +1,187 @@
+//! What must hold for the edit of a request, whatever is in it: compared with what somebody else's decoder reads, before
+//! and after.
+
+use agent_protocol_forwarder::interceptor::edit::{
+    self, Edited, Mounts, SERVICE, VOLUMES, Verdict, recognise,
+};
+use agent_protocol_forwarder::interceptor::wire::put;
+use prost::Message;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+const PATH: &str = "/run/netns/podns";
+
+#[derive(Clone, PartialEq, Message)]
+struct Sandbox {
+    #[prost(bytes = "vec", tag = "1")]
+    hostname: Vec<u8>,
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    dns: Vec<Vec<u8>>,
+    #[prost(bytes = "vec", tag = "5")]
+    sandbox_id: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Container {
+    #[prost(bytes = "vec", tag = "1")]
+    container_id: Vec<u8>,
+    #[prost(message, optional, tag = "6")]
+    oci: Option<Oci>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Oci {
+    #[prost(bytes = "vec", tag = "4")]
+    hostname: Vec<u8>,
+    #[prost(message, repeated, tag = "5")]
+    mounts: Vec<Mount>,
+    #[prost(message, repeated, tag = "7")]
+    annotations: Vec<Entry>,
+    #[prost(message, optional, tag = "8")]
+    linux: Option<Linux>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Mount {
+    #[prost(bytes = "vec", tag = "1")]
+    destination: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    source: Vec<u8>,
+    #[prost(bytes = "vec", tag = "3")]
+    kind: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Entry {
+    #[prost(bytes = "vec", tag = "1")]
+    key: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    value: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Linux {
+    #[prost(message, repeated, tag = "6")]
+    namespaces: Vec<Namespace>,
+    #[prost(bytes = "vec", tag = "7")]
+    cgroup: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Namespace {
+    #[prost(bytes = "vec", tag = "1")]
+    kind: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    path: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Request {
+    #[prost(bytes = "vec", tag = "1")]
+    service: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    method: Vec<u8>,
+    #[prost(bytes = "vec", tag = "3")]
+    payload: Vec<u8>,
+    #[prost(int64, tag = "4")]
+    timeout_nano: i64,
+}
+
+/// The first byte says which request, and whether there is a namespace to join; the rest is its payload, or all of it.
+pub(crate) fn exercise(data: &[u8]) {
+    let Some((what, data)) = data.split_first() else { return };
+    let namespace = Some(PATH).filter(|_| what & 4 == 0);
+    match what & 3 {
+        0 => container(data, namespace),
+        1 => sandbox(data, namespace),
+        2 => raw(data, namespace),
+        _ => {
+            let other = request(b"WriteStdin", data);
+            assert_eq!(
+                edited(&other, namespace),
+                Edited { request: Cow::Borrowed(&other), mounts: Mounts::default() }
+            );
+            assert_eq!(recognise(&other, true), Verdict::Pass);
+        }
+    }
+}
+
+fn request(method: &[u8], payload: &[u8]) -> Vec<u8> {
+    let mut request = Vec::new();
+    put(1, SERVICE, &mut request);
+    put(2, method, &mut request);
+    put(3, payload, &mut request);
+    request
+}
+
+fn edited<'a>(request: &'a [u8], namespace: Option<&str>) -> Edited<'a> {
+    edit::request(request, namespace).expect("somebody else's decoder takes it")
+}
+
+fn container(payload: &[u8], namespace: Option<&str>) {
+    let before = Container::decode(payload);
+    let request = request(b"CreateContainer", payload);
+    assert!((0..64).all(|seen| recognise(&request[..seen.min(request.len())], false) != Verdict::Pass));
+    let Ok(before) = before else { return drop(edit::request(&request, namespace)) };
+    let Edited { request: after, mounts } = edited(&request, namespace);
+    assert_eq!(mounts, wanted(&before));
+    let Some(path) = namespace else { return assert_eq!(*after, *request) };
+    let mut expected = before;
+    let linux = expected.oci.get_or_insert_default().linux.get_or_insert_default();
+    linux.namespaces.retain(|namespace| namespace.kind != b"network");
+    linux.namespaces.push(Namespace { kind: b"network".into(), path: path.into() });
+    let payload = Request::decode(&*after).expect("it is still a request").payload;
+    assert_eq!(Container::decode(&*payload).expect("it is still one"), expected);
+    assert_eq!(edited(&after, namespace).request, after, "there is nothing left to edit");
+}
+
+/// Sources of bind mounts, and those of them that are annotated as volumes.
+fn wanted(container: &Container) -> Mounts {
+    let Some(oci) = &container.oci else { return Mounts::default() };
+    // The last of several with one key counts.
+    let annotations: BTreeMap<_, _> =
+        oci.annotations.iter().map(|entry| (&*entry.key, &*entry.value)).collect();
+    let listed = annotations.get(VOLUMES.as_bytes()).copied().unwrap_or_default();
+    let volumes: Vec<PathBuf> =
+        listed.split(|byte| *byte == b',').map(|one| path(one.trim_ascii())).collect();
+    let binds = oci.mounts.iter().filter(|mount| mount.kind == b"bind" && mount.source.starts_with(b"/"));
+    let sources: Vec<PathBuf> = binds.map(|mount| path(&mount.source)).collect();
+    let volumes = sources.iter().filter(|source| volumes.contains(source)).cloned().collect();
+    Mounts { sources, volumes }
+}
+
+fn path(mut bytes: &[u8]) -> PathBuf {
+    while let [shorter @ .., b'/'] = bytes
+        && !shorter.is_empty()
+    {
+        bytes = shorter;
+    }
+    OsStr::from_bytes(bytes).into()
+}
+
+fn sandbox(payload: &[u8], namespace: Option<&str>) {
+    let request = request(b"CreateSandbox", payload);
+    let Ok(before) = Sandbox::decode(payload) else { return drop(edit::request(&request, namespace)) };
+    let Edited { request: after, mounts } = edited(&request, namespace);
+    assert_eq!(mounts, Mounts::default());
+    let payload = Request::decode(&*after).expect("it is still a request").payload;
+    assert_eq!(Sandbox::decode(&*payload).expect("it is still one"), Sandbox { dns: Vec::new(), ..before });
+}
+
+/// Not only the payload, but all of a request is the fuzzer's.
+fn raw(request: &[u8], namespace: Option<&str>) {
+    let after = edit::request(request, namespace);
+    let Ok(before) = Request::decode(request) else { return };
+    let touched =
+        before.service == SERVICE && matches!(&*before.method, b"CreateContainer" | b"CreateSandbox");
+    if !touched {
+        let untouched = Edited { request: Cow::Borrowed(request), mounts: Mounts::default() };
+        return assert_eq!(after, Ok(untouched));
+    }
+    let Ok(Edited { request: after, .. }) = after else { return };
+    let after = Request::decode(&*after).expect("it is still a request");
+    assert_eq!(Request { payload: Vec::new(), ..after }, Request { payload: Vec::new(), ..before });
+}

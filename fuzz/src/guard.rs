@@ -1,0 +1,197 @@
+//! What must hold for a guarded socket, whatever the peer sends and however reads, writes and arrivals mix: what is read
+//! is what was sent, no more is read ahead than may be, and no peer without strict key exchange gets through.
+
+use secure_comms_ssh::guard::{Guard, Guarded, Peer};
+use std::cell::RefCell;
+use std::io;
+use std::pin::Pin;
+use std::sync::LazyLock;
+use std::task::{Context, Poll, Waker};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// What may be held for a peer that has not authenticated; for one that has, what is held besides what credits count; and
+/// what one read may bring beyond either.
+const UNAUTHENTICATED: usize = 256 * 1024;
+const SLACK: usize = 1024 * 1024;
+const READ: usize = 64 * 1024;
+/// So much is looked at for the first packet.
+const FIRST_MAX: usize = 64 * 1024;
+/// By one move.
+const ARRIVES_MAX: usize = 310_000;
+/// The moves of a script; the rest of it is what the peer sends.
+const MOVES: usize = 24;
+
+/// A peer that has sent so much, of which so much was taken.
+struct Sent<'a> {
+    /// The fuzzer's.
+    data: &'a [u8],
+    /// What comes after it, each byte at its place: of no matter, but that the places can be told apart.
+    filler: &'static [u8],
+    arrived: usize,
+    taken: usize,
+    takes_writes: bool,
+}
+
+impl Sent<'_> {
+    /// Of the bytes from here to there, those that are in one piece.
+    fn piece(&self, from: usize, to: usize) -> &[u8] {
+        match self.data.get(from..to.min(self.data.len())) {
+            Some(piece) if !piece.is_empty() => piece,
+            _ => &self.filler[from..to],
+        }
+    }
+}
+
+struct Socket<'a>(&'a RefCell<Sent<'a>>);
+
+impl AsyncRead for Socket<'_> {
+    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let mut sent = self.0.borrow_mut();
+        let to = sent.arrived.min(sent.taken + out.remaining());
+        if to == sent.taken {
+            return Poll::Pending;
+        }
+        let piece = sent.piece(sent.taken, to);
+        out.put_slice(piece);
+        let taken = piece.len();
+        sent.taken += taken;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Socket<'_> {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        if self.0.borrow().takes_writes { Poll::Ready(Ok(data.len())) } else { Poll::Pending }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// The first byte says which end the peer is, the next are moves, the rest is what it sends.
+pub(crate) fn exercise(data: &[u8]) {
+    let Some((which, rest)) = data.split_first() else { return };
+    let Some((moves, data)) = rest.split_at_checked(MOVES) else { return };
+    let (peer, marker): (_, &[u8]) = match which & 1 {
+        0 => (Peer::Client, b"kex-strict-c-v00@openssh.com"),
+        _ => (Peer::Server, b"kex-strict-s-v00@openssh.com"),
+    };
+    static FILLER: LazyLock<Vec<u8>> =
+        LazyLock::new(|| (0..=250).cycle().take(MOVES * ARRIVES_MAX).collect());
+    let sent = RefCell::new(Sent { data, filler: &FILLER, arrived: 0, taken: 0, takes_writes: false });
+    let first: Vec<u8> =
+        data.iter().chain(FILLER.get(data.len()..).unwrap_or_default()).take(FIRST_MAX).copied().collect();
+    let mut offers = None;
+    let (mut guarded, guard) = Guarded::new(Socket(&sent), peer);
+    let (mut read, mut bound) = (0, UNAUTHENTICATED);
+    for step in moves {
+        let outcome = make(*step, &sent, &mut guarded, &guard, &mut read, &mut bound);
+        let sent = sent.borrow();
+        let seen = &first[..sent.taken.min(FIRST_MAX)];
+        offers = offers.or_else(|| strict(seen, marker));
+        let is_refused = offers.map_or(seen.len() == FIRST_MAX, |offers| !offers);
+        if let Err(error) = outcome {
+            assert!(is_refused, "an honest peer is refused: {error}");
+            return;
+        }
+        assert!(!is_refused, "a peer without strict key exchange goes on");
+        assert!(sent.taken - read <= bound + READ, "{} read ahead", sent.taken - read);
+    }
+    guard.cut();
+    let mut buffer = [0; 16];
+    let cut = poll_read(&mut guarded, &mut ReadBuf::new(&mut buffer));
+    assert!(matches!(cut, Poll::Ready(Err(_))), "a connection that is cut goes on");
+}
+
+/// Three bits say what is done, the others how much of it.
+fn make(
+    step: u8,
+    sent: &RefCell<Sent<'_>>,
+    guarded: &mut Guarded<Socket<'_>>,
+    guard: &Guard,
+    read: &mut usize,
+    bound: &mut usize,
+) -> io::Result<()> {
+    let much = usize::from(step >> 3);
+    match step & 7 {
+        0..=2 => sent.borrow_mut().arrived += arrives(step),
+        3 => {
+            // What may be held never shrinks.
+            *bound = (*bound).max(much * 10_000 + SLACK);
+            guard.may_hold(*bound - SLACK);
+        }
+        4 | 5 => {
+            sent.borrow_mut().takes_writes = step & 1 == 1;
+            let written = Pin::new(guarded).poll_write(&mut context(), b"data");
+            if let Poll::Ready(written) = written {
+                assert!(written? == 4 && step & 1 == 1);
+            }
+        }
+        _ => {
+            let mut buffer = vec![0; if step & 1 == 0 { much + 1 } else { (much + 1) * 5000 }];
+            let mut out = ReadBuf::new(&mut buffer);
+            match poll_read(guarded, &mut out) {
+                Poll::Ready(result) => result?,
+                Poll::Pending => assert_eq!(*read, sent.borrow().arrived, "it waits, and there is something"),
+            }
+            let mut filled = out.filled();
+            while !filled.is_empty() {
+                let sent = sent.borrow();
+                let piece = sent.piece(*read, *read + filled.len());
+                assert!(filled.starts_with(piece), "other bytes than were sent");
+                filled = &filled[piece.len()..];
+                *read += piece.len();
+            }
+        }
+    }
+    Ok(())
+}
+
+/// How much arrives by a move.
+fn arrives(step: u8) -> usize {
+    let much = usize::from(step >> 3);
+    match step & 7 {
+        0 => much,
+        1 => much * 500,
+        2 => much * (ARRIVES_MAX / 31),
+        _ => 0,
+    }
+}
+
+fn poll_read(guarded: &mut Guarded<Socket<'_>>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    Pin::new(guarded).poll_read(&mut context(), out)
+}
+
+fn context() -> Context<'static> {
+    Context::from_waker(Waker::noop())
+}
+
+/// Whether the peer's first packet offers the marker, if it is there: by RFC 4253 4.2, 6 and 7.1, in other words than the
+/// guard's.
+fn strict(seen: &[u8], marker: &[u8]) -> Option<bool> {
+    let mut packet = &[][..];
+    let lines = seen.split_inclusive(|byte| *byte == b'\n').filter(|line| line.ends_with(b"\n"));
+    let mut used = 0;
+    for line in lines {
+        used += line.len();
+        if line.starts_with(b"SSH-") {
+            packet = &seen[used..];
+            break;
+        }
+    }
+    // Length, padding, message, cookie, length of the first list of names, and it.
+    let (_, packet) = packet.split_at_checked(5)?;
+    let (message, packet) = packet.split_first()?;
+    if *message != 20 {
+        return Some(false);
+    }
+    let (_, packet) = packet.split_at_checked(16)?;
+    let (length, packet) = packet.split_first_chunk()?;
+    let names = packet.get(..u32::from_be_bytes(*length) as usize)?;
+    Some(names.split(|byte| *byte == b',').any(|name| name == marker))
+}

@@ -1,0 +1,110 @@
+//! What must hold for whatever answers in place of api-server-rest.
+
+use agent_protocol_forwarder::guest::{FetchError, fetch};
+use secure_comms_protocol::limits::KEY_MAX;
+use std::io;
+use std::iter::repeat_n;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, Waker};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// The most that is ever wanted of an answer: its longest head, and one byte more than the longest key.
+const WANTED_MAX: usize = 16 * 1024 + KEY_MAX + 1;
+
+/// An answer that comes in pieces of a size, at once.
+struct Answer<'a> {
+    data: &'a [u8],
+    step: usize,
+}
+
+impl AsyncRead for Answer<'_> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        out: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let (piece, rest) = self.data.split_at(self.step.min(out.remaining()).min(self.data.len()));
+        out.put_slice(piece);
+        self.data = rest;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Answer<'_> {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Poll::Ready(Ok(data.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// The first byte says in what pieces the rest comes. A byte 0xff stands for many: the limits are out of a fuzzer's reach.
+pub(crate) fn exercise(data: &[u8]) {
+    let Some((step, rest)) = data.split_first() else { return };
+    if rest.iter().filter(|byte| **byte == 0xff).count() > 9 {
+        return;
+    }
+    let stretched = |byte: &u8| if *byte == 0xff { repeat_n(b'k', KEY_MAX / 4) } else { repeat_n(*byte, 1) };
+    let answer: Vec<u8> = rest.iter().flat_map(stretched).collect();
+    let (whole, used) = get(&answer, answer.len().max(1));
+    assert!(used <= WANTED_MAX, "it read {used} bytes");
+    // A head is looked at again with every piece of it.
+    let least = if answer.len() > 4096 { 1024 } else { 1 };
+    let (split, _) = get(&answer, usize::from(*step).max(least));
+    assert_eq!(shown(&whole), shown(&split), "it matters in what pieces it comes");
+    match whole {
+        Ok(body) => {
+            assert!(body.len() <= KEY_MAX);
+            assert_eq!(Some(&*body), expected(&answer), "another body");
+        }
+        Err(error) => {
+            let text = error.to_string();
+            assert!(text.len() < 2000 && !text.chars().any(char::is_control), "not for a log: {text:?}");
+        }
+    }
+}
+
+fn get(answer: &[u8], step: usize) -> (Result<Vec<u8>, FetchError>, usize) {
+    let mut stream = Answer { data: answer, step };
+    let fetched = pin!(fetch(&mut stream, "default/a/b")).poll(&mut Context::from_waker(Waker::noop()));
+    let Poll::Ready(fetched) = fetched else { panic!("it waits, and nothing is missing") };
+    (fetched.map(|body| body.to_vec()), answer.len() - stream.data.len())
+}
+
+fn shown(fetched: &Result<Vec<u8>, FetchError>) -> Result<&[u8], String> {
+    fetched.as_deref().map_err(ToString::to_string)
+}
+
+/// The body of a good answer, by a reader that knows no more than what RFC 9112 says of those.
+fn expected(answer: &[u8]) -> Option<&[u8]> {
+    let begin = answer.iter().position(|byte| !b"\r\n".contains(byte))?;
+    let mut length = None;
+    let mut rest = &answer[begin..];
+    for number in 0.. {
+        let end = rest.iter().position(|byte| *byte == b'\n')?;
+        let line = rest[..end].strip_suffix(b"\r").unwrap_or(&rest[..end]).to_ascii_lowercase();
+        rest = &rest[end + 1..];
+        if line.is_empty() {
+            break;
+        }
+        if number == 0 {
+            assert!(
+                line.starts_with(b"http/1.") && line[8..].trim_ascii().starts_with(b"200"),
+                "no status 200"
+            );
+        }
+        assert!(!line.starts_with(b"transfer-encoding:"), "it is chunked");
+        if let Some(value) = line.strip_prefix(b"content-length:") {
+            let value = std::str::from_utf8(value).ok()?.trim().parse::<usize>().ok()?;
+            assert!(length.is_none_or(|length| length == value), "it has two lengths");
+            length = Some(value);
+        }
+    }
+    rest.get(..length.unwrap_or(rest.len()))
+}

@@ -1,0 +1,100 @@
+//! What must hold for whatever is given as a key.
+
+use agent_protocol_forwarder::keys::{KeyError, PodKeys, PublicKey, WorkerNodeKeys, parse_host_key};
+use base64ct::{Base64, Encoding};
+use secure_comms_protocol::limits::KEY_MAX;
+
+/// Of the corpus, and of nobody else.
+const HOST: &str = include_str!("../corpus/keys/host-openssh");
+const WORKER_NODE: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAINdamAGCsQq31Uv+08lkBzoO4XLz2qYjJa8CGmj3B1Ea";
+/// So much of a text, shown again, is no accident.
+const SECRET_MIN: usize = 24;
+
+/// The first byte says what the rest is: a text, or the binary that a text wraps, which a fuzzer does not get at.
+pub(crate) fn exercise(data: &[u8]) {
+    let Some((what, data)) = data.split_first() else { return };
+    match what {
+        b'h' | b'-' => host(&[&[*what][..], data].concat()),
+        0 => host(pem("OPENSSH PRIVATE KEY", data).as_bytes()),
+        1 => host(pem("PRIVATE KEY", data).as_bytes()),
+        2 => worker_node(format!("ssh-ed25519 {}", Base64::encode_string(data)).as_bytes()),
+        3 => {
+            let blob = [b"\0\0\0\x0bssh-ed25519\0\0\0\x20", data].concat();
+            worker_node(format!("ssh-ed25519 {} x", Base64::encode_string(&blob)).as_bytes());
+        }
+        4 => drop(std::str::from_utf8(data).map(|text| both(PodKeys::from_text(text)))),
+        _ => worker_node(&[&[*what][..], data].concat()),
+    }
+}
+
+fn pem(label: &str, binary: &[u8]) -> String {
+    format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", Base64::encode_string(binary))
+}
+
+fn host(text: &[u8]) {
+    let error = match parse_host_key(text) {
+        Ok(key) => {
+            assert!(
+                text.len() <= KEY_MAX && key.algorithm().as_str() == "ssh-ed25519" && !key.is_encrypted()
+            );
+            return both(PodKeys::parse(text, WORKER_NODE.as_bytes()));
+        }
+        Err(error) => error,
+    };
+    says_why(&error);
+    assert!(matches!(error, KeyError::Host(_)));
+    let text = String::from_utf8_lossy(text);
+    // The label is shown; the key comes after it.
+    let body =
+        text.split_once("-----BEGIN ").and_then(|(_, rest)| rest.split_once("-----")).map(|(_, body)| body);
+    let shown = error.to_string();
+    let words = body.unwrap_or_default().split_whitespace().filter(|word| word.len() >= SECRET_MIN);
+    assert!(words.into_iter().all(|word| !shown.contains(word)), "it shows the key: {shown}");
+}
+
+fn worker_node(text: &[u8]) {
+    let keys = match WorkerNodeKeys::parse(text) {
+        Ok(keys) => keys,
+        Err(error) => {
+            assert!(matches!(error, KeyError::WorkerNode(_)));
+            return says_why(&error);
+        }
+    };
+    let lines = std::str::from_utf8(text).expect("it is text").lines().map(str::trim);
+    let lines: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    for line in &lines {
+        let key = PublicKey::from_openssh(line).expect("another reader takes it");
+        assert!(line.starts_with("ssh-ed25519") && keys.matches(&key));
+    }
+    let mut fingerprints: Vec<String> = keys.fingerprints().collect();
+    fingerprints.sort_unstable();
+    fingerprints.dedup();
+    assert!(
+        (1..=lines.len()).contains(&fingerprints.len()) && keys.fingerprints().count() == fingerprints.len()
+    );
+    let other = PublicKey::from_openssh(WORKER_NODE).expect("it is one");
+    let is_among = fingerprints.contains(&other.fingerprint(Default::default()).to_string());
+    assert_eq!(keys.matches(&other), is_among);
+    let twice = [text, b"\n# again\n\n", text].concat();
+    if twice.len() <= KEY_MAX {
+        assert_eq!(WorkerNodeKeys::parse(&twice), Ok(keys));
+    }
+    both(PodKeys::parse(HOST.as_bytes(), text));
+}
+
+fn both(keys: Result<PodKeys, KeyError>) {
+    let keys = match keys {
+        Ok(keys) => keys,
+        Err(error) => return says_why(&error),
+    };
+    let text = keys.to_text().expect("what was read can be written");
+    let again = PodKeys::from_text(&text).expect("what was written can be read");
+    assert_eq!(again.fingerprint(), keys.fingerprint());
+    assert_eq!(again.worker_node(), keys.worker_node());
+    assert_eq!(*again.to_text().expect("and written again"), *text);
+}
+
+fn says_why(error: &KeyError) {
+    let text = error.to_string();
+    assert!(text.len() < 1000 && !text.chars().any(char::is_control), "not for a log: {text:?}");
+}
