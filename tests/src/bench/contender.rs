@@ -159,6 +159,8 @@ async fn agent(
     let (user_data, store) = (directory.join("apf.json"), directory.join("store"));
     let mut command = Command::new(adaptor);
     command.args(["user-data", "--pod-id", pod]).arg("--store").arg(store).arg("--output").arg(&user_data);
+    // Any port: several run at a time, and nobody uses it.
+    command.args(["--pp-inbounds", "BOTH_PHASES:KBS:0"]);
     command.args(["--pp-outbounds", &format!("KUBERNETES_PHASE:BENCH:{target}")]);
     let output = command.output().await?;
     ensure!(output.status.success(), "user-data: {}", String::from_utf8_lossy(&output.stderr));

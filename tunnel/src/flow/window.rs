@@ -69,3 +69,77 @@ impl Window {
         growth
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    const LIMITS: CreditLimits = CreditLimits {
+        initial: 32 << 10,
+        stream_usual: 64 << 10,
+        stream_max: 1 << 20,
+        growth_pool: 2 << 20,
+        streams: 4,
+    };
+    const ROUND_TRIP: Duration = Duration::from_millis(80);
+
+    /// A sender that always has more: what it was granted arrives a round trip later, at the earliest.
+    async fn use_up(window: &mut Window, pool: u32, took: Duration) -> u32 {
+        let size = window.size;
+        let mut granted = 0;
+        for _ in 0..2 {
+            advance(took / 2).await;
+            assert!(window.consumed(size / 2));
+            granted += window.batch(&LIMITS, pool, Some(ROUND_TRIP));
+        }
+        granted
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_window_that_holds_its_stream_up_grows_to_the_most_and_one_that_does_not_stays() {
+        let mut window = Window::new(LIMITS.initial);
+        // Whatever the line: up to the usual, and no further, for nothing is used up within a round trip.
+        for _ in 0..10 {
+            use_up(&mut window, LIMITS.growth_pool, ROUND_TRIP * 2).await;
+        }
+        assert_eq!(window.size, LIMITS.stream_usual);
+        for _ in 0..10 {
+            use_up(&mut window, LIMITS.growth_pool, ROUND_TRIP).await;
+        }
+        assert_eq!(window.size, LIMITS.stream_max);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_known_round_trip_a_window_keeps_the_usual_size() {
+        let mut window = Window::new(LIMITS.initial);
+        for _ in 0..10 {
+            assert!(window.consumed(window.size));
+            window.batch(&LIMITS, LIMITS.growth_pool, None);
+        }
+        assert_eq!(window.size, LIMITS.stream_usual);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_window_that_is_hardly_used_gives_back_what_is_beyond_the_usual() {
+        let mut window = Window::new(LIMITS.initial);
+        for _ in 0..12 {
+            use_up(&mut window, LIMITS.growth_pool, ROUND_TRIP).await;
+        }
+        let (size, mut granted) = (window.size, 0);
+        for _ in 0..12 {
+            granted += use_up(&mut window, LIMITS.growth_pool, WINDOW_UNUSED * 2).await;
+        }
+        assert!(window.size < LIMITS.stream_usual + 64, "{}", window.size);
+        assert!(granted > 0 && size > window.size);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn growth_ends_with_the_pool() {
+        let mut window = Window::new(LIMITS.initial);
+        let granted = use_up(&mut window, 1000, ROUND_TRIP).await;
+        // Each batch asks anew: the connection keeps count of its pool.
+        assert_eq!((window.grown(&LIMITS), granted), (2000, LIMITS.initial + 2000));
+    }
+}
