@@ -3,7 +3,7 @@
 //!
 //! In the order in which a pod meets them:
 //!
-//! - [`process`], [`netns`]: run the real binaries, in network namespaces if asked for; [`cable`]: what lies between;
+//! - [`process`], [`netns`]: run the real binaries, in network namespaces if asked for; [`cable`], [`line`]: what lies between;
 //! - [`kbs`]: Trustee's key broker, with faults on demand;
 //! - [`guest`]: the guest components in the VM (`api-server-rest`, AA, CDH), which fetch keys through the agent;
 //! - [`kata`]: the kata agent behind `KATAAGENT`, and the client side that checks every byte;
@@ -19,6 +19,7 @@ pub mod boot;
 pub mod cable;
 pub mod half;
 pub mod kbs;
+pub mod line;
 pub mod netns;
 pub mod openssh;
 pub mod pod_keys;
