@@ -422,6 +422,30 @@ async fn a_port_that_is_taken_ends_the_agent_with_one_clear_line() -> Result<()>
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_bug_ends_leaves_no_core_with_keys_in_it() -> Result<()> {
+    use std::os::unix::process::ExitStatusExt;
+    let scene = scene().await?;
+    // Where cores are allowed, and can be written.
+    let unlimited = |command: tokio::process::Command| {
+        let command = command.into_std();
+        let mut with = tokio::process::Command::new("prlimit");
+        with.arg("--core=unlimited").arg(command.get_program()).args(command.get_args());
+        with.current_dir(scene.path(""));
+        with
+    };
+    let mut agent = Child::spawn("agent", unlimited(scene.agent_command()?))?;
+    let mut adaptor = Child::spawn("adaptor", unlimited(scene.adaptor_command(&[scene.ssh])?))?;
+    works(&scene, &adaptor).await?;
+    for process in [&mut agent, &mut adaptor] {
+        process.signal(Signal::SIGABRT)?;
+        let status = process.wait_exit(PATIENCE).await?;
+        ensure!(status.signal() == Some(6), "{}: {status}", process.name());
+        ensure!(!status.core_dumped(), "{}: its core is in the world", process.name());
+    }
+    Ok(())
+}
+
 /// The whole start, many times over: it must come up every time.
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_pods_out_of_twenty_come_up() -> Result<()> {
