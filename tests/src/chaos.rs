@@ -7,9 +7,11 @@
 //! - [`traffic`]: clients at every inbound, all the time, that check each byte; [`stranger`]: one that tries every door;
 //! - [`strike`]: how a fault is done, and undone;
 //! - [`life`]: all of that, one after the other; [`secrets`], [`resources`]: what is looked for once it is over;
+//! - [`soak`]: one pod that reconnects many times, and what that leaves behind; [`leftovers`]: what all of it has left behind here;
 //! - [`report`]: what many lives come to.
 
 pub mod disk;
+pub mod leftovers;
 pub mod life;
 pub mod program;
 pub mod report;
@@ -17,6 +19,7 @@ pub mod resources;
 pub mod script;
 pub mod secrets;
 pub mod site;
+pub mod soak;
 pub mod stranger;
 pub mod strike;
 pub mod traffic;

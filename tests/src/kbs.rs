@@ -60,6 +60,9 @@ pub struct KbsOptions {
     pub evidence: String,
     /// How long a connection may be without a request head, new or idle, before it is closed (5 s in real life).
     pub head_limit: Duration,
+    /// The port it listens on; 0: any that is free. One below those that the kernel hands out is free after each
+    /// [`Kbs::kill`], too.
+    pub port: u16,
     /// The network namespace whose 127.0.0.1 it listens on; none: that of this process.
     pub namespace: Option<Namespace>,
 }
@@ -71,6 +74,7 @@ impl Default for KbsOptions {
             old: false,
             evidence: DEFAULT_EVIDENCE.to_owned(),
             head_limit: Duration::from_secs(5),
+            port: 0,
             namespace: None,
         }
     }
@@ -135,7 +139,7 @@ struct Session {
 }
 
 impl Kbs {
-    /// Starts a KBS on a free port of 127.0.0.1.
+    /// Starts a KBS on 127.0.0.1.
     ///
     /// # Errors
     /// If keys cannot be made or no port be bound.
@@ -155,8 +159,8 @@ impl Kbs {
             attestations: AtomicU64::new(0),
             ahead: AtomicI64::new(0),
         });
-        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let socket = bind(any, shared.options.namespace.as_ref()).await?;
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, shared.options.port));
+        let socket = bind(listen, shared.options.namespace.as_ref()).await?;
         let addr = socket.local_addr().context("KBS: reading the bound address")?;
         let state = Mutex::new(State::Up(Shared::serve(&shared, socket)?));
         Ok(Self { shared, addr, state })

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
+use secure_comms_tests::chaos::leftovers::Leftovers;
 use secure_comms_tests::chaos::life::live;
 use secure_comms_tests::chaos::report::Report;
 use secure_comms_tests::chaos::script::Script;
+use secure_comms_tests::chaos::soak::soak;
 use secure_comms_tests::process::ensure_built;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -61,7 +63,7 @@ impl Asked {
 
 async fn run(asked: &Asked) -> Result<bool> {
     ensure_built().await?;
-    let began = Instant::now();
+    let (began, before) = (Instant::now(), Leftovers::now()?);
     println!("{} lives from seed {}, {} at a time", asked.lives, asked.seed, asked.at_once);
     let (room, mut lives) = (Arc::new(Semaphore::new(asked.at_once)), JoinSet::new());
     for number in 0..asked.lives {
@@ -71,10 +73,20 @@ async fn run(asked: &Asked) -> Result<bool> {
             live(script).await
         });
     }
+    let soaked = tokio::spawn(soak(usize::try_from(asked.lives)?.clamp(10, 100)));
     let mut report = Report::default();
     while let Some(outcome) = lives.join_next().await {
         println!("{}", report.add(&outcome?));
     }
+    let soaked = soaked.await?;
+    match &soaked {
+        Ok(told) => println!("{told}"),
+        Err(error) => println!("FAILED: one pod that reconnects: {error:#}"),
+    }
+    let left = Leftovers::now()?.beyond(&before);
+    for what in &left {
+        println!("FAILED: chaos itself has left {what}");
+    }
     println!("\n{report}\ntook                      {:.0} s", began.elapsed().as_secs_f64());
-    Ok(report.is_good())
+    Ok(report.is_good() && soaked.is_ok() && left.is_empty())
 }

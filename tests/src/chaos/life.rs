@@ -192,7 +192,7 @@ async fn strangers(site: &Site, script: &Script, opened: &Mutex<Vec<String>>) ->
 }
 
 /// Tries again and again until a request is answered.
-async fn up(address: SocketAddr, bound: Duration) -> Result<()> {
+pub(super) async fn up(address: SocketAddr, bound: Duration) -> Result<()> {
     let tries = async {
         let mut probes = JoinSet::new();
         let mut due = interval(PROBE);

@@ -12,6 +12,8 @@ const SPREAD: Duration = Duration::from_millis(2500);
 /// How long a fault lasts.
 const SHORTEST: Duration = Duration::from_millis(200);
 const LONGEST: Duration = Duration::from_millis(2500);
+/// In one life of ten they last longer: then timers of the protocol run out.
+const LONG: Duration = Duration::from_secs(8);
 /// Faults of a life.
 const MOST: usize = 4;
 
@@ -142,6 +144,7 @@ impl Script {
         };
         let (https, stranger) = (random.random_bool(0.25), random.random_bool(0.5));
         let request = [200, 8 * 1024, 256 * 1024].choose(random).copied().unwrap_or(200);
+        let longest = if random.random_bool(0.1) { LONG } else { LONGEST };
         let mut possible = possible(random, path);
         possible.shuffle(random);
         possible.truncate(random.random_range(1..=MOST));
@@ -149,7 +152,7 @@ impl Script {
             .into_iter()
             .map(|fault| Planned {
                 at: between(random, Duration::ZERO, SPREAD),
-                lasts: between(random, SHORTEST, LONGEST),
+                lasts: between(random, SHORTEST, longest),
                 fault,
             })
             .collect();

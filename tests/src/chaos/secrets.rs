@@ -25,13 +25,13 @@ impl Secrets {
     pub fn add_key(&mut self, name: &str, pem: &str) -> Result<()> {
         let lines: Vec<_> = pem.lines().filter(|line| !line.starts_with("-----")).collect();
         let der = Base64::decode_vec(&lines.concat()).map_err(|_| anyhow::anyhow!("{name}: not base64"))?;
-        // OpenSSH: private and public key as one string of 64 bytes. PKCS#8 (RFC 8410 7): an octet string of 32.
+        // OpenSSH: private and public key as one string of 64 bytes. PKCS#8 (RFC 8410 7): an octet string of 32 in one of 34.
         let (mark, what): (&[u8], _) = if pem.contains("OPENSSH") {
             (&[0, 0, 0, 64], "OpenSSH key")
         } else {
-            (&[0x04, 0x20], "PKCS#8 key")
+            (&[0x04, 0x22, 0x04, 0x20], "PKCS#8 key")
         };
-        let at = der.windows(mark.len()).rposition(|window| window == mark);
+        let at = der.windows(mark.len()).position(|window| window == mark);
         let seed = at.and_then(|at| der.get(at + mark.len()..)?.get(..SEED));
         let seed = seed.with_context(|| format!("{name}: no Ed25519 {what}"))?;
         self.add(name, "raw", seed.to_vec());

@@ -322,7 +322,7 @@ impl Common {
 
 impl Route {
     async fn new(script: &Script) -> Result<(Self, KbsOptions)> {
-        let mut kbs = KbsOptions::default();
+        let mut kbs = KbsOptions { port: free_port()?.port(), ..KbsOptions::default() };
         if script.path == super::script::Path::Cable {
             let agent = free_port()?;
             return Ok((Self::Cable(Cable::to(agent).await?, agent), kbs));
