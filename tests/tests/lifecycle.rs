@@ -502,6 +502,30 @@ async fn a_request_that_the_kbs_swallowed_is_made_again_long_before_it_is_given_
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_whose_first_question_the_kbs_swallowed_asks_again_long_before_it_gives_up_for_slow()
+-> Result<()> {
+    let scene = scene().await?;
+    let agent = scene.agent().await?;
+    scene.kbs.deny("default/sshclient/publicKey");
+    let adaptor = scene.adaptor()?;
+    says(&adaptor, "keys: attempt").await?;
+    scene.kbs.set_fault(Fault::Slow(PATIENCE));
+    let asks = |request: &LoggedRequest| request.path == "/kbs/v0/auth";
+    let before = scene.kbs.requests().last().context("nobody has asked")?.at;
+    let first = |request: &LoggedRequest| asks(request) && request.at > before;
+    let first = scene.kbs.wait_for_request(first, PATIENCE).await?.at;
+    says(&agent, "brings no answer from it").await?;
+    scene.kbs.allow("default/sshclient/publicKey");
+    scene.kbs.set_fault(Fault::None);
+    works(&scene, &adaptor).await?;
+    let second = |request: &LoggedRequest| asks(request) && request.at > first;
+    let second = scene.kbs.wait_for_request(second, PATIENCE).await?.at;
+    // A slow KBS gets 20 s for its first byte, later.
+    ensure!(second - first < Duration::from_secs(20), "{:?}", second - first);
+    Ok(())
+}
+
 /// The whole start, many times over: it must come up every time.
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_pods_out_of_twenty_come_up() -> Result<()> {
