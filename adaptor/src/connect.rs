@@ -122,12 +122,10 @@ pub async fn run(settings: Settings) -> Result<(), ConnectFailed> {
 
 /// Publishes the keys of a pod that was started before, however long the KBS is away.
 async fn republish(adaptor: &Adaptor, pod: &PodId, known: bool) -> Infallible {
-    while known {
-        match adaptor.republish(pod).await {
-            Ok(()) => break,
-            // It has been tried for as long as a start may take, and told.
-            Err(AdaptorError::Kbs(KbsError::Unreachable { .. })) => {}
-            Err(error) => {
+    if known {
+        // Until the KBS answers; that it did not for as long as a start may take is told each time.
+        while let Err(error) = adaptor.republish(pod).await {
+            if !matches!(error, AdaptorError::Kbs(KbsError::Unreachable { .. })) {
                 tracing::error!("pod {pod}: publishing its keys once more: {:#}", anyhow::Error::from(error));
                 break;
             }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
+use secure_comms_tests::args::until_told;
 use secure_comms_tests::chaos::leftovers::Leftovers;
 use secure_comms_tests::chaos::life::live;
 use secure_comms_tests::chaos::report::Report;
@@ -31,7 +32,12 @@ async fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match run(&asked).await {
+    let ran = tokio::select! {
+        ran = run(&asked) => ran,
+        // So that everything is taken away again that was made.
+        told = until_told() => told.and_then(|()| bail!("told to end")),
+    };
+    match ran {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {

@@ -201,7 +201,9 @@ pub(super) async fn up(address: SocketAddr, bound: Duration) -> Result<()> {
         for number in 0.. {
             tokio::select! {
                 _ = due.tick(), if probes.len() < AT_ONCE => drop(probes.spawn(request(address, number))),
-                Some(Ok(Ok(()))) = probes.join_next() => return,
+                Some(done) = probes.join_next(), if !probes.is_empty() => if let Ok(Ok(())) = done {
+                    return;
+                },
             }
         }
     };

@@ -148,6 +148,10 @@ impl Script {
         let mut possible = possible(random, path);
         possible.shuffle(random);
         possible.truncate(random.random_range(1..=MOST));
+        // A disk that is read-only can't be filled.
+        if possible.contains(&Fault::StoreReadOnly) {
+            possible.retain(|fault| *fault != Fault::StoreFull);
+        }
         let mut faults: Vec<_> = possible
             .into_iter()
             .map(|fault| Planned {

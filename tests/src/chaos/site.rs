@@ -28,6 +28,12 @@ use crate::scene::{free_port, pod_id};
 
 /// The last part of the address that the VM may move to.
 pub const MOVED: u8 = 3;
+/// What the names of this process's directories begin with.
+#[must_use]
+pub fn prefix() -> String {
+    format!("secure-comms-chaos-{}-", std::process::id())
+}
+
 /// A port that was just closed may take a moment.
 const PORT_TRIES: usize = 500;
 const PORT_PAUSE: Duration = Duration::from_millis(10);
@@ -135,7 +141,7 @@ impl Site {
     /// A stand-in or a process can't be started.
     pub async fn new(script: &Script) -> Result<Self> {
         let binaries = ensure_built().await?;
-        let directory = tempfile::Builder::new().prefix("secure-comms-chaos-").tempdir()?;
+        let directory = tempfile::Builder::new().prefix(&prefix()).tempdir()?;
         let path = |name: &str| directory.path().join(name);
         let (route, mut options) = Route::new(script).await?;
         options.https = script.https;
