@@ -133,10 +133,42 @@ impl Adaptor {
         let _turn = self.turn(id).await;
         let known = self.store.known_pod_key(id).await?.is_some();
         let prepared = self.prepare_new(id).await;
-        if prepared.is_err() && !known {
-            self.store.forget(id).await?;
+        if prepared.is_err()
+            && !known
+            && let Err(error) = self.store.forget(id).await
+        {
+            tracing::error!("pod {id}: after a failure: {:#}", anyhow::Error::from(error));
         }
         prepared
+    }
+
+    /// Listens again for the clients of a pod that was started before this process was; none if it never was. Its VM may
+    /// be running, and then needs nothing from the KBS: a KBS that is away must not keep the pod down. So its keys are
+    /// not published here; see [`Adaptor::republish`].
+    ///
+    /// # Errors
+    /// The store or an inbound failed.
+    pub async fn reopen(&self, id: &PodId) -> Result<Option<Vec<Endpoint>>, AdaptorError> {
+        let _turn = self.turn(id).await;
+        let Some(pod_key) = self.store.known_pod_key(id).await? else { return Ok(None) };
+        if self.store.addresses(id).await?.is_empty() {
+            return Ok(None);
+        }
+        if self.endpoints(id).is_none() {
+            let node_key = self.store.worker_node_key().await?;
+            let pod = self.listen(id, node_key, pod_key.public()?).await?;
+            self.pods().insert(id.clone(), pod);
+        }
+        Ok(self.endpoints(id))
+    }
+
+    /// Publishes the keys of a known pod once more, for a VM that attests anew and a KBS that has lost them.
+    ///
+    /// # Errors
+    /// The store or the KBS failed.
+    pub async fn republish(&self, id: &PodId) -> Result<(), AdaptorError> {
+        let (node_key, pod_key) = (self.store.worker_node_key().await?, self.store.pod_key(id).await?);
+        self.publish(id, &node_key, &pod_key).await
     }
 
     async fn prepare_new(&self, id: &PodId) -> Result<Vec<Endpoint>, AdaptorError> {

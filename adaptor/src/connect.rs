@@ -1,5 +1,7 @@
 //! `connect`: one pod in the foreground, and a line on stdout for whatever happens to it.
 
+use std::convert::Infallible;
+use std::future::pending;
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
@@ -85,14 +87,23 @@ pub async fn run(settings: Settings) -> Result<(), ConnectFailed> {
         observer: Arc::new(tell),
     };
     let adaptor = Adaptor::new(store, keys, config);
+    let known = adaptor.reopen(&settings.pod).await;
+    // Beside all else, to the end.
+    let republish = republish(&adaptor, &settings.pod, matches!(known, Ok(Some(_))));
+    tokio::pin!(republish);
     let come_up = async {
-        for endpoint in adaptor.prepare(&settings.pod).await? {
+        let endpoints = match known? {
+            Some(endpoints) => endpoints,
+            None => adaptor.prepare(&settings.pod).await?,
+        };
+        for endpoint in endpoints {
             line(&format!("inbound {} listens on {}", endpoint.name, endpoint.local));
         }
         adaptor.start(&settings.pod, &settings.addresses, settings.deadline).await
     };
     let came_up = tokio::select! {
         came_up = come_up => came_up,
+        never = &mut republish => match never {},
         () = signals.any() => return end(&adaptor, &settings).await,
     };
     if let Err(error) = came_up {
@@ -102,8 +113,25 @@ pub async fn run(settings: Settings) -> Result<(), ConnectFailed> {
         }
         return Err(error.into());
     }
-    signals.any().await;
+    tokio::select! {
+        () = signals.any() => {}
+        never = &mut republish => match never {},
+    }
     end(&adaptor, &settings).await
+}
+
+/// Publishes the keys of a pod that was started before, however long the KBS is away.
+async fn republish(adaptor: &Adaptor, pod: &PodId, known: bool) -> Infallible {
+    if known {
+        // Until the KBS answers; that it did not for as long as a start may take is told each time.
+        while let Err(error) = adaptor.republish(pod).await {
+            if !matches!(error, AdaptorError::Kbs(KbsError::Unreachable { .. })) {
+                tracing::error!("pod {pod}: publishing its keys once more: {:#}", anyhow::Error::from(error));
+                break;
+            }
+        }
+    }
+    pending().await
 }
 
 async fn end(adaptor: &Adaptor, settings: &Settings) -> Result<(), ConnectFailed> {

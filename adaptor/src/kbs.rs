@@ -21,7 +21,9 @@ use answer::Answer;
 
 /// The largest resource the KBS takes, in bytes.
 pub const RESOURCE_MAX: usize = 2 * 1024 * 1024;
-/// How long one request may take, its answer included.
+/// How long the first request may take, its answer included; each further one twice as long, up to [`REQUEST`].
+const FIRST_REQUEST: Duration = Duration::from_secs(5);
+/// How long any request may take, its answer included.
 const REQUEST: Duration = Duration::from_secs(30);
 
 /// Why a resource was not published or deleted.
@@ -178,12 +180,15 @@ impl KbsClient {
     async fn until_answered(&self, method: Method, path: &str, body: &Bytes) -> Result<Answer, KbsError> {
         let start = Instant::now();
         let mut pause = RETRY_MIN;
+        // One that the KBS has swallowed must not hold up the next for long; a KBS that is slow gets its time yet.
+        let mut patience = FIRST_REQUEST;
         let mut tries = 0;
         let mut reported = String::new();
         loop {
             tries += 1;
             // A try must not outlive the deadline either.
-            let left = self.retry_for.saturating_sub(start.elapsed()).clamp(RETRY_MIN, REQUEST);
+            let left = self.retry_for.saturating_sub(start.elapsed()).clamp(RETRY_MIN, patience);
+            patience = (patience * 2).min(REQUEST);
             let last = match self.once(method.clone(), path, body.clone(), left).await {
                 Ok(answer) => return Ok(answer),
                 Err(Failed::Final(error)) => return Err(error),

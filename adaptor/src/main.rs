@@ -32,12 +32,18 @@ fn complain(line: &str) {
     let _ = writeln!(std::io::stderr(), "secure-comms-adaptor: {line}");
 }
 
+/// A core would hold the keys, and be written to a disk or be read by whatever collects cores.
+fn forbid_core_dumps() -> anyhow::Result<()> {
+    nix::sys::prctl::set_dumpable(false).context("forbid core dumps")
+}
+
 // One thread: one pod's bytes go through one SSH session, and each hand-over to another thread would cost more than it brings.
 #[tokio::main(flavor = "current_thread")]
 async fn run() -> anyhow::Result<()> {
     let cli = cli::parse(std::env::args_os());
     let env = |name: &str| std::env::var_os(name);
     log::init(settings::log_level(cli.log, &env)?);
+    forbid_core_dumps()?;
     match cli.command {
         Command::Connect(args) => Ok(connect::run(Settings::read(*args, &env)?).await?),
         Command::UserData(args) => print_user_data(UserDataSettings::read(args, &env)?).await,

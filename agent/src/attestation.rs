@@ -2,9 +2,10 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use secure_comms_protocol::control::KeyProgress;
-use secure_comms_protocol::limits::{KBS_FIRST_BYTE, KEY_FETCH};
+use secure_comms_protocol::limits::{KBS_FIRST_BYTE, KBS_FIRST_BYTE_MIN, KEY_FETCH};
 use secure_comms_protocol::{Attestation, PodId, TunnelName, resource};
 use secure_comms_tunnel::Backoff;
 use secure_comms_tunnel::netns::{self, Namespace, NamespaceError};
@@ -61,6 +62,9 @@ pub struct Guest {
     pub address: SocketAddr,
 }
 
+/// Why a peer loses its turn whose KBS stream stays empty.
+const SILENT: &str = "the attestation peer offers the KBS and brings no answer from it";
+
 impl Guest {
     /// Fetches a pod's keys: each is a full attestation.
     async fn keys(&self, pod: &PodId) -> Result<PodKeys, AttemptError> {
@@ -90,16 +94,21 @@ pub async fn run(agent: &Agent, guest: &Guest) -> PodKeys {
     let mut backoff = Backoff::default();
     let mut failure = Repeated::new("getting the keys from the KBS");
     let mut last = 0;
+    // An answer that was lost must not cost long; a KBS that is slow gets its time yet.
+    let mut patience = KBS_FIRST_BYTE_MIN;
     for attempt in 1.. {
         let peer = candidate(agent, last).await;
         last = peer.connection.id;
-        match try_peer(agent, guest, &peer).await {
+        match try_peer(agent, guest, &peer, patience).await {
             Ok(keys) => {
                 failure.succeeded();
                 agent.progress.send_replace(Some(KeyProgress { attempt, error: None }));
                 return keys;
             }
             Err(error) => {
+                if matches!(error, AttemptError::Peer(SILENT)) {
+                    patience = (patience * 2).min(KBS_FIRST_BYTE);
+                }
                 failure.failed(&error);
                 agent.progress.send_replace(Some(KeyProgress { attempt, error: Some(error.to_string()) }));
             }
@@ -154,9 +163,14 @@ async fn newcomer(agent: &Agent) {
 
 /// One attempt. The fetch is always waited for, for a second one must not start beside it; a peer that has failed
 /// loses its turn, and what is left of the fetch then fails fast.
-async fn try_peer(agent: &Agent, guest: &Guest, peer: &Peer<Attestation>) -> Result<PodKeys, AttemptError> {
+async fn try_peer(
+    agent: &Agent,
+    guest: &Guest,
+    peer: &Peer<Attestation>,
+    patience: Duration,
+) -> Result<PodKeys, AttemptError> {
     let Some(pod) = peer.pod.get() else { return Err(AttemptError::Peer("the peer named no pod")) };
-    let hurry = Hurry { first_byte: KBS_FIRST_BYTE, silent: Arc::new(Notify::new()) };
+    let hurry = Hurry { first_byte: patience, silent: Arc::new(Notify::new()) };
     agent.set_attempt(Some(peer.connection.id));
     agent.routes.attest(peer, &hurry);
     let fetch = guest.keys(pod);
@@ -190,7 +204,7 @@ async fn lost(agent: &Agent, peer: &Peer<Attestation>, hurry: &Hurry) -> &'stati
     loop {
         tokio::select! {
             () = peer.credits.gone() => return "the attestation peer left in the middle of its attempt",
-            () = hurry.silent.notified() => return "the attestation peer offers the KBS and brings no answer from it",
+            () = hurry.silent.notified() => return SILENT,
             () = &mut overtime, if !late => late = true,
             _ = changes.changed() => agent.routes.attest(peer, hurry),
         }

@@ -43,6 +43,13 @@ fn raise_file_limit() {
     }
 }
 
+/// A core would hold the keys, and be written to a disk or be read by whatever collects cores.
+fn forbid_core_dumps() {
+    if let Err(error) = nix::sys::prctl::set_dumpable(false) {
+        log::warn!("forbidding core dumps: {error}; set LimitCORE=0 in the unit");
+    }
+}
+
 fn failed(error: impl std::fmt::Display) -> Exit {
     Exit { code: 1, text: format!("agent-protocol-forwarder: {error}"), to_stderr: true }
 }
@@ -61,6 +68,7 @@ fn start() -> Result<(), Exit> {
     if options.missing_namespace == MissingNamespace::Made {
         runtime.block_on(make_namespace(&options))?;
     }
+    forbid_core_dumps();
     raise_file_limit();
     runtime.block_on(serve(options))
 }

@@ -113,7 +113,9 @@ pub const RETRY_MAX: Duration = Duration::from_secs(5);
 
 /// A fetch of one resource through `api-server-rest`.
 pub const KEY_FETCH: Duration = Duration::from_secs(75);
-/// A KBS stream that gets no first byte from its attestation peer within this long is closed.
+/// A KBS stream that gets no first byte from its attestation peer within this long is closed, in the first attempts.
+pub const KBS_FIRST_BYTE_MIN: Duration = Duration::from_secs(5);
+/// The same after attempts that ended so: each gives the next one twice as long, up to this.
 pub const KBS_FIRST_BYTE: Duration = Duration::from_secs(20);
 /// `keys` messages are repeated at least this often while keys are awaited.
 pub const KEYS_REPORT: Duration = Duration::from_secs(15);

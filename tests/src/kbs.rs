@@ -10,7 +10,7 @@ mod tls;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use secure_comms_stand_ins::accept::Serving;
 use secure_comms_stand_ins::http;
+use secure_comms_tunnel::netns::Namespace;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpSocket, TcpStream};
@@ -44,6 +45,8 @@ pub enum Fault {
     Garbage(Vec<u8>),
     /// Answers every request with this status and an empty body.
     Status(u16),
+    /// Answers as it should, each request so much later.
+    Slow(Duration),
 }
 
 /// What a KBS is like from its start on.
@@ -57,6 +60,11 @@ pub struct KbsOptions {
     pub evidence: String,
     /// How long a connection may be without a request head, new or idle, before it is closed (5 s in real life).
     pub head_limit: Duration,
+    /// The port it listens on; 0: any that is free. One below those that the kernel hands out is free after each
+    /// [`Kbs::kill`], too.
+    pub port: u16,
+    /// The network namespace whose 127.0.0.1 it listens on; none: that of this process.
+    pub namespace: Option<Namespace>,
 }
 
 impl Default for KbsOptions {
@@ -66,6 +74,8 @@ impl Default for KbsOptions {
             old: false,
             evidence: DEFAULT_EVIDENCE.to_owned(),
             head_limit: Duration::from_secs(5),
+            port: 0,
+            namespace: None,
         }
     }
 }
@@ -112,6 +122,8 @@ struct Shared {
     connections: AtomicU64,
     open: watch::Sender<u64>,
     attestations: AtomicU64,
+    /// What its clock is ahead of ours, in seconds.
+    ahead: AtomicI64,
 }
 
 impl std::fmt::Debug for Shared {
@@ -127,7 +139,7 @@ struct Session {
 }
 
 impl Kbs {
-    /// Starts a KBS on a free port of 127.0.0.1.
+    /// Starts a KBS on 127.0.0.1.
     ///
     /// # Errors
     /// If keys cannot be made or no port be bound.
@@ -145,8 +157,10 @@ impl Kbs {
             connections: AtomicU64::new(0),
             open: watch::Sender::new(0),
             attestations: AtomicU64::new(0),
+            ahead: AtomicI64::new(0),
         });
-        let socket = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, shared.options.port));
+        let socket = bind(listen, shared.options.namespace.as_ref()).await?;
         let addr = socket.local_addr().context("KBS: reading the bound address")?;
         let state = Mutex::new(State::Up(Shared::serve(&shared, socket)?));
         Ok(Self { shared, addr, state })
@@ -196,6 +210,11 @@ impl Kbs {
     /// Changes the behaviour, from the next connection and the next request on.
     pub fn set_fault(&self, fault: Fault) {
         *lock(&self.shared.fault) = fault;
+    }
+
+    /// Sets its clock to be so many seconds ahead of ours, or behind: for the times in tokens.
+    pub fn set_clock_ahead(&self, seconds: i64) {
+        self.shared.ahead.store(seconds, Ordering::Relaxed);
     }
 
     /// Lets the resource policy refuse `path` (`<repo>/<type>/<tag>`) to guests.
@@ -291,7 +310,7 @@ impl Kbs {
         };
         serving.stop().await;
         lock(&self.shared.sessions).clear();
-        let held = bind(self.addr)?;
+        let held = bind(self.addr, self.shared.options.namespace.as_ref()).await?;
         *lock(&self.state) = State::Down(held);
         Ok(())
     }
@@ -333,7 +352,7 @@ impl Shared {
         match self.fault() {
             Fault::Refuse => return,
             Fault::Silent => return swallow(stream).await,
-            Fault::None | Fault::Garbage(_) | Fault::Status(_) => {}
+            Fault::None | Fault::Garbage(_) | Fault::Status(_) | Fault::Slow(_) => {}
         }
         let head_limit = self.options.head_limit;
         let handle = |request| Arc::clone(&self).handle(request);
@@ -377,8 +396,11 @@ async fn swallow(mut stream: TcpStream) {
     while matches!(stream.read(&mut buffer).await, Ok(1..)) {}
 }
 
-fn bind(addr: SocketAddr) -> Result<TcpSocket> {
-    let socket = TcpSocket::new_v4().context("KBS: making a socket")?;
+async fn bind(addr: SocketAddr, namespace: Option<&Namespace>) -> Result<TcpSocket> {
+    let socket = match namespace {
+        Some(namespace) => namespace.run(TcpSocket::new_v4).await.context("KBS: making a socket")?,
+        None => TcpSocket::new_v4().context("KBS: making a socket")?,
+    };
     // Connections of the port's earlier life may still linger.
     socket.set_reuseaddr(true).context("KBS: setting SO_REUSEADDR")?;
     socket.bind(addr).with_context(|| format!("KBS: binding {addr}"))?;

@@ -11,13 +11,15 @@
 //! - [`openssh`]: stock OpenSSH as the other end; [`stranger`]: one that means harm, or a peer by hand; [`pod_keys`]: what
 //!   an adaptor would have made for the pod;
 //! - [`scene`]: one pod with all of that around it; [`vm`]: the same, with the VM in network namespaces; [`half`]: one
-//!   half of it, by hand; [`pod_site`]: the VM's and the worker node's ends of the pod's network; [`boot`]: the VM as a machine under qemu, with an [`inspector`] in it.
+//!   half of it, by hand; [`pod_site`]: the VM's and the worker node's ends of the pod's network; [`boot`]: the VM as a machine under qemu, with an [`inspector`] in it;
+//! - [`chaos`]: many pods, each with what befalls it drawn from a seed.
 //!
 //! Everything binds port 0, reports what it got, and stops when dropped.
 
 pub mod bench;
 pub mod boot;
 pub mod cable;
+pub mod chaos;
 pub mod half;
 pub mod kbs;
 pub mod line;

@@ -1,10 +1,13 @@
 //! Whatever starts first, dies, restarts or is cut off: the pod comes up, and stays the same pod.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::cable::Cable;
+use secure_comms_tests::chaos::disk::Disk;
 use secure_comms_tests::kata::client::{EchoSession, bulk_both_ways};
-use secure_comms_tests::kbs::{Fault, KbsOptions};
+use secure_comms_tests::kbs::{Fault, KbsOptions, LoggedRequest};
 use secure_comms_tests::process::{Child, Signal};
 use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -419,6 +422,107 @@ async fn a_port_that_is_taken_ends_the_agent_with_one_clear_line() -> Result<()>
     let lines = second.lines();
     let last = &lines.last().context("it said nothing")?.text;
     ensure!(last.contains(&scene.ssh.to_string()) && last.contains("is another agent running?"), "{last}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_bug_ends_leaves_no_core_with_keys_in_it() -> Result<()> {
+    use std::os::unix::process::ExitStatusExt;
+    let scene = scene().await?;
+    // Where cores are allowed, and can be written.
+    let unlimited = |command: tokio::process::Command| {
+        let command = command.into_std();
+        let mut with = tokio::process::Command::new("prlimit");
+        with.arg("--core=unlimited").arg(command.get_program()).args(command.get_args());
+        with.current_dir(scene.path(""));
+        with
+    };
+    let mut agent = Child::spawn("agent", unlimited(scene.agent_command()?))?;
+    let mut adaptor = Child::spawn("adaptor", unlimited(scene.adaptor_command(&[scene.ssh])?))?;
+    works(&scene, &adaptor).await?;
+    for process in [&mut agent, &mut adaptor] {
+        process.signal(Signal::SIGABRT)?;
+        let status = process.wait_exit(PATIENCE).await?;
+        ensure!(status.signal() == Some(6), "{}: {status}", process.name());
+        ensure!(!status.core_dumped(), "{}: its core is in the world", process.name());
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adaptor_killed_while_its_kbs_is_away_comes_back_to_its_pod() -> Result<()> {
+    let scene = scene().await?;
+    let _agent = scene.agent().await?;
+    let mut adaptor = scene.adaptor()?;
+    works(&scene, &adaptor).await?;
+    adaptor.kill9().await?;
+    let key = private_key(&scene).context("no key was published")?;
+    scene.kbs.kill().await?;
+    let adaptor = scene.adaptor()?;
+    works(&scene, &adaptor).await?;
+    // A KBS that comes back and has forgotten everything gets the keys anew.
+    scene.kbs.put(&format!("default/pp-{}/privateKey", scene.pod), Vec::new())?;
+    scene.kbs.restart().await?;
+    scene.kbs.wait_for_request(|request| request.path.ends_with("/privateKey"), PATIENCE).await?;
+    says(&adaptor, "privateKey: published").await?;
+    ensure!(private_key(&scene) == Some(key));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adaptor_killed_while_its_disk_is_full_or_read_only_comes_back_to_its_pod() -> Result<()> {
+    let scene = scene().await?;
+    let disk = Disk::mount(scene.path("store"))?;
+    let _agent = scene.agent().await?;
+    let mut adaptor = scene.adaptor()?;
+    works(&scene, &adaptor).await?;
+    adaptor.kill9().await?;
+    disk.fill()?;
+    let mut adaptor = scene.adaptor()?;
+    works(&scene, &adaptor).await?;
+    adaptor.kill9().await?;
+    disk.empty()?;
+    disk.writable(false).await?;
+    let adaptor = scene.adaptor()?;
+    works(&scene, &adaptor).await?;
+    says(&adaptor, "read-only").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_the_kbs_swallowed_is_made_again_long_before_it_is_given_up_for_slow() -> Result<()> {
+    let scene = scene().await?;
+    scene.kbs.set_fault(Fault::Slow(PATIENCE));
+    let _adaptor = scene.adaptor()?;
+    let publishes = |request: &LoggedRequest| request.method == "POST";
+    let first = scene.kbs.wait_for_request(publishes, PATIENCE).await?.at;
+    let again = |request: &LoggedRequest| publishes(request) && request.at > first;
+    let second = scene.kbs.wait_for_request(again, PATIENCE).await?.at;
+    // A slow KBS gets 30 s for its answer, later.
+    ensure!(second - first < Duration::from_secs(30), "{:?}", second - first);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_whose_first_question_the_kbs_swallowed_asks_again_long_before_it_gives_up_for_slow()
+-> Result<()> {
+    let scene = scene().await?;
+    let agent = scene.agent().await?;
+    scene.kbs.deny("default/sshclient/publicKey");
+    let adaptor = scene.adaptor()?;
+    says(&adaptor, "keys: attempt").await?;
+    scene.kbs.set_fault(Fault::Slow(PATIENCE));
+    let asks = |request: &LoggedRequest| request.path == "/kbs/v0/auth";
+    let before = scene.kbs.requests().last().context("nobody has asked")?.at;
+    let first = |request: &LoggedRequest| asks(request) && request.at > before;
+    let first = scene.kbs.wait_for_request(first, PATIENCE).await?.at;
+    says(&agent, "brings no answer from it").await?;
+    scene.kbs.allow("default/sshclient/publicKey");
+    scene.kbs.set_fault(Fault::None);
+    works(&scene, &adaptor).await?;
+    let second = |request: &LoggedRequest| asks(request) && request.at > first;
+    let second = scene.kbs.wait_for_request(second, PATIENCE).await?.at;
+    // A slow KBS gets 20 s for its first byte, later.
+    ensure!(second - first < Duration::from_secs(20), "{:?}", second - first);
     Ok(())
 }
 

@@ -30,7 +30,8 @@ struct Locked {
 }
 
 impl DirectoryStore {
-    /// Opens the store, makes its directories if need be, and clears away what a crash has left.
+    /// Opens the store, makes its directories if need be, and clears away what a crash has left. On a disk that is
+    /// read-only the keys that are there still serve.
     ///
     /// # Errors
     /// The directory cannot be made, or others may write it.
@@ -38,8 +39,13 @@ impl DirectoryStore {
         let store = Self { root: root.into() };
         private_file::own_directory(&store.root)?;
         private_file::own_directory(&store.pods_directory())?;
-        let _locked = store.lock()?;
-        store.tidy()?;
+        match store.lock().and_then(|_locked| store.tidy()) {
+            Err(error) if error.is_read_only() => tracing::warn!(
+                "key store: {}: read-only: the keys in it serve, new ones can't be made",
+                store.root.display()
+            ),
+            tidied => tidied?,
+        }
         Ok(store)
     }
 
@@ -122,6 +128,10 @@ impl DirectoryStore {
     }
 
     fn write_addresses(&self, pod: &PodId, addresses: &[Address]) -> Result<(), StoreError> {
+        // What is there already must not need room, or a disk that can be written, for a restart.
+        if self.read_addresses(pod).is_ok_and(|there| there == addresses) && self.key_file(pod).exists() {
+            return Ok(());
+        }
         let _locked = self.lock()?;
         if !self.key_file(pod).exists() {
             return Err(StoreError::UnknownPod(pod.clone()));

@@ -14,6 +14,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use secure_comms_stand_ins::http::{Reply, reply};
 use serde_json::{Value, json};
 
+use super::admin::now;
 use super::{Fault, LoggedRequest, Session, Shared, lock};
 
 /// The largest resource Trustee takes.
@@ -39,6 +40,7 @@ impl Shared {
             Fault::None => {}
             Fault::Refuse => return Err(anyhow!("refused on purpose")),
             Fault::Silent => std::future::pending().await,
+            Fault::Slow(pause) => tokio::time::sleep(pause).await,
             Fault::Status(code) => return Ok(reply(StatusCode::from_u16(code)?, "")),
             Fault::Garbage(bytes) => {
                 if request.method() == Method::GET && request.uri().path().starts_with(RESOURCE) {
@@ -139,7 +141,9 @@ impl Shared {
     fn check_admin(&self, headers: &HeaderMap) -> Result<(), Refusal> {
         let refuse = |detail: String| Refusal("AdminAuthInitialization", detail);
         let token = bearer(headers).ok_or_else(|| refuse("no bearer token".to_owned()))?;
-        self.admin.verify(token).map_err(|error| refuse(error.to_string()))
+        let now = now().map_err(|error| refuse(error.to_string()))?;
+        let now = now.saturating_add_signed(self.ahead.load(Ordering::Relaxed));
+        self.admin.verify(token, now).map_err(|error| refuse(error.to_string()))
     }
 
     fn check_attested(&self, headers: &HeaderMap) -> Result<(), Refusal> {

@@ -1,13 +1,25 @@
 //! The client side of the stand-in: moves bytes through whatever lies between, and checks each of them.
 
-use std::io;
 use std::time::{Duration, Instant};
+use std::{fmt, io};
 
 use anyhow::{Context, Result, bail};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 
 use super::pattern::{Checker, Checksum, fill};
 use super::{BUFFER, Command};
+
+/// A byte came after the last one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Surplus;
+
+impl fmt::Display for Surplus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a byte came after the last one")
+    }
+}
+
+impl std::error::Error for Surplus {}
 
 /// Sends `n` bytes to `echo` and checks what comes back, both at once; leaves the stream open. Answers how long it
 /// took.
@@ -197,7 +209,7 @@ where
 async fn expect_eof(read: &mut (impl AsyncRead + Unpin)) -> Result<()> {
     match read.read(&mut [0]).await.context("waiting for EOF")? {
         0 => Ok(()),
-        _ => bail!("a byte came after the last one"),
+        _ => Err(Surplus.into()),
     }
 }
 

@@ -1,0 +1,256 @@
+//! What befalls a pod in one life: drawn from its seed, and from nothing else.
+
+use std::fmt;
+use std::time::Duration;
+
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::seq::{IndexedRandom as _, SliceRandom as _};
+use rand::{RngExt as _, SeedableRng as _};
+
+/// How long after the start of the faults the last one begins, at most.
+const SPREAD: Duration = Duration::from_millis(2500);
+/// How long a fault lasts.
+const SHORTEST: Duration = Duration::from_millis(200);
+const LONGEST: Duration = Duration::from_millis(2500);
+/// In one life of ten they last longer: then timers of the protocol run out.
+const LONG: Duration = Duration::from_secs(8);
+/// Faults of a life.
+const MOST: usize = 4;
+
+/// One life.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Script {
+    /// What it was drawn from.
+    pub seed: u64,
+    /// What lies between worker node and VM.
+    pub path: Path,
+    /// When the faults begin.
+    pub hit: Hit,
+    /// The KBS speaks HTTPS.
+    pub https: bool,
+    /// Somebody else tries every door of the agent all the time; over a cable only.
+    pub stranger: bool,
+    /// Bytes of a request of the clients that stay.
+    pub request: u64,
+    /// The faults, in the order in which they begin.
+    pub faults: Vec<Planned>,
+}
+
+/// What lies between worker node and VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// Loopback, with a [`crate::cable::Cable`].
+    Cable,
+    /// Two network namespaces, with a [`crate::line::Line`].
+    Line,
+}
+
+/// In which phase the faults hit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hit {
+    /// From the start on; the KBS refuses the VM its keys for so long, so that it stays in Attestation.
+    Attestation(Duration),
+    /// Once the pod is up.
+    Kubernetes,
+}
+
+/// A fault and its time, counted from the first moment at which one may come.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Planned {
+    /// When it begins.
+    pub at: Duration,
+    /// How long it lasts; of a killed process, how long it is gone.
+    pub lasts: Duration,
+    /// What it is.
+    pub fault: Fault,
+}
+
+/// One of the two processes under test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// In the VM.
+    Agent,
+    /// At the worker node.
+    Adaptor,
+}
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fault {
+    /// kill -9.
+    Kill(Side),
+    /// SIGABRT, with core dumps allowed: as a bug would end it.
+    Abort(Side),
+    /// SIGSTOP, SIGCONT.
+    Freeze(Side),
+    /// Killed and started with a monotonic clock that is so many seconds ahead.
+    Clock(Side, u32),
+    /// No file descriptors beyond those that are open, and a few.
+    NoFiles(Side, u8),
+    /// The VM starts over: the agent's state is gone.
+    Reboot,
+    /// Its TCP connections are reset.
+    Reset,
+    /// Nothing goes through, and nobody is told.
+    Blackhole,
+    /// Packets get lost, so many in a thousand.
+    Loss(u16),
+    /// Packets are late, by so many milliseconds.
+    Delay(u16),
+    /// Packets overtake each other, so many in a thousand.
+    Reorder(u16),
+    /// Packets come twice, so many in a thousand.
+    Duplicate(u16),
+    /// The VM's network device is down.
+    LinkDown,
+    /// The VM gets another address, and keeps it.
+    Move,
+    /// The KBS is gone.
+    KbsDown,
+    /// Each answer of the KBS takes so many milliseconds.
+    KbsSlow(u16),
+    /// The KBS takes connections and says nothing.
+    KbsSilent,
+    /// The KBS answers with what is no key.
+    KbsGarbage,
+    /// The KBS closes every connection.
+    KbsRefuses,
+    /// The KBS answers 500.
+    KbsBroken,
+    /// The clock of the KBS is an hour off.
+    KbsClock(bool),
+    /// `api-server-rest` is gone.
+    RestDown,
+    /// The kata agent is gone.
+    KataDown,
+    /// The adaptor's key store is full; it is killed meanwhile.
+    StoreFull,
+    /// The adaptor's key store is read-only; it is killed meanwhile.
+    StoreReadOnly,
+    /// Where the agent keeps its latched keys there is no room; it is killed meanwhile.
+    StateFull,
+}
+
+impl Script {
+    /// Draws a life.
+    #[must_use]
+    pub fn draw(seed: u64) -> Self {
+        let random = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
+        let path = if random.random_bool(0.5) { Path::Line } else { Path::Cable };
+        let hit = if random.random_bool(0.5) {
+            Hit::Attestation(between(random, Duration::from_millis(500), SPREAD))
+        } else {
+            Hit::Kubernetes
+        };
+        let (https, stranger) = (random.random_bool(0.25), random.random_bool(0.5));
+        let request = [200, 8 * 1024, 256 * 1024].choose(random).copied().unwrap_or(200);
+        let longest = if random.random_bool(0.1) { LONG } else { LONGEST };
+        let mut possible = possible(random, path);
+        possible.shuffle(random);
+        possible.truncate(random.random_range(1..=MOST));
+        // A disk that is read-only can't be filled.
+        if possible.contains(&Fault::StoreReadOnly) {
+            possible.retain(|fault| *fault != Fault::StoreFull);
+        }
+        let mut faults: Vec<_> = possible
+            .into_iter()
+            .map(|fault| Planned {
+                at: between(random, Duration::ZERO, SPREAD),
+                lasts: between(random, SHORTEST, longest),
+                fault,
+            })
+            .collect();
+        faults.sort_by_key(|planned| planned.at);
+        Self { seed, path, hit, https, stranger: stranger && path == Path::Cable, request, faults }
+    }
+
+    /// Whether one of the faults is such.
+    pub fn has(&self, wanted: impl Fn(&Fault) -> bool) -> bool {
+        self.faults.iter().any(|planned| wanted(&planned.fault))
+    }
+}
+
+/// Everything that can go wrong on such a path, each once, with its numbers drawn.
+fn possible(random: &mut Xoshiro256PlusPlus, path: Path) -> Vec<Fault> {
+    let mut all = vec![Fault::Reboot, Fault::Reset, Fault::Blackhole];
+    for side in [Side::Agent, Side::Adaptor] {
+        // Ahead only: before its boot no clock can be.
+        let seconds = random.random_range(3600..1_000_000);
+        all.extend([Fault::Kill(side), Fault::Abort(side), Fault::Freeze(side), Fault::Clock(side, seconds)]);
+        all.push(Fault::NoFiles(side, random.random_range(0..4)));
+    }
+    all.extend([Fault::KbsDown, Fault::KbsSlow(random.random_range(100..2000)), Fault::KbsSilent]);
+    all.extend([Fault::KbsGarbage, Fault::KbsRefuses, Fault::KbsBroken]);
+    all.push(Fault::KbsClock(random.random_bool(0.5)));
+    all.extend([Fault::RestDown, Fault::KataDown]);
+    all.extend([Fault::StoreFull, Fault::StoreReadOnly, Fault::StateFull]);
+    let lossy = [random.random_range(5..200), random.random_range(10..300), random.random_range(10..300)];
+    let late = random.random_range(5..150);
+    if path == Path::Line {
+        let [loss, reorder, twice] = lossy;
+        all.extend([Fault::Loss(loss), Fault::Delay(late), Fault::Reorder(reorder), Fault::Duplicate(twice)]);
+        all.extend([Fault::LinkDown, Fault::Move]);
+    }
+    all
+}
+
+fn between(random: &mut Xoshiro256PlusPlus, least: Duration, most: Duration) -> Duration {
+    let [least, most] = [least, most].map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+    Duration::from_millis(random.random_range(least..=most))
+}
+
+impl fmt::Display for Script {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = if self.path == Path::Cable { "cable" } else { "line" };
+        write!(f, "{path}")?;
+        match self.hit {
+            Hit::Attestation(held) => write!(f, ", Attestation held {:.1} s", held.as_secs_f64())?,
+            Hit::Kubernetes => f.write_str(", Kubernetes")?,
+        }
+        for (wanted, word) in [(self.https, "https"), (self.stranger, "stranger")] {
+            if wanted {
+                write!(f, ", {word}")?;
+            }
+        }
+        write!(f, ", {} B:", self.request)?;
+        for Planned { at, lasts, fault } in &self.faults {
+            write!(f, " {:.1}+{:.1} {fault:?};", at.as_secs_f64(), lasts.as_secs_f64())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn a_seed_gives_the_same_life_each_time() {
+        for seed in 0..200 {
+            assert_eq!(Script::draw(seed), Script::draw(seed));
+        }
+    }
+
+    #[test]
+    fn in_a_few_hundred_lives_every_fault_hits_each_phase() {
+        let (mut attestation, mut kubernetes) = (HashSet::new(), HashSet::new());
+        for script in (0..600).map(Script::draw) {
+            let seen = if script.hit == Hit::Kubernetes { &mut kubernetes } else { &mut attestation };
+            for planned in &script.faults {
+                let words = format!("{:?}", planned.fault);
+                let name = match planned.fault {
+                    Fault::Clock(side, _) => format!("clock {side:?}"),
+                    Fault::NoFiles(side, _) => format!("files {side:?}"),
+                    Fault::Kill(_) | Fault::Abort(_) | Fault::Freeze(_) => words,
+                    _ => words.split('(').next().unwrap().to_owned(),
+                };
+                seen.insert(name);
+            }
+            assert!(!script.faults.is_empty());
+        }
+        // 26 kinds, of which five come for either side.
+        assert_eq!((attestation.len(), kubernetes.len()), (31, 31), "{attestation:?}");
+    }
+}

@@ -1,0 +1,88 @@
+//! One pod that reconnects many times: each end is measured while the other one comes and goes.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use tokio::time::sleep;
+
+use super::life::up;
+use super::resources::Resources;
+use super::script::{Hit, Path, Script, Side};
+use super::site::{Route, Site};
+
+/// Each time the adaptor pauses longer before it comes back: few.
+const CUTS: usize = 8;
+/// Until both ends have all they ever need.
+const WARM: usize = 5;
+const BOUND: Duration = Duration::from_secs(60);
+/// Until what has ended is gone.
+const SETTLE: Duration = Duration::from_millis(100);
+const SETTLES: usize = 100;
+/// Memory may grow by this much: allocators keep some.
+const SLACK_KIB: u64 = 2 * 1024;
+
+/// Kills the adaptor `times` times, and cuts its connection a few times; what the other end holds must not grow.
+///
+/// # Errors
+/// It grows, or the pod does not come back.
+pub async fn soak(times: usize) -> Result<String> {
+    let script = Script {
+        seed: 0,
+        path: Path::Cable,
+        hit: Hit::Kubernetes,
+        https: false,
+        stranger: false,
+        request: 200,
+        faults: Vec::new(),
+    };
+    let site = Site::new(&script).await?;
+    up(site.kata_inbound, BOUND).await?;
+    let adaptor_again = async || {
+        site.adaptor.end(Signal::SIGKILL, Duration::ZERO).await?;
+        up(site.kata_inbound, BOUND).await
+    };
+    for _ in 0..WARM {
+        adaptor_again().await?;
+    }
+    let agent = held(&site, Side::Agent)?;
+    for _ in 0..times {
+        adaptor_again().await?;
+    }
+    let agent_after = settled(&site, Side::Agent, agent).await.context("the agent")?;
+    let Route::Cable(cable, _) = &site.route else { bail!("no cable") };
+    cable.cut();
+    up(site.kata_inbound, BOUND).await?;
+    let adaptor = held(&site, Side::Adaptor)?;
+    for _ in 0..CUTS {
+        cable.cut();
+        up(site.kata_inbound, BOUND).await?;
+    }
+    let adaptor_after = settled(&site, Side::Adaptor, adaptor).await.context("the adaptor")?;
+    Ok(format!(
+        "agent, {times} adaptors later   {agent} then {agent_after}\nadaptor, {CUTS} cuts later      {adaptor} \
+         then {adaptor_after}"
+    ))
+}
+
+fn held(site: &Site, side: Side) -> Result<Resources> {
+    Resources::of(site.program(side).pid().context("it does not run")?)
+}
+
+/// What it holds once it is no more than before.
+async fn settled(site: &Site, side: Side, before: Resources) -> Result<Resources> {
+    // A probe or two may have been open when it was measured first, or not.
+    let most = Resources {
+        files: before.files + 2,
+        threads: before.threads + 2,
+        rss_kib: before.rss_kib + SLACK_KIB,
+    };
+    for _ in 0..SETTLES {
+        let now = held(site, side)?;
+        if now.over(&most).is_none() {
+            return Ok(now);
+        }
+        sleep(SETTLE).await;
+    }
+    bail!("held {before}, and now holds {}", held(site, side)?)
+}
