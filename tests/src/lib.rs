@@ -10,7 +10,7 @@
 //! - [`kata_api`]: a kata agent and its runtime that speak the real protocol, for what the agent does to requests;
 //! - [`openssh`]: stock OpenSSH as the other end; [`stranger`]: one that means harm, or a peer by hand; [`pod_keys`]: what
 //!   an adaptor would have made for the pod;
-//! - [`scene`]: one pod with all of that around it; [`vm`]: the same, with the VM in network namespaces; [`half`]: one
+//! - [`scene`]: one pod with all of that around it; [`siege`]: the same, with the agent under attack; [`vm`]: the same, with the VM in network namespaces; [`half`]: one
 //!   half of it, by hand; [`pod_site`]: the VM's and the worker node's ends of the pod's network; [`boot`]: the VM as a machine under qemu, with an [`inspector`] in it.
 //!
 //! Everything binds port 0, reports what it got, and stops when dropped.
@@ -25,6 +25,7 @@ pub mod pod_keys;
 pub mod pod_site;
 pub mod process;
 pub mod scene;
+pub mod siege;
 pub mod stranger;
 pub mod vm;
 
