@@ -10,7 +10,7 @@
 //! - [`kata_api`]: a kata agent and its runtime that speak the real protocol, for what the agent does to requests;
 //! - [`openssh`]: stock OpenSSH as the other end; [`stranger`]: one that means harm, or a peer by hand; [`pod_keys`]: what
 //!   an adaptor would have made for the pod;
-//! - [`scene`]: one pod with all of that around it; [`siege`]: the same, with the agent under attack; [`vm`]: the same, with the VM in network namespaces; [`half`]: one
+//! - [`scene`]: one pod with all of that around it; [`siege`]: the same, with the agent under attack; [`impostor`]: with one that plays the agent; [`vm`]: the same, with the VM in network namespaces; [`half`]: one
 //!   half of it, by hand; [`pod_site`]: the VM's and the worker node's ends of the pod's network; [`boot`]: the VM as a machine under qemu, with an [`inspector`] in it.
 //!
 //! Everything binds port 0, reports what it got, and stops when dropped.
@@ -18,6 +18,7 @@
 pub mod boot;
 pub mod cable;
 pub mod half;
+pub mod impostor;
 pub mod kbs;
 pub mod netns;
 pub mod openssh;

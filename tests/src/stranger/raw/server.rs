@@ -1,6 +1,6 @@
 //! The other role: one that plays the agent to an adaptor.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
@@ -66,18 +66,39 @@ impl Raw {
         self.send(&Packet::new(message::USERAUTH_SUCCESS)).await
     }
 
-    /// Grants the control channel, which is `ours` here; what it is at the adaptor.
+    /// Grants the control channel, which is `ours` here, and so many forwards; what it is at the adaptor.
     ///
     /// # Errors
-    /// The adaptor opens none.
-    pub async fn grant_control(&mut self, ours: u32) -> Result<u32> {
-        let open = self.expect(&[message::CHANNEL_OPEN]).await?;
-        let (_, rest) = cut(open.get(1..).unwrap_or_default())?;
-        let theirs = super::uint(rest, 0)?;
-        let confirmation = Packet::new(message::CHANNEL_OPEN_CONFIRMATION).uint(theirs).uint(ours);
-        self.send(&confirmation.uint(1 << 20).uint(1 << 15)).await?;
-        self.expect(&[message::CHANNEL_REQUEST]).await?;
-        self.send(&Packet::new(message::CHANNEL_SUCCESS).uint(theirs)).await?;
-        Ok(theirs)
+    /// The adaptor does not ask for them.
+    pub async fn grant_control(&mut self, ours: u32, mut forwards: usize) -> Result<u32> {
+        let mut channel = None;
+        let mut granted = false;
+        while !granted || forwards > 0 {
+            let asked = self
+                .expect(&[message::CHANNEL_OPEN, message::CHANNEL_REQUEST, message::GLOBAL_REQUEST])
+                .await?;
+            match (asked.first(), channel) {
+                (Some(&message::CHANNEL_OPEN), None) => {
+                    let (kind, rest) = cut(asked.get(1..).unwrap_or_default())?;
+                    ensure!(kind == b"session", "raw: a stream comes first");
+                    let theirs = super::uint(rest, 0)?;
+                    channel = Some(theirs);
+                    let confirmation =
+                        Packet::new(message::CHANNEL_OPEN_CONFIRMATION).uint(theirs).uint(ours);
+                    self.send(&confirmation.uint(1 << 20).uint(1 << 15)).await?;
+                }
+                (Some(&message::CHANNEL_REQUEST), Some(theirs)) => {
+                    granted = true;
+                    self.send(&Packet::new(message::CHANNEL_SUCCESS).uint(theirs)).await?;
+                }
+                (Some(&message::GLOBAL_REQUEST), _) => {
+                    let (name, _) = cut(asked.get(1..).unwrap_or_default())?;
+                    forwards = forwards.saturating_sub(usize::from(name == b"tcpip-forward"));
+                    self.send(&Packet::new(message::REQUEST_SUCCESS)).await?;
+                }
+                _ => bail!("raw: more than a control channel: {}", asked.escape_ascii()),
+            }
+        }
+        channel.context("raw: no control channel")
     }
 }
