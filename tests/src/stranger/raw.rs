@@ -6,12 +6,13 @@ mod exchange;
 mod key;
 pub mod message;
 mod packet;
+mod relay;
 mod server;
 
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result, bail};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
@@ -173,18 +174,8 @@ impl Raw {
     /// # Errors
     /// None that an honest cipher makes.
     pub fn seal(&mut self, packet: &Packet) -> Result<Vec<u8>> {
-        // RFC 4253 6: length, padding length, payload, at least 4 bytes of padding, up to a whole block. With these
-        // ciphers the length is not part of the blocks.
-        let (block, counted) = if self.out.is_some() { (16, 1) } else { (8, 5) };
-        let mut padding = block - (counted + packet.0.len()) % block;
-        if padding < 4 {
-            padding += block;
-        }
-        let mut body = vec![u8::try_from(padding)?];
-        body.extend_from_slice(&packet.0);
-        body.resize(body.len() + padding, 0);
-        let length = u32::try_from(body.len())?;
-        self.seal_body(length, body)
+        let body = frame(packet.payload(), self.out.is_some())?;
+        self.seal_body(u32::try_from(body.len())?, body)
     }
 
     /// A packet of this length, true or not: the length of its padding, its payload, its padding, whatever they are.
@@ -192,12 +183,7 @@ impl Raw {
     /// # Errors
     /// None that an honest cipher makes.
     pub fn seal_body(&mut self, length: u32, body: Vec<u8>) -> Result<Vec<u8>> {
-        let (sequence, length) = (self.sent, length.to_be_bytes());
-        self.sent = self.sent.wrapping_add(1);
-        match &mut self.out {
-            Some(out) => out.seal(sequence, length, body),
-            None => Ok([&length, body.as_slice()].concat()),
-        }
+        seal_body(&mut self.out, &mut self.sent, length, body)
     }
 
     /// The next packet's payload.
@@ -243,22 +229,7 @@ impl Raw {
     }
 
     async fn read_packet(&mut self) -> Result<Vec<u8>> {
-        let mut sealed = [0; 4];
-        self.read(&mut sealed).await?;
-        let sequence = self.received;
-        self.received = self.received.wrapping_add(1);
-        let (length, tag) = match &self.incoming {
-            Some(incoming) => (incoming.length(sequence, sealed), TAG),
-            None => (u32::from_be_bytes(sealed), 0),
-        };
-        let mut body = vec![0; usize::try_from(length)? + tag];
-        self.read(&mut body).await?;
-        if let Some(incoming) = &mut self.incoming {
-            body = incoming.open(sequence, sealed, body)?;
-        }
-        let padding = usize::from(*body.first().context("raw: an empty packet")?);
-        let end = body.len().checked_sub(padding).context("raw: a packet of padding")?;
-        Ok(body.get(1..end).context("raw: a packet of padding")?.to_vec())
+        read_packet(&mut self.socket, &mut self.incoming, &mut self.received).await
     }
 
     async fn line(&mut self) -> Result<String> {
@@ -268,4 +239,51 @@ impl Raw {
         }
         Ok(String::from_utf8_lossy(&line).trim_end().to_owned())
     }
+}
+
+/// RFC 4253 6: padding length, payload, at least 4 bytes of padding, up to a whole block. With these ciphers the length
+/// before it is not part of the blocks.
+fn frame(payload: &[u8], sealed: bool) -> Result<Vec<u8>> {
+    let (block, counted) = if sealed { (16, 1) } else { (8, 5) };
+    let mut padding = block - (counted + payload.len()) % block;
+    if padding < 4 {
+        padding += block;
+    }
+    let mut body = vec![u8::try_from(padding)?];
+    body.extend_from_slice(payload);
+    body.resize(body.len() + padding, 0);
+    Ok(body)
+}
+
+fn seal_body(out: &mut Option<Cipher>, sent: &mut u32, length: u32, body: Vec<u8>) -> Result<Vec<u8>> {
+    let (sequence, length) = (*sent, length.to_be_bytes());
+    *sent = sent.wrapping_add(1);
+    match out {
+        Some(out) => out.seal(sequence, length, body),
+        None => Ok([&length, body.as_slice()].concat()),
+    }
+}
+
+async fn read_packet<R: AsyncRead + Unpin>(
+    socket: &mut R,
+    incoming: &mut Option<Cipher>,
+    received: &mut u32,
+) -> Result<Vec<u8>> {
+    const ENDED: &str = "raw: the other end ended the connection";
+    let mut sealed = [0; 4];
+    socket.read_exact(&mut sealed).await.context(ENDED)?;
+    let sequence = *received;
+    *received = received.wrapping_add(1);
+    let (length, tag) = match &incoming {
+        Some(incoming) => (incoming.length(sequence, sealed), TAG),
+        None => (u32::from_be_bytes(sealed), 0),
+    };
+    let mut body = vec![0; usize::try_from(length)? + tag];
+    socket.read_exact(&mut body).await.context(ENDED)?;
+    if let Some(incoming) = incoming {
+        body = incoming.open(sequence, sealed, body)?;
+    }
+    let padding = usize::from(*body.first().context("raw: an empty packet")?);
+    let end = body.len().checked_sub(padding).context("raw: a packet of padding")?;
+    Ok(body.get(1..end).context("raw: a packet of padding")?.to_vec())
 }
