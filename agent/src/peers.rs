@@ -6,16 +6,21 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use secure_comms_protocol::limits::UPGRADE_DRAIN;
+use secure_comms_protocol::limits::{ADMISSION_PACE, UPGRADE_DRAIN};
 use secure_comms_protocol::{Phase, PodId, TunnelName};
 use secure_comms_ssh::control::Outbox;
 use secure_comms_ssh::guard::Guard;
 use secure_comms_tunnel::Credits;
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::log::Throttle;
 
 /// Refusals of a connection that are logged; the rest only for those who debug: strangers must not fill the log.
 const REFUSALS_LOGGED: u32 = 16;
+
+/// Connections a minute whose end to make room is worth a line.
+const EVICTIONS_LOGGED: u32 = 20;
 
 /// The handle on a connection: cutting it ends its session and everything on it.
 #[derive(Clone, Debug)]
@@ -64,6 +69,11 @@ impl Connection {
         }
     }
 
+    /// Waits until it is cut, while there is no session on it.
+    pub async fn until_cut(&self) {
+        self.guard.until_cut().await;
+    }
+
     /// Ends it. The credits too: a stream that has stopped taking must not hold the session up for ever.
     pub fn cut(&self) {
         if let Some(credits) = self.credits.get() {
@@ -79,6 +89,9 @@ impl Connection {
 pub struct Slots {
     limit: usize,
     held: Mutex<Vec<Connection>>,
+    /// When the last one came in turn.
+    turn: tokio::sync::Mutex<Option<Instant>>,
+    evictions: Throttle,
 }
 
 /// A place among [`Slots`], given up on drop.
@@ -91,11 +104,25 @@ pub struct Slot {
 impl Slots {
     /// So many places.
     pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, held: Mutex::default() })
+        let evictions = Throttle::new(EVICTIONS_LOGGED);
+        Arc::new(Self { limit, held: Mutex::default(), turn: tokio::sync::Mutex::default(), evictions })
     }
 
     fn held(&self) -> MutexGuard<'_, Vec<Connection>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a place when its turn comes: first come, first served, and where there is no place not faster than
+    /// [`ADMISSION_PACE`]. Else those of a flood would push one another out before any handshake can end.
+    pub async fn enter_in_turn(self: &Arc<Self>, connection: Connection) -> Slot {
+        let mut last = self.turn.lock().await;
+        if let Some(last) = *last
+            && self.held().len() >= self.limit
+        {
+            sleep_until(last + ADMISSION_PACE).await;
+        }
+        *last = Some(Instant::now());
+        self.enter(connection, None)
     }
 
     /// Takes a place; if there is none, a random other connection is cut (never `spared`).
@@ -107,7 +134,11 @@ impl Slots {
             let victim = others().nth(rand::random_range(0..others().count().max(1))).map(|(index, _)| index);
             if let Some(index) = victim {
                 let victim = held.swap_remove(index);
-                log::info!("connection from {}: cut to make room for a newcomer", victim.address);
+                log::log!(
+                    self.evictions.level(log::Level::Info),
+                    "connection from {}: cut to make room for a newcomer",
+                    victim.address
+                );
                 victim.cut();
             }
         }
