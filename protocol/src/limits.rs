@@ -37,9 +37,9 @@ pub struct CreditLimits {
 }
 
 impl CreditLimits {
-    /// Nobody yet: at most 1 MiB is held for all streams of the connection.
+    /// Nobody yet: at most 640 KiB are held for all streams of the connection.
     pub const ATTESTATION: Self =
-        Self { initial: 32 * 1024, stream_max: 256 * 1024, growth_pool: 512 * 1024, streams: 16 };
+        Self { initial: 32 * 1024, stream_max: 160 * 1024, growth_pool: 128 * 1024, streams: 16 };
     /// Proven: at most 64 MiB is held for all streams of the connection.
     pub const KUBERNETES: Self =
         Self { initial: 32 * 1024, stream_max: 512 * 1024, growth_pool: 32 * 1024 * 1024, streams: 1024 };

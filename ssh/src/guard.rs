@@ -24,7 +24,8 @@ mod strict;
 
 /// Read-ahead of a connection whose peer has not authenticated yet, in bytes.
 const UNAUTHENTICATED_READ_AHEAD: usize = 256 * 1024;
-/// Framing and channel messages besides the data that credits count, in bytes.
+/// The most that framing and channel messages may take besides the data that credits count, in bytes; a quarter of that
+/// data where it is less: eight strangers that never read must not take 8 MiB for it.
 const READ_AHEAD_SLACK: usize = 1024 * 1024;
 /// An identification is shorter (RFC 4253 4.2), in bytes.
 const LINE: usize = 256;
@@ -63,7 +64,7 @@ impl Guard {
 
     /// The peer has authenticated and may have this much in flight towards us.
     pub fn may_hold(&self, bytes: usize) {
-        self.0.read_ahead.store(bytes + READ_AHEAD_SLACK, Ordering::Relaxed);
+        self.0.read_ahead.store(bytes + READ_AHEAD_SLACK.min(bytes / 4), Ordering::Relaxed);
     }
 }
 
