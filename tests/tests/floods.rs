@@ -1,22 +1,24 @@
 //! Floods of connections: the real adaptor gets through all the same, what it has goes on, and the agent stays small.
 //!
-//! `FLOOD=10000` in the environment for the full number of connections of each kind.
+//! `FLOOD=100000` in the environment for another number of connections of each kind, `FLOOD_AT_ONCE=5000` for so many at a time.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use secure_comms_protocol::limits::{ATTESTATION_PEERS_MAX, UNAUTHENTICATED_MAX};
 use secure_comms_tests::flood::{Flood, Kind};
 use secure_comms_tests::kata::client::EchoSession;
 use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, endpoint, kata_client, up};
 use secure_comms_tests::siege::{RSS_MAX_KIB, Siege};
+use secure_comms_tests::stranger::raw::{Offer, Raw};
 use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
 
 /// Connections of each flood, unless the environment says otherwise.
-const CONNECTIONS: u64 = 2000;
-/// How many at a time.
-const AT_ONCE: u64 = 200;
+const CONNECTIONS: u64 = 10_000;
+/// How many at a time, unless the environment says otherwise (`FLOOD_AT_ONCE`).
+const AT_ONCE: u64 = 1000;
 /// The adaptor has 5 s; machines that do something else besides have more.
 const THROUGH: Duration = Duration::from_secs(30);
 
@@ -26,10 +28,10 @@ const AFTER_MAX_KIB: u64 = 12 * 1024;
 /// One at a time: two floods would be another flood.
 static TURN: Mutex<()> = Mutex::const_new(());
 
-fn connections() -> Result<u64> {
-    match std::env::var("FLOOD") {
-        Ok(number) => number.parse().with_context(|| format!("FLOOD={number}")),
-        Err(_) => Ok(CONNECTIONS),
+fn number(variable: &str, otherwise: u64) -> Result<u64> {
+    match std::env::var(variable) {
+        Ok(number) => number.parse().with_context(|| format!("{variable}={number}")),
+        Err(_) => Ok(otherwise),
     }
 }
 
@@ -59,7 +61,7 @@ async fn requests(
 
 async fn withstands(kind: Kind) -> Result<()> {
     let _turn = TURN.lock().await;
-    let total = connections()?;
+    let (total, at_once) = (number("FLOOD", CONNECTIONS)?, number("FLOOD_AT_ONCE", AT_ONCE)?);
     let scene = Scene::new(SceneOptions::default()).await?;
     // As it runs in a VM: it does not tell of each connection.
     let agent = scene.agent().await?;
@@ -67,7 +69,7 @@ async fn withstands(kind: Kind) -> Result<()> {
     siege.holds_and_attests().await?;
     let (files, before) = (open_files(&siege), siege.agent.rss_kib()?);
 
-    let flood = Flood::begin(kind, siege.scene.ssh, AT_ONCE);
+    let flood = Flood::begin(kind, siege.scene.ssh, at_once);
     let began = Instant::now();
     flood.reaches(total / 2).await;
     let (rate, attested) = (flood.opened() as f64 / began.elapsed().as_secs_f64(), flood.got_far());
@@ -132,4 +134,35 @@ async fn a_flood_that_attests_and_opens_channels_keeps_nobody_out() -> Result<()
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_that_attests_and_never_reads_keeps_nobody_out() -> Result<()> {
     withstands(Kind::NeverReads).await
+}
+
+/// As many as are let in, which nobody pushes out: each makes the agent write until it can't, and read ahead meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_that_stay_and_never_read_take_no_more_memory_than_is_allowed() -> Result<()> {
+    let _turn = TURN.lock().await;
+    let scene = Scene::new(SceneOptions::default()).await?;
+    let agent = scene.agent().await?;
+    let siege = Siege { scene, agent };
+    let peers = u64::try_from(ATTESTATION_PEERS_MAX)?;
+    let flood = Flood::begin(Kind::NeverReads, siege.scene.ssh, peers);
+    flood.reaches(peers).await;
+    let mut halves = Vec::new();
+    for _ in 0..UNAUTHENTICATED_MAX {
+        let mut raw = Raw::secured(siege.scene.ssh, Offer::default()).await?;
+        raw.write(&262_000_u32.to_be_bytes()).await?;
+        halves.push(raw);
+    }
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(8) {
+        siege.holds()?;
+        sleep(Duration::from_millis(50)).await;
+    }
+    println!(
+        "{peers} peers that never read and {} half packets: peak {} KiB",
+        halves.len(),
+        siege.agent.peak_kib()?
+    );
+    flood.end().await;
+    drop(halves);
+    siege.comes_up().await.map(drop)
 }

@@ -11,9 +11,9 @@ pub(super) const TAG: usize = 16;
 /// One direction's cipher.
 pub(super) enum Cipher {
     /// `aes256-gcm@openssh.com`: counts by itself.
-    Gcm { key: LessSafeKey, nonce: [u8; 12] },
+    Gcm { key: Box<LessSafeKey>, nonce: [u8; 12] },
     /// `chacha20-poly1305@openssh.com`: by sequence number, and the length is secret too.
-    ChaCha { seals: chacha::SealingKey, opens: chacha::OpeningKey },
+    ChaCha { seals: Box<chacha::SealingKey>, opens: Box<chacha::OpeningKey> },
 }
 
 /// What an exchange has yielded.
@@ -47,12 +47,13 @@ impl Keys {
             let more = digest(&SHA256, &[self.shared.as_slice(), &self.hash, &first].concat());
             let whole: [u8; chacha::KEY_LEN] =
                 [first.as_slice(), more.as_ref()].concat().try_into().map_err(|_| anyhow!("raw: cipher"))?;
-            let (seals, opens) = (chacha::SealingKey::new(&whole), chacha::OpeningKey::new(&whole));
+            let seals = Box::new(chacha::SealingKey::new(&whole));
+            let opens = Box::new(chacha::OpeningKey::new(&whole));
             return Ok(Cipher::ChaCha { seals, opens });
         }
         let nonce = *self.derive(iv).first_chunk().context("raw: cipher")?;
         let key = UnboundKey::new(&AES_256_GCM, &first).map_err(|_| anyhow!("raw: cipher"))?;
-        Ok(Cipher::Gcm { key: LessSafeKey::new(key), nonce })
+        Ok(Cipher::Gcm { key: Box::new(LessSafeKey::new(key)), nonce })
     }
 }
 
