@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError};
 use secure_comms_protocol::control::{Empty, Hello, KeyProgress};
 use secure_comms_protocol::limits::{
     ATTESTATION_PEERS_MAX, CreditLimits, HELLO, KATA_AGENT_CONNECT, KEYS_REPORT, PROTOCOL_VERSION,
-    UNAUTHENTICATED_MAX,
+    UNAUTHENTICATED_MAX, WAITING_MAX,
 };
 use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PhaseName, PodId, TunnelName};
 use secure_comms_ssh::control::{self, ControlEnd};
@@ -39,6 +39,8 @@ const NOBODY: u64 = u64::MAX;
 pub struct Agent {
     /// Who may come in.
     pub gate: Gate,
+    /// Connections that wait for a place among the next, or for their peer's first line: these cost next to nothing.
+    pub waiting: Arc<Slots>,
     /// Connections that have not authenticated.
     pub unauthenticated: Arc<Slots>,
     /// Peers of the Attestation phase.
@@ -67,6 +69,7 @@ impl Agent {
         Self {
             gate,
             strangers: Throttle::new(STRANGERS_LOGGED),
+            waiting: Slots::new(WAITING_MAX),
             unauthenticated: Slots::new(UNAUTHENTICATED_MAX),
             attesting: Slots::new(ATTESTATION_PEERS_MAX),
             attempt: AtomicU64::new(NOBODY),

@@ -8,7 +8,7 @@ use russh::server::{
     Auth, ChannelOpenHandle, Config, Handle, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey,
 };
 use russh::{Channel, ChannelId, MethodKind, MethodSet, Pty};
-use secure_comms_protocol::limits::{AUTHENTICATE, CONTROL_SUBSYSTEM};
+use secure_comms_protocol::limits::{AUTHENTICATE, CONTROL_SUBSYSTEM, FIRST_LINE};
 use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, TunnelName};
 use secure_comms_ssh::channel::{ChannelReceiver, ChannelSender, PendingChannel, split};
 use secure_comms_ssh::guard::{self, Guarded};
@@ -16,9 +16,10 @@ use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_ssh::profile;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, oneshot};
+use tokio::time::timeout;
 
 use crate::gate::Admission;
-use crate::peers::{Connection, Offers};
+use crate::peers::{Connection, Offers, Slot};
 use crate::session::{Agent, PeerSession};
 
 /// The sending half of a stream to a peer.
@@ -81,10 +82,23 @@ pub async fn serve(agent: Arc<Agent>, socket: TcpStream, id: u64, address: std::
         log::debug!("connection from {address}: {error}");
         return;
     }
-    let admission = agent.gate.admission();
-    let (socket, guard) = Guarded::new(socket, guard::Peer::Client);
+    let (mut socket, guard) = Guarded::new(socket, guard::Peer::Client);
     let connection = Connection::new(id, address, guard);
-    let slot = agent.unauthenticated.enter(connection.clone(), None);
+    let deadline = tokio::time::sleep(AUTHENTICATE);
+    tokio::pin!(deadline);
+    let admitted = tokio::select! {
+        admitted = admitted(&agent, &mut socket, &connection) => admitted,
+        () = &mut deadline => Err(too_late()),
+    };
+    let slot = match admitted {
+        Ok(slot) => slot,
+        Err(error) => {
+            let level = agent.strangers.level(log::Level::Info);
+            log::log!(level, "connection from {address}: ended: {error}");
+            return;
+        }
+    };
+    let admission = agent.gate.admission();
     let authenticated = Arc::new(Notify::new());
     let handler = ConnectionHandler {
         agent: agent.clone(),
@@ -104,8 +118,8 @@ pub async fn serve(agent: Arc<Agent>, socket: TcpStream, id: u64, address: std::
     let ended = tokio::select! {
         ended = &mut session => Some(ended),
         () = authenticated.notified() => None,
-        () = tokio::time::sleep(AUTHENTICATE) => {
-            log::info!("connection from {address}: did not authenticate within {} s", AUTHENTICATE.as_secs());
+        () = &mut deadline => {
+            log::info!("connection from {address}: {}", too_late());
             connection.cut();
             None
         }
@@ -134,6 +148,26 @@ pub async fn serve(agent: Arc<Agent>, socket: TcpStream, id: u64, address: std::
         Ok(()) => log::log!(level, "connection from {address}: closed"),
         Err(error) => log::log!(level, "connection from {address}: ended: {error}"),
     }
+}
+
+/// A place for a connection whose peer has begun to speak, or has waited for us to begin.
+async fn admitted(
+    agent: &Agent,
+    socket: &mut Guarded<TcpStream>,
+    connection: &Connection,
+) -> std::io::Result<Slot> {
+    let _waiting = agent.waiting.enter(connection.clone(), None);
+    if let Ok(ended) = timeout(FIRST_LINE, socket.first_line()).await {
+        ended?;
+    }
+    tokio::select! {
+        slot = agent.unauthenticated.enter_in_turn(connection.clone()) => Ok(slot),
+        () = connection.until_cut() => Err(std::io::ErrorKind::ConnectionAborted.into()),
+    }
+}
+
+fn too_late() -> std::io::Error {
+    std::io::Error::other(format!("did not authenticate within {} s", AUTHENTICATE.as_secs()))
 }
 
 /// Answers one connection's requests. It runs inside the session's loop, so nothing in it may wait.

@@ -39,12 +39,12 @@ pub struct CreditLimits {
 }
 
 impl CreditLimits {
-    /// Nobody yet: at most 1 MiB is held for all streams of the connection.
+    /// Nobody yet: at most 640 KiB are held for all streams of the connection.
     pub const ATTESTATION: Self = Self {
         initial: 32 * 1024,
-        stream_usual: 256 * 1024,
-        stream_max: 256 * 1024,
-        growth_pool: 512 * 1024,
+        stream_usual: 160 * 1024,
+        stream_max: 160 * 1024,
+        growth_pool: 128 * 1024,
         streams: 16,
     };
     /// Proven: at most 64 MiB is held for all streams of the connection.
@@ -73,6 +73,12 @@ pub const AUTHENTICATE: Duration = Duration::from_secs(10);
 pub const AUTH_TRIES: usize = 6;
 /// Connections that have not authenticated yet; at the limit a random one makes room.
 pub const UNAUTHENTICATED_MAX: usize = 16;
+/// Connections that wait for a place among these, or have not said their first line; at the limit a random one makes room.
+pub const WAITING_MAX: usize = 256;
+/// A connection that has said nothing for this long is taken for one that waits for our first line.
+pub const FIRST_LINE: Duration = Duration::from_secs(2);
+/// While there is no place, those that wait push one another out this often, so that each has time for a handshake.
+pub const ADMISSION_PACE: Duration = Duration::from_millis(5);
 /// Authenticated attestation peers; at the limit a random one makes room.
 pub const ATTESTATION_PEERS_MAX: usize = 8;
 /// An idle connection is probed this often.

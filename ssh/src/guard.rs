@@ -7,6 +7,7 @@
 //! its socket ends it.
 
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -23,8 +24,11 @@ mod strict;
 
 /// Read-ahead of a connection whose peer has not authenticated yet, in bytes.
 const UNAUTHENTICATED_READ_AHEAD: usize = 256 * 1024;
-/// Framing and channel messages besides the data that credits count, in bytes.
+/// The most that framing and channel messages may take besides the data that credits count, in bytes; a quarter of that
+/// data where it is less: eight strangers that never read must not take 8 MiB for it.
 const READ_AHEAD_SLACK: usize = 1024 * 1024;
+/// An identification is shorter (RFC 4253 4.2), in bytes.
+const LINE: usize = 256;
 /// A piece of what has been read ahead, in bytes.
 const READ: usize = 64 * 1024;
 /// What is read along with the length of a packet, in bytes.
@@ -55,9 +59,18 @@ impl Guard {
         }
     }
 
+    /// Waits until it is cut. Only while nobody reads or writes: they are woken instead.
+    pub async fn until_cut(&self) {
+        poll_fn(|cx| {
+            *self.0.waker.lock().unwrap_or_else(PoisonError::into_inner) = Some(cx.waker().clone());
+            if self.0.cut.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
     /// The peer has authenticated and may have this much in flight towards us.
     pub fn may_hold(&self, bytes: usize) {
-        self.0.read_ahead.store(bytes + READ_AHEAD_SLACK, Ordering::Relaxed);
+        self.0.read_ahead.store(bytes + READ_AHEAD_SLACK.min(bytes / 4), Ordering::Relaxed);
     }
 }
 
@@ -99,6 +112,12 @@ impl Ahead {
                 Ok(Some(piece.get(old..).unwrap_or_default()))
             }
         }
+    }
+
+    /// The same for a few bytes, which take no more memory than they are.
+    fn push_line(&mut self, data: &[u8]) {
+        self.len += data.len();
+        self.pieces.push_back(data.into());
     }
 
     fn take(&mut self, out: &mut ReadBuf<'_>) {
@@ -148,6 +167,39 @@ impl<S> Guarded<S> {
 }
 
 impl<S: AsyncRead + Unpin> Guarded<S> {
+    /// Waits until the peer has said its first line, or as much as one takes. It is read again by the session.
+    ///
+    /// # Errors
+    /// The peer has left, or has been cut.
+    pub async fn first_line(&mut self) -> io::Result<()> {
+        poll_fn(|cx| self.poll_first_line(cx)).await
+    }
+
+    fn poll_first_line(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let mut scratch = [0; LINE];
+            let mut buffer = ReadBuf::new(&mut scratch);
+            self.check()?;
+            match Pin::new(&mut self.socket).poll_read(cx, &mut buffer)? {
+                Poll::Pending => {
+                    self.watch(cx);
+                    self.check()?;
+                    return Poll::Pending;
+                }
+                Poll::Ready(()) => {}
+            }
+            let data = buffer.filled();
+            if data.is_empty() {
+                return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+            }
+            self.strict.feed(data)?;
+            self.ahead.push_line(data);
+            if data.contains(&b'\n') || self.ahead.len >= LINE {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+
     /// Reads what is there while a write is pending, as far as the bound allows.
     fn read_ahead(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let bound = self.guard.0.read_ahead.load(Ordering::Relaxed);
@@ -232,6 +284,39 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_first_line_is_waited_for_and_then_read_by_the_session_with_what_followed() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let (mut peer, socket) = tokio::io::duplex(64);
+        let (mut guarded, _guard) = Guarded::new(socket, Peer::Client);
+        let said = tokio::spawn(async move {
+            for part in ["SSH-", "2.0-x", "\r\nrest"] {
+                peer.write_all(part.as_bytes()).await.unwrap();
+                tokio::task::yield_now().await;
+            }
+        });
+        guarded.first_line().await.unwrap();
+        said.await.unwrap();
+        let mut read = String::new();
+        guarded.read_to_string(&mut read).await.unwrap();
+        assert_eq!(read, "SSH-2.0-x\r\nrest");
+    }
+
+    #[tokio::test]
+    async fn a_first_line_that_never_comes_ends_with_the_peer_and_with_a_cut() {
+        let (peer, socket) = tokio::io::duplex(64);
+        let (mut guarded, _guard) = Guarded::new(socket, Peer::Client);
+        drop(peer);
+        assert_eq!(guarded.first_line().await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        let (_peer, socket) = tokio::io::duplex(64);
+        let (mut guarded, guard) = Guarded::new(socket, Peer::Client);
+        let waits = tokio::spawn(async move { guarded.first_line().await });
+        tokio::task::yield_now().await;
+        guard.cut();
+        assert_eq!(waits.await.unwrap().unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+        guard.until_cut().await;
+    }
 
     #[test]
     fn what_is_read_ahead_comes_out_whole_and_in_order_and_leaves_no_memory() {

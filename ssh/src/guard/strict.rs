@@ -65,13 +65,23 @@ fn refusal(marker: &[u8]) -> io::Error {
 
 /// Whether the peer's first packet offers the marker; none while it has not arrived whole.
 fn offers(mut seen: &[u8], marker: &[u8]) -> Option<bool> {
-    // A server may send other lines before its identification (RFC 4253 4.2).
+    // A server may send other lines before its identification (RFC 4253 4.2). They are not part of the exchange hash, so
+    // one that russh reads otherwise than we do must not pass: we would take for the first packet what is none.
     loop {
         let end = seen.iter().position(|&byte| byte == b'\n')?;
-        let (line, rest) = seen.split_at(end + 1);
-        seen = rest;
-        if line.starts_with(b"SSH-") {
-            break;
+        let (line, rest) = seen.split_at(end);
+        seen = rest.get(1..)?;
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        let is_text = !line.is_empty() && line.iter().all(|byte| (b' '..=b'~').contains(byte));
+        match line {
+            _ if !is_text => return Some(false),
+            [b'S', b'S', b'H', b'-', version @ ..] => {
+                if !version.starts_with(b"2.0-") && !version.starts_with(b"1.99-") {
+                    return Some(false);
+                }
+                break;
+            }
+            _ => {}
         }
     }
     // uint32 length, byte padding, byte message, 16 bytes cookie, then the name-list with its own length.
@@ -123,6 +133,24 @@ mod tests {
             let error = feed(&hello(names), 9).unwrap_err();
             assert!(error.to_string().contains("CVE-2023-48795"), "{error}");
         }
+    }
+
+    #[test]
+    fn lines_that_may_be_read_in_two_ways_are_refused_before_an_identification() {
+        let fake = hello("kex-strict-c-v00@openssh.com").split_off(14);
+        for line in
+            ["SSH-1.0-x", "SSH-", "SSH-2.0", "SSH-1.99x", "", "\r", "SSH-2.0-\u{e9}", "a\u{0}b", "a\rb", "\t"]
+        {
+            let bytes =
+                [line.as_bytes(), b"\n", &fake, b"\nSSH-2.0-x\r\n", &hello("curve25519-sha256")[14..]]
+                    .concat();
+            for chunk in [1, bytes.len()] {
+                assert!(feed(&bytes, chunk).is_err(), "{line:?}");
+            }
+        }
+        let bytes =
+            [b"Welcome.\r\nto (this) machine\n", hello("kex-strict-c-v00@openssh.com").as_slice()].concat();
+        assert!(feed(&bytes, 5).unwrap());
     }
 
     #[test]
