@@ -35,7 +35,7 @@ pub const CHANGES: [Change; 6] =
     [Change::Flip, Change::Drop, Change::Repeat, Change::Swap, Change::Insert, Change::Delay];
 
 /// Where and what.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// What is changed.
     pub change: Change,
@@ -143,7 +143,7 @@ async fn carry(
         () = back => {}
     }
     let changed = *changed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if let Some(plan) = changed {
+    if let Some(plan) = changed.filter(|plan| plan.change != Change::Delay) {
         // Nobody may wait for it any more.
         let _ = told.send(plan);
     }
@@ -161,10 +161,10 @@ async fn pump(
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
         let mut chunk = buffer.get(..read).unwrap_or_default().to_vec();
         let plan = *plans.borrow();
-        let mine = changed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_none();
-        if let Some(plan) =
-            plan.filter(|plan| mine && plan.to_server == to_server && plan.after < seen + read)
-        {
+        let done = *changed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let due =
+            |plan: &Plan| done != Some(*plan) && plan.to_server == to_server && plan.after < seen + read;
+        if let Some(plan) = plan.filter(due) {
             let at = plan.after.saturating_sub(seen).min(read - 1);
             if plan.change == Change::Delay {
                 sleep(Duration::from_millis(300)).await;

@@ -3,13 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_protocol::Control;
-use secure_comms_protocol::limits::{ATTESTATION_PEERS_MAX, UNAUTHENTICATED_MAX};
+use secure_comms_protocol::limits::{ATTESTATION_PEERS_MAX, UNAUTHENTICATED_MAX, WAITING_MAX};
 use secure_comms_tests::kata::client::bulk_both_ways;
 use secure_comms_tests::kata::framed::Framed;
 use secure_comms_tests::kbs::{Kbs, KbsOptions};
@@ -21,6 +19,7 @@ use secure_comms_tests::stranger::raw::{Offer, Packet, Raw, message};
 use secure_comms_tests::stranger::{Answer, Stranger};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -118,25 +117,28 @@ async fn once_strangers_that_took_every_slot_leave_the_pod_comes_up() -> Result<
 async fn strangers_that_come_back_whenever_they_are_cut_do_not_keep_the_pod_from_coming_up() -> Result<()> {
     let scene = scene().await?;
     let _agent = scene.agent().await?;
-    let (mut flood, cuts) = (JoinSet::new(), Arc::new(AtomicU64::new(0)));
-    for _ in 0..UNAUTHENTICATED_MAX + 4 {
+    let (mut flood, cuts) = (JoinSet::new(), watch::Sender::new(0));
+    // More than may wait: else nobody is cut.
+    for _ in 0..WAITING_MAX + 100 {
         let cuts = cuts.clone();
         flood.spawn(async move {
             loop {
                 if let Ok(mut socket) = TcpStream::connect(scene.ssh).await {
                     // The agent's first line, then nothing until it cuts us.
                     while matches!(socket.read(&mut [0; 256]).await, Ok(1..)) {}
-                    cuts.fetch_add(1, Ordering::Relaxed);
+                    cuts.send_modify(|cuts| *cuts += 1);
                 }
             }
         });
     }
+    // Under way before the adaptor comes.
+    timeout(PATIENCE, cuts.subscribe().wait_for(|cuts| *cuts > 100))
+        .await
+        .context("the flood was none")??;
     let adaptor = scene.adaptor()?;
     works(&scene, &adaptor).await.with_context(|| adaptor.log())?;
     flood.shutdown().await;
-    let cuts = cuts.load(Ordering::Relaxed);
-    println!("{cuts} connections of the flood were cut while the pod came up");
-    ensure!(cuts > 100, "the flood was none");
+    println!("{} connections of the flood were cut until the pod was up", *cuts.borrow());
     Ok(())
 }
 

@@ -6,6 +6,9 @@ use secure_comms_tests::stranger::raw::{Packet, Raw, message, uint};
 
 const MANY: u32 = 10_000;
 
+/// What is sent on the agent's channel of this number.
+type Abuse = fn(u32) -> Vec<Packet>;
+
 fn window_adjust(id: u32, bytes: u32) -> Packet {
     Packet::new(message::CHANNEL_WINDOW_ADJUST).uint(id).uint(bytes)
 }
@@ -29,9 +32,6 @@ fn close(id: u32) -> Packet {
 fn extended(id: u32, code: u32, data: &[u8]) -> Packet {
     Packet::new(message::CHANNEL_EXTENDED_DATA).uint(id).uint(code).string(data)
 }
-
-/// What is abused, and the packets that do it, for a channel number.
-type Abuse = (&'static str, fn(u32) -> Vec<Packet>);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn channels_that_are_not_there_take_nothing_and_answer_nothing() -> Result<()> {
@@ -74,7 +74,7 @@ async fn channels_that_are_not_there_take_nothing_and_answer_nothing() -> Result
 #[tokio::test(flavor = "multi_thread")]
 async fn a_control_channel_that_is_abused_harms_its_own_connection_alone() -> Result<()> {
     let siege = Siege::attestation().await?;
-    let abuses: [Abuse; 11] = [
+    let abuses: [(&str, Abuse); 11] = [
         ("a window beyond 32 bits", |id| vec![window_adjust(id, u32::MAX), window_adjust(id, u32::MAX)]),
         ("closed twice", |id| vec![close(id), close(id), Packet::data(id, b"{\"ping\":1}\n"), eof(id)]),
         ("data after the end", |id| vec![eof(id), Packet::data(id, b"{\"ping\":1}\n"), eof(id), eof(id)]),

@@ -140,7 +140,7 @@ async fn spoiled_logins_are_refused_or_end_their_connection() -> Result<()> {
     let siege = Siege::kubernetes().await?;
     let stranger = Key::generate()?;
     let mut junk = Junk(SEED);
-    for number in 0..1500 {
+    for number in 0..600 {
         let mut raw = asked(&siege).await?;
         let (_, key) = &keys()[junk.below(keys().len())];
         let packet = match junk.below(4) {
