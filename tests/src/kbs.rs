@@ -310,9 +310,23 @@ impl Kbs {
         };
         serving.stop().await;
         lock(&self.shared.sessions).clear();
-        let held = bind(self.addr, self.shared.options.namespace.as_ref()).await?;
+        let held = self.bind_again().await?;
         *lock(&self.state) = State::Down(held);
         Ok(())
+    }
+
+    /// Binds the port that was just let go of.
+    async fn bind_again(&self) -> Result<TcpSocket> {
+        /// A process that is being started elsewhere has a copy of the listener, until it becomes its program.
+        const PAUSE: Duration = Duration::from_millis(5);
+        const TRIES: usize = 1000;
+        for _ in 0..TRIES {
+            match bind(self.addr, self.shared.options.namespace.as_ref()).await {
+                Err(error) if is_taken(&error) => tokio::time::sleep(PAUSE).await,
+                bound => return bound,
+            }
+        }
+        bail!("KBS: {} stays taken", self.addr)
     }
 
     /// Comes up again, on the same port.
@@ -405,6 +419,11 @@ async fn bind(addr: SocketAddr, namespace: Option<&Namespace>) -> Result<TcpSock
     socket.set_reuseaddr(true).context("KBS: setting SO_REUSEADDR")?;
     socket.bind(addr).with_context(|| format!("KBS: binding {addr}"))?;
     Ok(socket)
+}
+
+fn is_taken(error: &anyhow::Error) -> bool {
+    let taken = |error: &std::io::Error| error.kind() == std::io::ErrorKind::AddrInUse;
+    error.downcast_ref().is_some_and(taken)
 }
 
 /// A panic elsewhere must not hide itself behind a poisoned lock here: the data are plain values.
