@@ -13,7 +13,7 @@ use secure_comms_tests::bench::report;
 use secure_comms_tests::process::ensure_built;
 
 const USAGE: &str = "usage: bench [--short] [--write DOCUMENT] [GROUP...]";
-const FULL: Amount = Amount { rounds: 7, counted: Duration::from_millis(1500), requests: 3000 };
+const FULL: Amount = Amount { rounds: 5, counted: Duration::from_millis(1500), requests: 3000 };
 /// Enough to see that everything works; its figures say little.
 const SHORT: Amount = Amount { rounds: 1, counted: Duration::from_millis(300), requests: 200 };
 

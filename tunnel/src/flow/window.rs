@@ -5,6 +5,9 @@ use std::time::Duration;
 use secure_comms_protocol::limits::{CreditLimits, WINDOW_UNUSED};
 use tokio::time::Instant;
 
+/// A round trip from here on is a long one: more than what waits in a machine, less than what lies between two cities.
+const LONG: Duration = Duration::from_millis(2);
+
 /// The window of a stream.
 #[derive(Debug)]
 pub(super) struct Window {
@@ -35,14 +38,19 @@ impl Window {
     /// What is given back now: what has been consumed, and what the window grows by; less if it shrinks.
     ///
     /// A window that is used up within one and a half of the shortest round trip is what holds its stream up: one that is
-    /// large enough is not used up before its first part is granted anew. (With twice the round trip it would grow for
-    /// ever, with the round trip itself never.) On a short line that would keep windows so small that a sender that loses
-    /// its processor for a moment leaves the line idle, so up to `stream_usual` use is enough.
+    /// large enough is not used up before its first part is granted anew. (With the round trip itself it would never grow.)
+    /// On a long line it may take three: a packet that is lost takes a round trip or two more, with all that is behind it,
+    /// and what waits there is little beside the way. On a short one that would let small messages wait behind large ones.
+    /// There windows would be so small, though, that a sender that loses its processor for a moment leaves the line idle:
+    /// up to `stream_usual` use is enough.
     pub(super) fn batch(&mut self, limits: &CreditLimits, pool: u32, round_trip: Option<Duration>) -> u32 {
         self.used += self.pending;
         let elapsed = self.since.elapsed();
         let used_up = self.used >= self.size;
-        let soon = round_trip.is_some_and(|round_trip| elapsed * 2 <= round_trip * 3);
+        let soon = round_trip.is_some_and(|round_trip| {
+            let halves = if round_trip < LONG { 3 } else { 6 };
+            elapsed * 2 <= round_trip * halves
+        });
         let mut grant = self.pending;
         if self.size < limits.stream_usual {
             grant += self.grow(limits.stream_usual, pool);
@@ -101,13 +109,22 @@ mod tests {
         let mut window = Window::new(LIMITS.initial);
         // Whatever the line: up to the usual, and no further, for nothing is used up within a round trip.
         for _ in 0..10 {
-            use_up(&mut window, LIMITS.growth_pool, ROUND_TRIP * 2).await;
+            use_up(&mut window, LIMITS.growth_pool, ROUND_TRIP * 4).await;
         }
         assert_eq!(window.size, LIMITS.stream_usual);
         for _ in 0..10 {
-            use_up(&mut window, LIMITS.growth_pool, ROUND_TRIP).await;
+            use_up(&mut window, LIMITS.growth_pool, ROUND_TRIP * 2).await;
         }
         assert_eq!(window.size, LIMITS.stream_max);
+        // On a short line it must be sooner.
+        let short = Duration::from_millis(1);
+        let mut window = Window::new(LIMITS.stream_usual);
+        for _ in 0..4 {
+            advance(short).await;
+            assert!(window.consumed(window.size));
+            window.batch(&LIMITS, LIMITS.growth_pool, Some(short / 2));
+        }
+        assert_eq!(window.size, LIMITS.stream_usual);
     }
 
     #[tokio::test(start_paused = true)]
