@@ -50,7 +50,7 @@ impl CreditLimits {
     /// Proven: at most 64 MiB is held for all streams of the connection.
     pub const KUBERNETES: Self = Self {
         initial: 32 * 1024,
-        stream_usual: 256 * 1024,
+        stream_usual: 512 * 1024,
         stream_max: 16 * 1024 * 1024,
         growth_pool: 32 * 1024 * 1024,
         streams: 1024,
