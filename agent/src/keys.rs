@@ -12,10 +12,14 @@ pub use russh::keys::PublicKey;
 use russh::keys::ssh_key::private::{Ed25519Keypair, Ed25519PrivateKey, KeypairData};
 use russh::keys::ssh_key::public::{Ed25519PublicKey, KeyData};
 use russh::keys::ssh_key::{Error as SshKeyError, LineEnding, encoding};
-use russh::keys::{HashAlg, PrivateKey};
+use russh::keys::{Algorithm, HashAlg, PrivateKey};
 use secure_comms_protocol::limits::KEY_MAX;
 use subtle::{Choice, ConstantTimeEq};
 use zeroize::Zeroizing;
+
+/// A kind of PEM text has no longer name ("ENCRYPTED PRIVATE KEY"), nor one of its words ("CERTIFICATE").
+const LABEL_MAX: usize = 32;
+const LABEL_WORD_MAX: usize = 12;
 
 /// Why a text is not the key it should be. Texts never contain key material.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -80,8 +84,17 @@ pub fn parse_host_key(pem: &[u8]) -> Result<PrivateKey, KeyError> {
         "RSA PRIVATE KEY" | "EC PRIVATE KEY" | "DSA PRIVATE KEY" => {
             Err(host_error(format!("a '{label}' is not an Ed25519 key")))
         }
-        _ => Err(host_error(format!("a '{}' is not a private key", excerpt(label)))),
+        _ if is_label(label) => Err(host_error(format!("a '{label}' is not a private key"))),
+        _ => Err(host_error("bad PEM: a damaged '-----BEGIN' line")),
     }
+}
+
+/// Whether it reads as the name of a kind of PEM text (RFC 7468). In a damaged text the key itself may stand in the name's place.
+fn is_label(text: &str) -> bool {
+    let is_word = |word: &str| {
+        (1..=LABEL_WORD_MAX).contains(&word.len()) && word.bytes().all(|b| b.is_ascii_uppercase())
+    };
+    text.len() <= LABEL_MAX && text.split(' ').all(is_word)
 }
 
 /// What is between the lines of a PEM text, however it is wrapped: writers differ.
@@ -109,8 +122,11 @@ fn parse_openssh(bytes: &[u8]) -> Result<PrivateKey, KeyError> {
         return Err(host_error("it is encrypted"));
     }
     let KeypairData::Ed25519(pair) = key.key_data() else {
-        let kind = excerpt(key.algorithm().as_str());
-        return Err(host_error(format!("a key of type {kind} is not an Ed25519 key")));
+        return Err(host_error(match key.algorithm() {
+            // Its name is whatever stands there.
+            Algorithm::Other(_) => "a key of another type is not an Ed25519 key".to_owned(),
+            known => format!("a key of type {known} is not an Ed25519 key"),
+        }));
     };
     // The file holds both halves; signing with halves that differ would give the private one away.
     let sound = from_seed(pair.private.as_ref())?;

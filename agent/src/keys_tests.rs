@@ -165,3 +165,17 @@ fn a_damaged_key_does_not_show_what_stands_where_a_name_should() {
     let text = parse_host_key(pem.as_bytes()).unwrap_err().to_string();
     assert!(text.contains("a name in it is not known") && !text.contains("a part"), "{text}");
 }
+
+#[test]
+fn a_damaged_first_line_does_not_show_the_key_that_stands_in_it() {
+    let pem = new_host_key().unwrap().to_openssh(LineEnding::LF).unwrap();
+    let body = pem.lines().nth(2).unwrap();
+    for damaged in [
+        pem.replacen("KEY-----\n", "KEY", 1),
+        pem.replacen("KEY-----\n", "KEY ", 1),
+        format!("-----BEGIN {}-----", body.to_uppercase()),
+    ] {
+        let text = parse_host_key(damaged.as_bytes()).unwrap_err().to_string();
+        assert!(text.contains("a damaged '-----BEGIN' line"), "{text}");
+    }
+}

@@ -171,18 +171,24 @@ fn context() -> Context<'static> {
     Context::from_waker(Waker::noop())
 }
 
-/// Whether the peer's first packet offers the marker, if it is there: by RFC 4253 4.2, 6 and 7.1, in other words than the
-/// guard's.
+/// Whether the peer's first packet offers the marker, if it is there: by RFC 4253 4.2, 5.1, 6 and 7.1, in other words than
+/// the guard's. Lines before it that may be read in two ways are no offer.
 fn strict(seen: &[u8], marker: &[u8]) -> Option<bool> {
     let mut packet = &[][..];
     let lines = seen.split_inclusive(|byte| *byte == b'\n').filter(|line| line.ends_with(b"\n"));
     let mut used = 0;
     for line in lines {
         used += line.len();
-        if line.starts_with(b"SSH-") {
-            packet = &seen[used..];
-            break;
+        let line = line.strip_suffix(b"\r\n").unwrap_or(&line[..line.len() - 1]);
+        if line.is_empty() || line.iter().any(|byte| *byte != b' ' && !byte.is_ascii_graphic()) {
+            return Some(false);
         }
+        let Some(version) = line.strip_prefix(b"SSH-") else { continue };
+        if ![&b"2.0-"[..], b"1.99-"].iter().any(|known| version.starts_with(known)) {
+            return Some(false);
+        }
+        packet = &seen[used..];
+        break;
     }
     // Length, padding, message, cookie, length of the first list of names, and it.
     let (_, packet) = packet.split_at_checked(5)?;
