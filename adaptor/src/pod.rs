@@ -5,14 +5,18 @@
 //!                                       |                                      v
 //! resume --> reach: Kubernetes first ---+--> keep up --- the end ------> reach: Kubernetes first
 //! ```
+//! Where a connection falls silent while it is attended or kept up, the agent is reached anew beside it.
+//!
 //! Reaching means to find out in which phase the agent is, and to connect in that one. Falling back to Attestation is
 //! safe: it proves nothing to either side, and nothing of the Kubernetes phase is served on it.
 
+mod beside;
 mod reach;
 mod report;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,12 +26,12 @@ use secure_comms_tunnel::Backoff;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use self::reach::{Failure, Reached};
+use self::reach::{Failure, Reached, Won};
 use crate::address::Address;
 use crate::keys::{PodPublic, WorkerNodeKey};
 use crate::routes::Routes;
 use crate::session::{Attested, Session, Tunnels};
-use crate::ssh::ConnectError;
+use crate::ssh::{ConnectError, Gate};
 
 pub(crate) use self::report::Report;
 pub use self::report::{Observer, PodEvent, PodState};
@@ -152,20 +156,24 @@ impl Driver {
 
     /// Reaches the agent and stays with it, or pauses; the phase to try first in the next round.
     async fn round(&mut self, first: PhaseName) -> Result<PhaseName, Ended> {
+        let gate = Gate::default();
         let reached = tokio::select! {
             _ = stopped(&mut self.stop) => return Err(Ended::Stopped),
-            reached = reach::anywhere(&self.plan, first) => reached,
+            reached = reach::anywhere(&self.plan, first, &gate) => reached,
         };
         match reached {
-            Ok((index, (address, reached))) => {
-                // What worked is tried first the next time.
-                if let Some(addresses) = self.plan.addresses.get_mut(..=index) {
-                    addresses.rotate_right(1);
-                }
-                self.report.connected();
-                match reached {
-                    Reached::Attestation(session) => self.attend(address, session).await?,
-                    Reached::Kubernetes(session) => self.keep_up(address, session).await?,
+            Ok(won) => {
+                let mut won = Some(won);
+                while let Some((index, (address, reached))) = won {
+                    // What worked is tried first the next time.
+                    if let Some(addresses) = self.plan.addresses.get_mut(..=index) {
+                        addresses.rotate_right(1);
+                    }
+                    self.report.connected();
+                    won = match reached {
+                        Reached::Attestation(session) => self.attend(address, session).await?,
+                        Reached::Kubernetes(session) => self.keep_up(address, session).await?,
+                    };
                 }
                 Ok(PhaseName::Kubernetes)
             }
@@ -177,13 +185,19 @@ impl Driver {
         }
     }
 
-    /// Stays with an agent that attests, until it has its keys.
-    async fn attend(&mut self, address: SocketAddr, mut session: Session<Attestation>) -> Result<(), Ended> {
+    /// Stays with an agent that attests, until it has its keys; or until it is silent and was reached anew.
+    async fn attend(
+        &mut self,
+        address: SocketAddr,
+        mut session: Session<Attestation>,
+    ) -> Result<Option<Won>, Ended> {
         let since = Instant::now();
         self.report.state(PodState::Attesting { attempt: 0, last_error: None });
         self.report.event(&PodEvent::Attesting(address));
         self.tell_unpartnered(PhaseName::Attestation, session.unpartnered());
         self.routes.attestation(session.link());
+        let (plan, pulse) = (self.plan.clone(), session.pulse());
+        let mut beside = pin!(beside::another(&plan, &pulse, PhaseName::Attestation));
         loop {
             tokio::select! {
                 stop = stopped(&mut self.stop) => {
@@ -201,22 +215,35 @@ impl Driver {
                         session.close("coming back as kubernetes").await;
                         // A stranger could say it again and again.
                         let again = std::mem::replace(&mut self.upgraded, true);
-                        return if again { self.pause().await } else { Ok(()) };
+                        if again {
+                            self.pause().await?;
+                        }
+                        return Ok(None);
                     }
                     Attested::Ended(why) => {
                         self.routes.close();
                         self.down(PhaseName::Attestation, why.to_string());
                         // Whoever that was, another address gets the first chance now.
                         self.plan.addresses.rotate_left(1);
-                        return self.rest(since).await;
+                        self.rest(since).await?;
+                        return Ok(None);
                     }
                 },
+                won = &mut beside => {
+                    self.routes.close();
+                    self.down(PhaseName::Attestation, silent(address, &won));
+                    return Ok(Some(won));
+                }
             }
         }
     }
 
-    /// Stays with the agent in the Kubernetes phase, until the connection ends.
-    async fn keep_up(&mut self, address: SocketAddr, mut session: Session<Kubernetes>) -> Result<(), Ended> {
+    /// Stays with the agent in the Kubernetes phase, until the connection ends; or until it is silent and was reached anew.
+    async fn keep_up(
+        &mut self,
+        address: SocketAddr,
+        mut session: Session<Kubernetes>,
+    ) -> Result<Option<Won>, Ended> {
         let since = Instant::now();
         (self.starting, self.upgraded) = (false, false);
         if self.last_up.replace(since).is_none_or(|last| last.elapsed() >= 2 * RETRY_MAX) {
@@ -225,6 +252,7 @@ impl Driver {
         self.routes.kubernetes(session.link());
         self.report.up(address, session.agent().instance.clone().unwrap_or_default());
         self.tell_unpartnered(PhaseName::Kubernetes, session.unpartnered());
+        let pulse = session.pulse();
         tokio::select! {
             stop = stopped(&mut self.stop) => {
                 self.routes.close();
@@ -236,7 +264,14 @@ impl Driver {
                 self.routes.close();
                 drop(session);
                 self.down(PhaseName::Kubernetes, why.to_string());
-                self.rest(since).await
+                self.rest(since).await?;
+                Ok(None)
+            }
+            won = beside::another(&self.plan, &pulse, PhaseName::Kubernetes) => {
+                self.routes.close();
+                drop(session);
+                self.down(PhaseName::Kubernetes, silent(address, &won));
+                Ok(Some(won))
             }
         }
     }
@@ -311,6 +346,11 @@ impl Driver {
             lines.iter().for_each(|line| self.report.event(&PodEvent::Unpartnered(line.clone())));
         }
     }
+}
+
+/// Why a connection to `address` was given up.
+fn silent(address: SocketAddr, (_, (anew, _)): &Won) -> String {
+    format!("nothing came from {address} any more; the agent was reached anew at {anew}")
 }
 
 /// Waits for the order to stop.

@@ -126,6 +126,11 @@ impl<P: ClientPhase> Session<P> {
         &self.unpartnered
     }
 
+    /// What tells whether the agent still speaks.
+    pub fn pulse(&self) -> Pulse {
+        Pulse { outbox: self.outbox.clone(), unanswered: Box::new(self.connection.unanswered()) }
+    }
+
     /// Waits until no stream is open.
     pub async fn idle(&self) {
         self.connection.credits().idle().await;
@@ -146,6 +151,30 @@ impl<P: ClientPhase> Session<P> {
     pub async fn close(mut self, reason: &str) {
         self.outbox.bye(reason);
         drop(timeout(CLOSE, self.ended()).await);
+    }
+}
+
+/// Whether the agent at the other end of a session still speaks.
+pub struct Pulse {
+    outbox: Outbox,
+    unanswered: Box<dyn Fn() -> Option<Duration> + Send + Sync>,
+}
+
+impl fmt::Debug for Pulse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pulse").field("unanswered", &self.unanswered()).finish_non_exhaustive()
+    }
+}
+
+impl Pulse {
+    /// Asks the agent for a sign of life.
+    pub fn probe(&self) {
+        self.outbox.probe();
+    }
+
+    /// How long ago the agent was told something after which nothing has come from it; none if something has.
+    pub fn unanswered(&self) -> Option<Duration> {
+        (self.unanswered)()
     }
 }
 

@@ -7,6 +7,7 @@ mod handler;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use russh::client::{self, AuthResult, Handle, Msg};
 use russh::keys::{PrivateKeyWithHashAlg, PublicKey};
@@ -19,7 +20,7 @@ use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_ssh::profile;
 use secure_comms_tunnel::{Credits, Outbounds, Receiver, Sender};
 use tokio::net::TcpStream;
-use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tokio::time::timeout;
 
 pub use self::error::ConnectError;
@@ -82,6 +83,8 @@ pub struct Dial {
     pub node_key: WorkerNodeKey,
     /// Data in a direction after which new session keys are made, in bytes.
     pub rekey_bytes: usize,
+    /// Where the attempt waits before it authenticates.
+    pub gate: Gate,
 }
 
 /// Cuts the connection when dropped: nothing else stops a russh session.
@@ -98,7 +101,7 @@ impl Drop for CutOnDrop {
 pub struct Connection<P: ClientPhase> {
     handle: Arc<Handle<Client<P>>>,
     shared: Arc<Shared<P>>,
-    _cut: CutOnDrop,
+    cut: CutOnDrop,
     _turn: OwnedMutexGuard<()>,
 }
 
@@ -149,6 +152,57 @@ impl<P: ClientPhase> Opener for DirectOpener<P> {
 #[derive(Clone, Debug, Default)]
 pub struct Turn(Arc<Mutex<()>>);
 
+/// Holds attempts back that run beside a connection which may yet be alive: an agent that lets one of them in gives that
+/// connection up. Open unless made shut.
+#[derive(Clone, Debug)]
+pub struct Gate(watch::Sender<GateState>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum GateState {
+    Shut,
+    Knocked,
+    Open,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self(watch::Sender::new(GateState::Open))
+    }
+}
+
+impl Gate {
+    /// One that lets nobody through yet.
+    pub fn shut() -> Self {
+        Self(watch::Sender::new(GateState::Shut))
+    }
+
+    /// Lets everybody through from now on.
+    pub fn open(&self) {
+        self.0.send_replace(GateState::Open);
+    }
+
+    /// Waits until an attempt has found an agent and waits here.
+    pub async fn knocked(&self) {
+        self.until(|state| *state != GateState::Shut).await;
+    }
+
+    async fn pass(&self) {
+        self.0.send_if_modified(|state| {
+            let shut = *state == GateState::Shut;
+            if shut {
+                *state = GateState::Knocked;
+            }
+            shut
+        });
+        self.until(|state| *state == GateState::Open).await;
+    }
+
+    async fn until(&self, wanted: impl FnMut(&GateState) -> bool) {
+        // It can't be closed: we hold it.
+        drop(self.0.subscribe().wait_for(wanted).await);
+    }
+}
+
 /// Streams to the agent in a phase.
 pub type AgentLink<P> = SshLink<DirectOpener<P>>;
 
@@ -195,6 +249,7 @@ async fn connect<P: ClientPhase>(
         let config = Arc::new(profile::client(dial.rekey_bytes));
         let handle = client::connect_stream(config, socket, Client(shared.clone()));
         let mut handle = handle.await.map_err(|error| handshake_error(&shared, &error))?;
+        dial.gate.pass().await;
         let turn = turn.0.lock_owned().await;
         authenticate(&mut handle, &shared, &dial.node_key).await?;
         Ok((Arc::new(handle), turn))
@@ -203,7 +258,7 @@ async fn connect<P: ClientPhase>(
         Ok(authenticated) => {
             let (handle, turn) = authenticated?;
             guard.may_hold(P::CREDIT.held_max());
-            Ok(Connection { handle, shared, _cut: cut, _turn: turn })
+            Ok(Connection { handle, shared, cut, _turn: turn })
         }
         Err(_) => Err(ConnectError::Timeout(AUTHENTICATE.as_secs(), "agreeing on keys and authenticating")),
     }
@@ -311,6 +366,12 @@ impl<P: ClientPhase> Connection<P> {
     /// The connection's flow control.
     pub fn credits(&self) -> &Credits {
         &self.shared.credits
+    }
+
+    /// How long ago we said something after which nothing has come from the agent; none if something has.
+    pub fn unanswered(&self) -> impl Fn() -> Option<Duration> + Send + Sync + use<P> {
+        let guard = self.cut.0.clone();
+        move || guard.unanswered()
     }
 
     /// Waits for the end of the connection.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use secure_comms_adaptor::keys::{PodKey, WorkerNodeKey};
 use secure_comms_adaptor::session::{Session, Tunnels};
-use secure_comms_adaptor::ssh::{self, ConnectError, Dial, Turn};
+use secure_comms_adaptor::ssh::{self, ConnectError, Dial, Gate, Turn};
 use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{Attestation, Kubernetes, Phase, PhaseName};
@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use tokio::time::timeout;
 
 fn dial(address: SocketAddr, node_key: &WorkerNodeKey) -> Dial {
-    Dial { address, node_key: node_key.clone(), rekey_bytes: REKEY_BYTES }
+    Dial { address, node_key: node_key.clone(), rekey_bytes: REKEY_BYTES, gate: Gate::default() }
 }
 
 fn tunnels<P: Phase>(outbounds: &str) -> Tunnels<P> {

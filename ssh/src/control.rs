@@ -55,6 +55,7 @@ struct OutboxState {
     messages: Mutex<VecDeque<Control>>,
     waiting: Notify,
     said_bye: Notify,
+    probe: Notify,
 }
 
 impl Outbox {
@@ -72,6 +73,11 @@ impl Outbox {
     /// Queues a `bye`.
     pub fn bye(&self, reason: &str) {
         self.send(Control::Bye(Bye { reason: reason.to_owned() }));
+    }
+
+    /// Sends a ping soon, not only when it is time for one; none while one is unanswered.
+    pub fn probe(&self) {
+        self.0.probe.notify_one();
     }
 
     /// Waits until a `bye` is on its way, with all that came before it.
@@ -199,7 +205,10 @@ async fn write<S: Sender>(sender: &S, credits: &Credits, outbox: &Outbox) -> Gon
 async fn probe(outbox: &Outbox, pings: &Mutex<Pings>) {
     let mut ticks = interval(KEEPALIVE);
     loop {
-        ticks.tick().await;
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = outbox.0.probe.notified() => {}
+        }
         let (ping, waiting) = lock(pings).tick();
         if let Some(number) = ping {
             outbox.send(Control::Ping(number));

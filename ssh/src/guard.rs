@@ -10,12 +10,14 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
 
 pub use self::strict::Peer;
 use self::strict::StrictKex;
@@ -39,17 +41,54 @@ const LENGTH: usize = 16;
 const KEEP: usize = 8;
 
 /// The handle on a guarded socket.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Guard(Arc<Shared>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     cut: AtomicBool,
     read_ahead: AtomicUsize,
     waker: Mutex<Option<Waker>>,
+    since: Instant,
+    /// When something was written after which nothing has arrived: in milliseconds from `since`, and one more; 0 is never.
+    unanswered: AtomicU64,
+}
+
+impl Shared {
+    fn wrote(&self) {
+        if self.unanswered.load(Ordering::Relaxed) == 0 {
+            self.unanswered.store(self.now() + 1, Ordering::Relaxed);
+        }
+    }
+
+    fn arrived(&self) {
+        if self.unanswered.load(Ordering::Relaxed) != 0 {
+            self.unanswered.store(0, Ordering::Relaxed);
+        }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX - 1)
+    }
 }
 
 impl Guard {
+    fn new() -> Self {
+        Self(Arc::new(Shared {
+            cut: AtomicBool::new(false),
+            read_ahead: AtomicUsize::new(UNAUTHENTICATED_READ_AHEAD),
+            waker: Mutex::default(),
+            since: Instant::now(),
+            unanswered: AtomicU64::new(0),
+        }))
+    }
+
+    /// How long ago something was written after which nothing has arrived; none if something has.
+    pub fn unanswered(&self) -> Option<Duration> {
+        let written = self.0.unanswered.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(Duration::from_millis(self.0.now().saturating_sub(written)))
+    }
+
     /// Cuts the connection: the session ends with an I/O error at once.
     pub fn cut(&self) {
         self.0.cut.store(true, Ordering::Release);
@@ -142,11 +181,18 @@ impl Ahead {
 impl<S> Guarded<S> {
     /// Puts `socket` under guard; `peer` is what the other side is.
     pub fn new(socket: S, peer: Peer) -> (Self, Guard) {
-        let guard = Guard::default();
-        guard.0.read_ahead.store(UNAUTHENTICATED_READ_AHEAD, Ordering::Relaxed);
+        let guard = Guard::new();
         let guarded =
             Self { socket, guard: guard.clone(), ahead: Ahead::default(), strict: StrictKex::new(peer) };
         (guarded, guard)
+    }
+
+    /// Takes note of what has arrived.
+    fn saw(strict: &mut StrictKex, guard: &Guard, data: &[u8]) -> io::Result<()> {
+        if !data.is_empty() {
+            guard.0.arrived();
+        }
+        strict.feed(data)
     }
 
     fn check(&self) -> io::Result<()> {
@@ -192,7 +238,7 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
             if data.is_empty() {
                 return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
             }
-            self.strict.feed(data)?;
+            Self::saw(&mut self.strict, &self.guard, data)?;
             self.ahead.push_line(data);
             if data.contains(&b'\n') || self.ahead.len >= LINE {
                 return Poll::Ready(Ok(()));
@@ -205,7 +251,7 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
         let bound = self.guard.0.read_ahead.load(Ordering::Relaxed);
         while self.ahead.len < bound {
             match self.ahead.read_from(READ, &mut self.socket, cx) {
-                Ok(Some(data)) if !data.is_empty() => self.strict.feed(data)?,
+                Ok(Some(data)) if !data.is_empty() => Self::saw(&mut self.strict, &self.guard, data)?,
                 // Nothing there; the end of file or an error, which the next ordinary read meets again.
                 Ok(_) | Err(_) => break,
             }
@@ -231,7 +277,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
         if out.remaining() <= LENGTH {
             return match this.ahead.read_from(SMALL, &mut this.socket, cx) {
                 Ok(Some(data)) => {
-                    this.strict.feed(data)?;
+                    Self::saw(&mut this.strict, &this.guard, data)?;
                     this.ahead.take(out);
                     Poll::Ready(Ok(()))
                 }
@@ -251,7 +297,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
                 Poll::Pending
             }
             Poll::Ready(result) => {
-                this.strict.feed(out.filled().get(old..).unwrap_or_default())?;
+                Self::saw(&mut this.strict, &this.guard, out.filled().get(old..).unwrap_or_default())?;
                 Poll::Ready(result)
             }
         }
@@ -267,6 +313,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
             this.read_ahead(cx)?;
             this.watch(cx);
             this.check()?;
+        } else {
+            this.guard.0.wrote();
         }
         poll
     }
@@ -316,6 +364,26 @@ mod tests {
         guard.cut();
         assert_eq!(waits.await.unwrap().unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
         guard.until_cut().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_written_is_unanswered_until_something_arrives() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let second = Duration::from_secs(1);
+        let (mut peer, socket) = tokio::io::duplex(64);
+        let (mut guarded, guard) = Guarded::new(socket, Peer::Client);
+        tokio::time::sleep(second).await;
+        assert_eq!(guard.unanswered(), None, "nothing has been written");
+        for _ in 0..2 {
+            guarded.write_all(b"a").await.unwrap();
+            tokio::time::sleep(second).await;
+        }
+        assert_eq!(guard.unanswered(), Some(2 * second), "since the first of them");
+        peer.write_all(b"S").await.unwrap();
+        assert_eq!(guarded.read_u8().await.unwrap(), b'S');
+        assert_eq!(guard.unanswered(), None);
+        guarded.write_all(b"a").await.unwrap();
+        assert_eq!(guard.unanswered(), Some(Duration::ZERO));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use secure_comms_tests::kbs::{Fault, KbsOptions, LoggedRequest};
 use secure_comms_tests::process::{Child, Signal};
 use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -195,6 +195,86 @@ async fn a_half_open_connection_is_noticed_by_both_sides_and_blocks_nobody() -> 
     cable.thaw();
     says_after(&adaptor, mark, "kubernetes phase up").await?;
     works(&scene, &adaptor).await
+}
+
+/// The cable on which the adaptor has said this last.
+async fn in_use<'a>(adaptor: &Child, what: &str, cables: &'a [Cable; 2]) -> Result<(&'a Cable, &'a Cable)> {
+    let line = adaptor.wait_for_text(what, PATIENCE).await?;
+    let [one, two] = cables;
+    Ok(if line.contains(&one.address().to_string()) { (one, two) } else { (two, one) })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_falls_silent_is_given_up_once_the_agent_answers_at_another_address() -> Result<()>
+{
+    let scene = scene().await?;
+    let agent = scene.agent().await?;
+    let cables = [Cable::to(scene.ssh).await?, Cable::to(scene.ssh).await?];
+    let adaptor =
+        Child::spawn("adaptor", scene.adaptor_command(&[cables[0].address(), cables[1].address()])?)?;
+    works(&scene, &adaptor).await?;
+    let (mut used, mut other) = in_use(&adaptor, "kubernetes phase up at", &cables).await?;
+    for _ in 0..2 {
+        let (mark, agent_mark) = (adaptor.mark(), agent.mark());
+        used.freeze();
+        let anew = format!("channel down: nothing came from {} any more", used.address());
+        let line = adaptor.wait_from(mark, |line| line.contains(&anew), PATIENCE).await?;
+        ensure!(line.contains(&other.address().to_string()), "{line}");
+        says_after(&adaptor, mark, "kubernetes phase up").await?;
+        says_after(&agent, agent_mark, "replaced by a newer one").await?;
+        works(&scene, &adaptor).await?;
+        used.cut();
+        used.thaw();
+        (used, other) = (other, used);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attestation_that_falls_silent_goes_on_at_another_address() -> Result<()> {
+    let scene = scene().await?;
+    let _agent = scene.agent().await?;
+    let cables = [Cable::to(scene.ssh).await?, Cable::to(scene.ssh).await?];
+    scene.kbs.set_fault(Fault::Garbage(b"not yet".to_vec()));
+    let adaptor =
+        Child::spawn("adaptor", scene.adaptor_command(&[cables[0].address(), cables[1].address()])?)?;
+    let (used, _) = in_use(&adaptor, "attestation: connected to", &cables).await?;
+    says(&adaptor, "keys: attempt").await?;
+    let mark = adaptor.mark();
+    used.freeze();
+    let anew = format!("attestation: connection ended: nothing came from {} any more", used.address());
+    says_after(&adaptor, mark, &anew).await?;
+    scene.kbs.set_fault(Fault::None);
+    works(&scene, &adaptor).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_of_the_network_costs_no_stream() -> Result<()> {
+    let scene = scene().await?;
+    let agent = scene.agent().await?;
+    let cable = Cable::to(scene.ssh).await?;
+    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[cable.address()])?)?;
+    works(&scene, &adaptor).await?;
+    let mut session = EchoSession::open(kata_client(endpoint(&adaptor, "KATAAGENT").await?).await?).await?;
+    session.roundtrip(200, 1).await?;
+    let (mark, agent_mark) = (adaptor.mark(), agent.mark());
+    cable.freeze();
+    // Long enough for the adaptor to try a new connection, which gets through when the old one does.
+    sleep(Duration::from_secs(4)).await;
+    cable.thaw();
+    session.roundtrip(200, 2).await?;
+    // The new connection is there as well now, and must not be let in.
+    sleep(Duration::from_secs(6)).await;
+    session.roundtrip(200, 3).await?;
+    for (child, mark) in [(&adaptor, mark), (&agent, agent_mark)] {
+        let lines = child.lines();
+        let lines: Vec<&str> = lines.iter().skip(mark).map(|line| line.text.as_str()).collect();
+        ensure!(
+            lines.iter().all(|line| !line.contains("channel down") && !line.contains("replaced")),
+            "{lines:?}"
+        );
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,7 +13,7 @@ use super::{Plan, Way};
 use crate::address::Address;
 use crate::race::race;
 use crate::session::Session;
-use crate::ssh::{self, ConnectError, Dial, Turn};
+use crate::ssh::{self, ConnectError, Dial, Gate, Turn};
 
 /// An agent that was reached, and the phase that it is in.
 #[derive(Debug)]
@@ -52,23 +52,22 @@ impl Failure {
     }
 }
 
-/// Tries all addresses of the pod, names by all addresses they resolve to; `first` is tried first at each. The index
-/// is that of the address that won.
-pub(super) async fn anywhere(
-    plan: &Plan,
-    first: PhaseName,
-) -> Result<(usize, (SocketAddr, Reached)), Vec<Failure>> {
+/// An agent that was reached, where, and the index of that address among the pod's.
+pub(super) type Won = (usize, (SocketAddr, Reached));
+
+/// Tries all addresses of the pod, names by all addresses they resolve to; `first` is tried first at each.
+pub(super) async fn anywhere(plan: &Plan, first: PhaseName, gate: &Gate) -> Result<Won, Vec<Failure>> {
     // Where the Kubernetes phase is expected, one that merely attests may be a stranger.
     let settles = move |(_, reached): &(SocketAddr, Reached)| {
         first == PhaseName::Attestation || matches!(reached, Reached::Kubernetes(_))
     };
     let turn = Turn::default();
     let one = |address: Address| {
-        let (plan, turn) = (plan.clone(), turn.clone());
+        let (plan, turn, gate) = (plan.clone(), turn.clone(), gate.clone());
         async move {
             let sockets = resolve(&address, first).await.map_err(|failure| vec![failure])?;
             let attempt = |socket| {
-                let attempt = Attempt::new(plan.clone(), socket, turn.clone());
+                let attempt = Attempt::new(plan.clone(), socket, turn.clone(), gate.clone());
                 async move { attempt.run(first).await.map(|reached| (socket, reached)) }
             };
             race(sockets, attempt, settles).await.map(|(_, won)| won)
@@ -135,8 +134,8 @@ impl Suspect {
 }
 
 impl Attempt {
-    fn new(plan: Plan, address: SocketAddr, turn: Turn) -> Self {
-        let dial = Dial { address, node_key: plan.node_key.clone(), rekey_bytes: plan.rekey_bytes };
+    fn new(plan: Plan, address: SocketAddr, turn: Turn, gate: Gate) -> Self {
+        let dial = Dial { address, node_key: plan.node_key.clone(), rekey_bytes: plan.rekey_bytes, gate };
         Self { plan, dial, turn, failure: Failure::new(address), suspect: Suspect::Nothing }
     }
 

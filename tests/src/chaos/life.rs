@@ -94,7 +94,7 @@ async fn lived(script: &Script, outcome: &mut Outcome) -> Result<()> {
     for (side, program) in [(Side::Agent, agent), (Side::Adaptor, adaptor)] {
         let past = program.stop().await.with_context(|| format!("stopping the {side:?}"))?;
         outcome.violations.extend(past.own_ends.iter().filter_map(|status| {
-            let excused = side == Side::Adaptor && status.code() == Some(1) && script.has(ends_the_adaptor);
+            let excused = status.code() == Some(1) && script.has(|fault| keeps_from_starting(fault, side));
             (!excused).then(|| format!("the {side:?} ended by itself: {status}"))
         }));
         for log in past.logs {
@@ -109,17 +109,17 @@ async fn lived(script: &Script, outcome: &mut Outcome) -> Result<()> {
     lived.and(examined)
 }
 
-/// Faults in which an adaptor that starts says why it can't, and ends: whoever runs it starts it again.
-fn ends_the_adaptor(fault: &Fault) -> bool {
-    matches!(
-        fault,
+/// Faults in which a program that starts says why it can't, and ends: whoever runs it starts it again.
+fn keeps_from_starting(fault: &Fault, side: Side) -> bool {
+    match fault {
         Fault::StoreFull
-            | Fault::StoreReadOnly
-            | Fault::KbsClock(_)
-            | Fault::KbsBroken
-            | Fault::KbsGarbage
-            | Fault::NoFiles(Side::Adaptor, _)
-    )
+        | Fault::StoreReadOnly
+        | Fault::KbsClock(_)
+        | Fault::KbsBroken
+        | Fault::KbsGarbage => side == Side::Adaptor,
+        Fault::NoFiles(of, _) => *of == side,
+        _ => false,
+    }
 }
 
 /// The faults, and what comes after them.

@@ -1,0 +1,89 @@
+//! A new connection beside one that has fallen silent.
+//!
+//! A VM whose address changes leaves its connection silent, and so does a network that pauses. The first is over when a new
+//! connection is there; the second by itself, and a new connection would cost all streams. So the old one is given up only
+//! when the agent has been reached anew, and the old one has stayed silent for long enough after that to hear of it too.
+
+use std::future::pending;
+use std::time::Duration;
+
+use secure_comms_protocol::PhaseName;
+use tokio::time::sleep;
+
+use super::Plan;
+use super::reach::{self, Won};
+use crate::session::Pulse;
+use crate::ssh::Gate;
+
+/// How often we look whether something is unanswered.
+const LOOK: Duration = Duration::from_secs(1);
+/// A connection on which nothing arrives for this long, though the agent was asked, is silent.
+const SILENT: Duration = Duration::from_millis(750);
+/// How often we look whether a silent connection speaks again.
+const LISTEN: Duration = Duration::from_millis(50);
+/// TCP repeats itself after twice as long each time (RFC 6298 5.5): what has waited for an answer for some time is repeated within
+/// that time again, and a little for the first wait and the way.
+const WAY: Duration = Duration::from_millis(250);
+/// More than that is not waited for: an agent wants to be authenticated to within 10 s.
+const GRACE_MAX: Duration = Duration::from_secs(7);
+
+/// Waits until the connection is silent and the agent is reached anew.
+pub(super) async fn another(plan: &Plan, pulse: &Pulse, first: PhaseName) -> Won {
+    loop {
+        silent(pulse).await;
+        tracing::debug!("pod {}: the agent is silent; trying a new connection", plan.id);
+        let gate = Gate::shut();
+        let reached = tokio::select! {
+            reached = reach::anywhere(plan, first, &gate) => reached,
+            () = until_it_speaks(pulse, &gate) => continue,
+        };
+        match reached {
+            Ok(won) => return won,
+            Err(failures) => {
+                failures.iter().for_each(|failure| tracing::debug!("pod {}: {failure}", plan.id))
+            }
+        }
+    }
+}
+
+/// Opens the gate once somebody has waited before it for so long that the old connection could have spoken too. Ends if it does
+/// before that; afterwards the agent may have let the new one in.
+async fn until_it_speaks(pulse: &Pulse, gate: &Gate) {
+    let last_chance = async {
+        gate.knocked().await;
+        let silence = pulse.unanswered().unwrap_or_default();
+        sleep((silence + WAY).min(GRACE_MAX)).await;
+    };
+    tokio::select! {
+        biased;
+        () = speaks(pulse) => return,
+        () = last_chance => {}
+    }
+    if is_silent(pulse) {
+        gate.open();
+        pending().await
+    }
+}
+
+async fn silent(pulse: &Pulse) {
+    loop {
+        sleep(LOOK).await;
+        if pulse.unanswered().is_some() {
+            pulse.probe();
+            sleep(SILENT).await;
+            if is_silent(pulse) {
+                return;
+            }
+        }
+    }
+}
+
+async fn speaks(pulse: &Pulse) {
+    while is_silent(pulse) {
+        sleep(LISTEN).await;
+    }
+}
+
+fn is_silent(pulse: &Pulse) -> bool {
+    pulse.unanswered().is_some_and(|silence| silence >= SILENT)
+}
