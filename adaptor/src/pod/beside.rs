@@ -8,7 +8,8 @@ use std::future::pending;
 use std::time::Duration;
 
 use secure_comms_protocol::PhaseName;
-use tokio::time::sleep;
+use secure_comms_protocol::limits::AUTHENTICATE;
+use tokio::time::{Instant, sleep};
 
 use super::Plan;
 use super::reach::{self, Won};
@@ -24,8 +25,8 @@ const LISTEN: Duration = Duration::from_millis(50);
 /// TCP repeats itself after twice as long each time (RFC 6298 5.5): what has waited for an answer for some time is repeated within
 /// that time again, and a little for the first wait and the way.
 const WAY: Duration = Duration::from_millis(250);
-/// More than that is not waited for: an agent wants to be authenticated to within 10 s.
-const GRACE_MAX: Duration = Duration::from_secs(7);
+/// From its start a new connection may wait for the old one for this long: it must authenticate in time.
+const GATE_MAX: Duration = AUTHENTICATE.saturating_sub(LOOK);
 
 /// Waits until the connection is silent and the agent is reached anew.
 pub(super) async fn another(plan: &Plan, pulse: &Pulse, first: PhaseName) -> Won {
@@ -47,19 +48,22 @@ pub(super) async fn another(plan: &Plan, pulse: &Pulse, first: PhaseName) -> Won
 }
 
 /// Opens the gate once somebody has waited before it for so long that the old connection could have spoken too. Ends if it does
-/// before that; afterwards the agent may have let the new one in.
+/// before that, or if there is no time to wait for it; afterwards the agent may have let the new one in.
 async fn until_it_speaks(pulse: &Pulse, gate: &Gate) {
+    let start = Instant::now();
     let last_chance = async {
         gate.knocked().await;
-        let silence = pulse.unanswered().unwrap_or_default();
-        sleep((silence + WAY).min(GRACE_MAX)).await;
+        let wanted = pulse.unanswered().unwrap_or_default() + WAY;
+        let left = GATE_MAX.saturating_sub(start.elapsed());
+        sleep(wanted.min(left)).await;
+        left * 2 >= wanted
     };
-    tokio::select! {
+    let was_long_enough = tokio::select! {
         biased;
         () = speaks(pulse) => return,
-        () = last_chance => {}
-    }
-    if is_silent(pulse) {
+        enough = last_chance => enough,
+    };
+    if was_long_enough && is_silent(pulse) {
         gate.open();
         pending().await
     }
