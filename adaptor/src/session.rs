@@ -9,6 +9,7 @@ use secure_comms_protocol::control::Hello;
 use secure_comms_protocol::limits::{HELLO, UPGRADE_DRAIN};
 use secure_comms_protocol::{Attestation, Control, KeyProgress, Phase, PodId, TunnelName};
 use secure_comms_ssh::control::{self, ControlEnd, Outbox};
+use secure_comms_ssh::guard::Guard;
 use secure_comms_tunnel::{Credits, Receiver, Sender};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -128,7 +129,11 @@ impl<P: ClientPhase> Session<P> {
 
     /// What tells whether the agent still speaks.
     pub fn pulse(&self) -> Pulse {
-        Pulse { outbox: self.outbox.clone(), unanswered: Box::new(self.connection.unanswered()) }
+        Pulse {
+            outbox: self.outbox.clone(),
+            guard: self.connection.guard(),
+            credits: self.connection.credits().clone(),
+        }
     }
 
     /// Waits until no stream is open.
@@ -155,15 +160,11 @@ impl<P: ClientPhase> Session<P> {
 }
 
 /// Whether the agent at the other end of a session still speaks.
+#[derive(Debug)]
 pub struct Pulse {
     outbox: Outbox,
-    unanswered: Box<dyn Fn() -> Option<Duration> + Send + Sync>,
-}
-
-impl fmt::Debug for Pulse {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pulse").field("unanswered", &self.unanswered()).finish_non_exhaustive()
-    }
+    guard: Guard,
+    credits: Credits,
 }
 
 impl Pulse {
@@ -174,7 +175,12 @@ impl Pulse {
 
     /// How long ago the agent was told something after which nothing has come from it; none if something has.
     pub fn unanswered(&self) -> Option<Duration> {
-        (self.unanswered)()
+        self.guard.unanswered()
+    }
+
+    /// The shortest round trip seen; zero before the first.
+    pub fn round_trip(&self) -> Duration {
+        self.credits.shortest_round_trip().unwrap_or_default()
     }
 }
 

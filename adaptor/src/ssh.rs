@@ -7,7 +7,6 @@ mod handler;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use russh::client::{self, AuthResult, Handle, Msg};
 use russh::keys::{PrivateKeyWithHashAlg, PublicKey};
@@ -368,10 +367,9 @@ impl<P: ClientPhase> Connection<P> {
         &self.shared.credits
     }
 
-    /// How long ago we said something after which nothing has come from the agent; none if something has.
-    pub fn unanswered(&self) -> impl Fn() -> Option<Duration> + Send + Sync + use<P> {
-        let guard = self.cut.0.clone();
-        move || guard.unanswered()
+    /// The handle on its socket.
+    pub(crate) fn guard(&self) -> Guard {
+        self.cut.0.clone()
     }
 
     /// Waits for the end of the connection.

@@ -72,8 +72,8 @@ impl Shared {
     }
 }
 
-impl Guard {
-    fn new() -> Self {
+impl Default for Guard {
+    fn default() -> Self {
         Self(Arc::new(Shared {
             cut: AtomicBool::new(false),
             read_ahead: AtomicUsize::new(UNAUTHENTICATED_READ_AHEAD),
@@ -82,7 +82,9 @@ impl Guard {
             unanswered: AtomicU64::new(0),
         }))
     }
+}
 
+impl Guard {
     /// How long ago something was written after which nothing has arrived; none if something has.
     pub fn unanswered(&self) -> Option<Duration> {
         let written = self.0.unanswered.load(Ordering::Relaxed).checked_sub(1)?;
@@ -181,7 +183,7 @@ impl Ahead {
 impl<S> Guarded<S> {
     /// Puts `socket` under guard; `peer` is what the other side is.
     pub fn new(socket: S, peer: Peer) -> (Self, Guard) {
-        let guard = Guard::new();
+        let guard = Guard::default();
         let guarded =
             Self { socket, guard: guard.clone(), ahead: Ahead::default(), strict: StrictKex::new(peer) };
         (guarded, guard)

@@ -152,6 +152,11 @@ impl Credits {
         table.round_trip = Some(table.round_trip.map_or(took, |shortest| shortest.min(took)));
     }
 
+    /// The shortest round trip of which we were told.
+    pub fn shortest_round_trip(&self) -> Option<Duration> {
+        self.table().round_trip
+    }
+
     /// The connection has ended, or must: nobody will grant anything any more.
     pub fn end(&self) {
         self.0.gone.send_replace(true);

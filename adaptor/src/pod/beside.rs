@@ -18,13 +18,11 @@ use crate::ssh::Gate;
 
 /// How often we look whether something is unanswered.
 const LOOK: Duration = Duration::from_secs(1);
-/// A connection on which nothing arrives for this long, though the agent was asked, is silent.
+/// A connection on which nothing arrives for this long, though the agent was asked, is silent; or for so many round trips.
 const SILENT: Duration = Duration::from_millis(750);
+const SILENT_ROUND_TRIPS: u32 = 3;
 /// How often we look whether a silent connection speaks again.
 const LISTEN: Duration = Duration::from_millis(50);
-/// TCP repeats itself after twice as long each time (RFC 6298 5.5): what has waited for an answer for some time is repeated within
-/// that time again, and a little for the first wait and the way.
-const WAY: Duration = Duration::from_millis(250);
 /// From its start a new connection may wait for the old one for this long: it must authenticate in time.
 const GATE_MAX: Duration = AUTHENTICATE.saturating_sub(LOOK);
 
@@ -53,7 +51,9 @@ async fn until_it_speaks(pulse: &Pulse, gate: &Gate) {
     let start = Instant::now();
     let last_chance = async {
         gate.knocked().await;
-        let wanted = pulse.unanswered().unwrap_or_default() + WAY;
+        // TCP repeats itself after twice as long each time (RFC 6298 5.5): what has waited for an answer for some time is repeated
+        // within that time again, and a little for the first wait and the way.
+        let wanted = pulse.unanswered().unwrap_or_default() + patience(pulse) / 3;
         let left = GATE_MAX.saturating_sub(start.elapsed());
         sleep(wanted.min(left)).await;
         left * 2 >= wanted
@@ -74,7 +74,7 @@ async fn silent(pulse: &Pulse) {
         sleep(LOOK).await;
         if pulse.unanswered().is_some() {
             pulse.probe();
-            sleep(SILENT).await;
+            sleep(patience(pulse)).await;
             if is_silent(pulse) {
                 return;
             }
@@ -89,5 +89,9 @@ async fn speaks(pulse: &Pulse) {
 }
 
 fn is_silent(pulse: &Pulse) -> bool {
-    pulse.unanswered().is_some_and(|silence| silence >= SILENT)
+    pulse.unanswered().is_some_and(|silence| silence >= patience(pulse))
+}
+
+fn patience(pulse: &Pulse) -> Duration {
+    SILENT.max(pulse.round_trip() * SILENT_ROUND_TRIPS)
 }
