@@ -2,14 +2,12 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use secure_comms_protocol::control::KeyProgress;
-use secure_comms_protocol::limits::{KBS_FIRST_BYTE, KBS_FIRST_BYTE_MIN, KEY_FETCH};
+use secure_comms_protocol::limits::{KBS_ANSWER_MIN, KBS_FIRST_BYTE, KBS_FIRST_BYTE_MIN, KEY_FETCH};
 use secure_comms_protocol::{Attestation, PodId, TunnelName, resource};
 use secure_comms_tunnel::Backoff;
 use secure_comms_tunnel::netns::{self, Namespace, NamespaceError};
-use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 use zeroize::Zeroizing;
 
@@ -95,11 +93,11 @@ pub async fn run(agent: &Agent, guest: &Guest) -> PodKeys {
     let mut failure = Repeated::new("getting the keys from the KBS");
     let mut last = 0;
     // An answer that was lost must not cost long; a KBS that is slow gets its time yet.
-    let mut patience = KBS_FIRST_BYTE_MIN;
+    let mut hurry = Hurry { first_byte: KBS_FIRST_BYTE_MIN, answer: KBS_ANSWER_MIN, silent: Arc::default() };
     for attempt in 1.. {
         let peer = candidate(agent, last).await;
         last = peer.connection.id;
-        match try_peer(agent, guest, &peer, patience).await {
+        match try_peer(agent, guest, &peer, &hurry).await {
             Ok(keys) => {
                 failure.succeeded();
                 agent.progress.send_replace(Some(KeyProgress { attempt, error: None }));
@@ -107,8 +105,11 @@ pub async fn run(agent: &Agent, guest: &Guest) -> PodKeys {
             }
             Err(error) => {
                 if matches!(error, AttemptError::Peer(SILENT)) {
-                    patience = (patience * 2).min(KBS_FIRST_BYTE);
+                    hurry.first_byte = (hurry.first_byte * 2).min(KBS_FIRST_BYTE);
+                    hurry.answer = (hurry.answer * 2).min(KEY_FETCH);
                 }
+                // What a stream of this attempt has told late must not end the next one.
+                hurry.silent = Arc::default();
                 failure.failed(&error);
                 agent.progress.send_replace(Some(KeyProgress { attempt, error: Some(error.to_string()) }));
             }
@@ -167,17 +168,16 @@ async fn try_peer(
     agent: &Agent,
     guest: &Guest,
     peer: &Peer<Attestation>,
-    patience: Duration,
+    hurry: &Hurry,
 ) -> Result<PodKeys, AttemptError> {
     let Some(pod) = peer.pod.get() else { return Err(AttemptError::Peer("the peer named no pod")) };
-    let hurry = Hurry { first_byte: patience, silent: Arc::new(Notify::new()) };
     agent.set_attempt(Some(peer.connection.id));
-    agent.routes.attest(peer, &hurry);
+    agent.routes.attest(peer, hurry);
     let fetch = guest.keys(pod);
     tokio::pin!(fetch);
     let blame = tokio::select! {
         result = &mut fetch => Ok(result),
-        why = lost(agent, peer, &hurry) => Err(why),
+        why = lost(agent, peer, hurry) => Err(why),
     };
     let result = match blame {
         Ok(result) => result,

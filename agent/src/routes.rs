@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use secure_comms_protocol::{Attestation, InboundTag, Kubernetes, Phase, PhaseName, TunnelName};
-use secure_comms_tunnel::{Event, Link, OpenError, Receiver, Stream};
+use secure_comms_tunnel::link::Gone;
+use secure_comms_tunnel::{Event, Link, OpenError, Receiver, Sender, Stream};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
@@ -16,46 +18,59 @@ use crate::ssh::{PeerLink, PeerReceiver, PeerSender};
 pub enum Route {
     /// To a peer.
     Peer(PeerLink),
-    /// To an attestation peer, which must say something soon.
+    /// To the KBS of an attestation peer, which must say something soon.
     Hurried(PeerLink, Hurry),
     /// Away at once: the attempt it belongs to has failed, and should fail fast.
     Refuse,
 }
 
-/// How soon a stream must bring its first byte, and whom to tell that it did not.
+/// How soon a stream must bring something, and whom to tell that it did not.
 #[derive(Clone, Debug)]
 pub struct Hurry {
-    /// The limit.
+    /// The limit for its first byte.
     pub first_byte: Duration,
+    /// The limit for an answer to what is sent after that.
+    pub answer: Duration,
     /// Told when a stream brought nothing.
     pub silent: Arc<Notify>,
 }
 
+/// When a stream must have brought something; none while nothing was asked.
+type Deadline = Arc<watch::Sender<Option<Instant>>>;
+
 impl Link for Route {
     type Receiver = RouteReceiver;
-    type Sender = PeerSender;
+    type Sender = RouteSender;
 
-    async fn open(&self, name: &TunnelName) -> Result<Stream<RouteReceiver, PeerSender>, OpenError> {
+    async fn open(&self, name: &TunnelName) -> Result<Stream<RouteReceiver, RouteSender>, OpenError> {
         let (link, hurry) = match self {
             Self::Refuse => {
                 return Err(OpenError::Refused("the attestation peer of this attempt is gone".into()));
             }
-            Self::Peer(link) => (link, None),
-            Self::Hurried(link, hurry) => {
-                (link, Some((Instant::now() + hurry.first_byte, hurry.silent.clone())))
+            Self::Peer(link) => {
+                let Stream { receiver, sender, flow } = link.open(name).await?;
+                return Ok(Stream {
+                    receiver: RouteReceiver { receiver, hurry: None },
+                    sender: RouteSender { sender, hurry: None },
+                    flow,
+                });
+            }
+            Self::Hurried(link, hurry) => (link, hurry),
+        };
+        let first = Instant::now() + hurry.first_byte;
+        let Stream { receiver, sender, flow } = match timeout_at(first, link.open(name)).await {
+            Ok(opened) => opened?,
+            Err(_) => {
+                hurry.silent.notify_one();
+                return Err(OpenError::Refused("the attestation peer does not answer".into()));
             }
         };
-        let Stream { receiver, sender, flow } = match &hurry {
-            None => link.open(name).await?,
-            Some((deadline, silent)) => match timeout_at(*deadline, link.open(name)).await {
-                Ok(opened) => opened?,
-                Err(_) => {
-                    silent.notify_one();
-                    return Err(OpenError::Refused("the attestation peer does not answer".into()));
-                }
-            },
-        };
-        Ok(Stream { receiver: RouteReceiver { receiver, hurry }, sender, flow })
+        let deadline = Arc::new(watch::Sender::new(Some(first)));
+        Ok(Stream {
+            receiver: RouteReceiver { receiver, hurry: Some((deadline.clone(), hurry.silent.clone())) },
+            sender: RouteSender { sender, hurry: Some((deadline, hurry.answer)) },
+            flow,
+        })
     }
 
     fn is_gone(&self) -> bool {
@@ -66,26 +81,71 @@ impl Link for Route {
     }
 }
 
-/// A receiver that closes the stream when no first byte comes in time.
+/// A receiver that closes the stream when nothing comes in time.
 #[derive(Debug)]
 pub struct RouteReceiver {
     receiver: PeerReceiver,
-    hurry: Option<(Instant, Arc<Notify>)>,
+    hurry: Option<(Deadline, Arc<Notify>)>,
 }
 
 impl Receiver for RouteReceiver {
     async fn recv(&mut self) -> Option<Event> {
         let Some((deadline, silent)) = &self.hurry else { return self.receiver.recv().await };
-        match timeout_at(*deadline, self.receiver.recv()).await {
-            Ok(event) => {
-                self.hurry = None;
+        tokio::select! {
+            biased;
+            event = self.receiver.recv() => {
+                deadline.send_replace(None);
                 event
             }
-            Err(_) => {
+            () = passes(deadline) => {
                 silent.notify_one();
                 Some(Event::Close)
             }
         }
+    }
+}
+
+async fn passes(deadline: &Deadline) {
+    let mut changes = deadline.subscribe();
+    loop {
+        let until = *changes.borrow_and_update();
+        let changed = changes.changed();
+        // It can't be closed: the receiver has it too.
+        match until {
+            None => drop(changed.await),
+            Some(until) if timeout_at(until, changed).await.is_err() => return,
+            Some(_) => {}
+        }
+    }
+}
+
+/// A sender that says when an answer is due.
+#[derive(Debug)]
+pub struct RouteSender {
+    sender: PeerSender,
+    hurry: Option<(Deadline, Duration)>,
+}
+
+impl Sender for RouteSender {
+    async fn send(&self, data: Bytes) -> Result<(), Gone> {
+        if let Some((deadline, answer)) = &self.hurry {
+            deadline.send_if_modified(|deadline| {
+                let asks = deadline.is_none();
+                if asks {
+                    *deadline = Some(Instant::now() + *answer);
+                }
+                asks
+            });
+        }
+        self.sender.send(data).await
+    }
+
+    async fn eof(&self) -> Result<(), Gone> {
+        self.sender.eof().await
+    }
+
+    async fn close(&self) -> Result<(), Gone> {
+        self.sender.close().await
     }
 }
 
@@ -118,10 +178,14 @@ impl Routes {
         self.0.iter().any(|(tag, _)| tag.phases.includes(phase) && &tag.name == name)
     }
 
-    /// The attempt under way belongs to this peer.
+    /// The attempt under way belongs to this peer. Of the KBS an answer is known to be due; an operator's tunnel may be silent.
     pub fn attest(&self, peer: &Peer<Attestation>, hurry: &Hurry) {
+        let kbs = TunnelName::kbs();
         self.set(Attestation::NAME, |name| {
-            peer.offers(name).then(|| Route::Hurried(peer.link.clone(), hurry.clone()))
+            peer.offers(name).then(|| match *name == kbs {
+                true => Route::Hurried(peer.link.clone(), hurry.clone()),
+                false => Route::Peer(peer.link.clone()),
+            })
         });
     }
 
