@@ -175,6 +175,10 @@ impl Gate {
         Self(watch::Sender::new(GateState::Shut))
     }
 
+    fn is_open(&self) -> bool {
+        *self.0.borrow() == GateState::Open
+    }
+
     /// Lets everybody through from now on.
     pub fn open(&self) {
         self.0.send_replace(GateState::Open);
@@ -245,8 +249,13 @@ async fn connect<P: ClientPhase>(
     let cut = CutOnDrop(guard.clone());
     let shared = Shared::new(host, outbounds);
     let handshake = async {
-        let config = Arc::new(profile::client(dial.rekey_bytes));
-        let handle = client::connect_stream(config, socket, Client(shared.clone()));
+        let mut config = profile::client(dial.rekey_bytes);
+        if !dial.gate.is_open() {
+            // russh sends keepalives before it has authenticated too, and ends a connection that brings one. The control channel's
+            // pings are enough.
+            config.keepalive_interval = None;
+        }
+        let handle = client::connect_stream(Arc::new(config), socket, Client(shared.clone()));
         let mut handle = handle.await.map_err(|error| handshake_error(&shared, &error))?;
         dial.gate.pass().await;
         let turn = turn.0.lock_owned().await;

@@ -8,8 +8,7 @@ use std::future::pending;
 use std::time::Duration;
 
 use secure_comms_protocol::PhaseName;
-use secure_comms_protocol::limits::AUTHENTICATE;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::Plan;
 use super::reach::{self, Won};
@@ -23,47 +22,58 @@ const SILENT: Duration = Duration::from_millis(750);
 const SILENT_ROUND_TRIPS: u32 = 3;
 /// How often we look whether a silent connection speaks again.
 const LISTEN: Duration = Duration::from_millis(50);
-/// From its start a new connection may wait for the old one for this long: it must authenticate in time.
-const GATE_MAX: Duration = AUTHENTICATE.saturating_sub(LOOK);
+/// So long a new connection can wait: after `KEEPALIVE` (5 s) the agent's russh sends a keepalive, and ours ends a connection for that
+/// if it has not authenticated.
+const HELD_MAX: Duration = Duration::from_secs(4);
+/// How soon the first attempt must reach an agent, each next one in twice that: one address may refuse us as yet, and another be dead.
+const REACHED: Duration = Duration::from_secs(2);
 
 /// Waits until the connection is silent and the agent is reached anew.
 pub(super) async fn another(plan: &Plan, pulse: &Pulse, first: PhaseName) -> Won {
     loop {
         silent(pulse).await;
         tracing::debug!("pod {}: the agent is silent; trying a new connection", plan.id);
-        let gate = Gate::shut();
-        let reached = tokio::select! {
-            reached = reach::anywhere(plan, first, &gate) => reached,
-            () = until_it_speaks(pulse, &gate) => continue,
-        };
-        match reached {
-            Ok(won) => return won,
-            Err(failures) => {
-                failures.iter().for_each(|failure| tracing::debug!("pod {}: {failure}", plan.id))
+        let (mut deadline, mut limit) = (None, REACHED);
+        while is_silent(pulse) {
+            let gate = Gate::shut();
+            let reached = tokio::select! {
+                reached = reach::anywhere(plan, first, &gate) => reached,
+                () = last_chance(pulse, &gate, limit, &mut deadline) => {
+                    limit *= 2;
+                    continue;
+                }
+            };
+            match reached {
+                Ok(won) => return won,
+                Err(failures) => {
+                    failures.iter().for_each(|failure| tracing::debug!("pod {}: {failure}", plan.id));
+                    sleep(LOOK).await;
+                }
             }
         }
     }
 }
 
-/// Opens the gate once somebody has waited before it for so long that the old connection could have spoken too. Ends if it does
-/// before that, or if there is no time to wait for it; afterwards the agent may have let the new one in.
-async fn until_it_speaks(pulse: &Pulse, gate: &Gate) {
-    let start = Instant::now();
-    let last_chance = async {
-        gate.knocked().await;
+/// Opens the gate once somebody has waited before it for so long that the old connection could have spoken too; that is when the
+/// `deadline` passes, which is set when somebody comes for the first time. Ends if the old connection speaks before that, if
+/// nobody comes within `limit`, or if another attempt must wait on; once the gate is open the agent may have let the new one in.
+async fn last_chance(pulse: &Pulse, gate: &Gate, limit: Duration, deadline: &mut Option<Instant>) {
+    let opens = async {
+        if timeout(limit, gate.knocked()).await.is_err() {
+            return false;
+        }
         // TCP repeats itself after twice as long each time (RFC 6298 5.5): what has waited for an answer for some time is repeated
         // within that time again, and a little for the first wait and the way.
-        let wanted = pulse.unanswered().unwrap_or_default() + patience(pulse) / 3;
-        let left = GATE_MAX.saturating_sub(start.elapsed());
-        sleep(wanted.min(left)).await;
-        left * 2 >= wanted
+        let more = pulse.unanswered().unwrap_or_default() + patience(pulse) / 3;
+        let deadline = *deadline.get_or_insert_with(|| Instant::now() + more);
+        timeout(HELD_MAX, sleep_until(deadline)).await.is_ok()
     };
-    let was_long_enough = tokio::select! {
+    let opens = tokio::select! {
         biased;
         () = speaks(pulse) => return,
-        enough = last_chance => enough,
+        opens = opens => opens,
     };
-    if was_long_enough && is_silent(pulse) {
+    if opens && is_silent(pulse) {
         gate.open();
         pending().await
     }
