@@ -2,9 +2,10 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use secure_comms_protocol::control::KeyProgress;
-use secure_comms_protocol::limits::{KBS_ANSWER_MIN, KBS_FIRST_BYTE, KBS_FIRST_BYTE_MIN, KEY_FETCH};
+use secure_comms_protocol::limits::{KBS_FIRST_BYTE, KBS_FIRST_BYTE_MIN, KBS_PAUSE_MIN, KEY_FETCH};
 use secure_comms_protocol::{Attestation, PodId, TunnelName, resource};
 use secure_comms_tunnel::Backoff;
 use secure_comms_tunnel::netns::{self, Namespace, NamespaceError};
@@ -93,7 +94,12 @@ pub async fn run(agent: &Agent, guest: &Guest) -> PodKeys {
     let mut failure = Repeated::new("getting the keys from the KBS");
     let mut last = 0;
     // An answer that was lost must not cost long; a KBS that is slow gets its time yet.
-    let mut hurry = Hurry { first_byte: KBS_FIRST_BYTE_MIN, answer: KBS_ANSWER_MIN, silent: Arc::default() };
+    let mut hurry = Hurry {
+        first_byte: KBS_FIRST_BYTE_MIN,
+        pause: KBS_PAUSE_MIN,
+        silent: Arc::default(),
+        paused: Arc::default(),
+    };
     for attempt in 1.. {
         let peer = candidate(agent, last).await;
         last = peer.connection.id;
@@ -106,7 +112,9 @@ pub async fn run(agent: &Agent, guest: &Guest) -> PodKeys {
             Err(error) => {
                 if matches!(error, AttemptError::Peer(SILENT)) {
                     hurry.first_byte = (hurry.first_byte * 2).min(KBS_FIRST_BYTE);
-                    hurry.answer = (hurry.answer * 2).min(KEY_FETCH);
+                }
+                if hurry.paused.swap(false, Ordering::Relaxed) {
+                    hurry.pause = (hurry.pause * 2).min(KEY_FETCH);
                 }
                 // What a stream of this attempt has told late must not end the next one.
                 hurry.silent = Arc::default();

@@ -1,6 +1,7 @@
 //! Where clients of the agent's inbounds go: to the peer whose turn it is, or nowhere yet.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -29,14 +30,30 @@ pub enum Route {
 pub struct Hurry {
     /// The limit for its first byte.
     pub first_byte: Duration,
-    /// The limit for an answer to what is sent after that.
-    pub answer: Duration,
+    /// The limit for a pause after that.
+    pub pause: Duration,
     /// Told when a stream brought nothing.
     pub silent: Arc<Notify>,
+    /// Whether a stream was closed for a pause.
+    pub paused: Arc<AtomicBool>,
 }
 
-/// When a stream must have brought something; none while nothing was asked.
-type Deadline = Arc<watch::Sender<Option<Instant>>>;
+/// When a stream must have brought its first byte, or its pause ends.
+type Deadline = Arc<watch::Sender<Due>>;
+
+#[derive(Clone, Copy, Debug)]
+enum Due {
+    FirstByte(Instant),
+    Anything(Instant),
+}
+
+impl Due {
+    fn at(self) -> Instant {
+        match self {
+            Self::FirstByte(at) | Self::Anything(at) => at,
+        }
+    }
+}
 
 impl Link for Route {
     type Receiver = RouteReceiver;
@@ -65,10 +82,10 @@ impl Link for Route {
                 return Err(OpenError::Refused("the attestation peer does not answer".into()));
             }
         };
-        let deadline = Arc::new(watch::Sender::new(Some(first)));
+        let deadline = Arc::new(watch::Sender::new(Due::FirstByte(first)));
         Ok(Stream {
-            receiver: RouteReceiver { receiver, hurry: Some((deadline.clone(), hurry.silent.clone())) },
-            sender: RouteSender { sender, hurry: Some((deadline, hurry.answer)) },
+            receiver: RouteReceiver { receiver, hurry: Some((deadline.clone(), hurry.clone())) },
+            sender: RouteSender { sender, hurry: Some((deadline, hurry.pause)) },
             flow,
         })
     }
@@ -81,45 +98,46 @@ impl Link for Route {
     }
 }
 
-/// A receiver that closes the stream when nothing comes in time.
+/// A receiver that closes the stream when nothing comes in time. Without a first byte the peer is to blame. After it a pause may also be
+/// the guest's, which meets a closed connection then and asks again, or fails at once.
 #[derive(Debug)]
 pub struct RouteReceiver {
     receiver: PeerReceiver,
-    hurry: Option<(Deadline, Arc<Notify>)>,
+    hurry: Option<(Deadline, Hurry)>,
 }
 
 impl Receiver for RouteReceiver {
     async fn recv(&mut self) -> Option<Event> {
-        let Some((deadline, silent)) = &self.hurry else { return self.receiver.recv().await };
+        let Some((deadline, hurry)) = &self.hurry else { return self.receiver.recv().await };
         tokio::select! {
             biased;
             event = self.receiver.recv() => {
-                deadline.send_replace(None);
+                deadline.send_replace(Due::Anything(Instant::now() + hurry.pause));
                 event
             }
-            () = passes(deadline) => {
-                silent.notify_one();
+            due = passes(deadline) => {
+                match due {
+                    Due::FirstByte(_) => hurry.silent.notify_one(),
+                    Due::Anything(_) => hurry.paused.store(true, Ordering::Relaxed),
+                }
                 Some(Event::Close)
             }
         }
     }
 }
 
-async fn passes(deadline: &Deadline) {
+async fn passes(deadline: &Deadline) -> Due {
     let mut changes = deadline.subscribe();
     loop {
-        let until = *changes.borrow_and_update();
-        let changed = changes.changed();
+        let due = *changes.borrow_and_update();
         // It can't be closed: the receiver has it too.
-        match until {
-            None => drop(changed.await),
-            Some(until) if timeout_at(until, changed).await.is_err() => return,
-            Some(_) => {}
+        if timeout_at(due.at(), changes.changed()).await.is_err() {
+            return due;
         }
     }
 }
 
-/// A sender that says when an answer is due.
+/// A sender that ends a pause.
 #[derive(Debug)]
 pub struct RouteSender {
     sender: PeerSender,
@@ -128,13 +146,13 @@ pub struct RouteSender {
 
 impl Sender for RouteSender {
     async fn send(&self, data: Bytes) -> Result<(), Gone> {
-        if let Some((deadline, answer)) = &self.hurry {
-            deadline.send_if_modified(|deadline| {
-                let asks = deadline.is_none();
-                if asks {
-                    *deadline = Some(Instant::now() + *answer);
+        if let Some((deadline, pause)) = &self.hurry {
+            deadline.send_if_modified(|due| match due {
+                Due::FirstByte(_) => false,
+                Due::Anything(at) => {
+                    *at = Instant::now() + *pause;
+                    true
                 }
-                asks
             });
         }
         self.sender.send(data).await

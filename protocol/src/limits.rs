@@ -123,9 +123,9 @@ pub const KEY_FETCH: Duration = Duration::from_secs(75);
 pub const KBS_FIRST_BYTE_MIN: Duration = Duration::from_secs(5);
 /// The same after attempts that ended so: each gives the next one twice as long, up to this.
 pub const KBS_FIRST_BYTE: Duration = Duration::from_secs(20);
-/// A KBS stream that brings nothing for this long after it was sent something is closed; after attempts that ended so the next one
-/// has twice as long, up to [`KEY_FETCH`]. Longer than for the first byte: the KBS has evidence to verify.
-pub const KBS_ANSWER_MIN: Duration = Duration::from_secs(10);
+/// A KBS stream on which nothing moves for this long after its first byte is closed, so that a question that got lost is asked
+/// again; after attempts in which that was so the next one has twice as long, up to [`KEY_FETCH`].
+pub const KBS_PAUSE_MIN: Duration = Duration::from_secs(10);
 /// `keys` messages are repeated at least this often while keys are awaited.
 pub const KEYS_REPORT: Duration = Duration::from_secs(15);
 /// Attestation peers get this long to take `upgrade` and leave.
