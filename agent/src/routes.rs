@@ -200,10 +200,8 @@ impl Routes {
     pub fn attest(&self, peer: &Peer<Attestation>, hurry: &Hurry) {
         let kbs = TunnelName::kbs();
         self.set(Attestation::NAME, |name| {
-            peer.offers(name).then(|| match *name == kbs {
-                true => Route::Hurried(peer.link.clone(), hurry.clone()),
-                false => Route::Peer(peer.link.clone()),
-            })
+            let link = peer.offers(name).then(|| peer.link.clone())?;
+            Some(if *name == kbs { Route::Hurried(link, hurry.clone()) } else { Route::Peer(link) })
         });
     }
 
