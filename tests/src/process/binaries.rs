@@ -8,11 +8,8 @@ use tokio::sync::OnceCell;
 
 /// Names a directory that holds the binaries already: nothing is built then.
 const BIN_DIR: &str = "SECURE_COMMS_BIN_DIR";
-/// Ours is among them so that the others' dependencies get the features that they have when this program is built, and are
-/// not built twice.
-const PACKAGES: [&str; 4] =
-    ["agent-protocol-forwarder", "secure-comms-adaptor", "secure-comms-stand-ins", "secure-comms-tests"];
-const PROGRAMS: [&str; 3] = ["agent-protocol-forwarder", "secure-comms-adaptor", "stand-in"];
+/// With one of ours: what they all depend on is built another way without one, and so twice.
+const PROGRAMS: [&str; 4] = ["agent-protocol-forwarder", "secure-comms-adaptor", "stand-in", "double"];
 
 const OWN_PACKAGE: [&str; 4] =
     ["CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH", "CARGO_PRIMARY_PACKAGE", "CARGO_BIN_NAME"];
@@ -50,11 +47,8 @@ async fn build() -> Result<Binaries> {
         .with_context(|| format!("{} is in no cargo target directory: set {BIN_DIR}", exe.display()))?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(&cargo);
-    command.args(["build", "--release", "--target-dir"]).arg(target);
+    command.args(["build", "--release", "--workspace", "--target-dir"]).arg(target);
     command.current_dir(env!("CARGO_MANIFEST_DIR"));
-    for package in PACKAGES {
-        command.args(["-p", package]);
-    }
     for program in PROGRAMS {
         command.args(["--bin", program]);
     }
