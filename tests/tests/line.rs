@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::kata::client::{check_pattern, write_pattern};
-use secure_comms_tests::line::{Impairment, Line, Rate};
+use secure_comms_tests::line::{Impairment, Line, Rate, Traffic};
 use secure_comms_tests::process::Child;
 use secure_comms_tests::scene::PATIENCE;
 use secure_comms_tunnel::netns;
@@ -107,21 +107,28 @@ async fn the_same_seed_loses_the_same_packets_and_another_seed_loses_others() ->
     Ok(())
 }
 
+/// Waits for what the line counts from `a` to `b`; nothing tells when that changes.
+async fn counts(line: &Line, wanted: impl Fn(&Traffic) -> bool) -> Result<()> {
+    let counted = async {
+        while !wanted(&line.traffic().0) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    Ok(timeout(PATIENCE, counted).await?)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_outlives_a_blackhole_through_which_nothing_passes() -> Result<()> {
     let line = Line::new(1, Impairment::default()).await?;
     let (mut client, mut server) = connection(&line).await?;
     write_pattern(&mut client, 1000, 1).await?;
     check_pattern(&mut server, 1000, 1).await?;
+    // A packet is counted after it was handed over, and so may be read before.
+    counts(&line, |there| there.bytes >= 1000).await.context("what arrived is not counted")?;
     line.set_both(Impairment::blackhole());
     let passed = line.traffic().0.passed;
     write_pattern(&mut client, 1000, 2).await?;
-    let swallowed = async {
-        while line.traffic().0.swallowed < 2 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    timeout(PATIENCE, swallowed).await.context("nothing came to the blackhole")?;
+    counts(&line, |there| there.swallowed >= 2).await.context("nothing came to the blackhole")?;
     ensure!(line.traffic().0.passed == passed, "a packet passed through the blackhole");
     line.set_both(Impairment::default());
     timeout(PATIENCE, check_pattern(&mut server, 1000, 2)).await?
