@@ -11,7 +11,7 @@ use secure_comms_protocol::limits::{
 use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PhaseName, PodId, TunnelName};
 use secure_comms_ssh::control::{self, ControlEnd};
 use secure_comms_tunnel::flow::{PeerFlow, Side};
-use secure_comms_tunnel::intercept::{Interceptor, Plain};
+use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use secure_comms_tunnel::link::{Incoming, Refusal, RefusalKind};
 use secure_comms_tunnel::{Credits, Event, Outbounds, Receiver, outbound};
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -64,7 +64,7 @@ impl Agent {
     /// An agent without peers.
     pub fn new(config: &Config, gate: Gate, instance: String) -> Self {
         let kubernetes_outbounds = Outbounds::new(&config.outbounds)
-            .with_patience(&TunnelName::kata_agent(), KATA_AGENT_CONNECT)
+            .with_connect_timeout(&TunnelName::kata_agent(), KATA_AGENT_CONNECT)
             .with_interceptor(TunnelName::kata_agent(), KataAgent::new(config.pod_namespace.as_deref()));
         Self {
             gate,
@@ -156,7 +156,7 @@ pub trait Seat: Phase {
 
 impl Seat for Attestation {
     const LIMITS: CreditLimits = CreditLimits::ATTESTATION;
-    type Interceptor = Plain;
+    type Interceptor = PassThrough;
 
     fn peers(agent: &Agent) -> &Peers<Self> {
         &agent.attestation
@@ -312,7 +312,7 @@ impl<P: Seat> Member<P> {
     /// A peer that uses tunnels before it opens a control channel will never say hello.
     fn settle_without_control(&self) {
         if !self.control {
-            self.peer.credits.settle(PeerFlow::Plain);
+            self.peer.credits.set_peer_mode(PeerFlow::WindowOnly);
         }
     }
 
@@ -342,7 +342,7 @@ async fn becomes_control(receiver: &mut PeerReceiver, mut begun: oneshot::Receiv
 /// tunnels served.
 async fn settle_without_hello(credits: Credits) {
     if timeout(HELLO, credits.peer()).await.is_err() {
-        credits.settle(PeerFlow::Plain);
+        credits.set_peer_mode(PeerFlow::WindowOnly);
     }
 }
 
@@ -396,7 +396,7 @@ async fn converse<P: Seat>(
         log::info!("connection from {}: {end}", peer.connection.address);
         peer.connection.cut();
     }
-    peer.credits.settle(PeerFlow::Plain);
+    peer.credits.set_peer_mode(PeerFlow::WindowOnly);
 }
 
 fn hear_hello<P: Seat>(

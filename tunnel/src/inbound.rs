@@ -217,7 +217,7 @@ async fn serve_client<L: Link>(
             biased;
             link = links.wait_for(usable) => link.ok().and_then(|link| link.clone()),
             // Its slot is somebody else's now.
-            () = socket.left() => return Ended::Left,
+            () = socket.client_gone() => return Ended::Left,
             () = sleep_until(deadline) => {
                 return Ended::Unserved(format!("no peer within {} s", INBOUND_WAIT.as_secs()));
             }
@@ -254,7 +254,7 @@ pub(crate) fn report(name: &TunnelName, result: Result<(), RelayError>) {
     match result {
         Ok(()) => {}
         Err(error @ RelayError::Overrun(_)) => log::error!("tunnel {name}: {error}"),
-        Err(error @ RelayError::Broken(_)) => log::warn!("tunnel {name}: {error}"),
+        Err(error @ RelayError::Intercept(_)) => log::warn!("tunnel {name}: {error}"),
         Err(error) => log::debug!("tunnel {name}: {error}"),
     }
 }

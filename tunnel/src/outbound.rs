@@ -14,14 +14,14 @@ use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use crate::backoff::Backoff;
 use crate::flow::{Credits, Flow, StreamError};
 use crate::inbound::report;
-use crate::intercept::{Interceptor, Plain};
+use crate::intercept::{Interceptor, PassThrough};
 use crate::link::{Incoming, Refusal, RefusalKind, Stream};
 use crate::relay::{relay, relay_through};
 use crate::socket::Socket;
 
 /// The outbounds of one phase, one of which may have an interceptor. What is not in here can't be dialled.
 #[derive(Clone, Debug)]
-pub struct Outbounds<P, I = Plain> {
+pub struct Outbounds<P, I = PassThrough> {
     servers: HashMap<TunnelName, Server>,
     intercepted: Option<(TunnelName, I)>,
     phase: PhantomData<P>,
@@ -67,7 +67,7 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
     }
 
     /// Lets one server come up later than its clients: connecting is tried for this long.
-    pub fn with_patience(mut self, name: &TunnelName, patience: Duration) -> Self {
+    pub fn with_connect_timeout(mut self, name: &TunnelName, patience: Duration) -> Self {
         if let Some(server) = self.servers.get_mut(name) {
             server.patience = patience;
         }

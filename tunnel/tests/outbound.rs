@@ -149,7 +149,7 @@ async fn a_patient_outbound_waits_for_its_server() {
         let path = dir.path().join("late");
         let tag = tags(&format!("KUBERNETES_PHASE:KATAAGENT:{}", path.display()));
         let patient = Outbounds::<Kubernetes>::new(&tag)
-            .with_patience(&TunnelName::kata_agent(), Duration::from_secs(100));
+            .with_connect_timeout(&TunnelName::kata_agent(), Duration::from_secs(100));
         let mut connection = Connection::new(FIXED);
         connection.serve(patient);
         let link = connection.adaptor.clone();
@@ -168,7 +168,7 @@ async fn patience_ends_with_the_servers_own_error() {
     let _watchdog = harness::Watchdog::new();
     let patience = Duration::from_secs(150);
     let outbounds = Outbounds::<Kubernetes>::new(&tags("KUBERNETES_PHASE:KATAAGENT:/nonexistent/socket"))
-        .with_patience(&TunnelName::kata_agent(), patience);
+        .with_connect_timeout(&TunnelName::kata_agent(), patience);
     let start = tokio::time::Instant::now();
     let error = outbounds.permit("KATAAGENT").unwrap().connect().await.unwrap_err().to_string();
     assert!(error.starts_with("connecting to /nonexistent/socket: No such file"), "{error}");
@@ -207,7 +207,7 @@ async fn a_unix_server_whose_backlog_is_full_is_waited_for() {
 async fn an_outbound_stops_dialling_when_the_connection_ends() {
     within(async {
         let outbounds = Outbounds::<Kubernetes>::new(&tags("KUBERNETES_PHASE:KATAAGENT:/nonexistent/socket"))
-            .with_patience(&TunnelName::kata_agent(), Duration::from_secs(3600));
+            .with_connect_timeout(&TunnelName::kata_agent(), Duration::from_secs(3600));
         let mut connection = Connection::new(FIXED);
         connection.serve(outbounds);
         let link = connection.adaptor.clone();

@@ -131,7 +131,7 @@ impl Agent {
         let mode = self.next_mode();
         self.seen.push("connection");
         let (socket, guard) = Guarded::new(socket, Peer::Client);
-        guard.may_hold(CreditLimits::KUBERNETES.held_max());
+        guard.set_read_ahead_limit(CreditLimits::KUBERNETES.held_max());
         let config = profile::server(mode.phase, (*mode.host.ssh()).clone(), REKEY_BYTES);
         let outbounds = parse_list(&format!("KUBERNETES_PHASE:KATAAGENT:{}", self.kata)).unwrap();
         let handler = Peer_ {

@@ -22,12 +22,12 @@ pub fn open() -> Result<(), Failure> {
     dup2_stdin(&file)
         .and_then(|()| dup2_stdout(&file))
         .and_then(|()| dup2_stderr(&file))
-        .while_doing(|| format!("using {what} for the console"))
+        .context(|| format!("using {what} for the console"))
 }
 
 /// The kernel's log, to write to: it reaches whatever console the kernel has, whoever owns that.
 pub(crate) fn open_log() -> Result<File, Failure> {
-    OpenOptions::new().write(true).open("/dev/kmsg").while_doing(|| "opening /dev/kmsg")
+    OpenOptions::new().write(true).open("/dev/kmsg").context(|| "opening /dev/kmsg")
 }
 
 /// A line.

@@ -30,9 +30,9 @@ fn boot() -> Result<Infallible, Failure> {
     mounts::kernel_file_systems()?;
     console::open()?;
     console::say(format_args!("started {} after the kernel", console::uptime()));
-    let line = fs::read_to_string("/proc/cmdline").while_doing(|| "reading /proc/cmdline")?;
+    let line = fs::read_to_string("/proc/cmdline").context(|| "reading /proc/cmdline")?;
     let root_hash =
-        cmdline::root_hash(&line).while_doing(|| "looking for the root on the kernel command line")?;
+        cmdline::root_hash(&line).context(|| "looking for the root on the kernel command line")?;
     let events = Uevents::listen()?;
     modules::load_all(modules::LIST)?;
 
@@ -48,12 +48,12 @@ fn boot() -> Result<Infallible, Failure> {
     ));
 
     mounts::switch_root(NEW_ROOT)?;
-    Err(become_next())
+    Err(exec_real_init())
 }
 
 /// Replaces this program; comes back only if that fails. The environment is what the kernel made of its command line: not taken along
 /// but for the terminal's type.
-fn become_next() -> Failure {
+fn exec_real_init() -> Failure {
     let next = NEXT.into_iter().find(|path| fs::exists(path).unwrap_or(true));
     let Some(next) = next else {
         return Failure::new("starting the root's PID 1", format_args!("none of {NEXT:?} is there"));

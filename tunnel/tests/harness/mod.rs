@@ -10,7 +10,7 @@ use bytes::Bytes;
 use secure_comms_protocol::limits::CreditLimits;
 use secure_comms_protocol::{Phase, TunnelName};
 use secure_comms_tunnel::flow::{PeerFlow, Side, StreamError, cost};
-use secure_comms_tunnel::intercept::{Interceptor, Plain};
+use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::relay::RelayError;
 use secure_comms_tunnel::{
@@ -25,7 +25,7 @@ use tokio::task::JoinHandle;
 /// No growth, so that a window is exactly what it was to begin with.
 pub(crate) const FIXED: CreditLimits = CreditLimits {
     initial: 32 * 1024,
-    stream_usual: 32 * 1024,
+    stream_soft_max: 32 * 1024,
     stream_max: 32 * 1024,
     growth_pool: 0,
     streams: 64,
@@ -139,14 +139,14 @@ impl Connection {
     /// With credits.
     pub(crate) fn new(limits: CreditLimits) -> Self {
         let connection = Self::silent(limits);
-        connection.settle(PeerFlow::Credits(limits.initial));
+        connection.set_peer_mode(PeerFlow::Credits(limits.initial));
         connection
     }
 
     /// Without.
     pub(crate) fn plain(limits: CreditLimits) -> Self {
         let connection = Self::silent(limits);
-        connection.settle(PeerFlow::Plain);
+        connection.set_peer_mode(PeerFlow::WindowOnly);
         connection
     }
 
@@ -172,9 +172,9 @@ impl Connection {
         Self { adaptor, agent, wire, asks: Some(asks) }
     }
 
-    fn settle(&self, flow: PeerFlow) {
-        self.adaptor.credits.settle(flow);
-        self.agent.credits.settle(flow);
+    fn set_peer_mode(&self, flow: PeerFlow) {
+        self.adaptor.credits.set_peer_mode(flow);
+        self.agent.credits.set_peer_mode(flow);
     }
 
     pub(crate) fn kill(&self) {
@@ -195,7 +195,7 @@ impl Connection {
 
     /// Relays between `socket` and a stream of the adaptor, whose agent end the test holds.
     pub(crate) async fn raw(&self, socket: Socket) -> (Relay, Raw) {
-        self.raw_through(Plain, socket).await
+        self.raw_through(PassThrough, socket).await
     }
 
     /// The same, with an interceptor.
