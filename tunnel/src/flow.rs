@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicI64, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use secure_comms_protocol::RefusalReason;
 use secure_comms_protocol::control::Credit;
 use secure_comms_protocol::limits::{CreditLimits, MESSAGE_COST_MIN, MESSAGE_MAX};
 use tokio::sync::{Notify, watch};
@@ -45,14 +46,24 @@ pub enum Side {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StreamError {
     /// The limit of the connection.
-    #[error("too many open streams on this connection; close some")]
+    #[error("{}", RefusalReason::TooManyStreams)]
     TooMany,
     /// The peer used a stream id that is in use, or not its own to give.
-    #[error("stream id {0} is in use or not the opener's to give")]
+    #[error("{}", RefusalReason::BadStreamId(*.0))]
     BadId(u32),
     /// The connection is gone.
-    #[error("the connection is gone")]
+    #[error("{}", RefusalReason::ConnectionGone)]
     Gone,
+}
+
+impl From<StreamError> for RefusalReason {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::TooMany => Self::TooManyStreams,
+            StreamError::BadId(id) => Self::BadStreamId(id),
+            StreamError::Gone => Self::ConnectionGone,
+        }
+    }
 }
 
 /// The peer sent more than it was granted: it must not be trusted to stop.

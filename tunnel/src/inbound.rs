@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::backoff::Backoff;
 use crate::link::{Link, OpenError};
 use crate::netns::{self, Namespace, NamespaceError};
-use crate::relay::{RelayError, relay};
+use crate::relay::{relay, report};
 use crate::socket::Socket;
 
 /// How long an inbound waits for its network namespace, which another service makes at boot.
@@ -246,15 +246,5 @@ async fn serve_client<L: Link>(
                 () = backoff.pause() => {}
             },
         }
-    }
-}
-
-/// Logs how a stream ended, if not in good order.
-pub(crate) fn report(name: &TunnelName, result: Result<(), RelayError>) {
-    match result {
-        Ok(()) => {}
-        Err(error @ RelayError::Overrun(_)) => log::error!("tunnel {name}: {error}"),
-        Err(error @ RelayError::Intercept(_)) => log::warn!("tunnel {name}: {error}"),
-        Err(error) => log::debug!("tunnel {name}: {error}"),
     }
 }

@@ -9,6 +9,7 @@ use std::io;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use secure_comms_protocol::TunnelName;
 use secure_comms_protocol::limits::{FLUSH, MESSAGE_MAX};
 use tokio::task::coop::consume_budget;
 use tokio::time::timeout;
@@ -257,5 +258,15 @@ async fn collect<S: Sender>(
         }
         // A socket that always has more, and a link that always has room, would keep the thread.
         consume_budget().await;
+    }
+}
+
+/// Logs how a stream ended, unless it ended in good order.
+pub(crate) fn report(name: &TunnelName, result: Result<(), RelayError>) {
+    match result {
+        Ok(()) => {}
+        Err(error @ RelayError::Overrun(_)) => log::error!("tunnel {name}: {error}"),
+        Err(error @ RelayError::Intercept(_)) => log::warn!("tunnel {name}: {error}"),
+        Err(error) => log::debug!("tunnel {name}: {error}"),
     }
 }

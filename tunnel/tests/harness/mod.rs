@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use secure_comms_protocol::limits::CreditLimits;
-use secure_comms_protocol::{Phase, TunnelName};
+use secure_comms_protocol::{Phase, Refusal, TunnelName};
 use secure_comms_tunnel::flow::{PeerFlow, Side, StreamError, cost};
 use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::relay::RelayError;
 use secure_comms_tunnel::{
-    Credits, Event, Flow, Incoming, Link, OpenError, Outbounds, Receiver, Refusal, Sender, Socket, Stream,
-    outbound, relay, relay_through,
+    Credits, Event, Flow, Incoming, Link, OpenError, Outbounds, Receiver, Sender, Socket, Stream, outbound,
+    relay, relay_through,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
@@ -228,8 +228,13 @@ impl Connection {
         let (mut asks, credits) = (self.take_asks(), self.agent.credits.clone());
         tokio::spawn(async move {
             while let Some(Ask { name, id, incoming }) = asks.recv().await {
-                let (outbounds, credits) = (outbounds.clone(), credits.clone());
-                tokio::spawn(async move { outbound::serve(&outbounds, &credits, &name, id, incoming).await });
+                let (permit, credits) = (outbounds.permit(&name), credits.clone());
+                tokio::spawn(async move {
+                    match permit {
+                        Ok(permit) => outbound::serve(permit, &credits, id, incoming).await,
+                        Err(refusal) => incoming.refuse(refusal).await,
+                    }
+                });
             }
         });
     }
