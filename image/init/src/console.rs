@@ -8,7 +8,7 @@ use nix::sys::termios::tcdrain;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
 
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 
 /// Takes /dev/console for input, output and errors. The kernel does so before PID 1 starts, but only if the initramfs brings the
 /// node; so once more when devtmpfs is mounted. A machine without the console that its command line names (a cloud without a serial

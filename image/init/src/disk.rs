@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 use crate::gpt;
 use crate::root_hash::{RootHash, Uuid};
 use crate::superblock::{self, Superblock};

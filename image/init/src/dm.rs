@@ -8,7 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 use message::{Command, Message};
 
 /// Its name in the device mapper, /dev/mapper/root if udev makes links.

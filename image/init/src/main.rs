@@ -7,9 +7,9 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use podvm_init::dm::Verity;
-use podvm_init::failure::{Failure, While};
+use podvm_init::failure::{Context, Failure};
 use podvm_init::uevents::Uevents;
-use podvm_init::{cmdline, console, disk, guard, modules, mounts, power, table};
+use podvm_init::{block_watcher, cmdline, console, disk, modules, mounts, power, table};
 
 /// Where the root is mounted before it becomes the root.
 const NEW_ROOT: &str = "/sysroot";
@@ -18,8 +18,8 @@ const NEXT: [&str; 2] = ["/usr/lib/systemd/systemd", "/sbin/init"];
 
 fn main() {
     power::off_on_panic();
-    if std::env::args().nth(1).as_deref() == Some(guard::ARGUMENT) && std::process::id() != 1 {
-        guard::run();
+    if std::env::args().nth(1).as_deref() == Some(block_watcher::ARGUMENT) && std::process::id() != 1 {
+        block_watcher::run();
     }
     match boot() {
         Err(failure) => power::fatal(failure),
@@ -41,7 +41,7 @@ fn boot() -> Result<Infallible, Failure> {
     let table = table::verity(&superblock, &root_hash, &disk.data.device, &disk.hash.device);
     let (verity, device) = Verity::create(&table, superblock.data_bytes())?;
     mounts::root(&device, NEW_ROOT)?;
-    guard::start(events, verity)?;
+    block_watcher::start(events, verity)?;
     console::say(format_args!(
         "root is verified and mounted, {} since the kernel started",
         console::uptime()

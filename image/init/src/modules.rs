@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::kmod::{ModuleInitFlags, finit_module};
 
 use crate::console;
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 
 /// Where the list is.
 pub const LIST: &str = "/lib/modules/load";

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
 
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 
 const NO_TYPE: Option<&str> = None;
 

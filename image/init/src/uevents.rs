@@ -11,7 +11,7 @@ use nix::sys::socket::{
     sockopt,
 };
 
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 
 /// The multicast group of the kernel itself; 2 is udev's.
 const KERNEL: u32 = 1;

@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 
 use crate::console;
 use crate::dm::Verity;
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 use crate::power;
 use crate::uevents::{Uevents, wait_for_verity_error};
 
