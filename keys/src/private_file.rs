@@ -1,165 +1,134 @@
-//! Files that hold secrets: read only if nobody else can, written whole or not at all.
+//! Files that hold secrets: read only if no other user can have written or can read them, written whole or not at all.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::OFlag;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag, openat};
+use nix::sys::stat::Mode;
+use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
 use zeroize::Zeroizing;
 
-/// What the names of unfinished files start with. No pod id can.
-pub(crate) const TEMP_PREFIX: &str = ".tmp-";
+use crate::file_error::{FileError, PrivacyFault};
 
-/// What is wrong with a file.
-#[derive(Debug, thiserror::Error)]
-pub enum FileError {
-    /// The operating system said no.
-    #[error("{doing} {}", .path.display())]
-    Io {
-        /// What was being done.
-        doing: &'static str,
-        /// To what.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-    /// Others may read or write it.
-    #[error("{}: others may access it (mode {mode:04o}): run chmod {advice} on it, and make new keys if they did", .path.display())]
-    Exposed {
-        /// The file or directory.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-        /// What they should be.
-        advice: &'static str,
-    },
-    /// It belongs to someone else.
-    #[error("{}: belongs to user {owner}, not to us (user {us}): run chown {us} on it if it is ours", .path.display())]
-    Foreign {
-        /// The file or directory.
-        path: PathBuf,
-        /// Whose it is.
-        owner: u32,
-        /// Who we are.
-        us: u32,
-    },
-    /// It is not a file.
-    #[error("{}: is not a regular file (links are refused): move it away", .0.display())]
-    NotAFile(PathBuf),
-    /// It is too large to be what it should be.
-    #[error("{}: is larger than {max} bytes: it is not what its name says, move it away", .path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// The most it may have, in bytes.
-        max: usize,
-    },
-}
+/// The names of unfinished files start with this. A crash may leave such files behind. No pod id starts so.
+pub const TEMP_PREFIX: &str = ".tmp-";
 
-impl FileError {
-    /// For `map_err`.
-    pub(crate) fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| Self::Io { doing, path, source }
-    }
-
-    /// Whether the file is not there.
-    pub fn is_not_found(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
-    }
-
-    /// Whether its disk can't be written.
-    pub fn is_read_only(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::ReadOnlyFilesystem)
-    }
-}
-
-fn check_owner(path: &Path, owner: u32) -> Result<(), FileError> {
-    let us = nix::unistd::geteuid().as_raw();
-    if owner == us { Ok(()) } else { Err(FileError::Foreign { path: path.to_owned(), owner, us }) }
-}
+const GROUP_AND_OTHERS: u32 = 0o077;
 
 /// Reads a file that is ours alone.
 ///
 /// # Errors
-/// It is not there, not a plain file, not ours, open to others, or larger than `max` bytes.
+/// It does not exist, is a link or no regular file, is not ours, is open to others, or is larger than `max` bytes.
 pub fn read(path: &Path, max: usize) -> Result<Zeroizing<Vec<u8>>, FileError> {
-    // Non-blocking, so that a FIFO in its place does not hang us before it is recognised.
-    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-    let file = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path).map_err(|source| {
-        if source.raw_os_error() == Some(nix::errno::Errno::ELOOP as i32) {
-            FileError::NotAFile(path.to_owned())
-        } else {
-            FileError::Io { doing: "read", path: path.to_owned(), source }
-        }
-    })?;
-    let meta = file.metadata().map_err(FileError::io("read", path))?;
-    if !meta.is_file() {
-        return Err(FileError::NotAFile(path.to_owned()));
+    read_at(AT_FDCWD, path, path, max)
+}
+
+/// Reads the file `name` of an open directory; `path` names it in errors.
+pub(crate) fn read_at(
+    directory: BorrowedFd<'_>,
+    name: &Path,
+    path: &Path,
+    max: usize,
+) -> Result<Zeroizing<Vec<u8>>, FileError> {
+    // Non-blocking, so that a FIFO in its place does not block before it is recognised.
+    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let file = match openat(directory, name, flags, Mode::empty()) {
+        Err(Errno::ELOOP) => return Err(FileError::not_private(path, PrivacyFault::SymbolicLink)),
+        file => File::from(file.map_err(|errno| FileError::io("reading", path)(errno.into()))?),
+    };
+    let metadata = file.metadata().map_err(FileError::io("reading", path))?;
+    if !metadata.is_file() {
+        return Err(FileError::not_private(path, PrivacyFault::NotAFile));
     }
-    check_owner(path, meta.uid())?;
-    let mode = meta.mode() & 0o7777;
-    if mode & 0o077 != 0 {
-        return Err(FileError::Exposed { path: path.to_owned(), mode, advice: "0600" });
-    }
+    check(&metadata, path, GROUP_AND_OTHERS, 0o600)?;
     let too_large = || FileError::TooLarge { path: path.to_owned(), max };
-    let len = usize::try_from(meta.len()).ok().filter(|&len| len <= max).ok_or_else(too_large)?;
-    // Room for all of it at once: a vector that grows leaves copies behind that nobody wipes.
-    let mut bytes = Zeroizing::new(Vec::with_capacity(len + 1));
-    file.take(len as u64).read_to_end(&mut bytes).map_err(FileError::io("read", path))?;
+    let length = usize::try_from(metadata.len()).ok().filter(|&length| length <= max);
+    let length = length.ok_or_else(too_large)?;
+    // Allocated in full first: a vector that grows leaves copies behind that nothing wipes.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(length + 1));
+    file.take(length as u64).read_to_end(&mut bytes).map_err(FileError::io("reading", path))?;
     Ok(bytes)
 }
 
-/// Makes a directory that is ours alone, if it is not there, and checks that nobody else can change what is in it.
-///
-/// # Errors
-/// It cannot be made, is not ours, or others may write it.
-pub fn own_directory(path: &Path) -> Result<(), FileError> {
-    use std::os::unix::fs::DirBuilderExt;
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(FileError::io("make directory", path))?;
-    let meta = fs::metadata(path).map_err(FileError::io("read directory", path))?;
-    check_owner(path, meta.uid())?;
-    let mode = meta.mode() & 0o7777;
-    if mode & 0o022 != 0 {
-        return Err(FileError::Exposed { path: path.to_owned(), mode, advice: "0700" });
+/// Checks the owner, and that no bit of `forbidden` is set. The metadata must be that of an open file, so that the file
+/// can't be exchanged after the check.
+pub(crate) fn check(
+    metadata: &fs::Metadata,
+    path: &Path,
+    forbidden: u32,
+    wanted: u32,
+) -> Result<(), FileError> {
+    let (owner, us) = (metadata.uid(), geteuid().as_raw());
+    if owner != us {
+        return Err(FileError::not_private(path, PrivacyFault::Foreign { owner, us }));
+    }
+    let mode = metadata.mode() & 0o7777;
+    if mode & forbidden != 0 {
+        return Err(FileError::not_private(path, PrivacyFault::Mode { mode, wanted }));
     }
     Ok(())
 }
 
-/// A file under a temporary name; gone when dropped, unless it got its real one.
-struct Unfinished {
-    path: PathBuf,
+/// A file under a temporary name, written and synced; removed on drop, unless it got its real name.
+pub(crate) struct Unfinished<'a> {
+    directory: BorrowedFd<'a>,
+    name: PathBuf,
     named: bool,
 }
 
-impl Unfinished {
-    fn write(directory: &Path, bytes: &[u8]) -> Result<Self, FileError> {
-        let path = directory.join(format!("{TEMP_PREFIX}{:032x}", rand::random::<u128>()));
-        let failed = || FileError::io("write", &path);
-        let mut file =
-            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).map_err(failed())?;
-        let unfinished = Self { path: path.clone(), named: false };
-        // Whatever the umask says.
+impl<'a> Unfinished<'a> {
+    /// Writes a new file `name` (0600) of an open directory; `path` names it in errors.
+    pub(crate) fn write(
+        directory: BorrowedFd<'a>,
+        name: PathBuf,
+        path: &Path,
+        bytes: &[u8],
+    ) -> Result<Self, FileError> {
+        let failed = || FileError::io("writing", path);
+        // O_EXCL makes sure that the file is new, and so ours.
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let file = openat(directory, &name, flags, Mode::S_IRUSR | Mode::S_IWUSR);
+        let mut file = File::from(file.map_err(|errno| failed()(errno.into()))?);
+        let unfinished = Self { directory, name, named: false };
+        // The umask may have cleared more bits.
         file.set_permissions(Permissions::from_mode(0o600)).map_err(failed())?;
         file.write_all(bytes).map_err(failed())?;
         file.sync_all().map_err(failed())?;
         Ok(unfinished)
     }
+
+    fn next_to(path: &Path, bytes: &[u8]) -> Result<Self, FileError> {
+        let temporary = directory_of(path).join(temporary_name(path)?);
+        Self::write(AT_FDCWD, temporary.clone(), &temporary, bytes)
+    }
+
+    /// Keeps the file: it has been renamed.
+    pub(crate) fn keep(mut self) {
+        self.named = true;
+    }
+
+    pub(crate) fn name(&self) -> &Path {
+        &self.name
+    }
 }
 
-impl Drop for Unfinished {
+impl Drop for Unfinished<'_> {
     fn drop(&mut self) {
         if !self.named {
-            // A leftover holds nothing that its reader may not have, and is cleaned up at the next start.
-            let _ = fs::remove_file(&self.path);
+            // Best effort: the caller needs to see the first error, and leftovers are removed at the next start.
+            let _ = unlinkat(self.directory, &self.name, UnlinkatFlags::NoRemoveDir);
         }
     }
+}
+
+fn temporary_name(path: &Path) -> Result<String, FileError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| FileError::io("writing", path)(io::Error::other(error)))?;
+    Ok(format!("{TEMP_PREFIX}{:032x}", u128::from_be_bytes(bytes)))
 }
 
 fn directory_of(path: &Path) -> &Path {
@@ -170,34 +139,37 @@ fn directory_of(path: &Path) -> &Path {
 }
 
 /// Makes the names in a directory outlast a crash.
-pub(crate) fn sync_directory(path: &Path) -> Result<(), FileError> {
-    File::open(path).and_then(|directory| directory.sync_all()).map_err(FileError::io("sync directory", path))
+///
+/// # Errors
+/// It can't be opened or synced.
+pub fn sync_directory(path: &Path) -> Result<(), FileError> {
+    let synced = File::open(path).and_then(|directory| directory.sync_all());
+    synced.map_err(FileError::io("syncing the directory", path))
 }
 
-/// Writes `path` (0600), in place of what was there.
+/// Writes `path` (0600) and replaces the file that was there. The directory's owner and mode are not
+/// checked.
 ///
 /// # Errors
 /// It could not be written; what was there before still is.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
-    let directory = directory_of(path);
-    let mut unfinished = Unfinished::write(directory, bytes)?;
-    fs::rename(&unfinished.path, path).map_err(FileError::io("write", path))?;
-    unfinished.named = true;
-    sync_directory(directory)
+    let unfinished = Unfinished::next_to(path, bytes)?;
+    fs::rename(unfinished.name(), path).map_err(FileError::io("writing", path))?;
+    unfinished.keep();
+    sync_directory(directory_of(path))
 }
 
-/// Writes `path` (0600) if nobody has yet: of two that race, one gets `true`.
+/// Writes `path` (0600) if it does not exist yet: of two that race, one gets `true`.
 ///
 /// # Errors
 /// It could not be written.
 pub fn create(path: &Path, bytes: &[u8]) -> Result<bool, FileError> {
-    let directory = directory_of(path);
-    let unfinished = Unfinished::write(directory, bytes)?;
+    let unfinished = Unfinished::next_to(path, bytes)?;
     // A link, unlike a rename, never replaces.
-    match fs::hard_link(&unfinished.path, path) {
-        Ok(()) => sync_directory(directory).map(|()| true),
+    match fs::hard_link(unfinished.name(), path) {
+        Ok(()) => sync_directory(directory_of(path)).map(|()| true),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-        Err(source) => Err(FileError::Io { doing: "write", path: path.to_owned(), source }),
+        Err(source) => Err(FileError::io("writing", path)(source)),
     }
 }
 
@@ -245,21 +217,12 @@ mod tests {
         std::os::unix::fs::symlink(at("file"), at("link")).unwrap();
         fs::create_dir(at("directory")).unwrap();
         assert!(std::process::Command::new("mkfifo").arg(at("fifo")).status().unwrap().success());
-        for name in ["link", "directory", "fifo"] {
-            assert!(refusal(&at(name)).contains("is not a regular file"), "{name}");
+        assert!(refusal(&at("link")).contains("it is a symbolic link: move it away"));
+        for name in ["directory", "fifo"] {
+            assert!(refusal(&at(name)).contains("it is not a regular file: move it away"), "{name}");
         }
         assert!(refusal(&at("file")).contains("is larger than 100 bytes"));
         assert!(read(&at("none"), 1).unwrap_err().is_not_found());
-    }
-
-    #[test]
-    fn a_directory_that_others_may_write_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a/b");
-        own_directory(&path).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o700);
-        fs::set_permissions(&path, Permissions::from_mode(0o770)).unwrap();
-        assert!(own_directory(&path).unwrap_err().to_string().contains("run chmod 0700 on it"));
     }
 
     #[test]

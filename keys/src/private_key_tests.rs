@@ -1,46 +1,34 @@
+use base64ct::{Base64, Encoding};
+use ed25519_dalek::pkcs8::EncodePrivateKey;
+use proptest::prelude::*;
+use secure_comms_protocol::limits::KEY_MAX;
+use ssh_key::{LineEnding, PublicKey};
+
 use super::*;
 
 const ED25519: &str = include_str!("../testdata/ed25519.openssh");
 const ED25519_PUBLIC: &str = include_str!("../testdata/ed25519.pub");
 const PKCS8: &str = include_str!("../testdata/ed25519.pkcs8");
 
-fn public_line() -> (PublicKey, String) {
-    let key = new_host_key().unwrap().public_key().clone();
-    let line = key.to_openssh().unwrap();
-    (key, line)
-}
-
-fn host_fault(pem: &str) -> String {
-    parse_host_key(pem.as_bytes()).unwrap_err().to_string()
-}
-
-fn node_fault(lines: &str) -> String {
-    WorkerNodeKeys::parse(lines.as_bytes()).unwrap_err().to_string()
+fn fault(pem: &[u8]) -> String {
+    parse(pem).unwrap_err().to_string()
 }
 
 #[test]
-fn a_host_key_is_read_from_openssh_and_pkcs8_pem() {
-    let key = parse_host_key(ED25519.as_bytes()).unwrap();
+fn a_key_is_read_from_openssh_and_pkcs8_pem() {
+    let key = parse(ED25519.as_bytes()).unwrap();
     assert_eq!(key.public_key().key_data(), PublicKey::from_openssh(ED25519_PUBLIC).unwrap().key_data());
     let windows = format!("\r\n{}\r\n", ED25519.replace('\n', "\r\n"));
-    assert_eq!(parse_host_key(windows.as_bytes()).unwrap().public_key(), key.public_key());
-    let mut theirs = Vec::new();
-    let pkcs8 = parse_host_key(PKCS8.as_bytes()).unwrap();
-    assert_eq!(
-        pkcs8.public_key(),
-        russh::keys::decode_secret_key(PKCS8, None).unwrap().public_key(),
-        "the same key as russh reads"
-    );
-    russh::keys::encode_pkcs8_pem(&pkcs8, &mut theirs).unwrap();
-    assert_eq!(
-        parse_host_key(&theirs).unwrap().public_key(),
-        pkcs8.public_key(),
-        "version 2, with the public key"
-    );
+    assert_eq!(parse(windows.as_bytes()).unwrap().public_key(), key.public_key());
+    let pkcs8 = parse(PKCS8.as_bytes()).unwrap();
+    let theirs = SigningKey::from_pkcs8_pem(PKCS8).unwrap();
+    assert_eq!(pkcs8.public_key().key_data().ed25519().unwrap().0, theirs.verifying_key().to_bytes());
+    let version_2 = theirs.to_pkcs8_pem(Default::default()).unwrap();
+    assert_eq!(parse(version_2.as_bytes()).unwrap().public_key(), pkcs8.public_key(), "with the public key");
 }
 
 #[test]
-fn what_is_not_an_unencrypted_ed25519_key_is_refused_with_advice() {
+fn other_texts_are_refused_with_the_reason() {
     for (pem, part) in [
         ("", "it is empty"),
         (" \n\t\n", "it is empty"),
@@ -62,99 +50,31 @@ fn what_is_not_an_unencrypted_ed25519_key_is_refused_with_advice() {
         (include_str!("../testdata/encrypted.pkcs8"), "it is encrypted"),
         (&"x".repeat(KEY_MAX + 1), "longer than 65536 bytes"),
     ] {
-        let text = host_fault(pem);
+        let text = fault(pem.as_bytes());
         assert!(text.contains(part), "{part:?} is not in {text:?}");
-        assert!(text.contains("ssh-keygen -t ed25519 -N ''"), "{text}");
     }
-    assert!(parse_host_key(&[0xff, 0xfe]).unwrap_err().to_string().contains("not text"));
+    assert!(parse(&[0xff, 0xfe]).unwrap_err().to_string().contains("not text"));
 }
 
 #[test]
-fn a_host_key_whose_public_half_belongs_to_another_key_is_refused() {
+fn halves_of_different_keys_are_refused() {
     let pair = |key: &PrivateKey| key.key_data().ed25519().unwrap().clone();
-    let (one, other) = (new_host_key().unwrap(), new_host_key().unwrap());
+    let (one, other) = (generate().unwrap(), generate().unwrap());
     let mixed = Ed25519Keypair { public: pair(&other).public, private: pair(&one).private };
     let key = PrivateKey::new(KeypairData::Ed25519(mixed), "").unwrap();
-    let text = host_fault(&key.to_openssh(LineEnding::LF).unwrap());
+    let text = fault(key.to_openssh(LineEnding::LF).unwrap().as_bytes());
     assert!(text.contains("bad OpenSSH key"), "{text}");
 }
 
 #[test]
-fn worker_node_keys_are_authorized_keys_lines_without_duplicates() {
-    let ((one, first), (two, second), (stranger, _)) = (public_line(), public_line(), public_line());
-    let lines = format!("# node a\n\n  {first} with a comment\r\n{second}\n{first}\n");
-    let keys = WorkerNodeKeys::parse(lines.as_bytes()).unwrap();
-    assert_eq!(keys.fingerprints().count(), 2);
-    assert!(keys.matches(&one) && keys.matches(&two));
-    assert!(!keys.matches(&stranger));
-    let rsa = PublicKey::from_openssh(include_str!("../testdata/ecdsa.pub")).unwrap();
-    assert!(!keys.matches(&rsa));
-}
-
-#[test]
-fn what_is_not_an_ed25519_line_is_refused_with_advice() {
-    let (_, good) = public_line();
-    let weak = PublicKey::from(Ed25519PublicKey([0; 32])).to_openssh().unwrap();
-    for (lines, part) in [
-        (String::new(), "it is empty"),
-        ("  \n \n".into(), "it is empty"),
-        ("# nothing\n# else\n".into(), "no key, only comments"),
-        ("garbage".into(), "line 1: not a public key"),
-        (format!("{good}\ngarbage"), "line 2: not a public key"),
-        (format!("# x\nno-pty,command=\"x\" {good}"), "line 2: options before the key are not supported"),
-        (include_str!("../testdata/rsa.pub").into(), "line 1: a key of type ssh-rsa is not an Ed25519 key"),
-        (include_str!("../testdata/ecdsa.pub").into(), "a key of type ecdsa-sha2-nistp256 is not"),
-        (
-            "ssh-ed25519-cert-v01@openssh.com AAAA".into(),
-            "a key of type ssh-ed25519-cert-v01@openssh.com is not",
-        ),
-        ("ssh-ed25519".into(), "line 1: bad key"),
-        ("ssh-ed25519 AAAA".into(), "line 1: bad key"),
-        (weak, "not a point that can verify signatures"),
-        (ED25519.into(), "line 1: not a public key"),
-        ("\n".repeat(KEY_MAX + 1), "longer than 65536 bytes"),
-    ] {
-        let text = node_fault(&lines);
-        assert!(text.contains(part), "{part:?} is not in {text:?}");
-        assert!(text.contains("give ssh-ed25519 authorized_keys lines"), "{text}");
-    }
-}
-
-#[test]
-fn pod_keys_survive_their_text_form_and_nothing_cut_short_does() {
-    let (node, line) = public_line();
-    let keys = PodKeys::parse(ED25519.as_bytes(), line.as_bytes()).unwrap();
-    let text = keys.to_text().unwrap();
-    let again = PodKeys::from_text(&text).unwrap();
-    assert_eq!(again.host().public_key().key_data(), keys.host().public_key().key_data());
-    assert!(again.worker_node() == keys.worker_node() && again.worker_node().matches(&node));
-    // The last byte is a newline, which nothing needs.
-    for end in 0..text.len() - 1 {
-        assert!(PodKeys::from_text(&text[..end]).is_err(), "cut at {end}");
-    }
-}
-
-#[test]
-fn debug_prints_fingerprints_and_no_secret() {
-    let keys = PodKeys::parse(ED25519.as_bytes(), public_line().1.as_bytes()).unwrap();
-    let text = format!("{keys:?} {:?}", keys.host());
-    assert!(text.contains(&keys.fingerprint()) && text.contains("SHA256:"), "{text}");
-    let seed = keys.host().key_data().ed25519().unwrap().private.to_bytes();
-    assert!(
-        !text.contains(&format!("{seed:?}")) && !text.contains(&format!("{}, {}", seed[0], seed[1])),
-        "{text}"
-    );
-}
-
-#[test]
-fn every_new_host_key_is_another_ed25519_key() {
-    let (one, two) = (new_host_key().unwrap(), new_host_key().unwrap());
-    assert_eq!(one.algorithm(), russh::keys::Algorithm::Ed25519);
+fn every_generate_is_another_ed25519_key() {
+    let (one, two) = (generate().unwrap(), generate().unwrap());
+    assert_eq!(one.algorithm(), Algorithm::Ed25519);
     assert_ne!(one.public_key(), two.public_key());
 }
 
 #[test]
-fn a_damaged_key_does_not_show_what_stands_where_a_name_should() {
+fn a_damaged_key_is_not_quoted_in_place_of_a_name() {
     // The name of a cipher, by its length.
     let secret = "a part of the key\n";
     let binary = [b"openssh-key-v1\0\0\0\0", &[secret.len() as u8][..], secret.as_bytes()].concat();
@@ -162,20 +82,70 @@ fn a_damaged_key_does_not_show_what_stands_where_a_name_should() {
         "-----BEGIN OPENSSH PRIVATE KEY-----\n{}\n-----END OPENSSH PRIVATE KEY-----\n",
         Base64::encode_string(&binary)
     );
-    let text = parse_host_key(pem.as_bytes()).unwrap_err().to_string();
+    let text = parse(pem.as_bytes()).unwrap_err().to_string();
     assert!(text.contains("a name in it is not known") && !text.contains("a part"), "{text}");
 }
 
 #[test]
-fn a_damaged_first_line_does_not_show_the_key_that_stands_in_it() {
-    let pem = new_host_key().unwrap().to_openssh(LineEnding::LF).unwrap();
+fn a_damaged_first_line_is_not_quoted() {
+    let pem = generate().unwrap().to_openssh(LineEnding::LF).unwrap();
     let body = pem.lines().nth(2).unwrap();
     for damaged in [
         pem.replacen("KEY-----\n", "KEY", 1),
         pem.replacen("KEY-----\n", "KEY ", 1),
         format!("-----BEGIN {}-----", body.to_uppercase()),
     ] {
-        let text = parse_host_key(damaged.as_bytes()).unwrap_err().to_string();
+        let text = parse(damaged.as_bytes()).unwrap_err().to_string();
         assert!(text.contains("a damaged '-----BEGIN' line"), "{text}");
+    }
+}
+
+#[test]
+fn a_comment_and_text_around_the_key_are_ignored() {
+    let around = format!("Bag Attributes\n{ED25519}trailing text\n");
+    assert_eq!(parse(around.as_bytes()).unwrap(), parse(ED25519.as_bytes()).unwrap());
+    assert!(parse(ED25519.as_bytes()).unwrap().comment().as_bytes().is_empty());
+}
+
+#[test]
+fn a_key_is_read_up_to_the_largest_size_only() {
+    let padded = |length| format!("{ED25519}{}", " ".repeat(length - ED25519.len()));
+    assert!(parse(padded(KEY_MAX).as_bytes()).is_ok());
+    assert!(fault(padded(KEY_MAX + 1).as_bytes()).contains("longer than 65536 bytes"));
+}
+
+/// The PEM text with its base64 in lines of `width` characters.
+fn rewrapped(pem: &str, width: usize, end: &str) -> String {
+    let mut lines: Vec<&str> = pem.lines().collect();
+    let (first, last) = (lines.remove(0), lines.pop().unwrap());
+    let body = lines.concat();
+    let body: Vec<&str> = body.as_bytes().chunks(width).map(|c| std::str::from_utf8(c).unwrap()).collect();
+    [first, &body.join(end), last].join(end)
+}
+
+proptest! {
+    #[test]
+    fn a_key_is_read_however_it_is_wrapped(width in 1..400_usize, end in "\r?\n") {
+        for pem in [ED25519, PKCS8] {
+            let key = parse(rewrapped(pem, width, &end).as_bytes()).unwrap();
+            prop_assert_eq!(key, parse(pem.as_bytes()).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_damaged_key_is_an_error_that_does_not_quote_it(at in 0..ED25519.len(), byte: u8) {
+        let mut damaged = ED25519.as_bytes().to_vec();
+        damaged[at] = byte;
+        if let Err(error) = parse(&damaged) {
+            let text = error.to_string();
+            prop_assert!(text.len() < 200 && !text.chars().any(char::is_control), "{:?}", text);
+            let body = ED25519.lines().skip(1).filter(|line| !line.starts_with('-'));
+            prop_assert!(body.into_iter().all(|line| !text.contains(&line[..16])), "{:?}", text);
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_pem_are_refused(bytes: Vec<u8>) {
+        prop_assert!(parse(&bytes).is_err());
     }
 }
