@@ -1,5 +1,9 @@
 //! The validated configuration: flags and the daemon config (apf.json) together.
 
+pub mod file;
+pub mod flags;
+mod go_flags;
+
 use std::fmt;
 use std::marker::PhantomData;
 use std::net::SocketAddr;
@@ -12,7 +16,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use zeroize::Zeroizing;
 
-use crate::cli::Options;
+use crate::config::flags::Options;
 use crate::keys::{self, KeyError, PodKeys, WorkerNodeKeys};
 use crate::pod_network::PodNetwork;
 use crate::pod_network::spec::{Faults, InterfaceName, PodNetworkConfig};

@@ -9,7 +9,7 @@ const PRIVATE: &str = include_str!("../testdata/ed25519.openssh");
 const PUBLIC: &str = include_str!("../testdata/ed25519.pub");
 
 fn options(args: &[&str]) -> Options {
-    crate::cli::parse(args.iter().map(OsString::from)).unwrap()
+    crate::config::flags::parse(args.iter().map(OsString::from)).unwrap()
 }
 
 fn base64(text: &str) -> String {

@@ -4,10 +4,12 @@ use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
-use agent_protocol_forwarder::cli::{self, Exit, MissingNamespace, Options};
+use agent_protocol_forwarder::config::flags::{self, Exit, MissingNamespace, Options};
 use agent_protocol_forwarder::config::{Config, ConfigError};
-use agent_protocol_forwarder::notify::Notifier;
-use agent_protocol_forwarder::{config_file, log as logging, pod_network, run};
+use agent_protocol_forwarder::os::systemd::Notifier;
+use agent_protocol_forwarder::config::file;
+use agent_protocol_forwarder::os::logging;
+use agent_protocol_forwarder::{pod_network, run};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use secure_comms_tunnel::netns::Namespace;
 use tokio::net::TcpListener;
@@ -55,7 +57,7 @@ fn failed(error: impl std::fmt::Display) -> Exit {
 }
 
 fn start() -> Result<(), Exit> {
-    let options = cli::parse(std::env::args_os().skip(1))?;
+    let options = flags::parse(std::env::args_os().skip(1))?;
     logging::init().map_err(|error| Exit { code: 2, ..failed(error) })?;
     for flag in &options.unused {
         log::info!("{flag} has no meaning over Secure Comms: unused");
@@ -123,7 +125,7 @@ async fn serve(options: Options) -> Result<(), Exit> {
 /// Nothing begins before the daemon config is there: it says whether there is an Attestation phase at all.
 async fn configuration(options: Options, notifier: &Notifier) -> Result<Config, Exit> {
     let daemon = match &options.config {
-        Some(path) => Some(config_file::wait_for(path, notifier).await.map_err(failed)?),
+        Some(path) => Some(file::wait_for(path, notifier).await.map_err(failed)?),
         None => None,
     };
     Config::resolve(options, daemon).map_err(config_fault)

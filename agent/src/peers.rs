@@ -1,5 +1,7 @@
 //! Connections: those that have not authenticated yet, and the peers of each phase.
 
+pub mod routes;
+
 use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -14,7 +16,7 @@ use secure_comms_tunnel::Credits;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::log::Throttle;
+use crate::os::logging::Throttle;
 
 /// Refusals of a connection that are logged; the rest only for those who debug: strangers must not fill the log.
 const REFUSALS_LOGGED: u32 = 16;
@@ -181,7 +183,7 @@ pub struct Peer<P> {
     /// Its connection.
     pub connection: Connection,
     /// Opens streams to it.
-    pub link: crate::ssh::PeerLink,
+    pub link: crate::server::PeerLink,
     /// What it serves.
     pub offers: Arc<Offers>,
     /// Messages to it.
@@ -200,7 +202,7 @@ impl<P: Phase> Peer<P> {
     pub fn new(
         connection: Connection,
         credits: Credits,
-        link: crate::ssh::PeerLink,
+        link: crate::server::PeerLink,
         offers: Arc<Offers>,
     ) -> Self {
         Self {

@@ -9,14 +9,14 @@
 //! that was killed, or a set-up that was cut short, is undone by the next as by itself.
 
 mod error;
-mod external;
-mod host;
-mod keep;
-mod link;
+mod interface;
+mod ip_route;
 mod netlink;
 mod notrack;
-mod route;
+mod secondary;
 pub mod spec;
+mod supervisor;
+mod underlay;
 
 use std::fs::File;
 use std::io;
@@ -26,7 +26,7 @@ use secure_comms_tunnel::netns::{Namespace, NamespaceError};
 
 pub use error::PodNetworkError;
 use error::Step;
-use external::Second;
+use secondary::Second;
 use netlink::Net;
 use spec::{InterfaceName, Spec};
 
@@ -72,12 +72,12 @@ impl PodNetwork {
     /// Moves the VM's second interface into the pod's namespace. If a step fails, the interface is the VM's again.
     async fn give(&self, second: Second) -> Result<(), PodNetworkError> {
         let Namespaces { pod, pod_file, host, host_file } = self.open().await?;
-        let given = external::give(&host, &pod, &pod_file, second).await;
+        let given = secondary::give(&host, &pod, &pod_file, second).await;
         if given.is_err() {
             let undo = async {
-                external::take_back(&host, &pod, &host_file).await?;
-                match link::named(&pod, self.spec.interface.as_str()).await? {
-                    Some(tunnel) => route::add_defaults(&pod, &tunnel, &self.spec).await,
+                secondary::take_back(&host, &pod, &host_file).await?;
+                match interface::named(&pod, self.spec.interface.as_str()).await? {
+                    Some(tunnel) => ip_route::add_defaults(&pod, &tunnel, &self.spec).await,
                     None => Ok(()),
                 }
             };
@@ -119,18 +119,18 @@ impl PodNetwork {
 
     async fn make(&self, namespaces: &Namespaces) -> Result<(), PodNetworkError> {
         let (spec, pod) = (&self.spec, &namespaces.pod);
-        if let Some(taken) = link::named(pod, spec.interface.as_str()).await? {
+        if let Some(taken) = interface::named(pod, spec.interface.as_str()).await? {
             return Err(PodNetworkError::Taken(taken.name));
         }
-        let over = host::find(self.host_interface.as_ref(), spec).await?;
-        let tunnel = link::make_tunnel(&namespaces.host, pod, &namespaces.pod_file, spec, &over).await?;
-        let mtu = link::set_mtu(pod, &tunnel, spec, &over).await?;
+        let over = underlay::find(self.host_interface.as_ref(), spec).await?;
+        let tunnel = interface::make_tunnel(&namespaces.host, pod, &namespaces.pod_file, spec, &over).await?;
+        let mtu = interface::set_mtu(pod, &tunnel, spec, &over).await?;
         // The worker node says which of the networks around the pod are on the link, as its own pods have it.
-        link::add_address(pod, &tunnel, spec.pod, spec.pod.is_host()).await?;
+        interface::add_address(pod, &tunnel, spec.pod, spec.pod.is_host()).await?;
         // Before the first packet can be.
         let rules = notrack::add(spec.worker_node, spec.port);
-        link::set_up(pod, &tunnel).await?;
-        route::add_all(pod, &tunnel, spec).await?;
+        interface::set_up(pod, &tunnel).await?;
+        ip_route::add_all(pod, &tunnel, spec).await?;
         if let Err(error) = rules {
             log::warn!(
                 "pod network: the NOTRACK rules are left out: {}; connection tracking, where the VM has it on, tracks the \
@@ -156,8 +156,8 @@ impl PodNetwork {
     async fn clear(&self, namespaces: &Namespaces) -> Result<(), PodNetworkError> {
         let Namespaces { pod, host, host_file, .. } = namespaces;
         let parts = [
-            external::take_back(host, pod, host_file).await,
-            route::remove_foreign(pod, &self.spec).await,
+            secondary::take_back(host, pod, host_file).await,
+            ip_route::remove_foreign(pod, &self.spec).await,
             self.remove_tunnel(pod).await,
             forget_rules(),
         ];
@@ -167,9 +167,9 @@ impl PodNetwork {
 
     /// Ours is a VXLAN link with our name, or the one that keeps our id from being used.
     async fn remove_tunnel(&self, pod: &Net) -> Result<(), PodNetworkError> {
-        for link in link::all(pod).await?.into_iter().filter(link::Link::is_vxlan) {
+        for link in interface::all(pod).await?.into_iter().filter(interface::Link::is_vxlan) {
             if link.name == self.spec.interface.as_str() || link.vxlan == (self.spec.id, self.spec.port) {
-                link::remove(pod, &link).await?;
+                interface::remove(pod, &link).await?;
             }
         }
         Ok(())
@@ -182,8 +182,8 @@ impl PodNetwork {
 /// The namespace can't be entered, or the kernel refuses.
 pub async fn set_loopback_up(namespace: &Namespace) -> Result<(), PodNetworkError> {
     let net = Net::inside(namespace).await?;
-    match link::named(&net, "lo").await? {
-        Some(lo) => link::set_up(&net, &lo).await,
+    match interface::named(&net, "lo").await? {
+        Some(lo) => interface::set_up(&net, &lo).await,
         None => Ok(()),
     }
 }

@@ -13,16 +13,16 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{interval, sleep, timeout};
 
-use crate::attestation::{self, Guest};
+use crate::phases::attestation::{self, Guest};
 use crate::config::{Config, KeySource};
-use crate::gate::{Attesters, Gate, Keep};
+use crate::access::policy::{Attesters, Gate, Keep};
 use crate::keys::{KeyError, new_host_key};
-use crate::kubernetes;
-use crate::latch::{Latch, LatchError};
-use crate::log::Repeated;
-use crate::notify::{Notifier, watchdog_interval};
-use crate::session::Agent;
-use crate::ssh::{self, Identity};
+use crate::phases::kubernetes;
+use crate::access::latch::{Latch, LatchError};
+use crate::os::logging::Repeated;
+use crate::os::systemd::{Notifier, watchdog_interval};
+use crate::server::session::Agent;
+use crate::server::{self, Identity};
 
 /// Why the agent could not start.
 #[derive(Debug, thiserror::Error)]
@@ -170,7 +170,7 @@ async fn accept(agent: Arc<Agent>, listener: TcpListener) {
         match listener.accept().await {
             Ok((socket, address)) => {
                 failure.succeeded();
-                tokio::spawn(ssh::serve(agent.clone(), socket, id, address));
+                tokio::spawn(server::serve(agent.clone(), socket, id, address));
             }
             Err(error) => {
                 // Out of file descriptors, as a rule: connections that end make room.

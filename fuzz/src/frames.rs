@@ -1,7 +1,7 @@
 //! What must hold for whatever a client sends towards the kata agent. Nothing here makes a directory.
 
-use agent_protocol_forwarder::interceptor::frame::{FrameError, HEADER, Header, RESPONSE, Scanner};
-use agent_protocol_forwarder::interceptor::requests::{Out, Requests};
+use agent_protocol_forwarder::kata::frame::{FrameError, HEADER, Header, RESPONSE, Scanner};
+use agent_protocol_forwarder::kata::requests::{Out, Requests};
 use bytes::Bytes;
 
 /// What becomes of a stream: bytes that pass in one piece, however they were split, and requests that do not.

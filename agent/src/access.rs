@@ -1,0 +1,4 @@
+//! Who may come in.
+
+pub mod latch;
+pub mod policy;

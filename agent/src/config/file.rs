@@ -1,0 +1,162 @@
+//! The daemon config's file, and waiting for it: the cloud writes it (apf.json, from the VM's user data) when it likes.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use secure_comms_protocol::limits::START_EXTENSION;
+use serde::de::IgnoredAny;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::time::interval;
+use zeroize::Zeroizing;
+
+use crate::config::DaemonConfig;
+use crate::os::logging::Repeated;
+use crate::os::systemd::Notifier;
+
+/// The largest daemon config, in bytes.
+const SIZE_MAX: usize = 1024 * 1024;
+
+/// Why the daemon config can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It is there, but can't be read.
+    #[error("reading the daemon config {}: {source}; make it a file that this service may read", path.display())]
+    Read {
+        /// The daemon config.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// It is too long.
+    #[error("reading the daemon config {}: longer than {SIZE_MAX} bytes; check the VM's user data", path.display())]
+    TooLong {
+        /// The daemon config.
+        path: PathBuf,
+    },
+    /// It is not what it should be.
+    #[error("reading the daemon config {}: {source}; correct the VM's user data", path.display())]
+    Parse {
+        /// The daemon config.
+        path: PathBuf,
+        /// The cause, with line and column.
+        source: serde_json::Error,
+    },
+    /// It is not there yet, and we can't be told when it is.
+    #[error("waiting for the daemon config {}: watching {}: {source}; write it before this service starts", path.display(), directory.display())]
+    Watch {
+        /// The daemon config.
+        path: PathBuf,
+        /// The directory to watch.
+        directory: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+}
+
+/// What there is of the file.
+enum Found {
+    Whole(Box<DaemonConfig>),
+    Nothing,
+    /// The text ends early: somebody is still writing it.
+    Beginning(serde_json::Error),
+}
+
+/// Reads the daemon config, once it is there and whole. Until then systemd hears what we wait for, and is asked for
+/// patience.
+///
+/// # Errors
+/// It is there and is no daemon config.
+pub async fn wait_for(path: &Path, notifier: &Notifier) -> Result<DaemonConfig, FileError> {
+    let mut waiting = Repeated::new(format!("waiting for the daemon config {}", path.display()));
+    let mut patience = interval(START_EXTENSION / 2);
+    loop {
+        // Before we look: what is written in between is an event then.
+        let watch = watch(path)?;
+        let state = match look(path)? {
+            Found::Whole(config) => {
+                waiting.succeeded();
+                return Ok(*config);
+            }
+            Found::Nothing => "it is not there yet".to_owned(),
+            Found::Beginning(error) => format!("it is not complete yet: {error}"),
+        };
+        waiting.failed(&state);
+        notifier.status(&format!("waiting for the daemon config {}: {state}", path.display()));
+        let changed = async {
+            loop {
+                tokio::select! {
+                    changed = watch.ready(Interest::READABLE) => return changed,
+                    _ = patience.tick() => notifier.extend_start(START_EXTENSION),
+                }
+            }
+        };
+        drop(changed.await.map_err(|source| watch_error(path, path, source))?);
+    }
+}
+
+fn look(path: &Path) -> Result<Found, FileError> {
+    let read_error = |source| FileError::Read { path: path.to_owned(), source };
+    let file = match File::open(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Nothing),
+        file => file.map_err(read_error)?,
+    };
+    // It holds a private key: wiped, and sized first, for a buffer that grows leaves copies behind.
+    let size = file.metadata().map_err(read_error)?.len();
+    let size = usize::try_from(size).unwrap_or(SIZE_MAX).min(SIZE_MAX);
+    let mut text = Zeroizing::new(Vec::with_capacity(size + 1024));
+    file.take(SIZE_MAX as u64 + 1).read_to_end(&mut text).map_err(read_error)?;
+    if text.len() > SIZE_MAX {
+        return Err(FileError::TooLong { path: path.to_owned() });
+    }
+    match serde_json::from_slice(&text) {
+        Ok(config) => Ok(Found::Whole(Box::new(config))),
+        Err(error) if ends_early(&text) => Ok(Found::Beginning(error)),
+        Err(source) => Err(FileError::Parse { path: path.to_owned(), source }),
+    }
+}
+
+/// Whether it could be valid JSON if more followed. The error of our own reader does not tell: it is of no category.
+fn ends_early(text: &[u8]) -> bool {
+    serde_json::from_slice::<IgnoredAny>(text).is_err_and(|error| error.is_eof())
+}
+
+/// Becomes readable when the file may have come or changed: it watches the nearest directory on the way to it.
+fn watch(path: &Path) -> Result<AsyncFd<OwnedFd>, FileError> {
+    let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)
+        .map_err(|errno| watch_error(path, path, errno.into()))?;
+    let events = AddWatchFlags::IN_CLOSE_WRITE
+        | AddWatchFlags::IN_CREATE
+        | AddWatchFlags::IN_MOVED_TO
+        | AddWatchFlags::IN_ATTRIB
+        | AddWatchFlags::IN_DELETE_SELF
+        | AddWatchFlags::IN_MOVE_SELF
+        | AddWatchFlags::IN_ONLYDIR;
+    for directory in path.ancestors().skip(1) {
+        match inotify.add_watch(directory, events) {
+            Ok(_) => {
+                #[expect(
+                    deprecated,
+                    reason = "its successor is unsafe for types that change their file; OwnedFd does not"
+                )]
+                let watch = AsyncFd::with_interest(OwnedFd::from(inotify), Interest::READABLE);
+                return watch.map_err(|source| watch_error(path, directory, source));
+            }
+            Err(Errno::ENOENT) => {}
+            Err(errno) => return Err(watch_error(path, directory, errno.into())),
+        }
+    }
+    Err(watch_error(path, path, ErrorKind::NotFound.into()))
+}
+
+fn watch_error(path: &Path, directory: &Path, source: io::Error) -> FileError {
+    FileError::Watch { path: path.to_owned(), directory: directory.to_owned(), source }
+}
+
+#[cfg(test)]
+#[path = "file_tests.rs"]
+mod tests;
