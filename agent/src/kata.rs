@@ -12,20 +12,32 @@ pub mod protobuf;
 pub mod reply;
 pub mod requests;
 
-
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use secure_comms_protocol::limits::{HELD_BYTES_MAX, HELD_REQUESTS_MAX, REPLIES_MAX};
+use secure_comms_protocol::limits::{HELD_BYTES_MAX, HELD_REQUESTS_MAX, KATA_AGENT_CONNECT, REPLIES_MAX};
+use secure_comms_protocol::{Kubernetes, OutboundTag, TunnelName};
+use secure_comms_tunnel::Outbounds;
 use secure_comms_tunnel::intercept::{Broken, FromServer, Interceptor, ToServer};
 use secure_comms_tunnel::netns::Namespace;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use frame::Scanner;
-use reply::Refusal;
+use reply::RequestRefusal;
 use requests::{Held, Out, Requests};
+
+/// The outbounds of the Kubernetes phase. The one to the kata agent gets its connect timeout and its interceptor; containers
+/// join the network namespace `pod_namespace`, a name or a path.
+pub(crate) fn outbounds(
+    tags: &[OutboundTag],
+    pod_namespace: Option<&str>,
+) -> Outbounds<Kubernetes, KataAgent> {
+    Outbounds::new(tags)
+        .with_patience(&TunnelName::kata_agent(), KATA_AGENT_CONNECT)
+        .with_interceptor(TunnelName::kata_agent(), KataAgent::new(pod_namespace))
+}
 
 /// The client takes no answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -75,7 +87,7 @@ impl Replies {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn refuse(&self, stream: u32, refusal: &Refusal) -> Result<(), RepliesUnread> {
+    fn refuse(&self, stream: u32, refusal: &RequestRefusal) -> Result<(), RepliesUnread> {
         log::warn!("tunnel KATAAGENT: refusing the request of ttrpc stream {stream}: {refusal}");
         let mut waiting = self.waiting();
         if waiting.len() >= REPLIES_MAX {
@@ -99,14 +111,14 @@ struct Waiting {
 struct Waited {
     stream: u32,
     bytes: usize,
-    result: Result<Bytes, Refusal>,
+    result: Result<Bytes, RequestRefusal>,
 }
 
 impl Waiting {
-    fn hold(&mut self, Held { stream, frame, mounts }: Held) -> Result<(), Refusal> {
+    fn hold(&mut self, Held { stream, frame, mounts }: Held) -> Result<(), RequestRefusal> {
         let bytes = frame.len();
         if self.tasks.len() >= HELD_REQUESTS_MAX || self.bytes + bytes > HELD_BYTES_MAX {
-            return Err(Refusal::TooMany);
+            return Err(RequestRefusal::TooMany);
         }
         self.bytes += bytes;
         self.tasks.spawn(async move {
@@ -198,11 +210,11 @@ impl FromServer for FromKataAgent {
     }
 
     fn reach(&self) -> usize {
-        if self.replies.waiting().is_empty() { usize::MAX } else { self.scanner.missing() }
+        if self.replies.waiting().is_empty() { usize::MAX } else { self.scanner.until_boundary() }
     }
 
     fn insert(&mut self) -> Option<Bytes> {
-        if self.scanner.between() { self.replies.waiting().pop_front() } else { None }
+        if self.scanner.at_boundary() { self.replies.waiting().pop_front() } else { None }
     }
 
     async fn wakes(&mut self) {

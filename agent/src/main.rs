@@ -4,11 +4,11 @@ use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
+use agent_protocol_forwarder::config::file;
 use agent_protocol_forwarder::config::flags::{self, Exit, MissingNamespace, Options};
 use agent_protocol_forwarder::config::{Config, ConfigError};
-use agent_protocol_forwarder::os::systemd::Notifier;
-use agent_protocol_forwarder::config::file;
 use agent_protocol_forwarder::os::logging;
+use agent_protocol_forwarder::os::systemd::Notifier;
 use agent_protocol_forwarder::{pod_network, run};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use secure_comms_tunnel::netns::Namespace;

@@ -1,5 +1,9 @@
-//! The phases of the agent.
+//! The phases of the agent: attestation until there are keys, then Kubernetes.
+//!
+//! In: the shared state, peers as they come and go. Out: keys for the access policy, routes for local clients.
 
-pub mod attestation;
 pub mod kbs_fetch;
-pub mod kubernetes;
+
+pub(crate) mod attestation;
+
+pub(crate) mod kubernetes;

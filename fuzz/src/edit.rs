@@ -1,9 +1,7 @@
 //! What must hold for the edit of a request, whatever is in it: compared with what somebody else's decoder reads, before
 //! and after.
 
-use agent_protocol_forwarder::kata::edit::{
-    self, Edited, Mounts, SERVICE, VOLUMES, Verdict, recognise,
-};
+use agent_protocol_forwarder::kata::edit::{self, Edited, Mounts, SERVICE, VOLUMES, Verdict, recognise};
 use agent_protocol_forwarder::kata::protobuf::put;
 use prost::Message;
 use std::borrow::Cow;

@@ -67,15 +67,15 @@ pub(crate) fn exercise(data: &[u8]) {
                 }
             }
             Outcome::Held(stream, frame) => {
-                assert!(scanner.between());
+                assert!(scanner.at_boundary());
                 assert_eq!(header(frame).stream, *stream);
                 assert_eq!(header(frame).length + HEADER, frame.len());
             }
-            Outcome::Refused(..) => assert!(scanner.between()),
+            Outcome::Refused(..) => assert!(scanner.at_boundary()),
         }
     }
     // Where a stream ends well, nothing is left behind.
     if requests.end().is_ok() {
-        assert!(scanner.between());
+        assert!(scanner.at_boundary());
     }
 }

@@ -63,13 +63,13 @@ pub enum LatchError {
 
 /// Where the latched keys are.
 #[derive(Clone, Debug)]
-pub struct Latch {
+pub(crate) struct Latch {
     directory: PathBuf,
 }
 
 impl Latch {
     /// The keys in `directory`, which need not exist yet.
-    pub fn new(directory: impl Into<PathBuf>) -> Self {
+    pub(crate) fn new(directory: impl Into<PathBuf>) -> Self {
         Self { directory: directory.into() }
     }
 
@@ -77,7 +77,7 @@ impl Latch {
     ///
     /// # Errors
     /// They are there and can't be trusted or read: the caller must not go on without them.
-    pub fn load(&self) -> Result<Option<PodKeys>, LatchError> {
+    pub(crate) fn load(&self) -> Result<Option<PodKeys>, LatchError> {
         let Some(directory) = self.open_directory()? else { return Ok(None) };
         let path = self.directory.join(FILE);
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
@@ -100,7 +100,7 @@ impl Latch {
     ///
     /// # Errors
     /// They could not be stored safely.
-    pub fn store(&self, keys: &PodKeys) -> Result<(), LatchError> {
+    pub(crate) fn store(&self, keys: &PodKeys) -> Result<(), LatchError> {
         let text = keys.to_text()?;
         self.make_directory()?;
         let directory = self.open_directory()?;

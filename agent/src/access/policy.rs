@@ -1,66 +1,64 @@
-//! Who may come in now: the one place that decides, for every connection, from the phase the agent is in.
+//! The access policy: who may come in now. The one place that decides for every connection, by the phase of the agent.
 //!
 //! ```text
-//! Attestation -> Kubernetes, fresh (nobody has logged in) -> Kubernetes, latched (for the rest of this boot)
+//! Attestation -> Kubernetes, fresh (no login yet) -> Kubernetes, latched (until the VM reboots)
 //! ```
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use secure_comms_protocol::PhaseName;
 use tokio::sync::watch;
 
-use crate::keys::{PodKeys, PublicKey, WorkerNodeKeys};
-use crate::access::latch::LatchError;
-use crate::server::Identity;
+use super::latch::LatchError;
+use crate::keys::{PodKeys, PrivateKey, PublicKey, WorkerNodeKeys};
 
-/// Who may attest: whoever connects, or only holders of a key that the VM was given beforehand.
+/// Who may connect for attestation.
 #[derive(Clone, Debug)]
-pub enum Attesters {
-    /// Anyone: nothing is proven to either side.
+pub(crate) enum Attesters {
+    /// Every client: neither end is authenticated.
     Anyone,
-    /// Only who proves one of these keys.
+    /// Clients that prove one of these keys, which the VM got with its user data.
     Holding(WorkerNodeKeys),
 }
 
-/// Keeps the keys for the rest of this boot; must not return before they are safe.
-pub type Keep = Box<dyn Fn(&PodKeys) -> Result<(), LatchError> + Send + Sync>;
+/// Stores the keys until the VM reboots. Must not return before they are stored.
+pub(crate) type PersistKeys = Box<dyn Fn(&PodKeys) -> Result<(), LatchError> + Send + Sync>;
 
 /// The state of the agent, as connections see it.
 #[derive(Debug)]
 enum State {
     Attestation { attesters: Attesters },
-    Kubernetes { keys: PodKeys, standing: Standing },
+    Kubernetes { keys: PodKeys, login: LoginState },
 }
 
 #[derive(Debug)]
-enum Standing {
-    /// Nobody has logged in with these keys; if that lasts, attesters are let in again.
+enum LoginState {
+    /// No worker node has logged in with these keys. `reopened`: who may attest again, because none has for long.
     Fresh { reopened: Option<Attesters> },
-    /// Somebody has: these keys and no others.
+    /// A worker node has logged in: these keys and no others are accepted.
     Latched,
 }
 
-/// What a new connection is served as. It holds as long as the generation does.
+/// How a new connection is served. Valid as long as the generation is.
 #[derive(Clone, Debug)]
-pub struct Admission {
-    /// Changes with the host key.
-    pub generation: u64,
-    /// The phase, for the banner.
-    pub phase: PhaseName,
-    /// The host key and the methods to offer.
-    pub identity: Identity,
+pub(crate) struct Admission {
+    /// Counts the host keys of this process.
+    pub(crate) generation: u64,
+    /// The phase, which the banner and the authentication methods depend on.
+    pub(crate) phase: PhaseName,
+    /// The host key to show.
+    pub(crate) host_key: Arc<PrivateKey>,
 }
 
-/// The agent has latched: no keys take the place of those in use.
+/// The agent has latched: the keys in use can't be replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AlreadyLatched;
+pub(crate) struct AlreadyLatched;
 
-/// The gate.
-pub struct Gate {
+/// Decides who may come in.
+pub(crate) struct AccessPolicy {
     inner: Mutex<Inner>,
     latched: watch::Sender<bool>,
-    keep: Keep,
-    rekey_bytes: usize,
+    persist: PersistKeys,
 }
 
 struct Inner {
@@ -68,75 +66,73 @@ struct Inner {
     admission: Admission,
 }
 
-impl std::fmt::Debug for Gate {
+impl std::fmt::Debug for AccessPolicy {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Gate").field("state", &self.inner().state).finish_non_exhaustive()
+        f.debug_struct("AccessPolicy").field("state", &self.inner().state).finish_non_exhaustive()
     }
 }
 
-impl Gate {
-    /// A gate in the Attestation phase; `identity` is a host key made for this process.
-    pub fn attestation(identity: Identity, attesters: Attesters, keep: Keep, rekey_bytes: usize) -> Self {
-        let admission = Admission { generation: 0, phase: PhaseName::Attestation, identity };
-        Self::new(Inner { state: State::Attestation { attesters }, admission }, keep, rekey_bytes)
+impl AccessPolicy {
+    /// The policy of the Attestation phase; `host_key` was made for this process.
+    pub(crate) fn attestation(host_key: PrivateKey, attesters: Attesters, persist: PersistKeys) -> Self {
+        Self::new(State::Attestation { attesters }, PhaseName::Attestation, host_key, persist)
     }
 
-    /// A gate in the Kubernetes phase from the start: the keys were latched earlier in this boot, or came by user data.
-    pub fn kubernetes(keys: PodKeys, keep: Keep, rekey_bytes: usize) -> Self {
-        let identity = Identity::new(PhaseName::Kubernetes, keys.host().clone(), rekey_bytes);
-        let admission = Admission { generation: 0, phase: PhaseName::Kubernetes, identity };
-        let gate = Self::new(
-            Inner { state: State::Kubernetes { keys, standing: Standing::Latched }, admission },
-            keep,
-            rekey_bytes,
-        );
-        gate.latched.send_replace(true);
-        gate
+    /// The policy of an agent that starts in the Kubernetes phase: the keys were latched earlier in this boot, or are in
+    /// the user data.
+    pub(crate) fn kubernetes(keys: PodKeys, persist: PersistKeys) -> Self {
+        let host_key = keys.host().clone();
+        let state = State::Kubernetes { keys, login: LoginState::Latched };
+        let policy = Self::new(state, PhaseName::Kubernetes, host_key, persist);
+        policy.latched.send_replace(true);
+        policy
     }
 
-    fn new(inner: Inner, keep: Keep, rekey_bytes: usize) -> Self {
-        Self { inner: Mutex::new(inner), latched: watch::Sender::new(false), keep, rekey_bytes }
+    fn new(state: State, phase: PhaseName, host_key: PrivateKey, persist: PersistKeys) -> Self {
+        let admission = Admission { generation: 0, phase, host_key: Arc::new(host_key) };
+        let inner = Mutex::new(Inner { state, admission });
+        Self { inner, latched: watch::Sender::new(false), persist }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a connection that arrives now is served as.
-    pub fn admission(&self) -> Admission {
+    /// How a connection that arrives now is served.
+    pub(crate) fn admission(&self) -> Admission {
         self.inner().admission.clone()
     }
 
-    /// The phase the agent is in.
-    pub fn phase(&self) -> PhaseName {
+    /// The phase of the agent.
+    pub(crate) fn phase(&self) -> PhaseName {
         self.inner().admission.phase
     }
 
-    /// What the banner says: a hint for the other side, for before authentication it proves nothing.
-    pub fn banner(&self) -> &'static str {
+    /// The text of the banner. A hint for the client, not proof: the agent is not authenticated yet.
+    pub(crate) fn banner(&self) -> &'static str {
         match self.inner().state {
             State::Attestation { .. } => "Secure Comms agent in the Attestation phase\r\n",
-            State::Kubernetes { standing: Standing::Fresh { .. }, .. } => {
+            State::Kubernetes { login: LoginState::Fresh { .. }, .. } => {
                 "Secure Comms agent in the Kubernetes phase, fresh\r\n"
             }
-            State::Kubernetes { standing: Standing::Latched, .. } => {
+            State::Kubernetes { login: LoginState::Latched, .. } => {
                 "Secure Comms agent in the Kubernetes phase, latched\r\n"
             }
         }
     }
 
     /// Whether a connection of this generation may attest without a key.
-    pub fn attests_unproven(&self, generation: u64) -> bool {
+    pub(crate) fn allows_anonymous_attestation(&self, generation: u64) -> bool {
         matches!(self.attesters(generation), Some(Attesters::Anyone))
     }
 
     /// Whether a connection of this generation may attest with this key.
-    pub fn attests_with(&self, generation: u64, key: &PublicKey) -> bool {
+    pub(crate) fn allows_attestation_with(&self, generation: u64, key: &PublicKey) -> bool {
         matches!(self.attesters(generation), Some(Attesters::Holding(keys)) if keys.matches(key))
     }
 
     /// Whether a connection of this generation may attest at all.
-    pub fn attests(&self, generation: u64) -> bool {
+    pub(crate) fn allows_attestation(&self, generation: u64) -> bool {
         self.attesters(generation).is_some()
     }
 
@@ -145,77 +141,78 @@ impl Gate {
         match &inner.state {
             _ if inner.admission.generation != generation => None,
             State::Attestation { attesters } => Some(attesters.clone()),
-            State::Kubernetes { standing: Standing::Fresh { reopened }, .. } => reopened.clone(),
-            State::Kubernetes { standing: Standing::Latched, .. } => None,
+            State::Kubernetes { login: LoginState::Fresh { reopened }, .. } => reopened.clone(),
+            State::Kubernetes { login: LoginState::Latched, .. } => None,
         }
     }
 
-    /// Whether this key would be let into the Kubernetes phase.
-    pub fn would_log_in(&self, generation: u64, key: &PublicKey) -> bool {
+    /// Whether a connection of this generation could log in to the Kubernetes phase with this key.
+    pub(crate) fn allows_login_with(&self, generation: u64, key: &PublicKey) -> bool {
         let inner = self.inner();
         inner.admission.generation == generation
             && matches!(&inner.state, State::Kubernetes { keys, .. } if keys.worker_node().matches(key))
     }
 
-    /// Lets the holder of this key, proven, into the Kubernetes phase; the first one latches.
+    /// Logs the holder of this key in to the Kubernetes phase. The first login latches the keys. `Ok(false)`: the key is
+    /// not one of the worker node's, or the connection is of an older generation.
     ///
     /// # Errors
-    /// The keys could not be kept for this boot: then nobody gets in, for after a restart of this process anybody
-    /// might attest again.
-    pub fn log_in(&self, generation: u64, key: &PublicKey) -> Result<bool, LatchError> {
+    /// The keys could not be stored. The login is refused then: after a restart the agent would attest again, and any
+    /// client could take part.
+    pub(crate) fn log_in(&self, generation: u64, key: &PublicKey) -> Result<bool, LatchError> {
         let mut inner = self.inner();
         if inner.admission.generation != generation {
             return Ok(false);
         }
-        let State::Kubernetes { keys, standing } = &mut inner.state else { return Ok(false) };
+        let State::Kubernetes { keys, login } = &mut inner.state else { return Ok(false) };
         if !keys.worker_node().matches(key) {
             return Ok(false);
         }
-        if matches!(standing, Standing::Fresh { .. }) {
-            (self.keep)(keys)?;
-            *standing = Standing::Latched;
+        if matches!(login, LoginState::Fresh { .. }) {
+            (self.persist)(keys)?;
+            *login = LoginState::Latched;
             drop(inner);
             self.latched.send_replace(true);
         }
         Ok(true)
     }
 
-    /// Enters the Kubernetes phase, fresh, with these keys (or better ones than before).
+    /// Enters the Kubernetes phase, fresh, with these keys. Replaces keys with which no worker node has logged in.
     ///
     /// # Errors
-    /// Somebody has logged in meanwhile.
-    pub fn open_kubernetes(&self, keys: PodKeys) -> Result<(), AlreadyLatched> {
+    /// A worker node has logged in.
+    pub(crate) fn open_kubernetes(&self, keys: PodKeys) -> Result<(), AlreadyLatched> {
         let mut inner = self.inner();
-        if matches!(inner.state, State::Kubernetes { standing: Standing::Latched, .. }) {
+        if matches!(inner.state, State::Kubernetes { login: LoginState::Latched, .. }) {
             return Err(AlreadyLatched);
         }
         inner.admission = Admission {
             generation: inner.admission.generation + 1,
             phase: PhaseName::Kubernetes,
-            identity: Identity::new(PhaseName::Kubernetes, keys.host().clone(), self.rekey_bytes),
+            host_key: Arc::new(keys.host().clone()),
         };
-        inner.state = State::Kubernetes { keys, standing: Standing::Fresh { reopened: None } };
+        inner.state = State::Kubernetes { keys, login: LoginState::Fresh { reopened: None } };
         Ok(())
     }
 
-    /// Lets attesters in beside the Kubernetes user, until somebody logs in.
+    /// Allows attestation in parallel with the Kubernetes phase, until a worker node logs in.
     ///
     /// # Errors
-    /// Somebody has logged in meanwhile.
-    pub fn reopen_attestation(&self, attesters: Attesters) -> Result<(), AlreadyLatched> {
+    /// A worker node has logged in.
+    pub(crate) fn reopen_attestation(&self, attesters: Attesters) -> Result<(), AlreadyLatched> {
         match &mut self.inner().state {
-            State::Kubernetes { standing: Standing::Fresh { reopened }, .. } => {
+            State::Kubernetes { login: LoginState::Fresh { reopened }, .. } => {
                 *reopened = Some(attesters);
                 Ok(())
             }
-            State::Kubernetes { standing: Standing::Latched, .. } => Err(AlreadyLatched),
-            // Attesters are in anyway.
+            State::Kubernetes { login: LoginState::Latched, .. } => Err(AlreadyLatched),
+            // Attestation is open already.
             State::Attestation { .. } => Ok(()),
         }
     }
 
-    /// Waits until somebody has logged in.
-    pub async fn latched(&self) {
+    /// Waits until a worker node has logged in.
+    pub(crate) async fn until_latched(&self) {
         // The sender lives in self, so this ends by the value only.
         drop(self.latched.subscribe().wait_for(|latched| *latched).await);
     }

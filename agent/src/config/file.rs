@@ -11,11 +11,11 @@ use secure_comms_protocol::limits::START_EXTENSION;
 use serde::de::IgnoredAny;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::time::interval;
+use tokio::time::{Instant, interval};
 use zeroize::Zeroizing;
 
-use crate::config::DaemonConfig;
-use crate::os::logging::Repeated;
+use super::daemon_config::DaemonConfig;
+use crate::os::log_limits::Repeated;
 use crate::os::systemd::Notifier;
 
 /// The largest daemon config, in bytes.
@@ -23,7 +23,7 @@ const SIZE_MAX: usize = 1024 * 1024;
 
 /// Why the daemon config can't be had.
 #[derive(Debug, thiserror::Error)]
-pub enum FileError {
+pub enum DaemonConfigError {
     /// It is there, but can't be read.
     #[error("reading the daemon config {}: {source}; make it a file that this service may read", path.display())]
     Read {
@@ -71,27 +71,32 @@ enum Found {
 ///
 /// # Errors
 /// It is there and is no daemon config.
-pub async fn wait_for(path: &Path, notifier: &Notifier) -> Result<DaemonConfig, FileError> {
+pub async fn wait_for(path: &Path, notifier: &Notifier) -> Result<DaemonConfig, DaemonConfigError> {
     let mut waiting = Repeated::new(format!("waiting for the daemon config {}", path.display()));
-    let mut patience = interval(START_EXTENSION / 2);
+    let mut extension = interval(START_EXTENSION / 2);
+    let (began, mut missed) = (Instant::now(), false);
     loop {
         // Before we look: what is written in between is an event then.
         let watch = watch(path)?;
         let state = match look(path)? {
             Found::Whole(config) => {
-                waiting.succeeded();
+                if missed {
+                    let waited = began.elapsed().as_secs_f64();
+                    log::info!("daemon config {} found after {waited:.1} s", path.display());
+                }
                 return Ok(*config);
             }
             Found::Nothing => "it is not there yet".to_owned(),
             Found::Beginning(error) => format!("it is not complete yet: {error}"),
         };
+        missed = true;
         waiting.failed(&state);
         notifier.status(&format!("waiting for the daemon config {}: {state}", path.display()));
         let changed = async {
             loop {
                 tokio::select! {
                     changed = watch.ready(Interest::READABLE) => return changed,
-                    _ = patience.tick() => notifier.extend_start(START_EXTENSION),
+                    _ = extension.tick() => notifier.extend_start(START_EXTENSION),
                 }
             }
         };
@@ -99,8 +104,8 @@ pub async fn wait_for(path: &Path, notifier: &Notifier) -> Result<DaemonConfig, 
     }
 }
 
-fn look(path: &Path) -> Result<Found, FileError> {
-    let read_error = |source| FileError::Read { path: path.to_owned(), source };
+fn look(path: &Path) -> Result<Found, DaemonConfigError> {
+    let read_error = |source| DaemonConfigError::Read { path: path.to_owned(), source };
     let file = match File::open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Nothing),
         file => file.map_err(read_error)?,
@@ -111,12 +116,12 @@ fn look(path: &Path) -> Result<Found, FileError> {
     let mut text = Zeroizing::new(Vec::with_capacity(size + 1024));
     file.take(SIZE_MAX as u64 + 1).read_to_end(&mut text).map_err(read_error)?;
     if text.len() > SIZE_MAX {
-        return Err(FileError::TooLong { path: path.to_owned() });
+        return Err(DaemonConfigError::TooLong { path: path.to_owned() });
     }
     match serde_json::from_slice(&text) {
         Ok(config) => Ok(Found::Whole(Box::new(config))),
         Err(error) if ends_early(&text) => Ok(Found::Beginning(error)),
-        Err(source) => Err(FileError::Parse { path: path.to_owned(), source }),
+        Err(source) => Err(DaemonConfigError::Parse { path: path.to_owned(), source }),
     }
 }
 
@@ -126,7 +131,7 @@ fn ends_early(text: &[u8]) -> bool {
 }
 
 /// Becomes readable when the file may have come or changed: it watches the nearest directory on the way to it.
-fn watch(path: &Path) -> Result<AsyncFd<OwnedFd>, FileError> {
+fn watch(path: &Path) -> Result<AsyncFd<OwnedFd>, DaemonConfigError> {
     let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)
         .map_err(|errno| watch_error(path, path, errno.into()))?;
     let events = AddWatchFlags::IN_CLOSE_WRITE
@@ -153,8 +158,8 @@ fn watch(path: &Path) -> Result<AsyncFd<OwnedFd>, FileError> {
     Err(watch_error(path, path, ErrorKind::NotFound.into()))
 }
 
-fn watch_error(path: &Path, directory: &Path, source: io::Error) -> FileError {
-    FileError::Watch { path: path.to_owned(), directory: directory.to_owned(), source }
+fn watch_error(path: &Path, directory: &Path, source: io::Error) -> DaemonConfigError {
+    DaemonConfigError::Watch { path: path.to_owned(), directory: directory.to_owned(), source }
 }
 
 #[cfg(test)]

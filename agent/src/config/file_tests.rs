@@ -9,11 +9,11 @@ use super::*;
 /// What ends a test that hangs.
 const HANG: Duration = Duration::from_secs(60);
 
-async fn read(path: &Path) -> Result<DaemonConfig, FileError> {
+async fn read(path: &Path) -> Result<DaemonConfig, DaemonConfigError> {
     timeout(HANG, wait_for(path, &Notifier::default())).await.expect("it waits")
 }
 
-async fn read_text(text: &[u8]) -> (PathBuf, Result<DaemonConfig, FileError>) {
+async fn read_text(text: &[u8]) -> (PathBuf, Result<DaemonConfig, DaemonConfigError>) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("apf.json");
     std::fs::write(&path, text).unwrap();
@@ -54,7 +54,7 @@ async fn a_broken_daemon_config_is_reported_with_path_place_key_and_advice() {
 }
 
 /// Each step is taken once the reader waits again.
-async fn steps(path: &Path, steps: Vec<Box<dyn FnOnce()>>) -> Result<DaemonConfig, FileError> {
+async fn steps(path: &Path, steps: Vec<Box<dyn FnOnce()>>) -> Result<DaemonConfig, DaemonConfigError> {
     let script = async {
         for step in steps {
             // More often than it takes to see an event and look again.

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use argh::FromArgs;
 use secure_comms_protocol::limits;
 
-use super::go_flags::{FLAGS, normalise};
+use super::go_flags::{FLAGS, Stop, normalise};
 
 const NAME: &str = "agent-protocol-forwarder";
 /// The smallest `-secure-comms-rekey-bytes`: less would spend the connection on key exchanges.
@@ -70,7 +70,7 @@ pub struct Exit {
 }
 
 impl Exit {
-    pub(super) fn usage(fault: impl AsRef<str>) -> Self {
+    fn usage(fault: impl AsRef<str>) -> Self {
         let fault: String = fault.as_ref().chars().flat_map(escape_control).collect();
         Self { code: 2, text: format!("{NAME}: {fault} (-help lists the flags)\n"), to_stderr: true }
     }
@@ -186,7 +186,7 @@ fn rekey_bytes(text: &str) -> Result<usize, String> {
         .ok_or_else(|| format!("expected a number of bytes, at least {REKEY_BYTES_MIN}"))
 }
 
-pub(super) fn help() -> Exit {
+fn help() -> Exit {
     match Flags::from_args(&[NAME], &["--help"]) {
         Err(exit) => Exit::print(exit.output),
         Ok(_) => Exit::print(format!("{NAME}\n")),
@@ -198,7 +198,10 @@ pub(super) fn help() -> Exit {
 /// # Errors
 /// An [`Exit`] for help, the version and every fault.
 pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Options, Exit> {
-    let given = normalise(args)?;
+    let given = normalise(args).map_err(|stop| match stop {
+        Stop::Help => help(),
+        Stop::Usage(fault) => Exit::usage(fault),
+    })?;
     let argh_args = given.to_long_options();
     let argh_args: Vec<&str> = argh_args.iter().map(String::as_str).collect();
     let flags = Flags::from_args(&[NAME], &argh_args)

@@ -4,8 +4,6 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 
-use super::flags::{Exit, help};
-
 /// A flag as Go knows it: its name, and whether it is a boolean.
 pub(super) struct Flag {
     pub(super) name: &'static str,
@@ -50,17 +48,26 @@ pub(super) const FLAGS: &[Flag] = &[
     unused(boolean("disable-tls")),
 ];
 
+/// Why there are no flags.
+#[derive(Debug)]
+pub(super) enum Stop {
+    /// Help was asked for.
+    Help,
+    /// A usage error, with what to do about it.
+    Usage(String),
+}
+
 /// The flags that were given, each with its last value.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Given(pub(super) BTreeMap<&'static str, String>);
 
 /// Reads `args` as Go's `flag.Parse` does, but that an argument that is no flag is an error instead of the end
 /// of the flags, and that empty arguments are skipped: a unit's `${OPTIONS}` may expand to one.
-pub(super) fn normalise(args: impl Iterator<Item = OsString>) -> Result<Given, Exit> {
+pub(super) fn normalise(args: impl Iterator<Item = OsString>) -> Result<Given, Stop> {
     let mut given = Given::default();
     let mut args = args.map(|arg| {
         arg.into_string().map_err(|arg| {
-            Exit::usage(format!("argument '{}': not UTF-8; write it in UTF-8", arg.to_string_lossy()))
+            Stop::Usage(format!("argument '{}': not UTF-8; write it in UTF-8", arg.to_string_lossy()))
         })
     });
     while let Some(arg) = args.next().transpose()? {
@@ -73,8 +80,8 @@ pub(super) fn normalise(args: impl Iterator<Item = OsString>) -> Result<Given, E
         let (name, inline) = split(&arg)?;
         let Some(flag) = FLAGS.iter().find(|flag| flag.name == name) else {
             return Err(match name {
-                "h" | "help" => help(),
-                _ => Exit::usage(format!("flag '{arg}': no such flag; correct or remove it")),
+                "h" | "help" => Stop::Help,
+                _ => Stop::Usage(format!("flag '{arg}': no such flag; correct or remove it")),
             });
         };
         let value = match (inline, flag.boolean) {
@@ -82,7 +89,7 @@ pub(super) fn normalise(args: impl Iterator<Item = OsString>) -> Result<Given, E
             (None, true) => true.to_string(),
             (Some(value), false) => value.to_owned(),
             (None, false) => args.next().transpose()?.ok_or_else(|| {
-                Exit::usage(format!("flag -{name}: needs a value: -{name} VALUE or -{name}=VALUE"))
+                Stop::Usage(format!("flag -{name}: needs a value: -{name} VALUE or -{name}=VALUE"))
             })?,
         };
         given.0.insert(flag.name, value);
@@ -95,13 +102,13 @@ pub(super) fn normalise(args: impl Iterator<Item = OsString>) -> Result<Given, E
     Ok(given)
 }
 
-fn split(arg: &str) -> Result<(&str, Option<&str>), Exit> {
+fn split(arg: &str) -> Result<(&str, Option<&str>), Stop> {
     let body = arg.strip_prefix("--").or_else(|| arg.strip_prefix('-')).unwrap_or_default();
     if !arg.starts_with('-') || arg == "-" {
         return Err(not_a_flag(arg));
     }
     if body.is_empty() || body.starts_with(['-', '=']) {
-        return Err(Exit::usage(format!("argument '{arg}': bad flag syntax; expected -flag or --flag")));
+        return Err(Stop::Usage(format!("argument '{arg}': bad flag syntax; expected -flag or --flag")));
     }
     Ok(match body.split_once('=') {
         Some((name, value)) => (name, Some(value)),
@@ -109,18 +116,18 @@ fn split(arg: &str) -> Result<(&str, Option<&str>), Exit> {
     })
 }
 
-fn not_a_flag(arg: &str) -> Exit {
-    Exit::usage(format!(
+fn not_a_flag(arg: &str) -> Stop {
+    Stop::Usage(format!(
         "argument '{arg}': not a flag; remove it, or write -flag={arg} if it is the value of a boolean flag"
     ))
 }
 
 /// The texts Go's `strconv.ParseBool` takes.
-fn parse_bool(arg: &str, text: &str) -> Result<bool, Exit> {
+fn parse_bool(arg: &str, text: &str) -> Result<bool, Stop> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-        _ => Err(Exit::usage(format!("flag '{arg}': expected true or false after the '='"))),
+        _ => Err(Stop::Usage(format!("flag '{arg}': expected true or false after the '='"))),
     }
 }
 

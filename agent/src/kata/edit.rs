@@ -90,7 +90,7 @@ pub fn recognise(beginning: &[u8], whole: bool) -> Verdict {
             Some(Err(_)) if is_name(before) && before.len() >= NAME_MAX => return Verdict::Pass,
             Some(Err(Malformed::Truncated)) | None => return Verdict::Assemble,
             // The kata agent will say so.
-            Some(Err(Malformed::NoField)) => return Verdict::Pass,
+            Some(Err(Malformed::InvalidField)) => return Verdict::Pass,
         }
     }
 }

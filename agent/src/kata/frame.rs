@@ -74,7 +74,7 @@ pub struct Scanner {
 
 impl Scanner {
     /// Whether the next byte begins a frame.
-    pub fn between(&self) -> bool {
+    pub fn at_boundary(&self) -> bool {
         self.left == 0 && self.have == 0
     }
 
@@ -84,7 +84,7 @@ impl Scanner {
     }
 
     /// How many bytes until something becomes known: the end of the header, or of the data.
-    pub fn missing(&self) -> usize {
+    pub fn until_boundary(&self) -> usize {
         if self.left > 0 { self.left } else { HEADER - self.have }
     }
 
@@ -93,7 +93,7 @@ impl Scanner {
     /// # Errors
     /// The header is not one.
     pub fn advance(&mut self, data: &[u8]) -> Result<(usize, Option<Header>), FrameError> {
-        let used = data.len().min(self.missing());
+        let used = data.len().min(self.until_boundary());
         if self.left > 0 {
             self.left -= used;
             return Ok((used, None));
@@ -121,6 +121,6 @@ impl Scanner {
     /// # Errors
     /// In the middle of a frame.
     pub fn end(&self) -> Result<(), FrameError> {
-        if self.between() { Ok(()) } else { Err(FrameError::Truncated(self.missing())) }
+        if self.at_boundary() { Ok(()) } else { Err(FrameError::Truncated(self.until_boundary())) }
     }
 }

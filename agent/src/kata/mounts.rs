@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
 use super::edit::Mounts;
-use super::reply::Refusal;
+use super::reply::RequestRefusal;
 
 /// The mounts that this process sees (proc_pid_mountinfo(5)).
 const MOUNT_INFO: &str = "/proc/self/mountinfo";
@@ -23,19 +23,20 @@ const MOUNT_INFO: &str = "/proc/self/mountinfo";
 ///
 /// # Errors
 /// A source can't be made, or nothing is mounted on a volume for [`VOLUME_MOUNT`].
-pub async fn prepare(mounts: Mounts) -> Result<(), Refusal> {
+pub async fn prepare(mounts: Mounts) -> Result<(), RequestRefusal> {
     let (done, made) = oneshot::channel();
     // On a thread of its own: a file system that hangs must not hold up the agent.
     std::thread::Builder::new()
         .name("mounts".into())
         .spawn(move || drop(done.send(make(mounts))))
-        .map_err(Refusal::Mounts)?;
-    let volumes = made.await.map_err(|_| Refusal::Mounts(io::Error::other("its thread ended early")))??;
+        .map_err(RequestRefusal::Mounts)?;
+    let volumes =
+        made.await.map_err(|_| RequestRefusal::Mounts(io::Error::other("its thread ended early")))??;
     if volumes.is_empty() { Ok(()) } else { mounted(&volumes).await }
 }
 
 /// Makes the sources that are missing. Returns the volumes by the names that they have once mounted.
-fn make(mounts: Mounts) -> Result<Vec<PathBuf>, Refusal> {
+fn make(mounts: Mounts) -> Result<Vec<PathBuf>, RequestRefusal> {
     for source in mounts.sources {
         if source.exists() {
             continue;
@@ -43,37 +44,37 @@ fn make(mounts: Mounts) -> Result<Vec<PathBuf>, Refusal> {
         // Whatever our umask is: the container's user may be anyone.
         fs::create_dir_all(&source)
             .and_then(|()| fs::set_permissions(&source, Permissions::from_mode(0o755)))
-            .map_err(|error| Refusal::Source { path: source.clone(), source: error })?;
+            .map_err(|error| RequestRefusal::Source { path: source.clone(), source: error })?;
         log::info!("tunnel KATAAGENT: made {}, the source of a bind mount", source.display());
     }
     let resolved = |volume: PathBuf| {
-        fs::canonicalize(&volume).map_err(|error| Refusal::Source { path: volume, source: error })
+        fs::canonicalize(&volume).map_err(|error| RequestRefusal::Source { path: volume, source: error })
     };
     mounts.volumes.into_iter().map(resolved).collect()
 }
 
 /// Waits until something is mounted on each of `volumes`.
-async fn mounted(volumes: &[PathBuf]) -> Result<(), Refusal> {
-    let table = Table::open().map_err(Refusal::Mounts)?;
+async fn mounted(volumes: &[PathBuf]) -> Result<(), RequestRefusal> {
+    let table = MountTable::open().map_err(RequestRefusal::Mounts)?;
     let deadline = Instant::now() + VOLUME_MOUNT;
     let mut waited_for = None;
     loop {
-        let points = table.points().map_err(Refusal::Mounts)?;
+        let points = table.points().map_err(RequestRefusal::Mounts)?;
         let Some(missing) = volumes.iter().find(|volume| !points.contains(volume)) else { return Ok(()) };
         if waited_for.replace(missing) != Some(missing) {
             log::info!("tunnel KATAAGENT: a container waits for its volume {}", missing.display());
         }
         match timeout_at(deadline, table.changed()).await {
-            Ok(changed) => changed.map_err(Refusal::Mounts)?,
-            Err(_) => return Err(Refusal::Volume { path: missing.clone() }),
+            Ok(changed) => changed.map_err(RequestRefusal::Mounts)?,
+            Err(_) => return Err(RequestRefusal::Volume { path: missing.clone() }),
         }
     }
 }
 
 /// The table of mounts. The kernel reports each change after it was opened as an exceptional condition.
-struct Table(AsyncFd<File>);
+struct MountTable(AsyncFd<File>);
 
-impl Table {
+impl MountTable {
     #[expect(
         deprecated,
         reason = "what took its place is unsafe, for types whose descriptor changes; a File's stays the same"

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tempfile::{TempDir, tempdir};
 
-use super::{Table, mount_point, mounted, prepare};
+use super::{MountTable, mount_point, mounted, prepare};
 use crate::kata::edit::Mounts;
-use crate::kata::reply::Refusal;
+use crate::kata::reply::RequestRefusal;
 
 /// A tmpfs, gone when dropped.
 struct Volume(PathBuf);
@@ -58,7 +58,7 @@ fn mount_points_are_unescaped() {
 async fn the_kernel_reports_each_change_of_the_mounts() {
     let (_directory, path) = directory();
     let point = made(&path, "a b\\c");
-    let table = Table::open().unwrap();
+    let table = MountTable::open().unwrap();
     assert!(!table.points().unwrap().contains(&point));
     let volume = Volume::new(&point);
     while !table.points().unwrap().contains(&point) {
@@ -85,7 +85,7 @@ async fn a_container_waits_for_all_of_its_volumes() {
     std::fs::create_dir_all(&two).unwrap();
     let sources = vec![one.clone(), alias.clone(), path.join("plain")];
     let waiting = tokio::spawn(prepare(Mounts { sources, volumes: vec![one.clone(), alias] }));
-    let table = Table::open().unwrap();
+    let table = MountTable::open().unwrap();
     while !one.exists() {
         tokio::task::yield_now().await;
     }
@@ -105,7 +105,7 @@ async fn a_volume_that_does_not_come_is_named() {
     let (_directory, path) = directory();
     let volume = made(&path, "never");
     let refusal = mounted(std::slice::from_ref(&volume)).await.unwrap_err();
-    assert!(matches!(&refusal, Refusal::Volume { path } if *path == volume), "{refusal}");
+    assert!(matches!(&refusal, RequestRefusal::Volume { path } if *path == volume), "{refusal}");
     let text =
         format!("waiting for the volume {}: nothing was mounted there within 180 s;", volume.display());
     assert!(refusal.to_string().starts_with(&text), "{refusal}");

@@ -11,7 +11,7 @@ pub enum Malformed {
     Truncated,
     /// They have a field number or a wire type that there is not, or a number of more than 64 bits.
     #[error("it has a field that is none")]
-    NoField,
+    InvalidField,
 }
 
 /// One field of a message.
@@ -35,14 +35,14 @@ pub fn varint(data: &[u8]) -> Result<(u64, &[u8]), Malformed> {
         let bits = u64::from(byte & 0x7f);
         // The tenth byte has one bit left to give.
         if at == 9 && bits > 1 {
-            return Err(Malformed::NoField);
+            return Err(Malformed::InvalidField);
         }
         value |= bits << (7 * at);
         if byte & 0x80 == 0 {
             return Ok((value, data.get(at + 1..).unwrap_or_default()));
         }
     }
-    Err(if data.len() < 10 { Malformed::Truncated } else { Malformed::NoField })
+    Err(if data.len() < 10 { Malformed::Truncated } else { Malformed::InvalidField })
 }
 
 /// The number and the wire type of the field that `data` begins with, and what follows them.
@@ -50,7 +50,7 @@ fn key(data: &[u8]) -> Result<(u32, u64, &[u8]), Malformed> {
     let (key, rest) = varint(data)?;
     match u32::try_from(key >> 3) {
         Ok(number) if number > 0 && number < 1 << 29 => Ok((number, key & 7, rest)),
-        _ => Err(Malformed::NoField),
+        _ => Err(Malformed::InvalidField),
     }
 }
 
@@ -97,7 +97,7 @@ impl<'a> Fields<'a> {
                 3 => depth += 1,
                 4 if depth > 0 => depth -= 1,
                 5 => rest = skip(rest, 4)?.1,
-                _ => return Err(Malformed::NoField),
+                _ => return Err(Malformed::InvalidField),
             }
             if depth == 0 {
                 break;

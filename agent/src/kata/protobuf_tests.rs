@@ -56,7 +56,7 @@ fn what_is_cut_short_is_told_from_what_can_never_be() {
     }
     let too_long = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02];
     for never in [&[0x00, 0][..], &[0x0c], &[0x0e], &[0x0f], &too_long] {
-        assert_eq!(Fields::of(never).next(), Some(Err(Malformed::NoField)), "{never:x?}");
+        assert_eq!(Fields::of(never).next(), Some(Err(Malformed::InvalidField)), "{never:x?}");
     }
     assert_eq!(number(&[0x0a, 5, b'x']), Some(1));
     assert_eq!(number(&[]), None);

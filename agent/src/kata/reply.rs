@@ -20,7 +20,7 @@ const MESSAGE: u32 = 2;
 
 /// Why a request does not reach the kata agent.
 #[derive(Debug, thiserror::Error)]
-pub enum Refusal {
+pub enum RequestRefusal {
     /// It is no protobuf.
     #[error("reading the request: {0}; check that the runtime and the kata agent are of one version")]
     Malformed(#[from] Malformed),
@@ -61,7 +61,7 @@ pub enum Refusal {
     Mounts(io::Error),
 }
 
-impl Refusal {
+impl RequestRefusal {
     /// The code, from google.rpc.Code.
     fn code(&self) -> u64 {
         match self {

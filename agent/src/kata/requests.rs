@@ -12,7 +12,7 @@ use secure_comms_protocol::limits::TTRPC_DATA_MAX;
 
 use super::edit::{self, Edited, Mounts, Verdict, recognise};
 use super::frame::{FrameError, HEADER, Header, REQUEST, Scanner};
-use super::reply::Refusal;
+use super::reply::RequestRefusal;
 
 /// How much of a request is looked at to find its service and method, in bytes. Ours take 36.
 const BEGINNING: usize = 64;
@@ -29,7 +29,7 @@ pub enum Out {
         /// Its stream id.
         stream: u32,
         /// Why.
-        refusal: Refusal,
+        refusal: RequestRefusal,
     },
 }
 
@@ -46,7 +46,7 @@ pub struct Held {
 
 /// What is known of the frame that is coming.
 #[derive(Clone, Copy, Debug)]
-enum Fate {
+enum FrameState {
     Unknown,
     Pass,
     Assemble,
@@ -57,12 +57,12 @@ enum Fate {
 pub struct Requests {
     namespace: Option<Arc<str>>,
     scanner: Scanner,
-    fate: Fate,
+    state: FrameState,
     header: Header,
     /// The beginning of a request, and how much of it there is.
     beginning: [u8; BEGINNING],
     known: usize,
-    /// What earlier messages have of a frame whose fate is unknown.
+    /// What earlier messages have of a frame whose state is unknown.
     kept: Vec<Bytes>,
     /// The frame that is assembled.
     frame: BytesMut,
@@ -76,7 +76,7 @@ impl Requests {
         Self {
             namespace,
             scanner: Scanner::default(),
-            fate: Fate::Unknown,
+            state: FrameState::Unknown,
             header: Header { length: 0, stream: 0, kind: 0, flags: 0 },
             beginning: [0; BEGINNING],
             known: 0,
@@ -94,15 +94,15 @@ impl Requests {
         // Before `begin` all goes on; from there to `at` is of the frame that is coming.
         let (mut begin, mut at) = (0, 0);
         while let Some(rest) = message.get(at..).filter(|rest| !rest.is_empty()) {
-            match self.fate {
-                Fate::Unknown => {
-                    let (used, verdict) = self.learn(rest)?;
+            match self.state {
+                FrameState::Unknown => {
+                    let (used, verdict) = self.classify(rest)?;
                     at += used;
                     match verdict {
                         Verdict::More => {}
                         Verdict::Pass => {
                             self.kept.drain(..).for_each(|piece| out(Out::Pass(piece)));
-                            self.fate = Fate::Pass;
+                            self.state = FrameState::Pass;
                         }
                         Verdict::Assemble => {
                             pass(message.split_to(begin), out);
@@ -111,16 +111,16 @@ impl Requests {
                         }
                     }
                 }
-                Fate::Pass => at += self.scanner.advance(rest)?.0,
-                Fate::Assemble => {
+                FrameState::Pass => at += self.scanner.advance(rest)?.0,
+                FrameState::Assemble => {
                     let (used, _) = self.scanner.advance(rest)?;
                     self.frame.extend_from_slice(&message.split_to(used));
                 }
             }
-            if !self.scanner.between() || matches!(self.fate, Fate::Unknown) {
+            if !self.scanner.at_boundary() || matches!(self.state, FrameState::Unknown) {
                 continue;
             }
-            if matches!(std::mem::replace(&mut self.fate, Fate::Unknown), Fate::Assemble) {
+            if matches!(std::mem::replace(&mut self.state, FrameState::Unknown), FrameState::Assemble) {
                 out(self.finish());
             }
             if !self.ready.is_empty() {
@@ -130,7 +130,7 @@ impl Requests {
             }
             begin = at;
         }
-        if matches!(self.fate, Fate::Unknown) {
+        if matches!(self.state, FrameState::Unknown) {
             let unknown = message.split_off(begin);
             if !unknown.is_empty() {
                 self.kept.push(unknown);
@@ -140,8 +140,8 @@ impl Requests {
         Ok(())
     }
 
-    /// Goes over more of a frame whose fate is unknown.
-    fn learn(&mut self, rest: &[u8]) -> Result<(usize, Verdict), FrameError> {
+    /// Goes over more of a frame whose state is unknown.
+    fn classify(&mut self, rest: &[u8]) -> Result<(usize, Verdict), FrameError> {
         let mut used = 0;
         if self.scanner.left() == 0 {
             let header;
@@ -164,7 +164,7 @@ impl Requests {
 
     /// Begins to assemble a frame, of which `last` is what there is beside what was kept.
     fn assemble(&mut self, last: &[u8]) {
-        self.fate = Fate::Assemble;
+        self.state = FrameState::Assemble;
         self.frame = BytesMut::with_capacity(HEADER + self.header.length);
         self.kept.drain(..).for_each(|piece| self.frame.extend_from_slice(&piece));
         self.frame.extend_from_slice(last);
@@ -180,12 +180,12 @@ impl Requests {
         }
     }
 
-    fn edit(&self, frame: Bytes) -> Result<(Bytes, Mounts), Refusal> {
+    fn edit(&self, frame: Bytes) -> Result<(Bytes, Mounts), RequestRefusal> {
         let data = frame.get(HEADER..).unwrap_or_default();
         let Edited { request, mounts } = edit::request(data, self.namespace.as_deref())?;
         let Cow::Owned(request) = request else { return Ok((frame, mounts)) };
         if request.len() > TTRPC_DATA_MAX {
-            return Err(Refusal::TooLong(data.len()));
+            return Err(RequestRefusal::TooLong(data.len()));
         }
         let mut edited = BytesMut::with_capacity(HEADER + request.len());
         edited.extend_from_slice(&Header { length: request.len(), ..self.header }.to_bytes());
@@ -205,7 +205,7 @@ impl Requests {
 
     /// A released request, if this is a place between frames.
     pub fn due(&mut self) -> Option<Bytes> {
-        if self.scanner.between() { self.ready.pop_front() } else { None }
+        if self.scanner.at_boundary() { self.ready.pop_front() } else { None }
     }
 
     /// No more comes.

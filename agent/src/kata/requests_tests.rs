@@ -11,7 +11,7 @@ use super::{Held, Out, Requests};
 use crate::kata::edit::request as edit_request;
 use crate::kata::frame::{FrameError, HEADER, Header, RESPONSE};
 use crate::kata::messages::{CreateContainer, CreateSandbox, Oci, decode, frame, request};
-use crate::kata::reply::Refusal;
+use crate::kata::reply::RequestRefusal;
 
 const PATH: &str = "/run/netns/podns";
 /// The type of a data frame.
@@ -180,7 +180,10 @@ fn a_container_with_bind_mounts_is_held_and_what_follows_it_passes() {
 fn refusals_name_their_stream() {
     let malformed = request(21, "CreateContainer", &[0x32, 9]);
     let outs = take(&mut requests(), &[malformed.into()]).unwrap();
-    assert!(matches!(&outs[..], [Out::Refuse { stream: 21, refusal: Refusal::Malformed(_) }]), "{outs:?}");
+    assert!(
+        matches!(&outs[..], [Out::Refuse { stream: 21, refusal: RequestRefusal::Malformed(_) }]),
+        "{outs:?}"
+    );
     let fits = |later: usize| {
         let oci = Oci { later: vec![0; later], ..Oci::default() };
         let container = CreateContainer { oci: Some(oci), ..CreateContainer::default() };
@@ -190,7 +193,10 @@ fn refusals_name_their_stream() {
     let full = fits(room);
     assert_eq!(full.len(), TTRPC_DATA_MAX + HEADER);
     let outs = take(&mut requests(), &[full.into()]).unwrap();
-    assert!(matches!(&outs[..], [Out::Refuse { stream: 23, refusal: Refusal::TooLong(_) }]), "{outs:?}");
+    assert!(
+        matches!(&outs[..], [Out::Refuse { stream: 23, refusal: RequestRefusal::TooLong(_) }]),
+        "{outs:?}"
+    );
     let outs = take(&mut requests(), &[fits(room - 31).into()]).unwrap();
     assert_eq!(passed(outs)[0].len(), TTRPC_DATA_MAX + HEADER, "the edit adds 31 bytes");
 }

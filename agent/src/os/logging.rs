@@ -3,11 +3,9 @@
 //! One line per event, control characters escaped: what peers send must not be able to forge lines.
 
 use std::env;
-use std::fmt::Display;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use syslog::{Facility, Formatter3164, LoggerBackend};
@@ -195,101 +193,6 @@ fn one_line(text: &str) -> String {
         }
     }
     line
-}
-
-/// Lets so many lines a minute through, so that strangers tell us why they failed and can't fill the log.
-#[derive(Debug)]
-pub struct Throttle {
-    a_minute: u32,
-    window: Mutex<(Option<Instant>, u32)>,
-}
-
-impl Throttle {
-    /// So many.
-    pub fn new(a_minute: u32) -> Self {
-        Self { a_minute, window: Mutex::new((None, 0)) }
-    }
-
-    /// The level of a line that would be worth `level`: debug, once there are too many of its kind.
-    pub fn level(&self, level: Level) -> Level {
-        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
-        if window.0.is_none_or(|began| began.elapsed() >= MINUTE) {
-            *window = (Some(Instant::now()), 0);
-        }
-        window.1 = window.1.saturating_add(1);
-        if window.1 > self.a_minute { Level::Debug.max(level) } else { level }
-    }
-}
-
-const MINUTE: Duration = Duration::from_secs(60);
-
-/// How many different texts of one failure are remembered, so that two that take turns are not both news.
-const REMEMBERED: usize = 8;
-
-/// A failure that may repeat: logged when it starts, changes and ends, not every time.
-#[derive(Debug)]
-pub struct Repeated {
-    what: String,
-    failing: Option<Failing>,
-}
-
-#[derive(Debug)]
-struct Failing {
-    since: Instant,
-    count: u64,
-    seen: Vec<String>,
-}
-
-impl Repeated {
-    /// Of `what`, say "fetching the keys".
-    pub fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), failing: None }
-    }
-
-    /// It failed (again).
-    pub fn failed(&mut self, error: &dyn Display) {
-        if let Some(line) = self.note_failure(error.to_string()) {
-            log::warn!("{line}");
-        }
-    }
-
-    /// It works; a line if it did not before.
-    pub fn succeeded(&mut self) {
-        if let Some(line) = self.note_success() {
-            log::info!("{line}");
-        }
-    }
-
-    /// How often it has failed since it last worked.
-    pub fn count(&self) -> u64 {
-        self.failing.as_ref().map_or(0, |failing| failing.count)
-    }
-
-    fn note_failure(&mut self, error: String) -> Option<String> {
-        let now = || Failing { since: Instant::now(), count: 0, seen: Vec::new() };
-        let failing = self.failing.get_or_insert_with(now);
-        failing.count += 1;
-        if failing.seen.contains(&error) {
-            return None;
-        }
-        if failing.seen.len() == REMEMBERED {
-            failing.seen.remove(0);
-        }
-        let line = match failing.count {
-            1 => format!("{}: {error}", self.what),
-            count => format!("{}: failure {count}, now: {error}", self.what),
-        };
-        failing.seen.push(error);
-        Some(line)
-    }
-
-    fn note_success(&mut self) -> Option<String> {
-        let failing = self.failing.take()?;
-        let after: Duration = failing.since.elapsed();
-        let times =
-            if failing.count == 1 { "1 failure".into() } else { format!("{} failures", failing.count) };
-        Some(format!("{}: works after {times} in {:.1} s", self.what, after.as_secs_f64()))
-    }
 }
 
 #[cfg(test)]

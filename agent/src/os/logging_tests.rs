@@ -64,31 +64,3 @@ fn syslog_gets_one_rfc_3164_datagram_a_line_and_a_full_or_lost_daemon_does_not_b
     drop(daemon);
     assert!(!send(&mut syslog, Level::Info, "nobody listens"));
 }
-
-#[test]
-fn a_repeated_failure_is_logged_when_it_starts_changes_and_ends() {
-    let mut repeated = Repeated::new("fetching the keys");
-    assert_eq!(repeated.note_success(), None);
-    assert_eq!(repeated.note_failure("refused".into()).unwrap(), "fetching the keys: refused");
-    assert_eq!(repeated.note_failure("refused".into()), None);
-    assert_eq!(
-        repeated.note_failure("timeout".into()).unwrap(),
-        "fetching the keys: failure 3, now: timeout"
-    );
-    assert_eq!(repeated.note_failure("refused".into()), None, "two that take turns are not news");
-    assert_eq!(repeated.count(), 4);
-    let line = repeated.note_success().unwrap();
-    assert!(line.starts_with("fetching the keys: works after 4 failures in "), "{line}");
-    assert_eq!((repeated.note_success(), repeated.count()), (None, 0));
-    assert!(repeated.note_failure("refused".into()).is_some(), "a new spell is news again");
-}
-
-#[test]
-fn lines_of_a_kind_become_debug_once_there_are_too_many() {
-    let throttle = Throttle::new(2);
-    let levels: Vec<_> = (0..4).map(|_| throttle.level(Level::Info)).collect();
-    assert_eq!(levels, [Level::Info, Level::Info, Level::Debug, Level::Debug]);
-    // The next minute starts over.
-    throttle.window.lock().unwrap().0 = Some(Instant::now().checked_sub(MINUTE).unwrap());
-    assert_eq!(throttle.level(Level::Info), Level::Info);
-}

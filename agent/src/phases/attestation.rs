@@ -1,4 +1,4 @@
-//! The Attestation phase: one attempt after the other to get this pod's keys from the KBS, each through one peer.
+//! The Attestation phase: attempts to get this pod's keys from the KBS, one after the other, each through one peer.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,60 +12,47 @@ use secure_comms_tunnel::netns::{self, Namespace, NamespaceError};
 use tokio::time::{sleep, timeout};
 use zeroize::Zeroizing;
 
-use crate::phases::kbs_fetch::{self, FetchError};
+use super::kbs_fetch::{self, FetchError};
+use crate::agent::Agent;
 use crate::keys::{KeyError, PodKeys};
-use crate::os::logging::Repeated;
-use crate::peers::Peer;
-use crate::peers::routes::Hurry;
-use crate::server::session::Agent;
+use crate::os::log_limits::Repeated;
+use crate::peers::deadlines::KbsDeadlines;
+use crate::peers::peer::Peer;
 
 /// Why an attempt brought no keys.
 #[derive(Debug, thiserror::Error)]
-pub enum AttemptError {
+enum AttemptError {
     /// `api-server-rest` could not be reached.
     #[error("connecting to api-server-rest at {address}: {source}")]
-    Connect {
-        /// Where it should be.
-        address: SocketAddr,
-        /// The cause.
-        source: NamespaceError,
-    },
-    /// It did not hand the resource over.
+    Connect { address: SocketAddr, source: NamespaceError },
+    /// `api-server-rest` did not return the resource.
     #[error("fetching {path} through api-server-rest: {source}")]
-    Fetch {
-        /// The resource.
-        path: String,
-        /// The cause.
-        source: FetchError,
-    },
-    /// It took too long.
+    Fetch { path: String, source: FetchError },
+    /// `api-server-rest` did not answer within [`KEY_FETCH`].
     #[error("fetching {path} through api-server-rest: no answer within {} s", KEY_FETCH.as_secs())]
-    TimedOut {
-        /// The resource.
-        path: String,
-    },
-    /// What it handed over is no key.
+    TimedOut { path: String },
+    /// A resource is not a key.
     #[error("the keys from the KBS: {0}")]
     Keys(#[from] KeyError),
-    /// The peer whose attempt it was is to blame.
+    /// The peer of the attempt is to blame.
     #[error("{0}")]
     Peer(&'static str),
 }
 
-/// The guest components that fetch resources, as seen by the agent.
+/// `api-server-rest`, the guest component that fetches resources from the KBS.
 #[derive(Clone, Debug)]
-pub struct Guest {
-    /// The namespace that `api-server-rest` runs in; none for our own.
-    pub namespace: Option<Namespace>,
-    /// Its address there.
-    pub address: SocketAddr,
+pub(crate) struct GuestApi {
+    /// The network namespace it listens in; none for our own.
+    pub(crate) namespace: Option<Namespace>,
+    /// The address it listens on.
+    pub(crate) address: SocketAddr,
 }
 
-/// Why a peer loses its turn whose KBS stream stays empty.
+/// Why a peer whose KBS stream stays empty loses the attempt.
 const SILENT: &str = "the attestation peer offers the KBS and brings no answer from it";
 
-impl Guest {
-    /// Fetches a pod's keys: each is a full attestation.
+impl GuestApi {
+    /// Fetches a pod's keys, one after the other: each fetch is a full attestation.
     async fn keys(&self, pod: &PodId) -> Result<PodKeys, AttemptError> {
         let host = self.resource(resource::pod_private_key(pod)).await?;
         let worker_node = self.resource(resource::WORKER_NODE_PUBLIC_KEY.to_owned()).await?;
@@ -87,14 +74,16 @@ impl Guest {
     }
 }
 
-/// Attempts until one brings keys. Each belongs to one peer, the next to the next that offers the KBS: those that had
-/// no turn yet come first.
-pub async fn run(agent: &Agent, guest: &Guest) -> PodKeys {
+/// Makes attempts until one brings keys, with backoff between retries. Each attempt uses one peer that offers the KBS;
+/// peers without an attempt so far come first.
+///
+/// Cancellation: ends the current attempt; its routes and its peer's exemption from eviction stay for the caller to clear.
+pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
     let mut backoff = Backoff::default();
     let mut failure = Repeated::new("getting the keys from the KBS");
     let mut last = 0;
-    // An answer that was lost must not cost long; a KBS that is slow gets its time yet.
-    let mut hurry = Hurry {
+    // Short at first, so that a lost answer costs little; longer after each miss, so that a slow KBS can answer.
+    let mut deadlines = KbsDeadlines {
         first_byte: KBS_FIRST_BYTE_MIN,
         pause: KBS_PAUSE_MIN,
         silent: Arc::default(),
@@ -103,46 +92,48 @@ pub async fn run(agent: &Agent, guest: &Guest) -> PodKeys {
     for attempt in 1.. {
         let peer = candidate(agent, last).await;
         last = peer.connection.id;
-        match try_peer(agent, guest, &peer, &hurry).await {
+        match try_peer(agent, guest, &peer, &deadlines).await {
             Ok(keys) => {
                 failure.succeeded();
-                agent.progress.send_replace(Some(KeyProgress { attempt, error: None }));
+                agent.attempt.progress.send_replace(Some(KeyProgress { attempt, error: None }));
                 return keys;
             }
             Err(error) => {
                 if matches!(error, AttemptError::Peer(SILENT)) {
-                    hurry.first_byte = (hurry.first_byte * 2).min(KBS_FIRST_BYTE);
+                    deadlines.first_byte = (deadlines.first_byte * 2).min(KBS_FIRST_BYTE);
                 }
-                if hurry.paused.swap(false, Ordering::Relaxed) {
-                    hurry.pause = (hurry.pause * 2).min(KEY_FETCH);
+                if deadlines.paused.swap(false, Ordering::Relaxed) {
+                    deadlines.pause = (deadlines.pause * 2).min(KEY_FETCH);
                 }
-                // What a stream of this attempt has told late must not end the next one.
-                hurry.silent = Arc::default();
+                // A late notification from a stream of this attempt must not end the next one.
+                deadlines.silent = Arc::default();
                 failure.failed(&error);
-                agent.progress.send_replace(Some(KeyProgress { attempt, error: Some(error.to_string()) }));
+                let progress = KeyProgress { attempt, error: Some(error.to_string()) };
+                agent.attempt.progress.send_replace(Some(progress));
             }
         }
         tokio::select! {
             () = backoff.pause() => {}
-            // Somebody new need not wait for what others did wrong.
-            () = newcomer(agent) => backoff.reset(),
+            // A new peer need not wait for the failures of others.
+            () = wait_for_new_peer(agent) => backoff.reset(),
         }
     }
     std::future::pending().await
 }
 
-fn eligible(peer: &Peer<Attestation>) -> bool {
+fn is_eligible(peer: &Peer<Attestation>) -> bool {
     peer.pod.get().is_some()
         && peer.offers(&TunnelName::kbs())
-        && !peer.is_dismissed()
+        && !peer.is_closing()
         && !peer.credits.is_gone()
 }
 
-/// The next peer whose turn it is, once there is one.
+/// Waits for the peer of the next attempt.
 async fn candidate(agent: &Agent, last: u64) -> Arc<Peer<Attestation>> {
-    let mut changes = agent.attestation.changes();
+    let mut changes = agent.peers.attestation.changes();
     loop {
-        let peers: Vec<_> = agent.attestation.all().into_iter().filter(|peer| eligible(peer)).collect();
+        let peers: Vec<_> =
+            agent.peers.attestation.all().into_iter().filter(|peer| is_eligible(peer)).collect();
         let next = peers
             .iter()
             .find(|peer| !peer.was_tried())
@@ -152,7 +143,7 @@ async fn candidate(agent: &Agent, last: u64) -> Arc<Peer<Attestation>> {
             if !peer.mark_tried()
                 && let Some(pod) = peer.pod.get()
             {
-                // Once for each peer; how its attempts go is told when it changes.
+                // Once for each peer; results of its attempts are logged when they change.
                 log::info!("pod {pod}: getting the keys from the KBS through {}", peer.connection.address);
             }
             return peer.clone();
@@ -162,62 +153,67 @@ async fn candidate(agent: &Agent, last: u64) -> Arc<Peer<Attestation>> {
     }
 }
 
-/// Waits for a peer that had no turn yet.
-async fn newcomer(agent: &Agent) {
-    let mut changes = agent.attestation.changes();
-    while !agent.attestation.all().iter().any(|peer| eligible(peer) && !peer.was_tried()) {
+/// Waits for a peer through which no attempt was made.
+async fn wait_for_new_peer(agent: &Agent) {
+    let mut changes = agent.peers.attestation.changes();
+    while !agent.peers.attestation.all().iter().any(|peer| is_eligible(peer) && !peer.was_tried()) {
         drop(changes.changed().await);
     }
 }
 
-/// One attempt. The fetch is always waited for, for a second one must not start beside it; a peer that has failed
-/// loses its turn, and what is left of the fetch then fails fast.
+/// Makes one attempt. Always waits for the end of the fetch, because two must not run in parallel. When the peer fails,
+/// its streams are refused, so that the rest of the fetch fails fast.
 async fn try_peer(
     agent: &Agent,
-    guest: &Guest,
+    guest: &GuestApi,
     peer: &Peer<Attestation>,
-    hurry: &Hurry,
+    deadlines: &KbsDeadlines,
 ) -> Result<PodKeys, AttemptError> {
     let Some(pod) = peer.pod.get() else { return Err(AttemptError::Peer("the peer named no pod")) };
-    agent.set_attempt(Some(peer.connection.id));
-    agent.routes.attest(peer, hurry);
+    let routes = &agent.tunnels.routes;
+    agent.attempt.set_peer(Some(peer.connection.id));
+    routes.set_attestation(peer, deadlines);
     let fetch = guest.keys(pod);
     tokio::pin!(fetch);
-    let blame = tokio::select! {
+    let fetched = tokio::select! {
         result = &mut fetch => Ok(result),
-        why = lost(agent, peer, hurry) => Err(why),
+        reason = watch_for_failure(agent, peer, deadlines) => Err(reason),
     };
-    let result = match blame {
+    let result = match fetched {
         Ok(result) => result,
-        Err(why) => {
-            log::info!("connection from {}: {why}", peer.connection.address);
-            agent.routes.refuse();
-            agent.set_attempt(None);
-            peer.dismiss(why);
-            // The keys may have been on their way when the peer left.
-            fetch.await.map_err(|_| AttemptError::Peer(why))
+        Err(reason) => {
+            log::info!("connection from {}: {reason}", peer.connection.address);
+            routes.refuse_attestation();
+            agent.attempt.set_peer(None);
+            peer.close_gracefully(reason);
+            // The keys may have arrived before the peer left.
+            fetch.await.map_err(|_| AttemptError::Peer(reason))
         }
     };
-    agent.set_attempt(None);
-    agent.routes.hold();
+    agent.attempt.set_peer(None);
+    routes.clear();
     result
 }
 
-/// Waits until the peer has lost its turn; why.
-async fn lost(agent: &Agent, peer: &Peer<Attestation>, hurry: &Hurry) -> &'static str {
-    let mut changes = agent.attestation.changes();
+/// Waits until the peer has failed the attempt; returns the reason. Keeps the routes up to date with its offers.
+async fn watch_for_failure(
+    agent: &Agent,
+    peer: &Peer<Attestation>,
+    deadlines: &KbsDeadlines,
+) -> &'static str {
+    let mut changes = agent.peers.attestation.changes();
     let overtime = sleep(KBS_FIRST_BYTE);
     tokio::pin!(overtime);
     let mut late = false;
     loop {
         tokio::select! {
             () = peer.credits.gone() => return "the attestation peer left in the middle of its attempt",
-            () = hurry.silent.notified() => return SILENT,
+            () = deadlines.silent.notified() => return SILENT,
             () = &mut overtime, if !late => late = true,
-            _ = changes.changed() => agent.routes.attest(peer, hurry),
+            _ = changes.changed() => agent.tunnels.routes.set_attestation(peer, deadlines),
         }
-        let others = || agent.attestation.all().iter().any(|other| eligible(other) && !other.was_tried());
-        if late && others() {
+        let peers = || agent.peers.attestation.all();
+        if late && peers().iter().any(|other| is_eligible(other) && !other.was_tried()) {
             return "the attestation peer took long, and another has come";
         }
     }

@@ -1,26 +1,21 @@
 //! Links (interfaces) and their addresses.
 
-use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 
 use futures_util::TryStreamExt;
+use rtnetlink::LinkUnspec;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage,
 };
-use rtnetlink::{LinkUnspec, LinkVxlan};
 
 use super::error::{PodNetworkError, Step};
-use super::underlay::HostInterface;
 use super::netlink::Net;
-use super::spec::{Prefix, Spec};
-
-/// What an IP, a UDP, a VXLAN and an inner Ethernet header take of the tunnel's interface's MTU.
-const OVERHEAD: (u32, u32) = (50, 70);
+use super::spec::Prefix;
 
 /// What is known of a link.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Link {
+pub(super) struct Interface {
     pub(super) index: u32,
     pub(super) name: String,
     pub(super) mtu: u32,
@@ -30,17 +25,17 @@ pub(super) struct Link {
     pub(super) vxlan: (u32, u16),
     pub(super) ethernet: bool,
     /// Part of a bridge, a bond or the like.
-    pub(super) governed: bool,
+    pub(super) has_controller: bool,
     pub(super) alias: String,
 }
 
-impl Link {
+impl Interface {
     pub(super) fn is_vxlan(&self) -> bool {
         self.kind == Some(InfoKind::Vxlan)
     }
 }
 
-impl From<LinkMessage> for Link {
+impl From<LinkMessage> for Interface {
     fn from(message: LinkMessage) -> Self {
         let mut link = Self {
             index: message.header.index,
@@ -52,7 +47,7 @@ impl From<LinkMessage> for Link {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::IfAlias(alias) => link.alias = alias,
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
-                LinkAttribute::Controller(_) => link.governed = true,
+                LinkAttribute::Controller(_) => link.has_controller = true,
                 LinkAttribute::LinkInfo(infos) => infos.into_iter().for_each(|info| match info {
                     LinkInfo::Kind(kind) => link.kind = Some(kind),
                     LinkInfo::Data(InfoData::Vxlan(data)) => data.into_iter().for_each(|data| match data {
@@ -70,12 +65,12 @@ impl From<LinkMessage> for Link {
 }
 
 /// Every link of a namespace.
-pub(super) async fn all(net: &Net) -> Result<Vec<Link>, PodNetworkError> {
-    let links = net.handle.link().get().execute().map_ok(Link::from).try_collect().await;
+pub(super) async fn all(net: &Net) -> Result<Vec<Interface>, PodNetworkError> {
+    let links = net.handle.link().get().execute().map_ok(Interface::from).try_collect().await;
     links.step(|| "listing the interfaces".into(), "try again")
 }
 
-pub(super) async fn named(net: &Net, name: &str) -> Result<Option<Link>, PodNetworkError> {
+pub(super) async fn named(net: &Net, name: &str) -> Result<Option<Interface>, PodNetworkError> {
     Ok(all(net).await?.into_iter().find(|link| link.name == name))
 }
 
@@ -121,12 +116,12 @@ fn usable(message: AddressMessage) -> Option<Address> {
 /// Gives a link an address, usable at once. Without `connected` the kernel makes no route to its network.
 pub(super) async fn add_address(
     net: &Net,
-    link: &Link,
+    link: &Interface,
     prefix: Prefix,
     connected: bool,
 ) -> Result<(), PodNetworkError> {
     let mut request = net.handle.address().add(link.index, prefix.address(), prefix.length());
-    let mut flags = at_once(prefix);
+    let mut flags = no_dad_flag(prefix);
     flags.set(AddressFlags::Noprefixroute, !connected);
     request.message_mut().attributes.push(AddressAttribute::Flags(flags));
     request
@@ -136,13 +131,13 @@ pub(super) async fn add_address(
 }
 
 /// Gives a link an address that it had in another namespace.
-pub(super) async fn add_again(net: &Net, link: &Link, address: &Address) -> Result<(), PodNetworkError> {
+pub(super) async fn add_again(net: &Net, link: &Interface, address: &Address) -> Result<(), PodNetworkError> {
     let prefix = address.prefix;
     let mut request = net.handle.address().add(link.index, prefix.address(), prefix.length());
     let message = request.message_mut();
     message.header.scope = address.message.header.scope;
     message.attributes.clear();
-    let mut flags = at_once(prefix);
+    let mut flags = no_dad_flag(prefix);
     for attribute in &address.message.attributes {
         match attribute {
             AddressAttribute::Flags(had) => flags |= *had & AddressFlags::Noprefixroute,
@@ -157,17 +152,17 @@ pub(super) async fn add_again(net: &Net, link: &Link, address: &Address) -> Resu
 }
 
 /// Nobody else can have it, or it was in use before: it is not asked for first.
-fn at_once(prefix: Prefix) -> AddressFlags {
+fn no_dad_flag(prefix: Prefix) -> AddressFlags {
     if prefix.address().is_ipv6() { AddressFlags::Nodad } else { AddressFlags::empty() }
 }
 
-pub(super) async fn set_up(net: &Net, link: &Link) -> Result<(), PodNetworkError> {
+pub(super) async fn set_up(net: &Net, link: &Interface) -> Result<(), PodNetworkError> {
     let message = LinkUnspec::new_with_index(link.index).up().build();
     let changed = net.handle.link().change(message).execute().await;
     changed.step(|| format!("setting '{}' up", link.name), "look at `ip link` there")
 }
 
-pub(super) async fn set_alias(net: &Net, link: &Link, alias: &str) -> Result<(), PodNetworkError> {
+pub(super) async fn set_alias(net: &Net, link: &Interface, alias: &str) -> Result<(), PodNetworkError> {
     let message = LinkUnspec::new_with_index(link.index)
         .append_extra_attribute(LinkAttribute::IfAlias(alias.to_owned()))
         .build();
@@ -176,7 +171,7 @@ pub(super) async fn set_alias(net: &Net, link: &Link, alias: &str) -> Result<(),
 }
 
 /// Moves a link into another namespace, where its index may be another one, and it is down without addresses.
-pub(super) async fn hand_over(net: &Net, link: &Link, to: &impl AsFd) -> Result<(), PodNetworkError> {
+pub(super) async fn hand_over(net: &Net, link: &Interface, to: &impl AsFd) -> Result<(), PodNetworkError> {
     let message = LinkUnspec::new_with_index(link.index).setns_by_fd(to.as_fd().as_raw_fd()).build();
     let moved = net.handle.link().change(message).execute().await;
     moved.step(
@@ -185,68 +180,10 @@ pub(super) async fn hand_over(net: &Net, link: &Link, to: &impl AsFd) -> Result<
     )
 }
 
-pub(super) async fn remove(net: &Net, link: &Link) -> Result<(), PodNetworkError> {
+pub(super) async fn remove(net: &Net, link: &Interface) -> Result<(), PodNetworkError> {
     let removed = match net.handle.link().del(link.index).execute().await {
         Err(error) if super::error::is_gone(&error) => Ok(()),
         other => other,
     };
     removed.step(|| format!("removing '{}'", link.name), "remove it by hand with `ip link del`")
-}
-
-/// Makes the tunnel: a link in the pod's namespace, whose packets leave by the host's. The kernel makes it where it is
-/// wanted, under its name, in one step, so that none is ever half made under another.
-pub(super) async fn make_tunnel(
-    host: &Net,
-    pod: &Net,
-    namespace: &impl AsFd,
-    spec: &Spec,
-    over: &HostInterface,
-) -> Result<Link, PodNetworkError> {
-    let name = spec.interface.as_str();
-    let mut link = LinkVxlan::new(name, spec.id)
-        .dev(over.link.index)
-        .port(spec.port)
-        // There is one other end, whatever anyone sends us.
-        .learning(false)
-        .setns_by_fd(namespace.as_fd().as_raw_fd());
-    link = match (spec.worker_node, over.address) {
-        (IpAddr::V4(remote), IpAddr::V4(local)) => link.remote(remote).local(local),
-        (remote, local) => link.remote6(v6(remote)).local6(v6(local)),
-    };
-    if let Some(address) = spec.hardware_address {
-        link = link.address(address.bytes().to_vec());
-    }
-    host.handle.link().add(link.build()).execute().await.step(
-        || format!("making VXLAN link '{name}', id {}, port {}, to {}", spec.id, spec.port, spec.worker_node),
-        "see that the kernel has VXLAN, and that `ip -d link show type vxlan` has no other link with this id and port",
-    )?;
-    named(pod, name).await?.ok_or_else(|| PodNetworkError::Taken(name.to_owned()))
-}
-
-fn v6(address: IpAddr) -> Ipv6Addr {
-    match address {
-        IpAddr::V4(address) => address.to_ipv6_mapped(),
-        IpAddr::V6(address) => address,
-    }
-}
-
-/// Sets the MTU: what is asked for, or the most that fits into the packets of the interface below.
-pub(super) async fn set_mtu(
-    pod: &Net,
-    link: &Link,
-    spec: &Spec,
-    over: &HostInterface,
-) -> Result<u32, PodNetworkError> {
-    let overhead = if spec.worker_node.is_ipv4() { OVERHEAD.0 } else { OVERHEAD.1 };
-    let mtu = spec.mtu.min(over.link.mtu.saturating_sub(overhead));
-    if mtu < spec.mtu {
-        log::info!("pod network: MTU {mtu} instead of {}: '{}' takes no more", spec.mtu, over.link.name);
-    }
-    let message = LinkUnspec::new_with_index(link.index).mtu(mtu).build();
-    let changed = pod.handle.link().change(message).execute().await;
-    changed.step(
-        || format!("setting the MTU of '{}' to {mtu}", link.name),
-        "correct pod-network.mtu in apf.json",
-    )?;
-    Ok(mtu)
 }

@@ -14,10 +14,10 @@ use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use rtnetlink::{Error as NetlinkError, RouteMessageBuilder};
 
-use super::error::{PodNetworkError, Step, is_gone, is_there};
-use super::interface::{self, Link};
+use super::error::{PodNetworkError, Step, already_exists, is_gone};
+use super::interface::{self, Interface};
 use super::netlink::Net;
-use super::spec::{InterfaceName, Neighbour, Prefix, Route, Spec};
+use super::spec::{InterfaceName, IpRoute, Neighbour, Prefix, Spec};
 
 /// Every unicast route of a namespace's main table.
 pub(super) async fn all(net: &Net) -> Result<Vec<RouteMessage>, PodNetworkError> {
@@ -38,7 +38,7 @@ pub(super) fn is_default(route: &RouteMessage) -> bool {
 }
 
 /// The interfaces it leads out by.
-pub(super) fn leaves_by(route: &RouteMessage) -> Vec<u32> {
+pub(super) fn output_interfaces(route: &RouteMessage) -> Vec<u32> {
     let by = |attribute: &RouteAttribute| match attribute {
         RouteAttribute::Oif(index) => vec![*index],
         RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
@@ -69,7 +69,7 @@ pub(super) fn default_interface(routes: &[RouteMessage], address: IpAddr) -> Opt
     let family = family(address);
     let defaults = routes.iter().filter(|route| is_default(route) && route.header.address_family == family);
     defaults
-        .flat_map(|route| leaves_by(route).into_iter().map(|index| (metric(route), index)))
+        .flat_map(|route| output_interfaces(route).into_iter().map(|index| (metric(route), index)))
         .min()
         .map(|best| best.1)
 }
@@ -117,7 +117,7 @@ pub(super) async fn append(net: &Net, route: RouteMessage, what: &str) -> Result
         Ok(())
     };
     let appended = match answered.await {
-        Err(error) if is_there(&error) => Ok(()),
+        Err(error) if already_exists(&error) => Ok(()),
         other => other,
     };
     appended.step(|| format!("adding route {what}"), "look at `ip route` there")
@@ -133,7 +133,7 @@ pub(super) async fn remove(net: &Net, route: RouteMessage, what: &str) -> Result
 }
 
 /// Adds the routes and the neighbours of a spec.
-pub(super) async fn add_all(pod: &Net, tunnel: &Link, spec: &Spec) -> Result<(), PodNetworkError> {
+pub(super) async fn add_all(pod: &Net, tunnel: &Interface, spec: &Spec) -> Result<(), PodNetworkError> {
     for route in &spec.routes {
         let index = index(pod, tunnel, route.device.as_ref()).await?;
         pod.handle.route().add(as_message(route, index)).execute().await.step(
@@ -150,7 +150,7 @@ pub(super) async fn add_all(pod: &Net, tunnel: &Link, spec: &Spec) -> Result<(),
 }
 
 /// Adds the default routes of a spec that are not there.
-pub(super) async fn add_defaults(pod: &Net, tunnel: &Link, spec: &Spec) -> Result<(), PodNetworkError> {
+pub(super) async fn add_defaults(pod: &Net, tunnel: &Interface, spec: &Spec) -> Result<(), PodNetworkError> {
     for route in spec.routes.iter().filter(|route| route.destination.length() == 0) {
         let index = index(pod, tunnel, route.device.as_ref()).await?;
         append(pod, as_message(route, index), &describe(route)).await?;
@@ -174,23 +174,28 @@ pub(super) async fn remove_foreign(pod: &Net, spec: &Spec) -> Result<(), PodNetw
     Ok(())
 }
 
-fn as_message(route: &Route, index: u32) -> RouteMessage {
+fn as_message(route: &IpRoute, index: u32) -> RouteMessage {
     message(route.destination, route.gateway, index, route.protocol.into(), route.scope)
 }
 
-fn describe(route: &Route) -> String {
+fn describe(route: &IpRoute) -> String {
     match route.gateway {
         Some(gateway) => format!("{} by {gateway}", route.destination),
         None => route.destination.to_string(),
     }
 }
 
-async fn index(pod: &Net, tunnel: &Link, device: Option<&InterfaceName>) -> Result<u32, PodNetworkError> {
+async fn index(
+    pod: &Net,
+    tunnel: &Interface,
+    device: Option<&InterfaceName>,
+) -> Result<u32, PodNetworkError> {
     let Some(device) = device.filter(|device| device.as_str() != tunnel.name) else {
         return Ok(tunnel.index);
     };
-    let found = interface::named(pod, device.as_str()).await?.ok_or_else(|| std::io::ErrorKind::NotFound.into());
-    let found: std::io::Result<Link> = found;
+    let found =
+        interface::named(pod, device.as_str()).await?.ok_or_else(|| std::io::ErrorKind::NotFound.into());
+    let found: std::io::Result<Interface> = found;
     let advice = "correct dev in pod-network.routes and pod-network.neighbors in apf.json";
     Ok(found.step(|| format!("looking for interface '{device}' in the pod's namespace"), advice)?.index)
 }

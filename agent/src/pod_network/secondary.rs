@@ -15,9 +15,9 @@ use secure_comms_protocol::limits::POD_NETWORK_WAIT;
 use tokio::time::{Instant, timeout_at};
 
 use super::error::{PodNetworkError, Step};
-use super::interface::{self, Address, Link};
-use super::netlink::Net;
+use super::interface::{self, Address, Interface};
 use super::ip_route;
+use super::netlink::Net;
 use super::spec::{InterfaceName, Prefix};
 
 /// The alias of an interface that is the VM's and not the pod's.
@@ -26,14 +26,14 @@ const MARK: &str = "secure-comms: the VM's second interface";
 const MADE: u8 = 0x5c;
 
 /// The second interface with what moves along.
-pub(super) struct Second {
-    link: Link,
+pub(super) struct SecondaryInterface {
+    link: Interface,
     addresses: Vec<Address>,
     routes: Vec<RouteMessage>,
 }
 
 /// Waits until there is a second interface with an address, beside the one the tunnel is to leave by.
-pub(super) async fn find(tunnel: Option<&InterfaceName>) -> Result<Second, PodNetworkError> {
+pub(super) async fn find(tunnel: Option<&InterfaceName>) -> Result<SecondaryInterface, PodNetworkError> {
     let host = Net::host_watched().step(|| "listening to the kernel".into(), "try again")?;
     let deadline = Instant::now() + POD_NETWORK_WAIT;
     loop {
@@ -52,11 +52,11 @@ pub(super) async fn find(tunnel: Option<&InterfaceName>) -> Result<Second, PodNe
 }
 
 /// Moves it. Not to be cancelled: while it has left and not arrived, only we know its addresses.
-pub(super) async fn give(
+pub(super) async fn move_to_pod(
     host: &Net,
     pod: &Net,
     namespace: &impl AsFd,
-    second: Second,
+    second: SecondaryInterface,
 ) -> Result<(), PodNetworkError> {
     interface::set_alias(host, &second.link, MARK).await?;
     interface::hand_over(host, &second.link, namespace).await?;
@@ -64,7 +64,7 @@ pub(super) async fn give(
         second.routes.iter().filter(|route| ip_route::is_default(route)).map(family).collect();
     for other in ip_route::all(pod).await? {
         let replaced = ip_route::is_default(&other) && families.contains(&family(&other));
-        if let ([index], true) = (&*ip_route::leaves_by(&other), replaced) {
+        if let ([index], true) = (&*ip_route::output_interfaces(&other), replaced) {
             ip_route::remove(pod, carried(&other, *index), "default").await?;
         }
     }
@@ -74,7 +74,11 @@ pub(super) async fn give(
 }
 
 /// Gives a second interface back that is in the pod's namespace, or was about to go there.
-pub(super) async fn take_back(host: &Net, pod: &Net, namespace: &impl AsFd) -> Result<(), PodNetworkError> {
+pub(super) async fn return_to_host(
+    host: &Net,
+    pod: &Net,
+    namespace: &impl AsFd,
+) -> Result<(), PodNetworkError> {
     for link in interface::all(pod).await?.into_iter().filter(|link| link.alias == MARK) {
         let mut second = describe(pod, link).await?;
         second.routes.retain(|route| route.header.protocol != RouteProtocol::from(MADE));
@@ -89,14 +93,17 @@ pub(super) async fn take_back(host: &Net, pod: &Net, namespace: &impl AsFd) -> R
 }
 
 /// The first network card with an address that neither the tunnel nor the VM's own traffic needs.
-async fn look(host: &Net, tunnel: Option<&InterfaceName>) -> Result<Option<Second>, PodNetworkError> {
+async fn look(
+    host: &Net,
+    tunnel: Option<&InterfaceName>,
+) -> Result<Option<SecondaryInterface>, PodNetworkError> {
     let routes = ip_route::all(host).await?;
     let ours = |address: IpAddr| ip_route::default_interface(&routes, address);
     let ours = [ours(Ipv4Addr::UNSPECIFIED.into()), ours(Ipv6Addr::UNSPECIFIED.into())];
     let addresses = interface::addresses(host).await?;
     let second = interface::all(host).await?.into_iter().find(|link| {
         link.ethernet
-            && !link.governed
+            && !link.has_controller
             && !matches!(link.kind, Some(InfoKind::Vxlan | InfoKind::Bridge | InfoKind::Tun))
             && !ours.contains(&Some(link.index))
             && tunnel.is_none_or(|tunnel| tunnel.as_str() != link.name)
@@ -109,7 +116,7 @@ async fn look(host: &Net, tunnel: Option<&InterfaceName>) -> Result<Option<Secon
 }
 
 /// A link with its addresses and routes, but for those that the kernel makes by itself wherever the link is.
-async fn describe(net: &Net, link: Link) -> Result<Second, PodNetworkError> {
+async fn describe(net: &Net, link: Interface) -> Result<SecondaryInterface, PodNetworkError> {
     let mut addresses = interface::addresses(net).await?;
     addresses.retain(|address| address.index == link.index && !address.link_local);
     let mut routes = ip_route::all(net).await?;
@@ -118,15 +125,15 @@ async fn describe(net: &Net, link: Link) -> Result<Second, PodNetworkError> {
             route.header.protocol,
             RouteProtocol::Kernel | RouteProtocol::Ra | RouteProtocol::IcmpRedirect
         );
-        !own && ip_route::leaves_by(route) == [link.index]
+        !own && ip_route::output_interfaces(route) == [link.index]
     });
     // Their gateways are reached by those without one.
     routes.sort_by_key(|route| ip_route::gateway(route).is_some());
-    Ok(Second { link, addresses, routes })
+    Ok(SecondaryInterface { link, addresses, routes })
 }
 
 /// Where the second interface has no default route, that of the VM serves, if its gateway is on the same network.
-async fn add_default(host: &Net, second: &mut Second) -> Result<(), PodNetworkError> {
+async fn add_default(host: &Net, second: &mut SecondaryInterface) -> Result<(), PodNetworkError> {
     for route in ip_route::all(host).await?.iter().filter(|route| ip_route::is_default(route)) {
         let has_one = |own: &RouteMessage| ip_route::is_default(own) && family(own) == family(route);
         let Some(gateway) = ip_route::gateway(route) else { continue };
@@ -141,7 +148,7 @@ async fn add_default(host: &Net, second: &mut Second) -> Result<(), PodNetworkEr
 }
 
 /// Makes a link that has come into a namespace what it was in the other.
-async fn restore(net: &Net, second: Second) -> Result<Link, PodNetworkError> {
+async fn restore(net: &Net, second: SecondaryInterface) -> Result<Interface, PodNetworkError> {
     let Some(link) = interface::named(net, &second.link.name).await? else {
         return Err(PodNetworkError::Taken(second.link.name));
     };

@@ -8,18 +8,20 @@ use secure_comms_tunnel::Backoff;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::{PodNetwork, PodNetworkError, secondary};
-use crate::os::logging::Repeated;
+use super::error::PodNetworkError;
+use super::secondary;
+use super::setup::PodNetwork;
+use crate::os::log_limits::Repeated;
 
 /// A part of the network that is tried until it works.
-struct Trying<'a> {
+struct RetryLoop<'a> {
     doing: &'static str,
     failure: Repeated,
     backoff: Backoff,
     trouble: &'a watch::Sender<String>,
 }
 
-impl<'a> Trying<'a> {
+impl<'a> RetryLoop<'a> {
     fn new(doing: &'static str, trouble: &'a watch::Sender<String>) -> Self {
         trouble.send_replace(doing.to_owned());
         Self { doing, failure: Repeated::new(doing), backoff: Backoff::default(), trouble }
@@ -41,12 +43,12 @@ impl PodNetwork {
     /// Sets the network up, trying again for ever, and undoes it once `stop` comes. `trouble` says what is missing;
     /// nothing when all is up. The pod can't do without its network, but the worker node can reach the kata agent: so a
     /// failure is told, and ends nothing.
-    pub async fn keep(self, trouble: watch::Sender<String>, stop: impl Future<Output = ()>) {
+    pub(crate) async fn supervise(self, trouble: watch::Sender<String>, stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
         tokio::select! {
-            () = self.bring_up(&trouble) => {
+            () = self.set_up_with_retries(&trouble) => {
                 if self.spec.external {
-                    self.bring_second(&trouble, stop.as_mut()).await;
+                    self.attach_secondary(&trouble, stop.as_mut()).await;
                 } else {
                     stop.await;
                 }
@@ -60,8 +62,8 @@ impl PodNetwork {
         }
     }
 
-    async fn bring_up(&self, trouble: &watch::Sender<String>) {
-        let mut trying = Trying::new("setting up the pod network", trouble);
+    async fn set_up_with_retries(&self, trouble: &watch::Sender<String>) {
+        let mut trying = RetryLoop::new("setting up the pod network", trouble);
         while let Err(error) = self.set_up().await {
             trying.failed(error).await;
         }
@@ -69,12 +71,12 @@ impl PodNetwork {
     }
 
     /// Returns when it is time to stop.
-    async fn bring_second(
+    async fn attach_secondary(
         &self,
         trouble: &watch::Sender<String>,
         mut stop: impl Future<Output = ()> + Unpin,
     ) {
-        let mut trying = Trying::new("moving the VM's second interface to the pod", trouble);
+        let mut trying = RetryLoop::new("moving the VM's second interface to the pod", trouble);
         loop {
             let found = tokio::select! {
                 found = secondary::find(self.host_interface.as_ref()) => found,
@@ -82,7 +84,7 @@ impl PodNetwork {
             };
             // The move itself is short, and whole or not at all.
             let given = match found {
-                Ok(second) => self.give(second).await,
+                Ok(second) => self.move_secondary(second).await,
                 Err(error) => Err(error),
             };
             let Err(error) = given else { break };

@@ -6,24 +6,21 @@ use secure_comms_protocol::limits::POD_NETWORK_WAIT;
 use tokio::time::{Instant, timeout_at};
 
 use super::error::{PodNetworkError, Step};
-use super::interface::{self, Link};
-use super::netlink::Net;
+use super::interface::{self, Interface};
 use super::ip_route;
+use super::netlink::Net;
 use super::spec::{InterfaceName, Spec};
 
 /// Where the tunnel leaves the VM.
 #[derive(Clone, Debug)]
-pub(super) struct HostInterface {
-    pub(super) link: Link,
+pub(super) struct Underlay {
+    pub(super) link: Interface,
     /// Of the worker node's family.
     pub(super) address: IpAddr,
 }
 
 /// Waits until the interface is there and has an address: DHCP may take its time.
-pub(super) async fn find(
-    wanted: Option<&InterfaceName>,
-    spec: &Spec,
-) -> Result<HostInterface, PodNetworkError> {
+pub(super) async fn find(wanted: Option<&InterfaceName>, spec: &Spec) -> Result<Underlay, PodNetworkError> {
     let host = Net::host_watched().step(|| "listening to the kernel".into(), "try again")?;
     let deadline = Instant::now() + POD_NETWORK_WAIT;
     let mut said = String::new();
@@ -52,7 +49,7 @@ async fn look(
     host: &Net,
     wanted: Option<&InterfaceName>,
     spec: &Spec,
-) -> Result<Result<HostInterface, String>, PodNetworkError> {
+) -> Result<Result<Underlay, String>, PodNetworkError> {
     let family = if spec.worker_node.is_ipv4() { "IPv4" } else { "IPv6" };
     let default = ip_route::default_interface(&ip_route::all(host).await?, spec.worker_node);
     let links = interface::all(host).await?;
@@ -79,7 +76,7 @@ async fn look(
     // Of several the one that is nearest.
     let near = addresses.iter().find(|address| address.prefix.contains(spec.worker_node));
     Ok(match near.or(addresses.first()) {
-        Some(address) => Ok(HostInterface { address: address.prefix.address(), link }),
+        Some(address) => Ok(Underlay { address: address.prefix.address(), link }),
         None => Err(format!("'{}' has no {family} address", link.name)),
     })
 }
