@@ -32,7 +32,7 @@ impl Connection {
 
     /// Sets the flow control of a peer that has authenticated. At most `held_max` bytes are read ahead from now on.
     pub(crate) fn set_authenticated(&self, credits: Credits, held_max: usize) {
-        self.guard.may_hold(held_max);
+        self.guard.set_read_ahead_limit(held_max);
         // A connection authenticates once.
         drop(self.credits.set(credits));
     }

@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use secure_comms_protocol::PhaseName;
+use secure_comms_protocol::{Banner, LoginState, PhaseName};
 use tokio::sync::watch;
 
 use super::latch::LatchError;
@@ -28,11 +28,11 @@ pub(crate) type PersistKeys = Box<dyn Fn(&PodKeys) -> Result<(), LatchError> + S
 #[derive(Debug)]
 enum State {
     Attestation { attesters: Attesters },
-    Kubernetes { keys: PodKeys, login: LoginState },
+    Kubernetes { keys: PodKeys, login: Login },
 }
 
 #[derive(Debug)]
-enum LoginState {
+enum Login {
     /// No worker node has logged in with these keys. `reopened`: who may attest again, because none has for long.
     Fresh { reopened: Option<Attesters> },
     /// A worker node has logged in: these keys and no others are accepted.
@@ -82,7 +82,7 @@ impl AccessPolicy {
     /// the user data.
     pub(crate) fn kubernetes(keys: PodKeys, persist: PersistKeys) -> Self {
         let host_key = keys.host().clone();
-        let state = State::Kubernetes { keys, login: LoginState::Latched };
+        let state = State::Kubernetes { keys, login: Login::Latched };
         let policy = Self::new(state, PhaseName::Kubernetes, host_key, persist);
         policy.latched.send_replace(true);
         policy
@@ -108,16 +108,12 @@ impl AccessPolicy {
         self.inner().admission.phase
     }
 
-    /// The text of the banner. A hint for the client, not proof: the agent is not authenticated yet.
-    pub(crate) fn banner(&self) -> &'static str {
+    /// The banner to send. A hint for the client, not proof: the agent is not authenticated yet.
+    pub(crate) fn banner(&self) -> Banner {
         match self.inner().state {
-            State::Attestation { .. } => "Secure Comms agent in the Attestation phase\r\n",
-            State::Kubernetes { login: LoginState::Fresh { .. }, .. } => {
-                "Secure Comms agent in the Kubernetes phase, fresh\r\n"
-            }
-            State::Kubernetes { login: LoginState::Latched, .. } => {
-                "Secure Comms agent in the Kubernetes phase, latched\r\n"
-            }
+            State::Attestation { .. } => Banner::Attestation,
+            State::Kubernetes { login: Login::Fresh { .. }, .. } => Banner::Kubernetes(LoginState::Fresh),
+            State::Kubernetes { login: Login::Latched, .. } => Banner::Kubernetes(LoginState::Latched),
         }
     }
 
@@ -141,8 +137,8 @@ impl AccessPolicy {
         match &inner.state {
             _ if inner.admission.generation != generation => None,
             State::Attestation { attesters } => Some(attesters.clone()),
-            State::Kubernetes { login: LoginState::Fresh { reopened }, .. } => reopened.clone(),
-            State::Kubernetes { login: LoginState::Latched, .. } => None,
+            State::Kubernetes { login: Login::Fresh { reopened }, .. } => reopened.clone(),
+            State::Kubernetes { login: Login::Latched, .. } => None,
         }
     }
 
@@ -168,9 +164,9 @@ impl AccessPolicy {
         if !keys.worker_node().matches(key) {
             return Ok(false);
         }
-        if matches!(login, LoginState::Fresh { .. }) {
+        if matches!(login, Login::Fresh { .. }) {
             (self.persist)(keys)?;
-            *login = LoginState::Latched;
+            *login = Login::Latched;
             drop(inner);
             self.latched.send_replace(true);
         }
@@ -183,7 +179,7 @@ impl AccessPolicy {
     /// A worker node has logged in.
     pub(crate) fn open_kubernetes(&self, keys: PodKeys) -> Result<(), AlreadyLatched> {
         let mut inner = self.inner();
-        if matches!(inner.state, State::Kubernetes { login: LoginState::Latched, .. }) {
+        if matches!(inner.state, State::Kubernetes { login: Login::Latched, .. }) {
             return Err(AlreadyLatched);
         }
         inner.admission = Admission {
@@ -191,7 +187,7 @@ impl AccessPolicy {
             phase: PhaseName::Kubernetes,
             host_key: Arc::new(keys.host().clone()),
         };
-        inner.state = State::Kubernetes { keys, login: LoginState::Fresh { reopened: None } };
+        inner.state = State::Kubernetes { keys, login: Login::Fresh { reopened: None } };
         Ok(())
     }
 
@@ -201,11 +197,11 @@ impl AccessPolicy {
     /// A worker node has logged in.
     pub(crate) fn reopen_attestation(&self, attesters: Attesters) -> Result<(), AlreadyLatched> {
         match &mut self.inner().state {
-            State::Kubernetes { login: LoginState::Fresh { reopened }, .. } => {
+            State::Kubernetes { login: Login::Fresh { reopened }, .. } => {
                 *reopened = Some(attesters);
                 Ok(())
             }
-            State::Kubernetes { login: LoginState::Latched, .. } => Err(AlreadyLatched),
+            State::Kubernetes { login: Login::Latched, .. } => Err(AlreadyLatched),
             // Attestation is open already.
             State::Attestation { .. } => Ok(()),
         }

@@ -1,7 +1,7 @@
 //! The Kubernetes phase: fresh until a worker node has logged in, then latched until the VM reboots.
 
 use secure_comms_protocol::PhaseName;
-use secure_comms_protocol::limits::{FRESH, UPGRADE_DRAIN};
+use secure_comms_protocol::limits::{FIRST_LOGIN_TIMEOUT, UPGRADE_DRAIN};
 use tokio::time::{sleep, timeout};
 
 use super::attestation::{self, GuestApi};
@@ -9,7 +9,7 @@ use crate::access::policy::Attesters;
 use crate::agent::Agent;
 use crate::keys::PodKeys;
 
-/// Enters the phase with `keys`, and returns once a worker node has logged in. If none does within [`FRESH`], attestation
+/// Enters the phase with `keys`, and returns once a worker node has logged in. If none does within [`FIRST_LOGIN_TIMEOUT`], attestation
 /// goes on in parallel: keys that a stranger supplied are replaced, unless the stranger logs in with them.
 pub(crate) async fn until_latched(agent: &Agent, guest: &GuestApi, attesters: &Attesters, mut keys: PodKeys) {
     loop {
@@ -22,12 +22,15 @@ pub(crate) async fn until_latched(agent: &Agent, guest: &GuestApi, attesters: &A
         tokio::select! {
             biased;
             () = agent.policy.until_latched() => break,
-            () = sleep(FRESH) => {}
+            () = sleep(FIRST_LOGIN_TIMEOUT) => {}
         }
         if agent.policy.reopen_attestation(attesters.clone()).is_err() {
             break;
         }
-        log::warn!("no worker node has logged in for {} s: attestation is open again", FRESH.as_secs());
+        log::warn!(
+            "no worker node has logged in for {} s: attestation is open again",
+            FIRST_LOGIN_TIMEOUT.as_secs()
+        );
         // In this order: after a login, an attempt must not touch the routes of the worker node.
         tokio::select! {
             biased;

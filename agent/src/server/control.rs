@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use secure_comms_protocol::control::Hello;
-use secure_comms_protocol::limits::{HELLO, PROTOCOL_VERSION};
-use secure_comms_protocol::{Control, Phase, PhaseName, PodId};
+use secure_comms_protocol::limits::HELLO;
+use secure_comms_protocol::{Control, Hello, MismatchKind, PhaseName, PodId, TunnelNames};
 use secure_comms_ssh::control::{self, ControlEnd};
 use secure_comms_tunnel::flow::PeerFlow;
 use secure_comms_tunnel::{Credits, Event, Receiver};
@@ -39,25 +38,7 @@ pub(super) async fn becomes_control_channel(
 /// the control channel.
 pub(super) async fn settle_without_hello(credits: Credits) {
     if timeout(HELLO, credits.peer()).await.is_err() {
-        credits.settle(PeerFlow::Plain);
-    }
-}
-
-/// The tunnel names of this end.
-struct Tunnels {
-    inbounds: Vec<String>,
-    outbounds: Vec<String>,
-}
-
-fn own_hello<P: Phase>(agent: &Agent, peer: &Peer<P>, own: &Tunnels) -> Hello {
-    Hello {
-        version: PROTOCOL_VERSION,
-        credit: Some(peer.credits.initial()),
-        pod_id: None,
-        phase: Some(P::NAME),
-        instance: Some(agent.instance.clone()),
-        inbounds: own.inbounds.clone(),
-        outbounds: own.outbounds.clone(),
+        credits.set_peer_mode(PeerFlow::WindowOnly);
     }
 }
 
@@ -68,15 +49,18 @@ pub(super) async fn run_control_channel<P: AgentPhase>(
     mut receiver: PeerReceiver,
     sender: PeerSender,
 ) {
-    let own =
-        Tunnels { inbounds: agent.tunnels.routes.names(P::NAME), outbounds: P::outbounds(&agent).names() };
-    peer.outbox.send(Control::Hello(own_hello(&agent, &peer, &own)));
+    let tunnels = TunnelNames {
+        inbounds: agent.tunnels.routes.names(P::NAME),
+        outbounds: P::outbounds(&agent).names(),
+    };
+    let ours = Hello::from_agent(P::NAME, &agent.instance, peer.credits.initial(), tunnels);
+    peer.outbox.send(Control::Hello(ours.clone()));
     let mut greeted = false;
     let on_message = |message| {
         if let Control::Hello(hello) = message
             && !std::mem::replace(&mut greeted, true)
         {
-            on_hello(&agent, &peer, &hello, &own);
+            on_hello(&agent, &peer, &hello, &ours);
         }
     };
     let background = async {
@@ -112,11 +96,11 @@ fn finish<P>(peer: &Peer<P>, end: &ControlEnd, greeted: bool) {
         log::info!("connection from {}: {end}", peer.connection.address);
         peer.connection.cut();
     }
-    peer.credits.settle(PeerFlow::Plain);
+    peer.credits.set_peer_mode(PeerFlow::WindowOnly);
 }
 
 /// Handles the first hello of a peer.
-fn on_hello<P: AgentPhase>(agent: &Agent, peer: &Peer<P>, hello: &Hello, own: &Tunnels) {
+fn on_hello<P: AgentPhase>(agent: &Agent, peer: &Peer<P>, hello: &Hello, ours: &Hello) {
     let address = peer.connection.address;
     match hello.pod_id.as_deref().map(str::parse::<PodId>) {
         Some(Ok(pod)) => {
@@ -130,18 +114,20 @@ fn on_hello<P: AgentPhase>(agent: &Agent, peer: &Peer<P>, hello: &Hello, own: &T
         }
         None => {}
     }
-    log_mismatches(P::NAME, "inbound here has no outbound on the peer", &own.inbounds, &hello.outbounds);
-    log_mismatches(P::NAME, "outbound here has no inbound on the peer", &own.outbounds, &hello.inbounds);
-    log_mismatches(P::NAME, "inbound on the peer has no outbound here", &hello.inbounds, &own.outbounds);
-    log_mismatches(P::NAME, "outbound on the peer has no inbound here", &hello.outbounds, &own.inbounds);
+    log_mismatches(P::NAME, ours, hello);
     P::peers(agent).notify_changed();
 }
 
-/// Logs the names of `names` that `counterparts` does not have.
-fn log_mismatches(phase: PhaseName, mismatch: &str, names: &[String], counterparts: &[String]) {
-    let unmatched = |name: &&String| !counterparts.iter().any(|other| other.eq_ignore_ascii_case(name));
-    for name in names.iter().take(COMPARED_MAX).filter(unmatched) {
-        let name = name.escape_default();
-        log::info!("tunnel {name:.80}, {phase} phase: {mismatch}");
+/// Logs the tunnels that one end has and the other lacks. The peer's names are untrusted text.
+fn log_mismatches(phase: PhaseName, ours: &Hello, theirs: &Hello) {
+    for mismatch in ours.mismatches(theirs, COMPARED_MAX) {
+        let name = mismatch.name.escape_default();
+        let what = match mismatch.kind {
+            MismatchKind::OurInbound => "inbound here has no matching outbound on the peer",
+            MismatchKind::OurOutbound => "outbound here has no matching inbound on the peer",
+            MismatchKind::PeerInbound => "inbound on the peer has no matching outbound here",
+            MismatchKind::PeerOutbound => "outbound on the peer has no matching inbound here",
+        };
+        log::info!("tunnel {name:.80}, {phase} phase: {what}");
     }
 }

@@ -122,7 +122,7 @@ impl Handler for ConnectionHandler {
     type Error = russh::Error;
 
     async fn authentication_banner(&mut self) -> Result<Option<String>, russh::Error> {
-        Ok(Some(self.agent.policy.banner().to_owned()))
+        Ok(Some(self.agent.policy.banner().text().to_owned()))
     }
 
     async fn auth_none(&mut self, user: &str) -> Result<Auth, russh::Error> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use secure_comms_protocol::limits::{CreditLimits, KEYS_REPORT};
 use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase};
 use secure_comms_tunnel::Outbounds;
-use secure_comms_tunnel::intercept::{Interceptor, Plain};
+use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use tokio::time::timeout;
 
 use crate::access::limiter::Place;
@@ -46,7 +46,7 @@ pub(super) enum Reservation {
 
 impl AgentPhase for Attestation {
     const LIMITS: CreditLimits = CreditLimits::ATTESTATION;
-    type Interceptor = Plain;
+    type Interceptor = PassThrough;
 
     fn peers(agent: &Agent) -> &Peers<Self> {
         &agent.peers.attestation

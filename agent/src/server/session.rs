@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use russh::server::Handle;
-use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, TunnelName};
+use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, Refusal, RefusalReason, TunnelName};
 use secure_comms_tunnel::flow::{PeerFlow, Side};
-use secure_comms_tunnel::link::{Incoming, Refusal, RefusalKind};
+use secure_comms_tunnel::link::Incoming;
 use secure_comms_tunnel::{Credits, outbound};
 use tokio::sync::{Semaphore, oneshot};
 
@@ -83,7 +83,7 @@ impl<P: AgentPhase> PeerSession<P> {
     /// A peer that uses tunnels before it opens a session channel will send no hello: it gets no credits.
     fn settle_without_session_channel(&self) {
         if !self.has_session_channel {
-            self.peer.credits.settle(PeerFlow::Plain);
+            self.peer.credits.set_peer_mode(PeerFlow::WindowOnly);
         }
     }
 
@@ -115,28 +115,27 @@ impl<P: AgentPhase> PeerActions for PeerSession<P> {
 
     fn serve_stream(&self, name: &str, id: u32, pending: PeerPending) {
         self.settle_without_session_channel();
-        let name = name.to_owned();
         let Ok(open) = self.opens.clone().try_acquire_owned() else {
-            let refusal =
-                Refusal::new(RefusalKind::Shortage, &name, P::NAME, "too many streams on this connection");
-            tokio::spawn(pending.refuse(refusal));
+            tokio::spawn(pending.refuse(Refusal::new(name, P::NAME, &RefusalReason::TooManyOpens)));
             return;
         };
-        let (outbounds, credits) = (P::outbounds(&self.agent), self.peer.credits.clone());
-        if let Err(refusal) = outbounds.permit(&name) {
-            // Here and not in the tunnel, which would log each: strangers must not fill the log.
-            let connection = &self.peer.connection;
-            log::log!(
-                connection.count_refusal(),
-                "refusing a stream of {}: {}",
-                connection.address,
-                refusal.reason
-            );
-            tokio::spawn(pending.refuse(refusal));
-            return;
-        }
+        let permit = match P::outbounds(&self.agent).permit(name) {
+            Ok(permit) => permit,
+            Err(refusal) => {
+                let connection = &self.peer.connection;
+                log::log!(
+                    connection.count_refusal(),
+                    "refusing a stream of {}: {}",
+                    connection.address,
+                    refusal.reason
+                );
+                tokio::spawn(pending.refuse(refusal));
+                return;
+            }
+        };
+        let credits = self.peer.credits.clone();
         tokio::spawn(async move {
-            outbound::serve(&outbounds, &credits, &name, id, pending).await;
+            outbound::serve(permit, &credits, id, pending).await;
             drop(open);
         });
     }
