@@ -64,7 +64,7 @@ fn bind(source: &std::path::Path, volume: bool) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_request_far_larger_than_the_window_arrives_edited_and_gives_its_credit_back_once() {
+async fn a_request_larger_than_the_window_returns_its_credit_once() {
     within(async {
         let connection = Connection::new(FIXED);
         let (mut server, socket) = unix();
@@ -142,7 +142,7 @@ async fn a_server_that_takes_nothing_bounds_the_edited_requests_too() {
 }
 
 #[tokio::test]
-async fn a_refusal_comes_between_the_frames_of_a_server_that_never_pauses() {
+async fn a_refusal_fits_between_the_frames_of_a_busy_server() {
     within(async {
         let connection = Connection::new(CreditLimits::KUBERNETES);
         let (server, socket) = unix();
@@ -188,7 +188,7 @@ async fn a_refusal_comes_between_the_frames_of_a_server_that_never_pauses() {
 }
 
 #[tokio::test]
-async fn a_container_that_is_held_when_its_client_ends_still_arrives_before_the_end() {
+async fn a_held_container_arrives_before_its_clients_eof() {
     within(async {
         let directory = tempfile::tempdir().unwrap();
         let source = directory.path().join("made");
@@ -207,7 +207,7 @@ async fn a_container_that_is_held_when_its_client_ends_still_arrives_before_the_
 }
 
 #[tokio::test]
-async fn a_container_that_waits_holds_up_neither_its_connection_nor_others_and_ends_with_it() {
+async fn a_held_container_stalls_no_other_request() {
     within(async {
         let directory = tempfile::tempdir().unwrap();
         let connection = Connection::new(FIXED);

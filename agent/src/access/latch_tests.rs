@@ -52,7 +52,7 @@ fn stored_keys_come_back_and_nobody_else_can_read_them() {
 }
 
 #[test]
-fn storing_again_replaces_the_keys_even_after_a_crash_in_the_middle() {
+fn storing_again_replaces_the_keys_even_after_a_crash() {
     let (_parent, latch) = latch();
     latch.store(&keys()).unwrap();
     fs::write(latch.directory.join(TEMPORARY), "half of it").unwrap();
@@ -65,7 +65,7 @@ fn storing_again_replaces_the_keys_even_after_a_crash_in_the_middle() {
 }
 
 #[test]
-fn parents_are_made_and_a_directory_that_cannot_be_made_is_named() {
+fn a_directory_that_cannot_be_made_is_named() {
     let parent = tempfile::tempdir().unwrap();
     let latch = Latch::new(parent.path().join("a/b"));
     latch.store(&keys()).unwrap();

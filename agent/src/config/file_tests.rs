@@ -32,7 +32,7 @@ async fn a_directory_in_its_place_is_an_error() {
 }
 
 #[tokio::test]
-async fn a_broken_daemon_config_is_reported_with_path_place_key_and_advice() {
+async fn a_broken_daemon_config_is_reported_with_its_place() {
     for (json, parts) in [
         (&b"[]"[..], &["expected an object", "line 1"][..]),
         (b"{\n\"sc\": \"yes\"}", &["key 'sc'", "expected a boolean", "line 2"]),
@@ -68,7 +68,7 @@ async fn steps(path: &Path, steps: Vec<Box<dyn FnOnce()>>) -> Result<DaemonConfi
 }
 
 #[tokio::test]
-async fn a_file_in_a_directory_that_is_not_there_either_is_waited_for() {
+async fn a_file_in_a_missing_directory_is_waited_for() {
     let directory = tempfile::tempdir().unwrap();
     let parent = directory.path().join("run/peerpod");
     let path = parent.join("apf.json");

@@ -64,7 +64,7 @@ fn every_go_spelling_of_a_flag_is_understood() {
 }
 
 #[test]
-fn an_empty_namespace_is_our_own_and_two_different_ones_are_refused() {
+fn an_empty_namespace_is_our_own_and_two_are_refused() {
     assert_eq!(run(&["-pod-namespace", ""]).unwrap().pod_namespace, None);
     assert_eq!(run(&["-kata-agent-namespace="]).unwrap().pod_namespace, None);
     let same = run(&["-pod-namespace", "a", "-kata-agent-namespace", "a"]).unwrap();
@@ -77,7 +77,7 @@ fn an_empty_namespace_is_our_own_and_two_different_ones_are_refused() {
 }
 
 #[test]
-fn a_missing_namespace_is_made_if_asked_for_and_an_empty_one_cannot_be() {
+fn a_missing_namespace_is_made_only_if_named() {
     let missing = |args: &[&str]| run(args).unwrap().missing_namespace;
     assert_eq!(missing(&["-create-pod-namespace"]), MissingNamespace::Made);
     assert_eq!(missing(&["-create-pod-namespace=false"]), MissingNamespace::Awaited);

@@ -40,7 +40,7 @@ fn golden_bytes_of_a_container_without_a_network_namespace() {
 }
 
 #[test]
-fn golden_bytes_of_a_container_that_has_network_namespaces_in_two_places() {
+fn golden_bytes_of_a_container_with_two_network_namespaces() {
     // OCI { unknown 14 "x", Linux { "network" "/a", unknown 13: 1, "pid" } }, unknown 15, OCI { Linux { "network" } }
     let first = "321d 720178 4218 320d0a076e6574776f726b12022f61 6801 32050a03706964";
     let before = hex(&format!("{first} 7a0178 320d 420b 32090a076e6574776f726b"));
@@ -128,7 +128,7 @@ fn a_request_is_known_by_its_beginning() {
 }
 
 #[test]
-fn a_request_in_an_odd_order_is_assembled_unless_its_names_are_not_ours() {
+fn a_request_in_odd_order_is_assembled_if_its_names_match() {
     let mut odd = Request { payload: vec![0; 100], ..Request::default() }.encode_to_vec();
     odd.truncate(64);
     assert_eq!(recognise(&odd, false), Verdict::More);

@@ -145,7 +145,7 @@ fn many_whole_frames_of_one_message_pass_as_one_piece() {
 }
 
 #[test]
-fn the_frame_of_an_edited_request_keeps_its_stream_and_flags_and_gets_its_length() {
+fn an_edited_frame_keeps_its_stream_and_flags() {
     let container = CreateContainer { container_id: "c".into(), ..Default::default() }.encode_to_vec();
     let before = request(0x0102_0305, "CreateContainer", &container);
     let after = passed(take(&mut requests(), &[before.clone().into()]).unwrap()).concat();
@@ -159,7 +159,7 @@ fn the_frame_of_an_edited_request_keeps_its_stream_and_flags_and_gets_its_length
 }
 
 #[test]
-fn frames_that_pass_before_a_touched_one_and_after_it_stay_in_their_order() {
+fn frames_around_an_edited_one_keep_their_order() {
     let message = [frame(DATA, 1, b"before"), sandbox(3), frame(DATA, 5, b"after"), sandbox(7)].concat();
     let pieces = passed(take(&mut requests(), &[message.into()]).unwrap());
     let streams: Vec<u8> = pieces.iter().map(|piece| piece[7]).collect();
@@ -167,7 +167,7 @@ fn frames_that_pass_before_a_touched_one_and_after_it_stay_in_their_order() {
 }
 
 #[test]
-fn a_container_with_bind_mounts_is_held_and_what_follows_it_passes() {
+fn a_container_with_bind_mounts_is_held_and_others_pass() {
     let container = CreateContainer::with_mounts(&["/a"], "/a").encode_to_vec();
     let message = [request(9, "CreateContainer", &container), frame(DATA, 11, b"x")].concat();
     let outs = take(&mut requests(), &[message.into()]).unwrap();

@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn a_repeated_failure_is_logged_when_it_starts_changes_and_ends() {
+fn a_failure_is_logged_when_it_starts_changes_and_ends() {
     let mut repeated = Repeated::new("fetching the keys");
     assert_eq!(repeated.note_success(), None);
     assert_eq!(repeated.note_failure("refused".into()).unwrap(), "fetching the keys: refused");

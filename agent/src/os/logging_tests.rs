@@ -3,7 +3,7 @@ use std::os::unix::net::UnixDatagram;
 use super::*;
 
 #[test]
-fn levels_are_read_from_the_environment_and_others_are_usage_errors() {
+fn levels_are_parsed_and_unknown_ones_are_usage_errors() {
     for (text, expected) in [
         (None, LevelFilter::Info),
         (Some(""), LevelFilter::Info),
@@ -36,7 +36,7 @@ fn long_lines_are_cut_and_say_how_much_is_missing() {
 }
 
 #[test]
-fn russh_speaks_from_warnings_on_and_we_from_the_chosen_level_on() {
+fn russh_logs_from_warnings_on_and_we_from_our_level_on() {
     let logger = Logger { sink: Sink::Plain, level: LevelFilter::Debug };
     let enabled = |target, level| logger.enabled(&Metadata::builder().target(target).level(level).build());
     assert!(enabled("agent_protocol_forwarder::run", Level::Debug) && enabled("russh::server", Level::Warn));
@@ -46,7 +46,7 @@ fn russh_speaks_from_warnings_on_and_we_from_the_chosen_level_on() {
 }
 
 #[test]
-fn syslog_gets_one_rfc_3164_datagram_a_line_and_a_full_or_lost_daemon_does_not_block() {
+fn a_full_or_lost_syslog_daemon_does_not_block() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("log");
     let daemon = UnixDatagram::bind(&path).unwrap();
