@@ -1,4 +1,6 @@
-//! The validated configuration: flags and the daemon config (apf.json) together.
+//! The configuration: flags and the daemon config (apf.json), valid as a whole.
+//!
+//! In: the arguments of the process, the daemon config's file. Out: a [`Config`], or every fault with its fix.
 
 pub mod flags;
 mod go_flags;
@@ -23,38 +25,38 @@ use flags::Options;
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// Nobody asked for Secure Comms.
+    /// Secure Comms is not enabled.
     #[error(
         "starting: Secure Comms is off, and this forwarder speaks nothing else; set the flag -secure-comms, or \
          \"sc\": true with sc-pp-prv and sc-wn-pub in {0}"
     )]
     NotSecureComms(String),
-    /// Keys in the daemon config that don't add up. There is no way back to attestation from here.
+    /// The keys in the daemon config are incomplete or invalid. The agent does not fall back to attestation.
     #[error("reading the keys in {file}: {fault}")]
     UserData {
-        /// The daemon config.
+        /// Path of the daemon config.
         file: String,
-        /// What is wrong, and what to do.
+        /// The fault, and its fix.
         fault: String,
     },
-    /// Everything that is wrong with the tags.
+    /// All faults of all tags.
     #[error("reading the tunnels: {0}; correct the flags or apf.json")]
     Tags(String),
-    /// The kata agent's socket is not a socket's path.
+    /// The path of the kata agent's socket is invalid.
     #[error("reading -kata-agent-socket: {0}")]
     KataAgentSocket(String),
-    /// The interface for the pod network can't be one.
+    /// The name of the interface for the pod network is invalid.
     #[error("reading -host-interface: '{0}': expected {expected}", expected = InterfaceName::EXPECTED)]
     HostInterface(String),
-    /// Everything that is wrong with the pod network.
+    /// All faults of the pod network.
     #[error("reading 'pod-network' in {file}: {faults}; correct the VM's user data")]
     PodNetwork {
-        /// The daemon config.
+        /// Path of the daemon config.
         file: String,
-        /// What is wrong.
+        /// Every fault.
         faults: Faults,
     },
-    /// A pod network without a namespace for it.
+    /// There is a pod network, but no namespace for it.
     #[error(
         "setting up the pod network: 'pod-network' is in {0}, but -pod-namespace is empty; name the pod's network \
          namespace, or take 'pod-network' out"
@@ -63,7 +65,7 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
-    /// 2 where the command line is wrong, 1 where what it names is.
+    /// Exit code of the process: 2 if the command line is at fault, 1 if the daemon config is.
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::NotSecureComms(_) | Self::Tags(_) | Self::KataAgentSocket(_) | Self::HostInterface(_) => 2,
@@ -75,44 +77,44 @@ impl ConfigError {
 /// Where the keys of the Kubernetes phase come from.
 #[derive(Clone, Debug)]
 pub enum KeySource {
-    /// From the KBS, after attestation.
+    /// The KBS, after attestation.
     Kbs {
-        /// If given, attestation users must hold one of these keys.
+        /// If present, clients of the Attestation phase must prove one of these keys.
         worker_node: Option<WorkerNodeKeys>,
     },
-    /// From the user data: no Attestation phase at all.
+    /// The user data: there is no Attestation phase.
     UserData(PodKeys),
 }
 
-/// What the agent runs with: valid as a whole.
+/// The configuration of the agent, valid as a whole.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where the SSH server listens.
+    /// Address that the SSH server listens on.
     pub listen: SocketAddr,
-    /// The kata agent's unix socket.
+    /// Path of the kata agent's unix socket.
     pub kata_agent_socket: PathBuf,
-    /// The pod's network namespace, a name or a path; none: our own.
+    /// The pod's network namespace, a name or a path; none for our own.
     pub pod_namespace: Option<String>,
-    /// Where `api-server-rest` is, in the pod's namespace.
+    /// Address of `api-server-rest` in the pod's network namespace.
     pub guest_api: SocketAddr,
-    /// Where the latched keys are kept for this boot.
+    /// Directory of the latched keys.
     pub state_dir: PathBuf,
-    /// Data after which new session keys are asked for, in bytes.
+    /// Bytes on a connection after which it is rekeyed.
     pub rekey_bytes: usize,
-    /// All inbounds, the built-in one too.
+    /// All inbounds, with the built-in one.
     pub inbounds: Vec<InboundTag>,
-    /// All outbounds, the built-in one too.
+    /// All outbounds, with the built-in one.
     pub outbounds: Vec<OutboundTag>,
-    /// Where the keys come from.
+    /// Source of the keys.
     pub source: KeySource,
     /// `namespace/name` of the pod, if known: for logs.
     pub pod: Option<String>,
-    /// The pod's network, if it is ours to make.
+    /// The pod's network, if the daemon config has one.
     pub pod_network: Option<PodNetwork>,
 }
 
 impl Config {
-    /// Finds the faults of the flags that no daemon config could mend.
+    /// Checks the flags alone, for faults that are the same with any daemon config.
     ///
     /// # Errors
     /// As [`Config::resolve`].
@@ -128,7 +130,7 @@ impl Config {
     /// Validates flags and daemon config together.
     ///
     /// # Errors
-    /// The first thing that is wrong; all faults of all tags count as one thing.
+    /// The first fault; all faults of all tags count as one.
     pub fn resolve(options: Options, daemon: Option<DaemonConfig>) -> Result<Self, ConfigError> {
         let daemon = daemon.unwrap_or_default();
         let source = key_source(&options, &daemon)?;
@@ -182,7 +184,7 @@ fn pod_network(options: &Options, daemon: &DaemonConfig) -> Result<Option<PodNet
     Ok(Some(PodNetwork::new(spec, Namespace::new(namespace), host_interface)))
 }
 
-/// What errors call the daemon config.
+/// The name of the daemon config in errors.
 fn file_of(options: &Options) -> String {
     match &options.config {
         Some(path) => path.display().to_string(),

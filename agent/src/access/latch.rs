@@ -1,8 +1,8 @@
-//! The latched keys: kept for the rest of this boot, so that a restarted agent need not attest anew.
+//! The latched keys: stored until the VM reboots, so that a restarted agent does not attest again.
 //!
-//! They belong on a tmpfs, which in a confidential VM is encrypted memory. Everything here fails closed: what
-//! others could have written, or what can't be read, is an error and never "no keys", for without keys the
-//! agent would attest again, and whoever plays the KBS then would own a VM that already runs a pod.
+//! The directory must be on a tmpfs, which is encrypted memory in a confidential VM. Everything here fails closed: a file
+//! that another user could have written, or that can't be read, is an error and never "no keys". Without keys the agent
+//! would attest again, and an attacker that answers as the KBS would own a VM that already runs a pod.
 
 use std::fs::{DirBuilder, File};
 use std::io::{ErrorKind, Read, Write};
@@ -38,7 +38,7 @@ pub enum LatchError {
         /// The cause.
         source: std::io::Error,
     },
-    /// Somebody else could have put it there, or could read it.
+    /// Another user could have written or could read it.
     #[error(
         "checking the latched keys in {}: {fault}; it must be ours alone; reboot the VM to start over", path.display()
     )]

@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 use crate::pod_network::spec::PodNetworkConfig;
 
-/// A text whose memory is wiped, and that Debug does not print.
+/// A text that is wiped on drop and not printed by Debug.
 #[derive(Clone)]
 pub struct Secret(pub(super) Zeroizing<String>);
 
@@ -33,7 +33,7 @@ pub struct DaemonConfig {
     pub pod_name: Option<String>,
     /// `pod-namespace` (Kubernetes' word, not the network's), for logs.
     pub pod_namespace: Option<String>,
-    /// `sc`: the keys are in this file.
+    /// `sc`: whether the keys are in this file.
     pub sc: Option<bool>,
     /// `sc-pp-prv`: base64 of the pod's private key.
     pub private_key: Option<Secret>,
@@ -53,7 +53,7 @@ impl<'de> Deserialize<'de> for DaemonConfig {
     }
 }
 
-/// By hand, for what the derived code leaves out: which key a value of the wrong type belongs to.
+/// Written by hand, so that an error about a value of the wrong type names its key.
 struct ByKey;
 
 impl<'de> Visitor<'de> for ByKey {
@@ -83,7 +83,7 @@ impl<'de> Visitor<'de> for ByKey {
                     continue;
                 }
             }
-            // Of two keys for one thing the reader and the writer may each mean another.
+            // With a duplicate key, the writer and this reader could mean different values.
             if seen.contains(&key) {
                 return Err(A::Error::custom(format!("key '{key}': given twice")));
             }
@@ -93,7 +93,7 @@ impl<'de> Visitor<'de> for ByKey {
     }
 }
 
-/// What an object says: the derived reader would take a list as the fields in their order, which nobody means.
+/// A value that must be a JSON object: derived code would also accept a list of the fields in their order.
 struct Object<T>(T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {

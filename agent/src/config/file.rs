@@ -1,4 +1,4 @@
-//! The daemon config's file, and waiting for it: the cloud writes it (apf.json, from the VM's user data) when it likes.
+//! Waiting for the daemon config's file, apf.json. It is written from the VM's user data, at any time during the boot.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
@@ -21,73 +21,73 @@ use crate::os::systemd::Notifier;
 /// The largest daemon config, in bytes.
 const SIZE_MAX: usize = 1024 * 1024;
 
-/// Why the daemon config can't be had.
+/// Why there is no daemon config.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonConfigError {
-    /// It is there, but can't be read.
+    /// The file exists, but can't be read.
     #[error("reading the daemon config {}: {source}; make it a file that this service may read", path.display())]
     Read {
-        /// The daemon config.
+        /// Path of the daemon config.
         path: PathBuf,
-        /// The cause.
+        /// Error of the system.
         source: io::Error,
     },
-    /// It is too long.
+    /// The file is too long.
     #[error("reading the daemon config {}: longer than {SIZE_MAX} bytes; check the VM's user data", path.display())]
     TooLong {
-        /// The daemon config.
+        /// Path of the daemon config.
         path: PathBuf,
     },
-    /// It is not what it should be.
+    /// The file is not a daemon config.
     #[error("reading the daemon config {}: {source}; correct the VM's user data", path.display())]
     Parse {
-        /// The daemon config.
+        /// Path of the daemon config.
         path: PathBuf,
-        /// The cause, with line and column.
+        /// Error with line and column.
         source: serde_json::Error,
     },
-    /// It is not there yet, and we can't be told when it is.
+    /// The file does not exist, and its directory can't be watched.
     #[error("waiting for the daemon config {}: watching {}: {source}; write it before this service starts", path.display(), directory.display())]
     Watch {
-        /// The daemon config.
+        /// Path of the daemon config.
         path: PathBuf,
-        /// The directory to watch.
+        /// Directory that can't be watched.
         directory: PathBuf,
-        /// The cause.
+        /// Error of the system.
         source: io::Error,
     },
 }
 
-/// What there is of the file.
+/// The state of the file.
 enum Found {
-    Whole(Box<DaemonConfig>),
-    Nothing,
-    /// The text ends early: somebody is still writing it.
-    Beginning(serde_json::Error),
+    Complete(Box<DaemonConfig>),
+    Missing,
+    /// The JSON is truncated: the file is still being written.
+    Truncated(serde_json::Error),
 }
 
-/// Reads the daemon config, once it is there and whole. Until then systemd hears what we wait for, and is asked for
-/// patience.
+/// Waits until the daemon config exists and is complete, and reads it. Until then, reports the wait to systemd and extends
+/// the start timeout.
 ///
 /// # Errors
-/// It is there and is no daemon config.
+/// The file exists and is not a daemon config, or can't be waited for.
 pub async fn wait_for(path: &Path, notifier: &Notifier) -> Result<DaemonConfig, DaemonConfigError> {
     let mut waiting = Repeated::new(format!("waiting for the daemon config {}", path.display()));
     let mut extension = interval(START_EXTENSION / 2);
     let (began, mut missed) = (Instant::now(), false);
     loop {
-        // Before we look: what is written in between is an event then.
+        // Before the file is read, so that a write in between is an event.
         let watch = watch(path)?;
         let state = match look(path)? {
-            Found::Whole(config) => {
+            Found::Complete(config) => {
                 if missed {
                     let waited = began.elapsed().as_secs_f64();
                     log::info!("daemon config {} found after {waited:.1} s", path.display());
                 }
                 return Ok(*config);
             }
-            Found::Nothing => "it is not there yet".to_owned(),
-            Found::Beginning(error) => format!("it is not complete yet: {error}"),
+            Found::Missing => "it is not there yet".to_owned(),
+            Found::Truncated(error) => format!("it is not complete yet: {error}"),
         };
         missed = true;
         waiting.failed(&state);
@@ -107,10 +107,10 @@ pub async fn wait_for(path: &Path, notifier: &Notifier) -> Result<DaemonConfig, 
 fn look(path: &Path) -> Result<Found, DaemonConfigError> {
     let read_error = |source| DaemonConfigError::Read { path: path.to_owned(), source };
     let file = match File::open(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Nothing),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Missing),
         file => file.map_err(read_error)?,
     };
-    // It holds a private key: wiped, and sized first, for a buffer that grows leaves copies behind.
+    // The file holds a private key: the buffer is wiped, and sized first, because one that grows leaves copies behind.
     let size = file.metadata().map_err(read_error)?.len();
     let size = usize::try_from(size).unwrap_or(SIZE_MAX).min(SIZE_MAX);
     let mut text = Zeroizing::new(Vec::with_capacity(size + 1024));
@@ -119,18 +119,18 @@ fn look(path: &Path) -> Result<Found, DaemonConfigError> {
         return Err(DaemonConfigError::TooLong { path: path.to_owned() });
     }
     match serde_json::from_slice(&text) {
-        Ok(config) => Ok(Found::Whole(Box::new(config))),
-        Err(error) if ends_early(&text) => Ok(Found::Beginning(error)),
+        Ok(config) => Ok(Found::Complete(Box::new(config))),
+        Err(error) if ends_early(&text) => Ok(Found::Truncated(error)),
         Err(source) => Err(DaemonConfigError::Parse { path: path.to_owned(), source }),
     }
 }
 
-/// Whether it could be valid JSON if more followed. The error of our own reader does not tell: it is of no category.
+/// Whether the text is the beginning of valid JSON. The error of our own visitor does not show it.
 fn ends_early(text: &[u8]) -> bool {
     serde_json::from_slice::<IgnoredAny>(text).is_err_and(|error| error.is_eof())
 }
 
-/// Becomes readable when the file may have come or changed: it watches the nearest directory on the way to it.
+/// Watches the nearest existing directory above the file. Readable once the file may have been created or changed.
 fn watch(path: &Path) -> Result<AsyncFd<OwnedFd>, DaemonConfigError> {
     let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)
         .map_err(|errno| watch_error(path, path, errno.into()))?;

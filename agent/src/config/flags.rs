@@ -1,7 +1,7 @@
 //! The command line: Go-style flags, so that existing unit files work word for word.
 //!
-//! argh knows `--flag value` only. So [`go_flags`](super::go_flags) reads the arguments by the rules of Go's `flag` package, and argh
-//! gets them in the one form it knows.
+//! argh parses `--flag value` only. So `go_flags` reads the arguments by the rules of Go's `flag` package, and argh gets
+//! them in that one form.
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -16,18 +16,18 @@ const NAME: &str = "agent-protocol-forwarder";
 /// The smallest `-secure-comms-rekey-bytes`: less would spend the connection on key exchanges.
 pub const REKEY_BYTES_MIN: usize = 1024 * 1024;
 
-/// What the operator asked for on the command line.
+/// The command line, parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// The daemon config (apf.json), which is waited for; none: there is none.
+    /// Path of the daemon config (apf.json), which is waited for; none if there is none.
     pub config: Option<PathBuf>,
-    /// The kata agent's unix socket.
+    /// Path of the kata agent's unix socket.
     pub kata_agent_socket: PathBuf,
-    /// The pod's network namespace; none: our own.
+    /// The pod's network namespace; none for our own.
     pub pod_namespace: Option<String>,
-    /// What becomes of a pod namespace that is missing.
+    /// What to do if the pod's network namespace is missing.
     pub missing_namespace: MissingNamespace,
-    /// The interface for the pod network tunnel; none: the one with the default route.
+    /// The interface for the pod network tunnel; none for the one with the default route.
     pub host_interface: Option<String>,
     /// Whether `-secure-comms` is set.
     pub secure_comms: bool,
@@ -35,37 +35,37 @@ pub struct Options {
     pub inbounds: String,
     /// Outbound tags as written.
     pub outbounds: String,
-    /// Where the SSH server listens.
+    /// Address that the SSH server listens on.
     pub listen: SocketAddr,
-    /// Where `api-server-rest` is, seen from the pod's network namespace.
+    /// Address of `api-server-rest` in the pod's network namespace.
     pub guest_api: SocketAddr,
-    /// Where the latched keys are kept for this boot.
+    /// Directory of the latched keys.
     pub state_dir: PathBuf,
-    /// Data after which new session keys are asked for, in bytes.
+    /// Bytes on a connection after which it is rekeyed.
     pub rekey_bytes: usize,
-    /// Flags that were given and mean nothing over SSH.
+    /// Flags that were given and are ignored.
     pub unused: Vec<&'static str>,
 }
 
-/// What becomes of a pod namespace that is missing at the start.
+/// What to do if the pod's network namespace is missing at the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MissingNamespace {
-    /// It is waited for: someone else makes it.
+    /// Wait for it: another program makes it.
     Awaited,
-    /// It is made.
+    /// Make it.
     Made,
-    /// It is made, and that is all.
+    /// Make it, and exit.
     MadeOnly,
 }
 
-/// Why there are no options: the process prints `text` and exits with `code`.
+/// An early end of the process: it prints `text` and exits with `code`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exit {
     /// 0 for help and version, 2 for a usage error.
     pub code: i32,
-    /// What to print, with its newline.
+    /// Text to print, with its newline.
     pub text: String,
-    /// Whether it goes to stderr.
+    /// Whether the text is printed to stderr.
     pub to_stderr: bool,
 }
 
@@ -87,17 +87,17 @@ fn escape_control(c: char) -> impl Iterator<Item = char> {
 }
 
 /// The agent in a pod VM: serves the kata agent and named tunnels to the worker node over SSH.
-/// Flags may be written -flag value, -flag=value or with two dashes; the last one counts.
+/// Flags may be written -flag value, -flag=value or with two dashes; if one is repeated, the last value wins.
 #[derive(FromArgs)]
-#[expect(dead_code, reason = "flags that are unused over SSH are only accepted and listed in the help")]
+#[expect(dead_code, reason = "ignored flags are only accepted and listed in the help")]
 struct Flags {
     /// print name and version
     #[argh(switch)]
     version: bool,
-    /// daemon config, waited for until it is there; empty: none (default /run/peerpod/apf.json)
+    /// path of the daemon config, which is waited for; empty: none (default /run/peerpod/apf.json)
     #[argh(option, default = "Some(\"/run/peerpod/apf.json\".into())", from_str_fn(path_or_none))]
     config: Option<PathBuf>,
-    /// address of the older TLS mode; unused over SSH
+    /// ignored; accepted for compatibility with the TLS mode
     #[argh(option)]
     listen: Option<String>,
     /// unix socket of the kata agent (default /run/kata-containers/agent.sock)
@@ -109,16 +109,16 @@ struct Flags {
     /// older name of -pod-namespace
     #[argh(option)]
     kata_agent_namespace: Option<String>,
-    /// make the pod's network namespace if it is missing
+    /// create the pod's network namespace if missing
     #[argh(switch)]
     create_pod_namespace: bool,
-    /// make it if it is missing, and end
+    /// create the pod's network namespace if missing, then exit
     #[argh(switch)]
     create_pod_namespace_only: bool,
     /// interface for the pod network tunnel (default: the one with the default route)
     #[argh(option)]
     host_interface: Option<String>,
-    /// speak Secure Comms; so does "sc": true in the daemon config
+    /// enable Secure Comms; "sc": true in the daemon config does too
     #[argh(switch)]
     secure_comms: bool,
     /// inbound tags, comma separated, e.g. KUBERNETES_PHASE:NAME:8000
@@ -136,22 +136,22 @@ struct Flags {
     /// directory for this boot's keys, on a tmpfs (default /run/secure-comms)
     #[argh(option, default = "PathBuf::from(\"/run/secure-comms\")", from_str_fn(path))]
     secure_comms_state_dir: PathBuf,
-    /// bytes after which new session keys are asked for (default 32 GiB, at least 1 MiB)
+    /// bytes after which a connection is rekeyed (default 32 GiB, at least 1 MiB)
     #[argh(option, default = "limits::REKEY_BYTES", from_str_fn(rekey_bytes))]
     secure_comms_rekey_bytes: usize,
-    /// unused over SSH
+    /// ignored; accepted for compatibility with the TLS mode
     #[argh(option)]
     ca_cert_file: Option<String>,
-    /// unused over SSH
+    /// ignored; accepted for compatibility with the TLS mode
     #[argh(option)]
     cert_file: Option<String>,
-    /// unused over SSH
+    /// ignored; accepted for compatibility with the TLS mode
     #[argh(option)]
     cert_key: Option<String>,
-    /// unused over SSH
+    /// ignored; accepted for compatibility with the TLS mode
     #[argh(switch)]
     tls_skip_verify: bool,
-    /// unused over SSH
+    /// ignored; accepted for compatibility with the TLS mode
     #[argh(switch)]
     disable_tls: bool,
 }

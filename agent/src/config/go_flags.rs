@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 
-/// A flag as Go knows it: its name, and whether it is a boolean.
+/// A flag in Go's sense: its name, and whether it is a boolean.
 pub(super) struct Flag {
     pub(super) name: &'static str,
     pub(super) boolean: bool,
-    /// Means nothing over SSH.
+    /// Ignored over SSH.
     pub(super) unused: bool,
 }
 
@@ -61,8 +61,8 @@ pub(super) enum Stop {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Given(pub(super) BTreeMap<&'static str, String>);
 
-/// Reads `args` as Go's `flag.Parse` does, but that an argument that is no flag is an error instead of the end
-/// of the flags, and that empty arguments are skipped: a unit's `${OPTIONS}` may expand to one.
+/// Reads `args` as Go's `flag.Parse` does, with two differences. An argument that is not a flag is an error instead of the
+/// end of the flags. Empty arguments are skipped, because a unit's `${OPTIONS}` may expand to one.
 pub(super) fn normalise(args: impl Iterator<Item = OsString>) -> Result<Given, Stop> {
     let mut given = Given::default();
     let mut args = args.map(|arg| {
@@ -122,7 +122,7 @@ fn not_a_flag(arg: &str) -> Stop {
     ))
 }
 
-/// The texts Go's `strconv.ParseBool` takes.
+/// Parses the texts that Go's `strconv.ParseBool` accepts.
 fn parse_bool(arg: &str, text: &str) -> Result<bool, Stop> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
@@ -132,7 +132,7 @@ fn parse_bool(arg: &str, text: &str) -> Result<bool, Stop> {
 }
 
 impl Given {
-    /// In the one form the parser knows: `--flag value`, and `--flag` for a boolean that is true.
+    /// The flags as argh takes them: `--flag value`, and `--flag` for a boolean that is true.
     pub(super) fn to_long_options(&self) -> Vec<String> {
         let mut out = Vec::new();
         for flag in FLAGS {

@@ -1,6 +1,6 @@
-//! Where the log goes: to syslog, or under systemd, on a terminal and without a syslog to stderr.
+//! The log's destination: stderr under systemd, on a terminal and without syslog; else syslog.
 //!
-//! One line per event, control characters escaped: what peers send must not be able to forge lines.
+//! One line per event, with control characters escaped, so that texts of peers can't forge lines.
 
 use std::env;
 use std::io::{IsTerminal, Write};
@@ -13,21 +13,21 @@ use syslog::{Facility, Formatter3164, LoggerBackend};
 /// The environment variable that sets the level.
 pub const LEVEL_VARIABLE: &str = "SECURE_COMMS_LOG";
 const PROCESS: &str = "agent-protocol-forwarder";
-/// The longest text of a line, in bytes; syslog daemons take 2 KiB or more.
+/// The longest text of a line, in bytes. Syslog daemons accept 2 KiB or more.
 const LINE_MAX: usize = 1900;
 
-/// Why there is no log.
+/// Why the log can't be started.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LogError {
-    /// A usage error.
+    /// The level in the environment is unknown.
     #[error("reading {LEVEL_VARIABLE}='{0}': no such level; set it to error, warn, info or debug")]
     Level(String),
-    /// Called twice.
+    /// The log was started before.
     #[error("starting the log: it is started already; start it once")]
     Twice,
 }
 
-/// Starts the log, as the environment says.
+/// Starts the log, at the level in the environment.
 ///
 /// # Errors
 /// A usage error in the environment.
@@ -55,9 +55,9 @@ type Syslog = syslog::Logger<LoggerBackend, Formatter3164>;
 enum Sink {
     /// sd-daemon(3): stderr, each line with its priority.
     Journal,
-    /// stderr for people.
+    /// stderr, each line with its level.
     Plain,
-    /// syslog(3); none while it can't be reached.
+    /// syslog(3); the connection is none while syslog can't be reached.
     Syslog(Mutex<Option<Syslog>>),
 }
 
@@ -77,7 +77,7 @@ impl Sink {
             Self::Journal => to_stderr(journal_priority(level), text),
             Self::Plain => to_stderr(plain_prefix(level), text),
             Self::Syslog(connection) => {
-                // A panic elsewhere is no reason to lose the log.
+                // A panic in another thread must not stop the log.
                 let mut connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
                 if !to_syslog(&mut connection, level, text) {
                     to_stderr(plain_prefix(level), text);
@@ -88,7 +88,7 @@ impl Sink {
 }
 
 fn to_stderr(prefix: &str, text: &str) {
-    // One write, so that lines of several processes don't mix; a closed stderr is nothing we could report.
+    // One write, so that lines of several processes don't mix. A closed stderr can't be reported.
     let _ = std::io::stderr().lock().write_all(format!("{prefix}{text}\n").as_bytes());
 }
 
@@ -110,7 +110,7 @@ fn plain_prefix(level: Level) -> &'static str {
     }
 }
 
-/// Sends one line, with one new connection if the old one is gone: syslog daemons restart.
+/// Sends one line, and reconnects once if the connection is gone: syslog daemons restart.
 fn to_syslog(connection: &mut Option<Syslog>, level: Level, text: &str) -> bool {
     for _ in 0..2 {
         let Some(syslog) = connection.as_mut() else {
@@ -122,7 +122,7 @@ fn to_syslog(connection: &mut Option<Syslog>, level: Level, text: &str) -> bool 
         }
         *connection = None;
     }
-    // The second round may have only connected.
+    // The second iteration may have only connected.
     connection.as_mut().is_some_and(|syslog| send(syslog, level, text))
 }
 
@@ -136,7 +136,7 @@ fn connect() -> Option<Syslog> {
     syslog::unix(formatter).ok().filter(|syslog| set_nonblocking(syslog).is_ok())
 }
 
-/// A syslog daemon that hangs must not hang the only thread.
+/// Makes sends fail instead of blocking the only thread when the syslog daemon hangs.
 fn set_nonblocking(syslog: &Syslog) -> std::io::Result<()> {
     match &syslog.backend {
         LoggerBackend::Unix(socket) => socket.set_nonblocking(true),
@@ -162,7 +162,7 @@ struct Logger {
 
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // russh tells the story of every packet; below a warning it is not our operators' story.
+        // Below warnings, russh logs every packet.
         let cap = if metadata.target().starts_with("russh") { LevelFilter::Warn } else { LevelFilter::Debug };
         metadata.level() <= self.level.min(cap)
     }
@@ -184,7 +184,7 @@ fn one_line(text: &str) -> String {
             line.push_str(&format!("... ({} bytes more)", text.len() - index));
             break;
         }
-        // Line separators and the marks that reorder text on a screen forge lines as well as newlines do.
+        // Line separators, and the marks that reorder text on a screen, forge lines as well as newlines do.
         let forges = matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
         if c.is_control() || forges {
             line.extend(c.escape_default());

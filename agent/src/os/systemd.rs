@@ -1,4 +1,4 @@
-//! sd_notify(3): tells systemd that we are ready, what we do, and that we are alive. Without systemd, nothing.
+//! sd_notify(3): notifies systemd of readiness, status and liveness. Does nothing without systemd.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -8,28 +8,28 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
-/// How long a notification may wait for systemd.
+/// Longest time to wait for systemd to take a notification.
 const SEND: Duration = Duration::from_secs(1);
 
-/// Why systemd can't be told.
+/// Why systemd can't be notified.
 #[derive(Debug, thiserror::Error)]
-#[error("telling systemd: NOTIFY_SOCKET='{socket}': {source}; start this service with Type=notify")]
+#[error("notifying systemd: NOTIFY_SOCKET='{socket}': {source}; start this service with Type=notify")]
 pub struct NotifyError {
     socket: String,
     source: io::Error,
 }
 
-/// The way to systemd, if there is one.
+/// Sends notifications to systemd, if it started this process.
 #[derive(Debug, Default)]
 pub struct Notifier {
     systemd: Option<(UnixDatagram, SocketAddr)>,
 }
 
 impl Notifier {
-    /// To the socket that the environment names; a notifier that does nothing if it names none.
+    /// A notifier for the socket in the environment; without one it does nothing.
     ///
     /// # Errors
-    /// It names what is not a unix socket.
+    /// The environment names something else than a unix socket.
     pub fn from_env() -> Result<Self, NotifyError> {
         Self::open(env::var_os("NOTIFY_SOCKET"))
     }
@@ -38,7 +38,7 @@ impl Notifier {
         let Some(name) = name.filter(|name| !name.is_empty()) else { return Ok(Self::default()) };
         let open = || -> io::Result<_> {
             let address = address(&name)?;
-            // Never connected: systemd may replace its socket while we run. std opens sockets with CLOEXEC.
+            // Never connected: systemd may replace its socket. std opens sockets with CLOEXEC.
             let socket = UnixDatagram::unbound()?;
             socket.set_write_timeout(Some(SEND))?;
             Ok((socket, address))
@@ -48,27 +48,27 @@ impl Notifier {
         Ok(Self { systemd: Some(systemd) })
     }
 
-    /// The listener is bound.
+    /// Reports that the listener is bound.
     pub fn ready(&self, status: &str) {
         self.send(&format!("READY=1\nSTATUS={}", one_line(status)));
     }
 
-    /// The start takes at least this much longer, from now on.
+    /// Extends the start timeout to `by` from now.
     pub fn extend_start(&self, by: Duration) {
         self.send(&format!("EXTEND_TIMEOUT_USEC={}", by.as_micros()));
     }
 
-    /// What `systemctl status` shows.
+    /// Sets the status that `systemctl status` shows.
     pub fn status(&self, status: &str) {
         self.send(&format!("STATUS={}", one_line(status)));
     }
 
-    /// The service stops.
+    /// Reports that the service stops.
     pub fn stopping(&self, status: &str) {
         self.send(&format!("STOPPING=1\nSTATUS={}", one_line(status)));
     }
 
-    /// The service is alive; to be sent every [`watchdog_interval`].
+    /// Reports liveness; to be called every [`watchdog_interval`].
     pub fn watchdog(&self) {
         self.send("WATCHDOG=1");
     }
@@ -76,7 +76,7 @@ impl Notifier {
     fn send(&self, state: &str) {
         let Some((socket, address)) = &self.systemd else { return };
         if let Err(error) = socket.send_to_addr(state.as_bytes(), address) {
-            log::debug!("telling systemd {state}: {error}");
+            log::debug!("notifying systemd of {state}: {error}");
         }
     }
 }
@@ -89,12 +89,12 @@ fn address(name: &OsStr) -> io::Result<SocketAddr> {
     }
 }
 
-/// A newline would begin another assignment.
+/// `status` without newlines, which would begin another assignment.
 fn one_line(status: &str) -> String {
     status.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// How often systemd wants a sign of life: half of the time after which it would kill us; none if it wants none.
+/// The interval of liveness reports: half of systemd's watchdog timeout; none if there is no watchdog.
 pub fn watchdog_interval() -> Option<Duration> {
     let text = |name| env::var(name).ok();
     watchdog(text("WATCHDOG_USEC").as_deref(), text("WATCHDOG_PID").as_deref(), std::process::id())

@@ -1,7 +1,7 @@
-//! The client of `api-server-rest`, which hands out KBS resources inside the VM.
+//! Fetches a KBS resource from `api-server-rest`, which serves them inside the VM.
 //!
-//! One GET on one connection, over HTTP/1.0, so that the answer is not chunked. Time is bounded by the caller
-//! (`limits::KEY_FETCH`: one fetch is a whole attestation), memory here.
+//! One GET on one connection, over HTTP/1.0, so that the answer is not chunked. The caller limits the time
+//! (`limits::KEY_FETCH`: one fetch is a whole attestation), this module limits the memory.
 
 use secure_comms_protocol::limits::KEY_MAX;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 /// The longest head of an answer, in bytes.
 const HEAD_MAX: usize = 16 * 1024;
 const HEADERS_MAX: usize = 64;
-/// How much of the body of a refusal is reported, in bytes.
+/// Bytes of the body that an error quotes.
 const EXCERPT: usize = 200;
 
 /// Why a resource could not be fetched.
@@ -21,7 +21,7 @@ pub struct FetchError {
     fault: Fault,
 }
 
-/// What went wrong with a fetch.
+/// The fault of a fetch.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
     /// The path is not `<repository>/<type>/<tag>`.
@@ -30,14 +30,14 @@ pub enum Fault {
     /// The connection failed.
     #[error("{0}; check that api-server-rest runs in the pod's network namespace")]
     Io(#[from] std::io::Error),
-    /// What came is not HTTP.
+    /// The answer is not HTTP.
     #[error("the answer is not HTTP ({0}); check what listens on its port")]
     Malformed(String),
     /// The answer is too long.
     #[error("the {0} of the answer is longer than {1} bytes; check the resource in the KBS")]
     TooLong(&'static str, usize),
-    /// The connection ended in the middle.
-    #[error("the answer was cut short after {0} of {1} bytes; it is tried again")]
+    /// The connection ended within the body.
+    #[error("the answer was cut short after {0} of {1} bytes; retrying")]
     Truncated(usize, usize),
     /// The connection ended before the answer began or its head was complete.
     #[error("the connection closed before the answer's head was complete; see the log of api-server-rest")]
@@ -45,22 +45,22 @@ pub enum Fault {
     /// A status other than 200.
     #[error(
         "status {status}{}; check that the KBS has the resource and that its policy allows this VM",
-        said(body)
+        quote(body)
     )]
     Status {
-        /// The HTTP status.
+        /// HTTP status.
         status: u16,
-        /// The beginning of the body, escaped.
+        /// Beginning of the body, escaped.
         body: String,
     },
 }
 
-fn said(body: &str) -> String {
+fn quote(body: &str) -> String {
     if body.is_empty() { String::new() } else { format!(": {body}") }
 }
 
 impl FetchError {
-    /// What went wrong.
+    /// The fault.
     pub fn fault(&self) -> &Fault {
         &self.fault
     }
@@ -69,7 +69,7 @@ impl FetchError {
 /// Fetches the resource at `path` over `stream`, a fresh connection to `api-server-rest`.
 ///
 /// # Errors
-/// Every answer but 200 with a complete body of at most `limits::KEY_MAX` bytes.
+/// Every answer other than status 200 with a complete body of at most `limits::KEY_MAX` bytes.
 pub async fn fetch<S>(stream: S, path: &str) -> Result<Zeroizing<Vec<u8>>, FetchError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -90,7 +90,7 @@ where
         format!("GET /cdh/resource/{path} HTTP/1.0\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     stream.flush().await?;
-    // Sized first: the body is a key, and a buffer that grows leaves copies behind.
+    // Sized first: the body is a key, and a buffer that grows leaves copies of it behind.
     let mut answer = Zeroizing::new(Vec::with_capacity(HEAD_MAX + KEY_MAX + 1));
     let head = read_head(&mut stream, &mut answer).await?;
     let wanted = if head.status == 200 { head.length } else { None };
@@ -125,11 +125,11 @@ async fn read_to<S: AsyncRead + Unpin>(
     Ok(())
 }
 
-/// What matters of an answer's head.
+/// The parts of an answer's head that matter here.
 struct Head {
     status: u16,
     length: Option<usize>,
-    /// Where the body begins.
+    /// Offset of the body.
     end: usize,
 }
 
