@@ -105,7 +105,7 @@ fn all_faults_of_all_tags_are_told_at_once() {
 }
 
 #[test]
-fn a_forwarder_that_nobody_asked_to_speak_secure_comms_says_how_to_ask() {
+fn without_secure_comms_the_error_names_the_flag() {
     usage(&[], &["Secure Comms is off", "set the flag -secure-comms", "\"sc\": true"]);
 }
 
@@ -143,7 +143,7 @@ fn testdata(name: &str) -> String {
 }
 
 #[test]
-fn keys_in_the_user_data_that_are_missing_or_broken_are_named_and_not_shown() {
+fn bad_keys_in_the_user_data_are_named_and_not_shown() {
     let place = Place::new();
     let good = (testdata("ed25519.openssh"), testdata("ed25519.pub"));
     let garbage = "%%%not-base64%%%";
@@ -174,7 +174,7 @@ fn keys_in_the_user_data_that_are_missing_or_broken_are_named_and_not_shown() {
 }
 
 #[test]
-fn latched_keys_that_others_could_have_written_or_that_are_broken_stop_the_start() {
+fn exposed_or_broken_latched_keys_stop_the_start() {
     let place = Place::new();
     let directory = |name: &str, mode: u32| {
         let path = place.path(name);

@@ -13,7 +13,7 @@ use base64ct::{Base64, Encoding};
 use support::{FREE_PORTS, Place, Systemd};
 
 #[test]
-fn systemd_hears_that_it_is_ready_what_it_does_and_that_it_stops() {
+fn systemd_is_notified_of_ready_status_and_stopping() {
     let place = Place::new();
     let (systemd, notify) = (Systemd::new(&place), place.path("notify"));
     let mut agent = place.start(&FREE_PORTS, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
@@ -27,7 +27,7 @@ fn systemd_hears_that_it_is_ready_what_it_does_and_that_it_stops() {
 }
 
 #[test]
-fn with_keys_in_its_user_data_it_begins_in_the_kubernetes_phase() {
+fn keys_in_the_user_data_start_the_kubernetes_phase() {
     let place = Place::new();
     let key = |name: &str| {
         let path = format!("{}/../keys/testdata/{name}", env!("CARGO_MANIFEST_DIR"));

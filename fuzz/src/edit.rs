@@ -1,10 +1,8 @@
 //! What must hold for the edit of a request, whatever is in it: compared with what somebody else's decoder reads, before
 //! and after.
 
-use agent_protocol_forwarder::interceptor::edit::{
-    self, Edited, Mounts, SERVICE, VOLUMES, Verdict, recognise,
-};
-use agent_protocol_forwarder::interceptor::wire::put;
+use agent_protocol_forwarder::kata::edit::{self, Edited, Mounts, SERVICE, VOLUMES, Verdict, recognise};
+use agent_protocol_forwarder::kata::protobuf::put;
 use prost::Message;
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -1,7 +1,7 @@
 //! What must hold for whatever a client sends towards the kata agent. Nothing here makes a directory.
 
-use agent_protocol_forwarder::interceptor::frame::{FrameError, HEADER, Header, RESPONSE, Scanner};
-use agent_protocol_forwarder::interceptor::requests::{Out, Requests};
+use agent_protocol_forwarder::kata::frame::{FrameError, HEADER, Header, RESPONSE, Scanner};
+use agent_protocol_forwarder::kata::requests::{Out, Requests};
 use bytes::Bytes;
 
 /// What becomes of a stream: bytes that pass in one piece, however they were split, and requests that do not.
@@ -67,15 +67,15 @@ pub(crate) fn exercise(data: &[u8]) {
                 }
             }
             Outcome::Held(stream, frame) => {
-                assert!(scanner.between());
+                assert!(scanner.at_boundary());
                 assert_eq!(header(frame).stream, *stream);
                 assert_eq!(header(frame).length + HEADER, frame.len());
             }
-            Outcome::Refused(..) => assert!(scanner.between()),
+            Outcome::Refused(..) => assert!(scanner.at_boundary()),
         }
     }
     // Where a stream ends well, nothing is left behind.
     if requests.end().is_ok() {
-        assert!(scanner.between());
+        assert!(scanner.at_boundary());
     }
 }

@@ -1,6 +1,6 @@
 //! What must hold for whatever answers in place of api-server-rest.
 
-use agent_protocol_forwarder::guest::{FetchError, fetch};
+use agent_protocol_forwarder::phases::kbs_fetch::{FetchError, fetch};
 use secure_comms_protocol::limits::KEY_MAX;
 use std::io;
 use std::iter::repeat_n;

@@ -27,4 +27,4 @@ pub use file_error::{FileError, PrivacyFault};
 pub use pod_keys::PodKeys;
 pub use public_key::WorkerNodeKeys;
 pub use roles::{AttestationKey, PodKey, PodPublic, WorkerNodeKey, WorkerNodePublic};
-pub use ssh_key::PublicKey;
+pub use ssh_key::{PrivateKey, PublicKey};

@@ -88,7 +88,7 @@ pub(super) fn is_gone(error: &NetlinkError) -> bool {
 }
 
 /// Whether a request failed because what it was to make is there.
-pub(super) fn is_there(error: &NetlinkError) -> bool {
+pub(super) fn already_exists(error: &NetlinkError) -> bool {
     errno(error) == Some(Errno::EEXIST)
 }
 

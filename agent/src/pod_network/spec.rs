@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use serde::Deserialize;
 use serde_json::Value;
 
-use read::Reader;
+use read::FieldReader;
 pub use values::{HardwareAddress, InterfaceName, Prefix};
 
 /// The largest MTU: what a VXLAN header (50 bytes over IPv4) leaves of Ethernet's 1500.
@@ -69,13 +69,13 @@ pub struct Spec {
     /// The pod reaches the outside by the VM's second interface.
     pub(super) external: bool,
     /// Those without a gateway first: the gateways of the others are reached by them.
-    pub(super) routes: Vec<Route>,
+    pub(super) routes: Vec<IpRoute>,
     pub(super) neighbours: Vec<Neighbour>,
 }
 
 /// A route in the pod's network.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Route {
+pub(super) struct IpRoute {
     pub(super) destination: Prefix,
     pub(super) gateway: Option<IpAddr>,
     /// None: the tunnel's interface.
@@ -126,7 +126,7 @@ impl PodNetworkConfig {
     /// # Errors
     /// Every fault.
     pub fn validate(&self) -> Result<Spec, Faults> {
-        let mut read = Reader::default();
+        let mut read = FieldReader::default();
         let pod: Option<Prefix> = read.required("podip", &self.podip, Prefix::EXPECTED);
         let hardware_address = read.parsed("pod-hw-addr", &self.pod_hw_addr, HardwareAddress::EXPECTED);
         let interface = read.required("interface", &self.interface, InterfaceName::EXPECTED);
@@ -152,7 +152,7 @@ impl PodNetworkConfig {
         let external = read.flag("external-net-via-pod-vm", &self.external_net_via_pod_vm);
         let family = pod.map(|pod| pod.address());
         let mut routes =
-            read.list("routes", &self.routes, |read, key, route| Route::read(read, key, &route, family));
+            read.list("routes", &self.routes, |read, key, route| IpRoute::read(read, key, &route, family));
         routes.sort_by_key(|route| route.gateway.is_some());
         let neighbours =
             read.list("neighbors", &self.neighbors, |read, key, entry| Neighbour::read(read, key, &entry));
@@ -178,8 +178,8 @@ impl PodNetworkConfig {
     }
 }
 
-impl Route {
-    fn read(read: &mut Reader, key: &str, config: &RouteConfig, pod: Option<IpAddr>) -> Option<Self> {
+impl IpRoute {
+    fn read(read: &mut FieldReader, key: &str, config: &RouteConfig, pod: Option<IpAddr>) -> Option<Self> {
         let destination: Option<Prefix> = read.parsed(&format!("{key}.dst"), &config.dst, Prefix::EXPECTED);
         let gateway: Option<IpAddr> = read.parsed(&format!("{key}.gw"), &config.gw, "an address");
         let device = read.parsed(&format!("{key}.dev"), &config.dev, InterfaceName::EXPECTED);
@@ -206,7 +206,7 @@ impl Route {
 }
 
 impl Neighbour {
-    fn read(read: &mut Reader, key: &str, config: &NeighbourConfig) -> Option<Self> {
+    fn read(read: &mut FieldReader, key: &str, config: &NeighbourConfig) -> Option<Self> {
         let hardware_address =
             read.parsed(&format!("{key}.hw-addr"), &config.hw_addr, HardwareAddress::EXPECTED);
         let device = read.parsed(&format!("{key}.dev"), &config.dev, InterfaceName::EXPECTED);

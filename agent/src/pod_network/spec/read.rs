@@ -8,11 +8,11 @@ use serde_json::Value;
 
 /// The faults so far, each with its key.
 #[derive(Default)]
-pub(super) struct Reader {
+pub(super) struct FieldReader {
     pub(super) faults: Vec<String>,
 }
 
-impl Reader {
+impl FieldReader {
     pub(super) fn fault(&mut self, key: &str, fault: &str) {
         self.faults.push(format!("'{key}': {fault}"));
     }
