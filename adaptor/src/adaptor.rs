@@ -22,6 +22,7 @@ use crate::pod::{Driver, Observer, Plan, PodState, Report, Stop, Way};
 use crate::routes::Routes;
 use crate::session::Tunnels;
 use crate::store::Store;
+use crate::text::with_causes;
 
 /// How the VMs come to their keys.
 #[derive(Debug)]
@@ -137,7 +138,7 @@ impl Adaptor {
             && !known
             && let Err(error) = self.store.forget(id).await
         {
-            tracing::error!("pod {id}: after a failure: {:#}", anyhow::Error::from(error));
+            tracing::error!("pod {id}: after a failure: {}", with_causes(&error));
         }
         prepared
     }
@@ -335,7 +336,7 @@ impl Adaptor {
             match self.resume_one(&id).await {
                 Ok(true) => resumed.push(id),
                 Ok(false) => {}
-                Err(error) => tracing::error!("pod {id}: resume: {:#}", anyhow::Error::from(error)),
+                Err(error) => tracing::error!("pod {id}: resume: {}", with_causes(&error)),
             }
         }
         Ok(resumed)

@@ -26,7 +26,7 @@ pub use self::error::ConnectError;
 pub use self::handler::TransportEnd;
 use self::handler::{Client, Shared, lock};
 use crate::keys::{PodPublic, WorkerNodeKey};
-use crate::log::escape;
+use crate::text::escape;
 
 /// The most that is repeated of what a stranger says, in characters.
 const QUOTE_MAX: usize = 300;

@@ -5,8 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64ct::{Base64UrlUnpadded, Encoding};
 use ed25519_dalek::pkcs8::DecodePrivateKey;
 use ed25519_dalek::{Signer, SigningKey};
 use secure_comms_protocol::limits::KEY_MAX;
@@ -78,9 +77,9 @@ impl Admin {
             "iss": self.issuer, "sub": SUBJECT, "role": self.role,
             "iat": issued, "exp": issued + LIFETIME.as_secs(),
         });
-        let encode = |part: serde_json::Value| URL_SAFE_NO_PAD.encode(part.to_string());
+        let encode = |part: serde_json::Value| Base64UrlUnpadded::encode_string(part.to_string().as_bytes());
         let signed = format!("{}.{}", encode(header), encode(claims));
-        let signature = URL_SAFE_NO_PAD.encode(self.key.sign(signed.as_bytes()).to_bytes());
+        let signature = Base64UrlUnpadded::encode_string(&self.key.sign(signed.as_bytes()).to_bytes());
         Zeroizing::new(format!("{signed}.{signature}"))
     }
 }
@@ -100,7 +99,7 @@ mod tests {
         let admin = Admin::read(&path, "me", "admin").unwrap();
         let token = admin.token(UNIX_EPOCH + Duration::from_millis(1_000_900));
         let parts: Vec<&str> = token.split('.').collect();
-        let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).unwrap();
+        let decode = |part: &str| Base64UrlUnpadded::decode_vec(part).unwrap();
         let json = |part: &str| serde_json::from_slice::<serde_json::Value>(&decode(part)).unwrap();
         assert_eq!(json(parts[0]), json!({"alg": "EdDSA", "typ": "JWT"}));
         let claims =

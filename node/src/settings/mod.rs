@@ -8,13 +8,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use secure_comms_adaptor::address::Address;
+use secure_comms_adaptor::kbs::KbsSettings;
+use secure_comms_adaptor::text::escape;
 use secure_comms_protocol::tag::{Tag, parse_list};
 use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
-use url::Url;
 
-use crate::address::Address;
 use crate::cli::{KeygenArgs, UserDataArgs};
-use crate::log::{Level, escape};
+use crate::logging::Level;
 
 /// Where keys are kept unless `--store` says otherwise.
 pub const DEFAULT_STORE: &str = "/var/lib/secure-comms-adaptor";
@@ -23,7 +24,7 @@ pub const DEFAULT_KBS: &str = "kbs-service.trustee-operator-system:8080";
 
 /// What `connect` is to do.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct ConnectSettings {
     /// The pod.
     pub pod: PodId,
     /// Where its agent may be; never empty.
@@ -51,28 +52,6 @@ pub enum Trust {
     Kbs(KbsSettings),
     /// From its user data; it never attests.
     UserData,
-}
-
-/// The KBS, as its admin sees it.
-#[derive(Clone, Debug)]
-pub struct KbsSettings {
-    /// Where it is, http or https, without `/kbs/v0`.
-    pub url: Url,
-    /// A PEM file with the CA that signed its certificate; the system's CAs if none.
-    pub ca: Option<PathBuf>,
-    /// Who we are; none for a KBS that asks nobody.
-    pub admin: Option<AdminSettings>,
-}
-
-/// The KBS's admin.
-#[derive(Clone, Debug)]
-pub struct AdminSettings {
-    /// An Ed25519 private key, PKCS#8 PEM.
-    pub key_file: PathBuf,
-    /// `iss` of the token.
-    pub issuer: String,
-    /// `role` of the token.
-    pub role: String,
 }
 
 /// What `user-data` is to do.

@@ -2,15 +2,14 @@
 
 use std::time::Duration;
 
+use secure_comms_adaptor::address::{Address, host_port};
+use secure_comms_adaptor::kbs::{AdminSettings, KbsSettings};
 use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::{Host, with_built_in};
 use secure_comms_protocol::{Bind, InboundTag, OutboundTag, PhaseSet, Target, TunnelName};
 use url::Url;
 
-use super::{
-    AdminSettings, DEFAULT_KBS, Env, KbsSettings, Reader, Settings, Trust, UsageError, store_or_default,
-};
-use crate::address::{Address, host_port};
+use super::{ConnectSettings, DEFAULT_KBS, Env, Reader, Trust, UsageError, store_or_default};
 use crate::cli::ConnectArgs;
 
 const DEADLINE: Duration = Duration::from_secs(300);
@@ -18,7 +17,7 @@ const REKEY_BYTES_MIN: usize = 1 << 20;
 const ISSUER: &str = "secure-comms-adaptor";
 const ROLE: &str = "admin";
 
-impl Settings {
+impl ConnectSettings {
     /// Reads the flags and the environment.
     ///
     /// # Errors

@@ -10,16 +10,16 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use secure_comms_adaptor::cli::ConnectArgs;
-use secure_comms_adaptor::settings::{Settings, Trust, UsageError};
+use secure_comms_node::cli::ConnectArgs;
+use secure_comms_node::settings::{ConnectSettings, Trust, UsageError};
 use secure_comms_protocol::limits::REKEY_BYTES;
 
 fn args() -> ConnectArgs {
     ConnectArgs { pod_id: Some("p1".into()), addresses: vec!["vm".into()], ..ConnectArgs::default() }
 }
 
-fn read(args: ConnectArgs, env: &[(&str, &str)]) -> Result<Settings, UsageError> {
-    Settings::read(args, &|name| {
+fn read(args: ConnectArgs, env: &[(&str, &str)]) -> Result<ConnectSettings, UsageError> {
+    ConnectSettings::read(args, &|name| {
         env.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value))
     })
 }

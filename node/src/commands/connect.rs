@@ -6,17 +6,17 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
+use secure_comms_adaptor::adaptor::{Adaptor, AdaptorError, Config, KeySource};
+use secure_comms_adaptor::kbs::{KbsClient, KbsError};
+use secure_comms_adaptor::pod::PodEvent;
+use secure_comms_adaptor::store::{DirectoryStore, StoreError};
+use secure_comms_adaptor::text::escape;
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::resource::pod_private_key;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 
-use crate::adaptor::{Adaptor, AdaptorError, Config, KeySource};
-use crate::kbs::{KbsClient, KbsError};
-use crate::log::escape;
-use crate::pod::PodEvent;
-use crate::settings::{Settings, Trust};
-use crate::store::{DirectoryStore, StoreError};
+use crate::settings::{ConnectSettings, Trust};
 
 /// How long forgetting the pod may take once we were told to end: whoever ends us will not wait much longer.
 const FORGET: Duration = Duration::from_secs(20);
@@ -73,7 +73,7 @@ impl Signals {
 ///
 /// # Errors
 /// What was last seen when the deadline passed.
-pub async fn run(settings: Settings) -> Result<(), ConnectFailed> {
+pub async fn run(settings: ConnectSettings) -> Result<(), ConnectFailed> {
     let mut signals = Signals::new().map_err(ConnectFailed::Signals)?;
     let store = Arc::new(DirectoryStore::open(&settings.store)?);
     let keys = match &settings.trust {
@@ -134,7 +134,7 @@ async fn republish(adaptor: &Adaptor, pod: &PodId, known: bool) -> Infallible {
     pending().await
 }
 
-async fn end(adaptor: &Adaptor, settings: &Settings) -> Result<(), ConnectFailed> {
+async fn end(adaptor: &Adaptor, settings: &ConnectSettings) -> Result<(), ConnectFailed> {
     if !settings.delete_on_exit {
         adaptor.close(&settings.pod).await;
         return Ok(());

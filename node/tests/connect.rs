@@ -1,6 +1,7 @@
 //! The `connect` command as a process: its lines, its exit codes, its signals.
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../adaptor/tests/support/mod.rs"]
 mod support;
 
 use std::process::{Output, Stdio};
