@@ -5,10 +5,10 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use secure_comms_adaptor::adaptor::AdaptorError;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::keys::{PodKey, WorkerNodeKey};
 use secure_comms_adaptor::pod::{LOST, PodState};
+use secure_comms_adaptor::registry::AdaptorError;
 use secure_comms_adaptor::store::Store;
 use support::agent::{Agent, Mode};
 use support::{PATIENCE, World, addresses, echoes, pod};

@@ -7,10 +7,10 @@ pub mod agent;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use secure_comms_adaptor::adaptor::{Adaptor, Config, KeySource};
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 use secure_comms_adaptor::keys::{PodKey, WorkerNodePublic};
+use secure_comms_adaptor::registry::{Adaptor, Config, KeySource};
 use secure_comms_adaptor::store::{DirectoryStore, Store};
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::limits::REKEY_BYTES;

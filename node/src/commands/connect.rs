@@ -6,9 +6,9 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-use secure_comms_adaptor::adaptor::{Adaptor, AdaptorError, Config, KeySource};
 use secure_comms_adaptor::kbs::{KbsClient, KbsError};
 use secure_comms_adaptor::pod::PodEvent;
+use secure_comms_adaptor::registry::{Adaptor, AdaptorError, Config, KeySource};
 use secure_comms_adaptor::store::{DirectoryStore, StoreError};
 use secure_comms_adaptor::text::escape;
 use secure_comms_protocol::PodId;

@@ -19,10 +19,10 @@ use crate::address::Address;
 use crate::kbs::KbsClient;
 use crate::keys::{PodKey, PodPublic, WorkerNodeKey};
 use crate::pod::{Driver, Observer, Plan, PodState, Report, Stop, Way};
-use crate::routes::Routes;
-use crate::session::Tunnels;
 use crate::store::Store;
 use crate::text::with_causes;
+use crate::transport::routes::Routes;
+use crate::transport::session::Tunnels;
 
 /// How the VMs come to their keys.
 #[derive(Debug)]

@@ -10,10 +10,10 @@ use std::time::Duration;
 use secure_comms_protocol::PhaseName;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::Plan;
-use super::reach::{self, Won};
-use crate::session::Pulse;
-use crate::ssh::Gate;
+use super::connect::{self, Won};
+use super::driver::Plan;
+use crate::transport::session::Pulse;
+use crate::transport::ssh::Gate;
 
 /// How often we look whether something is unanswered.
 const LOOK: Duration = Duration::from_secs(1);
@@ -37,7 +37,7 @@ pub(super) async fn another(plan: &Plan, pulse: &Pulse, first: PhaseName) -> Won
         while is_silent(pulse) {
             let gate = Gate::shut();
             let reached = tokio::select! {
-                reached = reach::anywhere(plan, first, &gate) => reached,
+                reached = connect::anywhere(plan, first, &gate) => reached,
                 () = last_chance(pulse, &gate, limit, &mut deadline) => {
                     limit *= 2;
                     continue;

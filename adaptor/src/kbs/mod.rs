@@ -1,7 +1,8 @@
 //! The KBS as its admin: publishes a resource, deletes one. Reading is for attested VMs alone.
 
-mod answer;
-mod said;
+mod auth;
+mod error_body;
+mod response;
 mod tls;
 
 use std::error::Error as _;
@@ -16,8 +17,9 @@ use tokio::time::{Instant, sleep};
 use url::Url;
 use zeroize::Zeroizing;
 
-use crate::token::{Admin, TokenError};
-use answer::Answer;
+use self::auth::Admin;
+pub use self::auth::TokenError;
+use self::response::Answer;
 
 /// The largest resource the KBS takes, in bytes.
 pub const RESOURCE_MAX: usize = 2 * 1024 * 1024;

@@ -9,11 +9,11 @@ use secure_comms_protocol::{Attestation, Kubernetes, PhaseName};
 use tokio::net::lookup_host;
 use tokio::time::timeout;
 
-use super::{Plan, Way};
+use super::driver::{Plan, Way};
 use crate::address::Address;
-use crate::race::race;
-use crate::session::Session;
-use crate::ssh::{self, ConnectError, Dial, Gate, Turn};
+use crate::transport::race::race;
+use crate::transport::session::Session;
+use crate::transport::ssh::{self, ConnectError, Dial, Gate, Turn};
 
 /// An agent that was reached, and the phase that it is in.
 #[derive(Debug)]

@@ -10,10 +10,6 @@
 //! Reaching means to find out in which phase the agent is, and to connect in that one. Falling back to Attestation is
 //! safe: it proves nothing to either side, and nothing of the Kubernetes phase is served on it.
 
-mod beside;
-mod reach;
-mod report;
-
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -26,15 +22,16 @@ use secure_comms_tunnel::Backoff;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use self::reach::{Failure, Reached, Won};
+use super::connect::{Failure, Reached, Won};
 use crate::address::Address;
 use crate::keys::{PodPublic, WorkerNodeKey};
-use crate::routes::Routes;
-use crate::session::{Attested, Session, Tunnels};
-use crate::ssh::{ConnectError, Gate};
+use crate::transport::routes::Routes;
+use crate::transport::session::{Attested, Session, Tunnels};
+use crate::transport::ssh::{ConnectError, Gate};
 
-pub(crate) use self::report::Report;
-pub use self::report::{Observer, PodEvent, PodState};
+use super::connect;
+use super::failover;
+use super::status::{PodEvent, PodState, Report};
 
 /// What an operator reads who has lost a VM.
 pub const LOST: &str = "the VM answers with a host key that is not this pod's and refuses attestation: it is lost to \
@@ -159,7 +156,7 @@ impl Driver {
         let gate = Gate::default();
         let reached = tokio::select! {
             _ = stopped(&mut self.stop) => return Err(Ended::Stopped),
-            reached = reach::anywhere(&self.plan, first, &gate) => reached,
+            reached = connect::anywhere(&self.plan, first, &gate) => reached,
         };
         match reached {
             Ok(won) => {
@@ -197,7 +194,7 @@ impl Driver {
         self.tell_unpartnered(PhaseName::Attestation, session.unpartnered());
         self.routes.attestation(session.link());
         let (plan, pulse) = (self.plan.clone(), session.pulse());
-        let mut beside = pin!(beside::another(&plan, &pulse, PhaseName::Attestation));
+        let mut beside = pin!(failover::another(&plan, &pulse, PhaseName::Attestation));
         loop {
             tokio::select! {
                 stop = stopped(&mut self.stop) => {
@@ -267,7 +264,7 @@ impl Driver {
                 self.rest(since).await?;
                 Ok(None)
             }
-            won = beside::another(&self.plan, &pulse, PhaseName::Kubernetes) => {
+            won = failover::another(&self.plan, &pulse, PhaseName::Kubernetes) => {
                 self.routes.close();
                 drop(session);
                 self.down(PhaseName::Kubernetes, silent(address, &won));

@@ -15,13 +15,13 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
-pub use self::tunnels::Tunnels;
+pub(crate) use self::tunnels::Tunnels;
 use self::tunnels::unpartnered;
-use crate::ssh::{AgentLink, ClientPhase, ConnectError, Connection, TransportEnd, quote};
+use crate::transport::ssh::{AgentLink, ClientPhase, ConnectError, Connection, TransportEnd, quote};
 
 /// Why a session ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SessionEnd(String);
+pub(crate) struct SessionEnd(String);
 
 impl fmt::Display for SessionEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -50,7 +50,7 @@ struct Heard {
 
 /// An established session; dropping it ends the connection, its streams and its tasks.
 #[derive(Debug)]
-pub struct Session<P: ClientPhase> {
+pub(crate) struct Session<P: ClientPhase> {
     connection: Connection<P>,
     outbox: Outbox,
     heard: watch::Receiver<Heard>,
@@ -71,7 +71,7 @@ impl<P: ClientPhase> Session<P> {
     ///
     /// # Errors
     /// The other end is no agent in this phase, or does not answer in time.
-    pub async fn establish(
+    pub(crate) async fn establish(
         connection: Connection<P>,
         pod: &PodId,
         tunnels: &Tunnels<P>,
@@ -113,22 +113,22 @@ impl<P: ClientPhase> Session<P> {
     }
 
     /// Where streams to the agent's outbounds are opened.
-    pub fn link(&self) -> AgentLink<P> {
+    pub(crate) fn link(&self) -> AgentLink<P> {
         self.connection.link()
     }
 
     /// What the agent said of itself.
-    pub fn agent(&self) -> &Hello {
+    pub(crate) fn agent(&self) -> &Hello {
         &self.agent
     }
 
     /// A line for each tunnel that one end has and the other lacks.
-    pub fn unpartnered(&self) -> &[String] {
+    pub(crate) fn unpartnered(&self) -> &[String] {
         &self.unpartnered
     }
 
     /// What tells whether the agent still speaks.
-    pub fn pulse(&self) -> Pulse {
+    pub(crate) fn pulse(&self) -> Pulse {
         Pulse {
             outbox: self.outbox.clone(),
             guard: self.connection.guard(),
@@ -137,23 +137,23 @@ impl<P: ClientPhase> Session<P> {
     }
 
     /// Waits until no stream is open.
-    pub async fn idle(&self) {
+    pub(crate) async fn idle(&self) {
         self.connection.credits().idle().await;
     }
 
     /// How many streams are open.
-    pub fn open_streams(&self) -> usize {
+    pub(crate) fn open_streams(&self) -> usize {
         self.connection.credits().open_streams()
     }
 
     /// Waits for the end of the session.
-    pub async fn ended(&mut self) -> SessionEnd {
+    pub(crate) async fn ended(&mut self) -> SessionEnd {
         let end = self.heard.wait_for(|heard| heard.end.is_some()).await;
         end.ok().and_then(|heard| heard.end.clone()).unwrap_or_else(gone)
     }
 
     /// Says why, and waits for the agent to end the connection; not long, for it may be gone.
-    pub async fn close(mut self, reason: &str) {
+    pub(crate) async fn close(mut self, reason: &str) {
         self.outbox.bye(reason);
         drop(timeout(CLOSE, self.ended()).await);
     }
@@ -161,7 +161,7 @@ impl<P: ClientPhase> Session<P> {
 
 /// Whether the agent at the other end of a session still speaks.
 #[derive(Debug)]
-pub struct Pulse {
+pub(crate) struct Pulse {
     outbox: Outbox,
     guard: Guard,
     credits: Credits,
@@ -169,17 +169,17 @@ pub struct Pulse {
 
 impl Pulse {
     /// Asks the agent for a sign of life.
-    pub fn probe(&self) {
+    pub(crate) fn probe(&self) {
         self.outbox.probe();
     }
 
     /// How long ago the agent was told something after which nothing has come from it; none if something has.
-    pub fn unanswered(&self) -> Option<Duration> {
+    pub(crate) fn unanswered(&self) -> Option<Duration> {
         self.guard.unanswered()
     }
 
     /// The shortest round trip seen; zero before the first.
-    pub fn round_trip(&self) -> Duration {
+    pub(crate) fn round_trip(&self) -> Duration {
         self.credits.shortest_round_trip().unwrap_or_default()
     }
 }
@@ -189,7 +189,7 @@ const CLOSE: Duration = UPGRADE_DRAIN;
 
 /// What happens while the agent attests.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Attested {
+pub(crate) enum Attested {
     /// An attempt to get the keys ended.
     Keys(KeyProgress),
     /// The keys are there: come back in the Kubernetes phase.
@@ -200,7 +200,7 @@ pub enum Attested {
 
 impl Session<Attestation> {
     /// Waits for what comes next.
-    pub async fn next(&mut self) -> Attested {
+    pub(crate) async fn next(&mut self) -> Attested {
         loop {
             let heard = self.heard.borrow_and_update().clone();
             // The agent repeats itself.

@@ -5,7 +5,7 @@ use std::fmt;
 use reqwest::{Method, Response, StatusCode};
 
 use super::KbsError;
-use super::said::Said;
+use super::error_body::Said;
 
 /// The most that is read of an answer, in bytes: errors are short, and no answer has anything else for us.
 const ANSWER_MAX: usize = 8 * 1024;

@@ -6,7 +6,7 @@ use secure_comms_protocol::PhaseName;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
+pub(crate) enum ConnectError {
     /// No TCP connection.
     #[error("TCP connect: {0}")]
     Unreachable(#[source] io::Error),
@@ -38,14 +38,14 @@ fn said(banner: &Option<String>) -> String {
 
 impl ConnectError {
     /// The phase that the agent says it is in, where it refuses ours: a hint.
-    pub fn hint(&self) -> Option<PhaseName> {
+    pub(crate) fn hint(&self) -> Option<PhaseName> {
         let Self::Refused { banner: Some(banner), .. } = self else { return None };
         phase_hint(banner)
     }
 
     /// Whether the agent says that nobody has logged in with its keys yet: if they are a stranger's, it will ask for
     /// others. A hint as well: an agent that lies only makes us wait.
-    pub fn hints_fresh(&self) -> bool {
+    pub(crate) fn hints_fresh(&self) -> bool {
         matches!(self, Self::Refused { banner: Some(banner), .. } if banner.contains("fresh"))
     }
 }

@@ -13,7 +13,7 @@ use serde_json::json;
 use zeroize::Zeroizing;
 
 /// How long a token is good for: one request, and clocks that differ somewhat.
-pub const LIFETIME: Duration = Duration::from_secs(120);
+pub(crate) const LIFETIME: Duration = Duration::from_secs(120);
 const SUBJECT: &str = "secure-comms-adaptor";
 
 /// Why there is no token.
@@ -38,7 +38,7 @@ pub enum TokenError {
 }
 
 /// Who we are to the KBS.
-pub struct Admin {
+pub(crate) struct Admin {
     key: SigningKey,
     issuer: String,
     role: String,
@@ -58,7 +58,7 @@ impl Admin {
     ///
     /// # Errors
     /// It cannot be read, or is not an Ed25519 key in PKCS#8 PEM.
-    pub fn read(path: &Path, issuer: &str, role: &str) -> Result<Self, TokenError> {
+    pub(crate) fn read(path: &Path, issuer: &str, role: &str) -> Result<Self, TokenError> {
         let mut pem = Zeroizing::new(Vec::with_capacity(KEY_MAX));
         File::open(path)
             .and_then(|file| file.take(KEY_MAX as u64).read_to_end(&mut pem))
@@ -70,7 +70,7 @@ impl Admin {
     }
 
     /// A token that is good from `now` on for [`LIFETIME`]. No `aud`: Trustee v0.18 to v0.20 refuse one.
-    pub fn token(&self, now: SystemTime) -> Zeroizing<String> {
+    pub(crate) fn token(&self, now: SystemTime) -> Zeroizing<String> {
         let issued = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let header = json!({"alg": "EdDSA", "typ": "JWT"});
         let claims = json!({

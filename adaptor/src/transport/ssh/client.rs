@@ -1,9 +1,6 @@
 //! The SSH client: one connection, from TCP to authentication. With keys.rs, the only room of the adaptor that names
 //! russh.
 
-mod error;
-mod handler;
-
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,9 +19,8 @@ use tokio::net::TcpStream;
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tokio::time::timeout;
 
-pub use self::error::ConnectError;
-pub use self::handler::TransportEnd;
-use self::handler::{Client, Shared, lock};
+use super::error::ConnectError;
+use super::handler::{Client, Shared, TransportEnd, lock};
 use crate::keys::{PodPublic, WorkerNodeKey};
 use crate::text::escape;
 
@@ -41,7 +37,7 @@ pub(crate) fn quote(text: &str) -> String {
 }
 
 /// A phase as this side of a connection sees it.
-pub trait ClientPhase: Phase {
+pub(crate) trait ClientPhase: Phase {
     /// What the agent's host key is held against. In the Kubernetes phase there is no way to leave it out.
     type Host: Copy + Send + Sync + 'static;
     /// What a connection may hold for slow readers.
@@ -52,7 +48,7 @@ pub trait ClientPhase: Phase {
 
 /// Nothing is proven in the Attestation phase: any host key will do.
 #[derive(Clone, Copy, Debug)]
-pub struct AnyHost;
+pub(crate) struct AnyHost;
 
 impl ClientPhase for Attestation {
     type Host = AnyHost;
@@ -75,15 +71,15 @@ impl ClientPhase for Kubernetes {
 
 /// Where to connect to and as whom.
 #[derive(Clone, Debug)]
-pub struct Dial {
+pub(crate) struct Dial {
     /// The agent's address.
-    pub address: SocketAddr,
+    pub(crate) address: SocketAddr,
     /// What the worker node proves itself with.
-    pub node_key: WorkerNodeKey,
+    pub(crate) node_key: WorkerNodeKey,
     /// Data in a direction after which new session keys are made, in bytes.
-    pub rekey_bytes: usize,
+    pub(crate) rekey_bytes: usize,
     /// Where the attempt waits before it authenticates.
-    pub gate: Gate,
+    pub(crate) gate: Gate,
 }
 
 /// Cuts the connection when dropped: nothing else stops a russh session.
@@ -97,7 +93,7 @@ impl Drop for CutOnDrop {
 }
 
 /// An authenticated connection; dropping it cuts it and ends its streams.
-pub struct Connection<P: ClientPhase> {
+pub(crate) struct Connection<P: ClientPhase> {
     handle: Arc<Handle<Client<P>>>,
     shared: Arc<Shared<P>>,
     cut: CutOnDrop,
@@ -119,7 +115,7 @@ impl<P: ClientPhase> Drop for Connection<P> {
 }
 
 /// Opens `direct-tcpip` channels: the host is the tunnel's name, the port means nothing.
-pub struct DirectOpener<P: ClientPhase>(Arc<Handle<Client<P>>>);
+pub(crate) struct DirectOpener<P: ClientPhase>(Arc<Handle<Client<P>>>);
 
 impl<P: ClientPhase> Clone for DirectOpener<P> {
     fn clone(&self) -> Self {
@@ -149,12 +145,12 @@ impl<P: ClientPhase> Opener for DirectOpener<P> {
 /// Attempts that share one authenticate one at a time, and hold it for as long as their connection: an agent lets a
 /// newer Kubernetes peer take the place of an older one, so two addresses of one VM must not race each other in.
 #[derive(Clone, Debug, Default)]
-pub struct Turn(Arc<Mutex<()>>);
+pub(crate) struct Turn(Arc<Mutex<()>>);
 
 /// Holds attempts back that run beside a connection which may yet be alive: an agent that lets one of them in gives that
 /// connection up. Open unless made shut.
 #[derive(Clone, Debug)]
-pub struct Gate(watch::Sender<GateState>);
+pub(crate) struct Gate(watch::Sender<GateState>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum GateState {
@@ -171,7 +167,7 @@ impl Default for Gate {
 
 impl Gate {
     /// One that lets nobody through yet.
-    pub fn shut() -> Self {
+    pub(crate) fn shut() -> Self {
         Self(watch::Sender::new(GateState::Shut))
     }
 
@@ -180,12 +176,12 @@ impl Gate {
     }
 
     /// Lets everybody through from now on.
-    pub fn open(&self) {
+    pub(crate) fn open(&self) {
         self.0.send_replace(GateState::Open);
     }
 
     /// Waits until an attempt has found an agent and waits here.
-    pub async fn knocked(&self) {
+    pub(crate) async fn knocked(&self) {
         self.until(|state| *state != GateState::Shut).await;
     }
 
@@ -207,13 +203,13 @@ impl Gate {
 }
 
 /// Streams to the agent in a phase.
-pub type AgentLink<P> = SshLink<DirectOpener<P>>;
+pub(crate) type AgentLink<P> = SshLink<DirectOpener<P>>;
 
 /// Connects to the Attestation phase: neither side proves anything, unless the agent insists on our key.
 ///
 /// # Errors
 /// See [`ConnectError`].
-pub async fn attestation(
+pub(crate) async fn attestation(
     dial: &Dial,
     outbounds: Arc<Outbounds<Attestation>>,
 ) -> Result<Connection<Attestation>, ConnectError> {
@@ -225,7 +221,7 @@ pub async fn attestation(
 ///
 /// # Errors
 /// See [`ConnectError`].
-pub async fn kubernetes(
+pub(crate) async fn kubernetes(
     dial: &Dial,
     pod: PodPublic,
     turn: Turn,
@@ -279,7 +275,7 @@ fn handshake_error<P: ClientPhase>(shared: &Shared<P>, error: &russh::Error) -> 
     }
 }
 
-fn cause(error: &russh::Error) -> String {
+pub(super) fn cause(error: &russh::Error) -> String {
     match error {
         russh::Error::Disconnect | russh::Error::HUP => "the other end closed the connection".into(),
         russh::Error::IO(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
@@ -331,7 +327,9 @@ impl<P: ClientPhase> Connection<P> {
     ///
     /// # Errors
     /// The agent refuses it.
-    pub async fn control(&self) -> Result<(impl Receiver + use<P>, impl Sender + use<P>), ConnectError> {
+    pub(crate) async fn control(
+        &self,
+    ) -> Result<(impl Receiver + use<P>, impl Sender + use<P>), ConnectError> {
         let broken = |why: String| ConnectError::Protocol("open the control channel", why);
         let opened = self.handle.channel_open_session().await;
         let mut channel = opened.map_err(|error| broken(cause(&error)))?;
@@ -353,7 +351,7 @@ impl<P: ClientPhase> Connection<P> {
     ///
     /// # Errors
     /// The connection is gone.
-    pub async fn forward(&self, name: &TunnelName, port: u16) -> Result<bool, ConnectError> {
+    pub(crate) async fn forward(&self, name: &TunnelName, port: u16) -> Result<bool, ConnectError> {
         // Before the agent hears of it: a stream may come with the answer.
         lock(&self.shared.asked).insert(name.clone());
         match self.handle.tcpip_forward(name.as_str(), port.into()).await {
@@ -367,12 +365,12 @@ impl<P: ClientPhase> Connection<P> {
     }
 
     /// Where streams to the agent's outbounds are opened.
-    pub fn link(&self) -> AgentLink<P> {
+    pub(crate) fn link(&self) -> AgentLink<P> {
         SshLink::new(DirectOpener(Arc::clone(&self.handle)), self.shared.credits.clone())
     }
 
     /// The connection's flow control.
-    pub fn credits(&self) -> &Credits {
+    pub(crate) fn credits(&self) -> &Credits {
         &self.shared.credits
     }
 
@@ -382,7 +380,7 @@ impl<P: ClientPhase> Connection<P> {
     }
 
     /// Waits for the end of the connection.
-    pub fn ended(&self) -> impl Future<Output = TransportEnd> + Send + use<P> {
+    pub(crate) fn ended(&self) -> impl Future<Output = TransportEnd> + Send + use<P> {
         let shared = Arc::clone(&self.shared);
         async move { shared.ended().await }
     }

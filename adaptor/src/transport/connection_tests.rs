@@ -1,20 +1,20 @@
 //! One connection: who is trusted, what is refused, and what is left when it is gone.
-#![allow(clippy::unwrap_used)]
 
+#[path = "../../tests/support/mod.rs"]
 mod support;
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use secure_comms_adaptor::keys::{PodKey, WorkerNodeKey};
-use secure_comms_adaptor::session::{Session, Tunnels};
-use secure_comms_adaptor::ssh::{self, ConnectError, Dial, Gate, Turn};
+use self::support::agent::{Agent, Mode};
+use self::support::{PATIENCE, pod};
+use crate::keys::{PodKey, WorkerNodeKey};
+use crate::transport::session::{Session, Tunnels};
+use crate::transport::ssh::{self, ConnectError, Dial, Gate, Turn};
 use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{Attestation, Kubernetes, Phase, PhaseName};
 use secure_comms_tunnel::Link;
-use support::agent::{Agent, Mode};
-use support::{PATIENCE, pod};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::time::timeout;

@@ -4,7 +4,7 @@ use secure_comms_protocol::{Attestation, Kubernetes, PhaseSet, TunnelName};
 use secure_comms_tunnel::{Inbound, Link, OpenError, Stream};
 use tokio::sync::watch;
 
-use crate::ssh::AgentLink;
+use crate::transport::ssh::AgentLink;
 
 /// The links that there are now. A client of a Kubernetes-phase inbound has no way to an attestation link.
 #[derive(Debug)]

@@ -13,14 +13,15 @@ use secure_comms_tunnel::flow::Side;
 use secure_comms_tunnel::{Credits, Incoming, Outbounds, Refusal, RefusalKind, outbound};
 use tokio::sync::{Semaphore, watch};
 
-use super::{ClientPhase, ConnectError, cause, quote};
+use super::client::{ClientPhase, cause, quote};
+use super::error::ConnectError;
 
 /// How many refusals of one connection are worth a warning.
 const REFUSALS_LOGGED: u32 = 16;
 
 /// How a connection ended, as far as SSH knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TransportEnd {
+pub(crate) enum TransportEnd {
     /// The agent offers no way to authenticate as this user.
     Refused,
     /// The agent said so.

@@ -10,7 +10,7 @@ use secure_comms_tunnel::Outbounds;
 
 /// The tunnels of this end in a phase.
 #[derive(Clone, Debug)]
-pub struct Tunnels<P> {
+pub(crate) struct Tunnels<P> {
     inbounds: Vec<TunnelName>,
     /// With the port to ask for, which means nothing to the agent.
     pub(super) forwards: Vec<(TunnelName, u16)>,
@@ -19,7 +19,7 @@ pub struct Tunnels<P> {
 
 impl<P: Phase> Tunnels<P> {
     /// Those of the tags that exist in the phase.
-    pub fn new(inbounds: &[InboundTag], outbounds: &[OutboundTag]) -> Self {
+    pub(crate) fn new(inbounds: &[InboundTag], outbounds: &[OutboundTag]) -> Self {
         let port = |target: &Target| match target {
             Target::Tcp { port, .. } => *port,
             Target::Unix(_) => 1,
@@ -32,7 +32,7 @@ impl<P: Phase> Tunnels<P> {
     }
 
     /// What streams of the agent may reach.
-    pub fn outbounds(&self) -> Arc<Outbounds<P>> {
+    pub(crate) fn outbounds(&self) -> Arc<Outbounds<P>> {
         Arc::clone(&self.outbounds)
     }
 
