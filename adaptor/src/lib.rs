@@ -3,6 +3,7 @@
 pub mod registry;
 
 pub mod address;
+pub mod key_source;
 pub mod keys;
 pub mod private_file;
 pub mod store;

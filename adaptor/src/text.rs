@@ -11,6 +11,18 @@ pub fn escape(text: &str) -> String {
     escaped
 }
 
+/// The longest quote of a stranger's text, in characters.
+const QUOTE_MAX: usize = 300;
+
+/// A stranger's text, cut to [`QUOTE_MAX`] characters and escaped.
+pub(crate) fn quote(text: &str) -> String {
+    let mut short: String = text.chars().take(QUOTE_MAX).collect();
+    if short.len() < text.len() {
+        short.push('…');
+    }
+    escape(&short)
+}
+
 /// The error and its causes, joined by colons.
 pub(crate) fn with_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();

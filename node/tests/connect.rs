@@ -75,9 +75,9 @@ async fn a_pod_comes_up_line_by_line_and_a_signal_ends_it_in_good_order() {
     let expected = [
         first,
         format!("pod pod-1: attestation: connected to {address}"),
-        "pod pod-1: tunnel KATAAGENT, Attestation phase: the agent's outbound has no inbound here".to_owned(),
+        "pod pod-1: tunnel KATAAGENT, Attestation phase: the agent serves it, but no --inbounds tag here listens for it".to_owned(),
         "pod pod-1: keys: attempt 3: not yet".to_owned(),
-        "pod pod-1: attestation: done, coming back as kubernetes".to_owned(),
+        "pod pod-1: attestation done; reconnecting for the Kubernetes phase".to_owned(),
         format!("pod pod-1: kubernetes phase up at {address}"),
         "pod pod-1: stopped".to_owned(),
     ];
@@ -111,8 +111,8 @@ async fn a_start_that_fails_says_why_in_one_line() {
     let error = String::from_utf8(output.stderr).unwrap();
     assert_eq!(
         error,
-        "secure-comms-adaptor: start pod pod-1: not up within 1 s; last seen: connected, and the agent has not told of \
-         its keys yet; see that the VM runs and its agent is reached, or give it more time\n"
+        "secure-comms-adaptor: start pod pod-1: not up within 1 s; last seen: connected; the agent has not reported \
+         on its keys yet; check that the VM runs and its agent can be reached, or allow more time (--deadline)\n"
     );
     assert_eq!(lines.count("attestation: connected to"), 1);
 }

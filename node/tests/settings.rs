@@ -10,8 +10,9 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
+use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_node::cli::ConnectArgs;
-use secure_comms_node::settings::{ConnectSettings, Trust, UsageError};
+use secure_comms_node::settings::{ConnectSettings, UsageError};
 use secure_comms_protocol::limits::REKEY_BYTES;
 
 fn args() -> ConnectArgs {
@@ -39,7 +40,7 @@ fn a_pod_and_an_address_are_enough() {
         (settings.deadline, settings.rekey_bytes, settings.delete_on_exit),
         (Duration::from_secs(300), REKEY_BYTES, false)
     );
-    let Trust::Kbs(kbs) = settings.trust else { panic!("not the KBS") };
+    let KeySource::Kbs(kbs) = settings.key_source else { panic!("not the KBS") };
     assert_eq!(kbs.url.as_str(), "http://kbs-service.trustee-operator-system:8080/");
     assert!(kbs.ca.is_none() && kbs.admin.is_none());
 }
@@ -67,7 +68,7 @@ fn without_trustee_there_is_no_kbs_tunnel() {
         let env = [("SECURE_COMMS_NO_TRUSTEE", env), ("SECURE_COMMS_KBS_ADDR", "kbs:1")];
         let env = if flag { &env[1..] } else { &env[..] };
         let settings = read(ConnectArgs { no_trustee: flag, ..args() }, env).unwrap();
-        assert!(matches!(settings.trust, Trust::UserData));
+        assert!(matches!(settings.key_source, KeySource::UserData));
         assert_eq!(shown(&settings.outbounds), [""; 0]);
     }
 }
@@ -83,7 +84,7 @@ fn the_kbs_may_be_published_to_by_another_way_than_the_tunnel_takes() {
     };
     let settings = read(flags, &[]).unwrap();
     assert_eq!(shown(&settings.outbounds), ["BOTH_PHASES:KBS:10.0.0.1:8080"]);
-    let Trust::Kbs(kbs) = settings.trust else { panic!("not the KBS") };
+    let KeySource::Kbs(kbs) = settings.key_source else { panic!("not the KBS") };
     let admin = kbs.admin.unwrap();
     assert_eq!(kbs.url.as_str(), "https://kbs.example/trustee/");
     assert_eq!((admin.issuer.as_str(), admin.role.as_str()), ("secure-comms-adaptor", "admin"));

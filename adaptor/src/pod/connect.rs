@@ -1,4 +1,7 @@
-//! Reaching the agent at one address, in whichever phase it is.
+//! Connects to the agent at one of the pod's addresses, in the phase that the agent is in.
+//!
+//! Which phase that is, the attempts find out. Falling back to Attestation is safe: that phase authenticates neither
+//! end, and nothing of the Kubernetes phase is served in it.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -9,27 +12,38 @@ use secure_comms_protocol::{Attestation, Kubernetes, PhaseName};
 use tokio::net::lookup_host;
 use tokio::time::timeout;
 
-use super::driver::{Plan, Way};
+use super::lost_vm::LostVmDetector;
+use super::plan::Plan;
 use crate::address::Address;
+use crate::key_source::KeySource;
 use crate::transport::race::race;
 use crate::transport::session::Session;
-use crate::transport::ssh::{self, ConnectError, Dial, Gate, Turn};
+use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial};
 
-/// An agent that was reached, and the phase that it is in.
+/// A session with an agent, in the phase that the agent is in.
 #[derive(Debug)]
-pub(super) enum Reached {
+pub(super) enum AnySession {
     Attestation(Session<Attestation>),
     Kubernetes(Session<Kubernetes>),
 }
 
-/// Why no agent of the pod was reached at one address: the last error of each phase that was tried.
+/// A session, and where it was opened.
+#[derive(Debug)]
+pub(super) struct Connected {
+    /// Index into [`Plan::addresses`].
+    pub(super) index: usize,
+    pub(super) address: SocketAddr,
+    pub(super) session: AnySession,
+}
+
+/// Why connecting to one address failed: the last error of each phase that was tried.
 #[derive(Debug)]
 pub(super) struct Failure {
     address: String,
     pub(super) attestation: Option<ConnectError>,
     pub(super) kubernetes: Option<ConnectError>,
-    /// The VM there is lost to the pod.
-    pub(super) lost: bool,
+    /// Whether the VM there is lost to the pod.
+    pub(super) vm_lost: bool,
 }
 
 impl fmt::Display for Failure {
@@ -48,33 +62,39 @@ impl fmt::Display for Failure {
 
 impl Failure {
     fn new(address: impl fmt::Display) -> Self {
-        Self { address: address.to_string(), attestation: None, kubernetes: None, lost: false }
+        Self { address: address.to_string(), attestation: None, kubernetes: None, vm_lost: false }
     }
 }
 
-/// An agent that was reached, where, and the index of that address among the pod's.
-pub(super) type Won = (usize, (SocketAddr, Reached));
-
-/// Tries all addresses of the pod, names by all addresses they resolve to; `first` is tried first at each.
-pub(super) async fn anywhere(plan: &Plan, first: PhaseName, gate: &Gate) -> Result<Won, Vec<Failure>> {
-    // Where the Kubernetes phase is expected, one that merely attests may be a stranger.
-    let settles = move |(_, reached): &(SocketAddr, Reached)| {
-        first == PhaseName::Attestation || matches!(reached, Reached::Kubernetes(_))
+/// Races all addresses of the pod, and all addresses that a name resolves to. `first` is the phase to try first at each.
+///
+/// # Errors
+/// One failure for each address that was tried; none if the names resolve to nothing.
+pub(super) async fn connect_any(
+    plan: &Plan,
+    first: PhaseName,
+    hold: &AuthHold,
+) -> Result<Connected, Vec<Failure>> {
+    // Where the Kubernetes phase is expected, an agent that offers only Attestation may be a stranger.
+    let settles = move |(_, session): &(SocketAddr, AnySession)| {
+        first == PhaseName::Attestation || matches!(session, AnySession::Kubernetes(_))
     };
-    let turn = Turn::default();
-    let one = |address: Address| {
-        let (plan, turn, gate) = (plan.clone(), turn.clone(), gate.clone());
+    let lock = AuthLock::default();
+    let connect_address = |address: Address| {
+        let (plan, lock, hold) = (plan.clone(), lock.clone(), hold.clone());
         async move {
             let sockets = resolve(&address, first).await.map_err(|failure| vec![failure])?;
             let attempt = |socket| {
-                let attempt = Attempt::new(plan.clone(), socket, turn.clone(), gate.clone());
-                async move { attempt.run(first).await.map(|reached| (socket, reached)) }
+                let attempt = Attempt::new(plan.clone(), socket, lock.clone(), hold.clone());
+                async move { attempt.run(first).await.map(|session| (socket, session)) }
             };
-            race(sockets, attempt, settles).await.map(|(_, won)| won)
+            race(sockets, attempt, settles).await.map(|(_, connected)| connected)
         }
     };
-    let raced = race(plan.addresses.clone(), one, settles).await;
-    raced.map_err(|failures| failures.into_iter().flatten().collect())
+    match race(plan.addresses.clone(), connect_address, settles).await {
+        Ok((index, (address, session))) => Ok(Connected { index, address, session }),
+        Err(failures) => Err(failures.into_iter().flatten().collect()),
+    }
 }
 
 async fn resolve(address: &Address, first: PhaseName) -> Result<Vec<SocketAddr>, Failure> {
@@ -95,63 +115,34 @@ async fn resolve(address: &Address, first: PhaseName) -> Result<Vec<SocketAddr>,
     Err(failure)
 }
 
-/// The tries at one address.
+/// The connection attempts at one address.
 struct Attempt {
     plan: Plan,
     dial: Dial,
-    turn: Turn,
+    lock: AuthLock,
     failure: Failure,
-    /// A wrong host key that was shown before an agent in the Kubernetes phase refused attestation.
-    suspect: Suspect,
-}
-
-/// Is the VM lost to its pod? Over a KBS without TLS a stranger may have played the KBS to it. The finding takes three
-/// tries in a row: a host key that is not the pod's, a refusal to attest because the agent is in the Kubernetes phase,
-/// and the same host key again. The last one is for an agent that got its keys between the first two.
-#[derive(Debug, Default)]
-enum Suspect {
-    #[default]
-    Nothing,
-    Shown(String),
-    ShownThenRefused(String),
-}
-
-impl Suspect {
-    /// A host key that is not the pod's; true if the VM is lost.
-    fn wrong_key(&mut self, shown: &str) -> bool {
-        let lost = matches!(self, Self::ShownThenRefused(before) if before == shown);
-        *self = Self::Shown(shown.to_owned());
-        lost
-    }
-
-    /// A refusal of attestation, by an agent that says it is in this phase for good.
-    fn refused(&mut self, hint: Option<PhaseName>) {
-        *self = match std::mem::take(self) {
-            Self::Shown(key) if hint == Some(PhaseName::Kubernetes) => Self::ShownThenRefused(key),
-            _ => Self::Nothing,
-        };
-    }
+    detector: LostVmDetector,
 }
 
 impl Attempt {
-    fn new(plan: Plan, address: SocketAddr, turn: Turn, gate: Gate) -> Self {
-        let dial = Dial { address, node_key: plan.node_key.clone(), rekey_bytes: plan.rekey_bytes, gate };
-        Self { plan, dial, turn, failure: Failure::new(address), suspect: Suspect::Nothing }
+    fn new(plan: Plan, address: SocketAddr, lock: AuthLock, hold: AuthHold) -> Self {
+        let dial = Dial { address, node_key: plan.node_key.clone(), rekey_bytes: plan.rekey_bytes, hold };
+        Self { plan, dial, lock, failure: Failure::new(address), detector: LostVmDetector::default() }
     }
 
-    /// Goes back and forth between the phases, as long as the agent says that it is in the other one.
-    async fn run(mut self, first: PhaseName) -> Result<Reached, Failure> {
-        /// Attestation, Kubernetes, and both again to be sure that the VM is lost.
-        const TRIES: usize = 4;
+    /// Alternates between the phases for as long as the agent says that it is in the other one.
+    async fn run(mut self, first: PhaseName) -> Result<AnySession, Failure> {
+        /// Attestation and Kubernetes, and both again to be sure that the VM is lost.
+        const ATTEMPTS_MAX: usize = 4;
         let mut phase = first;
-        for _ in 0..TRIES {
+        for _ in 0..ATTEMPTS_MAX {
             let other = match phase {
                 PhaseName::Attestation => match self.attestation().await {
-                    Ok(session) => return Ok(Reached::Attestation(session)),
+                    Ok(session) => return Ok(AnySession::Attestation(session)),
                     Err(error) => self.after_attestation(error),
                 },
                 PhaseName::Kubernetes => match self.kubernetes().await {
-                    Ok(session) => return Ok(Reached::Kubernetes(session)),
+                    Ok(session) => return Ok(AnySession::Kubernetes(session)),
                     Err(error) => self.after_kubernetes(error),
                 },
             };
@@ -164,71 +155,45 @@ impl Attempt {
     }
 
     async fn attestation(&self) -> Result<Session<Attestation>, ConnectError> {
-        let Way::Attests(tunnels) = &self.plan.way else {
+        let KeySource::Kbs(tunnels) = &self.plan.attestation else {
             return Err(ConnectError::Protocol(
                 "attest",
                 "there is no Attestation phase without Trustee".into(),
             ));
         };
-        let connection = ssh::attestation(&self.dial, tunnels.outbounds()).await?;
+        let connection = ssh::connect_attestation(&self.dial, tunnels.outbounds()).await?;
         Session::establish(connection, &self.plan.id, tunnels).await
     }
 
     async fn kubernetes(&self) -> Result<Session<Kubernetes>, ConnectError> {
         let tunnels = &self.plan.kubernetes;
-        let connection =
-            ssh::kubernetes(&self.dial, self.plan.pod_key, self.turn.clone(), tunnels.outbounds()).await?;
+        let (host, lock) = (self.plan.pod_key, self.lock.clone());
+        let connection = ssh::connect_kubernetes(&self.dial, host, lock, tunnels.outbounds()).await?;
         Session::establish(connection, &self.plan.id, tunnels).await
     }
 
-    /// The phase to try next, if any.
+    /// The phase to try after a failure in the Attestation phase, if any.
     fn after_attestation(&mut self, error: ConnectError) -> Option<PhaseName> {
         let refused = matches!(error, ConnectError::Refused { .. });
-        self.suspect.refused(error.hint().filter(|_| !error.hints_fresh()));
+        self.detector.attestation_refused(error.hint().filter(|_| !error.hints_fresh()));
         self.failure.attestation = Some(error);
-        // A worker-node key that was rejected once is not tried again in this round.
+        // A worker-node key that was rejected is not tried twice at one address.
         let rejected = matches!(self.failure.kubernetes, Some(ConnectError::Refused { .. }));
         (refused && !rejected).then_some(PhaseName::Kubernetes)
     }
 
+    /// The phase to try after a failure in the Kubernetes phase, if any.
     fn after_kubernetes(&mut self, error: ConnectError) -> Option<PhaseName> {
-        let attests = matches!(self.plan.way, Way::Attests(_));
+        let attests = self.plan.attestation.attests();
         let fall_back = match &error {
             ConnectError::WrongHostKey { shown } => {
-                self.failure.lost = attests && self.suspect.wrong_key(shown);
-                !self.failure.lost
+                self.failure.vm_lost = attests && self.detector.wrong_host_key(shown);
+                !self.failure.vm_lost
             }
             ConnectError::Refused { .. } => self.failure.attestation.is_none(),
             ConnectError::Unreachable(_) | ConnectError::Timeout(..) | ConnectError::Protocol(..) => false,
         };
         self.failure.kubernetes = Some(error);
         (attests && fall_back).then_some(PhaseName::Attestation)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_same_wrong_key_on_both_sides_of_a_refusal_is_a_lost_vm() {
-        let mut suspect = Suspect::default();
-        suspect.refused(Some(PhaseName::Kubernetes));
-        assert!(!suspect.wrong_key("k"));
-        assert!(!suspect.wrong_key("k"));
-        suspect.refused(Some(PhaseName::Kubernetes));
-        assert!(suspect.wrong_key("k"));
-    }
-
-    #[test]
-    fn an_agent_that_moved_on_between_the_tries_is_not_lost() {
-        let mut suspect = Suspect::default();
-        assert!(!suspect.wrong_key("ephemeral"));
-        suspect.refused(Some(PhaseName::Kubernetes));
-        assert!(!suspect.wrong_key("another"));
-        for hint in [None, Some(PhaseName::Attestation)] {
-            suspect.refused(hint);
-            assert!(!suspect.wrong_key("another"));
-        }
     }
 }

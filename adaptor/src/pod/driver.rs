@@ -1,14 +1,11 @@
-//! One pod's channel: Attestation, then Kubernetes, then kept up for ever.
+//! Drives one pod's channel: first Attestation, then Kubernetes, which is kept up until the pod is stopped.
 //!
 //! ```text
-//! start ---> reach: Attestation first --+--> attend ---- upgrade, or the end --+
-//!                                       |                                      v
-//! resume --> reach: Kubernetes first ---+--> keep up --- the end ------> reach: Kubernetes first
+//! new -------> connect: Attestation first --+--> run_attestation --- upgrade or end ---+
+//!                                           |                                          v
+//! restarted -> connect: Kubernetes first ---+--> run_kubernetes --- end ---> connect: Kubernetes first
 //! ```
-//! Where a connection falls silent while it is attended or kept up, the agent is reached anew beside it.
-//!
-//! Reaching means to find out in which phase the agent is, and to connect in that one. Falling back to Attestation is
-//! safe: it proves nothing to either side, and nothing of the Kubernetes phase is served on it.
+//! Where a connection falls silent in either phase, a failover connects to the agent while the old connection exists.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -17,63 +14,43 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_protocol::limits::RETRY_MAX;
-use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, PodId};
+use secure_comms_protocol::{Attestation, Kubernetes, PhaseName};
 use secure_comms_tunnel::Backoff;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use super::connect::{Failure, Reached, Won};
-use crate::address::Address;
-use crate::keys::{PodPublic, WorkerNodeKey};
+use super::advice::{LOST, explain};
+use super::connect::{AnySession, Connected, Failure, connect_any};
+use super::failover::await_failover;
+use super::plan::Plan;
+use super::status::{PodEvent, PodState, StatusReporter};
 use crate::transport::routes::Routes;
-use crate::transport::session::{Attested, Session, Tunnels};
-use crate::transport::ssh::{ConnectError, Gate};
+use crate::transport::session::{AttestationEvent, Session, SessionEnd};
+use crate::transport::ssh::AuthHold;
 
-use super::connect;
-use super::failover;
-use super::status::{PodEvent, PodState, Report};
-
-/// What an operator reads who has lost a VM.
-pub const LOST: &str = "the VM answers with a host key that is not this pod's and refuses attestation: it is lost to \
-    this pod (a stranger played the KBS, or the address belongs to another VM); make a new VM, and use HTTPS to the KBS \
-    to prevent it";
-
-/// How a VM comes to its keys.
-#[derive(Clone, Debug)]
-pub(crate) enum Way {
-    /// It attests, with these tunnels of ours.
-    Attests(Tunnels<Attestation>),
-    /// By its user data: there is no Attestation phase.
-    UserData,
-}
-
-/// What a pod's channel is made of.
-#[derive(Clone, Debug)]
-pub(crate) struct Plan {
-    pub(crate) id: PodId,
-    /// Never empty.
-    pub(crate) addresses: Vec<Address>,
-    pub(crate) node_key: WorkerNodeKey,
-    pub(crate) pod_key: PodPublic,
-    pub(crate) way: Way,
-    pub(crate) kubernetes: Tunnels<Kubernetes>,
-    pub(crate) rekey_bytes: usize,
-}
-
-/// What ends a channel from this side.
+/// An order to end the channel from this side.
 #[derive(Clone, Debug)]
 pub(crate) struct Stop {
-    /// What the agent hears.
+    /// The reason that the agent receives with the bye.
     pub(crate) reason: &'static str,
-    /// How long open streams may go on.
+    /// The time that open streams get to end.
     pub(crate) drain: Duration,
 }
 
-/// Why a channel is driven no more.
+/// Where a driver starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Entry {
+    /// A new pod: Attestation first. The start fails for good if the VM is lost.
+    New,
+    /// A pod that was started before this process was: Kubernetes first. It is retried without limit.
+    Restarted,
+}
+
+/// Why a driver ended.
 #[derive(Debug, PartialEq, Eq)]
 enum Ended {
     Stopped,
-    Lost,
+    VmLost,
 }
 
 /// Drives one pod's channel.
@@ -81,120 +58,114 @@ enum Ended {
 pub(crate) struct Driver {
     plan: Plan,
     routes: Arc<Routes>,
-    report: Report,
+    status: StatusReporter,
     stop: watch::Receiver<Option<Stop>>,
-    /// A start fails for good when the VM is lost; a pod that has been up is worth waiting for.
+    /// The start fails for good when the VM is lost. Once the pod was up, connecting is retried without limit.
     starting: bool,
     backoff: Backoff,
     /// When the Kubernetes phase last came up.
     last_up: Option<Instant>,
-    /// An agent has said `upgrade`, and the Kubernetes phase has not been up since.
+    /// Whether an agent sent `upgrade` since the Kubernetes phase was last up.
     upgraded: bool,
-    /// The tunnels without a partner that were told of last, so that a reconnect does not repeat them.
-    unpartnered: HashMap<PhaseName, Vec<String>>,
+    /// The mismatches reported last, so that a reconnect does not repeat them.
+    reported_mismatches: HashMap<PhaseName, Vec<String>>,
 }
 
 impl Driver {
-    /// A driver that stops once there is something in `stop`.
+    /// A driver that stops once `stop` holds an order.
     pub(crate) fn new(
         plan: Plan,
         routes: Arc<Routes>,
-        report: Report,
+        status: StatusReporter,
         stop: watch::Receiver<Option<Stop>>,
     ) -> Self {
         Self {
             plan,
             routes,
-            report,
+            status,
             stop,
             starting: true,
             backoff: Backoff::default(),
             last_up: None,
             upgraded: false,
-            unpartnered: HashMap::new(),
+            reported_mismatches: HashMap::new(),
         }
     }
 
-    /// Brings a new pod's channel up and keeps it up, until it is stopped or the start fails.
-    pub(crate) async fn start(self) {
-        let first = match self.plan.way {
-            Way::Attests(_) => PhaseName::Attestation,
-            Way::UserData => PhaseName::Kubernetes,
+    /// Brings the channel up and keeps it up, until it is stopped or the start fails.
+    ///
+    /// Dropping the future cuts the connection; the pod's state stays as it was.
+    pub(crate) async fn run(mut self, entry: Entry) {
+        self.starting = entry == Entry::New;
+        let first = if self.starting && self.plan.attestation.attests() {
+            PhaseName::Attestation
+        } else {
+            PhaseName::Kubernetes
         };
-        self.run(first).await;
-    }
-
-    /// The same for a pod that was started before this process was.
-    pub(crate) async fn resume(mut self) {
-        self.starting = false;
-        self.run(PhaseName::Kubernetes).await;
-    }
-
-    async fn run(mut self, first: PhaseName) {
-        let ended = self.drive(first).await;
+        let ended = self.connect_until_ended(first).await;
         self.routes.close();
         match ended {
             Ended::Stopped => {
-                self.report.state(PodState::Stopped);
-                self.report.event(&PodEvent::Stopped);
+                self.status.set_state(PodState::Stopped);
+                self.status.emit(&PodEvent::Stopped);
             }
-            Ended::Lost => self.report.state(PodState::Failed { reason: LOST.into() }),
+            Ended::VmLost => self.status.set_state(PodState::Failed { reason: LOST.into() }),
         }
     }
 
-    async fn drive(&mut self, mut first: PhaseName) -> Ended {
+    async fn connect_until_ended(&mut self, mut first: PhaseName) -> Ended {
         loop {
-            match self.round(first).await {
+            match self.connect_once(first).await {
                 Ok(next) => first = next,
                 Err(ended) => return ended,
             }
         }
     }
 
-    /// Reaches the agent and stays with it, or pauses; the phase to try first in the next round.
-    async fn round(&mut self, first: PhaseName) -> Result<PhaseName, Ended> {
-        let gate = Gate::default();
-        let reached = tokio::select! {
+    /// Connects, and serves the connection and its failovers until the last one ends; or pauses if connecting fails.
+    /// Returns the phase to try first the next time.
+    async fn connect_once(&mut self, first: PhaseName) -> Result<PhaseName, Ended> {
+        let hold = AuthHold::default();
+        let result = tokio::select! {
             _ = stopped(&mut self.stop) => return Err(Ended::Stopped),
-            reached = connect::anywhere(&self.plan, first, &gate) => reached,
+            result = connect_any(&self.plan, first, &hold) => result,
         };
-        match reached {
-            Ok(won) => {
-                let mut won = Some(won);
-                while let Some((index, (address, reached))) = won {
-                    // What worked is tried first the next time.
-                    if let Some(addresses) = self.plan.addresses.get_mut(..=index) {
-                        addresses.rotate_right(1);
-                    }
-                    self.report.connected();
-                    won = match reached {
-                        Reached::Attestation(session) => self.attend(address, session).await?,
-                        Reached::Kubernetes(session) => self.keep_up(address, session).await?,
-                    };
-                }
-                Ok(PhaseName::Kubernetes)
-            }
+        let mut next = match result {
+            Ok(connected) => Some(connected),
             Err(failures) => {
-                self.failed(&failures)?;
+                self.on_connect_failed(&failures)?;
                 self.pause().await?;
-                Ok(first)
+                return Ok(first);
             }
+        };
+        while let Some(Connected { index, address, session }) = next {
+            // The address that worked is tried first the next time.
+            if let Some(addresses) = self.plan.addresses.get_mut(..=index) {
+                addresses.rotate_right(1);
+            }
+            self.status.connected();
+            next = match session {
+                AnySession::Attestation(session) => self.run_attestation(address, session).await?,
+                AnySession::Kubernetes(session) => self.run_kubernetes(address, session).await?,
+            };
         }
+        Ok(PhaseName::Kubernetes)
     }
 
-    /// Stays with an agent that attests, until it has its keys; or until it is silent and was reached anew.
-    async fn attend(
+    /// Serves a connection in the Attestation phase until the agent has its keys or the connection ends. Returns the
+    /// connection of a failover, if one replaced it.
+    async fn run_attestation(
         &mut self,
         address: SocketAddr,
         mut session: Session<Attestation>,
-    ) -> Result<Option<Won>, Ended> {
+    ) -> Result<Option<Connected>, Ended> {
         let since = Instant::now();
-        self.report.state(PodState::Attesting { attempt: 0, last_error: None });
-        self.report.event(&PodEvent::Attesting(address));
-        self.tell_unpartnered(PhaseName::Attestation, session.unpartnered());
-        self.routes.attestation(session.link());
-        let (plan, pulse) = (self.plan.clone(), session.pulse());
-        let mut beside = pin!(failover::another(&plan, &pulse, PhaseName::Attestation));
+        self.status.set_state(PodState::Attesting { attempt: 0, last_error: None });
+        self.status.emit(&PodEvent::Attesting(address));
+        self.report_mismatches(PhaseName::Attestation, session.tunnel_mismatches());
+        self.routes.set_attestation(session.link());
+        let (plan, liveness) = (self.plan.clone(), session.liveness());
+        let mut failover = pin!(await_failover(&plan, &liveness, PhaseName::Attestation));
         loop {
             tokio::select! {
                 stop = stopped(&mut self.stop) => {
@@ -202,58 +173,64 @@ impl Driver {
                     session.close(stop.reason).await;
                     return Err(Ended::Stopped);
                 }
-                event = session.next() => match event {
-                    Attested::Keys(keys) => self.report.keys(keys),
-                    Attested::Upgrade => {
-                        self.report.state(PodState::Upgrading);
-                        self.report.event(&PodEvent::Upgrade);
-                        self.routes.close();
-                        // The agent ends the connection when it is ready for the next one.
-                        session.close("coming back as kubernetes").await;
-                        // A stranger could say it again and again.
-                        let again = std::mem::replace(&mut self.upgraded, true);
-                        if again {
-                            self.pause().await?;
-                        }
-                        return Ok(None);
-                    }
-                    Attested::Ended(why) => {
-                        self.routes.close();
-                        self.down(PhaseName::Attestation, why.to_string());
-                        // Whoever that was, another address gets the first chance now.
-                        self.plan.addresses.rotate_left(1);
-                        self.rest(since).await?;
-                        return Ok(None);
+                event = session.next_event() => match event {
+                    AttestationEvent::Keys(keys) => self.status.keys(keys),
+                    AttestationEvent::Upgrade => return self.on_upgrade(session).await.map(|()| None),
+                    AttestationEvent::Ended(why) => {
+                        return self.on_attestation_ended(&why, since).await.map(|()| None);
                     }
                 },
-                won = &mut beside => {
+                connected = &mut failover => {
                     self.routes.close();
-                    self.down(PhaseName::Attestation, silent(address, &won));
-                    return Ok(Some(won));
+                    self.down(PhaseName::Attestation, failover_reason(address, &connected));
+                    return Ok(Some(connected));
                 }
             }
         }
     }
 
-    /// Stays with the agent in the Kubernetes phase, until the connection ends; or until it is silent and was reached anew.
-    async fn keep_up(
+    /// The agent has its keys: leaves the Attestation phase.
+    async fn on_upgrade(&mut self, session: Session<Attestation>) -> Result<(), Ended> {
+        self.status.set_state(PodState::Upgrading);
+        self.status.emit(&PodEvent::Upgrade);
+        self.routes.close();
+        // The agent ends the connection when it is ready for the next one.
+        session.close("reconnecting for the Kubernetes phase").await;
+        // A stranger could send `upgrade` again and again.
+        if std::mem::replace(&mut self.upgraded, true) {
+            self.pause().await?;
+        }
+        Ok(())
+    }
+
+    async fn on_attestation_ended(&mut self, why: &SessionEnd, since: Instant) -> Result<(), Ended> {
+        self.routes.close();
+        self.down(PhaseName::Attestation, why.to_string());
+        // The peer was not authenticated and may be a stranger: another address comes first now.
+        self.plan.addresses.rotate_left(1);
+        self.pause_if_short_lived(since).await
+    }
+
+    /// Serves a connection in the Kubernetes phase until it ends. Returns the connection of a failover, if one
+    /// replaced it.
+    async fn run_kubernetes(
         &mut self,
         address: SocketAddr,
         mut session: Session<Kubernetes>,
-    ) -> Result<Option<Won>, Ended> {
+    ) -> Result<Option<Connected>, Ended> {
         let since = Instant::now();
         (self.starting, self.upgraded) = (false, false);
         if self.last_up.replace(since).is_none_or(|last| last.elapsed() >= 2 * RETRY_MAX) {
             self.backoff.reset();
         }
-        self.routes.kubernetes(session.link());
-        self.report.up(address, session.agent().instance.clone().unwrap_or_default());
-        self.tell_unpartnered(PhaseName::Kubernetes, session.unpartnered());
-        let pulse = session.pulse();
+        self.routes.set_kubernetes(session.link());
+        self.status.up(address, session.agent().instance.clone().unwrap_or_default());
+        self.report_mismatches(PhaseName::Kubernetes, session.tunnel_mismatches());
+        let liveness = session.liveness();
         tokio::select! {
             stop = stopped(&mut self.stop) => {
                 self.routes.close();
-                drain(&session, stop.drain).await;
+                self.drain_streams(&session, stop.drain).await;
                 session.close(stop.reason).await;
                 Err(Ended::Stopped)
             }
@@ -261,15 +238,29 @@ impl Driver {
                 self.routes.close();
                 drop(session);
                 self.down(PhaseName::Kubernetes, why.to_string());
-                self.rest(since).await?;
+                self.pause_if_short_lived(since).await?;
                 Ok(None)
             }
-            won = failover::another(&self.plan, &pulse, PhaseName::Kubernetes) => {
+            connected = await_failover(&self.plan, &liveness, PhaseName::Kubernetes) => {
                 self.routes.close();
                 drop(session);
-                self.down(PhaseName::Kubernetes, silent(address, &won));
-                Ok(Some(won))
+                self.down(PhaseName::Kubernetes, failover_reason(address, &connected));
+                Ok(Some(connected))
             }
+        }
+    }
+
+    /// Waits until no stream is open, for at most `limit`.
+    async fn drain_streams(&self, session: &Session<Kubernetes>, limit: Duration) {
+        // The streams that outlast the limit are counted below.
+        drop(timeout(limit, session.idle()).await);
+        match session.open_streams() {
+            0 => {}
+            left => tracing::warn!(
+                "pod {}: stop: {left} streams did not end within {} s and are reset",
+                self.plan.id,
+                limit.as_secs()
+            ),
         }
     }
 
@@ -280,8 +271,9 @@ impl Driver {
         }
     }
 
-    /// A connection that lasted was a success; one that did not must not be made again and again without a pause.
-    async fn rest(&mut self, since: Instant) -> Result<(), Ended> {
+    /// Pauses after a connection that ended soon, so that it is not retried in a tight loop. A connection that lasted
+    /// resets the backoff.
+    async fn pause_if_short_lived(&mut self, since: Instant) -> Result<(), Ended> {
         if since.elapsed() < RETRY_MAX {
             return self.pause().await;
         }
@@ -289,80 +281,50 @@ impl Driver {
         Ok(())
     }
 
-    fn failed(&mut self, failures: &[Failure]) -> Result<(), Ended> {
-        let why = if failures.iter().any(|failure| failure.lost) {
-            // Later on the VM may yet be replaced at the same address.
+    fn on_connect_failed(&self, failures: &[Failure]) -> Result<(), Ended> {
+        let why = if failures.iter().any(|failure| failure.vm_lost) {
+            // After the start, a new VM may still appear at the same address.
             if self.starting {
-                return Err(Ended::Lost);
+                return Err(Ended::VmLost);
             }
             LOST.to_owned()
-        } else if failures.is_empty() {
-            "the names of the addresses resolve to nothing".to_owned()
         } else {
-            failures.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ") + &self.advice(failures)
+            explain(&self.plan, failures)
         };
-        self.report.failing(&why);
-        self.trouble(why);
+        self.status.connect_failed(&why);
+        self.set_degraded(why);
         Ok(())
     }
 
-    fn advice(&self, failures: &[Failure]) -> String {
-        let kubernetes = || failures.iter().filter_map(|failure| failure.kubernetes.as_ref());
-        let attests = matches!(self.plan.way, Way::Attests(_));
-        if kubernetes().any(|error| matches!(error, ConnectError::Refused { .. })) {
-            let node = self.plan.node_key.public().map(|key| key.to_string()).unwrap_or_default();
-            let source =
-                if attests { "default/sshclient/publicKey in the KBS" } else { "sc-wn-pub in its user data" };
-            return format!(
-                "; the agent has this pod's key and rejects this worker node's ({node}): see that {source} is this \
-                 node's, and start a new VM"
-            );
-        }
-        if !attests && kubernetes().any(|error| matches!(error, ConnectError::WrongHostKey { .. })) {
-            return "; see that the VM got this pod's user data, and that the address is its own".into();
-        }
-        String::new()
+    fn down(&self, phase: PhaseName, why: String) {
+        self.status.down(phase, &why);
+        self.set_degraded(why);
     }
 
-    fn down(&mut self, phase: PhaseName, why: String) {
-        self.report.down(phase, &why);
-        self.trouble(why);
-    }
-
-    fn trouble(&self, why: String) {
-        self.report.state(match self.last_up {
+    fn set_degraded(&self, why: String) {
+        self.status.set_state(match self.last_up {
             Some(_) => PodState::Down { reason: why },
             None => PodState::Connecting { last_error: Some(why) },
         });
     }
 
-    fn tell_unpartnered(&mut self, phase: PhaseName, lines: &[String]) {
-        let told = self.unpartnered.entry(phase).or_default();
-        if told.as_slice() != lines {
-            *told = lines.to_vec();
-            lines.iter().for_each(|line| self.report.event(&PodEvent::Unpartnered(line.clone())));
+    fn report_mismatches(&mut self, phase: PhaseName, lines: &[String]) {
+        let reported = self.reported_mismatches.entry(phase).or_default();
+        if reported.as_slice() != lines {
+            *reported = lines.to_vec();
+            lines.iter().for_each(|line| self.status.emit(&PodEvent::TunnelMismatch(line.clone())));
         }
     }
 }
 
-/// Why a connection to `address` was given up.
-fn silent(address: SocketAddr, (_, (anew, _)): &Won) -> String {
-    format!("nothing came from {address} any more; the agent was reached anew at {anew}")
+/// Why the connection to `address` was replaced.
+fn failover_reason(address: SocketAddr, connected: &Connected) -> String {
+    format!("connection to {address} timed out; failed over to {}", connected.address)
 }
 
 /// Waits for the order to stop.
 async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
     let order = stop.wait_for(Option::is_some).await.ok().and_then(|stop| stop.clone());
-    // Nobody is left to give one: the adaptor is gone.
+    // The sender was dropped: the adaptor is gone, and no order can come any more.
     order.unwrap_or(Stop { reason: "the adaptor is gone", drain: Duration::ZERO })
-}
-
-/// Waits until no stream is open. There is no event for that, and the process is ending: so it looks now and then.
-async fn drain(session: &Session<Kubernetes>, limit: Duration) {
-    // What does not end in time is counted below.
-    drop(timeout(limit, session.idle()).await);
-    match session.open_streams() {
-        0 => {}
-        left => tracing::warn!("{left} streams are cut: they did not end within {} s", limit.as_secs()),
-    }
 }

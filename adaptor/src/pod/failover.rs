@@ -1,8 +1,8 @@
-//! A new connection beside one that has fallen silent.
+//! Failover: replaces a silent connection by a new one, opened while the old one still exists.
 //!
-//! A VM whose address changes leaves its connection silent, and so does a network that pauses. The first is over when a new
-//! connection is there; the second by itself, and a new connection would cost all streams. So the old one is given up only
-//! when the agent has been reached anew, and the old one has stayed silent for long enough after that to hear of it too.
+//! A connection falls silent when the VM's address changes, and when the network pauses. After an address change only a
+//! new connection helps. After a pause the old connection recovers, and replacing it would reset all its streams.
+//! So the old connection is replaced only if a new one is ready and the old one had the time to recover, too.
 
 use std::future::pending;
 use std::time::Duration;
@@ -10,98 +10,112 @@ use std::time::Duration;
 use secure_comms_protocol::PhaseName;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::connect::{self, Won};
-use super::driver::Plan;
-use crate::transport::session::Pulse;
-use crate::transport::ssh::Gate;
+use super::connect::{Connected, connect_any};
+use super::plan::Plan;
+use crate::transport::session::Liveness;
+use crate::transport::ssh::AuthHold;
 
-/// How often we look whether something is unanswered.
-const LOOK: Duration = Duration::from_secs(1);
-/// A connection on which nothing arrives for this long, though the agent was asked, is silent; or for so many round trips.
-const SILENT: Duration = Duration::from_millis(750);
-const SILENT_ROUND_TRIPS: u32 = 3;
-/// How often we look whether a silent connection speaks again.
-const LISTEN: Duration = Duration::from_millis(50);
-/// So long a new connection can wait: after `KEEPALIVE` (5 s) the agent's russh sends a keepalive, and ours ends a connection for that
-/// if it has not authenticated.
-const HELD_MAX: Duration = Duration::from_secs(4);
-/// How soon the first attempt must reach an agent, each next one in twice that: one address may refuse us as yet, and another be dead.
-const REACHED: Duration = Duration::from_secs(2);
+/// The interval at which unanswered traffic is checked for, and the pause between failed attempts.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// A connection is silent if nothing arrives for this long although the agent owes an answer.
+const SILENCE_MIN: Duration = Duration::from_millis(750);
+/// The same in round trips; the longer of the two counts.
+const SILENCE_ROUND_TRIPS: u32 = 3;
+/// The interval at which a silent connection is checked for recovery.
+const RECOVERY_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+/// The longest that a new connection can be held before authentication. After `KEEPALIVE` (5 s) the agent's russh sends
+/// a keepalive, and ours ends an unauthenticated connection that receives one.
+const HOLD_MAX: Duration = Duration::from_secs(4);
+/// The timeout of the first attempt's handshake; it doubles with each attempt. An attempt that takes longer is repeated,
+/// because one address may still refuse connections while another drops packets.
+const HANDSHAKE_TIMEOUT_MIN: Duration = Duration::from_secs(2);
 
-/// Waits until the connection is silent and the agent is reached anew.
-pub(super) async fn another(plan: &Plan, pulse: &Pulse, first: PhaseName) -> Won {
+/// Waits until the connection is silent and a new one has replaced it.
+///
+/// `first` is the phase to try first. Dropping the future drops the new connection.
+pub(super) async fn await_failover(plan: &Plan, liveness: &Liveness, first: PhaseName) -> Connected {
     loop {
-        silent(pulse).await;
-        tracing::debug!("pod {}: the agent is silent; trying a new connection", plan.id);
-        let (mut deadline, mut limit) = (None, REACHED);
-        while is_silent(pulse) {
-            let gate = Gate::shut();
-            let reached = tokio::select! {
-                reached = connect::anywhere(plan, first, &gate) => reached,
-                () = last_chance(pulse, &gate, limit, &mut deadline) => {
-                    limit *= 2;
+        until_silent(liveness).await;
+        tracing::debug!("pod {}: failover: the agent is silent; opening a new connection", plan.id);
+        let (mut deadline, mut handshake_timeout) = (None, HANDSHAKE_TIMEOUT_MIN);
+        while is_silent(liveness) {
+            let hold = AuthHold::closed();
+            let result = tokio::select! {
+                result = connect_any(plan, first, &hold) => result,
+                () = hold_until_primary_is_dead(liveness, &hold, handshake_timeout, &mut deadline) => {
+                    handshake_timeout *= 2;
                     continue;
                 }
             };
-            match reached {
-                Ok(won) => return won,
+            match result {
+                Ok(connected) => return connected,
                 Err(failures) => {
-                    failures.iter().for_each(|failure| tracing::debug!("pod {}: {failure}", plan.id));
-                    sleep(LOOK).await;
+                    failures
+                        .iter()
+                        .for_each(|failure| tracing::debug!("pod {}: failover: {failure}", plan.id));
+                    sleep(CHECK_INTERVAL).await;
                 }
             }
         }
     }
 }
 
-/// Opens the gate once somebody has waited before it for so long that the old connection could have spoken too; that is when the
-/// `deadline` passes, which is set when somebody comes for the first time. Ends if the old connection speaks before that, if
-/// nobody comes within `limit`, or if another attempt must wait on; once the gate is open the agent may have let the new one in.
-async fn last_chance(pulse: &Pulse, gate: &Gate, limit: Duration, deadline: &mut Option<Instant>) {
-    let opens = async {
-        if timeout(limit, gate.knocked()).await.is_err() {
+/// Holds the new connection before authentication until the old (primary) connection had its chance to recover: until
+/// `deadline`, which is set when the first handshake completes. Then lets it authenticate, and never returns, because
+/// the agent may have replaced the old connection already.
+///
+/// Returns if the old connection recovers, if no handshake completes within `handshake_timeout`, or if the deadline is
+/// further away than a connection can be held.
+async fn hold_until_primary_is_dead(
+    liveness: &Liveness,
+    hold: &AuthHold,
+    handshake_timeout: Duration,
+    deadline: &mut Option<Instant>,
+) {
+    let primary_had_its_chance = async {
+        if timeout(handshake_timeout, hold.handshake_done()).await.is_err() {
             return false;
         }
-        // TCP repeats itself after twice as long each time (RFC 6298 5.5): what has waited for an answer for some time is repeated
-        // within that time again, and a little for the first wait and the way.
-        let more = pulse.unanswered().unwrap_or_default() + patience(pulse) / 3;
-        let deadline = *deadline.get_or_insert_with(|| Instant::now() + more);
-        timeout(HELD_MAX, sleep_until(deadline)).await.is_ok()
+        // TCP doubles its retransmission interval (RFC 6298 5.5): a packet that has been unanswered for some time is sent
+        // again within that time. A third of the threshold is added for the first interval and the reply's travel time.
+        let chance = liveness.unanswered().unwrap_or_default() + silence_threshold(liveness) / 3;
+        let deadline = *deadline.get_or_insert_with(|| Instant::now() + chance);
+        timeout(HOLD_MAX, sleep_until(deadline)).await.is_ok()
     };
-    let opens = tokio::select! {
+    let dead = tokio::select! {
         biased;
-        () = speaks(pulse) => return,
-        opens = opens => opens,
+        () = until_responsive(liveness) => return,
+        dead = primary_had_its_chance => dead,
     };
-    if opens && is_silent(pulse) {
-        gate.open();
+    if dead && is_silent(liveness) {
+        hold.open();
         pending().await
     }
 }
 
-async fn silent(pulse: &Pulse) {
+async fn until_silent(liveness: &Liveness) {
     loop {
-        sleep(LOOK).await;
-        if pulse.unanswered().is_some() {
-            pulse.probe();
-            sleep(patience(pulse)).await;
-            if is_silent(pulse) {
+        sleep(CHECK_INTERVAL).await;
+        if liveness.unanswered().is_some() {
+            liveness.probe();
+            sleep(silence_threshold(liveness)).await;
+            if is_silent(liveness) {
                 return;
             }
         }
     }
 }
 
-async fn speaks(pulse: &Pulse) {
-    while is_silent(pulse) {
-        sleep(LISTEN).await;
+async fn until_responsive(liveness: &Liveness) {
+    while is_silent(liveness) {
+        sleep(RECOVERY_CHECK_INTERVAL).await;
     }
 }
 
-fn is_silent(pulse: &Pulse) -> bool {
-    pulse.unanswered().is_some_and(|silence| silence >= patience(pulse))
+fn is_silent(liveness: &Liveness) -> bool {
+    liveness.unanswered().is_some_and(|silence| silence >= silence_threshold(liveness))
 }
 
-fn patience(pulse: &Pulse) -> Duration {
-    SILENT.max(pulse.round_trip() * SILENT_ROUND_TRIPS)
+fn silence_threshold(liveness: &Liveness) -> Duration {
+    SILENCE_MIN.max(liveness.round_trip() * SILENCE_ROUND_TRIPS)
 }

@@ -1,4 +1,4 @@
-//! What is told about a pod: its state, its events, and what was last seen of it.
+//! What callers learn about a pod: its state, its events, and the last error of a start.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -10,59 +10,59 @@ use tokio::sync::watch;
 /// The state of a pod's channel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PodState {
-    /// Its keys are published and its inbounds listen; nothing connects yet.
+    /// The keys are published and the inbounds listen. No connection is attempted yet.
     Prepared,
     /// Connecting.
     Connecting {
-        /// Why the last try failed.
+        /// Error of the last attempt; `None` before the first one ended.
         last_error: Option<String>,
     },
     /// Connected in the Attestation phase.
     Attesting {
-        /// The agent's attempts to get its keys, so far.
+        /// Number of the agent's last attempt to get its keys; 0 before the first one ended.
         attempt: u64,
-        /// Why the last one failed.
+        /// Error of that attempt; `None` if it succeeded or none has ended.
         last_error: Option<String>,
     },
-    /// The agent has its keys; coming back in the Kubernetes phase.
+    /// The agent has its keys. The adaptor reconnects for the Kubernetes phase.
     Upgrading,
     /// The Kubernetes phase is up.
     Up {
-        /// The agent's process, as it names itself.
+        /// The id that the agent's process gave itself; another value means that the agent restarted.
         instance: String,
     },
-    /// The Kubernetes phase was up, and will be again.
+    /// The Kubernetes phase was up. The adaptor retries until it is up again.
     Down {
-        /// Why it is not.
+        /// Error of the last connection or attempt.
         reason: String,
     },
-    /// The start failed; nothing connects any more.
+    /// The start failed. No connection is attempted any more.
     Failed {
-        /// Why.
+        /// Error that ended the start.
         reason: String,
     },
-    /// Stopped from this side.
+    /// The caller stopped the pod's channel.
     Stopped,
 }
 
-/// What happens to a pod, for people and programs that follow it.
+/// Something that happened to a pod. Its text is one line, and fit for a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PodEvent {
     /// Connected in the Attestation phase.
     Attesting(SocketAddr),
-    /// The agent's attempt to get its keys ended.
+    /// An attempt of the agent to get its keys ended.
     Keys(KeyProgress),
-    /// The agent has its keys.
+    /// The agent has its keys. The adaptor reconnects for the Kubernetes phase.
     Upgrade,
-    /// The Kubernetes phase is up.
+    /// The Kubernetes phase is up at this address.
     Up(SocketAddr),
-    /// A connection ended.
+    /// A connection in this phase ended, and why.
     Down(PhaseName, String),
-    /// Connecting fails, and did not before or not for this reason.
-    Failing(String),
-    /// Something is set up differently at the two ends.
-    Unpartnered(String),
-    /// Stopped from this side.
+    /// Connecting failed. Emitted when the failures start and when their cause changes; connecting is retried.
+    ConnectFailed(String),
+    /// One end has a tunnel that the other end has no matching tag for.
+    TunnelMismatch(String),
+    /// The caller stopped the pod's channel.
     Stopped,
 }
 
@@ -71,26 +71,27 @@ impl fmt::Display for PodEvent {
         match self {
             Self::Attesting(address) => write!(f, "attestation: connected to {address}"),
             Self::Keys(KeyProgress { attempt, error: None }) => {
-                write!(f, "keys: attempt {attempt}: they are here")
+                write!(f, "keys received (attempt {attempt})")
             }
             Self::Keys(KeyProgress { attempt, error: Some(error) }) => {
                 write!(f, "keys: attempt {attempt}: {error}")
             }
-            Self::Upgrade => f.write_str("attestation: done, coming back as kubernetes"),
+            Self::Upgrade => f.write_str("attestation done; reconnecting for the Kubernetes phase"),
             Self::Up(address) => write!(f, "kubernetes phase up at {address}"),
             Self::Down(PhaseName::Kubernetes, why) => write!(f, "channel down: {why}"),
             Self::Down(PhaseName::Attestation, why) => write!(f, "attestation: connection ended: {why}"),
-            Self::Failing(why) => write!(f, "connecting: {why}"),
-            Self::Unpartnered(what) => f.write_str(what),
+            Self::ConnectFailed(why) => write!(f, "connecting: {why}"),
+            Self::TunnelMismatch(what) => f.write_str(what),
             Self::Stopped => f.write_str("stopped"),
         }
     }
 }
 
-/// Who is told of events; called in the pod's task, so it must not wait.
+/// Receives every event of every pod. It is called in the pod's task and must not block: while it does, the pod's
+/// connection stands still.
 pub type Observer = Arc<dyn Fn(&PodId, &PodEvent) + Send + Sync>;
 
-/// The last word on each thing that keeps a pod from coming up.
+/// The last error of each kind that can keep a pod from coming up.
 #[derive(Clone, Debug, Default)]
 struct LastSeen {
     connected: bool,
@@ -102,7 +103,7 @@ impl fmt::Display for LastSeen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.connecting, &self.keys) {
             (None, None) if self.connected => {
-                f.write_str("connected, and the agent has not told of its keys yet")
+                f.write_str("connected; the agent has not reported on its keys yet")
             }
             (None, None) => f.write_str("no answer yet"),
             (Some(connecting), None) => write!(f, "connecting: {connecting}"),
@@ -112,35 +113,38 @@ impl fmt::Display for LastSeen {
     }
 }
 
-/// Tells of one pod.
+/// Holds one pod's state and emits its events.
 #[derive(Clone)]
-pub(crate) struct Report {
+pub(crate) struct StatusReporter {
     id: PodId,
     state: watch::Sender<PodState>,
     observer: Observer,
     seen: Arc<Mutex<LastSeen>>,
 }
 
-impl fmt::Debug for Report {
+impl fmt::Debug for StatusReporter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Report").field("id", &self.id).field("state", &self.state).finish_non_exhaustive()
+        f.debug_struct("StatusReporter")
+            .field("id", &self.id)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
     }
 }
 
-impl Report {
+impl StatusReporter {
     pub(crate) fn new(id: PodId, observer: Observer) -> Self {
         Self { id, state: watch::Sender::new(PodState::Prepared), observer, seen: Arc::default() }
     }
 
-    pub(crate) fn watch(&self) -> watch::Receiver<PodState> {
+    pub(crate) fn subscribe(&self) -> watch::Receiver<PodState> {
         self.state.subscribe()
     }
 
-    pub(crate) fn state(&self, state: PodState) {
+    pub(crate) fn set_state(&self, state: PodState) {
         self.state.send_replace(state);
     }
 
-    /// What was last seen, for the error of a start that took too long.
+    /// The last errors, for a start that ran into its deadline.
     pub(crate) fn last_seen(&self) -> String {
         self.seen().to_string()
     }
@@ -149,30 +153,30 @@ impl Report {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn event(&self, event: &PodEvent) {
+    pub(super) fn emit(&self, event: &PodEvent) {
         match event {
-            PodEvent::Down(..) | PodEvent::Failing(..) => tracing::warn!("pod {}: {event}", self.id),
+            PodEvent::Down(..) | PodEvent::ConnectFailed(..) => tracing::warn!("pod {}: {event}", self.id),
             PodEvent::Keys(KeyProgress { error: Some(_), .. }) => tracing::warn!("pod {}: {event}", self.id),
             _ => tracing::info!("pod {}: {event}", self.id),
         }
         (self.observer)(&self.id, event);
     }
 
-    /// Connecting begins anew.
+    /// A start begins: the errors of an earlier one no longer count.
     pub(crate) fn begin(&self) {
         *self.seen() = LastSeen::default();
-        self.state(PodState::Connecting { last_error: None });
+        self.set_state(PodState::Connecting { last_error: None });
     }
 
-    /// Connecting has failed: told when it starts and when the reason changes.
-    pub(super) fn failing(&self, why: &str) {
+    /// Connecting failed. Emits an event when the failures start and when their cause changes.
+    pub(super) fn connect_failed(&self, why: &str) {
         let before = self.seen().connecting.replace(why.to_owned());
         if before.as_deref() != Some(why) {
-            self.event(&PodEvent::Failing(why.to_owned()));
+            self.emit(&PodEvent::ConnectFailed(why.to_owned()));
         }
     }
 
-    /// Connecting has worked: what failed before is history.
+    /// Connecting succeeded: earlier connect errors no longer count.
     pub(super) fn connected(&self) {
         let mut seen = self.seen();
         (seen.connected, seen.connecting) = (true, None);
@@ -180,20 +184,20 @@ impl Report {
 
     pub(super) fn up(&self, address: SocketAddr, instance: String) {
         *self.seen() = LastSeen::default();
-        self.state(PodState::Up { instance });
-        self.event(&PodEvent::Up(address));
+        self.set_state(PodState::Up { instance });
+        self.emit(&PodEvent::Up(address));
     }
 
-    /// A connection has ended.
+    /// A connection ended.
     pub(super) fn down(&self, phase: PhaseName, why: &str) {
         self.seen().connecting = Some(format!("the {phase} connection ended: {why}"));
-        self.event(&PodEvent::Down(phase, why.to_owned()));
+        self.emit(&PodEvent::Down(phase, why.to_owned()));
     }
 
     pub(super) fn keys(&self, keys: KeyProgress) {
         let attempt = keys.attempt;
         self.seen().keys = keys.error.as_ref().map(|error| format!("attempt {attempt}: {error}"));
-        self.state(PodState::Attesting { attempt, last_error: keys.error.clone() });
-        self.event(&PodEvent::Keys(keys));
+        self.set_state(PodState::Attesting { attempt, last_error: keys.error.clone() });
+        self.emit(&PodEvent::Keys(keys));
     }
 }

@@ -1,4 +1,4 @@
-//! Why something could not be done for a pod.
+//! Errors of the operations on a pod.
 
 use secure_comms_protocol::PodId;
 use secure_comms_tunnel::inbound::BindError;
@@ -7,7 +7,7 @@ use crate::kbs::KbsError;
 use crate::keys::KeyError;
 use crate::store::StoreError;
 
-/// Why something could not be done for a pod.
+/// Error of an operation on a pod. Its text says what to do next.
 #[derive(Debug, thiserror::Error)]
 pub enum AdaptorError {
     /// The store failed.
@@ -16,39 +16,39 @@ pub enum AdaptorError {
     /// The KBS failed.
     #[error(transparent)]
     Kbs(#[from] KbsError),
-    /// An inbound can't listen.
+    /// An inbound cannot listen.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// A key of the store can't be used.
+    /// A key of the store is invalid.
     #[error("use a key of the store")]
     Key(#[from] KeyError),
-    /// The pod has not been prepared.
-    #[error("pod {0}: it is not prepared: prepare it first")]
+    /// The pod is not prepared.
+    #[error("pod {0}: not prepared: prepare it first")]
     NotPrepared(PodId),
-    /// The pod has been started.
-    #[error("pod {0}: it is started already: stop it first")]
+    /// The pod is started already.
+    #[error("pod {0}: already started: stop it first")]
     AlreadyStarted(PodId),
-    /// There is nothing to connect to.
+    /// The call names no address.
     #[error("start pod {0}: no address: give at least one")]
     NoAddress(PodId),
-    /// The pod did not come up.
+    /// The start failed before its deadline.
     #[error("start pod {pod}: {reason}")]
     StartFailed {
-        /// The pod.
+        /// Id of the pod.
         pod: PodId,
-        /// Why.
+        /// Cause of the failure, and what to do.
         reason: String,
     },
-    /// The pod did not come up in time.
+    /// The Kubernetes phase was not up at the deadline.
     #[error(
-        "start pod {pod}: not up within {seconds} s; last seen: {last_seen}; see that the VM runs and its agent is reached, or give it more time"
+        "start pod {pod}: not up within {seconds} s; last seen: {last_seen}; check that the VM runs and its agent can be reached, or allow more time (--deadline)"
     )]
     Deadline {
-        /// The pod.
+        /// Id of the pod.
         pod: PodId,
-        /// The deadline, in seconds.
+        /// Length of the deadline, in seconds.
         seconds: u64,
-        /// The last word on each thing that keeps the pod from coming up.
+        /// The last error of each kind.
         last_seen: String,
     },
 }

@@ -1,4 +1,7 @@
-//! The adaptor as a library: pods are prepared, started, watched, stopped and resumed.
+//! The pods of one worker node: prepared, started, watched, stopped and, after a restart, resumed.
+//!
+//! In: calls of the [`Adaptor`]'s owner. Out: [`Endpoint`]s for local clients, and each pod's state and events. Each
+//! started pod has a driver (crate::pod) in a task of its own.
 
 mod error;
 
@@ -17,32 +20,24 @@ use tokio::time::timeout;
 pub use self::error::AdaptorError;
 use crate::address::Address;
 use crate::kbs::KbsClient;
+use crate::key_source::KeySource;
 use crate::keys::{PodKey, PodPublic, WorkerNodeKey};
-use crate::pod::{Driver, Observer, Plan, PodState, Report, Stop, Way};
+use crate::pod::{Driver, Entry, Observer, Plan, PodState, StatusReporter, Stop};
 use crate::store::Store;
 use crate::text::with_causes;
 use crate::transport::routes::Routes;
 use crate::transport::session::Tunnels;
 
-/// How the VMs come to their keys.
-#[derive(Debug)]
-pub enum KeySource {
-    /// From the KBS, where they are published.
-    Kbs(Box<KbsClient>),
-    /// By their user data; there is no Attestation phase.
-    UserData,
-}
-
 /// What all pods of an adaptor have in common.
 #[derive(Clone)]
 pub struct Config {
-    /// Our inbounds, KATAAGENT included.
+    /// Inbounds of each pod, KATAAGENT included. All pods share the list, so a fixed port or path serves one pod only.
     pub inbounds: Vec<InboundTag>,
-    /// Our outbounds, KBS included.
+    /// Outbounds of each pod, KBS included.
     pub outbounds: Vec<OutboundTag>,
-    /// Data in a direction after which new session keys are made, in bytes.
+    /// Bytes in one direction after which the session keys of a connection are renewed.
     pub rekey_bytes: usize,
-    /// Who is told of every event.
+    /// Receives every event of every pod.
     pub observer: Observer,
 }
 
@@ -58,47 +53,71 @@ impl fmt::Debug for Config {
 /// Where local clients of a tunnel connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// The tunnel.
+    /// Name of the tunnel.
     pub name: TunnelName,
     /// `127.0.0.1:<port>`, or the path of a unix socket.
     pub local: String,
 }
 
-/// The worker node's end, for any number of pods. Dropping it cuts every connection.
+/// The worker node's end of any number of pods.
+///
+/// | method | keys | KBS | listeners | connection |
+/// | --- | --- | --- | --- | --- |
+/// | [`prepare`](Self::prepare) | finds or makes | publishes | opens | |
+/// | [`start`](Self::start) | | | | opens, keeps up |
+/// | [`suspend`](Self::suspend) | keeps | | closes | closes |
+/// | [`stop`](Self::stop) | deletes | deletes | closes | closes |
+/// | [`resume_all`](Self::resume_all) | finds | | opens | opens, keeps up |
+/// | [`restore_listeners`](Self::restore_listeners) | finds | | opens | |
+/// | [`publish_keys`](Self::publish_keys) | finds or makes | publishes | | |
+///
+/// The first four are a pod's life. The last three continue it in a new process.
+///
+/// # Concurrency
+/// Methods of different pods run independently. `prepare`, `restore_listeners`, `suspend`, `stop` and `resume_all` of
+/// one pod wait for each other. `start` and `publish_keys` do not wait: a `start` during a `stop` of the same pod may
+/// wait for its whole deadline.
+///
+/// # Runtime
+/// The async methods need a tokio runtime of either flavour, with I/O and time enabled, and spawn tasks on it.
+///
+/// # Cancellation
+/// Each async method says what remains if its future is dropped. Dropping the `Adaptor` cuts every connection and
+/// closes every listener; the store and the KBS keep what they have.
 #[derive(Debug)]
 pub struct Adaptor {
     store: Arc<dyn Store>,
-    keys: KeySource,
+    key_source: KeySource<KbsClient>,
     config: Config,
     pods: Mutex<HashMap<PodId, Pod>>,
-    /// For each pod, one at a time prepares, stops or resumes it; the KBS can be slow, and other pods must not wait.
-    changing: Mutex<HashMap<PodId, Arc<Turn>>>,
+    /// One lock per pod, for the operations on it. The KBS can be slow, and other pods must not wait for it.
+    locks: Mutex<HashMap<PodId, Arc<PodLock>>>,
 }
 
-/// Whose turn it is to change a pod.
-type Turn = tokio::sync::Mutex<()>;
+/// Serialises the operations on one pod.
+type PodLock = tokio::sync::Mutex<()>;
 
-/// A pod that is prepared. Dropping it closes its inbounds and cuts its connection.
+/// A prepared pod. Dropping it closes its inbounds and cuts its connection.
 #[derive(Debug)]
 struct Pod {
     endpoints: Vec<Endpoint>,
     routes: Arc<Routes>,
     node_key: WorkerNodeKey,
     pod_key: PodPublic,
-    report: Report,
+    status: StatusReporter,
     _inbounds: JoinSet<()>,
-    driver: Option<Running>,
+    driver: Option<RunningDriver>,
 }
 
-/// A pod's driver at work.
+/// The task of a pod's driver. Dropping it cuts the pod's connection.
 #[derive(Debug)]
-struct Running {
+struct RunningDriver {
     stop: watch::Sender<Option<Stop>>,
     task: JoinSet<()>,
 }
 
-impl Running {
-    /// Ends in good order.
+impl RunningDriver {
+    /// Orders the driver to stop, and waits until it has.
     async fn stop(mut self, stop: Stop) {
         self.stop.send_replace(Some(stop));
         while self.task.join_next().await.is_some() {}
@@ -106,75 +125,51 @@ impl Running {
 }
 
 impl Adaptor {
-    /// An adaptor that knows no pods yet.
-    pub fn new(store: Arc<dyn Store>, keys: KeySource, config: Config) -> Self {
-        Self { store, keys, config, pods: Mutex::default(), changing: Mutex::default() }
+    /// An adaptor without pods. Its VMs get their keys from `key_source`.
+    pub fn new(store: Arc<dyn Store>, key_source: KeySource<KbsClient>, config: Config) -> Self {
+        Self { store, key_source, config, pods: Mutex::default(), locks: Mutex::default() }
     }
 
     fn pods(&self) -> MutexGuard<'_, HashMap<PodId, Pod>> {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn turn(&self, id: &PodId) -> OwnedMutexGuard<()> {
-        let turn = {
-            let mut turns = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-            // Those that nobody holds or waits for.
-            turns.retain(|_, turn| Arc::strong_count(turn) > 1);
-            Arc::clone(turns.entry(id.clone()).or_default())
+    async fn lock_pod(&self, id: &PodId) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+            // Locks that nothing holds or waits for are removed.
+            locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            Arc::clone(locks.entry(id.clone()).or_default())
         };
-        turn.lock_owned().await
+        lock.lock_owned().await
     }
 
-    /// Finds or makes the pod's keys, publishes them, and listens for its local clients; the VM may then be started.
-    /// A second call changes nothing.
+    /// Finds or makes the pod's keys, publishes them, and listens for its local clients. The VM may then be started.
+    /// A second call publishes the keys again and returns the same endpoints.
     ///
     /// # Errors
-    /// The store, the KBS or an inbound failed. What was made for it is undone.
+    /// The store, the KBS or an inbound failed. The listeners are closed again, and a key that this call made is
+    /// deleted from the store; a resource that was published already stays in the KBS.
+    ///
+    /// # Cancellation
+    /// Dropping the future closes the new listeners. A key that was made and a resource that was published stay; `stop`
+    /// deletes both.
     pub async fn prepare(&self, id: &PodId) -> Result<Vec<Endpoint>, AdaptorError> {
-        let _turn = self.turn(id).await;
+        let _lock = self.lock_pod(id).await;
         let known = self.store.known_pod_key(id).await?.is_some();
-        let prepared = self.prepare_new(id).await;
+        let prepared = self.prepare_locked(id).await;
         if prepared.is_err()
             && !known
             && let Err(error) = self.store.forget(id).await
         {
-            tracing::error!("pod {id}: after a failure: {}", with_causes(&error));
+            tracing::error!("pod {id}: cleaning up after a failed prepare: {}", with_causes(&error));
         }
         prepared
     }
 
-    /// Listens again for the clients of a pod that was started before this process was; none if it never was. Its VM may
-    /// be running, and then needs nothing from the KBS: a KBS that is away must not keep the pod down. So its keys are
-    /// not published here; see [`Adaptor::republish`].
-    ///
-    /// # Errors
-    /// The store or an inbound failed.
-    pub async fn reopen(&self, id: &PodId) -> Result<Option<Vec<Endpoint>>, AdaptorError> {
-        let _turn = self.turn(id).await;
-        let Some(pod_key) = self.store.known_pod_key(id).await? else { return Ok(None) };
-        if self.store.addresses(id).await?.is_empty() {
-            return Ok(None);
-        }
-        if self.endpoints(id).is_none() {
-            let node_key = self.store.worker_node_key().await?;
-            let pod = self.listen(id, node_key, pod_key.public()?).await?;
-            self.pods().insert(id.clone(), pod);
-        }
-        Ok(self.endpoints(id))
-    }
-
-    /// Publishes the keys of a known pod once more, for a VM that attests anew and a KBS that has lost them.
-    ///
-    /// # Errors
-    /// The store or the KBS failed.
-    pub async fn republish(&self, id: &PodId) -> Result<(), AdaptorError> {
+    async fn prepare_locked(&self, id: &PodId) -> Result<Vec<Endpoint>, AdaptorError> {
         let (node_key, pod_key) = (self.store.worker_node_key().await?, self.store.pod_key(id).await?);
-        self.publish(id, &node_key, &pod_key).await
-    }
-
-    async fn prepare_new(&self, id: &PodId) -> Result<Vec<Endpoint>, AdaptorError> {
-        let (node_key, pod_key) = (self.store.worker_node_key().await?, self.store.pod_key(id).await?);
-        // Before anything is published: a port that is taken is found out at once.
+        // Before anything is published, so that a port that is in use fails the call early.
         let prepared = match self.endpoints(id) {
             Some(_) => None,
             None => Some(self.listen(id, node_key.clone(), pod_key.public()?).await?),
@@ -184,6 +179,54 @@ impl Adaptor {
             self.pods().insert(id.clone(), pod);
         }
         Ok(self.endpoints(id).unwrap_or_default())
+    }
+
+    /// Listens again for the local clients of a pod that an earlier process started. `None` if the pod was never
+    /// started.
+    ///
+    /// Its VM may be running and then needs nothing from the KBS, so the keys are not published here: a KBS that is
+    /// down must not keep the pod down. See [`publish_keys`](Self::publish_keys).
+    ///
+    /// # Errors
+    /// The store or an inbound failed.
+    ///
+    /// # Cancellation
+    /// Dropping the future closes the new listeners.
+    pub async fn restore_listeners(&self, id: &PodId) -> Result<Option<Vec<Endpoint>>, AdaptorError> {
+        let _lock = self.lock_pod(id).await;
+        let Some((pod_key, _)) = self.started_before(id).await? else { return Ok(None) };
+        if self.endpoints(id).is_none() {
+            self.listen_again(id, &pod_key).await?;
+        }
+        Ok(self.endpoints(id))
+    }
+
+    /// The key and the addresses of a pod that was started, in this process or an earlier one.
+    async fn started_before(&self, id: &PodId) -> Result<Option<(PodKey, Vec<Address>)>, AdaptorError> {
+        let Some(pod_key) = self.store.known_pod_key(id).await? else { return Ok(None) };
+        // `start` saves the addresses.
+        let addresses = self.store.addresses(id).await?;
+        Ok((!addresses.is_empty()).then_some((pod_key, addresses)))
+    }
+
+    async fn listen_again(&self, id: &PodId, pod_key: &PodKey) -> Result<(), AdaptorError> {
+        let node_key = self.store.worker_node_key().await?;
+        let pod = self.listen(id, node_key, pod_key.public()?).await?;
+        self.pods().insert(id.clone(), pod);
+        Ok(())
+    }
+
+    /// Publishes the keys of a pod again: its VM may have to attest again, and the KBS may have lost them. Without a
+    /// KBS there is nothing to publish.
+    ///
+    /// # Errors
+    /// The store or the KBS failed, or the KBS did not answer in the time that its client has for a call.
+    ///
+    /// # Cancellation
+    /// Dropping the future stops the retries. A request that was sent may still take effect.
+    pub async fn publish_keys(&self, id: &PodId) -> Result<(), AdaptorError> {
+        let (node_key, pod_key) = (self.store.worker_node_key().await?, self.store.pod_key(id).await?);
+        self.publish(id, &node_key, &pod_key).await
     }
 
     async fn listen(
@@ -199,8 +242,8 @@ impl Adaptor {
             endpoints.push(Endpoint { name: tag.name.clone(), local: inbound.local().to_owned() });
             inbounds.spawn(routes.serve(inbound));
         }
-        let report = Report::new(id.clone(), Arc::clone(&self.config.observer));
-        Ok(Pod { endpoints, routes, node_key, pod_key, report, _inbounds: inbounds, driver: None })
+        let status = StatusReporter::new(id.clone(), Arc::clone(&self.config.observer));
+        Ok(Pod { endpoints, routes, node_key, pod_key, status, _inbounds: inbounds, driver: None })
     }
 
     async fn publish(
@@ -209,16 +252,22 @@ impl Adaptor {
         node_key: &WorkerNodeKey,
         pod_key: &PodKey,
     ) -> Result<(), AdaptorError> {
-        let KeySource::Kbs(kbs) = &self.keys else { return Ok(()) };
+        let KeySource::Kbs(kbs) = &self.key_source else { return Ok(()) };
         let line = node_key.public()?.authorized_keys_line()? + "\n";
         kbs.publish(resource::WORKER_NODE_PUBLIC_KEY, line.as_bytes()).await?;
         Ok(kbs.publish(&resource::pod_private_key(id), pod_key.to_pem()?.as_bytes()).await?)
     }
 
-    /// Connects to the pod's VM; returns once the Kubernetes phase is up. The channel is kept up from then on.
+    /// Connects to the pod's VM, and returns once the Kubernetes phase is up, for at most `deadline`. From then on the
+    /// connection is kept up until `suspend` or `stop`.
     ///
     /// # Errors
-    /// It was not up when the deadline passed, or can't be: then nothing connects any more.
+    /// The pod is not prepared, is started already, or did not come up. After an error connecting is not retried, and
+    /// the pod can be started again.
+    ///
+    /// # Cancellation
+    /// Dropping the future drops the wait only. Once the addresses are saved, the driver goes on without a deadline and
+    /// another `start` fails with [`AdaptorError::AlreadyStarted`]; `suspend` and `stop` end the driver.
     pub async fn start(
         &self,
         id: &PodId,
@@ -229,8 +278,8 @@ impl Adaptor {
             return Err(AdaptorError::NoAddress(id.clone()));
         }
         self.store.save_addresses(id, addresses).await?;
-        let report = self.drive(id, addresses, Driver::start)?;
-        let mut state = report.watch();
+        let status = self.spawn_driver(id, addresses, Entry::New)?;
+        let mut state = status.subscribe();
         let settled = |state: &PodState| {
             matches!(state, PodState::Up { .. } | PodState::Failed { .. } | PodState::Stopped)
         };
@@ -239,120 +288,132 @@ impl Adaptor {
         let reason = match settled {
             Ok(Ok(PodState::Up { .. })) => return Ok(()),
             Ok(Ok(PodState::Failed { reason })) => reason,
-            Ok(_) => "it was stopped meanwhile".to_owned(),
+            Ok(_) => "stopped while starting".to_owned(),
             Err(_) => {
-                let (seconds, last_seen) = (deadline.as_secs(), report.last_seen());
-                self.halt(id, "the adaptor gave up").await;
-                report.state(PodState::Failed { reason: last_seen.clone() });
+                let (seconds, last_seen) = (deadline.as_secs(), status.last_seen());
+                self.stop_driver(id, "the adaptor gave up").await;
+                status.set_state(PodState::Failed { reason: last_seen.clone() });
                 return Err(AdaptorError::Deadline { pod: id.clone(), seconds, last_seen });
             }
         };
-        // So that it can be started again.
-        self.halt(id, "the start failed").await;
+        // So that the pod can be started again.
+        self.stop_driver(id, "the start failed").await;
         Err(AdaptorError::StartFailed { pod: id.clone(), reason })
     }
 
-    fn drive<F: Future<Output = ()> + Send + 'static>(
+    fn spawn_driver(
         &self,
         id: &PodId,
         addresses: &[Address],
-        how: impl FnOnce(Driver) -> F,
-    ) -> Result<Report, AdaptorError> {
+        entry: Entry,
+    ) -> Result<StatusReporter, AdaptorError> {
         let mut pods = self.pods();
         let pod = pods.get_mut(id).ok_or_else(|| AdaptorError::NotPrepared(id.clone()))?;
         if pod.driver.is_some() {
             return Err(AdaptorError::AlreadyStarted(id.clone()));
         }
-        let tunnels = (&self.config.inbounds, &self.config.outbounds);
+        let (inbounds, outbounds) = (&self.config.inbounds, &self.config.outbounds);
         let plan = Plan {
             id: id.clone(),
             addresses: addresses.to_vec(),
             node_key: pod.node_key.clone(),
             pod_key: pod.pod_key,
-            way: match self.keys {
-                KeySource::Kbs(_) => Way::Attests(Tunnels::new(tunnels.0, tunnels.1)),
-                KeySource::UserData => Way::UserData,
-            },
-            kubernetes: Tunnels::new(tunnels.0, tunnels.1),
+            attestation: self.key_source.as_ref().map(|_| Tunnels::new(inbounds, outbounds)),
+            kubernetes: Tunnels::new(inbounds, outbounds),
             rekey_bytes: self.config.rekey_bytes,
         };
-        // Before the driver runs: whoever waits must not take the state of an earlier start for this one's.
-        pod.report.begin();
+        // Before the driver runs: a waiting `start` must not take the final state of an earlier start for its own.
+        pod.status.begin();
         let (stop, order) = watch::channel(None);
+        let driver = Driver::new(plan, Arc::clone(&pod.routes), pod.status.clone(), order);
         let mut task = JoinSet::new();
-        task.spawn(how(Driver::new(plan, Arc::clone(&pod.routes), pod.report.clone(), order)));
-        pod.driver = Some(Running { stop, task });
-        Ok(pod.report.clone())
+        task.spawn(driver.run(entry));
+        pod.driver = Some(RunningDriver { stop, task });
+        Ok(pod.status.clone())
     }
 
-    /// Ends the pod's driver; the pod stays prepared.
-    async fn halt(&self, id: &PodId, reason: &'static str) {
-        let running = self.pods().get_mut(id).and_then(|pod| pod.driver.take());
-        if let Some(running) = running {
-            running.stop(Stop { reason, drain: SHUTDOWN_DRAIN }).await;
+    /// Stops the pod's driver, if it has one. The pod stays prepared.
+    async fn stop_driver(&self, id: &PodId, reason: &'static str) {
+        let driver = self.pods().get_mut(id).and_then(|pod| pod.driver.take());
+        if let Some(driver) = driver {
+            driver.stop(Stop { reason, drain: SHUTDOWN_DRAIN }).await;
         }
     }
 
-    /// The pod's state, as it changes; none if the pod is not prepared.
+    /// The pod's state and its changes; `None` if the pod is not prepared. The channel closes with `suspend` and `stop`.
     pub fn watch(&self, id: &PodId) -> Option<watch::Receiver<PodState>> {
-        self.pods().get(id).map(|pod| pod.report.watch())
+        self.pods().get(id).map(|pod| pod.status.subscribe())
     }
 
-    /// Where the pod's local clients connect; none if the pod is not prepared.
+    /// Where the pod's local clients connect; `None` if the pod is not prepared.
     pub fn endpoints(&self, id: &PodId) -> Option<Vec<Endpoint>> {
         self.pods().get(id).map(|pod| pod.endpoints.clone())
     }
 
-    /// Lets open streams end (not for long), says bye, and closes the inbounds. The pod is known still, and can be
-    /// resumed.
-    pub async fn close(&self, id: &PodId) {
-        let _turn = self.turn(id).await;
-        self.halt(id, "the adaptor ends").await;
+    /// Stops serving the pod, and keeps its keys and its KBS resource: a later process can resume it.
+    ///
+    /// Open streams get `SHUTDOWN_DRAIN` (3 s) to end, then the agent receives a bye. The listeners close shortly after
+    /// the return.
+    ///
+    /// # Cancellation
+    /// Dropping the future during the drain cuts the connection. The pod then stays prepared and its listeners stay
+    /// open, but its state is not updated; another `suspend` or `stop` completes the work.
+    pub async fn suspend(&self, id: &PodId) {
+        let _lock = self.lock_pod(id).await;
+        self.stop_driver(id, "the adaptor ends").await;
         self.pods().remove(id);
     }
 
-    /// Closes the pod's channel, deletes its resource from the KBS, and forgets its key.
+    /// Ends the pod: stops serving it as [`suspend`](Self::suspend) does, deletes its resource from the KBS, and deletes
+    /// its key from the store. It waits for a `prepare` of the same pod that is under way.
     ///
     /// # Errors
-    /// The KBS or the store failed; the key is then still there, so that it can be tried again.
+    /// The KBS or the store failed. The key is then still in the store, so that `stop` can be retried.
+    ///
+    /// # Cancellation
+    /// As for `suspend` during the drain. After that the pod is no longer served; what was not deleted yet stays, and
+    /// another `stop` deletes it.
     pub async fn stop(&self, id: &PodId) -> Result<(), AdaptorError> {
-        let _turn = self.turn(id).await;
-        self.halt(id, "the pod is being deleted").await;
+        let _lock = self.lock_pod(id).await;
+        self.stop_driver(id, "the pod is being deleted").await;
         self.pods().remove(id);
-        if let KeySource::Kbs(kbs) = &self.keys {
+        if let KeySource::Kbs(kbs) = &self.key_source {
             kbs.delete(&resource::pod_private_key(id)).await?;
         }
         Ok(self.store.forget(id).await?)
     }
 
-    /// Takes up the pods that were started before this process was: with the keys they have, Kubernetes phase first.
-    /// A pod that can't be taken up is logged and left.
+    /// Listens and connects again for every pod that an earlier process started, Kubernetes phase first, and returns
+    /// their ids without waiting for the connections. A pod that fails is logged and left out.
     ///
     /// # Errors
-    /// The pods can't be listed.
-    pub async fn resume(&self) -> Result<Vec<PodId>, AdaptorError> {
+    /// The pods cannot be listed.
+    ///
+    /// # Cancellation
+    /// Dropping the future leaves the pods that were resumed already running.
+    pub async fn resume_all(&self) -> Result<Vec<PodId>, AdaptorError> {
         let mut resumed = Vec::new();
         for id in self.store.pods().await? {
-            match self.resume_one(&id).await {
+            match self.resume(&id).await {
                 Ok(true) => resumed.push(id),
                 Ok(false) => {}
-                Err(error) => tracing::error!("pod {id}: resume: {}", with_causes(&error)),
+                Err(error) => {
+                    tracing::error!("pod {id}: resume failed, the pod is left out: {}", with_causes(&error));
+                }
             }
         }
         Ok(resumed)
     }
 
-    async fn resume_one(&self, id: &PodId) -> Result<bool, AdaptorError> {
-        let _turn = self.turn(id).await;
-        let addresses = self.store.addresses(id).await?;
-        let Some(pod_key) = self.store.known_pod_key(id).await? else { return Ok(false) };
-        // One without addresses was never started.
-        if addresses.is_empty() || self.endpoints(id).is_some() {
+    /// False if the pod was never started, or is served already.
+    async fn resume(&self, id: &PodId) -> Result<bool, AdaptorError> {
+        let _lock = self.lock_pod(id).await;
+        let Some((pod_key, addresses)) = self.started_before(id).await? else { return Ok(false) };
+        if self.endpoints(id).is_some() {
             return Ok(false);
         }
-        let pod = self.listen(id, self.store.worker_node_key().await?, pod_key.public()?).await?;
-        self.pods().insert(id.clone(), pod);
-        self.drive(id, &addresses, Driver::resume)?;
+        self.listen_again(id, &pod_key).await?;
+        self.spawn_driver(id, &addresses, Entry::Restarted)?;
         Ok(true)
     }
 }

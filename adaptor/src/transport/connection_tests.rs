@@ -10,7 +10,7 @@ use self::support::agent::{Agent, Mode};
 use self::support::{PATIENCE, pod};
 use crate::keys::{PodKey, WorkerNodeKey};
 use crate::transport::session::{Session, Tunnels};
-use crate::transport::ssh::{self, ConnectError, Dial, Gate, Turn};
+use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial};
 use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{Attestation, Kubernetes, Phase, PhaseName};
@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use tokio::time::timeout;
 
 fn dial(address: SocketAddr, node_key: &WorkerNodeKey) -> Dial {
-    Dial { address, node_key: node_key.clone(), rekey_bytes: REKEY_BYTES, gate: Gate::default() }
+    Dial { address, node_key: node_key.clone(), rekey_bytes: REKEY_BYTES, hold: AuthHold::default() }
 }
 
 fn tunnels<P: Phase>(outbounds: &str) -> Tunnels<P> {
@@ -36,7 +36,8 @@ async fn session(outbounds: &str) -> (Agent, Session<Kubernetes>) {
     let (agent, node, host) = kubernetes_agent().await;
     let tunnels = tunnels(outbounds);
     let (dial, host) = (dial(agent.address, &node), host.public().unwrap());
-    let connection = ssh::kubernetes(&dial, host, Turn::default(), tunnels.outbounds()).await.unwrap();
+    let connection =
+        ssh::connect_kubernetes(&dial, host, AuthLock::default(), tunnels.outbounds()).await.unwrap();
     let session = Session::establish(connection, &pod(), &tunnels).await.unwrap();
     (agent, session)
 }
@@ -45,9 +46,14 @@ async fn session(outbounds: &str) -> (Agent, Session<Kubernetes>) {
 async fn a_wrong_host_key_is_an_error_and_nothing_more_is_sent() {
     let (agent, node, _) = kubernetes_agent().await;
     let other = PodKey::generate().unwrap().public().unwrap();
-    let error = ssh::kubernetes(&dial(agent.address, &node), other, Turn::default(), tunnels("").outbounds())
-        .await
-        .unwrap_err();
+    let error = ssh::connect_kubernetes(
+        &dial(agent.address, &node),
+        other,
+        AuthLock::default(),
+        tunnels("").outbounds(),
+    )
+    .await
+    .unwrap_err();
     assert!(
         matches!(&error, ConnectError::WrongHostKey { shown } if shown.starts_with("SHA256:")),
         "{error}"
@@ -62,7 +68,8 @@ async fn the_attestation_phase_is_entered_without_proof() {
     let agent = Agent::start(Mode::attestation()).await;
     let tunnels = tunnels::<Attestation>("");
     let node = WorkerNodeKey::generate().unwrap();
-    let connection = ssh::attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
+    let connection =
+        ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
     let session = Session::establish(connection, &pod(), &tunnels).await.unwrap();
     assert_eq!(session.agent().phase, Some(PhaseName::Attestation));
     assert_eq!(agent.seen.all(), ["connection", "service", "auth attestation none", "hello pod-1 out []"]);
@@ -73,14 +80,15 @@ async fn an_agent_that_insists_on_a_key_gets_the_worker_nodes() {
     let node = WorkerNodeKey::generate().unwrap();
     let mode = Mode { worker: Some(node.public().unwrap()), ..Mode::attestation() };
     let agent = Agent::start(mode).await;
-    ssh::attestation(&dial(agent.address, &node), tunnels("").outbounds()).await.unwrap();
+    ssh::connect_attestation(&dial(agent.address, &node), tunnels("").outbounds()).await.unwrap();
     assert_eq!(agent.seen.count("auth attestation proves a key"), 1);
 }
 
 #[tokio::test]
 async fn a_refusal_tells_the_phase_of_the_agent() {
     let (agent, node, _) = kubernetes_agent().await;
-    let error = ssh::attestation(&dial(agent.address, &node), tunnels("").outbounds()).await.unwrap_err();
+    let error =
+        ssh::connect_attestation(&dial(agent.address, &node), tunnels("").outbounds()).await.unwrap_err();
     assert_eq!(
         error.to_string(),
         "user 'attestation' refused (it says: Secure Comms agent in the Kubernetes phase)"
@@ -94,7 +102,11 @@ async fn a_rejected_worker_node_key_is_a_refusal_and_a_broken_connection_is_not(
     let other = WorkerNodeKey::generate().unwrap();
     let connect = |node| {
         let (dial, host) = (dial(agent.address, node), host.public().unwrap());
-        async move { ssh::kubernetes(&dial, host, Turn::default(), tunnels("").outbounds()).await.unwrap_err() }
+        async move {
+            ssh::connect_kubernetes(&dial, host, AuthLock::default(), tunnels("").outbounds())
+                .await
+                .unwrap_err()
+        }
     };
     assert!(matches!(connect(&other).await, ConnectError::Refused { phase: PhaseName::Kubernetes, .. }));
     let mode = Mode { hangs_up: true, ..Mode::kubernetes(host.clone(), node.public().unwrap()) };
@@ -108,8 +120,9 @@ async fn what_does_not_speak_ssh_is_told_apart() {
     let node = WorkerNodeKey::generate().unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let connect =
-        || async { ssh::attestation(&dial(address, &node), tunnels("").outbounds()).await.unwrap_err() };
+    let connect = || async {
+        ssh::connect_attestation(&dial(address, &node), tunnels("").outbounds()).await.unwrap_err()
+    };
     let server = async {
         let (mut socket, _) = listener.accept().await.unwrap();
         socket.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
@@ -129,7 +142,8 @@ async fn an_agent_that_says_no_hello_is_given_up() {
     let node = WorkerNodeKey::generate().unwrap();
     let agent = Agent::start(Mode { hello: false, ..Mode::attestation() }).await;
     let tunnels = tunnels::<Attestation>("");
-    let connection = ssh::attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
+    let connection =
+        ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
     let start = Instant::now();
     let error = Session::establish(connection, &pod(), &tunnels).await.unwrap_err();
     assert_eq!(error.to_string(), "no answer within 5 s while waiting for the agent's hello");
@@ -146,9 +160,9 @@ async fn only_streams_that_were_asked_for_are_served() {
     .await;
     assert_eq!(agent.seen.count("forward "), 2);
     assert!(
-        session
-            .unpartnered()
-            .contains(&"tunnel refused, Kubernetes phase: the agent refuses to forward it to us".to_owned())
+        session.tunnel_mismatches().contains(
+            &"tunnel refused, Kubernetes phase: the agent refuses to forward its streams".to_owned()
+        )
     );
     let (handle, credits) = agent.newest();
     for name in ["early", "other", "refused", "", "127.0.0.1", "a\nb"] {

@@ -1,21 +1,23 @@
-//! Happy eyeballs (RFC 8305 5): several candidates are tried, each a little after the one before; the first that works
-//! wins.
+//! Races connection attempts (RFC 8305 5, "happy eyeballs"): each candidate starts shortly after the one before, and the
+//! first that succeeds wins.
 
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-/// The next candidate is tried this long after the one before, or as soon as that one has failed.
+/// The delay before the next candidate starts. A failure starts the next one at once.
 const STAGGER: Duration = Duration::from_millis(250);
-/// How long a result that does not settle the race waits for one that does.
+/// How long a result that does not settle the race waits for a better one.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Races the candidates. A result that does not `settle` the race wins only if no other does shortly after. Those that
-/// have not won are dropped with all they hold.
+/// Races the candidates, and returns the winner with its index. A result that does not settle the race, by `settles`,
+/// wins only if no better one follows within [`GRACE`]. The losing attempts are dropped.
+///
+/// Dropping the future drops all attempts.
 ///
 /// # Errors
-/// What became of each, in their order.
+/// The error of each candidate, in the order of the candidates.
 pub(crate) async fn race<C, T, E, F>(
     candidates: Vec<C>,
     attempt: impl Fn(C) -> F,
@@ -34,7 +36,7 @@ where
         if let Some((index, candidate)) = waiting.next() {
             let attempt = attempt(candidate);
             running.spawn(async move { (index, attempt.await) });
-            // Somebody is there: the others must not come too late.
+            // There is a result already: the remaining candidates start at once, to be ready within the grace time.
             if second_best.is_some() {
                 continue;
             }
@@ -49,7 +51,7 @@ where
                     second_best.get_or_insert((index, won));
                 }
                 Some(Ok((index, Err(error)))) => failures.push((index, error)),
-                // A task that panicked has said so.
+                // The panic of an attempt was printed where it happened.
                 Some(Err(_)) => {}
                 None if left => {}
                 None => break,
@@ -73,27 +75,27 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_next_starts_after_a_quarter_second_and_the_first_that_works_wins() {
+    async fn candidates_start_staggered_and_the_first_success_wins() {
         let start = Instant::now();
         let won = race(vec![1, 2, 3], |n| after(if n == 1 { 60_000 } else { 100 }, Ok(n)), |_| true).await;
         assert_eq!((won, start.elapsed().as_millis()), (Ok((1, 2)), 350));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_next_starts_at_once_when_one_fails() {
+    async fn the_next_candidate_starts_at_once_when_one_fails() {
         let start = Instant::now();
         let won = race(vec![1, 2], |n| after(10, if n == 1 { Err(n) } else { Ok(n) }), |_| true).await;
         assert_eq!((won, start.elapsed().as_millis()), (Ok((1, 2)), 20));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn all_failures_are_told_in_the_order_of_the_candidates() {
+    async fn all_failures_come_in_the_order_of_the_candidates() {
         assert_eq!(race(vec![900, 400, 1], |n| after(n, Err(n)), |_| true).await, Err(vec![900, 400, 1]));
         assert_eq!(race(vec![], |n| after(n, Err(n)), |_| true).await, Err(vec![]));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_result_that_does_not_settle_the_race_waits_a_little_for_one_that_does() {
+    async fn an_unsettled_result_waits_a_moment_for_a_better_one() {
         let start = Instant::now();
         let won = race(vec![10, 60_000, 900], |n| after(n, Ok(n)), |n| *n == 900).await;
         assert_eq!((won, start.elapsed().as_millis()), (Ok((2, 900)), 910));

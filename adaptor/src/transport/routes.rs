@@ -1,4 +1,4 @@
-//! Which connection the clients of an inbound are handed to: by its phase, and by type.
+//! Routes the local clients of an inbound to the connection of the inbound's phase.
 
 use secure_comms_protocol::{Attestation, Kubernetes, PhaseSet, TunnelName};
 use secure_comms_tunnel::{Inbound, Link, OpenError, Stream};
@@ -6,22 +6,22 @@ use tokio::sync::watch;
 
 use crate::transport::ssh::AgentLink;
 
-/// The links that there are now. A client of a Kubernetes-phase inbound has no way to an attestation link.
+/// The current link of each phase. The types keep a client of a Kubernetes-phase inbound from an Attestation link.
 #[derive(Debug)]
 pub(crate) struct Routes {
     attestation: watch::Sender<Option<AgentLink<Attestation>>>,
     kubernetes: watch::Sender<Option<AgentLink<Kubernetes>>>,
-    both: watch::Sender<Option<AnyLink>>,
+    both: watch::Sender<Option<PhaseLink>>,
 }
 
-/// The link of a `BOTH_PHASES` inbound: whatever there is, proven or not, as its tag says.
+/// The link of a `BOTH_PHASES` inbound, in whichever phase the connection is.
 #[derive(Clone, Debug)]
-pub(crate) enum AnyLink {
+pub(crate) enum PhaseLink {
     Attestation(AgentLink<Attestation>),
     Kubernetes(AgentLink<Kubernetes>),
 }
 
-impl Link for AnyLink {
+impl Link for PhaseLink {
     type Receiver = <AgentLink<Kubernetes> as Link>::Receiver;
     type Sender = <AgentLink<Kubernetes> as Link>::Sender;
 
@@ -51,7 +51,7 @@ impl Default for Routes {
 }
 
 impl Routes {
-    /// Serves the clients of an inbound, until the future is dropped.
+    /// Serves the clients of an inbound. Dropping the future closes the inbound and ends its streams.
     pub(crate) fn serve(&self, inbound: Inbound) -> impl Future<Output = ()> + Send + use<> {
         let phases = inbound.tag().phases;
         let (attestation, kubernetes, both) =
@@ -65,19 +65,19 @@ impl Routes {
         }
     }
 
-    /// Routes to the agent in the Attestation phase.
-    pub(crate) fn attestation(&self, link: AgentLink<Attestation>) {
-        self.both.send_replace(Some(AnyLink::Attestation(link.clone())));
+    /// Routes clients to an agent in the Attestation phase.
+    pub(crate) fn set_attestation(&self, link: AgentLink<Attestation>) {
+        self.both.send_replace(Some(PhaseLink::Attestation(link.clone())));
         self.attestation.send_replace(Some(link));
     }
 
-    /// Routes to the agent in the Kubernetes phase.
-    pub(crate) fn kubernetes(&self, link: AgentLink<Kubernetes>) {
-        self.both.send_replace(Some(AnyLink::Kubernetes(link.clone())));
+    /// Routes clients to the agent in the Kubernetes phase.
+    pub(crate) fn set_kubernetes(&self, link: AgentLink<Kubernetes>) {
+        self.both.send_replace(Some(PhaseLink::Kubernetes(link.clone())));
         self.kubernetes.send_replace(Some(link));
     }
 
-    /// Routes nowhere: clients that come now wait. Streams that are open go on.
+    /// Removes the links: new clients wait for the next one. Open streams are not affected.
     pub(crate) fn close(&self) {
         self.attestation.send_replace(None);
         self.kubernetes.send_replace(None);

@@ -1,4 +1,4 @@
-//! `connect`: one pod in the foreground, and a line on stdout for whatever happens to it.
+//! `connect`: serves one pod in the foreground, and prints a line on stdout for each event.
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_adaptor::kbs::{KbsClient, KbsError};
+use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::pod::PodEvent;
-use secure_comms_adaptor::registry::{Adaptor, AdaptorError, Config, KeySource};
+use secure_comms_adaptor::registry::{Adaptor, AdaptorError, Config, Endpoint};
 use secure_comms_adaptor::store::{DirectoryStore, StoreError};
 use secure_comms_adaptor::text::escape;
 use secure_comms_protocol::PodId;
@@ -16,41 +17,41 @@ use secure_comms_protocol::resource::pod_private_key;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 
-use crate::settings::{ConnectSettings, Trust};
+use crate::settings::ConnectSettings;
 
-/// How long forgetting the pod may take once we were told to end: whoever ends us will not wait much longer.
-const FORGET: Duration = Duration::from_secs(20);
+/// Time limit for deleting the pod after a signal: a service manager kills the process soon after.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Why `connect` failed.
+/// Error of `connect`.
 #[derive(Debug, thiserror::Error)]
-pub enum ConnectFailed {
+pub enum ConnectError {
     /// The pod was not prepared, not started or not stopped.
     #[error(transparent)]
     Adaptor(#[from] AdaptorError),
-    /// The store can't be opened.
+    /// The store cannot be opened.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The KBS client can't be set up.
+    /// The KBS client cannot be set up.
     #[error(transparent)]
     Kbs(#[from] KbsError),
-    /// Signals can't be awaited.
+    /// The signal handlers cannot be installed.
     #[error("wait for signals")]
     Signals(#[source] io::Error),
-    /// The pod could not be forgotten in time.
+    /// The pod was not deleted in time.
     #[error(
-        "stop pod {pod}: not done within {seconds} s: delete {resource} from the KBS by hand, or run connect and end it once more"
+        "stop pod {pod}: not done within {seconds} s: delete {resource} from the KBS by hand, or run connect --delete-on-exit again and end it"
     )]
-    Forget {
-        /// The pod.
+    Delete {
+        /// Id of the pod.
         pod: PodId,
-        /// What is left in the KBS.
+        /// The resource that may still be in the KBS.
         resource: String,
-        /// How long it was tried, in seconds.
+        /// The time limit, in seconds.
         seconds: u64,
     },
 }
 
-/// SIGTERM and SIGINT.
+/// The signals that end the program: SIGTERM and SIGINT.
 struct Signals {
     term: Signal,
     int: Signal,
@@ -69,64 +70,80 @@ impl Signals {
     }
 }
 
-/// Brings the pod up and keeps its channel up until SIGTERM or SIGINT.
+/// Brings the pod up, and keeps its channel up until SIGTERM or SIGINT.
+///
+/// Prints one line on stdout for each endpoint and event. Must run in a tokio runtime with I/O and time enabled.
 ///
 /// # Errors
-/// What was last seen when the deadline passed.
-pub async fn run(settings: ConnectSettings) -> Result<(), ConnectFailed> {
-    let mut signals = Signals::new().map_err(ConnectFailed::Signals)?;
-    let store = Arc::new(DirectoryStore::open(&settings.store)?);
-    let keys = match &settings.trust {
-        Trust::Kbs(kbs) => KeySource::Kbs(Box::new(KbsClient::new(kbs, settings.deadline)?)),
-        Trust::UserData => KeySource::UserData,
-    };
-    let config = Config {
-        inbounds: settings.inbounds.clone(),
-        outbounds: settings.outbounds.clone(),
-        rekey_bytes: settings.rekey_bytes,
-        observer: Arc::new(tell),
-    };
-    let adaptor = Adaptor::new(store, keys, config);
-    let known = adaptor.reopen(&settings.pod).await;
-    // Beside all else, to the end.
-    let republish = republish(&adaptor, &settings.pod, matches!(known, Ok(Some(_))));
-    tokio::pin!(republish);
-    let come_up = async {
-        let endpoints = match known? {
-            Some(endpoints) => endpoints,
-            None => adaptor.prepare(&settings.pod).await?,
-        };
-        for endpoint in endpoints {
-            line(&format!("inbound {} listens on {}", endpoint.name, endpoint.local));
-        }
-        adaptor.start(&settings.pod, &settings.addresses, settings.deadline).await
-    };
-    let came_up = tokio::select! {
-        came_up = come_up => came_up,
-        never = &mut republish => match never {},
+/// The store or the KBS client cannot be set up, the pod did not come up before the deadline, or it could not be
+/// deleted at the end.
+///
+/// # Cancellation
+/// Dropping the future cuts the pod's connection. Its keys stay in the store and in the KBS.
+pub async fn run(settings: ConnectSettings) -> Result<(), ConnectError> {
+    let mut signals = Signals::new().map_err(ConnectError::Signals)?;
+    let adaptor = build_adaptor(&settings)?;
+    let restored = adaptor.restore_listeners(&settings.pod).await;
+    // Runs next to the start and the connection, until the end.
+    let publish = publish_restored(&adaptor, &settings.pod, matches!(restored, Ok(Some(_))));
+    tokio::pin!(publish);
+    let started = tokio::select! {
+        started = bring_up(&adaptor, &settings, restored) => started,
+        never = &mut publish => match never {},
         () = signals.any() => return end(&adaptor, &settings).await,
     };
-    if let Err(error) = came_up {
-        // What the start made goes too, where the operator asked for that; why it failed is what they need to read.
-        if let Err(left) = end(&adaptor, &settings).await {
-            tracing::error!("after the failed start: {left}");
+    if let Err(error) = started {
+        // The cause of the failed start is what the operator needs: a failing cleanup is only logged.
+        if let Err(cleanup) = end(&adaptor, &settings).await {
+            tracing::error!("cleaning up after the failed start: {cleanup}");
         }
         return Err(error.into());
     }
     tokio::select! {
         () = signals.any() => {}
-        never = &mut republish => match never {},
+        never = &mut publish => match never {},
     }
     end(&adaptor, &settings).await
 }
 
-/// Publishes the keys of a pod that was started before, however long the KBS is away.
-async fn republish(adaptor: &Adaptor, pod: &PodId, known: bool) -> Infallible {
-    if known {
-        // Until the KBS answers; that it did not for as long as a start may take is told each time.
-        while let Err(error) = adaptor.republish(pod).await {
+fn build_adaptor(settings: &ConnectSettings) -> Result<Adaptor, ConnectError> {
+    let store = Arc::new(DirectoryStore::open(&settings.store)?);
+    let key_source = match &settings.key_source {
+        KeySource::Kbs(kbs) => KeySource::Kbs(KbsClient::new(kbs, settings.deadline)?),
+        KeySource::UserData => KeySource::UserData,
+    };
+    let config = Config {
+        inbounds: settings.inbounds.clone(),
+        outbounds: settings.outbounds.clone(),
+        rekey_bytes: settings.rekey_bytes,
+        observer: Arc::new(print_event),
+    };
+    Ok(Adaptor::new(store, key_source, config))
+}
+
+/// Prepares the pod unless its listeners were restored, prints its endpoints, and starts it.
+async fn bring_up(
+    adaptor: &Adaptor,
+    settings: &ConnectSettings,
+    restored: Result<Option<Vec<Endpoint>>, AdaptorError>,
+) -> Result<(), AdaptorError> {
+    let endpoints = match restored? {
+        Some(endpoints) => endpoints,
+        None => adaptor.prepare(&settings.pod).await?,
+    };
+    for endpoint in endpoints {
+        print_line(&format!("inbound {} listens on {}", endpoint.name, endpoint.local));
+    }
+    adaptor.start(&settings.pod, &settings.addresses, settings.deadline).await
+}
+
+/// Publishes the keys of a restored pod, and retries for as long as the KBS is unreachable. Never returns.
+async fn publish_restored(adaptor: &Adaptor, pod: &PodId, restored: bool) -> Infallible {
+    if restored {
+        // Each call logs why the KBS is unreachable.
+        while let Err(error) = adaptor.publish_keys(pod).await {
             if !matches!(error, AdaptorError::Kbs(KbsError::Unreachable { .. })) {
-                tracing::error!("pod {pod}: publishing its keys once more: {:#}", anyhow::Error::from(error));
+                tracing::error!("pod {pod}: publishing its keys again: {:#}", anyhow::Error::from(error));
                 break;
             }
         }
@@ -134,27 +151,27 @@ async fn republish(adaptor: &Adaptor, pod: &PodId, known: bool) -> Infallible {
     pending().await
 }
 
-async fn end(adaptor: &Adaptor, settings: &ConnectSettings) -> Result<(), ConnectFailed> {
+async fn end(adaptor: &Adaptor, settings: &ConnectSettings) -> Result<(), ConnectError> {
     if !settings.delete_on_exit {
-        adaptor.close(&settings.pod).await;
+        adaptor.suspend(&settings.pod).await;
         return Ok(());
     }
-    match timeout(FORGET, adaptor.stop(&settings.pod)).await {
+    match timeout(DELETE_TIMEOUT, adaptor.stop(&settings.pod)).await {
         Ok(stopped) => Ok(stopped?),
-        Err(_) => Err(ConnectFailed::Forget {
+        Err(_) => Err(ConnectError::Delete {
             pod: settings.pod.clone(),
             resource: pod_private_key(&settings.pod),
-            seconds: FORGET.as_secs(),
+            seconds: DELETE_TIMEOUT.as_secs(),
         }),
     }
 }
 
-fn tell(pod: &PodId, event: &PodEvent) {
-    line(&format!("pod {pod}: {event}"));
+fn print_event(pod: &PodId, event: &PodEvent) {
+    print_line(&format!("pod {pod}: {event}"));
 }
 
-/// One whole line at a time; nobody has to read them.
-fn line(text: &str) {
+/// Writes one whole line to stdout. A closed stdout is ignored; a full pipe that is not read blocks the program.
+fn print_line(text: &str) {
     let mut out = io::stdout().lock();
     let _ = writeln!(out, "{}", escape(text)).and_then(|()| out.flush());
 }

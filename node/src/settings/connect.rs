@@ -1,15 +1,16 @@
-//! What `connect` is to do.
+//! Reads the settings of `connect`.
 
 use std::time::Duration;
 
 use secure_comms_adaptor::address::{Address, host_port};
 use secure_comms_adaptor::kbs::{AdminSettings, KbsSettings};
+use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::{Host, with_built_in};
 use secure_comms_protocol::{Bind, InboundTag, OutboundTag, PhaseSet, Target, TunnelName};
 use url::Url;
 
-use super::{ConnectSettings, DEFAULT_KBS, Env, Reader, Trust, UsageError, store_or_default};
+use super::{ConnectSettings, DEFAULT_KBS, Env, Reader, UsageError, store_or_default};
 use crate::cli::ConnectArgs;
 
 const DEADLINE: Duration = Duration::from_secs(300);
@@ -21,7 +22,7 @@ impl ConnectSettings {
     /// Reads the flags and the environment.
     ///
     /// # Errors
-    /// All that is wrong with them.
+    /// The faults of the flags and variables.
     pub fn read(mut args: ConnectArgs, env: Env<'_>) -> Result<Self, UsageError> {
         let mut reader = Reader::new(env);
         reader.refuse_if_off();
@@ -32,9 +33,9 @@ impl ConnectSettings {
         let deadline = deadline(&mut reader, args.deadline.as_deref());
         let rekey_bytes = rekey_bytes(&mut reader, args.rekey_bytes.as_deref());
         let no_trustee = reader.boolean("SECURE_COMMS_NO_TRUSTEE").unwrap_or(false) || args.no_trustee;
-        let (trust, built_in) = if no_trustee {
+        let (key_source, built_in) = if no_trustee {
             refuse_kbs_flags(&mut reader, &args);
-            (Some(Trust::UserData), None)
+            (Some(KeySource::UserData), None)
         } else {
             kbs(&mut reader, &args)
         };
@@ -42,13 +43,13 @@ impl ConnectSettings {
             Some(tag) => with_built_in(outbounds, tag),
             None => outbounds,
         };
-        let settings = pod.zip(trust).map(|(pod, trust)| Self {
+        let settings = pod.zip(key_source).map(|(pod, key_source)| Self {
             pod,
             addresses,
             inbounds: with_built_in(inbounds, kata_agent_inbound()),
             outbounds,
             store: store_or_default(args.store),
-            trust,
+            key_source,
             deadline,
             rekey_bytes,
             delete_on_exit: args.delete_on_exit,
@@ -73,7 +74,7 @@ fn addresses(reader: &mut Reader<'_>, texts: &[String]) -> Vec<Address> {
     let mut addresses: Vec<Address> = Vec::new();
     for text in texts {
         let address = reader.parsed("--address", text);
-        // The same one twice would only be raced against itself.
+        // An address that is given twice would be raced against itself.
         addresses.extend(address.filter(|address| !addresses.contains(address)));
     }
     addresses
@@ -81,7 +82,7 @@ fn addresses(reader: &mut Reader<'_>, texts: &[String]) -> Vec<Address> {
 
 fn deadline(reader: &mut Reader<'_>, text: Option<&str>) -> Duration {
     let Some(text) = text else { return DEADLINE };
-    // The upper limit (a day) keeps sums of times in range.
+    // The upper limit, a day, keeps sums of durations in range.
     let seconds = text.parse().ok().filter(|seconds| (1..=86_400).contains(seconds));
     if seconds.is_none() {
         reader.fault("--deadline", text, "expected whole seconds from 1 to 86400");
@@ -102,7 +103,7 @@ fn rekey_bytes(reader: &mut Reader<'_>, text: Option<&str>) -> usize {
     bytes.unwrap_or(REKEY_BYTES)
 }
 
-/// Variables may stand in a config map for all pods; a flag was written for this one.
+/// Flags of a KBS contradict `--no-trustee`. Variables do not: a config map sets them for all pods.
 fn refuse_kbs_flags(reader: &mut Reader<'_>, args: &ConnectArgs) {
     let flags = [
         ("--kbs", args.kbs.is_some()),
@@ -118,7 +119,7 @@ fn refuse_kbs_flags(reader: &mut Reader<'_>, args: &ConnectArgs) {
     }
 }
 
-fn kbs(reader: &mut Reader<'_>, args: &ConnectArgs) -> (Option<Trust>, Option<OutboundTag>) {
+fn kbs(reader: &mut Reader<'_>, args: &ConnectArgs) -> (Option<KeySource<KbsSettings>>, Option<OutboundTag>) {
     let given = reader.flag_or(("--kbs", args.kbs.clone()), "SECURE_COMMS_KBS_ADDR");
     let (name, address) = given.unwrap_or(("--kbs", DEFAULT_KBS.to_owned()));
     let target = host_port(&address);
@@ -141,8 +142,8 @@ fn kbs(reader: &mut Reader<'_>, args: &ConnectArgs) -> (Option<Trust>, Option<Ou
             .push("--kbs-ca: means nothing over http: give an https address with --kbs-url".to_owned());
     }
     let admin = admin(reader, args);
-    let trust = url.map(|url| Trust::Kbs(KbsSettings { url, ca: args.kbs_ca.clone(), admin }));
-    (trust, built_in)
+    let key_source = url.map(|url| KeySource::Kbs(KbsSettings { url, ca: args.kbs_ca.clone(), admin }));
+    (key_source, built_in)
 }
 
 fn url(reader: &mut Reader<'_>, text: &str) -> Option<Url> {
@@ -156,7 +157,7 @@ fn url(reader: &mut Reader<'_>, text: &str) -> Option<Url> {
     };
     let url = Url::parse(text).ok().filter(plain);
     if url.is_none() {
-        // Not the text itself: what is wrong with it may be a password.
+        // The text is not quoted: it may hold a password.
         let expected = "expected http://HOST[:PORT] or https://HOST[:PORT], without user, query or fragment";
         reader.faults.push(format!("--kbs-url: {expected}"));
     }
@@ -165,9 +166,9 @@ fn url(reader: &mut Reader<'_>, text: &str) -> Option<Url> {
 
 fn admin(reader: &mut Reader<'_>, args: &ConnectArgs) -> Option<AdminSettings> {
     if args.kbs_admin_key.is_none() {
-        let idle =
+        let unused =
             [("--kbs-admin-issuer", &args.kbs_admin_issuer), ("--kbs-admin-role", &args.kbs_admin_role)];
-        for (flag, _) in idle.into_iter().filter(|(_, value)| value.is_some()) {
+        for (flag, _) in unused.into_iter().filter(|(_, value)| value.is_some()) {
             reader.faults.push(format!("{flag}: means nothing without --kbs-admin-key"));
         }
     }

@@ -1,4 +1,4 @@
-//! What the command line and the environment ask for, valid as a whole or refused as a whole.
+//! Settings: the flags and the environment, validated as a whole. All faults are reported together.
 
 mod connect;
 
@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::kbs::KbsSettings;
+use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::text::escape;
 use secure_comms_protocol::tag::{Tag, parse_list};
 use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
@@ -17,83 +18,74 @@ use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
 use crate::cli::{KeygenArgs, UserDataArgs};
 use crate::logging::Level;
 
-/// Where keys are kept unless `--store` says otherwise.
+/// Default of `--store`.
 pub const DEFAULT_STORE: &str = "/var/lib/secure-comms-adaptor";
-/// Where the VM's KBS tunnel leads unless `--kbs` says otherwise.
+/// Default of `--kbs`.
 pub const DEFAULT_KBS: &str = "kbs-service.trustee-operator-system:8080";
 
-/// What `connect` is to do.
+/// Settings of `connect`.
 #[derive(Clone, Debug)]
 pub struct ConnectSettings {
-    /// The pod.
+    /// Id of the pod.
     pub pod: PodId,
-    /// Where its agent may be; never empty.
+    /// Addresses of the pod's agent; never empty.
     pub addresses: Vec<Address>,
-    /// Our inbounds, the built-in one included.
+    /// Local inbounds, the built-in KATAAGENT included.
     pub inbounds: Vec<InboundTag>,
-    /// Our outbounds, the built-in one included.
+    /// Local outbounds, the built-in KBS included.
     pub outbounds: Vec<OutboundTag>,
-    /// Where keys are kept.
+    /// Directory of the key store.
     pub store: PathBuf,
-    /// How the VM comes to its keys.
-    pub trust: Trust,
-    /// How long the start may take.
+    /// Where the VM gets its keys.
+    pub key_source: KeySource<KbsSettings>,
+    /// Time limit of the start, and of each call to the KBS.
     pub deadline: Duration,
-    /// Data in a direction after which new session keys are made, in bytes.
+    /// Bytes in one direction after which the session keys are renewed.
     pub rekey_bytes: usize,
-    /// Whether a clean end forgets the pod.
+    /// Whether SIGTERM and SIGINT delete the pod's key and its KBS resource.
     pub delete_on_exit: bool,
 }
 
-/// How the VM comes to its keys.
-#[derive(Clone, Debug)]
-pub enum Trust {
-    /// From the KBS, once it has attested.
-    Kbs(KbsSettings),
-    /// From its user data; it never attests.
-    UserData,
-}
-
-/// What `user-data` is to do.
+/// Settings of `user-data`.
 #[derive(Clone, Debug)]
 pub struct UserDataSettings {
-    /// The pod.
+    /// Id of the pod.
     pub pod: PodId,
     /// Inbounds of the VM's agent.
     pub inbounds: Vec<InboundTag>,
     /// Outbounds of the VM's agent.
     pub outbounds: Vec<OutboundTag>,
-    /// Where keys are kept.
+    /// Directory of the key store.
     pub store: PathBuf,
-    /// The file to write; standard output if none.
+    /// File to write; `None`: standard output.
     pub output: Option<PathBuf>,
 }
 
-/// What `keygen` is to do.
+/// Settings of `keygen`.
 #[derive(Clone, Debug)]
 pub struct KeygenSettings {
-    /// The pod whose key is made too.
+    /// Id of a pod whose key is made, too.
     pub pod: Option<PodId>,
-    /// Where keys are kept.
+    /// Directory of the key store.
     pub store: PathBuf,
 }
 
-/// Everything that is wrong with the command line and the environment; one fault a line, never empty.
+/// All faults of the command line and the environment, one a line; never empty.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}", .0.join("\n"))]
 pub struct UsageError(Vec<String>);
 
 impl UsageError {
-    /// The faults.
+    /// The faults, one line each.
     pub fn faults(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(String::as_str)
     }
 }
 
-/// The environment: a function, so that tests need not change their process's own.
+/// Looks up an environment variable. A function, so that tests need not change their process's environment.
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
-/// Reads flags and variables, and collects what is wrong with them.
+/// Reads flags and variables, and collects their faults.
 struct Reader<'a> {
     env: Env<'a>,
     faults: Vec<String>,
@@ -112,7 +104,8 @@ impl<'a> Reader<'a> {
         self.faults.push(format!("{flag}: missing: {what}"));
     }
 
-    /// A variable that is set and not empty: config maps cannot leave one out for some pods.
+    /// A variable that is set and not empty. Empty counts as unset, because a config map cannot leave a variable out for
+    /// single pods.
     fn variable(&mut self, name: &str) -> Option<String> {
         let value = (self.env)(name)?;
         match value.into_string() {
@@ -136,7 +129,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The flag's value, else the variable's, with the name of where it is from.
+    /// The flag's value, else the variable's, with the name of the flag or variable.
     fn flag_or<'n>(
         &mut self,
         flag: (&'n str, Option<String>),
@@ -152,7 +145,7 @@ impl<'a> Reader<'a> {
 
     fn pod(&mut self, value: Option<&str>) -> Option<PodId> {
         match value {
-            // The error names the text itself.
+            // The parser's error quotes the text.
             Some(text) => text.parse().map_err(|error| self.faults.push(format!("--pod-id: {error}"))).ok(),
             None => {
                 self.missing("--pod-id", "give the pod's id (the runtime's sandbox id)");
@@ -169,7 +162,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Secure Comms switched off is an answer to nothing that this program does.
+    /// `SECURE_COMMS=false` is a fault: every command of this program needs Secure Comms.
     fn refuse_if_off(&mut self) {
         if self.boolean("SECURE_COMMS") == Some(false) {
             self.fault(
@@ -180,7 +173,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// All or nothing. `None` without a fault cannot be; were it, the user hears of it rather than nothing.
+    /// The settings, or all faults. `None` without a fault would be a bug; it is reported as an incomplete command line.
     fn done<T>(mut self, settings: Option<T>) -> Result<T, UsageError> {
         match settings {
             Some(settings) if self.faults.is_empty() => Ok(settings),
@@ -198,10 +191,10 @@ fn store_or_default(store: Option<PathBuf>) -> PathBuf {
     store.unwrap_or_else(|| PathBuf::from(DEFAULT_STORE))
 }
 
-/// How much to log: `--log`, else `SECURE_COMMS_LOG`, else info.
+/// The log level: `--log`, else `SECURE_COMMS_LOG`, else info.
 ///
 /// # Errors
-/// It is not a level.
+/// The value is not a level.
 pub fn log_level(flag: Option<String>, env: Env<'_>) -> Result<Level, UsageError> {
     let mut reader = Reader::new(env);
     let level = match reader.flag_or(("--log", flag), "SECURE_COMMS_LOG") {
@@ -215,7 +208,7 @@ impl UserDataSettings {
     /// Reads the flags and the environment.
     ///
     /// # Errors
-    /// All that is wrong with them.
+    /// The faults of the flags and variables.
     pub fn read(args: UserDataArgs, env: Env<'_>) -> Result<Self, UsageError> {
         let mut reader = Reader::new(env);
         reader.refuse_if_off();
@@ -231,7 +224,7 @@ impl KeygenSettings {
     /// Reads the flags.
     ///
     /// # Errors
-    /// All that is wrong with them.
+    /// The faults of the flags and variables.
     pub fn read(args: KeygenArgs, env: Env<'_>) -> Result<Self, UsageError> {
         let mut reader = Reader::new(env);
         let pod = args.pod_id.and_then(|id| reader.pod(Some(&id)));

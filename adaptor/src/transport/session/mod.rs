@@ -1,4 +1,4 @@
-//! A session: an authenticated connection whose control channel is open and on which both ends have said hello.
+//! A session: an authenticated connection on which both ends have exchanged hellos over the control channel.
 
 mod tunnels;
 
@@ -16,10 +16,11 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 pub(crate) use self::tunnels::Tunnels;
-use self::tunnels::unpartnered;
-use crate::transport::ssh::{AgentLink, ClientPhase, ConnectError, Connection, TransportEnd, quote};
+use self::tunnels::mismatches;
+use crate::text::quote;
+use crate::transport::ssh::{AgentLink, ClientPhase, ConnectError, SshConnection, TransportEnd};
 
-/// Why a session ended.
+/// Why a session ended, as one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SessionEnd(String);
 
@@ -32,30 +33,31 @@ impl fmt::Display for SessionEnd {
 impl From<TransportEnd> for SessionEnd {
     fn from(end: TransportEnd) -> Self {
         Self(match end {
-            TransportEnd::Refused => "the agent refused us".into(),
+            TransportEnd::Refused => "the agent refused the connection".into(),
             TransportEnd::Disconnected(why) => format!("the agent disconnected: {why}"),
             TransportEnd::Broken(why) => why,
         })
     }
 }
 
-/// What the agent has said so far. Later words replace earlier ones, so that a talkative stranger costs nothing.
+/// What the agent's control messages have reported. A later message replaces an earlier one, so that any number of
+/// messages takes bounded memory.
 #[derive(Clone, Debug, Default)]
-struct Heard {
+struct PeerState {
     hello: Option<Hello>,
     keys: Option<KeyProgress>,
     upgrade: bool,
     end: Option<SessionEnd>,
 }
 
-/// An established session; dropping it ends the connection, its streams and its tasks.
+/// An established session. Dropping it cuts the connection, and ends its streams and its control task.
 #[derive(Debug)]
 pub(crate) struct Session<P: ClientPhase> {
-    connection: Connection<P>,
+    connection: SshConnection<P>,
     outbox: Outbox,
-    heard: watch::Receiver<Heard>,
+    peer: watch::Receiver<PeerState>,
     agent: Hello,
-    unpartnered: Vec<String>,
+    tunnel_mismatches: Vec<String>,
     last_keys: Option<KeyProgress>,
     control: AbortHandle,
 }
@@ -67,12 +69,14 @@ impl<P: ClientPhase> Drop for Session<P> {
 }
 
 impl<P: ClientPhase> Session<P> {
-    /// Opens the control channel, asks for the forwards, and exchanges hellos.
+    /// Opens the control channel, requests the forwards, and exchanges hellos within `HELLO` (5 s).
+    ///
+    /// Dropping the future cuts the connection.
     ///
     /// # Errors
-    /// The other end is no agent in this phase, or does not answer in time.
+    /// The other end is not an agent in this phase, or does not answer in time.
     pub(crate) async fn establish(
-        connection: Connection<P>,
+        connection: SshConnection<P>,
         pod: &PodId,
         tunnels: &Tunnels<P>,
     ) -> Result<Self, ConnectError> {
@@ -83,53 +87,55 @@ impl<P: ClientPhase> Session<P> {
     }
 
     async fn exchange(
-        connection: Connection<P>,
+        connection: SshConnection<P>,
         pod: &PodId,
         tunnels: &Tunnels<P>,
     ) -> Result<Self, ConnectError> {
-        // The forwards go out with the first message, and cost no round trip of their own.
-        let (channel, refused) = tokio::join!(connection.control(), forwards(&connection, tunnels));
+        // The forward requests go out with the control channel's, and cost no round trip of their own.
+        let (channel, refused) =
+            tokio::join!(connection.open_control(), request_forwards(&connection, tunnels));
         let (receiver, sender) = channel?;
         let outbox = Outbox::default();
-        let credits = connection.credits();
+        let credits = connection.credits().clone();
         outbox.send(Control::Hello(tunnels.hello(pod, credits.initial())));
-        let (heard, mut hears) = watch::channel(Heard::default());
-        let control = run(receiver, sender, credits.clone(), outbox.clone(), connection.ended(), heard);
-        let control = tokio::spawn(control).abort_handle();
+        let (state, mut peer) = watch::channel(PeerState::default());
+        let ended = connection.ended();
+        let control = ControlTask { receiver, sender, credits, outbox: outbox.clone(), ended, state };
+        let control = tokio::spawn(control.run()).abort_handle();
         let mut session = Self {
             connection,
             outbox,
-            heard: hears.clone(),
+            peer: peer.clone(),
             agent: Hello::default(),
-            unpartnered: Vec::new(),
+            tunnel_mismatches: Vec::new(),
             last_keys: None,
             control,
         };
-        let first = hears.wait_for(|heard| heard.hello.is_some() || heard.end.is_some()).await;
-        let first = first.map(|heard| heard.clone()).unwrap_or_default();
-        session.agent = checked::<P>(first)?;
-        session.unpartnered = unpartnered(tunnels, &session.agent, &refused?);
+        let first = peer.wait_for(|state| state.hello.is_some() || state.end.is_some()).await;
+        let first = first.map(|state| state.clone()).unwrap_or_default();
+        session.agent = checked_hello::<P>(first)?;
+        session.tunnel_mismatches = mismatches(tunnels, &session.agent, &refused?);
         Ok(session)
     }
 
-    /// Where streams to the agent's outbounds are opened.
+    /// Opens streams to the agent's outbounds.
     pub(crate) fn link(&self) -> AgentLink<P> {
         self.connection.link()
     }
 
-    /// What the agent said of itself.
+    /// The agent's hello.
     pub(crate) fn agent(&self) -> &Hello {
         &self.agent
     }
 
-    /// A line for each tunnel that one end has and the other lacks.
-    pub(crate) fn unpartnered(&self) -> &[String] {
-        &self.unpartnered
+    /// One line for each tunnel that only one end has.
+    pub(crate) fn tunnel_mismatches(&self) -> &[String] {
+        &self.tunnel_mismatches
     }
 
-    /// What tells whether the agent still speaks.
-    pub(crate) fn pulse(&self) -> Pulse {
-        Pulse {
+    /// Observes whether the agent answers.
+    pub(crate) fn liveness(&self) -> Liveness {
+        Liveness {
             outbox: self.outbox.clone(),
             guard: self.connection.guard(),
             credits: self.connection.credits().clone(),
@@ -141,39 +147,39 @@ impl<P: ClientPhase> Session<P> {
         self.connection.credits().idle().await;
     }
 
-    /// How many streams are open.
+    /// The number of open streams.
     pub(crate) fn open_streams(&self) -> usize {
         self.connection.credits().open_streams()
     }
 
     /// Waits for the end of the session.
     pub(crate) async fn ended(&mut self) -> SessionEnd {
-        let end = self.heard.wait_for(|heard| heard.end.is_some()).await;
-        end.ok().and_then(|heard| heard.end.clone()).unwrap_or_else(gone)
+        let end = self.peer.wait_for(|state| state.end.is_some()).await;
+        end.ok().and_then(|state| state.end.clone()).unwrap_or_else(gone)
     }
 
-    /// Says why, and waits for the agent to end the connection; not long, for it may be gone.
+    /// Sends a bye with the reason, and waits for the agent to end the connection, for at most [`CLOSE_TIMEOUT`].
     pub(crate) async fn close(mut self, reason: &str) {
         self.outbox.bye(reason);
-        drop(timeout(CLOSE, self.ended()).await);
+        drop(timeout(CLOSE_TIMEOUT, self.ended()).await);
     }
 }
 
-/// Whether the agent at the other end of a session still speaks.
+/// Evidence that the agent at the other end of a session answers.
 #[derive(Debug)]
-pub(crate) struct Pulse {
+pub(crate) struct Liveness {
     outbox: Outbox,
     guard: Guard,
     credits: Credits,
 }
 
-impl Pulse {
-    /// Asks the agent for a sign of life.
+impl Liveness {
+    /// Sends a ping.
     pub(crate) fn probe(&self) {
         self.outbox.probe();
     }
 
-    /// How long ago the agent was told something after which nothing has come from it; none if something has.
+    /// The age of the oldest sent data that nothing has arrived after; `None` if something has.
     pub(crate) fn unanswered(&self) -> Option<Duration> {
         self.guard.unanswered()
     }
@@ -184,38 +190,38 @@ impl Pulse {
     }
 }
 
-/// How long an agent may take to end a connection after our bye.
-const CLOSE: Duration = UPGRADE_DRAIN;
+/// The time that an agent gets to end a connection after a bye.
+const CLOSE_TIMEOUT: Duration = UPGRADE_DRAIN;
 
-/// What happens while the agent attests.
+/// What a session in the Attestation phase reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Attested {
-    /// An attempt to get the keys ended.
+pub(crate) enum AttestationEvent {
+    /// An attempt of the agent to get its keys ended.
     Keys(KeyProgress),
-    /// The keys are there: come back in the Kubernetes phase.
+    /// The agent has its keys, and expects a connection in the Kubernetes phase.
     Upgrade,
     /// The session ended.
     Ended(SessionEnd),
 }
 
 impl Session<Attestation> {
-    /// Waits for what comes next.
-    pub(crate) async fn next(&mut self) -> Attested {
+    /// Waits for the next event. Dropping the future loses no event.
+    pub(crate) async fn next_event(&mut self) -> AttestationEvent {
         loop {
-            let heard = self.heard.borrow_and_update().clone();
-            // The agent repeats itself.
-            if let Some(keys) = heard.keys.filter(|keys| self.last_keys.as_ref() != Some(keys)) {
+            let state = self.peer.borrow_and_update().clone();
+            // The agent sends its last progress more than once.
+            if let Some(keys) = state.keys.filter(|keys| self.last_keys.as_ref() != Some(keys)) {
                 self.last_keys = Some(keys.clone());
-                return Attested::Keys(keys);
+                return AttestationEvent::Keys(keys);
             }
-            if heard.upgrade {
-                return Attested::Upgrade;
+            if state.upgrade {
+                return AttestationEvent::Upgrade;
             }
-            if let Some(end) = heard.end {
-                return Attested::Ended(end);
+            if let Some(end) = state.end {
+                return AttestationEvent::Ended(end);
             }
-            if self.heard.changed().await.is_err() {
-                return Attested::Ended(gone());
+            if self.peer.changed().await.is_err() {
+                return AttestationEvent::Ended(gone());
             }
         }
     }
@@ -225,63 +231,71 @@ fn gone() -> SessionEnd {
     SessionEnd("the connection is gone".into())
 }
 
-/// Runs the control channel, and notes what is heard and how it ends.
-async fn run(
-    mut receiver: impl Receiver,
-    sender: impl Sender,
+/// Runs the control channel, and records what it reports and how it ends.
+struct ControlTask<R, S, E> {
+    receiver: R,
+    sender: S,
     credits: Credits,
     outbox: Outbox,
-    ended: impl Future<Output = TransportEnd>,
-    heard: watch::Sender<Heard>,
-) {
-    let end = tokio::select! {
-        // The connection knows best why it ended; the channel then only sees that it did.
-        biased;
-        end = ended => end.into(),
-        end = control::run(&mut receiver, &sender, &credits, &outbox, |message| note(&heard, message)) => {
-            SessionEnd(match end {
-                ControlEnd::Bye(reason) => format!("the agent said bye: {}", quote(&reason)),
-                other => quote(&other.to_string()),
-            })
-        }
-        () = credits.gone() => SessionEnd("the agent sent more than it was granted".into()),
-    };
-    credits.end();
-    heard.send_modify(|heard| heard.end = Some(end));
+    /// Completes when the connection ends.
+    ended: E,
+    state: watch::Sender<PeerState>,
 }
 
-fn note(heard: &watch::Sender<Heard>, message: Control) {
-    heard.send_modify(|heard| match message {
-        // The first one: it is what we have checked.
-        Control::Hello(hello) => _ = heard.hello.get_or_insert(hello),
+impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S, E> {
+    async fn run(mut self) {
+        let (credits, outbox, state) = (&self.credits, &self.outbox, &self.state);
+        let on_message = |message| record(state, message);
+        let end = tokio::select! {
+            // The connection knows the cause of its end; the channel only sees that it ended.
+            biased;
+            end = self.ended => end.into(),
+            end = control::run(&mut self.receiver, &self.sender, credits, outbox, on_message) => {
+                SessionEnd(match end {
+                    ControlEnd::Bye(reason) => format!("the agent said bye: {}", quote(&reason)),
+                    other => quote(&other.to_string()),
+                })
+            }
+            () = credits.gone() => SessionEnd("the agent sent more than it was granted".into()),
+        };
+        credits.end();
+        state.send_modify(|state| state.end = Some(end));
+    }
+}
+
+fn record(state: &watch::Sender<PeerState>, message: Control) {
+    state.send_modify(|state| match message {
+        // Only the first one is kept: it is the one that was checked.
+        Control::Hello(hello) => _ = state.hello.get_or_insert(hello),
         Control::Keys(keys) => {
             let error = keys.error.as_deref().map(quote);
-            heard.keys = Some(KeyProgress { error, ..keys });
+            state.keys = Some(KeyProgress { error, ..keys });
         }
-        Control::Upgrade(_) => heard.upgrade = true,
+        Control::Upgrade(_) => state.upgrade = true,
         Control::Credit(_) | Control::Ping(_) | Control::Pong(_) | Control::Bye(_) => {}
     });
 }
 
-fn checked<P: Phase>(heard: Heard) -> Result<Hello, ConnectError> {
+fn checked_hello<P: Phase>(state: PeerState) -> Result<Hello, ConnectError> {
     let fault = |why: String| ConnectError::Protocol("exchange hellos", why);
-    match (heard.hello, heard.end) {
-        (Some(hello), _) if hello.phase.is_some_and(|phase| phase != P::NAME) => {
-            Err(fault(format!("the agent let us in as '{}' and says it is in another phase", P::NAME.user())))
-        }
+    match (state.hello, state.end) {
+        (Some(hello), _) if hello.phase.is_some_and(|phase| phase != P::NAME) => Err(fault(format!(
+            "the agent authenticated '{}', and its hello names another phase",
+            P::NAME.user()
+        ))),
         (Some(hello), _) => Ok(Hello { instance: hello.instance.as_deref().map(quote), ..hello }),
         (None, end) => Err(fault(end.unwrap_or_else(gone).0)),
     }
 }
 
-/// Asks for a forward to each of our outbounds; returns those that the agent refuses.
-async fn forwards<P: ClientPhase>(
-    connection: &Connection<P>,
+/// Requests a forward for each local outbound; returns the names that the agent refuses.
+async fn request_forwards<P: ClientPhase>(
+    connection: &SshConnection<P>,
     tunnels: &Tunnels<P>,
 ) -> Result<Vec<TunnelName>, ConnectError> {
     let mut refused = Vec::new();
     for (name, port) in &tunnels.forwards {
-        if !connection.forward(name, *port).await? {
+        if !connection.request_forward(name, *port).await? {
             refused.push(name.clone());
         }
     }

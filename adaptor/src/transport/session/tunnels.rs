@@ -1,4 +1,4 @@
-//! The tunnels of this end, and their partners at the other.
+//! The tunnels of this end in a phase, and how they match the agent's.
 
 use std::sync::Arc;
 
@@ -12,26 +12,26 @@ use secure_comms_tunnel::Outbounds;
 #[derive(Clone, Debug)]
 pub(crate) struct Tunnels<P> {
     inbounds: Vec<TunnelName>,
-    /// With the port to ask for, which means nothing to the agent.
+    /// Names of the local outbounds, with the port to request; the agent ignores the port.
     pub(super) forwards: Vec<(TunnelName, u16)>,
     outbounds: Arc<Outbounds<P>>,
 }
 
 impl<P: Phase> Tunnels<P> {
-    /// Those of the tags that exist in the phase.
+    /// Selects the tags of the phase.
     pub(crate) fn new(inbounds: &[InboundTag], outbounds: &[OutboundTag]) -> Self {
         let port = |target: &Target| match target {
             Target::Tcp { port, .. } => *port,
             Target::Unix(_) => 1,
         };
         Self {
-            inbounds: here::<P, _>(inbounds).map(|tag| tag.name.clone()).collect(),
-            forwards: here::<P, _>(outbounds).map(|tag| (tag.name.clone(), port(&tag.target))).collect(),
+            inbounds: in_phase::<P, _>(inbounds).map(|tag| tag.name.clone()).collect(),
+            forwards: in_phase::<P, _>(outbounds).map(|tag| (tag.name.clone(), port(&tag.target))).collect(),
             outbounds: Arc::new(Outbounds::new(outbounds)),
         }
     }
 
-    /// What streams of the agent may reach.
+    /// The targets that the agent's streams may reach.
     pub(crate) fn outbounds(&self) -> Arc<Outbounds<P>> {
         Arc::clone(&self.outbounds)
     }
@@ -48,31 +48,31 @@ impl<P: Phase> Tunnels<P> {
     }
 }
 
-fn here<P: Phase, T: Tag>(tags: &[T]) -> impl Iterator<Item = &T> {
+fn in_phase<P: Phase, T: Tag>(tags: &[T]) -> impl Iterator<Item = &T> {
     tags.iter().filter(|tag| tag.phases().includes(P::NAME))
 }
 
-/// A line for each tunnel without a partner.
-pub(super) fn unpartnered<P: Phase>(
+/// One line for each tunnel that only one end has.
+pub(super) fn mismatches<P: Phase>(
     tunnels: &Tunnels<P>,
     agent: &Hello,
     refused: &[TunnelName],
 ) -> Vec<String> {
-    // What is not a name can't be a partner.
+    // A text that is not a valid name cannot match a tunnel of ours.
     let names =
         |texts: &[String]| texts.iter().filter_map(|text| text.parse().ok()).collect::<Vec<TunnelName>>();
     let (inbounds, outbounds) = (names(&agent.inbounds), names(&agent.outbounds));
     let ours: Vec<TunnelName> = tunnels.forwards.iter().map(|(name, _)| name.clone()).collect();
     let mut lines = Vec::new();
-    let mut missing = |have: &[TunnelName], partners: &[TunnelName], what: &str| {
-        let alone = have.iter().filter(|name| !partners.contains(name));
+    let mut missing = |have: &[TunnelName], others: &[TunnelName], what: &str| {
+        let alone = have.iter().filter(|name| !others.contains(name));
         lines.extend(alone.map(|name| format!("tunnel {name}, {} phase: {what}", P::NAME)));
     };
-    missing(&tunnels.inbounds, &outbounds, "our inbound has no outbound at the agent");
-    missing(&ours, &inbounds, "our outbound has no inbound at the agent");
-    missing(&inbounds, &ours, "the agent's inbound has no outbound here");
-    missing(&outbounds, &tunnels.inbounds, "the agent's outbound has no inbound here");
-    missing(refused, &[], "the agent refuses to forward it to us");
+    missing(&tunnels.inbounds, &outbounds, "our inbound has no matching outbound on the agent");
+    missing(&ours, &inbounds, "our outbound has no matching inbound on the agent");
+    missing(&inbounds, &ours, "the agent listens for it, but no --outbounds tag here serves it");
+    missing(&outbounds, &tunnels.inbounds, "the agent serves it, but no --inbounds tag here listens for it");
+    missing(refused, &[], "the agent refuses to forward its streams");
     lines
 }
 
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tunnel_without_a_partner_is_named_on_either_side() {
+    fn a_tunnel_without_a_match_is_named_on_either_side() {
         let texts = |names: &[&str]| names.iter().map(ToString::to_string).collect();
         let agent = Hello {
             inbounds: texts(&["kbs", "logs", "not a\nname"]),
@@ -106,12 +106,12 @@ mod tests {
             ..Hello::default()
         };
         let expected = [
-            "tunnel x, Kubernetes phase: our inbound has no outbound at the agent",
-            "tunnel sock, Kubernetes phase: our outbound has no inbound at the agent",
-            "tunnel logs, Kubernetes phase: the agent's inbound has no outbound here",
-            "tunnel y, Kubernetes phase: the agent's outbound has no inbound here",
-            "tunnel KBS, Kubernetes phase: the agent refuses to forward it to us",
+            "tunnel x, Kubernetes phase: our inbound has no matching outbound on the agent",
+            "tunnel sock, Kubernetes phase: our outbound has no matching inbound on the agent",
+            "tunnel logs, Kubernetes phase: the agent listens for it, but no --outbounds tag here serves it",
+            "tunnel y, Kubernetes phase: the agent serves it, but no --inbounds tag here listens for it",
+            "tunnel KBS, Kubernetes phase: the agent refuses to forward its streams",
         ];
-        assert_eq!(unpartnered(&tunnels(), &agent, &[TunnelName::kbs()]), expected);
+        assert_eq!(mismatches(&tunnels(), &agent, &[TunnelName::kbs()]), expected);
     }
 }

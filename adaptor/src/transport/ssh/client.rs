@@ -1,88 +1,44 @@
-//! The SSH client: one connection, from TCP to authentication. With keys.rs, the only room of the adaptor that names
-//! russh.
+//! Opens one connection: TCP, handshake, authentication.
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use russh::client::{self, AuthResult, Handle, Msg};
-use russh::keys::{PrivateKeyWithHashAlg, PublicKey};
+use russh::keys::PrivateKeyWithHashAlg;
 use russh::{Channel, ChannelMsg, MethodKind, MethodSet};
-use secure_comms_protocol::limits::{AUTHENTICATE, CONTROL_SUBSYSTEM, CreditLimits, TCP_CONNECT};
-use secure_comms_protocol::{Attestation, Kubernetes, Phase, PhaseName, TunnelName};
+use secure_comms_protocol::limits::{AUTHENTICATE, CONTROL_SUBSYSTEM, TCP_CONNECT};
+use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, TunnelName};
 use secure_comms_ssh::channel::split;
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
 use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_ssh::profile;
 use secure_comms_tunnel::{Credits, Outbounds, Receiver, Sender};
 use tokio::net::TcpStream;
-use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+use tokio::sync::OwnedMutexGuard;
 use tokio::time::timeout;
 
+use super::auth_hold::{AuthHold, AuthLock};
 use super::error::ConnectError;
-use super::handler::{Client, Shared, TransportEnd, lock};
+use super::handler::{Callbacks, Shared, TransportEnd, lock};
+use super::phase::{AnyHost, ClientPhase};
 use crate::keys::{PodPublic, WorkerNodeKey};
-use crate::text::escape;
+use crate::text::quote;
 
-/// The most that is repeated of what a stranger says, in characters.
-const QUOTE_MAX: usize = 300;
-
-/// What a stranger says, fit for a line of ours.
-pub(crate) fn quote(text: &str) -> String {
-    let mut short: String = text.chars().take(QUOTE_MAX).collect();
-    if short.len() < text.len() {
-        short.push('…');
-    }
-    escape(&short)
-}
-
-/// A phase as this side of a connection sees it.
-pub(crate) trait ClientPhase: Phase {
-    /// What the agent's host key is held against. In the Kubernetes phase there is no way to leave it out.
-    type Host: Copy + Send + Sync + 'static;
-    /// What a connection may hold for slow readers.
-    const CREDIT: CreditLimits;
-    /// Whether the agent proved to be the one.
-    fn trusts(host: &Self::Host, shown: &PublicKey) -> bool;
-}
-
-/// Nothing is proven in the Attestation phase: any host key will do.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct AnyHost;
-
-impl ClientPhase for Attestation {
-    type Host = AnyHost;
-    const CREDIT: CreditLimits = CreditLimits::ATTESTATION;
-
-    fn trusts(_: &AnyHost, _: &PublicKey) -> bool {
-        true
-    }
-}
-
-impl ClientPhase for Kubernetes {
-    type Host = PodPublic;
-    const CREDIT: CreditLimits = CreditLimits::KUBERNETES;
-
-    fn trusts(host: &PodPublic, shown: &PublicKey) -> bool {
-        // Constant time. A key that is not Ed25519 can't be the pod's.
-        PodPublic::from_ssh(shown).is_ok_and(|shown| shown == *host)
-    }
-}
-
-/// Where to connect to and as whom.
+/// Where to connect to, and with which key.
 #[derive(Clone, Debug)]
 pub(crate) struct Dial {
-    /// The agent's address.
+    /// Socket address of the agent.
     pub(crate) address: SocketAddr,
-    /// What the worker node proves itself with.
+    /// The key that the worker node logs in with.
     pub(crate) node_key: WorkerNodeKey,
-    /// Data in a direction after which new session keys are made, in bytes.
+    /// Bytes in one direction after which the session keys are renewed.
     pub(crate) rekey_bytes: usize,
-    /// Where the attempt waits before it authenticates.
-    pub(crate) gate: Gate,
+    /// What the attempt waits for before it authenticates.
+    pub(crate) hold: AuthHold,
 }
 
-/// Cuts the connection when dropped: nothing else stops a russh session.
+/// Cuts the connection when dropped: dropping a russh handle does not end its session.
 #[derive(Debug)]
 struct CutOnDrop(Guard);
 
@@ -92,30 +48,30 @@ impl Drop for CutOnDrop {
     }
 }
 
-/// An authenticated connection; dropping it cuts it and ends its streams.
-pub(crate) struct Connection<P: ClientPhase> {
-    handle: Arc<Handle<Client<P>>>,
+/// An authenticated connection. Dropping it cuts it and ends its streams.
+pub(crate) struct SshConnection<P: ClientPhase> {
+    handle: Arc<Handle<Callbacks<P>>>,
     shared: Arc<Shared<P>>,
     cut: CutOnDrop,
-    _turn: OwnedMutexGuard<()>,
+    _lock: OwnedMutexGuard<()>,
 }
 
-impl<P: ClientPhase> std::fmt::Debug for Connection<P> {
+impl<P: ClientPhase> std::fmt::Debug for SshConnection<P> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Connection").field("phase", &P::NAME).finish_non_exhaustive()
+        f.debug_struct("SshConnection").field("phase", &P::NAME).finish_non_exhaustive()
     }
 }
 
-impl<P: ClientPhase> Drop for Connection<P> {
+impl<P: ClientPhase> Drop for SshConnection<P> {
     fn drop(&mut self) {
-        // Streams under way see the end of the connection, and reset their local ends: aborting their tasks would
-        // make half a stream look like a whole one.
+        // Open streams see the end of the connection and reset their local ends. Aborting their tasks would close the
+        // sockets in good order, and a truncated stream would look complete.
         self.shared.end(TransportEnd::Broken("closed from this side".into()));
     }
 }
 
-/// Opens `direct-tcpip` channels: the host is the tunnel's name, the port means nothing.
-pub(crate) struct DirectOpener<P: ClientPhase>(Arc<Handle<Client<P>>>);
+/// Opens `direct-tcpip` channels. The host is the tunnel's name; the agent ignores the port.
+pub(crate) struct DirectOpener<P: ClientPhase>(Arc<Handle<Callbacks<P>>>);
 
 impl<P: ClientPhase> Clone for DirectOpener<P> {
     fn clone(&self) -> Self {
@@ -142,100 +98,44 @@ impl<P: ClientPhase> Opener for DirectOpener<P> {
     }
 }
 
-/// Attempts that share one authenticate one at a time, and hold it for as long as their connection: an agent lets a
-/// newer Kubernetes peer take the place of an older one, so two addresses of one VM must not race each other in.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Turn(Arc<Mutex<()>>);
-
-/// Holds attempts back that run beside a connection which may yet be alive: an agent that lets one of them in gives that
-/// connection up. Open unless made shut.
-#[derive(Clone, Debug)]
-pub(crate) struct Gate(watch::Sender<GateState>);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum GateState {
-    Shut,
-    Knocked,
-    Open,
-}
-
-impl Default for Gate {
-    fn default() -> Self {
-        Self(watch::Sender::new(GateState::Open))
-    }
-}
-
-impl Gate {
-    /// One that lets nobody through yet.
-    pub(crate) fn shut() -> Self {
-        Self(watch::Sender::new(GateState::Shut))
-    }
-
-    fn is_open(&self) -> bool {
-        *self.0.borrow() == GateState::Open
-    }
-
-    /// Lets everybody through from now on.
-    pub(crate) fn open(&self) {
-        self.0.send_replace(GateState::Open);
-    }
-
-    /// Waits until an attempt has found an agent and waits here.
-    pub(crate) async fn knocked(&self) {
-        self.until(|state| *state != GateState::Shut).await;
-    }
-
-    async fn pass(&self) {
-        self.0.send_if_modified(|state| {
-            let shut = *state == GateState::Shut;
-            if shut {
-                *state = GateState::Knocked;
-            }
-            shut
-        });
-        self.until(|state| *state == GateState::Open).await;
-    }
-
-    async fn until(&self, wanted: impl FnMut(&GateState) -> bool) {
-        // It can't be closed: we hold it.
-        drop(self.0.subscribe().wait_for(wanted).await);
-    }
-}
-
-/// Streams to the agent in a phase.
+/// Opens streams to an agent's outbounds in a phase.
 pub(crate) type AgentLink<P> = SshLink<DirectOpener<P>>;
 
-/// Connects to the Attestation phase: neither side proves anything, unless the agent insists on our key.
+/// Connects in the Attestation phase: neither end is authenticated, unless the agent demands the worker-node key.
+///
+/// Dropping the future cuts the connection.
 ///
 /// # Errors
 /// See [`ConnectError`].
-pub(crate) async fn attestation(
+pub(crate) async fn connect_attestation(
     dial: &Dial,
     outbounds: Arc<Outbounds<Attestation>>,
-) -> Result<Connection<Attestation>, ConnectError> {
-    // Nobody is let wait for a stranger.
-    connect(dial, AnyHost, Turn::default(), outbounds).await
+) -> Result<SshConnection<Attestation>, ConnectError> {
+    // A lock of its own: an unauthenticated agent must not delay the other attempts.
+    connect_phase(dial, AnyHost, AuthLock::default(), outbounds).await
 }
 
-/// Connects to the Kubernetes phase: the agent proves itself with the pod's key, and we with the worker node's.
+/// Connects in the Kubernetes phase: the agent is authenticated by the pod key, and the adaptor by the worker-node key.
+///
+/// Dropping the future cuts the connection.
 ///
 /// # Errors
 /// See [`ConnectError`].
-pub(crate) async fn kubernetes(
+pub(crate) async fn connect_kubernetes(
     dial: &Dial,
     pod: PodPublic,
-    turn: Turn,
+    lock: AuthLock,
     outbounds: Arc<Outbounds<Kubernetes>>,
-) -> Result<Connection<Kubernetes>, ConnectError> {
-    connect(dial, pod, turn, outbounds).await
+) -> Result<SshConnection<Kubernetes>, ConnectError> {
+    connect_phase(dial, pod, lock, outbounds).await
 }
 
-async fn connect<P: ClientPhase>(
+async fn connect_phase<P: ClientPhase>(
     dial: &Dial,
     host: P::Host,
-    turn: Turn,
+    lock: AuthLock,
     outbounds: Arc<Outbounds<P>>,
-) -> Result<Connection<P>, ConnectError> {
+) -> Result<SshConnection<P>, ConnectError> {
     let tcp = match timeout(TCP_CONNECT, TcpStream::connect(dial.address)).await {
         Ok(tcp) => tcp.map_err(ConnectError::Unreachable)?,
         Err(_) => return Err(ConnectError::Timeout(TCP_CONNECT.as_secs(), "connecting")),
@@ -246,23 +146,23 @@ async fn connect<P: ClientPhase>(
     let shared = Shared::new(host, outbounds);
     let handshake = async {
         let mut config = profile::client(dial.rekey_bytes);
-        if !dial.gate.is_open() {
-            // russh sends keepalives before it has authenticated too, and ends a connection that brings one. The control channel's
-            // pings are enough.
+        if !dial.hold.is_open() {
+            // russh sends keepalives before authentication, too, and ends an unauthenticated connection that receives one.
+            // The pings of the control channel are enough.
             config.keepalive_interval = None;
         }
-        let handle = client::connect_stream(Arc::new(config), socket, Client(shared.clone()));
+        let handle = client::connect_stream(Arc::new(config), socket, Callbacks(shared.clone()));
         let mut handle = handle.await.map_err(|error| handshake_error(&shared, &error))?;
-        dial.gate.pass().await;
-        let turn = turn.0.lock_owned().await;
+        dial.hold.wait().await;
+        let lock = lock.acquire().await;
         authenticate(&mut handle, &shared, &dial.node_key).await?;
-        Ok((Arc::new(handle), turn))
+        Ok((Arc::new(handle), lock))
     };
     match timeout(AUTHENTICATE, handshake).await {
         Ok(authenticated) => {
-            let (handle, turn) = authenticated?;
+            let (handle, lock) = authenticated?;
             guard.may_hold(P::CREDIT.held_max());
-            Ok(Connection { handle, shared, cut, _turn: turn })
+            Ok(SshConnection { handle, shared, cut, _lock: lock })
         }
         Err(_) => Err(ConnectError::Timeout(AUTHENTICATE.as_secs(), "agreeing on keys and authenticating")),
     }
@@ -286,7 +186,7 @@ pub(super) fn cause(error: &russh::Error) -> String {
 }
 
 async fn authenticate<P: ClientPhase>(
-    handle: &mut Handle<Client<P>>,
+    handle: &mut Handle<Callbacks<P>>,
     shared: &Shared<P>,
     node_key: &WorkerNodeKey,
 ) -> Result<(), ConnectError> {
@@ -297,7 +197,7 @@ async fn authenticate<P: ClientPhase>(
             AuthResult::Success => return Ok(()),
             AuthResult::Failure { remaining_methods, .. } => {
                 if !remaining_methods.contains(&MethodKind::PublicKey) {
-                    return Err(why_refused(shared, &remaining_methods).await);
+                    return Err(refusal_or_break(shared, &remaining_methods).await);
                 }
             }
         }
@@ -305,12 +205,14 @@ async fn authenticate<P: ClientPhase>(
     let key = PrivateKeyWithHashAlg::new(node_key.ssh(), None);
     match handle.authenticate_publickey(user, key).await.map_err(broken)? {
         AuthResult::Success => Ok(()),
-        AuthResult::Failure { remaining_methods, .. } => Err(why_refused(shared, &remaining_methods).await),
+        AuthResult::Failure { remaining_methods, .. } => {
+            Err(refusal_or_break(shared, &remaining_methods).await)
+        }
     }
 }
 
-/// russh reports a connection that broke while it authenticated as a refusal without further methods.
-async fn why_refused<P: ClientPhase>(shared: &Shared<P>, remaining: &MethodSet) -> ConnectError {
+/// Distinguishes a refusal from a broken connection: russh reports both as a failure, the latter without further methods.
+async fn refusal_or_break<P: ClientPhase>(shared: &Shared<P>, remaining: &MethodSet) -> ConnectError {
     if !remaining.is_empty() {
         return shared.refused();
     }
@@ -322,59 +224,61 @@ async fn why_refused<P: ClientPhase>(shared: &Shared<P>, remaining: &MethodSet) 
     }
 }
 
-impl<P: ClientPhase> Connection<P> {
+impl<P: ClientPhase> SshConnection<P> {
     /// Opens the control channel.
     ///
     /// # Errors
-    /// The agent refuses it.
-    pub(crate) async fn control(
+    /// The agent refuses it, or the connection is gone.
+    pub(crate) async fn open_control(
         &self,
     ) -> Result<(impl Receiver + use<P>, impl Sender + use<P>), ConnectError> {
         let broken = |why: String| ConnectError::Protocol("open the control channel", why);
         let opened = self.handle.channel_open_session().await;
         let mut channel = opened.map_err(|error| broken(cause(&error)))?;
-        let asked = channel.request_subsystem(true, CONTROL_SUBSYSTEM).await;
-        asked.map_err(|error| broken(cause(&error)))?;
+        let requested = channel.request_subsystem(true, CONTROL_SUBSYSTEM).await;
+        requested.map_err(|error| broken(cause(&error)))?;
         loop {
             match channel.wait().await {
                 Some(ChannelMsg::Success) => return Ok(split(channel)),
                 Some(ChannelMsg::WindowAdjusted { .. }) => {}
                 Some(ChannelMsg::Failure) => {
-                    return Err(broken(format!("it has no subsystem {CONTROL_SUBSYSTEM}: not an agent")));
+                    return Err(broken(format!(
+                        "it has no subsystem {CONTROL_SUBSYSTEM}: it is not an agent"
+                    )));
                 }
                 _ => return Err(broken("it was closed".into())),
             }
         }
     }
 
-    /// Asks the agent to forward streams of this name to us; false if it refuses.
+    /// Asks the agent to forward streams of this name; false if it refuses.
     ///
     /// # Errors
     /// The connection is gone.
-    pub(crate) async fn forward(&self, name: &TunnelName, port: u16) -> Result<bool, ConnectError> {
-        // Before the agent hears of it: a stream may come with the answer.
-        lock(&self.shared.asked).insert(name.clone());
+    pub(crate) async fn request_forward(&self, name: &TunnelName, port: u16) -> Result<bool, ConnectError> {
+        // Before the request is sent: a stream may arrive with the answer.
+        lock(&self.shared.requested).insert(name.clone());
         match self.handle.tcpip_forward(name.as_str(), port.into()).await {
             Ok(_) => Ok(true),
             Err(russh::Error::RequestDenied) => {
-                lock(&self.shared.asked).remove(name);
+                lock(&self.shared.requested).remove(name);
                 Ok(false)
             }
             Err(error) => Err(ConnectError::Protocol("ask for a forward", cause(&error))),
         }
     }
 
-    /// Where streams to the agent's outbounds are opened.
+    /// Opens streams to the agent's outbounds.
     pub(crate) fn link(&self) -> AgentLink<P> {
         SshLink::new(DirectOpener(Arc::clone(&self.handle)), self.shared.credits.clone())
     }
 
-    /// The connection's flow control.
+    /// Flow control of the connection.
     pub(crate) fn credits(&self) -> &Credits {
         &self.shared.credits
     }
 
-    /// The handle on its socket.
+    /// Handle on the connection's socket.
     pub(crate) fn guard(&self) -> Guard {
         self.cut.0.clone()
     }

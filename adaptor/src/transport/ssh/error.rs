@@ -1,50 +1,50 @@
-//! Why there is no connection.
+//! Errors of a connection attempt.
 
 use std::io;
 
 use secure_comms_protocol::PhaseName;
 
-/// Why there is no connection.
+/// Error of a connection attempt.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
-    /// No TCP connection.
+    /// The TCP connection failed.
     #[error("TCP connect: {0}")]
     Unreachable(#[source] io::Error),
-    /// The agent's host key is not the pod's; nothing was sent to it.
+    /// The agent's host key is not the pod's. The connection was closed before anything else was sent.
     #[error("its host key ({shown}) is not this pod's")]
     WrongHostKey {
-        /// The fingerprint of the key it showed.
+        /// Fingerprint of the agent's key.
         shown: String,
     },
-    /// The agent refuses this user.
-    #[error("user '{}' refused{}", .phase.user(), said(.banner))]
+    /// The agent refuses the user of this phase.
+    #[error("user '{}' refused{}", .phase.user(), banner_suffix(.banner))]
     Refused {
-        /// The phase that we asked for.
+        /// The requested phase.
         phase: PhaseName,
-        /// What the agent said before; it proves nothing.
+        /// The agent's banner; a hint, not proof.
         banner: Option<String>,
     },
-    /// It took too long.
+    /// A step did not end in time: the limit in seconds, and the step.
     #[error("no answer within {0} s while {1}")]
     Timeout(u64, &'static str),
-    /// The other end does not speak our protocol, or the connection broke.
+    /// The other end does not speak our protocol, or the connection broke: the step, and the cause.
     #[error("{0}: {1}")]
     Protocol(&'static str, String),
 }
 
-fn said(banner: &Option<String>) -> String {
+fn banner_suffix(banner: &Option<String>) -> String {
     banner.as_ref().map(|text| format!(" (it says: {text})")).unwrap_or_default()
 }
 
 impl ConnectError {
-    /// The phase that the agent says it is in, where it refuses ours: a hint.
+    /// The phase that a refusing agent's banner names; a hint.
     pub(crate) fn hint(&self) -> Option<PhaseName> {
         let Self::Refused { banner: Some(banner), .. } = self else { return None };
         phase_hint(banner)
     }
 
-    /// Whether the agent says that nobody has logged in with its keys yet: if they are a stranger's, it will ask for
-    /// others. A hint as well: an agent that lies only makes us wait.
+    /// Whether the agent's banner says that no worker node has logged in with its keys yet. If they are a stranger's, the
+    /// agent attests again later. A hint: a false one delays the start at most until its deadline.
     pub(crate) fn hints_fresh(&self) -> bool {
         matches!(self, Self::Refused { banner: Some(banner), .. } if banner.contains("fresh"))
     }

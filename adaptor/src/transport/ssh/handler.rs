@@ -1,4 +1,4 @@
-//! What russh calls: the host key, the banner, the streams that the agent asks for, the end.
+//! What russh calls during a connection: the host key check, the banner, the agent's streams, the end.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,32 +13,34 @@ use secure_comms_tunnel::flow::Side;
 use secure_comms_tunnel::{Credits, Incoming, Outbounds, Refusal, RefusalKind, outbound};
 use tokio::sync::{Semaphore, watch};
 
-use super::client::{ClientPhase, cause, quote};
+use super::client::cause;
 use super::error::ConnectError;
+use super::phase::ClientPhase;
+use crate::text::quote;
 
-/// How many refusals of one connection are worth a warning.
-const REFUSALS_LOGGED: u32 = 16;
+/// Refusals of one connection that are logged as warnings; the rest are logged as debug lines.
+const REFUSAL_WARNINGS_MAX: u32 = 16;
 
-/// How a connection ended, as far as SSH knows.
+/// How a connection ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum TransportEnd {
-    /// The agent offers no way to authenticate as this user.
+    /// The agent offers no authentication method for this user.
     Refused,
-    /// The agent said so.
+    /// The agent disconnected, with this reason.
     Disconnected(String),
-    /// It broke.
+    /// The connection broke, for this reason.
     Broken(String),
 }
 
-/// What a connection and its handler share.
+/// State that a connection and its handler share.
 pub(super) struct Shared<P: ClientPhase> {
     host: P::Host,
     outbounds: Arc<Outbounds<P>>,
     pub(super) credits: Credits,
-    /// The names that we have asked the agent to forward.
-    pub(super) asked: Mutex<HashSet<TunnelName>>,
+    /// The tunnel names that the agent was asked to forward.
+    pub(super) requested: Mutex<HashSet<TunnelName>>,
     refusals: AtomicU32,
-    /// One permit for every stream that the agent has open, or waits to have opened.
+    /// One permit for each stream of the agent that is open or being opened.
     streams: Arc<Semaphore>,
     banner: Mutex<Option<String>>,
     pub(super) wrong_key: Mutex<Option<String>>,
@@ -55,7 +57,7 @@ impl<P: ClientPhase> Shared<P> {
             host,
             outbounds,
             credits: Credits::new(Side::Adaptor, P::CREDIT),
-            asked: Mutex::default(),
+            requested: Mutex::default(),
             refusals: AtomicU32::new(0),
             streams: Arc::new(Semaphore::new(P::CREDIT.streams)),
             banner: Mutex::default(),
@@ -64,7 +66,7 @@ impl<P: ClientPhase> Shared<P> {
         })
     }
 
-    /// The first reason counts: the rest follows from it.
+    /// Ends the connection's streams. Only the first reason is kept: later ones follow from it.
     pub(super) fn end(&self, reason: TransportEnd) {
         self.end.send_if_modified(|end| {
             let first = end.is_none();
@@ -80,13 +82,13 @@ impl<P: ClientPhase> Shared<P> {
         end.unwrap_or_else(|| TransportEnd::Broken("the connection is gone".into()))
     }
 
-    /// Says what is refused; not for ever, for whoever plays the agent must not fill our log.
-    fn tell_refusal(&self, whose: &str, what: &str) {
+    /// Logs a refusal. Throttled, because the agent may be a stranger that wants to fill the log.
+    fn log_refusal(&self, event: &str, what: &str) {
         let what = quote(what);
-        if self.refusals.fetch_add(1, Ordering::Relaxed) < REFUSALS_LOGGED {
-            tracing::warn!("{whose}: {what}");
+        if self.refusals.fetch_add(1, Ordering::Relaxed) < REFUSAL_WARNINGS_MAX {
+            tracing::warn!("{event}: {what}");
         } else {
-            tracing::debug!("{whose}: {what}");
+            tracing::debug!("{event}: {what}");
         }
     }
 
@@ -94,11 +96,11 @@ impl<P: ClientPhase> Shared<P> {
         ConnectError::Refused { phase: P::NAME, banner: lock(&self.banner).clone() }
     }
 
-    /// Serves a stream that the agent asks for, on a task of its own: the caller is the session's loop.
+    /// Serves a stream of the agent in a task of its own, because the caller is russh's session loop.
     fn serve_stream(self: Arc<Self>, name: &str, id: u32, pending: PendingChannel<Msg>) {
         let refusal = |kind, cause| Refusal::new(kind, name, P::NAME, cause);
-        let asked = name.parse().is_ok_and(|name| lock(&self.asked).contains(&name));
-        let permit = if asked {
+        let requested = name.parse().is_ok_and(|name| lock(&self.requested).contains(&name));
+        let permit = if requested {
             let full = refusal(RefusalKind::Shortage, "too many open streams on this connection; close some");
             self.streams.clone().try_acquire_owned().map_err(|_| full)
         } else {
@@ -109,7 +111,7 @@ impl<P: ClientPhase> Shared<P> {
             match permit {
                 Ok(_permit) => outbound::serve(&self.outbounds, &self.credits, &name, id, pending).await,
                 Err(refusal) => {
-                    self.tell_refusal("refusing the agent", &refusal.reason);
+                    self.log_refusal("refused the agent", &refusal.reason);
                     pending.refuse(refusal).await;
                 }
             }
@@ -117,30 +119,30 @@ impl<P: ClientPhase> Shared<P> {
     }
 }
 
-/// What russh calls. It runs inside the session's loop, so nothing in it may wait.
-pub(super) struct Client<P: ClientPhase>(pub(super) Arc<Shared<P>>);
+/// The callbacks of russh. They run in its session loop and must not block.
+pub(super) struct Callbacks<P: ClientPhase>(pub(super) Arc<Shared<P>>);
 
-impl<P: ClientPhase> Drop for Client<P> {
+impl<P: ClientPhase> Drop for Callbacks<P> {
     fn drop(&mut self) {
-        // russh leaves `disconnected` out where closing the socket fails.
+        // russh does not call `disconnected` if closing the socket fails.
         self.0.end(TransportEnd::Broken("the connection was closed".into()));
     }
 }
 
-impl<P: ClientPhase> Client<P> {
+impl<P: ClientPhase> Callbacks<P> {
     async fn refuse(&self, reply: ChannelOpenHandle, what: &str) -> Result<(), russh::Error> {
         let what = format!("a channel of type {what}: only forwarded-tcpip is served");
-        self.0.tell_refusal("refusing the agent", &what);
+        self.0.log_refusal("refused the agent", &what);
         reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
         Ok(())
     }
 }
 
-impl<P: ClientPhase> Handler for Client<P> {
+impl<P: ClientPhase> Handler for Callbacks<P> {
     type Error = russh::Error;
 
     async fn auth_banner(&mut self, banner: &str, _: &mut client::Session) -> Result<(), russh::Error> {
-        // The first one: a stranger could send them for ever.
+        // Only the first one is kept: a stranger could send any number.
         lock(&self.0.banner).get_or_insert_with(|| quote(banner.trim()));
         Ok(())
     }
@@ -180,7 +182,7 @@ impl<P: ClientPhase> Handler for Client<P> {
         Ok(())
     }
 
-    // The defaults of the rest accept.
+    // russh's defaults for the following callbacks accept.
 
     async fn server_channel_open_session(
         &mut self,
@@ -265,8 +267,8 @@ impl<P: ClientPhase> Handler for Client<P> {
         _: &str,
         _: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        // It names tunnel, phase and cause.
-        self.0.tell_refusal("the agent refuses a stream", description);
+        // The agent's description names the tunnel, the phase and the cause.
+        self.0.log_refusal("the agent refused a stream", description);
         Ok(())
     }
 
