@@ -5,7 +5,7 @@ mod tunnels;
 use std::fmt;
 use std::time::Duration;
 
-use secure_comms_protocol::control::Hello;
+use secure_comms_protocol::hello::Hello;
 use secure_comms_protocol::limits::{HELLO, UPGRADE_DRAIN};
 use secure_comms_protocol::{Attestation, Control, KeyProgress, Phase, PodId, TunnelName};
 use secure_comms_ssh::control::{self, ControlEnd, Outbox};
@@ -97,7 +97,8 @@ impl<P: ClientPhase> Session<P> {
         let (receiver, sender) = channel?;
         let outbox = Outbox::default();
         let credits = connection.credits().clone();
-        outbox.send(Control::Hello(tunnels.hello(pod, credits.initial())));
+        let ours = tunnels.hello(pod, credits.initial());
+        outbox.send(Control::Hello(ours.clone()));
         let (state, mut peer) = watch::channel(PeerState::default());
         let ended = connection.ended();
         let control = ControlTask { receiver, sender, credits, outbox: outbox.clone(), ended, state };
@@ -114,7 +115,7 @@ impl<P: ClientPhase> Session<P> {
         let first = peer.wait_for(|state| state.hello.is_some() || state.end.is_some()).await;
         let first = first.map(|state| state.clone()).unwrap_or_default();
         session.agent = checked_hello::<P>(first)?;
-        session.tunnel_mismatches = mismatches(tunnels, &session.agent, &refused?);
+        session.tunnel_mismatches = mismatches::<P>(&ours, &session.agent, &refused?);
         Ok(session)
     }
 

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use secure_comms_protocol::control::Hello;
-use secure_comms_protocol::limits::PROTOCOL_VERSION;
 use secure_comms_protocol::tag::Tag;
-use secure_comms_protocol::{InboundTag, OutboundTag, Phase, PodId, Target, TunnelName};
+use secure_comms_protocol::{
+    Hello, InboundTag, Mismatch, MismatchKind, OutboundTag, Phase, PodId, Target, TunnelName, TunnelNames,
+};
 use secure_comms_tunnel::Outbounds;
 
 /// The tunnels of this end in a phase.
@@ -37,14 +37,11 @@ impl<P: Phase> Tunnels<P> {
     }
 
     pub(super) fn hello(&self, pod: &PodId, credit: u32) -> Hello {
-        Hello {
-            version: PROTOCOL_VERSION,
-            credit: Some(credit),
-            pod_id: Some(pod.to_string()),
+        let names = TunnelNames {
             inbounds: self.inbounds.iter().map(ToString::to_string).collect(),
             outbounds: self.forwards.iter().map(|(name, _)| name.to_string()).collect(),
-            ..Hello::default()
-        }
+        };
+        Hello::from_adaptor(pod, credit, names)
     }
 }
 
@@ -53,26 +50,22 @@ fn in_phase<P: Phase, T: Tag>(tags: &[T]) -> impl Iterator<Item = &T> {
 }
 
 /// One line for each tunnel that only one end has.
-pub(super) fn mismatches<P: Phase>(
-    tunnels: &Tunnels<P>,
-    agent: &Hello,
-    refused: &[TunnelName],
-) -> Vec<String> {
-    // A text that is not a valid name cannot match a tunnel of ours.
-    let names =
-        |texts: &[String]| texts.iter().filter_map(|text| text.parse().ok()).collect::<Vec<TunnelName>>();
-    let (inbounds, outbounds) = (names(&agent.inbounds), names(&agent.outbounds));
-    let ours: Vec<TunnelName> = tunnels.forwards.iter().map(|(name, _)| name.clone()).collect();
-    let mut lines = Vec::new();
-    let mut missing = |have: &[TunnelName], others: &[TunnelName], what: &str| {
-        let alone = have.iter().filter(|name| !others.contains(name));
-        lines.extend(alone.map(|name| format!("tunnel {name}, {} phase: {what}", P::NAME)));
+pub(super) fn mismatches<P: Phase>(ours: &Hello, agent: &Hello, refused: &[TunnelName]) -> Vec<String> {
+    let line = |name: &str, what| format!("tunnel {name}, {} phase: {what}", P::NAME);
+    let mismatch = |Mismatch { kind, name }: Mismatch<'_>| {
+        // The agent's text is untrusted. One that is not a tunnel name is left out.
+        let name: TunnelName = name.parse().ok()?;
+        let what = match kind {
+            MismatchKind::OurInbound => "our inbound has no matching outbound on the agent",
+            MismatchKind::OurOutbound => "our outbound has no matching inbound on the agent",
+            MismatchKind::PeerInbound => "the agent listens for it, but no --outbounds tag here serves it",
+            MismatchKind::PeerOutbound => "the agent serves it, but no --inbounds tag here listens for it",
+        };
+        Some(line(name.as_str(), what))
     };
-    missing(&tunnels.inbounds, &outbounds, "our inbound has no matching outbound on the agent");
-    missing(&ours, &inbounds, "our outbound has no matching inbound on the agent");
-    missing(&inbounds, &ours, "the agent listens for it, but no --outbounds tag here serves it");
-    missing(&outbounds, &tunnels.inbounds, "the agent serves it, but no --inbounds tag here listens for it");
-    missing(refused, &[], "the agent refuses to forward its streams");
+    let mut lines: Vec<String> = ours.mismatches(agent, usize::MAX).filter_map(mismatch).collect();
+    let refusal = |name: &TunnelName| line(name.as_str(), "the agent refuses to forward its streams");
+    lines.extend(refused.iter().map(refusal));
     lines
 }
 
@@ -112,6 +105,7 @@ mod tests {
             "tunnel y, Kubernetes phase: the agent serves it, but no --inbounds tag here listens for it",
             "tunnel KBS, Kubernetes phase: the agent refuses to forward its streams",
         ];
-        assert_eq!(mismatches(&tunnels(), &agent, &[TunnelName::kbs()]), expected);
+        let ours = tunnels().hello(&"p1".parse().unwrap(), 5);
+        assert_eq!(mismatches::<Kubernetes>(&ours, &agent, &[TunnelName::kbs()]), expected);
     }
 }

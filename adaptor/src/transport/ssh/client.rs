@@ -161,7 +161,7 @@ async fn connect_phase<P: ClientPhase>(
     match timeout(AUTHENTICATE, handshake).await {
         Ok(authenticated) => {
             let (handle, lock) = authenticated?;
-            guard.may_hold(P::CREDIT.held_max());
+            guard.set_read_ahead_limit(P::CREDIT.held_max());
             Ok(SshConnection { handle, shared, cut, _lock: lock })
         }
         Err(_) => Err(ConnectError::Timeout(AUTHENTICATE.as_secs(), "agreeing on keys and authenticating")),

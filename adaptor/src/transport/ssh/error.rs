@@ -2,7 +2,7 @@
 
 use std::io;
 
-use secure_comms_protocol::PhaseName;
+use secure_comms_protocol::{BannerHint, LoginState, PhaseName};
 
 /// Error of a connection attempt.
 #[derive(Debug, thiserror::Error)]
@@ -39,18 +39,19 @@ fn banner_suffix(banner: &Option<String>) -> String {
 impl ConnectError {
     /// The phase that a refusing agent's banner names; a hint.
     pub(crate) fn hint(&self) -> Option<PhaseName> {
-        let Self::Refused { banner: Some(banner), .. } = self else { return None };
-        phase_hint(banner)
+        self.banner_hint().phase
     }
 
     /// Whether the agent's banner says that no worker node has logged in with its keys yet. If they are a stranger's, the
     /// agent attests again later. A hint: a false one delays the start at most until its deadline.
     pub(crate) fn hints_fresh(&self) -> bool {
-        matches!(self, Self::Refused { banner: Some(banner), .. } if banner.contains("fresh"))
+        self.banner_hint().login == Some(LoginState::Fresh)
     }
-}
 
-fn phase_hint(banner: &str) -> Option<PhaseName> {
-    let names = |phase: &PhaseName| banner.contains(&format!("{phase} phase"));
-    [PhaseName::Attestation, PhaseName::Kubernetes].into_iter().find(names)
+    fn banner_hint(&self) -> BannerHint {
+        match self {
+            Self::Refused { banner: Some(banner), .. } => BannerHint::parse(banner),
+            _ => BannerHint::default(),
+        }
+    }
 }
