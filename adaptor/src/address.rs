@@ -46,7 +46,7 @@ impl fmt::Display for Address {
 }
 
 /// Reads `HOST:PORT` by the rules of an outbound tag, so that there is one definition of a host.
-pub(crate) fn host_port(text: &str) -> Option<(Host, u16)> {
+pub fn host_port(text: &str) -> Option<(Host, u16)> {
     if !text.contains(':') || text.contains(char::is_whitespace) {
         return None;
     }

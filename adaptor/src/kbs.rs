@@ -1,7 +1,8 @@
 //! The KBS as its admin: publishes a resource, deletes one. Reading is for attested VMs alone.
 
-mod answer;
-mod said;
+mod auth;
+mod error_body;
+mod response;
 mod tls;
 
 use std::error::Error as _;
@@ -13,11 +14,12 @@ use reqwest::header::{AUTHORIZATION, HeaderValue};
 use reqwest::{Client, Method, redirect};
 use secure_comms_protocol::limits::{RETRY_MAX, RETRY_MIN, TCP_CONNECT};
 use tokio::time::{Instant, sleep};
+use url::Url;
 use zeroize::Zeroizing;
 
-use crate::settings::KbsSettings;
-use crate::token::{Admin, TokenError};
-use answer::Answer;
+use self::auth::Admin;
+pub use self::auth::TokenError;
+use self::response::Answer;
 
 /// The largest resource the KBS takes, in bytes.
 pub const RESOURCE_MAX: usize = 2 * 1024 * 1024;
@@ -87,6 +89,28 @@ pub enum KbsError {
         /// What was last seen.
         last: String,
     },
+}
+
+/// The KBS, as its admin sees it.
+#[derive(Clone, Debug)]
+pub struct KbsSettings {
+    /// The KBS's URL, http or https, without `/kbs/v0`.
+    pub url: Url,
+    /// A PEM file with the CA that signed its certificate; `None`: the system's CAs.
+    pub ca: Option<PathBuf>,
+    /// How the adaptor identifies itself as an admin; `None`: it sends no admin token.
+    pub admin: Option<AdminSettings>,
+}
+
+/// The identity of a KBS admin.
+#[derive(Clone, Debug)]
+pub struct AdminSettings {
+    /// File with the admin's Ed25519 private key, PKCS#8 PEM.
+    pub key_file: PathBuf,
+    /// Claim `iss` of the token.
+    pub issuer: String,
+    /// Claim `role` of the token.
+    pub role: String,
 }
 
 /// Speaks to the KBS.

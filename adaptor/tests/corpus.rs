@@ -12,8 +12,8 @@ mod corpus;
 #[path = "../../fuzz/src/kbs_answer.rs"]
 mod kbs_answer;
 // Where kbs_answer.rs looks for it.
-#[path = "../src/kbs/said.rs"]
-mod said;
+#[path = "../src/kbs/error_body.rs"]
+mod error_body;
 
 #[test]
 fn the_corpus_of_kbs_answer_holds() {

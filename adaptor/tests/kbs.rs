@@ -20,8 +20,7 @@ use axum::response::{IntoResponse, Response};
 use base64ct::{Base64UrlUnpadded, Encoding};
 use ed25519_dalek::pkcs8::EncodePrivateKey;
 use ed25519_dalek::{Signature, SigningKey, Verifier, VerifyingKey};
-use secure_comms_adaptor::kbs::{KbsClient, KbsError, RESOURCE_MAX};
-use secure_comms_adaptor::settings::{AdminSettings, KbsSettings};
+use secure_comms_adaptor::kbs::{AdminSettings, KbsClient, KbsError, KbsSettings, RESOURCE_MAX};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 

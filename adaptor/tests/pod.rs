@@ -5,9 +5,9 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use secure_comms_adaptor::adaptor::AdaptorError;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::pod::{LOST, PodState};
+use secure_comms_adaptor::registry::AdaptorError;
 use secure_comms_adaptor::store::Store;
 use secure_comms_keys::{PodKey, WorkerNodeKey};
 use support::agent::{Agent, Mode};
@@ -56,9 +56,9 @@ async fn a_new_pod_attests_and_comes_back_with_one_handshake_a_phase() {
         world.events.all(),
         [
             format!("attestation: connected to {address}"),
-            "tunnel KATAAGENT, Attestation phase: the agent's outbound has no inbound here".to_owned(),
+            "tunnel KATAAGENT, Attestation phase: the agent serves it, but no --inbounds tag here listens for it".to_owned(),
             "keys: attempt 1: api-server-rest: \\u{1b}[31mconnection refused".to_owned(),
-            "attestation: done, coming back as kubernetes".to_owned(),
+            "attestation done; reconnecting for the Kubernetes phase".to_owned(),
             format!("kubernetes phase up at {address}"),
         ]
     );
@@ -94,8 +94,8 @@ async fn a_start_that_takes_too_long_tells_what_was_last_seen() {
     let (started, ()) = tokio::join!(world.start(&at, SOON), guest);
     assert_eq!(
         started.unwrap_err().to_string(),
-        "start pod pod-1: not up within 2 s; last seen: keys: attempt 7: the KBS says no; see that the VM runs and its \
-         agent is reached, or give it more time"
+        "start pod pod-1: not up within 2 s; last seen: keys: attempt 7: the KBS says no; check that the VM runs and its \
+         agent can be reached, or allow more time (--deadline)"
     );
     agent.seen.wait("gone", 1).await;
     // Nobody there at all: the address and the cause.
@@ -154,7 +154,7 @@ async fn a_rejected_worker_node_key_is_told_with_advice() {
     let agent = Agent::start(Mode::kubernetes(world.pod_key().await, other)).await;
     let error = world.start(&addresses(&[agent.address]), SOON).await.unwrap_err().to_string();
     assert!(error.contains("rejects this worker node's (SHA256:"), "{error}");
-    assert!(error.contains("see that default/sshclient/publicKey in the KBS is this node's"), "{error}");
+    assert!(error.contains("check that default/sshclient/publicKey in the KBS is this node's"), "{error}");
 }
 
 #[tokio::test]
@@ -220,7 +220,7 @@ async fn a_new_process_resumes_its_pods_without_new_keys() {
     let published = world.published.all().len();
     let world = world.restart("");
     let before = agent.seen.count("auth attestation");
-    assert_eq!(world.adaptor.resume().await.unwrap(), [pod()]);
+    assert_eq!(world.adaptor.resume_all().await.unwrap(), [pod()]);
     world.events.wait("kubernetes phase up", 1).await;
     assert_eq!(agent.seen.count("auth attestation"), before, "Kubernetes comes first");
     assert_eq!(world.pod_key().await.public().unwrap(), key);
@@ -245,7 +245,7 @@ async fn without_trustee_there_is_no_attestation() {
     echoes(&local).await;
     assert_eq!(agent.seen.count("attestation"), 0);
     assert_eq!(world.published.all().len(), 0);
-    assert_eq!(world.events.count("see that the VM got this pod's user data"), 1);
+    assert_eq!(world.events.count("check that the VM got this pod's user data"), 1);
 }
 
 #[tokio::test]
@@ -287,5 +287,5 @@ async fn a_pod_can_be_started_again_after_a_failed_start() {
     agent.become_(latched);
     world.start(&at, PATIENCE).await.unwrap();
     let again = world.start(&at, PATIENCE).await.unwrap_err().to_string();
-    assert_eq!(again, "pod pod-1: it is started already: stop it first");
+    assert_eq!(again, "pod pod-1: already started: stop it first");
 }

@@ -1,6 +1,6 @@
 //! What must hold for whatever answers in place of the KBS.
 
-use crate::said::Said;
+use crate::error_body::Said;
 use serde_json::Value;
 
 /// Of each of the two texts so many characters are shown; what one becomes when it is escaped (`\u{10ffff}`).

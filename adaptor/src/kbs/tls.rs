@@ -9,7 +9,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
 
 use super::KbsError;
-use crate::settings::KbsSettings;
+use super::KbsSettings;
 
 pub(super) fn config(settings: &KbsSettings) -> Result<ClientConfig, KbsError> {
     let roots = match &settings.ca {

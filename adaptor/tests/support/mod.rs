@@ -7,10 +7,10 @@ pub mod agent;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use secure_comms_adaptor::adaptor::{Adaptor, Config, KeySource};
 use secure_comms_adaptor::address::Address;
-use secure_comms_adaptor::kbs::KbsClient;
-use secure_comms_adaptor::settings::KbsSettings;
+use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
+use secure_comms_adaptor::key_source::KeySource;
+use secure_comms_adaptor::registry::{Adaptor, Config};
 use secure_comms_adaptor::store::{DirectoryStore, Store};
 use secure_comms_keys::{PodKey, WorkerNodePublic};
 use secure_comms_protocol::PodId;
@@ -165,7 +165,7 @@ fn build(
     let told = events.clone();
     let keys = kbs.map_or(KeySource::UserData, |url| {
         let settings = KbsSettings { url: url.clone(), ca: None, admin: None };
-        KeySource::Kbs(Box::new(KbsClient::new(&settings, Duration::from_secs(5)).unwrap()))
+        KeySource::Kbs(KbsClient::new(&settings, Duration::from_secs(5)).unwrap())
     });
     let config = Config {
         inbounds: parse_list("KUBERNETES_PHASE:KATAAGENT:0").unwrap(),
