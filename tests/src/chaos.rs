@@ -8,18 +8,18 @@
 //! - [`strike`]: how a fault is done, and undone;
 //! - [`life`]: all of that, one after the other; [`secrets`], [`resources`]: what is looked for once it is over;
 //! - [`soak`]: one pod that reconnects many times, and what that leaves behind; [`leftovers`]: what all of it has left behind here;
-//! - [`report`]: what many lives come to.
+//! - [`summary`]: what many lives come to.
 
+pub mod attacker;
 pub mod disk;
+pub mod fault;
 pub mod leftovers;
-pub mod life;
+pub mod lifetime;
+pub mod pod_scene;
 pub mod program;
-pub mod report;
 pub mod resources;
 pub mod script;
 pub mod secrets;
-pub mod site;
 pub mod soak;
-pub mod stranger;
-pub mod strike;
+pub mod summary;
 pub mod traffic;

@@ -11,10 +11,10 @@ use tokio::process::Command;
 
 use super::load::{self, Load};
 use super::place::Place;
-use crate::openssh::OpenSsh;
-use crate::pod_keys::PodKeys;
-use crate::process::{Binaries, Child, ensure_built};
-use crate::scene::{PATIENCE, free_port, pod_id};
+use crate::harness::pod_keys::PodKeys;
+use crate::harness::process::{Binaries, Child, ensure_built};
+use crate::harness::scene::{PATIENCE, free_port, pod_id};
+use crate::simulators::openssh::OpenSsh;
 
 /// What both use, so that none has the faster cipher: the first that ours would choose.
 const CIPHER: &str = "aes256-gcm@openssh.com";

@@ -9,7 +9,7 @@ use super::contender::{Contender, Prepared, Who};
 use super::load::{self, Span};
 use super::measure::{self, Figures};
 use super::place::Place;
-use crate::line::{Impairment, Line};
+use crate::simulators::impaired_link::{Impairment, Line};
 
 /// One measurement of a group.
 #[derive(Clone, Copy, Debug)]

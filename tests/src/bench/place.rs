@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use anyhow::{Context, Result};
 use tokio::process::Command;
 
-use crate::line::Line;
+use crate::simulators::impaired_link::Line;
 
 /// The worker node and the VM, and what lies between.
 #[derive(Debug)]

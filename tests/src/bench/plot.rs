@@ -6,7 +6,7 @@ use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
 use super::groups::{Goal, Group};
-use super::report::Summary;
+use super::tables::Summary;
 
 /// Pixels: the picture, where bars begin, what they may take, and a bar with what is around it.
 const WIDTH: u32 = 880;

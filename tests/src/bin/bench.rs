@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use secure_comms_tests::bench::groups::{Amount, GROUPS, Group};
-use secure_comms_tests::bench::report;
-use secure_comms_tests::process::ensure_built;
+use secure_comms_tests::bench::tables;
+use secure_comms_tests::harness::process::ensure_built;
 
 const USAGE: &str = "usage: bench [--short] [--write DOCUMENT] [GROUP...]";
 const FULL: Amount = Amount { rounds: 5, counted: Duration::from_millis(1500), requests: 3000 };
@@ -71,12 +71,12 @@ async fn run(arguments: Arguments) -> Result<()> {
     let mut measured = Vec::new();
     for group in arguments.groups {
         let rounds = group.run(arguments.amount).await?;
-        let summaries = report::summarize(&group, &rounds);
-        println!("{}", report::table(&group, &summaries));
+        let summaries = tables::summarize(&group, &rounds);
+        println!("{}", tables::table(&group, &summaries));
         measured.push((group, summaries));
     }
     match arguments.document {
-        Some(document) => report::write(&document, &about, &measured),
+        Some(document) => tables::write(&document, &about, &measured),
         None => Ok(()),
     }
 }

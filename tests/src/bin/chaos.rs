@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use secure_comms_tests::args::until_told;
+use secure_comms_simulators::args::until_told;
 use secure_comms_tests::chaos::leftovers::Leftovers;
-use secure_comms_tests::chaos::life::live;
-use secure_comms_tests::chaos::report::Report;
+use secure_comms_tests::chaos::lifetime::live;
 use secure_comms_tests::chaos::script::Script;
 use secure_comms_tests::chaos::soak::soak;
-use secure_comms_tests::process::ensure_built;
+use secure_comms_tests::chaos::summary::Report;
+use secure_comms_tests::harness::process::ensure_built;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 

@@ -7,11 +7,11 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use secure_comms_tests::kata::client::{EchoSession, bulk_both_ways};
-use secure_comms_tests::kbs::Kbs;
-use secure_comms_tests::process::{Child, Signal, ensure_built};
-use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
-use secure_comms_tests::vm::Vm;
+use secure_comms_tests::harness::process::{Child, Signal, ensure_built};
+use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
+use secure_comms_tests::harness::vm::Vm;
+use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
+use secure_comms_tests::simulators::kbs::Kbs;
 use secure_comms_tunnel::netns;
 use tokio::net::TcpStream;
 

@@ -8,10 +8,10 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
-use secure_comms_tests::kata::client::{EchoSession, bulk_both_ways};
-use secure_comms_tests::kata::framed::Framed;
-use secure_comms_tests::process::{Child, ensure_built};
-use secure_comms_tests::scene::{Scene, SceneOptions, endpoint, kata_client, up};
+use secure_comms_tests::harness::process::{Child, ensure_built};
+use secure_comms_tests::harness::scene::{Scene, SceneOptions, endpoint, kata_client, up};
+use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
+use secure_comms_tests::simulators::kata::framed::Framed;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 

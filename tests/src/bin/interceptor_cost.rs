@@ -9,15 +9,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use secure_comms_stand_ins::accept::Serving;
-use secure_comms_tests::kata_api::api::agent::{
+use secure_comms_simulators::accept::Serving;
+use secure_comms_tests::harness::process::Child;
+use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
+use secure_comms_tests::simulators::kata_api::api::agent::{
     ReadStreamRequest, ReadStreamResponse, StatsContainerRequest, WriteStreamRequest, WriteStreamResponse,
 };
-use secure_comms_tests::kata_api::protobuf::Message;
-use secure_comms_tests::kata_api::server::output;
-use secure_comms_tests::kata_api::ttrpc;
-use secure_comms_tests::process::Child;
-use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
+use secure_comms_tests::simulators::kata_api::protobuf::Message;
+use secure_comms_tests::simulators::kata_api::server::output;
+use secure_comms_tests::simulators::kata_api::ttrpc;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, BufWriter};
 use tokio::net::{TcpStream, UnixListener};
 use tokio::time::timeout;

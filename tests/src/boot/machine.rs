@@ -13,8 +13,8 @@ use tokio::process::Command;
 use tokio::sync::{Mutex, MutexGuard};
 
 use super::{Artifacts, UserData, artifacts, firmware, tpm};
-use crate::process::Child;
-use crate::scene::PATIENCE;
+use crate::harness::process::Child;
+use crate::harness::scene::PATIENCE;
 
 /// qemu emulates, and takes all the processors that there are: two at a time would only be slower.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());

@@ -7,16 +7,16 @@ use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
 use super::{Boot, Machine, MachineOptions, Platform, Turn, UserData};
-use crate::inspector::Request;
-use crate::inspector::client::Inspection;
-use crate::kata::client::bulk_both_ways;
-use crate::kata_api::VOLUMES;
-use crate::kata_api::api::agent::CreateContainerRequest;
-use crate::kata_api::api::oci::{Mount, Spec};
-use crate::kata_api::client::Runtime;
-use crate::kata_api::protobuf::MessageField;
-use crate::process::Child;
-use crate::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
+use crate::harness::process::Child;
+use crate::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
+use crate::simulators::inspector::Request;
+use crate::simulators::inspector::client::Inspection;
+use crate::simulators::kata::client::bulk_both_ways;
+use crate::simulators::kata_api::VOLUMES;
+use crate::simulators::kata_api::api::agent::CreateContainerRequest;
+use crate::simulators::kata_api::api::oci::{Mount, Spec};
+use crate::simulators::kata_api::client::Runtime;
+use crate::simulators::kata_api::protobuf::MessageField;
 
 const MIB: u64 = 1024 * 1024;
 const SIGKILL: i32 = 9;

@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 use tokio::process::Command;
 use tokio::time::{Instant, sleep};
 
-use crate::process::Child;
-use crate::scene::PATIENCE;
+use crate::harness::process::Child;
+use crate::harness::scene::PATIENCE;
 
 /// Starts one with its state in `directory`, and tells the machine of `command` about it.
 pub(super) async fn start(directory: &Path, command: &mut Command) -> Result<Child> {

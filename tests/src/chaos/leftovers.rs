@@ -37,7 +37,7 @@ impl Leftovers {
         }
         Ok(Self {
             namespaces: words(&String::from_utf8_lossy(&listed.stdout), &ours),
-            mounts: words(&std::fs::read_to_string("/proc/self/mounts")?, &super::site::prefix()),
+            mounts: words(&std::fs::read_to_string("/proc/self/mounts")?, &super::pod_scene::prefix()),
             children,
             own: Resources::of(i32::try_from(std::process::id())?)?,
         })
@@ -67,12 +67,13 @@ impl Leftovers {
 mod tests {
     use super::*;
     use crate::chaos::disk::Disk;
-    use crate::netns::Netns;
+    use crate::harness::test_namespace::Netns;
 
     #[test]
     fn a_namespace_a_mount_a_process_and_files_that_stay_are_told() {
         let before = Leftovers::now().unwrap();
-        let directory = tempfile::Builder::new().prefix(&super::super::site::prefix()).tempdir().unwrap();
+        let directory =
+            tempfile::Builder::new().prefix(&super::super::pod_scene::prefix()).tempdir().unwrap();
         let _disk = Disk::mount(directory.path().join("disk")).unwrap();
         let _netns = Netns::new("left").unwrap();
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();

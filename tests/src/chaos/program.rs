@@ -10,8 +10,8 @@ use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
-use crate::process::Child;
-use crate::scene::PATIENCE;
+use crate::harness::process::Child;
+use crate::harness::scene::PATIENCE;
 
 /// How long after an end of its own it is started again.
 const RESTART: Duration = Duration::from_millis(200);

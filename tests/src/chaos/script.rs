@@ -39,9 +39,9 @@ pub struct Script {
 /// What lies between worker node and VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
-    /// Loopback, with a [`crate::cable::Cable`].
+    /// Loopback, with a [`crate::simulators::tcp_proxy::Cable`].
     Cable,
-    /// Two network namespaces, with a [`crate::line::Line`].
+    /// Two network namespaces, with a [`crate::simulators::impaired_link::Line`].
     Line,
 }
 

@@ -146,8 +146,8 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
-    use crate::kbs::{Kbs, KbsOptions};
-    use crate::openssh::OpenSsh;
+    use crate::simulators::kbs::{Kbs, KbsOptions};
+    use crate::simulators::openssh::OpenSsh;
 
     #[tokio::test]
     async fn a_key_is_found_in_every_form() {

@@ -6,10 +6,10 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use tokio::time::sleep;
 
-use super::life::up;
+use super::lifetime::up;
+use super::pod_scene::{Route, Site};
 use super::resources::Resources;
 use super::script::{Hit, Path, Script, Side};
-use super::site::{Route, Site};
 
 /// Each time the adaptor pauses longer before it comes back: few.
 const CUTS: usize = 8;

@@ -15,9 +15,9 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::kata::client::{EchoSession, Surplus};
-use crate::kata::framed::Framed;
-use crate::kata::pattern::Mismatch;
+use crate::simulators::kata::client::{EchoSession, Surplus};
+use crate::simulators::kata::framed::Framed;
+use crate::simulators::kata::pattern::Mismatch;
 
 /// Bytes of a short request.
 const SHORT: u64 = 200;
@@ -272,7 +272,7 @@ mod tests {
     #[tokio::test]
     async fn what_breaks_when_all_is_calm_is_a_violation() {
         // Nobody listens there.
-        let address = crate::scene::free_port().unwrap();
+        let address = crate::harness::scene::free_port().unwrap();
         let traffic = Traffic::start(&[("NOBODY", address)], 1, 200);
         while traffic.seen().broken == 0 {
             tokio::task::yield_now().await;

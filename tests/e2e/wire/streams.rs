@@ -1,0 +1,135 @@
+//! Streams and their credits in the Kubernetes phase: a worker node that has gone mad, or whose key was stolen. It has the
+//! pod, and must not take the agent with it.
+
+use anyhow::{Context, Result, ensure};
+use secure_comms_tests::attackers::attacked_agent::{Siege, answers};
+use secure_comms_tests::attackers::raw::{Packet, Raw, message, uint};
+use secure_comms_tests::harness::scene::PATIENCE;
+use serde_json::json;
+use tokio::net::TcpListener;
+
+fn stream(channel: u32, id: u32) -> Packet {
+    to("VMSERVICE", channel, id)
+}
+
+fn to(tunnel: &str, channel: u32, id: u32) -> Packet {
+    Packet::open("direct-tcpip", channel).string(tunnel).uint(1).string("127.0.0.1").uint(id)
+}
+
+/// A worker node that has said hello, and its control channel.
+async fn greeted(siege: &Siege, credit: u32) -> Result<(Raw, u32)> {
+    let mut raw = siege.node().await?;
+    let control = raw.open_control(0).await?;
+    let hello =
+        format!("{{\"hello\":{{\"version\":1,\"credit\":{credit},\"pod_id\":\"{}\"}}}}\n", siege.scene.pod);
+    raw.send(&Packet::data(control, hello)).await?;
+    raw.expect(&[message::CHANNEL_DATA]).await?;
+    Ok((raw, control))
+}
+
+/// Opens a stream; what its channel is at the agent.
+async fn open(raw: &mut Raw, channel: u32, id: u32) -> Result<u32> {
+    raw.send(&stream(channel, id)).await?;
+    uint(&raw.expect(&[message::CHANNEL_OPEN_CONFIRMATION]).await?, 5)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_id_that_is_in_use_or_the_agents_is_refused() -> Result<()> {
+    let siege = Siege::kubernetes().await?;
+    drop(siege.comes_up().await?);
+    let (mut raw, _) = greeted(&siege, 32_768).await?;
+    open(&mut raw, 1, 1).await?;
+    for id in [1, 0, 2, 4_294_967_294] {
+        raw.send(&stream(2, id)).await?;
+        let refused = raw.expect(&[message::CHANNEL_OPEN_FAILURE]).await?;
+        ensure!(uint(&refused, 5)? == 1, "{}", refused.escape_ascii());
+        let words = String::from_utf8_lossy(&refused).into_owned();
+        ensure!(words.contains("in use or not the opener's to give"), "{words}");
+    }
+    open(&mut raw, 2, u32::MAX).await?;
+    answers(&mut raw).await?;
+    drop(raw);
+    siege.comes_up().await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn data_beyond_its_credit_ends_the_connection_in_messages_of_any_size() -> Result<()> {
+    // A server that takes nothing: what arrives for it has to be held.
+    let deaf = TcpListener::bind("127.0.0.1:0").await?;
+    let tag = format!("KUBERNETES_PHASE:DEAF:{}", deaf.local_addr()?);
+    let siege = Siege::kubernetes_with(json!({"sc-outbounds": tag})).await?;
+    drop(siege.comes_up().await?);
+    // A message costs 512 bytes at least: the third case has no byte of data in it.
+    for (what, message, messages) in
+        [("large", vec![1; 32_768], 1000), ("small", vec![1; 1], 100_000), ("empty", vec![], 100_000)]
+    {
+        let (mut raw, _) = greeted(&siege, 32_768).await?;
+        raw.send(&to("DEAF", 1, 1)).await?;
+        let channel = uint(&raw.expect(&[message::CHANNEL_OPEN_CONFIRMATION]).await?, 5)?;
+        let mark = siege.agent.mark();
+        for _ in 0..messages {
+            if raw.send(&Packet::data(channel, &message)).await.is_err() {
+                break;
+            }
+        }
+        raw.ends().await.with_context(|| what.to_owned())?;
+        siege.agent.wait_from(mark, |line| line.contains("ended"), PATIENCE).await?;
+        siege.holds().with_context(|| what.to_owned())?;
+    }
+    siege.comes_up().await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credit_without_end_for_streams_that_are_there_overflows_nothing() -> Result<()> {
+    let siege = Siege::kubernetes().await?;
+    drop(siege.comes_up().await?);
+    let (mut raw, control) = greeted(&siege, u32::MAX).await?;
+    let channel = open(&mut raw, 1, 1).await?;
+    for _ in 0..100 {
+        let line = "{\"credit\":{\"stream\":1,\"bytes\":4294967295}}\n";
+        raw.send(&Packet::data(control, line)).await?;
+    }
+    raw.send(&Packet::new(message::CHANNEL_WINDOW_ADJUST).uint(channel).uint(u32::MAX)).await?;
+    raw.send(&Packet::new(message::CHANNEL_EOF).uint(channel)).await?;
+    raw.send(&Packet::data(channel, b"after the end")).await?;
+    raw.send(&Packet::new(message::CHANNEL_CLOSE).uint(channel)).await?;
+    raw.send(&Packet::new(message::CHANNEL_CLOSE).uint(channel)).await?;
+    answers(&mut raw).await?;
+    // Its number is free again.
+    open(&mut raw, 5, 3).await?;
+    drop(raw);
+    siege.comes_up().await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_streams_than_are_allowed_are_refused_and_leave_nothing_open() -> Result<()> {
+    let siege = Siege::kubernetes().await?;
+    drop(siege.comes_up().await?);
+    let files = open_files(&siege);
+    let (mut raw, _) = greeted(&siege, 32_768).await?;
+    let (mut opened, mut refused) = (0, 0);
+    for number in 0..1500 {
+        raw.send(&stream(number, 2 * number + 1)).await?;
+        let answers = [message::CHANNEL_OPEN_CONFIRMATION, message::CHANNEL_OPEN_FAILURE];
+        match raw.expect(&answers).await?[0] {
+            message::CHANNEL_OPEN_CONFIRMATION => opened += 1,
+            _ => refused += 1,
+        }
+    }
+    let rss = siege.agent.rss_kib()?;
+    println!("{opened} streams, {refused} refused; RSS of the agent {rss} KiB");
+    ensure!(opened == 1024 && refused == 476, "{opened} streams, {refused} refused");
+    answers(&mut raw).await?;
+    drop(raw);
+    let look = async {
+        while open_files(&siege) > files {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, look).await.context("files stay open")?;
+    siege.comes_up().await.map(drop)
+}
+
+fn open_files(siege: &Siege) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", siege.agent.pid())).map_or(0, Iterator::count)
+}

@@ -1,0 +1,104 @@
+//! The other role: one that plays the agent to an adaptor.
+
+use anyhow::{Context, Result, bail, ensure};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+
+use super::packet::{Packet, cut};
+use super::{Key, Offer, Raw, message};
+use crate::harness::scene::PATIENCE;
+
+impl Raw {
+    /// The next connection to a listener, from which nothing was read yet.
+    ///
+    /// # Errors
+    /// None comes.
+    pub async fn accept(listener: &TcpListener) -> Result<Self> {
+        let accepted = timeout(PATIENCE, listener.accept()).await.context("raw: nobody connects")?;
+        Self::server(accepted?.0)
+    }
+
+    /// Plays the server on a socket.
+    ///
+    /// # Errors
+    /// The socket is dead.
+    pub fn server(socket: TcpStream) -> Result<Self> {
+        Self::over(socket, false)
+    }
+
+    /// Exchanges keys, with the signature that belongs to them.
+    ///
+    /// # Errors
+    /// The adaptor ends the connection: it does not want this host key, for one.
+    pub async fn secure(&mut self, offer: Offer, host_key: &Key) -> Result<()> {
+        self.identify().await?;
+        let exchange = self.begin(offer).await?;
+        let keys = self.agree_as(exchange, host_key).await?;
+        self.seal_with(&keys).await?;
+        self.open_with(&keys).await
+    }
+
+    /// Lets the client ask for authentication; its first request.
+    ///
+    /// # Errors
+    /// The adaptor ends the connection.
+    pub async fn asked(&mut self) -> Result<Vec<u8>> {
+        self.expect(&[message::SERVICE_REQUEST]).await?;
+        self.send(&Packet::new(message::SERVICE_ACCEPT).string("ssh-userauth")).await?;
+        self.expect(&[message::USERAUTH_REQUEST]).await
+    }
+
+    /// Exchanges keys and lets anybody in.
+    ///
+    /// # Errors
+    /// The adaptor ends the connection.
+    pub async fn welcome(&mut self, host_key: &Key) -> Result<()> {
+        self.secure(Offer::server(), host_key).await?;
+        self.let_in().await
+    }
+
+    /// Lets anybody in; what keys prove is not looked at.
+    ///
+    /// # Errors
+    /// The adaptor ends the connection.
+    pub async fn let_in(&mut self) -> Result<()> {
+        self.asked().await?;
+        self.send(&Packet::new(message::USERAUTH_SUCCESS)).await
+    }
+
+    /// Grants the control channel, which is `ours` here, and so many forwards; what it is at the adaptor.
+    ///
+    /// # Errors
+    /// The adaptor does not ask for them.
+    pub async fn grant_control(&mut self, ours: u32, mut forwards: usize) -> Result<u32> {
+        let mut channel = None;
+        let mut granted = false;
+        while !granted || forwards > 0 {
+            let asked = self
+                .expect(&[message::CHANNEL_OPEN, message::CHANNEL_REQUEST, message::GLOBAL_REQUEST])
+                .await?;
+            match (asked.first(), channel) {
+                (Some(&message::CHANNEL_OPEN), None) => {
+                    let (kind, rest) = cut(asked.get(1..).unwrap_or_default())?;
+                    ensure!(kind == b"session", "raw: a stream comes first");
+                    let theirs = super::uint(rest, 0)?;
+                    channel = Some(theirs);
+                    let confirmation =
+                        Packet::new(message::CHANNEL_OPEN_CONFIRMATION).uint(theirs).uint(ours);
+                    self.send(&confirmation.uint(1 << 20).uint(1 << 15)).await?;
+                }
+                (Some(&message::CHANNEL_REQUEST), Some(theirs)) => {
+                    granted = true;
+                    self.send(&Packet::new(message::CHANNEL_SUCCESS).uint(theirs)).await?;
+                }
+                (Some(&message::GLOBAL_REQUEST), _) => {
+                    let (name, _) = cut(asked.get(1..).unwrap_or_default())?;
+                    forwards = forwards.saturating_sub(usize::from(name == b"tcpip-forward"));
+                    self.send(&Packet::new(message::REQUEST_SUCCESS)).await?;
+                }
+                _ => bail!("raw: more than a control channel: {}", asked.escape_ascii()),
+            }
+        }
+        channel.context("raw: no control channel")
+    }
+}
