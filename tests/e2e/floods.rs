@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_protocol::limits::{ATTESTATION_PEERS_MAX, UNAUTHENTICATED_MAX};
-use secure_comms_tests::attackers::attacked_agent::{RSS_MAX_KIB, Siege};
+use secure_comms_tests::attackers::attacked_agent::{RSS_MAX_KIB, AttackedAgent};
 use secure_comms_tests::attackers::flood::{Flood, Kind};
 use secure_comms_tests::attackers::raw::{Offer, Raw};
 use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, endpoint, kata_client, up};
@@ -35,13 +35,13 @@ fn number(variable: &str, otherwise: u64) -> Result<u64> {
     }
 }
 
-fn open_files(siege: &Siege) -> usize {
-    std::fs::read_dir(format!("/proc/{}/fd", siege.agent.pid())).map_or(0, Iterator::count)
+fn open_files(attacked: &AttackedAgent) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", attacked.agent.pid())).map_or(0, Iterator::count)
 }
 
 /// Requests to the kata agent, one after the other, for as long as the flood lasts and at least this many.
 async fn requests(
-    siege: &Siege,
+    attacked: &AttackedAgent,
     adaptor: &secure_comms_tests::harness::process::Child,
     flood: &Flood,
     until: u64,
@@ -50,7 +50,7 @@ async fn requests(
     let mut times = Vec::new();
     while times.len() < 200 || flood.opened() < until {
         times.push(timeout(PATIENCE, session.roundtrip(200, times.len() as u64)).await??);
-        siege.holds()?;
+        attacked.holds()?;
         // Paced, so that the test is a load of requests and not of the machine.
         sleep(Duration::from_millis(2)).await;
     }
@@ -65,38 +65,38 @@ async fn withstands(kind: Kind) -> Result<()> {
     let scene = Scene::new(SceneOptions::default()).await?;
     // As it runs in a VM: it does not tell of each connection.
     let agent = scene.agent().await?;
-    let siege = Siege { scene, agent };
-    siege.holds_and_attests().await?;
-    let (files, before) = (open_files(&siege), siege.agent.rss_kib()?);
+    let attacked = AttackedAgent { scene, agent };
+    attacked.holds_and_attests().await?;
+    let (files, before) = (open_files(&attacked), attacked.agent.rss_kib()?);
 
-    let flood = Flood::begin(kind, siege.scene.ssh, at_once);
+    let flood = Flood::begin(kind, attacked.scene.ssh, at_once);
     let began = Instant::now();
     flood.reaches(total / 2).await;
     let (rate, attested) = (flood.opened() as f64 / began.elapsed().as_secs_f64(), flood.got_far());
-    siege.holds()?;
+    attacked.holds()?;
 
     let start = Instant::now();
-    let adaptor = siege.scene.adaptor()?;
+    let adaptor = attacked.scene.adaptor()?;
     adaptor.wait_for_text("attestation: connected", PATIENCE).await.with_context(|| adaptor.log())?;
     let through = start.elapsed();
     up(&adaptor).await.with_context(|| adaptor.log())?;
     let all_up = start.elapsed();
     ensure!(through < THROUGH, "{kind:?}: the adaptor took {through:?} to get through");
 
-    let times = requests(&siege, &adaptor, &flood, total).await?;
-    siege.carries(&adaptor).await?;
+    let times = requests(&attacked, &adaptor, &flood, total).await?;
+    attacked.carries(&adaptor).await?;
     ensure!(!adaptor.log().contains("channel down"), "{}", adaptor.log());
     let (opened, got_far) = (flood.opened(), flood.got_far());
-    let (during, peak) = (siege.agent.rss_kib()?, siege.agent.peak_kib()?);
+    let (during, peak) = (attacked.agent.rss_kib()?, attacked.agent.peak_kib()?);
     flood.end().await;
     let look = async {
         // What the adaptor has open besides: its connection, and a stream or two.
-        while open_files(&siege) > files + 8 {
+        while open_files(&attacked) > files + 8 {
             sleep(Duration::from_millis(20)).await;
         }
     };
-    timeout(PATIENCE, look).await.with_context(|| format!("{} files stay open", open_files(&siege)))?;
-    let after = siege.agent.rss_kib()?;
+    timeout(PATIENCE, look).await.with_context(|| format!("{} files stay open", open_files(&attacked)))?;
+    let after = attacked.agent.rss_kib()?;
     println!(
         "{kind:?}: {opened} connections ({got_far} got far, {attested} before the adaptor), {rate:.0}/s; adaptor through in {through:.2?}, up in {all_up:.2?}; \
          {} requests of 200 bytes: p50 {:.2?}, p99 {:.2?}, max {:.2?}; RSS {before} KiB before, {during} during, peak {peak}, {after} after",
@@ -108,7 +108,7 @@ async fn withstands(kind: Kind) -> Result<()> {
     ensure!(peak < RSS_MAX_KIB, "{kind:?}: the agent took {peak} KiB");
     // The allocator keeps what it has had; what it has had is not much.
     ensure!(after <= AFTER_MAX_KIB, "{kind:?}: {before} KiB before, {after} KiB after");
-    siege.holds()
+    attacked.holds()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -142,27 +142,27 @@ async fn strangers_that_stay_and_never_read_take_no_more_memory_than_is_allowed(
     let _turn = TURN.lock().await;
     let scene = Scene::new(SceneOptions::default()).await?;
     let agent = scene.agent().await?;
-    let siege = Siege { scene, agent };
+    let attacked = AttackedAgent { scene, agent };
     let peers = u64::try_from(ATTESTATION_PEERS_MAX)?;
-    let flood = Flood::begin(Kind::NeverReads, siege.scene.ssh, peers);
+    let flood = Flood::begin(Kind::NeverReads, attacked.scene.ssh, peers);
     flood.reaches(peers).await;
     let mut halves = Vec::new();
     for _ in 0..UNAUTHENTICATED_MAX {
-        let mut raw = Raw::secured(siege.scene.ssh, Offer::default()).await?;
+        let mut raw = Raw::secured(attacked.scene.ssh, Offer::default()).await?;
         raw.write(&262_000_u32.to_be_bytes()).await?;
         halves.push(raw);
     }
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(8) {
-        siege.holds()?;
+        attacked.holds()?;
         sleep(Duration::from_millis(50)).await;
     }
     println!(
         "{peers} peers that never read and {} half packets: peak {} KiB",
         halves.len(),
-        siege.agent.peak_kib()?
+        attacked.agent.peak_kib()?
     );
     flood.end().await;
     drop(halves);
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }

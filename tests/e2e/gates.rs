@@ -7,12 +7,12 @@ use anyhow::{Context, Result, ensure};
 use secure_comms_protocol::limits::SILENCE;
 use secure_comms_tests::harness::process::Child;
 use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
-use secure_comms_tests::harness::test_namespace::Netns;
+use secure_comms_tests::harness::test_namespace::TestNamespace;
 use secure_comms_tests::simulators::kata::client::{
     EchoSession, bulk_both_ways, check_pattern, open_source, open_stall, read_source, write_pattern,
 };
 use secure_comms_tests::simulators::kata::framed::Framed;
-use secure_comms_tests::simulators::tcp_proxy::Cable;
+use secure_comms_tests::simulators::tcp_proxy::TcpProxy;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinSet;
@@ -24,7 +24,7 @@ struct Pod {
     scene: Scene,
     agent: Child,
     adaptor: Child,
-    _cable: Option<Cable>,
+    _cable: Option<TcpProxy>,
 }
 
 impl Pod {
@@ -39,12 +39,12 @@ impl Pod {
         let mut agent = scene.agent_command()?;
         agent.args(agent_flags).env("SECURE_COMMS_LOG", "debug");
         let agent = Child::spawn("agent", agent)?;
-        let cable = if delay.is_zero() { None } else { Some(Cable::with_delay(scene.ssh, delay).await?) };
-        let mut adaptor = scene.adaptor_command(&[cable.as_ref().map_or(scene.ssh, Cable::address)])?;
+        let proxy = if delay.is_zero() { None } else { Some(TcpProxy::with_delay(scene.ssh, delay).await?) };
+        let mut adaptor = scene.adaptor_command(&[proxy.as_ref().map_or(scene.ssh, TcpProxy::address)])?;
         adaptor.args(adaptor_flags).env("SECURE_COMMS_LOG", "debug");
         let adaptor = Child::spawn("adaptor", adaptor)?;
         up(&adaptor).await?;
-        Ok(Self { scene, agent, adaptor, _cable: cable })
+        Ok(Self { scene, agent, adaptor, _cable: proxy })
     }
 
     /// How often the two sides agreed on session keys.
@@ -168,7 +168,7 @@ async fn thirty_two_two_way_bulk_streams_at_once_finish_with_every_byte_right() 
 /// wait for each other (D2). Everything is in a network namespace of its own; the servers are unix sockets.
 #[tokio::test(flavor = "multi_thread")]
 async fn thirty_two_two_way_bulk_streams_finish_over_small_socket_buffers() -> Result<()> {
-    let narrow = Netns::new("narrow")?;
+    let narrow = TestNamespace::new("narrow")?;
     for (name, value) in [("tcp_wmem", "4096 16384 16384"), ("tcp_rmem", "4096 16384 16384")] {
         let set = format!("echo '{value}' > /proc/sys/net/ipv4/{name}");
         let set = narrow.command("sh").args(["-c", &set]).output().await?;

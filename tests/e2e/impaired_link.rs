@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::harness::process::Child;
 use secure_comms_tests::harness::scene::PATIENCE;
-use secure_comms_tests::simulators::impaired_link::{Impairment, Line, Rate, Traffic};
+use secure_comms_tests::simulators::impaired_link::{Impairment, ImpairedLink, Rate, Traffic};
 use secure_comms_tests::simulators::kata::client::{check_pattern, write_pattern};
 use secure_comms_tunnel::netns;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -18,17 +18,17 @@ const MIB: u64 = 1024 * 1024;
 const PORT: u16 = 7000;
 
 /// A server at `b` and a connection to it from `a`.
-async fn connection(line: &Line) -> Result<(TcpStream, TcpStream)> {
+async fn connection(line: &ImpairedLink) -> Result<(TcpStream, TcpStream)> {
     let listener = listener(line).await?;
     let (server, client) = tokio::join!(listener.accept(), connect(line));
     Ok((client?, server?.0))
 }
 
-async fn listener(line: &Line) -> Result<TcpListener> {
+async fn listener(line: &ImpairedLink) -> Result<TcpListener> {
     Ok(netns::listen(Some(&line.b.namespace()), SocketAddr::new(line.b.address, PORT)).await?)
 }
 
-async fn connect(line: &Line) -> Result<TcpStream> {
+async fn connect(line: &ImpairedLink) -> Result<TcpStream> {
     let to = SocketAddr::new(line.b.address, PORT);
     Ok(timeout(PATIENCE, netns::connect(Some(&line.a.namespace()), to)).await??)
 }
@@ -51,7 +51,7 @@ fn loses(chance: f64) -> Impairment {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_round_trip_takes_the_delay_of_both_directions() -> Result<()> {
-    let line = Line::new(1, Impairment::round_trip(Duration::from_millis(80))).await?;
+    let line = ImpairedLink::new(1, Impairment::round_trip(Duration::from_millis(80))).await?;
     let mut ping = line.a.netns.command("ping");
     ping.args(["-c", "5", "-i", "0.2", &line.b.address.to_string()]);
     let ping = Child::spawn("ping", ping)?;
@@ -64,7 +64,7 @@ async fn a_round_trip_takes_the_delay_of_both_directions() -> Result<()> {
 
 /// Which of 200 numbered packets arrive.
 async fn survivors(seed: u64, impairment: Impairment) -> Result<Vec<u8>> {
-    let line = Line::new(seed, impairment).await?;
+    let line = ImpairedLink::new(seed, impairment).await?;
     let (from, to) = (SocketAddr::new(line.a.address, PORT), SocketAddr::new(line.b.address, PORT));
     let bind = |address| {
         move || {
@@ -108,7 +108,7 @@ async fn the_same_seed_loses_the_same_packets_and_another_seed_loses_others() ->
 }
 
 /// Waits for what the line counts from `a` to `b`; nothing tells when that changes.
-async fn counts(line: &Line, wanted: impl Fn(&Traffic) -> bool) -> Result<()> {
+async fn counts(line: &ImpairedLink, wanted: impl Fn(&Traffic) -> bool) -> Result<()> {
     let counted = async {
         while !wanted(&line.traffic().0) {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -119,7 +119,7 @@ async fn counts(line: &Line, wanted: impl Fn(&Traffic) -> bool) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_outlives_a_blackhole_through_which_nothing_passes() -> Result<()> {
-    let line = Line::new(1, Impairment::default()).await?;
+    let line = ImpairedLink::new(1, Impairment::default()).await?;
     let (mut client, mut server) = connection(&line).await?;
     write_pattern(&mut client, 1000, 1).await?;
     check_pattern(&mut server, 1000, 1).await?;
@@ -144,7 +144,7 @@ async fn every_byte_arrives_in_order_where_packets_are_lost_late_and_doubled() -
         duplicate: 0.05,
         ..Impairment::default()
     };
-    let line = Line::new(3, bad).await?;
+    let line = ImpairedLink::new(3, bad).await?;
     let (client, server) = connection(&line).await?;
     bulk(client, server, 4 * MIB).await?;
     let there = line.traffic().0;
@@ -155,7 +155,7 @@ async fn every_byte_arrives_in_order_where_packets_are_lost_late_and_doubled() -
 #[tokio::test(flavor = "multi_thread")]
 async fn no_more_goes_through_than_the_rate() -> Result<()> {
     let rate = Rate { bytes_per_second: 2_000_000, queue: 100_000 };
-    let line = Line::new(1, Impairment { rate: Some(rate), ..Impairment::default() }).await?;
+    let line = ImpairedLink::new(1, Impairment { rate: Some(rate), ..Impairment::default() }).await?;
     let (client, server) = connection(&line).await?;
     let measured = bulk(client, server, 2 * MIB).await?;
     ensure!(measured <= f64::from(rate.bytes_per_second), "{measured} bytes a second");
@@ -164,7 +164,7 @@ async fn no_more_goes_through_than_the_rate() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn small_packets_pass_where_the_mtu_is_small() -> Result<()> {
-    let line = Line::with_mtu(1, loses(0.001), 600).await?;
+    let line = ImpairedLink::with_mtu(1, loses(0.001), 600).await?;
     let (client, server) = connection(&line).await?;
     bulk(client, server, MIB).await?;
     let there = line.traffic().0;
@@ -174,7 +174,7 @@ async fn small_packets_pass_where_the_mtu_is_small() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_end_that_was_pulled_out_or_moved_is_reached_again() -> Result<()> {
-    let mut line = Line::new(1, Impairment::default()).await?;
+    let mut line = ImpairedLink::new(1, Impairment::default()).await?;
     line.b.netns.ip(["link", "set", "line", "down"])?;
     line.b.netns.ip(["link", "set", "line", "up"])?;
     let (client, server) = connection(&line).await?;
@@ -212,7 +212,7 @@ async fn flood(mut from: TcpStream, mut to: TcpStream, bytes: u64) -> Result<f64
 #[tokio::test(flavor = "multi_thread")]
 async fn a_long_line_carries_all_that_is_sent() -> Result<()> {
     for milliseconds in [0, 20, 80] {
-        let line = Line::new(1, Impairment::round_trip(Duration::from_millis(milliseconds))).await?;
+        let line = ImpairedLink::new(1, Impairment::round_trip(Duration::from_millis(milliseconds))).await?;
         let (client, server) = connection(&line).await?;
         let rate = flood(client, server, 512 * MIB).await?;
         println!("round trip {milliseconds} ms: {rate:.0} MiB/s; {:?}", line.traffic().0);
@@ -221,7 +221,7 @@ async fn a_long_line_carries_all_that_is_sent() -> Result<()> {
     let narrow = Rate { bytes_per_second: 1_000_000_000, queue: 100_000_000 };
     let narrow = Impairment { rate: Some(narrow), ..Impairment::default() };
     for (impairment, bytes) in [(lossy, 8 * MIB), (narrow, 128 * MIB)] {
-        let line = Line::new(1, impairment).await?;
+        let line = ImpairedLink::new(1, impairment).await?;
         let (client, server) = connection(&line).await?;
         let rate = flood(client, server, bytes).await?;
         println!("{impairment:?}: {rate:.1} MiB/s; {:?}", line.traffic().0);

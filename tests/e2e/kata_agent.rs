@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use secure_comms_tests::harness::process::Child;
 use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
-use secure_comms_tests::harness::test_namespace::Netns;
+use secure_comms_tests::harness::test_namespace::TestNamespace;
 use secure_comms_tests::simulators::kata_api::VOLUMES;
 use secure_comms_tests::simulators::kata_api::api::agent::{
     CreateContainerRequest, CreateSandboxRequest, Storage,
@@ -31,7 +31,7 @@ const MIB: u32 = 1024 * 1024;
 struct Pod {
     agent: Child,
     adaptor: Child,
-    namespace: Netns,
+    namespace: TestNamespace,
     scene: Scene,
 }
 
@@ -39,7 +39,7 @@ impl Pod {
     /// Without a kata agent so far.
     async fn up() -> Result<Self> {
         let mut scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
-        let namespace = Netns::new("kata")?;
+        let namespace = TestNamespace::new("kata")?;
         scene.pod_namespace = namespace.path().display().to_string();
         scene.kata_socket = scene.path("agent.sock");
         scene.write_user_data().await?;

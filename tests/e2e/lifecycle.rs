@@ -9,7 +9,7 @@ use secure_comms_tests::harness::process::{Child, Signal};
 use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
 use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::simulators::kbs::{Fault, KbsOptions, LoggedRequest};
-use secure_comms_tests::simulators::tcp_proxy::Cable;
+use secure_comms_tests::simulators::tcp_proxy::TcpProxy;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 
@@ -164,14 +164,14 @@ async fn a_frozen_adaptor_is_replaced_by_a_new_one_at_once() -> Result<()> {
 async fn a_connection_that_is_cut_comes_back_and_its_clients_see_a_reset() -> Result<()> {
     let scene = scene().await?;
     let _agent = scene.agent().await?;
-    let cable = Cable::to(scene.ssh).await?;
-    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[cable.address()])?)?;
+    let proxy = TcpProxy::to(scene.ssh).await?;
+    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[proxy.address()])?)?;
     works(&scene, &adaptor).await?;
     let mut session = EchoSession::open(kata_client(endpoint(&adaptor, "KATAAGENT").await?).await?).await?;
     session.roundtrip(200, 1).await?;
     for _ in 0..3 {
         let mark = adaptor.mark();
-        cable.cut();
+        proxy.cut();
         says_after(&adaptor, mark, "channel down").await?;
         says_after(&adaptor, mark, "kubernetes phase up").await?;
         works(&scene, &adaptor).await?;
@@ -184,30 +184,30 @@ async fn a_connection_that_is_cut_comes_back_and_its_clients_see_a_reset() -> Re
 async fn a_half_open_connection_is_noticed_by_both_sides_and_blocks_nobody() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
-    let cable = Cable::to(scene.ssh).await?;
-    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[cable.address()])?)?;
+    let proxy = TcpProxy::to(scene.ssh).await?;
+    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[proxy.address()])?)?;
     works(&scene, &adaptor).await?;
     let (mark, agent_mark) = (adaptor.mark(), agent.mark());
-    cable.freeze();
+    proxy.freeze();
     says_after(&adaptor, mark, "channel down").await?;
     says_after(&agent, agent_mark, "ended").await?;
-    cable.cut();
-    cable.thaw();
+    proxy.cut();
+    proxy.thaw();
     says_after(&adaptor, mark, "kubernetes phase up").await?;
     works(&scene, &adaptor).await
 }
 
 /// An adaptor with two ways to the agent.
-async fn on_two_cables(scene: &Scene) -> Result<([Cable; 2], Child)> {
-    let cables = [Cable::to(scene.ssh).await?, Cable::to(scene.ssh).await?];
-    let command = scene.adaptor_command(&cables.each_ref().map(Cable::address))?;
-    Ok((cables, Child::spawn("adaptor", command)?))
+async fn on_two_proxies(scene: &Scene) -> Result<([TcpProxy; 2], Child)> {
+    let proxies = [TcpProxy::to(scene.ssh).await?, TcpProxy::to(scene.ssh).await?];
+    let command = scene.adaptor_command(&proxies.each_ref().map(TcpProxy::address))?;
+    Ok((proxies, Child::spawn("adaptor", command)?))
 }
 
-/// The cable of which the adaptor says this, and the other.
-async fn in_use<'a>(adaptor: &Child, what: &str, cables: &'a [Cable; 2]) -> Result<(&'a Cable, &'a Cable)> {
+/// The proxy of which the adaptor says this, and the other.
+async fn in_use<'a>(adaptor: &Child, what: &str, proxies: &'a [TcpProxy; 2]) -> Result<(&'a TcpProxy, &'a TcpProxy)> {
     let line = adaptor.wait_for_text(what, PATIENCE).await?;
-    let [one, two] = cables;
+    let [one, two] = proxies;
     Ok(if line.contains(&one.address().to_string()) { (one, two) } else { (two, one) })
 }
 
@@ -216,9 +216,9 @@ async fn a_connection_that_falls_silent_is_given_up_once_the_agent_answers_at_an
 {
     let scene = scene().await?;
     let agent = scene.agent().await?;
-    let (cables, adaptor) = on_two_cables(&scene).await?;
+    let (proxies, adaptor) = on_two_proxies(&scene).await?;
     works(&scene, &adaptor).await?;
-    let (mut used, mut other) = in_use(&adaptor, "kubernetes phase up at", &cables).await?;
+    let (mut used, mut other) = in_use(&adaptor, "kubernetes phase up at", &proxies).await?;
     for _ in 0..2 {
         let (mark, agent_mark) = (adaptor.mark(), agent.mark());
         used.freeze();
@@ -240,8 +240,8 @@ async fn an_attestation_that_falls_silent_goes_on_at_another_address() -> Result
     let scene = scene().await?;
     let _agent = scene.agent().await?;
     scene.kbs.set_fault(Fault::Garbage(b"not yet".to_vec()));
-    let (cables, adaptor) = on_two_cables(&scene).await?;
-    let (used, _) = in_use(&adaptor, "attestation: connected to", &cables).await?;
+    let (proxies, adaptor) = on_two_proxies(&scene).await?;
+    let (used, _) = in_use(&adaptor, "attestation: connected to", &proxies).await?;
     says(&adaptor, "keys: attempt").await?;
     let mark = adaptor.mark();
     used.freeze();
@@ -255,16 +255,16 @@ async fn an_attestation_that_falls_silent_goes_on_at_another_address() -> Result
 async fn a_pause_of_the_network_costs_no_stream() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
-    let cable = Cable::to(scene.ssh).await?;
-    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[cable.address()])?)?;
+    let proxy = TcpProxy::to(scene.ssh).await?;
+    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[proxy.address()])?)?;
     works(&scene, &adaptor).await?;
     let mut session = EchoSession::open(kata_client(endpoint(&adaptor, "KATAAGENT").await?).await?).await?;
     session.roundtrip(200, 1).await?;
     let (mark, agent_mark) = (adaptor.mark(), agent.mark());
-    cable.freeze();
+    proxy.freeze();
     // Nothing tells when the adaptor has tried a new connection: it does within 2 s. That gets through when the old one does.
     sleep(Duration::from_secs(4)).await;
-    cable.thaw();
+    proxy.thaw();
     session.roundtrip(200, 2).await?;
     // The new connection is there as well now, and must not be let in: it would be after 4 s, as long as the old one was silent.
     sleep(Duration::from_secs(6)).await;

@@ -9,7 +9,7 @@ use secure_comms_tests::harness::pod_site::{
 };
 use secure_comms_tests::harness::process::{Child, Signal, ensure_built};
 use secure_comms_tests::harness::scene::PATIENCE;
-use secure_comms_tests::harness::test_namespace::Netns;
+use secure_comms_tests::harness::test_namespace::TestNamespace;
 use serde_json::{Value, json};
 use tokio::process::Command;
 
@@ -152,7 +152,7 @@ async fn a_default_route_and_an_address_that_come_late_are_noticed_when_they_com
     command.args(["-host-interface", "ens4"]);
     let agent = Child::spawn("agent", command).unwrap();
     agent.wait_for_text("pod network: waiting: no interface 'ens4'", PATIENCE).await.unwrap();
-    site.vm.cable("ens4", &site.node, "cable2").unwrap();
+    site.vm.veth("ens4", &site.node, "cable2").unwrap();
     agent.wait_for_text("pod network: waiting: 'ens4' has no IPv4 address", PATIENCE).await.unwrap();
     // An agent that waits can be stopped.
     end(agent).await;
@@ -161,8 +161,8 @@ async fn a_default_route_and_an_address_that_come_late_are_noticed_when_they_com
 #[tokio::test(flavor = "multi_thread")]
 async fn the_tunnel_leaves_by_the_interface_that_the_flag_names() {
     let site = PodSite::new(&V4).unwrap();
-    let other = Netns::new("other").unwrap();
-    site.vm.cable("ens4", &other, "cable").unwrap();
+    let other = TestNamespace::new("other").unwrap();
+    site.vm.veth("ens4", &other, "cable").unwrap();
     site.vm.address("ens4", "10.8.0.1/24").unwrap();
     site.vm.ip(["route", "change", "default", "via", "10.8.0.2", "dev", "ens4"]).unwrap();
     let spec = with(&V4, &[("dedicated", json!(true))]);
@@ -184,12 +184,12 @@ async fn the_tunnel_leaves_by_the_interface_that_the_flag_names() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_second_interface_moves_to_the_pod_with_its_addresses_and_routes_and_comes_back() {
     let site = PodSite::new(&V4).unwrap();
-    let outside = Netns::new("outside").unwrap();
+    let outside = TestNamespace::new("outside").unwrap();
     outside.ip(["address", "add", "198.51.100.1/32", "dev", "lo"]).unwrap();
     let spec = with(&V4, &[("external-net-via-pod-vm", json!(true))]);
     let agent = site.up(&spec).await.unwrap();
     // It comes late, as a second interface does.
-    site.vm.cable("ens4", &outside, "cable").unwrap();
+    site.vm.veth("ens4", &outside, "cable").unwrap();
     outside.address("cable", "10.77.0.1/24").unwrap();
     site.vm.address("ens4", "10.77.0.2/24").unwrap();
     let given = "'ens4' is the pod's, with its addresses and routes";
@@ -227,7 +227,7 @@ async fn the_second_interface_moves_to_the_pod_with_its_addresses_and_routes_and
 async fn a_second_interface_without_a_default_route_gets_that_of_its_network_and_does_not_keep_it() {
     let site = PodSite::new(&V4).unwrap();
     // On one network with the first, through a switch at the worker node.
-    site.vm.cable("ens4", &site.node, "cable2").unwrap();
+    site.vm.veth("ens4", &site.node, "cable2").unwrap();
     site.vm.address("ens4", "10.9.0.5/24").unwrap();
     site.node.ip(["route", "add", "10.9.0.5/32", "dev", "cable2"]).unwrap();
     site.node.ip(["address", "add", "198.51.100.1/32", "dev", "lo"]).unwrap();
@@ -245,7 +245,7 @@ async fn a_second_interface_without_a_default_route_gets_that_of_its_network_and
 }
 
 /// Runs `nft` in a namespace; what it printed.
-async fn nft(netns: &Netns, arguments: &[&str]) -> String {
+async fn nft(netns: &TestNamespace, arguments: &[&str]) -> String {
     let output = netns.command("nft").args(arguments).output().await.unwrap();
     assert!(output.status.success(), "nft {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()

@@ -1,7 +1,7 @@
 //! Channels that are not there, windows that do not exist, and more of either than anybody needs (RFC 4254 5).
 
 use anyhow::{Context, Result, ensure};
-use secure_comms_tests::attackers::attacked_agent::{Siege, answers};
+use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Packet, Raw, message, uint};
 
 const MANY: u32 = 10_000;
@@ -35,11 +35,11 @@ fn extended(id: u32, code: u32, data: &[u8]) -> Packet {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn channels_that_are_not_there_take_nothing_and_answer_nothing() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     // Another peer's channels have the same numbers: what is sent here must not get there.
-    let mut other = Raw::attestation(siege.scene.ssh).await?;
+    let mut other = Raw::attestation(attacked.scene.ssh).await?;
     let others = other.open_control(1).await?;
-    let mut raw = Raw::attestation(siege.scene.ssh).await?;
+    let mut raw = Raw::attestation(attacked.scene.ssh).await?;
     for id in [others, 0, 1, 3, u32::MAX] {
         for packet in [
             Packet::data(id, b"this is no JSON\n"),
@@ -56,24 +56,24 @@ async fn channels_that_are_not_there_take_nothing_and_answer_nothing() -> Result
             answers(&mut raw).await.with_context(|| format!("{packet:?}"))?;
         }
     }
-    let mut raw = Raw::attestation(siege.scene.ssh).await?;
+    let mut raw = Raw::attestation(attacked.scene.ssh).await?;
     let own = raw.open_control(1).await?;
     raw.send(&confirmation(own)).await?;
     raw.ends().await?;
     for id in [others, 0, u32::MAX] {
         // It was never asked for: the peer has lost count, and is not served on.
-        let mut raw = Raw::attestation(siege.scene.ssh).await?;
+        let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         raw.send(&confirmation(id)).await?;
         raw.ends().await?;
     }
     answers(&mut other).await.context("another peer's connection")?;
-    siege.holds_and_attests().await?;
-    siege.comes_up().await.map(drop)
+    attacked.holds_and_attests().await?;
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_control_channel_that_is_abused_harms_its_own_connection_alone() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     let abuses: [(&str, Abuse); 11] = [
         ("a window beyond 32 bits", |id| vec![window_adjust(id, u32::MAX), window_adjust(id, u32::MAX)]),
         ("closed twice", |id| vec![close(id), close(id), Packet::data(id, b"{\"ping\":1}\n"), eof(id)]),
@@ -90,30 +90,30 @@ async fn a_control_channel_that_is_abused_harms_its_own_connection_alone() -> Re
         ("requests on it", |id| vec![Packet::request(id, "env").string("A").string("B"); MANY as usize]),
     ];
     for (what, packets) in abuses {
-        let mut raw = Raw::attestation(siege.scene.ssh).await?;
+        let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         let id = raw.open_control(1).await?;
         for packet in packets(id) {
             raw.send(&packet).await.with_context(|| what.to_owned())?;
         }
         answers(&mut raw).await.with_context(|| what.to_owned())?;
-        siege.holds_and_attests().await.with_context(|| what.to_owned())?;
+        attacked.holds_and_attests().await.with_context(|| what.to_owned())?;
     }
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn windows_and_packets_of_no_size_stall_nobody_else() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     let open = |window, packet| {
         Packet::new(message::CHANNEL_OPEN).string("session").uint(1).uint(window).uint(packet)
     };
     for window in [0, u32::MAX] {
-        let mut raw = Raw::attestation(siege.scene.ssh).await?;
+        let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         raw.send(&open(window, 0)).await?;
         raw.ends().await?;
     }
     for (window, packet) in [(0, 1 << 15), (1, 1), (u32::MAX, u32::MAX)] {
-        let mut raw = Raw::attestation(siege.scene.ssh).await?;
+        let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         raw.send(&open(window, packet)).await?;
         let id = uint(&raw.expect(&[message::CHANNEL_OPEN_CONFIRMATION]).await?, 5)?;
         // Its hello has to wait for room.
@@ -123,17 +123,17 @@ async fn windows_and_packets_of_no_size_stall_nobody_else() -> Result<()> {
         raw.send(&window_adjust(id, u32::MAX)).await?;
         raw.expect(&[message::CHANNEL_DATA]).await?;
         answers(&mut raw).await?;
-        siege.holds_and_attests().await?;
+        attacked.holds_and_attests().await?;
     }
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn thousands_of_opens_are_refused_one_by_one_and_leave_no_memory() -> Result<()> {
-    let siege = Siege::attestation().await?;
-    siege.holds_and_attests().await?;
-    let before = siege.agent.rss_kib()?;
-    let mut raw = Raw::attestation(siege.scene.ssh).await?;
+    let attacked = AttackedAgent::attestation().await?;
+    attacked.holds_and_attests().await?;
+    let before = attacked.agent.rss_kib()?;
+    let mut raw = Raw::attestation(attacked.scene.ssh).await?;
     raw.open_session(0).await?;
     let mut refused = 0;
     for round in 0..MANY / 100 {
@@ -151,10 +151,10 @@ async fn thousands_of_opens_are_refused_one_by_one_and_leave_no_memory() -> Resu
         }
     }
     answers(&mut raw).await?;
-    let after = siege.agent.rss_kib()?;
+    let after = attacked.agent.rss_kib()?;
     println!("{refused} opens refused; RSS of the agent {before} KiB before, {after} KiB after");
     ensure!(after < before + 1024, "the agent grew from {before} to {after} KiB");
     drop(raw);
-    siege.holds_and_attests().await?;
-    siege.comes_up().await.map(drop)
+    attacked.holds_and_attests().await?;
+    attacked.comes_up().await.map(drop)
 }

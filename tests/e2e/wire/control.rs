@@ -1,7 +1,7 @@
 //! Lines on the control channel that no adaptor would write.
 
 use anyhow::{Context, Result, ensure};
-use secure_comms_tests::attackers::attacked_agent::{Siege, answers};
+use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Packet, Raw, message};
 use secure_comms_tests::harness::scene::PATIENCE;
 
@@ -27,7 +27,7 @@ async fn pongs(raw: &mut Raw, channel: u32, number: u64) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lines_that_are_no_messages_end_the_connection_with_a_reason() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     let many_keys = (0..8000).map(|key| format!("\"{key}\":{{}}")).collect::<Vec<_>>().join(",");
     let lines: Vec<(String, &str)> = vec![
         ("x".repeat(65_537), "longer than 65536"),
@@ -53,13 +53,13 @@ async fn lines_that_are_no_messages_end_the_connection_with_a_reason() -> Result
         (format!("{{{many_keys}").chars().take(65_000).collect(), "not a control message"),
     ];
     for (line, reason) in lines {
-        let mut raw = Raw::attestation(siege.scene.ssh).await?;
+        let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         let channel = raw.open_control(1).await?;
-        let mark = siege.agent.mark();
+        let mark = attacked.agent.mark();
         // Cut in the middle of a long line, it can't take all of it.
         drop(say(&mut raw, channel, line.as_bytes()).await);
         raw.ends().await.with_context(|| format!("{line:.80}"))?;
-        let told = siege.agent.wait_from(
+        let told = attacked.agent.wait_from(
             mark,
             |text| text.contains("control line") || text.contains(reason),
             PATIENCE,
@@ -67,22 +67,22 @@ async fn lines_that_are_no_messages_end_the_connection_with_a_reason() -> Result
         let told = told.await?;
         ensure!(told.len() < 1000, "the log repeats it: {told}");
         ensure!(told.contains(reason) || reason.starts_with("expected"), "{line:.80}: {told}");
-        siege.holds()?;
+        attacked.holds()?;
     }
     for line in [b"\xff\xfe{}".as_slice(), b"{\"bye\":{\"reason\":\"\xff\"}}", b"{\"\xc3\x28\":1}"] {
-        let mut raw = Raw::attestation(siege.scene.ssh).await?;
+        let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         let channel = raw.open_control(1).await?;
         say(&mut raw, channel, line).await?;
         raw.ends().await.with_context(|| line.escape_ascii().to_string())?;
     }
-    siege.holds_and_attests().await?;
-    siege.comes_up().await.map(drop)
+    attacked.holds_and_attests().await?;
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_that_nobody_needs_change_nothing() -> Result<()> {
-    let siege = Siege::attestation().await?;
-    let mut raw = Raw::attestation(siege.scene.ssh).await?;
+    let attacked = AttackedAgent::attestation().await?;
+    let mut raw = Raw::attestation(attacked.scene.ssh).await?;
     let channel = raw.open_control(1).await?;
     let names = |length| vec!["\"N\""; length].join(",");
     let lines = [
@@ -115,13 +115,13 @@ async fn messages_that_nobody_needs_change_nothing() -> Result<()> {
     }
     pongs(&mut raw, channel, u64::MAX).await?;
     answers(&mut raw).await?;
-    siege.holds_and_attests().await?;
+    attacked.holds_and_attests().await?;
     // A bye is a bye.
     say(&mut raw, channel, br#"{"bye":{"reason":"\u001b[2J\u0000\nforged: line"}}"#).await?;
     raw.ends().await?;
     ensure!(
-        !siege.agent.log().contains('\u{1b}') && !siege.agent.log().contains("\nforged"),
+        !attacked.agent.log().contains('\u{1b}') && !attacked.agent.log().contains("\nforged"),
         "a forged line"
     );
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }

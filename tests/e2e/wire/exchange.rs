@@ -1,7 +1,7 @@
 //! The first key exchange, and what strict key exchange forbids in it (OpenSSH PROTOCOL 1.10, CVE-2023-48795).
 
 use anyhow::{Context, Result, ensure};
-use secure_comms_tests::attackers::attacked_agent::{Siege, answers};
+use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Offer, Packet, Raw, message};
 use secure_comms_tests::harness::scene::PATIENCE;
 
@@ -15,8 +15,8 @@ fn stowaways() -> [Packet; 3] {
 }
 
 /// The handshake up to a point, a message there, and the rest as if nothing were.
-async fn slipped_in(siege: &Siege, place: usize, stowaway: &Packet) -> Result<()> {
-    let mut raw = Raw::connect(siege.scene.ssh).await?;
+async fn slipped_in(attacked: &AttackedAgent, place: usize, stowaway: &Packet) -> Result<()> {
+    let mut raw = Raw::connect(attacked.scene.ssh).await?;
     raw.identify().await?;
     if place == 0 {
         raw.send(stowaway).await?;
@@ -36,21 +36,21 @@ async fn slipped_in(siege: &Siege, place: usize, stowaway: &Packet) -> Result<()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_slipped_in_before_new_keys_ends_the_connection() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     for stowaway in stowaways() {
         for place in 0..3 {
-            let slipped = slipped_in(&siege, place, &stowaway).await;
+            let slipped = slipped_in(&attacked, place, &stowaway).await;
             ensure!(slipped.is_err(), "{stowaway:?} at place {place} was taken");
         }
-        siege.holds_and_attests().await?;
+        attacked.holds_and_attests().await?;
     }
-    slipped_in(&siege, 3, &stowaways()[0]).await.context("the same without a stowaway")?;
-    siege.comes_up().await.map(drop)
+    slipped_in(&attacked, 3, &stowaways()[0]).await.context("the same without a stowaway")?;
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_is_not_strict_or_says_so_in_other_words_gets_no_keys() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     for kex in [
         "curve25519-sha256",
         "curve25519-sha256,kex-strict-s-v00@openssh.com",
@@ -61,19 +61,19 @@ async fn a_client_that_is_not_strict_or_says_so_in_other_words_gets_no_keys() ->
         "kex-strict-c-v00@openssh.com,curve25519-sha256@libssh.org",
         "",
     ] {
-        let mark = siege.agent.mark();
-        ensure!(Raw::secured(siege.scene.ssh, Offer { kex, ..Offer::default() }).await.is_err(), "{kex}");
-        siege.agent.wait_from(mark, |line| line.contains(": ended: "), PATIENCE).await?;
+        let mark = attacked.agent.mark();
+        ensure!(Raw::secured(attacked.scene.ssh, Offer { kex, ..Offer::default() }).await.is_err(), "{kex}");
+        attacked.agent.wait_from(mark, |line| line.contains(": ended: "), PATIENCE).await?;
     }
-    siege.holds_and_attests().await
+    attacked.holds_and_attests().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_prefix_that_is_cut_off_the_sealed_stream_ends_the_connection_with_either_cipher() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     for offer in [Offer::default(), Offer::default().by_sequence()] {
         for cut in [0, 1, 2] {
-            let mut raw = Raw::secured(siege.scene.ssh, offer).await?;
+            let mut raw = Raw::secured(attacked.scene.ssh, offer).await?;
             for _ in 0..cut {
                 // Sealed, and lost on the way.
                 raw.seal(&Packet::new(message::IGNORE).string("x"))?;
@@ -81,25 +81,25 @@ async fn a_prefix_that_is_cut_off_the_sealed_stream_ends_the_connection_with_eit
             let attests = raw.attest().await;
             ensure!(attests.is_ok() == (cut == 0), "{offer:?}, {cut} packets cut off: {attests:?}");
         }
-        siege.holds_and_attests().await?;
+        attacked.holds_and_attests().await?;
     }
     // Sequence numbers that go on are what made the truncation pass: they must not.
-    let mut raw = Raw::connect(siege.scene.ssh).await?;
+    let mut raw = Raw::connect(attacked.scene.ssh).await?;
     raw.starts_over = false;
     raw.identify().await?;
     ensure!(raw.exchange_keys(Offer::default().by_sequence()).await.is_ok());
     ensure!(raw.attest().await.is_err(), "sequence numbers that go on were taken");
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guessed_exchange_passes_only_where_the_standard_has_it() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     // first_kex_packet_follows (RFC 4253 7.1): the guess was wrong, for the agent prefers another exchange of those offered.
     let kex = "sntrup761x25519-sha512,curve25519-sha256,kex-strict-c-v00@openssh.com";
     let offer = Offer { kex, ..Offer::default() };
     for extra in 0..4 {
-        let mut raw = Raw::connect(siege.scene.ssh).await?;
+        let mut raw = Raw::connect(attacked.scene.ssh).await?;
         raw.identify().await?;
         let mut init = offer.packet().payload().to_vec();
         let follows = init.len() - 5;
@@ -119,14 +119,14 @@ async fn a_guessed_exchange_passes_only_where_the_standard_has_it() -> Result<()
         };
         let done = done.await;
         ensure!(done.is_ok() == (extra == 1), "{extra} guessed packets: {done:?}");
-        siege.holds()?;
+        attacked.holds()?;
     }
-    siege.holds_and_attests().await
+    attacked.holds_and_attests().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn public_keys_of_other_lengths_and_of_small_order_yield_no_keys() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     let mut field = Packet::new(message::KEX_ECDH_INIT).string([1; 32]).payload().to_vec();
     field[1] = 0xff;
     let publics = [
@@ -147,20 +147,20 @@ async fn public_keys_of_other_lengths_and_of_small_order_yield_no_keys() -> Resu
         "mlkem768x25519-sha256,kex-strict-c-v00@openssh.com",
     ] {
         for public in &publics {
-            let mut raw = Raw::connect(siege.scene.ssh).await?;
+            let mut raw = Raw::connect(attacked.scene.ssh).await?;
             raw.identify().await?;
             raw.begin(Offer { kex, ..Offer::default() }).await?;
             drop(raw.send(public).await);
             let reply = raw.expect(&[message::KEX_ECDH_REPLY]).await;
             ensure!(reply.is_err(), "{kex}: {public:?} got a reply");
-            siege.holds()?;
+            attacked.holds()?;
         }
         // Of the right length, and no key of the lattice: every coefficient is too large.
-        let mut raw = Raw::connect(siege.scene.ssh).await?;
+        let mut raw = Raw::connect(attacked.scene.ssh).await?;
         raw.identify().await?;
         raw.begin(Offer { kex, ..Offer::default() }).await?;
         raw.send(&Packet::new(message::KEX_ECDH_INIT).string([0xff; 1184 + 32])).await?;
         ensure!(raw.expect(&[message::KEX_ECDH_REPLY]).await.is_err(), "{kex}: no key got a reply");
     }
-    siege.holds_and_attests().await
+    attacked.holds_and_attests().await
 }

@@ -1,7 +1,7 @@
 //! Fields that lie about their length, are no text, or are nothing that anybody would write; most of them before a login.
 
 use anyhow::{Context, Result, ensure};
-use secure_comms_tests::attackers::attacked_agent::{Siege, answers};
+use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Key, Offer, Packet, Raw, message};
 use secure_comms_tests::harness::scene::PATIENCE;
 
@@ -41,8 +41,8 @@ impl Junk {
 }
 
 /// A connection that waits for a login.
-async fn asked(siege: &Siege) -> Result<Raw> {
-    let mut raw = Raw::secured(siege.scene.ssh, Offer::default()).await?;
+async fn asked(attacked: &AttackedAgent) -> Result<Raw> {
+    let mut raw = Raw::secured(attacked.scene.ssh, Offer::default()).await?;
     raw.ask_to_authenticate().await?;
     Ok(raw)
 }
@@ -111,7 +111,7 @@ fn keys() -> Vec<(&'static str, Packet)> {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_key_and_no_certificate_but_the_worker_nodes_lets_anybody_in_whatever_it_looks_like() -> Result<()>
 {
-    for siege in [Siege::attestation().await?, Siege::kubernetes().await?] {
+    for attacked in [AttackedAgent::attestation().await?, AttackedAgent::kubernetes().await?] {
         for (algorithm, key) in keys() {
             for user in ["kubernetes", "attestation"] {
                 for signed in [false, true] {
@@ -121,15 +121,15 @@ async fn no_key_and_no_certificate_but_the_worker_nodes_lets_anybody_in_whatever
                         let signature = Packet::whole(vec![]).string(algorithm).string([9; 64]);
                         request = request.string(signature.payload());
                     }
-                    let mut raw = asked(&siege).await?;
+                    let mut raw = asked(&attacked).await?;
                     // Refused, or ended where it can't be read.
                     let let_in = raw.authenticate(&request).await.unwrap_or(false);
                     ensure!(!let_in, "{user}: {algorithm} is let in");
-                    siege.holds()?;
+                    attacked.holds()?;
                 }
             }
         }
-        siege.comes_up().await?;
+        attacked.comes_up().await?;
     }
     Ok(())
 }
@@ -137,11 +137,11 @@ async fn no_key_and_no_certificate_but_the_worker_nodes_lets_anybody_in_whatever
 #[tokio::test(flavor = "multi_thread")]
 async fn spoiled_logins_are_refused_or_end_their_connection() -> Result<()> {
     const SEED: u64 = 0x5eed_0001;
-    let siege = Siege::kubernetes().await?;
+    let attacked = AttackedAgent::kubernetes().await?;
     let stranger = Key::generate()?;
     let mut junk = Junk(SEED);
     for number in 0..600 {
-        let mut raw = asked(&siege).await?;
+        let mut raw = asked(&attacked).await?;
         let (_, key) = &keys()[junk.below(keys().len())];
         let packet = match junk.below(4) {
             0 => stranger.login("kubernetes", raw.session()),
@@ -160,18 +160,18 @@ async fn spoiled_logins_are_refused_or_end_their_connection() -> Result<()> {
         // Some of them are no request any more, and get no answer: the next message does.
         let let_in = tokio::time::timeout(std::time::Duration::from_millis(300), let_in).await;
         ensure!(!matches!(let_in, Ok(Ok(true))), "{number}: {spoiled:?} is let in");
-        siege.holds().with_context(|| format!("seed {SEED:#x}, number {number}: {spoiled:?}"))?;
+        attacked.holds().with_context(|| format!("seed {SEED:#x}, number {number}: {spoiled:?}"))?;
     }
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn spoiled_handshakes_end_and_spoiled_requests_end_or_are_refused() -> Result<()> {
     const SEED: u64 = 0x5eed_0002;
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     let mut junk = Junk(SEED);
     for number in 0..500 {
-        let mut raw = Raw::connect(siege.scene.ssh).await?;
+        let mut raw = Raw::connect(attacked.scene.ssh).await?;
         raw.identify().await?;
         raw.send(&Packet::whole(junk.spoil(Offer::default().packet().payload()))).await?;
         // A bit of the cookie may have turned: then the hash is another at each end, and the keys are.
@@ -179,9 +179,9 @@ async fn spoiled_handshakes_end_and_spoiled_requests_end_or_are_refused() -> Res
         drop(raw.send(&Packet::new(message::NEWKEYS)).await);
         drop(raw.write(&[0; 64]).await);
         raw.ends().await.with_context(|| format!("seed {SEED:#x}, handshake {number}"))?;
-        siege.holds()?;
+        attacked.holds()?;
     }
-    let mut raw = Raw::attestation(siege.scene.ssh).await?;
+    let mut raw = Raw::attestation(attacked.scene.ssh).await?;
     for number in 0..3000 {
         let packets = [
             Packet::open("session", 1),
@@ -207,17 +207,17 @@ async fn spoiled_handshakes_end_and_spoiled_requests_end_or_are_refused() -> Res
         let chosen = junk.below(packets.len());
         let packet = Packet::whole(junk.spoil(packets[chosen].payload()));
         if raw.send(&packet).await.is_err() || junk.below(4) == 0 && answers(&mut raw).await.is_err() {
-            raw = Raw::attestation(siege.scene.ssh).await?;
+            raw = Raw::attestation(attacked.scene.ssh).await?;
         }
-        siege.holds().with_context(|| format!("seed {SEED:#x}, request {number}: {packet:?}"))?;
+        attacked.holds().with_context(|| format!("seed {SEED:#x}, request {number}: {packet:?}"))?;
     }
-    siege.holds_and_attests().await?;
-    siege.comes_up().await.map(drop)
+    attacked.holds_and_attests().await?;
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn texts_that_are_none_and_lengths_that_lie_end_a_login() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     let lies = [
         Packet::new(message::SERVICE_REQUEST).uint(u32::MAX).bytes(b"ssh-userauth"),
         Packet::new(message::SERVICE_REQUEST).uint(13).bytes(b"ssh-userauth"),
@@ -225,7 +225,7 @@ async fn texts_that_are_none_and_lengths_that_lie_end_a_login() -> Result<()> {
         Packet::new(message::SERVICE_REQUEST).string("ssh-userauth").byte(0),
     ];
     for packet in &lies {
-        let mut raw = Raw::secured(siege.scene.ssh, Offer::default()).await?;
+        let mut raw = Raw::secured(attacked.scene.ssh, Offer::default()).await?;
         raw.send(packet).await?;
         raw.ends().await.with_context(|| format!("{packet:?}"))?;
     }
@@ -239,7 +239,7 @@ async fn texts_that_are_none_and_lengths_that_lie_end_a_login() -> Result<()> {
         Packet::authenticate("attestation", "publickey").byte(0).string("ssh-ed25519").uint(u32::MAX),
     ];
     for packet in &lies {
-        let mut raw = asked(&siege).await?;
+        let mut raw = asked(&attacked).await?;
         raw.send(packet).await?;
         raw.ends().await.with_context(|| format!("{packet:?}"))?;
     }
@@ -255,18 +255,18 @@ async fn texts_that_are_none_and_lengths_that_lie_end_a_login() -> Result<()> {
         &long,
     ] {
         for method in ["none", "password", "hostbased", "gssapi-with-mic", "publickey", "", &long] {
-            let mut raw = asked(&siege).await?;
+            let mut raw = asked(&attacked).await?;
             let let_in = raw.authenticate(&Packet::authenticate(user, method)).await.unwrap_or(false);
             ensure!(!let_in, "{user:.20}, {method:.20}");
         }
     }
-    siege.holds_and_attests().await?;
-    siege.comes_up().await.map(drop)
+    attacked.holds_and_attests().await?;
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn more_tries_than_are_allowed_end_the_connection_whatever_is_tried() -> Result<()> {
-    let siege = Siege::kubernetes().await?;
+    let attacked = AttackedAgent::kubernetes().await?;
     for packet in [
         Packet::authenticate("kubernetes", "none"),
         Packet::authenticate("kubernetes", "password").byte(0).string("guess"),
@@ -274,7 +274,7 @@ async fn more_tries_than_are_allowed_end_the_connection_whatever_is_tried() -> R
         Packet::new(message::USERAUTH_INFO_RESPONSE).uint(0),
         Key::generate()?.login("kubernetes", b"another session"),
     ] {
-        let mut raw = asked(&siege).await?;
+        let mut raw = asked(&attacked).await?;
         let mut tries = 0;
         while let Ok(let_in) = raw.authenticate(&packet).await {
             ensure!(!let_in, "{packet:?} is let in");
@@ -284,13 +284,13 @@ async fn more_tries_than_are_allowed_end_the_connection_whatever_is_tried() -> R
         raw.ends().await?;
     }
     // Questions about a key cost nothing, and are endless until the time to authenticate is over.
-    let node = siege.node_key()?;
-    let mut raw = asked(&siege).await?;
+    let node = attacked.node_key()?;
+    let mut raw = asked(&attacked).await?;
     let probe =
         Packet::authenticate("kubernetes", "publickey").byte(0).string("ssh-ed25519").string(node.public());
     let probing = async {
         while raw.send(&probe).await.is_ok() && raw.expect(&[message::USERAUTH_PK_OK]).await.is_ok() {}
     };
     tokio::time::timeout(PATIENCE, probing).await.context("questions are answered for ever")?;
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }

@@ -1,13 +1,13 @@
 //! Packets that are replayed, cut, too long, or tampered with (RFC 4253 6).
 
 use anyhow::{Context, Result, ensure};
-use secure_comms_tests::attackers::attacked_agent::{Siege, answers};
+use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Offer, Packet, Raw, message};
 
 /// A connection before authentication, and one after.
-async fn both(siege: &Siege, offer: Offer) -> Result<[Raw; 2]> {
-    let before = Raw::secured(siege.scene.ssh, offer).await?;
-    let mut after = Raw::secured(siege.scene.ssh, offer).await?;
+async fn both(attacked: &AttackedAgent, offer: Offer) -> Result<[Raw; 2]> {
+    let before = Raw::secured(attacked.scene.ssh, offer).await?;
+    let mut after = Raw::secured(attacked.scene.ssh, offer).await?;
     after.attest().await?;
     Ok([before, after])
 }
@@ -23,21 +23,21 @@ async fn is_ended(mut raw: Raw, what: &str) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn packets_that_are_replayed_dropped_swapped_or_changed_end_the_connection() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     for offer in [Offer::default(), Offer::default().by_sequence()] {
-        for mut raw in both(&siege, offer).await? {
+        for mut raw in both(&attacked, offer).await? {
             let once = raw.seal(&noise())?;
             raw.write(&[once.as_slice(), &once].concat()).await?;
             is_ended(raw, "a replayed packet").await?;
         }
-        for mut raw in both(&siege, offer).await? {
+        for mut raw in both(&attacked, offer).await? {
             let (one, two) = (raw.seal(&noise())?, raw.seal(&noise())?);
             raw.write(&[two, one].concat()).await?;
             is_ended(raw, "two packets in the wrong order").await?;
         }
         // The length, the first block, the middle, the tag.
         for at in [3, 4, 500, 1020] {
-            for mut raw in both(&siege, offer).await? {
+            for mut raw in both(&attacked, offer).await? {
                 let mut bytes = raw.seal(&noise())?;
                 bytes[at] ^= 1;
                 // A length that has grown waits for more.
@@ -47,26 +47,26 @@ async fn packets_that_are_replayed_dropped_swapped_or_changed_end_the_connection
                 is_ended(raw, "a changed bit").await?;
             }
         }
-        siege.holds_and_attests().await?;
+        attacked.holds_and_attests().await?;
     }
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lengths_that_no_packet_has_end_the_connection_and_take_no_memory() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     // Nothing follows: the length alone must do, or the agent would wait for it.
     for length in [262_178, 1 << 20, 1 << 24, 1 << 30, i32::MAX as u32, u32::MAX - 3, u32::MAX] {
-        for mut raw in both(&siege, Offer::default()).await? {
+        for mut raw in both(&attacked, Offer::default()).await? {
             raw.write(&length.to_be_bytes()).await?;
             is_ended(raw, &format!("length {length}")).await?;
         }
-        let mut raw = Raw::connect(siege.scene.ssh).await?;
+        let mut raw = Raw::connect(attacked.scene.ssh).await?;
         raw.identify().await?;
         raw.write(&length.to_be_bytes()).await?;
         is_ended(raw, &format!("length {length} in the clear")).await?;
     }
-    siege.holds_and_attests().await?;
+    attacked.holds_and_attests().await?;
     // Sealed, with a tag that fits: only what is inside is wrong.
     for (what, body) in [
         ("nothing at all", vec![]),
@@ -74,28 +74,28 @@ async fn lengths_that_no_packet_has_end_the_connection_and_take_no_memory() -> R
         ("as much padding as packet", vec![32; 32]),
     ] {
         for offer in [Offer::default(), Offer::default().by_sequence()] {
-            for mut raw in both(&siege, offer).await? {
+            for mut raw in both(&attacked, offer).await? {
                 let sealed = raw.seal_body(u32::try_from(body.len())?, body.clone())?;
                 raw.write(&sealed).await?;
                 is_ended(raw, what).await?;
             }
         }
-        let mut raw = Raw::connect(siege.scene.ssh).await?;
+        let mut raw = Raw::connect(attacked.scene.ssh).await?;
         raw.identify().await?;
         let clear = raw.seal_body(u32::try_from(body.len())?, body.clone())?;
         raw.write(&clear).await?;
         is_ended(raw, &format!("{what}, in the clear")).await?;
     }
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }
 
 /// What the standard forbids and nobody can gain from: the tag covers it, so it is the peer's own doing.
 #[tokio::test(flavor = "multi_thread")]
 async fn padding_of_any_length_and_packets_that_fill_no_block_do_no_harm() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     for padding in [0_u8, 1, 2, 3, 4, 17, 255] {
         for offer in [Offer::default(), Offer::default().by_sequence()] {
-            let mut raw = Raw::secured(siege.scene.ssh, offer).await?;
+            let mut raw = Raw::secured(attacked.scene.ssh, offer).await?;
             raw.attest().await?;
             let payload = Packet::global("are-you-there@example.org");
             let body = [&[padding], payload.payload(), &vec![0; padding.into()]].concat();
@@ -109,26 +109,26 @@ async fn padding_of_any_length_and_packets_that_fill_no_block_do_no_harm() -> Re
             answers(&mut raw).await?;
         }
     }
-    siege.holds_and_attests().await
+    attacked.holds_and_attests().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn half_packets_hold_nothing_up() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     let mut halves = Vec::new();
     // As many as are let in, each with the longest packet announced and all but the last byte of a shorter one sent.
     for _ in 0..8 {
-        let mut raw = Raw::attestation(siege.scene.ssh).await?;
+        let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         let whole = raw.seal(&Packet::new(message::IGNORE).string(vec![0; 250_000]))?;
         raw.write(&whole[..whole.len() - 1]).await?;
         halves.push(raw);
-        let mut raw = Raw::secured(siege.scene.ssh, Offer::default()).await?;
+        let mut raw = Raw::secured(attacked.scene.ssh, Offer::default()).await?;
         raw.write(&262_000_u32.to_be_bytes()).await?;
         halves.push(raw);
     }
-    siege.holds_and_attests().await?;
-    siege.comes_up().await?;
-    println!("the agent's peak with 16 half packets: {} KiB", siege.agent.peak_kib()?);
+    attacked.holds_and_attests().await?;
+    attacked.comes_up().await?;
+    println!("the agent's peak with 16 half packets: {} KiB", attacked.agent.peak_kib()?);
     for mut raw in halves {
         ensure!(raw.ends().await.is_ok());
     }

@@ -1,7 +1,7 @@
 //! New keys, again and again, half-way, and at the wrong time (RFC 4253 9).
 
 use anyhow::{Context, Result, ensure};
-use secure_comms_tests::attackers::attacked_agent::{Siege, answers};
+use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Offer, Packet, Raw, message};
 
 /// What a client offers in a later exchange: the markers mean nothing there.
@@ -11,30 +11,30 @@ fn again() -> Offer {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn new_keys_five_hundred_times_in_a_row_leave_the_connection_and_no_memory() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     for offer in [again(), again().by_sequence()] {
-        let mut raw = Raw::attestation(siege.scene.ssh).await?;
+        let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         raw.open_control(1).await?;
         for _ in 0..10 {
             raw.exchange_keys(offer).await?;
         }
-        let before = siege.agent.rss_kib()?;
+        let before = attacked.agent.rss_kib()?;
         for number in 0..500 {
             raw.exchange_keys(offer).await.with_context(|| format!("exchange {number}"))?;
         }
         answers(&mut raw).await?;
-        let after = siege.agent.rss_kib()?;
+        let after = attacked.agent.rss_kib()?;
         println!("500 exchanges: RSS of the agent {before} KiB before, {after} KiB after");
         ensure!(after < before + 512, "the agent grew from {before} to {after} KiB");
-        siege.holds_and_attests().await?;
+        attacked.holds_and_attests().await?;
     }
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn new_keys_before_and_between_the_steps_of_a_login_change_nothing() -> Result<()> {
-    let siege = Siege::attestation().await?;
-    let mut raw = Raw::secured(siege.scene.ssh, Offer::default()).await?;
+    let attacked = AttackedAgent::attestation().await?;
+    let mut raw = Raw::secured(attacked.scene.ssh, Offer::default()).await?;
     let session = raw.session().to_vec();
     raw.exchange_keys(again()).await?;
     raw.ask_to_authenticate().await?;
@@ -45,12 +45,12 @@ async fn new_keys_before_and_between_the_steps_of_a_login_change_nothing() -> Re
     raw.exchange_keys(again()).await?;
     answers(&mut raw).await?;
     ensure!(raw.session() == session, "the session has another id");
-    siege.holds_and_attests().await
+    attacked.holds_and_attests().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_exchange_that_is_begun_and_disturbed_ends_the_connection() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     let disturbances = [
         ("begun twice", again().packet()),
         ("a request", Packet::global("are-you-there@example.org")),
@@ -65,7 +65,7 @@ async fn an_exchange_that_is_begun_and_disturbed_ends_the_connection() -> Result
     ];
     for (what, packet) in &disturbances {
         for control in [false, true] {
-            let mut raw = Raw::attestation(siege.scene.ssh).await?;
+            let mut raw = Raw::attestation(attacked.scene.ssh).await?;
             if control {
                 raw.open_control(1).await?;
             }
@@ -73,7 +73,7 @@ async fn an_exchange_that_is_begun_and_disturbed_ends_the_connection() -> Result
             raw.send(packet).await?;
             raw.ends().await.with_context(|| (*what).to_owned())?;
         }
-        siege.holds_and_attests().await?;
+        attacked.holds_and_attests().await?;
     }
     // Nothing in common, and lists that can't be read.
     for offer in [
@@ -83,19 +83,19 @@ async fn an_exchange_that_is_begun_and_disturbed_ends_the_connection() -> Result
         Offer { ciphers: "aes128-cbc", ..again() },
         Offer { compression: "zlib", ..again() },
     ] {
-        let mut raw = Raw::attestation(siege.scene.ssh).await?;
+        let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         raw.send(&offer.packet()).await?;
         raw.ends().await.with_context(|| format!("{offer:?}"))?;
     }
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn exchanges_that_never_end_hold_up_nobody_else() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     let mut pending = Vec::new();
     for _ in 0..8 {
-        let mut raw = Raw::attestation(siege.scene.ssh).await?;
+        let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         raw.open_control(1).await?;
         raw.begin(again()).await?;
         // Allowed meanwhile, and as much of it as one likes.
@@ -104,8 +104,8 @@ async fn exchanges_that_never_end_hold_up_nobody_else() -> Result<()> {
         }
         pending.push(raw);
     }
-    siege.holds_and_attests().await?;
-    siege.comes_up().await?;
+    attacked.holds_and_attests().await?;
+    attacked.comes_up().await?;
     for mut raw in pending {
         raw.ends().await?;
     }
@@ -114,9 +114,9 @@ async fn exchanges_that_never_end_hold_up_nobody_else() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_worker_nodes_tunnels_go_on_over_a_storm_of_new_keys() -> Result<()> {
-    let siege = Siege::kubernetes().await?;
-    drop(siege.comes_up().await?);
-    let mut raw = siege.node().await?;
+    let attacked = AttackedAgent::kubernetes().await?;
+    drop(attacked.comes_up().await?);
+    let mut raw = attacked.node().await?;
     for number in 0..50 {
         let open = Packet::open("direct-tcpip", number).string("VMSERVICE").uint(1);
         raw.send(&open.string("127.0.0.1").uint(2 * number + 1)).await?;
@@ -126,5 +126,5 @@ async fn the_worker_nodes_tunnels_go_on_over_a_storm_of_new_keys() -> Result<()>
     }
     answers(&mut raw).await?;
     drop(raw);
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }

@@ -1,7 +1,7 @@
 //! Global requests of every kind (RFC 4254 4 and 7.1).
 
 use anyhow::{Context, Result, ensure};
-use secure_comms_tests::attackers::attacked_agent::{Siege, answers};
+use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Packet, Raw, message};
 
 fn request(name: &str, reply: bool) -> Packet {
@@ -18,8 +18,8 @@ async fn granted(raw: &mut Raw, packet: &Packet) -> Result<bool> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn forwards_are_granted_for_inbounds_of_the_phase_and_for_nothing_else() -> Result<()> {
-    let siege = Siege::attestation().await?;
-    let mut raw = Raw::attestation(siege.scene.ssh).await?;
+    let attacked = AttackedAgent::attestation().await?;
+    let mut raw = Raw::attestation(attacked.scene.ssh).await?;
     let forward = |name: &[u8], port| request("tcpip-forward", true).string(name).uint(port);
     let cancel = |name: &[u8], port| request("cancel-tcpip-forward", true).string(name).uint(port);
     let long = [b'K'; 200_000];
@@ -65,18 +65,18 @@ async fn forwards_are_granted_for_inbounds_of_the_phase_and_for_nothing_else() -
     drop(raw);
     // Names that are no text are no names: the connection ends, as for everything that can't be read.
     for name in [b"\xff\xfe".as_slice(), b"KBS\x80", b"\xc3\x28"] {
-        let mut raw = Raw::attestation(siege.scene.ssh).await?;
+        let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         raw.send(&forward(name, 1)).await?;
         raw.ends().await?;
     }
-    siege.holds_and_attests().await?;
-    siege.comes_up().await.map(drop)
+    attacked.holds_and_attests().await?;
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_global_request_of_any_kind_is_refused_if_it_wants_an_answer_and_else_ignored() -> Result<()> {
-    let siege = Siege::attestation().await?;
-    let mut raw = Raw::attestation(siege.scene.ssh).await?;
+    let attacked = AttackedAgent::attestation().await?;
+    let mut raw = Raw::attestation(attacked.scene.ssh).await?;
     let kinds: [(&str, Packet); 12] = [
         ("keepalive@openssh.com", Packet::whole(vec![])),
         ("no-more-sessions@openssh.com", Packet::whole(vec![])),
@@ -108,15 +108,15 @@ async fn a_global_request_of_any_kind_is_refused_if_it_wants_an_answer_and_else_
         raw.send(&Packet::new(message::REQUEST_FAILURE)).await?;
     }
     answers(&mut raw).await?;
-    siege.holds_and_attests().await?;
-    siege.comes_up().await.map(drop)
+    attacked.holds_and_attests().await?;
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_worker_node_too_forwards_nothing_but_inbounds() -> Result<()> {
-    let siege = Siege::kubernetes().await?;
-    drop(siege.comes_up().await?);
-    let mut raw = siege.node().await?;
+    let attacked = AttackedAgent::kubernetes().await?;
+    drop(attacked.comes_up().await?);
+    let mut raw = attacked.node().await?;
     for (name, expected) in
         [("NODESERVICE", true), ("KBS", true), ("KATAAGENT", false), ("VMSERVICE", false), ("NOPE", false)]
     {
@@ -124,5 +124,5 @@ async fn the_worker_node_too_forwards_nothing_but_inbounds() -> Result<()> {
         ensure!(granted(&mut raw, &forward).await? == expected, "{name}");
     }
     drop(raw);
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }

@@ -1,7 +1,7 @@
 //! Every message in every state of a connection.
 
 use anyhow::{Context, Result, ensure};
-use secure_comms_tests::attackers::attacked_agent::{Siege, answers};
+use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Offer, Packet, Raw, message};
 use tokio::task::JoinSet;
 
@@ -83,8 +83,8 @@ fn is_ignored(state: State, number: u8, empty: bool) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_message_in_every_state_is_ignored_or_ends_its_own_connection() -> Result<()> {
-    let siege = Siege::attestation().await?;
-    let (agent, mut wrong, mut surprises) = (siege.scene.ssh, Vec::new(), Vec::new());
+    let attacked = AttackedAgent::attestation().await?;
+    let (agent, mut wrong, mut surprises) = (attacked.scene.ssh, Vec::new(), Vec::new());
     for state in STATES {
         for number in 0..=u8::MAX {
             // RFC 4250: 0 and 255 are no messages; the fields are none, and junk.
@@ -113,17 +113,17 @@ async fn every_message_in_every_state_is_ignored_or_ends_its_own_connection() ->
         while let Some(done) = batch.join_next().await {
             surprises.extend(done?);
         }
-        siege.holds()?;
+        attacked.holds()?;
     }
     ensure!(surprises.is_empty(), "{} of {cases}: {surprises:#?}", surprises.len());
     println!("{cases} messages where they do not belong");
-    siege.holds_and_attests().await?;
-    siege.comes_up().await.map(drop)
+    attacked.holds_and_attests().await?;
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_lets_itself_in() -> Result<()> {
-    let siege = Siege::attestation().await?;
+    let attacked = AttackedAgent::attestation().await?;
     let forged = [
         Packet::new(message::USERAUTH_SUCCESS),
         Packet::new(message::SERVICE_ACCEPT).string("ssh-userauth"),
@@ -135,7 +135,7 @@ async fn nobody_lets_itself_in() -> Result<()> {
     ];
     for packet in &forged {
         for asked in [false, true] {
-            let mut raw = Raw::secured(siege.scene.ssh, Offer::default()).await?;
+            let mut raw = Raw::secured(attacked.scene.ssh, Offer::default()).await?;
             if asked {
                 raw.ask_to_authenticate().await?;
             }
@@ -158,17 +158,17 @@ async fn nobody_lets_itself_in() -> Result<()> {
                 }
             }
         }
-        siege.holds_and_attests().await?;
+        attacked.holds_and_attests().await?;
     }
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_login_after_the_login_changes_nothing() -> Result<()> {
-    let siege = Siege::kubernetes().await?;
-    drop(siege.comes_up().await?);
-    let mut raw = siege.node().await?;
-    let again = siege.node_key()?.login("kubernetes", raw.session());
+    let attacked = AttackedAgent::kubernetes().await?;
+    drop(attacked.comes_up().await?);
+    let mut raw = attacked.node().await?;
+    let again = attacked.node_key()?.login("kubernetes", raw.session());
     for packet in [
         again,
         Packet::authenticate("attestation", "none"),
@@ -187,5 +187,5 @@ async fn a_login_after_the_login_changes_nothing() -> Result<()> {
         ensure!(answer == [message::REQUEST_FAILURE], "{packet:?}: {}", answer.escape_ascii());
     }
     drop(raw);
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }

@@ -2,7 +2,7 @@
 //! pod, and must not take the agent with it.
 
 use anyhow::{Context, Result, ensure};
-use secure_comms_tests::attackers::attacked_agent::{Siege, answers};
+use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Packet, Raw, message, uint};
 use secure_comms_tests::harness::scene::PATIENCE;
 use serde_json::json;
@@ -17,11 +17,11 @@ fn to(tunnel: &str, channel: u32, id: u32) -> Packet {
 }
 
 /// A worker node that has said hello, and its control channel.
-async fn greeted(siege: &Siege, credit: u32) -> Result<(Raw, u32)> {
-    let mut raw = siege.node().await?;
+async fn greeted(attacked: &AttackedAgent, credit: u32) -> Result<(Raw, u32)> {
+    let mut raw = attacked.node().await?;
     let control = raw.open_control(0).await?;
     let hello =
-        format!("{{\"hello\":{{\"version\":1,\"credit\":{credit},\"pod_id\":\"{}\"}}}}\n", siege.scene.pod);
+        format!("{{\"hello\":{{\"version\":1,\"credit\":{credit},\"pod_id\":\"{}\"}}}}\n", attacked.scene.pod);
     raw.send(&Packet::data(control, hello)).await?;
     raw.expect(&[message::CHANNEL_DATA]).await?;
     Ok((raw, control))
@@ -35,9 +35,9 @@ async fn open(raw: &mut Raw, channel: u32, id: u32) -> Result<u32> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_id_that_is_in_use_or_the_agents_is_refused() -> Result<()> {
-    let siege = Siege::kubernetes().await?;
-    drop(siege.comes_up().await?);
-    let (mut raw, _) = greeted(&siege, 32_768).await?;
+    let attacked = AttackedAgent::kubernetes().await?;
+    drop(attacked.comes_up().await?);
+    let (mut raw, _) = greeted(&attacked, 32_768).await?;
     open(&mut raw, 1, 1).await?;
     for id in [1, 0, 2, 4_294_967_294] {
         raw.send(&stream(2, id)).await?;
@@ -49,7 +49,7 @@ async fn a_stream_id_that_is_in_use_or_the_agents_is_refused() -> Result<()> {
     open(&mut raw, 2, u32::MAX).await?;
     answers(&mut raw).await?;
     drop(raw);
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -57,33 +57,33 @@ async fn data_beyond_its_credit_ends_the_connection_in_messages_of_any_size() ->
     // A server that takes nothing: what arrives for it has to be held.
     let deaf = TcpListener::bind("127.0.0.1:0").await?;
     let tag = format!("KUBERNETES_PHASE:DEAF:{}", deaf.local_addr()?);
-    let siege = Siege::kubernetes_with(json!({"sc-outbounds": tag})).await?;
-    drop(siege.comes_up().await?);
+    let attacked = AttackedAgent::kubernetes_with(json!({"sc-outbounds": tag})).await?;
+    drop(attacked.comes_up().await?);
     // A message costs 512 bytes at least: the third case has no byte of data in it.
     for (what, message, messages) in
         [("large", vec![1; 32_768], 1000), ("small", vec![1; 1], 100_000), ("empty", vec![], 100_000)]
     {
-        let (mut raw, _) = greeted(&siege, 32_768).await?;
+        let (mut raw, _) = greeted(&attacked, 32_768).await?;
         raw.send(&to("DEAF", 1, 1)).await?;
         let channel = uint(&raw.expect(&[message::CHANNEL_OPEN_CONFIRMATION]).await?, 5)?;
-        let mark = siege.agent.mark();
+        let mark = attacked.agent.mark();
         for _ in 0..messages {
             if raw.send(&Packet::data(channel, &message)).await.is_err() {
                 break;
             }
         }
         raw.ends().await.with_context(|| what.to_owned())?;
-        siege.agent.wait_from(mark, |line| line.contains("ended"), PATIENCE).await?;
-        siege.holds().with_context(|| what.to_owned())?;
+        attacked.agent.wait_from(mark, |line| line.contains("ended"), PATIENCE).await?;
+        attacked.holds().with_context(|| what.to_owned())?;
     }
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn credit_without_end_for_streams_that_are_there_overflows_nothing() -> Result<()> {
-    let siege = Siege::kubernetes().await?;
-    drop(siege.comes_up().await?);
-    let (mut raw, control) = greeted(&siege, u32::MAX).await?;
+    let attacked = AttackedAgent::kubernetes().await?;
+    drop(attacked.comes_up().await?);
+    let (mut raw, control) = greeted(&attacked, u32::MAX).await?;
     let channel = open(&mut raw, 1, 1).await?;
     for _ in 0..100 {
         let line = "{\"credit\":{\"stream\":1,\"bytes\":4294967295}}\n";
@@ -98,15 +98,15 @@ async fn credit_without_end_for_streams_that_are_there_overflows_nothing() -> Re
     // Its number is free again.
     open(&mut raw, 5, 3).await?;
     drop(raw);
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn more_streams_than_are_allowed_are_refused_and_leave_nothing_open() -> Result<()> {
-    let siege = Siege::kubernetes().await?;
-    drop(siege.comes_up().await?);
-    let files = open_files(&siege);
-    let (mut raw, _) = greeted(&siege, 32_768).await?;
+    let attacked = AttackedAgent::kubernetes().await?;
+    drop(attacked.comes_up().await?);
+    let files = open_files(&attacked);
+    let (mut raw, _) = greeted(&attacked, 32_768).await?;
     let (mut opened, mut refused) = (0, 0);
     for number in 0..1500 {
         raw.send(&stream(number, 2 * number + 1)).await?;
@@ -116,20 +116,20 @@ async fn more_streams_than_are_allowed_are_refused_and_leave_nothing_open() -> R
             _ => refused += 1,
         }
     }
-    let rss = siege.agent.rss_kib()?;
+    let rss = attacked.agent.rss_kib()?;
     println!("{opened} streams, {refused} refused; RSS of the agent {rss} KiB");
     ensure!(opened == 1024 && refused == 476, "{opened} streams, {refused} refused");
     answers(&mut raw).await?;
     drop(raw);
     let look = async {
-        while open_files(&siege) > files {
+        while open_files(&attacked) > files {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     };
     tokio::time::timeout(PATIENCE, look).await.context("files stay open")?;
-    siege.comes_up().await.map(drop)
+    attacked.comes_up().await.map(drop)
 }
 
-fn open_files(siege: &Siege) -> usize {
-    std::fs::read_dir(format!("/proc/{}/fd", siege.agent.pid())).map_or(0, Iterator::count)
+fn open_files(attacked: &AttackedAgent) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", attacked.agent.pid())).map_or(0, Iterator::count)
 }

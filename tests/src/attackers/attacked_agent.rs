@@ -18,20 +18,20 @@ pub const RSS_MAX_KIB: u64 = 16 * 1024;
 
 /// A VM whose agent is up.
 #[derive(Debug)]
-pub struct Siege {
+pub struct AttackedAgent {
     /// What is around it.
     pub scene: Scene,
     /// The agent under attack.
     pub agent: Child,
 }
 
-impl Siege {
+impl AttackedAgent {
     /// In the Attestation phase, where anybody may connect.
     ///
     /// # Errors
     /// It can't be set up.
     pub async fn attestation() -> Result<Self> {
-        Self::lay(Scene::new(SceneOptions::default()).await?).await
+        Self::start(Scene::new(SceneOptions::default()).await?).await
     }
 
     /// In the Kubernetes phase, by user data.
@@ -55,14 +55,14 @@ impl Siege {
             user_data.as_object_mut().context("user data")?.insert(key.clone(), value.clone());
         }
         std::fs::write(&file, user_data.to_string())?;
-        Self::lay(scene).await
+        Self::start(scene).await
     }
 
     /// Around this scene.
     ///
     /// # Errors
     /// The agent does not start.
-    pub async fn lay(scene: Scene) -> Result<Self> {
+    pub async fn start(scene: Scene) -> Result<Self> {
         // It tells why connections end that never authenticated, too.
         let mut command = scene.agent_command()?;
         command.env("SECURE_COMMS_LOG", "debug");

@@ -9,7 +9,7 @@ use super::contender::{Contender, Prepared, Who};
 use super::load::{self, Span};
 use super::measure::{self, Figures};
 use super::place::Place;
-use crate::simulators::impaired_link::{Impairment, Line};
+use crate::simulators::impaired_link::{Impairment, ImpairedLink};
 
 /// One measurement of a group.
 #[derive(Clone, Copy, Debug)]
@@ -184,7 +184,7 @@ impl Group {
                     loss: f64::from(loss) / 1000.0,
                     ..Impairment::round_trip(Duration::from_millis(rtt))
                 };
-                Place::Apart(Box::new(Line::new(SEED, line).await?))
+                Place::Apart(Box::new(ImpairedLink::new(SEED, line).await?))
             }
             _ => Place::Here,
         };

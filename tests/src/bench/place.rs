@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use anyhow::{Context, Result};
 use tokio::process::Command;
 
-use crate::simulators::impaired_link::Line;
+use crate::simulators::impaired_link::ImpairedLink;
 
 /// The worker node and the VM, and what lies between.
 #[derive(Debug)]
@@ -14,7 +14,7 @@ pub enum Place {
     /// Both on this machine's loopback.
     Here,
     /// Each in a namespace of its own, at the ends of a line.
-    Apart(Box<Line>),
+    Apart(Box<ImpairedLink>),
 }
 
 impl Place {

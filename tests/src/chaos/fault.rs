@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use tokio::process::Command;
 use tokio::time::sleep;
 
-use super::pod_scene::{MOVED, Route, Site};
+use super::pod_scene::{MOVED, Route, PodScene};
 use super::script::{Fault, Planned, Side};
 use crate::simulators::impaired_link::{DEVICE, Impairment};
 use crate::simulators::kbs::Fault as KbsFault;
@@ -18,116 +18,116 @@ use crate::simulators::kbs::Fault as KbsFault;
 ///
 /// # Errors
 /// It could not be done or undone: the life says nothing then.
-pub async fn strike(site: &Site, planned: Planned) -> Result<()> {
+pub async fn inject_fault(scene: &PodScene, planned: Planned) -> Result<()> {
     sleep(planned.at).await;
-    let done = hit(site, planned.fault, planned.lasts).await;
+    let done = hit(scene, planned.fault, planned.lasts).await;
     done.with_context(|| format!("{:?}", planned.fault))
 }
 
-async fn hit(site: &Site, fault: Fault, lasts: Duration) -> Result<()> {
+async fn hit(scene: &PodScene, fault: Fault, lasts: Duration) -> Result<()> {
     match fault {
-        Fault::Kill(side) => site.program(side).end(Signal::SIGKILL, lasts).await,
-        Fault::Abort(side) => site.program(side).end(Signal::SIGABRT, lasts).await,
+        Fault::Kill(side) => scene.program(side).end(Signal::SIGKILL, lasts).await,
+        Fault::Abort(side) => scene.program(side).end(Signal::SIGABRT, lasts).await,
         Fault::Clock(side, seconds) => {
-            site.set_clock(side, seconds);
-            site.program(side).end(Signal::SIGKILL, lasts).await
+            scene.set_clock(side, seconds);
+            scene.program(side).end(Signal::SIGKILL, lasts).await
         }
-        Fault::Freeze(side) => freeze(site, side, lasts).await,
-        Fault::NoFiles(side, spare) => no_files(site, side, spare, lasts).await,
+        Fault::Freeze(side) => freeze(scene, side, lasts).await,
+        Fault::NoFiles(side, spare) => no_files(scene, side, spare, lasts).await,
         Fault::Reboot => {
             // What is wiped while it still runs it could write again.
-            let gone = site.agent.end(Signal::SIGKILL, lasts);
+            let gone = scene.agent.end(Signal::SIGKILL, lasts);
             let wipe = async {
                 sleep(lasts / 2).await;
-                site.state.wipe()
+                scene.state.wipe()
             };
             tokio::try_join!(gone, wipe).map(drop)
         }
-        Fault::Reset => reset(site).await,
+        Fault::Reset => reset(scene).await,
         Fault::KbsDown => {
-            site.kbs.kill().await?;
+            scene.kbs.kill().await?;
             sleep(lasts).await;
-            site.kbs.restart().await
+            scene.kbs.restart().await
         }
         Fault::KbsSlow(millis) => {
-            kbs(site, KbsFault::Slow(Duration::from_millis(millis.into())), lasts).await
+            kbs(scene, KbsFault::Slow(Duration::from_millis(millis.into())), lasts).await
         }
-        Fault::KbsSilent => kbs(site, KbsFault::Silent, lasts).await,
-        Fault::KbsGarbage => kbs(site, KbsFault::Garbage(b"no key at all".to_vec()), lasts).await,
-        Fault::KbsRefuses => kbs(site, KbsFault::Refuse, lasts).await,
-        Fault::KbsBroken => kbs(site, KbsFault::Status(500), lasts).await,
+        Fault::KbsSilent => kbs(scene, KbsFault::Silent, lasts).await,
+        Fault::KbsGarbage => kbs(scene, KbsFault::Garbage(b"no key at all".to_vec()), lasts).await,
+        Fault::KbsRefuses => kbs(scene, KbsFault::Refuse, lasts).await,
+        Fault::KbsBroken => kbs(scene, KbsFault::Status(500), lasts).await,
         Fault::KbsClock(ahead) => {
-            site.kbs.set_clock_ahead(if ahead { 3600 } else { -3600 });
+            scene.kbs.set_clock_ahead(if ahead { 3600 } else { -3600 });
             sleep(lasts).await;
-            site.kbs.set_clock_ahead(0);
+            scene.kbs.set_clock_ahead(0);
             Ok(())
         }
         Fault::RestDown => {
-            drop(site.rest.lock().await.take());
+            drop(scene.rest.lock().await.take());
             sleep(lasts).await;
-            site.begin_rest().await
+            scene.begin_rest().await
         }
         Fault::KataDown => {
-            site.kata.end().await;
+            scene.kata.end().await;
             sleep(lasts).await;
-            site.kata.begin().await
+            scene.kata.begin().await
         }
         Fault::StoreFull => {
-            site.store.fill()?;
-            let killed = site.adaptor.end(Signal::SIGKILL, lasts / 2);
+            scene.store.fill()?;
+            let killed = scene.adaptor.end(Signal::SIGKILL, lasts / 2);
             let emptied = async {
                 sleep(lasts).await;
-                site.store.empty()
+                scene.store.empty()
             };
             tokio::try_join!(killed, emptied).map(drop)
         }
         Fault::StoreReadOnly => {
-            site.store.writable(false).await?;
-            let killed = site.adaptor.end(Signal::SIGKILL, lasts / 2);
+            scene.store.writable(false).await?;
+            let killed = scene.adaptor.end(Signal::SIGKILL, lasts / 2);
             let writable = async {
                 sleep(lasts).await;
-                site.store.writable(true).await
+                scene.store.writable(true).await
             };
             tokio::try_join!(killed, writable).map(drop)
         }
         Fault::StateFull => {
-            site.state.fill()?;
-            let killed = site.agent.end(Signal::SIGKILL, lasts / 2);
+            scene.state.fill()?;
+            let killed = scene.agent.end(Signal::SIGKILL, lasts / 2);
             let emptied = async {
                 sleep(lasts).await;
-                site.state.empty()
+                scene.state.empty()
             };
             tokio::try_join!(killed, emptied).map(drop)
         }
-        Fault::Blackhole => match &site.route {
-            Route::Cable(cable, _) => {
-                cable.freeze();
+        Fault::Blackhole => match &scene.route {
+            Route::Proxy(proxy, _) => {
+                proxy.freeze();
                 sleep(lasts).await;
-                cable.thaw();
+                proxy.thaw();
                 Ok(())
             }
-            Route::Line(..) => line(site, lasts, |line, on| line.blackhole = on).await,
+            Route::ImpairedLink(..) => line(scene, lasts, |line, on| line.blackhole = on).await,
         },
-        Fault::Loss(loss) => line(site, lasts, |line, on| line.loss = chance(loss, on)).await,
-        Fault::Duplicate(twice) => line(site, lasts, |line, on| line.duplicate = chance(twice, on)).await,
+        Fault::Loss(loss) => line(scene, lasts, |line, on| line.loss = chance(loss, on)).await,
+        Fault::Duplicate(twice) => line(scene, lasts, |line, on| line.duplicate = chance(twice, on)).await,
         Fault::Delay(millis) => {
             let millis = Duration::from_millis(millis.into());
-            line(site, lasts, |line, on| line.delay = if on { millis } else { Duration::ZERO }).await
+            line(scene, lasts, |line, on| line.delay = if on { millis } else { Duration::ZERO }).await
         }
         Fault::Reorder(late) => {
-            line(site, lasts, |line, on| {
+            line(scene, lasts, |line, on| {
                 (line.reorder, line.reorder_delay) = (chance(late, on), Duration::from_millis(5));
             })
             .await
         }
         Fault::LinkDown => {
-            device(site, &["link", "set", DEVICE, "down"]).await?;
+            device(scene, &["link", "set", DEVICE, "down"]).await?;
             sleep(lasts).await;
-            device(site, &["link", "set", DEVICE, "up"]).await
+            device(scene, &["link", "set", DEVICE, "up"]).await
         }
-        Fault::Move => match &site.route {
-            Route::Line(line, _) => line.lock().await.b.readdress(MOVED),
-            Route::Cable(..) => bail!("only over a line"),
+        Fault::Move => match &scene.route {
+            Route::ImpairedLink(line, _) => line.lock().await.b.readdress(MOVED),
+            Route::Proxy(..) => bail!("only over a line"),
         },
     }
 }
@@ -136,16 +136,16 @@ fn chance(thousandth: u16, on: bool) -> f64 {
     if on { f64::from(thousandth) / 1000.0 } else { 0.0 }
 }
 
-async fn kbs(site: &Site, fault: KbsFault, lasts: Duration) -> Result<()> {
-    site.kbs.set_fault(fault);
+async fn kbs(scene: &PodScene, fault: KbsFault, lasts: Duration) -> Result<()> {
+    scene.kbs.set_fault(fault);
     sleep(lasts).await;
-    site.kbs.set_fault(KbsFault::None);
+    scene.kbs.set_fault(KbsFault::None);
     Ok(())
 }
 
 /// Changes the line for a while; other faults of it may go on meanwhile.
-async fn line(site: &Site, lasts: Duration, change: impl Fn(&mut Impairment, bool)) -> Result<()> {
-    let Route::Line(line, now) = &site.route else { bail!("only over a line") };
+async fn line(scene: &PodScene, lasts: Duration, change: impl Fn(&mut Impairment, bool)) -> Result<()> {
+    let Route::ImpairedLink(line, now) = &scene.route else { bail!("only over a line") };
     for on in [true, false] {
         let changed = {
             let mut now = now.lock().unwrap_or_else(PoisonError::into_inner);
@@ -160,26 +160,26 @@ async fn line(site: &Site, lasts: Duration, change: impl Fn(&mut Impairment, boo
     Ok(())
 }
 
-async fn device(site: &Site, args: &[&str]) -> Result<()> {
-    let Route::Line(line, _) = &site.route else { bail!("only over a line") };
+async fn device(scene: &PodScene, args: &[&str]) -> Result<()> {
+    let Route::ImpairedLink(line, _) = &scene.route else { bail!("only over a line") };
     line.lock().await.b.netns.ip(args.iter().copied())
 }
 
-async fn freeze(site: &Site, side: Side, lasts: Duration) -> Result<()> {
-    let program = site.program(side);
+async fn freeze(scene: &PodScene, side: Side, lasts: Duration) -> Result<()> {
+    let program = scene.program(side);
     program.signal(Signal::SIGSTOP).await?;
     sleep(lasts).await;
     // If it was killed meanwhile, its successor is told, which does not mind.
     program.signal(Signal::SIGCONT).await
 }
 
-async fn reset(site: &Site) -> Result<()> {
-    match &site.route {
-        Route::Cable(cable, _) => {
-            cable.cut();
+async fn reset(scene: &PodScene) -> Result<()> {
+    match &scene.route {
+        Route::Proxy(proxy, _) => {
+            proxy.cut();
             Ok(())
         }
-        Route::Line(line, _) => {
+        Route::ImpairedLink(line, _) => {
             // The kernel ends the connection for both sides: to the other one it sends a reset.
             let mut command = line.lock().await.b.netns.command("ss");
             command.args(["-K", "-t", "state", "established", "sport", "=", ":2222"]);
@@ -188,8 +188,8 @@ async fn reset(site: &Site) -> Result<()> {
     }
 }
 
-async fn no_files(site: &Site, side: Side, spare: u8, lasts: Duration) -> Result<()> {
-    let Some(pid) = site.program(side).pid() else { return Ok(()) };
+async fn no_files(scene: &PodScene, side: Side, spare: u8, lasts: Duration) -> Result<()> {
+    let Some(pid) = scene.program(side).pid() else { return Ok(()) };
     let proc = PathBuf::from(format!("/proc/{pid}"));
     // Whoever was killed meanwhile has no files either.
     let Ok(open) = std::fs::read_dir(proc.join("fd")).map(Iterator::count) else { return Ok(()) };

@@ -67,7 +67,7 @@ impl Leftovers {
 mod tests {
     use super::*;
     use crate::chaos::disk::Disk;
-    use crate::harness::test_namespace::Netns;
+    use crate::harness::test_namespace::TestNamespace;
 
     #[test]
     fn a_namespace_a_mount_a_process_and_files_that_stay_are_told() {
@@ -75,7 +75,7 @@ mod tests {
         let directory =
             tempfile::Builder::new().prefix(&super::super::pod_scene::prefix()).tempdir().unwrap();
         let _disk = Disk::mount(directory.path().join("disk")).unwrap();
-        let _netns = Netns::new("left").unwrap();
+        let _netns = TestNamespace::new("left").unwrap();
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let files: Vec<_> = (0..50).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
         let left = Leftovers::now().unwrap().beyond(&before);

@@ -12,8 +12,8 @@ use tokio::task::JoinSet;
 use tokio::time::{interval, sleep, timeout};
 
 use super::attacker;
-use super::fault::strike;
-use super::pod_scene::{Route, Site};
+use super::fault::inject_fault;
+use super::pod_scene::{Route, PodScene};
 use super::resources::Resources;
 use super::script::{Fault, Hit, Script, Side};
 use super::secrets::Secrets;
@@ -80,17 +80,17 @@ pub async fn live(script: Script) -> Outcome {
 }
 
 async fn lived(script: &Script, outcome: &mut Outcome) -> Result<()> {
-    let site = Site::new(script).await?;
-    let lived = befalls(&site, script, outcome).await;
-    let examined = if lived.is_ok() { examine(&site, outcome).await } else { Ok(()) };
-    let secrets = secrets(&site)?;
+    let scene = PodScene::new(script).await?;
+    let lived = run_faults(&scene, script, outcome).await;
+    let examined = if lived.is_ok() { examine(&scene, outcome).await } else { Ok(()) };
+    let secrets = secrets(&scene)?;
     for side in [Side::Agent, Side::Adaptor] {
-        let found = site.program(side).pid().map(|pid| secrets.in_process(pid));
+        let found = scene.program(side).pid().map(|pid| secrets.in_process(pid));
         outcome.violations.extend(found.into_iter().flatten().map(|what| format!("{side:?}: {what}")));
     }
-    let allowed = [site.store.path(), site.state.path(), &site.directory().join("kbs-admin.pem")];
-    let in_files = secrets.in_files(site.directory(), &allowed);
-    let Site { agent, adaptor, route, .. } = site;
+    let allowed = [scene.store.path(), scene.state.path(), &scene.directory().join("kbs-admin.pem")];
+    let in_files = secrets.in_files(scene.directory(), &allowed);
+    let PodScene { agent, adaptor, route, .. } = scene;
     for (side, program) in [(Side::Agent, agent), (Side::Adaptor, adaptor)] {
         let past = program.stop().await.with_context(|| format!("stopping the {side:?}"))?;
         outcome.violations.extend(past.own_ends.iter().filter_map(|status| {
@@ -123,25 +123,25 @@ fn keeps_from_starting(fault: &Fault, side: Side) -> bool {
 }
 
 /// The faults, and what comes after them.
-async fn befalls(site: &Site, script: &Script, outcome: &mut Outcome) -> Result<()> {
+async fn run_faults(scene: &PodScene, script: &Script, outcome: &mut Outcome) -> Result<()> {
     let places = [
-        ("KATAAGENT", site.kata_inbound),
-        ("VMSERVICE", site.vm_inbound),
-        ("NODESERVICE", site.node_inbound),
+        ("KATAAGENT", scene.kata_inbound),
+        ("VMSERVICE", scene.vm_inbound),
+        ("NODESERVICE", scene.node_inbound),
     ];
     if script.hit == Hit::Kubernetes {
-        up(site.kata_inbound, FIRST).await.context("before any fault")?;
+        up(scene.kata_inbound, FIRST).await.context("before any fault")?;
     }
     let traffic = Traffic::start(&places, script.seed, script.request);
     let opened = Mutex::new(Vec::new());
     let faults = async {
-        let strikes = script.faults.iter().map(|planned| strike(site, *planned));
-        let (held, struck) = tokio::join!(hold(site, script.hit), join_all(strikes));
+        let strikes = script.faults.iter().map(|planned| inject_fault(scene, *planned));
+        let (held, struck) = tokio::join!(hold(scene, script.hit), join_all(strikes));
         struck.into_iter().fold(held, Result::and)
     };
     let struck = tokio::select! {
         struck = faults => struck,
-        error = strangers(site, script, &opened) => error,
+        error = strangers(scene, script, &opened) => error,
     };
     let over = Instant::now();
     struck?;
@@ -168,25 +168,25 @@ async fn befalls(site: &Site, script: &Script, outcome: &mut Outcome) -> Result<
 }
 
 /// Until the KBS lets the VM have its keys, nobody may reach anything.
-async fn hold(site: &Site, hit: Hit) -> Result<()> {
+async fn hold(scene: &PodScene, hit: Hit) -> Result<()> {
     let Hit::Attestation(held) = hit else { return Ok(()) };
     sleep(held).await;
     for (name, server) in
-        [("KATAAGENT", &site.kata), ("VMSERVICE", &site.vm_service), ("NODESERVICE", &site.node_service)]
+        [("KATAAGENT", &scene.kata), ("VMSERVICE", &scene.vm_service), ("NODESERVICE", &scene.node_service)]
     {
         if server.connections().await > 0 {
             bail!("{name} was reached in the Attestation phase");
         }
     }
-    site.release_keys();
+    scene.release_keys();
     Ok(())
 }
 
 /// Ends only if it could not begin.
-async fn strangers(site: &Site, script: &Script, opened: &Mutex<Vec<String>>) -> Result<()> {
-    if let (true, Route::Cable(_, agent)) = (script.stranger, &site.route) {
+async fn strangers(scene: &PodScene, script: &Script, opened: &Mutex<Vec<String>>) -> Result<()> {
+    if let (true, Route::Proxy(_, agent)) = (script.stranger, &scene.route) {
         let tell = |what| opened.lock().unwrap_or_else(PoisonError::into_inner).push(what);
-        return attacker::try_doors(*agent, site.directory(), tell).await;
+        return attacker::try_doors(*agent, scene.directory(), tell).await;
     }
     std::future::pending().await
 }
@@ -211,24 +211,24 @@ pub(super) async fn up(address: SocketAddr, bound: Duration) -> Result<()> {
 }
 
 /// What is so of every pod that is up and left alone.
-async fn examine(site: &Site, outcome: &mut Outcome) -> Result<()> {
-    let before = site.early.connections().await;
-    let mut early = TcpStream::connect(site.early_inbound).await.context("a client of EARLY")?;
+async fn examine(scene: &PodScene, outcome: &mut Outcome) -> Result<()> {
+    let before = scene.early.connections().await;
+    let mut early = TcpStream::connect(scene.early_inbound).await.context("a client of EARLY")?;
     // It may be closed; a byte it must not get.
     if let Ok(Ok(1..)) = timeout(LISTEN, early.read(&mut [0])).await {
         outcome.violations.push("a client of an Attestation-phase tunnel got an answer".to_owned());
     }
     drop(early);
-    if site.early.connections().await > before {
+    if scene.early.connections().await > before {
         outcome.violations.push("an Attestation-phase tunnel was reached in the Kubernetes phase".to_owned());
     }
-    if let Route::Cable(_, agent) = &site.route
+    if let Route::Proxy(_, agent) = &scene.route
         && attacker::may_attest(*agent).await
     {
         outcome.violations.push("a stranger may attest to a VM that runs a pod".to_owned());
     }
     for (side, most) in [(Side::Agent, AGENT), (Side::Adaptor, ADAPTOR)] {
-        let (held, over) = idle(site, side, &most).await?;
+        let (held, over) = idle(scene, side, &most).await?;
         match side {
             Side::Agent => outcome.agent = held,
             Side::Adaptor => outcome.adaptor = held,
@@ -239,10 +239,10 @@ async fn examine(site: &Site, outcome: &mut Outcome) -> Result<()> {
 }
 
 /// What a process holds once its clients have left.
-async fn idle(site: &Site, side: Side, most: &Resources) -> Result<(Resources, Option<String>)> {
+async fn idle(scene: &PodScene, side: Side, most: &Resources) -> Result<(Resources, Option<String>)> {
     let began = Instant::now();
     loop {
-        let pid = site.program(side).pid().with_context(|| format!("the {side:?} does not run"))?;
+        let pid = scene.program(side).pid().with_context(|| format!("the {side:?} does not run"))?;
         let held = Resources::of(pid)?;
         let over = held.over(most);
         if over.is_none() || began.elapsed() > IDLE {
@@ -252,14 +252,14 @@ async fn idle(site: &Site, side: Side, most: &Resources) -> Result<(Resources, O
     }
 }
 
-fn secrets(site: &Site) -> Result<Secrets> {
+fn secrets(scene: &PodScene) -> Result<Secrets> {
     let mut secrets = Secrets::default();
-    secrets.add_key("the KBS admin's key", site.kbs.admin_key_pem())?;
-    let pod = site.kbs.resource(&format!("default/pp-{}/privateKey", site.pod));
+    secrets.add_key("the KBS admin's key", scene.kbs.admin_key_pem())?;
+    let pod = scene.kbs.resource(&format!("default/pp-{}/privateKey", scene.pod));
     if let Some(pem) = pod.filter(|pem| !pem.is_empty()) {
         secrets.add_key("the pod's key", std::str::from_utf8(&pem)?)?;
     }
-    let node = std::fs::read_to_string(site.store.path().join("worker-node.key"));
+    let node = std::fs::read_to_string(scene.store.path().join("worker-node.key"));
     if let Ok(pem) = node {
         secrets.add_key("the worker node's key", &pem)?;
     }

@@ -1,4 +1,4 @@
-//! A pod with all around it, over a cable or a line: its stand-ins run here, agent and adaptor are processes.
+//! A pod with all around it, over a proxy or a line: its stand-ins run here, agent and adaptor are processes.
 
 use std::ffi::OsString;
 use std::io::Write as _;
@@ -21,10 +21,10 @@ use super::script::{Fault, Hit, Script, Side};
 use crate::harness::process::{Binaries, ensure_built};
 use crate::harness::scene::{free_port, pod_id};
 use crate::simulators::guest::{Backend, Cdh, CdhOptions, Rest};
-use crate::simulators::impaired_link::{Impairment, Line};
+use crate::simulators::impaired_link::{Impairment, ImpairedLink};
 use crate::simulators::kata::KataAgent;
 use crate::simulators::kbs::{Kbs, KbsOptions};
-use crate::simulators::tcp_proxy::Cable;
+use crate::simulators::tcp_proxy::TcpProxy;
 
 /// The last part of the address that the VM may move to.
 pub const MOVED: u8 = 3;
@@ -40,7 +40,7 @@ const PORT_PAUSE: Duration = Duration::from_millis(10);
 
 /// The pod and what is around it.
 #[derive(Debug)]
-pub struct Site {
+pub struct PodScene {
     /// In the order in which they are dropped: processes first, what they use after them.
     pub agent: Program,
     /// At the worker node.
@@ -84,9 +84,9 @@ pub struct Site {
 #[derive(Debug)]
 pub enum Route {
     /// And where the agent is.
-    Cable(Cable, SocketAddr),
+    Proxy(TcpProxy, SocketAddr),
     /// With its end `b` in the VM; what is set now.
-    Line(Box<Mutex<Line>>, std::sync::Mutex<Impairment>),
+    ImpairedLink(Box<Mutex<ImpairedLink>>, std::sync::Mutex<Impairment>),
 }
 
 /// Seconds that the monotonic clocks of the processes are ahead, once started anew.
@@ -134,7 +134,7 @@ impl Server {
     }
 }
 
-impl Site {
+impl PodScene {
     /// Starts everything; with faults that come in the Attestation phase, the KBS refuses the VM its keys.
     ///
     /// # Errors
@@ -329,28 +329,28 @@ impl Common {
 impl Route {
     async fn new(script: &Script) -> Result<(Self, KbsOptions)> {
         let mut kbs = KbsOptions { port: free_port()?.port(), ..KbsOptions::default() };
-        if script.path == super::script::Path::Cable {
+        if script.path == super::script::Path::Proxy {
             let agent = free_port()?;
-            return Ok((Self::Cable(Cable::to(agent).await?, agent), kbs));
+            return Ok((Self::Proxy(TcpProxy::to(agent).await?, agent), kbs));
         }
-        let line = Line::new(script.seed, Impairment::default()).await?;
+        let line = ImpairedLink::new(script.seed, Impairment::default()).await?;
         kbs.namespace = Some(line.a.namespace());
-        Ok((Self::Line(Box::new(Mutex::new(line)), std::sync::Mutex::default()), kbs))
+        Ok((Self::ImpairedLink(Box::new(Mutex::new(line)), std::sync::Mutex::default()), kbs))
     }
 
     /// Where the agent listens.
     fn listen(&self) -> String {
         match self {
-            Self::Cable(_, agent) => agent.to_string(),
-            Self::Line(..) => format!("[::]:{SSH_PORT}"),
+            Self::Proxy(_, agent) => agent.to_string(),
+            Self::ImpairedLink(..) => format!("[::]:{SSH_PORT}"),
         }
     }
 
     /// Where the adaptor looks for it.
     async fn addresses(&self, script: &Script) -> Vec<SocketAddr> {
         match self {
-            Self::Cable(cable, _) => vec![cable.address()],
-            Self::Line(line, _) => {
+            Self::Proxy(proxy, _) => vec![proxy.address()],
+            Self::ImpairedLink(line, _) => {
                 let first = line.lock().await.b.address;
                 let moved = script.has(|fault| *fault == Fault::Move);
                 let other = moved.then(|| SocketAddr::from(([10, 99, 0, MOVED], SSH_PORT)));
@@ -360,7 +360,7 @@ impl Route {
     }
 
     async fn namespace(&self, side: Side) -> Option<String> {
-        let Self::Line(line, _) = self else { return None };
+        let Self::ImpairedLink(line, _) = self else { return None };
         let line = line.lock().await;
         let end = if side == Side::Agent { &line.b } else { &line.a };
         Some(end.netns.name().to_owned())

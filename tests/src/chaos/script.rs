@@ -28,7 +28,7 @@ pub struct Script {
     pub hit: Hit,
     /// The KBS speaks HTTPS.
     pub https: bool,
-    /// Somebody else tries every door of the agent all the time; over a cable only.
+    /// Somebody else tries every door of the agent all the time; over a proxy only.
     pub stranger: bool,
     /// Bytes of a request of the clients that stay.
     pub request: u64,
@@ -39,10 +39,10 @@ pub struct Script {
 /// What lies between worker node and VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
-    /// Loopback, with a [`crate::simulators::tcp_proxy::Cable`].
-    Cable,
-    /// Two network namespaces, with a [`crate::simulators::impaired_link::Line`].
-    Line,
+    /// Loopback, with a [`crate::simulators::tcp_proxy::TcpProxy`].
+    Proxy,
+    /// Two network namespaces, with a [`crate::simulators::impaired_link::ImpairedLink`].
+    ImpairedLink,
 }
 
 /// In which phase the faults hit.
@@ -136,7 +136,7 @@ impl Script {
     #[must_use]
     pub fn draw(seed: u64) -> Self {
         let random = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
-        let path = if random.random_bool(0.5) { Path::Line } else { Path::Cable };
+        let path = if random.random_bool(0.5) { Path::ImpairedLink } else { Path::Proxy };
         let hit = if random.random_bool(0.5) {
             Hit::Attestation(between(random, Duration::from_millis(500), SPREAD))
         } else {
@@ -161,7 +161,7 @@ impl Script {
             })
             .collect();
         faults.sort_by_key(|planned| planned.at);
-        Self { seed, path, hit, https, stranger: stranger && path == Path::Cable, request, faults }
+        Self { seed, path, hit, https, stranger: stranger && path == Path::Proxy, request, faults }
     }
 
     /// Whether one of the faults is such.
@@ -186,7 +186,7 @@ fn possible(random: &mut Xoshiro256PlusPlus, path: Path) -> Vec<Fault> {
     all.extend([Fault::StoreFull, Fault::StoreReadOnly, Fault::StateFull]);
     let lossy = [random.random_range(5..200), random.random_range(10..300), random.random_range(10..300)];
     let late = random.random_range(5..150);
-    if path == Path::Line {
+    if path == Path::ImpairedLink {
         let [loss, reorder, twice] = lossy;
         all.extend([Fault::Loss(loss), Fault::Delay(late), Fault::Reorder(reorder), Fault::Duplicate(twice)]);
         all.extend([Fault::LinkDown, Fault::Move]);
@@ -201,7 +201,7 @@ fn between(random: &mut Xoshiro256PlusPlus, least: Duration, most: Duration) -> 
 
 impl fmt::Display for Script {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let path = if self.path == Path::Cable { "cable" } else { "line" };
+        let path = if self.path == Path::Proxy { "proxy" } else { "line" };
         write!(f, "{path}")?;
         match self.hit {
             Hit::Attestation(held) => write!(f, ", Attestation held {:.1} s", held.as_secs_f64())?,

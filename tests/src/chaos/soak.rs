@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use tokio::time::sleep;
 
 use super::lifetime::up;
-use super::pod_scene::{Route, Site};
+use super::pod_scene::{Route, PodScene};
 use super::resources::Resources;
 use super::script::{Hit, Path, Script, Side};
 
@@ -29,48 +29,48 @@ const SLACK_KIB: u64 = 2 * 1024;
 pub async fn soak(times: usize) -> Result<String> {
     let script = Script {
         seed: 0,
-        path: Path::Cable,
+        path: Path::Proxy,
         hit: Hit::Kubernetes,
         https: false,
         stranger: false,
         request: 200,
         faults: Vec::new(),
     };
-    let site = Site::new(&script).await?;
-    up(site.kata_inbound, BOUND).await?;
+    let scene = PodScene::new(&script).await?;
+    up(scene.kata_inbound, BOUND).await?;
     let adaptor_again = async || {
-        site.adaptor.end(Signal::SIGKILL, Duration::ZERO).await?;
-        up(site.kata_inbound, BOUND).await
+        scene.adaptor.end(Signal::SIGKILL, Duration::ZERO).await?;
+        up(scene.kata_inbound, BOUND).await
     };
     for _ in 0..WARM {
         adaptor_again().await?;
     }
-    let agent = held(&site, Side::Agent)?;
+    let agent = held(&scene, Side::Agent)?;
     for _ in 0..times {
         adaptor_again().await?;
     }
-    let agent_after = settled(&site, Side::Agent, agent).await.context("the agent")?;
-    let Route::Cable(cable, _) = &site.route else { bail!("no cable") };
-    cable.cut();
-    up(site.kata_inbound, BOUND).await?;
-    let adaptor = held(&site, Side::Adaptor)?;
+    let agent_after = settled(&scene, Side::Agent, agent).await.context("the agent")?;
+    let Route::Proxy(proxy, _) = &scene.route else { bail!("no proxy") };
+    proxy.cut();
+    up(scene.kata_inbound, BOUND).await?;
+    let adaptor = held(&scene, Side::Adaptor)?;
     for _ in 0..CUTS {
-        cable.cut();
-        up(site.kata_inbound, BOUND).await?;
+        proxy.cut();
+        up(scene.kata_inbound, BOUND).await?;
     }
-    let adaptor_after = settled(&site, Side::Adaptor, adaptor).await.context("the adaptor")?;
+    let adaptor_after = settled(&scene, Side::Adaptor, adaptor).await.context("the adaptor")?;
     Ok(format!(
         "agent, {times} adaptors later   {agent} then {agent_after}\nadaptor, {CUTS} cuts later      {adaptor} \
          then {adaptor_after}"
     ))
 }
 
-fn held(site: &Site, side: Side) -> Result<Resources> {
-    Resources::of(site.program(side).pid().context("it does not run")?)
+fn held(scene: &PodScene, side: Side) -> Result<Resources> {
+    Resources::of(scene.program(side).pid().context("it does not run")?)
 }
 
 /// What it holds once it is no more than before.
-async fn settled(site: &Site, side: Side, before: Resources) -> Result<Resources> {
+async fn settled(scene: &PodScene, side: Side, before: Resources) -> Result<Resources> {
     // A probe or two may have been open when it was measured first, or not.
     let most = Resources {
         files: before.files + 2,
@@ -78,11 +78,11 @@ async fn settled(site: &Site, side: Side, before: Resources) -> Result<Resources
         rss_kib: before.rss_kib + SLACK_KIB,
     };
     for _ in 0..SETTLES {
-        let now = held(site, side)?;
+        let now = held(scene, side)?;
         if now.over(&most).is_none() {
             return Ok(now);
         }
         sleep(SETTLE).await;
     }
-    bail!("held {before}, and now holds {}", held(site, side)?)
+    bail!("held {before}, and now holds {}", held(scene, side)?)
 }

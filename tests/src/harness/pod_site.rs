@@ -12,7 +12,7 @@ use tokio::process::Command;
 
 use crate::harness::process::{Child, ensure_built};
 use crate::harness::scene::PATIENCE;
-use crate::harness::test_namespace::Netns;
+use crate::harness::test_namespace::TestNamespace;
 
 /// The VXLAN id of every tunnel here: each has namespaces of its own.
 pub const ID: u32 = 555_001;
@@ -74,11 +74,11 @@ impl Plan {
 #[derive(Debug)]
 pub struct PodSite {
     /// The VM, with `ens3` on the cable.
-    pub vm: Netns,
+    pub vm: TestNamespace,
     /// The worker node, with `cable`.
-    pub node: Netns,
+    pub node: TestNamespace,
     /// The pod's namespace.
-    pub pod: Netns,
+    pub pod: TestNamespace,
     directory: TempDir,
 }
 
@@ -88,8 +88,8 @@ impl PodSite {
     /// # Errors
     /// They can't be made.
     pub fn bare() -> Result<Self> {
-        let (vm, node, pod) = (Netns::new("vm")?, Netns::new("node")?, Netns::new("pod")?);
-        vm.cable("ens3", &node, "cable")?;
+        let (vm, node, pod) = (TestNamespace::new("vm")?, TestNamespace::new("node")?, TestNamespace::new("pod")?);
+        vm.veth("ens3", &node, "cable")?;
         Ok(Self { vm, node, pod, directory: tempfile::tempdir()? })
     }
 
@@ -175,7 +175,7 @@ pub async fn is_up(agent: &Child) -> Result<String> {
     agent.wait_for_text("pod network: 'eth0'", PATIENCE).await
 }
 
-impl Netns {
+impl TestNamespace {
     /// Links, addresses, routes and permanent neighbours, without what changes by itself.
     ///
     /// # Errors

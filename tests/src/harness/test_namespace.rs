@@ -12,7 +12,7 @@ use serde_json::Value;
 
 /// A named network namespace with `lo` up; deleted when dropped, with the links in it.
 #[derive(Debug)]
-pub struct Netns {
+pub struct TestNamespace {
     name: String,
 }
 
@@ -23,7 +23,7 @@ pub struct LinkAddr(pub IpAddr, pub u8);
 /// Numbers names, which all processes of the machine share together with the pid.
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
-impl Netns {
+impl TestNamespace {
     /// Makes a namespace with a name of its own that contains `label`.
     ///
     /// # Errors
@@ -55,7 +55,7 @@ impl Netns {
     /// If a step fails; names it.
     pub fn link(&self, addr: LinkAddr, other: &Self, other_addr: LinkAddr) -> Result<()> {
         let (here, there) = link_names();
-        self.cable(&here, other, &there)?;
+        self.veth(&here, other, &there)?;
         self.address(&here, &addr.to_string())?;
         other.address(&there, &other_addr.to_string())
     }
@@ -64,7 +64,7 @@ impl Netns {
     ///
     /// # Errors
     /// If a step fails; names it.
-    pub fn cable(&self, end: &str, other: &Self, other_end: &str) -> Result<()> {
+    pub fn veth(&self, end: &str, other: &Self, other_end: &str) -> Result<()> {
         // In one step in the other namespaces: the names need not be free in ours.
         self.ip(["link", "add", end, "type", "veth", "peer", "name", other_end, "netns", other.name()])?;
         self.ip(["link", "set", end, "up"])?;
@@ -79,7 +79,7 @@ impl Netns {
         self.ip(add_address(interface, address))
     }
 
-    /// As [`Netns::link`], with the namespace that this process is in.
+    /// As [`TestNamespace::link`], with the namespace that this process is in.
     ///
     /// # Errors
     /// If a step fails; names it.
@@ -124,7 +124,7 @@ impl Netns {
     }
 }
 
-impl Drop for Netns {
+impl Drop for TestNamespace {
     fn drop(&mut self) {
         // Nothing to be done about a failure here; the name says what left it behind.
         let _ = ip(["netns", "del", &self.name]);
@@ -186,7 +186,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_in_a_namespace_is_reached_over_the_link_only() {
-        let inside = Netns::new("test").unwrap();
+        let inside = TestNamespace::new("test").unwrap();
         let (addr, host) = (LinkAddr([10, 213, 77, 2].into(), 30), LinkAddr([10, 213, 77, 1].into(), 30));
         inside.link_to_host(addr, host).unwrap();
         let server = KataAgent::tcp("10.213.77.1:0".parse().unwrap()).await.unwrap();
@@ -202,7 +202,7 @@ mod tests {
 
     #[tokio::test]
     async fn two_namespaces_are_linked_and_gone_when_dropped() {
-        let (one, two) = (Netns::new("one").unwrap(), Netns::new("two").unwrap());
+        let (one, two) = (TestNamespace::new("one").unwrap(), TestNamespace::new("two").unwrap());
         one.link(LinkAddr([10, 0, 0, 1].into(), 24), &two, LinkAddr([10, 0, 0, 2].into(), 24)).unwrap();
         // A closed port answers over the link, at once; an address that is not linked would not.
         let mut command = one.command("bash");

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use crate::harness::process::{Child, ensure_built};
 use crate::harness::scene::PATIENCE;
-use crate::harness::test_namespace::{LinkAddr, Netns};
+use crate::harness::test_namespace::{LinkAddr, TestNamespace};
 
 /// The agent's KBS inbound and the ports in podns: in namespaces of our own nobody else can have them.
 const KBS_PORT: u16 = 8080;
@@ -32,8 +32,8 @@ pub struct Vm {
     pub pod: Namespace,
     // In the order in which they are dropped: processes before the namespaces they are in.
     _services: Vec<Child>,
-    _pod: Netns,
-    _host: Netns,
+    _pod: TestNamespace,
+    _host: TestNamespace,
     _directory: TempDir,
 }
 
@@ -46,7 +46,7 @@ impl Vm {
         let binaries = ensure_built().await?;
         let directory = tempfile::Builder::new().prefix("secure-comms-vm-").tempdir()?;
         let path = |name: &str| directory.path().join(name);
-        let (host, pod) = (Netns::new("vm")?, Netns::new("podns")?);
+        let (host, pod) = (TestNamespace::new("vm")?, TestNamespace::new("podns")?);
         // One /30 for each process that does this at a time.
         let block = u8::try_from(id() % 64).unwrap_or_default() * 4;
         let address = |last| IpAddr::V4(Ipv4Addr::new(10, 213, 78, block + last));

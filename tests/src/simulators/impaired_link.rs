@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use secure_comms_tunnel::netns::Namespace;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
-use crate::harness::test_namespace::Netns;
+use crate::harness::test_namespace::TestNamespace;
 use forwarder::{Forwarder, Way};
 pub use impairment::{Impairment, Rate};
 pub use traffic::Traffic;
@@ -43,15 +43,15 @@ const SETTINGS: [(&str, &str); 3] = [
 /// One end of a line.
 #[derive(Debug)]
 pub struct End {
-    /// Its namespace: [`Netns::command`] starts a process in it.
-    pub netns: Netns,
+    /// Its namespace: [`TestNamespace::command`] starts a process in it.
+    pub netns: TestNamespace,
     /// Its address on the line.
     pub address: IpAddr,
 }
 
 /// A line; gone with both its namespaces when dropped.
 #[derive(Debug)]
-pub struct Line {
+pub struct ImpairedLink {
     /// One end.
     pub a: End,
     /// The other end.
@@ -70,7 +70,7 @@ struct Shared {
     traffic: traffic::Counters,
 }
 
-impl Line {
+impl ImpairedLink {
     /// Lays a line that treats both directions alike, by chances drawn from `seed`.
     ///
     /// # Errors
@@ -79,7 +79,7 @@ impl Line {
         Self::with_mtu(seed, impairment, MTU).await
     }
 
-    /// As [`Line::new`], with another MTU than [`MTU`].
+    /// As [`ImpairedLink::new`], with another MTU than [`MTU`].
     ///
     /// # Errors
     /// As there, or if the kernel refuses the MTU.
@@ -108,7 +108,7 @@ impl Line {
         self.back.set(b_to_a);
     }
 
-    /// As [`Line::set`], with both directions alike.
+    /// As [`ImpairedLink::set`], with both directions alike.
     pub fn set_both(&self, impairment: Impairment) {
         self.set(impairment, impairment);
     }
@@ -120,7 +120,7 @@ impl Line {
     }
 }
 
-impl Drop for Line {
+impl Drop for ImpairedLink {
     fn drop(&mut self) {
         drop(self.running.take());
         // The devices go with the thread, the namespaces after them.
@@ -134,7 +134,7 @@ impl Drop for Line {
 
 impl End {
     async fn new(label: &str, address: Ipv4Addr, mtu: u16) -> Result<(Self, SyncDevice)> {
-        let netns = Netns::new(label)?;
+        let netns = TestNamespace::new(label)?;
         let device = Namespace::new(netns.name()).run(open).await;
         let device = device.with_context(|| format!("{label}: making its TUN device; this needs root"))?;
         // No address of its own accord: the kernel would send packets that nobody asked for.

@@ -24,14 +24,14 @@ enum State {
 
 /// A path from a local address to a server; ends with its connections when dropped.
 #[derive(Debug)]
-pub struct Cable {
+pub struct TcpProxy {
     address: SocketAddr,
     state: watch::Sender<State>,
     cuts: watch::Sender<u64>,
     serving: JoinHandle<()>,
 }
 
-impl Cable {
+impl TcpProxy {
     /// Lays it to `server`.
     ///
     /// # Errors
@@ -45,7 +45,7 @@ impl Cable {
     /// # Errors
     /// No port is free.
     pub async fn with_delay(server: SocketAddr, delay: Duration) -> Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("laying a cable")?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("laying a proxy")?;
         let address = listener.local_addr()?;
         let (state, cuts) = (watch::Sender::new(State::Carries), watch::Sender::new(0));
         let ends = Arc::new((state.subscribe(), cuts.subscribe()));
@@ -80,7 +80,7 @@ impl Cable {
     }
 }
 
-impl Drop for Cable {
+impl Drop for TcpProxy {
     fn drop(&mut self) {
         self.serving.abort();
         self.cut();
@@ -113,7 +113,7 @@ fn reset(stream: TcpStream) {
     drop(stream.set_zero_linger());
 }
 
-/// What a long cable may have under way in a direction, in chunks of at most [`CHUNK`] bytes.
+/// What a long proxy may have under way in a direction, in chunks of at most [`CHUNK`] bytes.
 const CHUNKS: usize = 4096;
 const CHUNK: usize = 64 * 1024;
 
