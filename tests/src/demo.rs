@@ -1,4 +1,4 @@
-//! One half of a pod, by hand in a terminal: shows what its process says until Ctrl-C.
+//! What the demo programs `demo-vm` and `demo-node` share: they run one process in a terminal until Ctrl-C.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::harness::process::{Child, Signal};
 use crate::harness::scene::PATIENCE;
 
-/// How a half ends: with success, or with a line that says why not.
+/// Exit code of a demo program; prints the error, if any.
 pub fn finish(name: &str, result: Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -20,13 +20,13 @@ pub fn finish(name: &str, result: Result<()>) -> ExitCode {
     }
 }
 
-/// Longer than anybody watches a process that says nothing.
+/// Longer than any demo runs without output.
 const QUIET: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// Prints the lines of `process` as they come, until Ctrl-C or SIGTERM; then ends it.
+/// Prints the output of `process` until Ctrl-C or SIGTERM, then stops the process.
 ///
 /// # Errors
-/// It ended by itself, or not in good order.
+/// If the process ends before, or not in good order.
 pub async fn watch(process: &mut Child) -> Result<()> {
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let show = async {
@@ -41,7 +41,7 @@ pub async fn watch(process: &mut Child) -> Result<()> {
         _ = terminate.recv() => {}
         ended = show => return ended,
     }
-    // A Ctrl-C in the terminal has reached it too, and it may have ended by now.
+    // Ctrl-C in the terminal reaches the process too: it may have ended.
     drop(process.signal(Signal::SIGTERM));
     let status = process.wait_exit(PATIENCE).await?;
     if !status.success() {

@@ -44,7 +44,7 @@ impl KataServer {
     /// Listens on a unix socket; a stale one at `path` is replaced, as the kata agent does.
     ///
     /// # Errors
-    /// The socket can't be bound.
+    /// If the socket can't be bound.
     pub async fn start(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         match std::fs::remove_file(&path) {
@@ -103,7 +103,7 @@ impl KataServer {
     /// Ends every connection and stops listening: from here on the socket's path is free.
     ///
     /// # Errors
-    /// It can't be stopped.
+    /// If it can't be stopped.
     pub async fn stop(mut self) -> Result<()> {
         self.server.shutdown().await.context("kata server: stopping")
     }

@@ -13,7 +13,7 @@ impl Args {
     /// Parses `--name value` pairs; only names in `known` may occur, each at most once.
     ///
     /// # Errors
-    /// Names the argument that is unknown, doubled, or lacks its value.
+    /// If names the argument that is unknown, doubled, or lacks its value.
     pub fn parse(args: impl IntoIterator<Item = String>, known: &[&str]) -> Result<Self> {
         let mut found = BTreeMap::new();
         let mut args = args.into_iter();
@@ -40,7 +40,7 @@ impl Args {
 ///
 /// # Errors
 /// If signals cannot be waited for.
-pub async fn until_told() -> Result<()> {
+pub async fn until_signal() -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("waiting for SIGTERM")?;
     tokio::select! {
         _ = terminate.recv() => Ok(()),

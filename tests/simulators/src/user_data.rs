@@ -30,7 +30,7 @@ pub(crate) struct File {
 /// anything has, and answers where that was; `None` if there is nothing anywhere.
 ///
 /// # Errors
-/// A place has something that can't be read, or it can't be written.
+/// If a place has something that can't be read, or it can't be written.
 pub fn process() -> Result<Option<String>> {
     let found = match credential::find()? {
         Some((place, content)) => Some((place, vec![File { name: APF.to_owned(), content }])),

@@ -1,4 +1,4 @@
-//! A pod whose agent is under attack, and what must hold after each attack: the same process, small, that serves others.
+//! A scene whose agent is under attack. After each attack the agent is the same process, small, and serves others.
 
 use std::path::PathBuf;
 
@@ -13,39 +13,39 @@ use crate::harness::process::Child;
 use crate::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
 use crate::simulators::kata::client::bulk_both_ways;
 
-/// What the agent's memory must stay under, whatever strangers do, in KiB.
+/// Limit of the agent's memory under any attack, in KiB.
 pub const RSS_MAX_KIB: u64 = 16 * 1024;
 
-/// A VM whose agent is up.
+/// A scene with a running agent.
 #[derive(Debug)]
 pub struct AttackedAgent {
-    /// What is around it.
+    /// The scene around the agent.
     pub scene: Scene,
     /// The agent under attack.
     pub agent: Child,
 }
 
 impl AttackedAgent {
-    /// In the Attestation phase, where anybody may connect.
+    /// An agent in the Attestation phase, where anyone may connect.
     ///
     /// # Errors
-    /// It can't be set up.
+    /// If it can't be set up.
     pub async fn attestation() -> Result<Self> {
         Self::start(Scene::new(SceneOptions::default()).await?).await
     }
 
-    /// In the Kubernetes phase, by user data.
+    /// An agent in the Kubernetes phase, with keys from the user data.
     ///
     /// # Errors
-    /// It can't be set up.
+    /// If it can't be set up.
     pub async fn kubernetes() -> Result<Self> {
         Self::kubernetes_with(json!({})).await
     }
 
-    /// The same with more in the user data.
+    /// As [`AttackedAgent::kubernetes`], with additional user data.
     ///
     /// # Errors
-    /// It can't be set up.
+    /// If it can't be set up.
     pub async fn kubernetes_with(more: Value) -> Result<Self> {
         let scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
         scene.write_user_data().await?;
@@ -58,12 +58,12 @@ impl AttackedAgent {
         Self::start(scene).await
     }
 
-    /// Around this scene.
+    /// Starts the agent of a scene.
     ///
     /// # Errors
-    /// The agent does not start.
+    /// If the agent does not start.
     pub async fn start(scene: Scene) -> Result<Self> {
-        // It tells why connections end that never authenticated, too.
+        // At this level the agent also logs why unauthenticated connections end.
         let mut command = scene.agent_command()?;
         command.env("SECURE_COMMS_LOG", "debug");
         let agent = Child::spawn("agent", command)?;
@@ -74,15 +74,15 @@ impl AttackedAgent {
     /// The worker node's key.
     ///
     /// # Errors
-    /// It has not been made.
+    /// If it has not been made.
     pub fn node_key(&self) -> Result<Key> {
         key_in(self.scene.path("store").join("worker-node.key"))
     }
 
-    /// A connection of the worker node, whose every byte is ours.
+    /// A connection that is authenticated with the worker node's key, with every byte under the test's control.
     ///
     /// # Errors
-    /// It is not let in.
+    /// If it is not let in.
     pub async fn node(&self) -> Result<Raw> {
         let mut raw = Raw::secured(self.scene.ssh, Offer::default()).await?;
         raw.ask_to_authenticate().await?;
@@ -91,21 +91,21 @@ impl AttackedAgent {
         Ok(raw)
     }
 
-    /// The agent is the process that it was, and small.
+    /// Checks that the agent is the same process, and small.
     ///
     /// # Errors
-    /// It is not.
+    /// If it is not.
     pub fn holds(&self) -> Result<()> {
-        // An error is a process that is gone.
+        // Reading the peak fails if the process has ended.
         let peak = self.agent.peak_kib().with_context(|| self.agent.log())?;
         ensure!(peak < RSS_MAX_KIB, "the agent took {peak} KiB");
         Ok(())
     }
 
-    /// It holds, and an honest attestation peer is let in and heard.
+    /// Checks that the agent holds, and admits and answers a well-behaved attestation peer.
     ///
     /// # Errors
-    /// It is not.
+    /// If it is not.
     pub async fn holds_and_attests(&self) -> Result<()> {
         self.holds()?;
         let mut peer = Stranger::attestation(self.scene.ssh, Answer::Refuses).await?;
@@ -114,10 +114,10 @@ impl AttackedAgent {
         self.holds()
     }
 
-    /// The real adaptor brings the pod up, and its tunnels carry; it is still up then.
+    /// The real adaptor brings the pod up, and its tunnels carry data; the adaptor still runs then.
     ///
     /// # Errors
-    /// It does not.
+    /// If it does not.
     pub async fn comes_up(&self) -> Result<Child> {
         let adaptor = self.scene.adaptor()?;
         self.carries(&adaptor).await.with_context(|| format!("{}\n{}", self.agent.log(), adaptor.log()))?;
@@ -125,10 +125,10 @@ impl AttackedAgent {
         Ok(adaptor)
     }
 
-    /// The adaptor is up, and its tunnels carry both ways.
+    /// Waits until the adaptor is up, and its tunnels carry data both ways.
     ///
     /// # Errors
-    /// They do not.
+    /// If they do not.
     pub async fn carries(&self, adaptor: &Child) -> Result<()> {
         up(adaptor).await?;
         let kata = endpoint(adaptor, "KATAAGENT").await?;
@@ -138,18 +138,18 @@ impl AttackedAgent {
     }
 }
 
-/// The private key in a file.
+/// Reads the private key in a file.
 ///
 /// # Errors
-/// There is none.
+/// If there is none.
 pub fn key_in(file: PathBuf) -> Result<Key> {
     Key::from_openssh(&std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?)
 }
 
-/// The connection is still served: a request that nobody knows is refused, and is so before anything that is sent later.
+/// Checks that the connection is still served: the agent refuses an unknown request, in order.
 ///
 /// # Errors
-/// It is not.
+/// If it is not.
 pub async fn answers(raw: &mut Raw) -> Result<()> {
     raw.send(&Packet::global("are-you-there@example.org")).await?;
     raw.expect(&[message::REQUEST_FAILURE]).await.map(drop)

@@ -1,4 +1,4 @@
-//! Thousands of connections that mean no good, at an agent: as fast as it takes them, so many at a time.
+//! Floods an agent with thousands of connections, a fixed number at a time.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -15,15 +15,15 @@ use crate::attackers::raw::{Key, Offer, Packet, Raw, message};
 /// What each connection of a flood does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Says nothing.
+    /// Sends nothing.
     Silent,
-    /// Sends a byte a second.
+    /// Sends a byte per second.
     Drips,
-    /// Exchanges keys, and tries one of its own.
+    /// Exchanges keys, and tries to log in with a key of its own.
     FailsToAuthenticate,
-    /// Attests, and opens channels for ever.
+    /// Attests, and opens channels in an endless loop.
     OpensChannels,
-    /// Attests, asks for ever and never reads an answer.
+    /// Attests, sends requests in an endless loop, and never reads a reply.
     NeverReads,
 }
 
@@ -31,7 +31,7 @@ pub enum Kind {
 pub const KINDS: [Kind; 5] =
     [Kind::Silent, Kind::Drips, Kind::FailsToAuthenticate, Kind::OpensChannels, Kind::NeverReads];
 
-/// A flood under way; ends when dropped.
+/// A running flood; ends when dropped.
 #[derive(Debug)]
 pub struct Flood {
     opened: watch::Sender<u64>,
@@ -39,11 +39,11 @@ pub struct Flood {
     connections: JoinSet<()>,
 }
 
-/// Where a flood comes from: this many addresses of this machine.
+/// Number of source addresses of this machine.
 const SOURCES: u8 = 200;
 
 impl Flood {
-    /// Begins one, with so many connections at a time.
+    /// Starts a flood of `at_once` connections at a time.
     #[must_use]
     pub fn begin(kind: Kind, agent: SocketAddr, at_once: u64) -> Self {
         let (opened, let_in) = (watch::Sender::new(0), Arc::new(AtomicU64::new(0)));
@@ -54,12 +54,12 @@ impl Flood {
             let source = IpAddr::from(Ipv4Addr::new(127, 0, 0, last));
             connections.spawn(async move {
                 loop {
-                    // However it ends, the next one comes.
+                    // The next connection follows, however this one ends.
                     if let Ok(raw) = Raw::connect_from(source, agent).await {
                         opened.send_modify(|opened| *opened += 1);
                         drop(pester(kind, raw, &let_in).await);
                     } else {
-                        // Ports and files of this machine are used up for a moment.
+                        // This machine is out of ports or files for a moment.
                         sleep(Duration::from_millis(10)).await;
                     }
                 }
@@ -74,19 +74,19 @@ impl Flood {
         *self.opened.borrow()
     }
 
-    /// Of these, the ones that got as far as they wanted.
+    /// Connections that reached the state they aimed at.
     #[must_use]
     pub fn got_far(&self) -> u64 {
         self.let_in.load(Ordering::Relaxed)
     }
 
-    /// Waits until there have been as many.
+    /// Waits until so many connections were opened.
     pub async fn reaches(&self, connections: u64) {
-        // The sender is ours.
+        // The sender is a field of `self`, so waiting can't fail.
         drop(self.opened.subscribe().wait_for(|opened| *opened >= connections).await);
     }
 
-    /// Ends it, with all its connections.
+    /// Ends the flood and all its connections.
     pub async fn end(mut self) {
         self.connections.shutdown().await;
     }
@@ -125,7 +125,7 @@ async fn pester(kind: Kind, mut raw: Raw, got_far: &AtomicU64) -> Result<()> {
         }
         Kind::NeverReads => {
             attest(&mut raw, got_far).await?;
-            // The largest packets that hold as many questions as possible would be one question: many small ones.
+            // Many small packets, because a packet holds one request only.
             let mut questions = Vec::new();
             loop {
                 questions.clear();

@@ -1,4 +1,4 @@
-//! One that plays the agent to the real adaptor, a connection at a time, each as the test wants it; then the real agent.
+//! A server in the place of the agent, which the real adaptor connects to; then the real agent takes over.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -11,13 +11,13 @@ use crate::attackers::raw::Raw;
 use crate::harness::process::Child;
 use crate::harness::scene::{Scene, endpoint};
 
-/// What the adaptor's memory must stay under, in KiB.
+/// Limit of the adaptor's memory, in KiB.
 pub const RSS_MAX_KIB: u64 = 64 * 1024;
 
-/// An adaptor that takes the impostor for its pod's VM.
+/// A scene whose adaptor connects to the impostor.
 #[derive(Debug)]
 pub struct Impostor {
-    /// What is around it.
+    /// The scene around the adaptor.
     pub scene: Scene,
     /// The adaptor under attack.
     pub adaptor: Child,
@@ -26,10 +26,10 @@ pub struct Impostor {
 }
 
 impl Impostor {
-    /// Starts an adaptor that tries it at so many addresses, one after the other.
+    /// Starts an adaptor with this many addresses of the impostor.
     ///
     /// # Errors
-    /// It can't be set up.
+    /// If it can't be set up.
     pub async fn new(addresses: u8) -> Result<Self> {
         let mut scene = Scene::new(crate::harness::scene::SceneOptions::default()).await?;
         scene.deadline = 250;
@@ -41,7 +41,7 @@ impl Impostor {
         command.env("SECURE_COMMS_LOG", "debug");
         let adaptor = Child::spawn("adaptor", command)?;
         let kata = endpoint(&adaptor, "KATAAGENT").await?;
-        // Somebody always waits for the pod, and must never be handed to an impostor.
+        // A client waits for the pod all the time; no byte of it may reach an impostor.
         let clients = tokio::spawn(async move {
             let mut bytes = 0;
             while let Ok(mut client) = TcpStream::connect(kata).await {
@@ -55,40 +55,40 @@ impl Impostor {
         Ok(Self { scene, adaptor, listener, clients })
     }
 
-    /// The next connection of the adaptor.
+    /// Accepts the next connection of the adaptor.
     ///
     /// # Errors
-    /// It does not come: the adaptor hangs, or has ended.
+    /// If it does not come: the adaptor hangs, or has ended.
     pub async fn next(&self) -> Result<Raw> {
         Raw::accept(&self.listener).await.with_context(|| self.adaptor.log())
     }
 
-    /// The private key of the pod, which in real life only its VM and its worker node have.
+    /// The private key of the pod, which an impostor can't have.
     ///
     /// # Errors
-    /// It is not published.
+    /// If it is not published.
     pub fn pod_key(&self) -> Result<crate::attackers::raw::Key> {
         let path = format!("default/pp-{}/privateKey", self.scene.pod);
         let pem = self.scene.kbs.resource(&path).context("the pod has no key")?;
         crate::attackers::raw::Key::from_openssh(&String::from_utf8(pem)?)
     }
 
-    /// The adaptor is the process that it was, small, and has not panicked.
+    /// Checks that the adaptor is the same process, small, and has not panicked.
     ///
     /// # Errors
-    /// It is not.
+    /// If it is not.
     pub fn holds(&self) -> Result<()> {
-        // An error is a process that is gone.
+        // Reading the peak fails if the process has ended.
         let peak = self.adaptor.peak_kib().with_context(|| self.adaptor.log())?;
         ensure!(peak < RSS_MAX_KIB, "the adaptor took {peak} KiB");
         ensure!(!self.adaptor.log().contains("panicked"), "{}", self.adaptor.log());
         Ok(())
     }
 
-    /// It holds, and once the real agent is there the pod comes up.
+    /// Checks that the adaptor holds, and that the pod comes up once the real agent is there.
     ///
     /// # Errors
-    /// It does not.
+    /// If it does not.
     pub async fn gives_way(self) -> Result<()> {
         self.holds()?;
         self.clients.abort();
@@ -98,7 +98,7 @@ impl Impostor {
         let relays = tokio::spawn(async move {
             while let Ok((mut client, _)) = listener.accept().await {
                 tokio::spawn(async move {
-                    // However it ends.
+                    // Any end of the connection is fine.
                     if let Ok(mut server) = TcpStream::connect(address).await {
                         drop(copy_bidirectional(&mut client, &mut server).await);
                     }

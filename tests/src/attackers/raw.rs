@@ -1,5 +1,5 @@
-//! SSH packet by packet, for what no library would send: RFC 4253 with curve25519 and the two ciphers of the profile, in
-//! either role, checking nothing. Every byte is the caller's.
+//! SSH packet by packet, for messages that no library would send: RFC 4253 with curve25519 and the two ciphers of the
+//! profile, in either role, without checks. The caller decides every byte.
 
 mod cipher;
 mod exchange;
@@ -23,10 +23,10 @@ pub use self::key::Key;
 pub use self::packet::{Packet, cut, uint};
 use crate::harness::scene::PATIENCE;
 
-/// The first line that it sends.
+/// Identification that it sends.
 const IDENTIFICATION: &str = "SSH-2.0-Raw";
 
-/// A connection, packet by packet.
+/// A connection whose packets are sent and received one by one.
 pub struct Raw {
     socket: TcpStream,
     is_client: bool,
@@ -36,7 +36,7 @@ pub struct Raw {
     incoming: Option<Cipher>,
     sent: u32,
     received: u32,
-    /// Sequence numbers start over with new keys, as strict key exchange has it.
+    /// Sequence numbers restart with new keys, as strict key exchange demands.
     pub starts_over: bool,
 }
 
@@ -62,18 +62,18 @@ impl Raw {
         })
     }
 
-    /// Connects and says nothing.
+    /// Connects, and sends nothing.
     ///
     /// # Errors
-    /// Nobody listens.
+    /// If the connection is refused.
     pub async fn connect(agent: SocketAddr) -> Result<Self> {
         Self::over(TcpStream::connect(agent).await.context("raw: connecting")?, true)
     }
 
-    /// Connects from this address of this machine.
+    /// Connects from a source address of this machine.
     ///
     /// # Errors
-    /// Nobody listens.
+    /// If the connection is refused.
     pub async fn connect_from(source: IpAddr, agent: SocketAddr) -> Result<Self> {
         let socket = TcpSocket::new_v4().context("raw: connecting")?;
         socket.bind((source, 0).into()).context("raw: its own address")?;
@@ -83,7 +83,7 @@ impl Raw {
     /// Connects and exchanges keys.
     ///
     /// # Errors
-    /// The agent ends the connection.
+    /// If the agent ends the connection.
     pub async fn secured(agent: SocketAddr, offer: Offer) -> Result<Self> {
         let mut raw = Self::connect(agent).await?;
         raw.identify().await?;
@@ -94,7 +94,7 @@ impl Raw {
     /// Connects and authenticates as an attestation peer.
     ///
     /// # Errors
-    /// The agent refuses it.
+    /// If the agent refuses it.
     pub async fn attestation(agent: SocketAddr) -> Result<Self> {
         let mut raw = Self::secured(agent, Offer::default()).await?;
         raw.attest().await?;
@@ -104,7 +104,7 @@ impl Raw {
     /// Authenticates as an attestation peer.
     ///
     /// # Errors
-    /// The agent refuses it.
+    /// If the agent refuses it.
     pub async fn attest(&mut self) -> Result<()> {
         self.ask_to_authenticate().await?;
         if !self.authenticate(&Packet::authenticate("attestation", "none")).await? {
@@ -116,27 +116,27 @@ impl Raw {
     /// Exchanges identifications.
     ///
     /// # Errors
-    /// The other end ends the connection.
+    /// If the other end ends the connection.
     pub async fn identify(&mut self) -> Result<()> {
         self.write(format!("{IDENTIFICATION}\r\n").as_bytes()).await?;
         self.theirs = timeout(PATIENCE, self.line()).await.context("raw: no identification")??;
         Ok(())
     }
 
-    /// Opens the one session channel, as `ours`; what it is at the agent.
+    /// Opens the session channel with our number `ours`; returns the agent's number.
     ///
     /// # Errors
-    /// The agent refuses it.
+    /// If the agent refuses it.
     pub async fn open_session(&mut self, ours: u32) -> Result<u32> {
         self.send(&Packet::open("session", ours)).await?;
         let opened = self.expect(&[message::CHANNEL_OPEN_CONFIRMATION]).await?;
         uint(&opened, 5)
     }
 
-    /// Opens the control channel, as `ours`; what it is at the agent.
+    /// Opens the control channel with our number `ours`; returns the agent's number.
     ///
     /// # Errors
-    /// The agent refuses it.
+    /// If the agent refuses it.
     pub async fn open_control(&mut self, ours: u32) -> Result<u32> {
         let theirs = self.open_session(ours).await?;
         self.send(&Packet::request(theirs, "subsystem").string("secure-comms")).await?;
@@ -144,18 +144,18 @@ impl Raw {
         Ok(theirs)
     }
 
-    /// Where it connects from: what the agent's log calls it.
+    /// Local address, as it appears in the agent's log.
     ///
     /// # Errors
-    /// The socket is dead.
+    /// If the socket is closed.
     pub fn address(&self) -> Result<SocketAddr> {
         self.socket.local_addr().context("raw: its own address")
     }
 
-    /// Sends bytes as they are.
+    /// Sends bytes unchanged.
     ///
     /// # Errors
-    /// The other end has ended the connection.
+    /// If the other end has ended the connection.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.socket.write_all(bytes).await.context("raw: sending")
     }
@@ -163,7 +163,7 @@ impl Raw {
     /// Sends a packet.
     ///
     /// # Errors
-    /// The other end has ended the connection.
+    /// If the other end has ended the connection.
     pub async fn send(&mut self, packet: &Packet) -> Result<()> {
         let bytes = self.seal(packet)?;
         self.write(&bytes).await
@@ -172,16 +172,16 @@ impl Raw {
     /// A packet as it goes over the wire.
     ///
     /// # Errors
-    /// None that an honest cipher makes.
+    /// If the packet is too large to encrypt.
     pub fn seal(&mut self, packet: &Packet) -> Result<Vec<u8>> {
         let body = frame(packet.payload(), self.out.is_some())?;
         self.seal_body(u32::try_from(body.len())?, body)
     }
 
-    /// A packet of this length, true or not: the length of its padding, its payload, its padding, whatever they are.
+    /// A packet with this length, padding length, payload and padding, whether or not they fit each other.
     ///
     /// # Errors
-    /// None that an honest cipher makes.
+    /// If the packet is too large to encrypt.
     pub fn seal_body(&mut self, length: u32, body: Vec<u8>) -> Result<Vec<u8>> {
         seal_body(&mut self.out, &mut self.sent, length, body)
     }
@@ -189,15 +189,15 @@ impl Raw {
     /// The next packet's payload.
     ///
     /// # Errors
-    /// The other end has ended the connection.
+    /// If the other end has ended the connection.
     pub async fn receive(&mut self) -> Result<Vec<u8>> {
         timeout(PATIENCE, self.read_packet()).await.context("raw: no packet came")?
     }
 
-    /// The next packet with one of these message numbers; others are skipped.
+    /// Returns the next packet with one of these message numbers, and skips others.
     ///
     /// # Errors
-    /// The other end has ended the connection, or disconnects.
+    /// If the other end has ended the connection, or disconnects.
     pub async fn expect(&mut self, messages: &[u8]) -> Result<Vec<u8>> {
         loop {
             let payload = self.receive().await.with_context(|| format!("waiting for one of {messages:?}"))?;
@@ -209,21 +209,21 @@ impl Raw {
         }
     }
 
-    /// Reads to the end of the connection.
+    /// Reads until the connection ends.
     ///
     /// # Errors
-    /// It does not end.
+    /// If it does not end.
     pub async fn ends(&mut self) -> Result<()> {
         let mut buffer = [0; 4096];
-        // An error is an end too.
+        // An error is an end, too.
         let end = async { while matches!(self.socket.read(&mut buffer).await, Ok(1..)) {} };
         timeout(PATIENCE, end).await.context("raw: the connection stays")
     }
 
-    /// Reads bytes as they are.
+    /// Reads so many bytes, unchanged.
     ///
     /// # Errors
-    /// There is an end before there are as many.
+    /// If the connection ends before.
     pub async fn read(&mut self, bytes: &mut [u8]) -> Result<()> {
         self.socket.read_exact(bytes).await.context("raw: the other end ended the connection").map(drop)
     }

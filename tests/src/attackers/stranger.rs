@@ -1,6 +1,6 @@
-//! Somebody in the network between the two ends: an SSH client that obeys nobody.
+//! An SSH client that keeps to no rule: an unproven peer in the network between the two ends.
 //!
-//! [`Stranger`] speaks through russh's client and takes whatever it gets; [`raw`](super::raw) sends any packet at all.
+//! [`Stranger`] uses russh's client and accepts every key and stream; [`raw`](super::raw) sends any packet at all.
 
 use std::io::ErrorKind;
 use std::net::{Shutdown, SocketAddr};
@@ -22,25 +22,25 @@ use tokio::time::timeout;
 
 use crate::harness::scene::PATIENCE;
 
-/// How long a dripping answer waits between two bytes: each comes well within every limit on silence.
+/// Pause between two bytes of a slow answer: shorter than every limit on silence.
 const DRIP: Duration = Duration::from_secs(1);
 
-/// What a stranger does with the streams that the agent opens to it.
+/// What a stranger does with the streams that the agent opens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// Leaves the channel open unanswered.
+    /// Leaves the request to open unanswered.
     Unanswered,
-    /// Refuses it.
+    /// Refuses the stream.
     Refuses,
-    /// Takes it and says nothing.
+    /// Accepts the stream and sends nothing.
     Silent,
-    /// Takes it and closes it.
+    /// Accepts the stream and closes it.
     Closes,
-    /// Takes it and sends what is no HTTP.
+    /// Accepts the stream and sends bytes that are not HTTP.
     Garbage,
-    /// Takes it and sends an endless answer, a byte at a time.
+    /// Accepts the stream and sends an endless answer, a byte at a time.
     Drips,
-    /// Takes it to this server: the real KBS, or one of its own.
+    /// Connects the stream to this server: the real KBS, or one of the stranger's.
     Relays(SocketAddr),
 }
 
@@ -53,7 +53,7 @@ pub struct Stranger {
     control: Option<ChannelWriteHalf<Msg>>,
 }
 
-/// What its handler has seen.
+/// What the handler has seen.
 #[derive(Clone, Debug, Default)]
 struct Seen {
     banner: String,
@@ -69,16 +69,16 @@ impl std::fmt::Debug for Stranger {
 
 impl Drop for Stranger {
     fn drop(&mut self) {
-        // Its session may live on as long as one of its channels does. A socket that is gone can't be shut.
+        // The session exists as long as one of its channels does. Shutting a closed socket fails, and need not succeed.
         drop(self.socket.shutdown(Shutdown::Both));
     }
 }
 
 impl Stranger {
-    /// Connects, up to the point where a user name is asked for.
+    /// Connects, up to the authentication request.
     ///
     /// # Errors
-    /// The agent does not let it come so far.
+    /// If the agent ends the connection before.
     pub async fn connect(agent: SocketAddr, answer: Answer) -> Result<Self> {
         let socket = TcpStream::connect(agent).await.context("stranger: connecting")?.into_std()?;
         let own = socket.try_clone().context("stranger: sharing the socket")?;
@@ -94,7 +94,7 @@ impl Stranger {
     /// Connects as an attestation peer.
     ///
     /// # Errors
-    /// It is refused.
+    /// If it is refused.
     pub async fn attestation(agent: SocketAddr, answer: Answer) -> Result<Self> {
         let mut stranger = Self::connect(agent, answer).await?;
         if !stranger.handle.authenticate_none("attestation").await?.success() {
@@ -103,10 +103,10 @@ impl Stranger {
         Ok(stranger)
     }
 
-    /// An attestation peer that says it drives `pod` and offers the KBS.
+    /// Connects as an attestation peer that claims to drive `pod`, and offers the KBS.
     ///
     /// # Errors
-    /// It is refused or cut.
+    /// If the agent refuses it or ends the connection.
     pub async fn attest(agent: SocketAddr, pod: &str, answer: Answer) -> Result<Self> {
         let mut stranger = Self::attestation(agent, answer).await?;
         stranger.offer("KBS").await?;
@@ -117,7 +117,7 @@ impl Stranger {
     /// Connects as the worker node that holds this private key.
     ///
     /// # Errors
-    /// It is refused.
+    /// If it is refused.
     pub async fn kubernetes(agent: SocketAddr, key: &Path) -> Result<Self> {
         let mut stranger = Self::connect(agent, Answer::Refuses).await?;
         let pem = std::fs::read_to_string(key).with_context(|| format!("reading {}", key.display()))?;
@@ -128,18 +128,18 @@ impl Stranger {
         Ok(stranger)
     }
 
-    /// The session as russh has it.
+    /// The russh session.
     pub fn handle(&mut self) -> &mut Handle<Permissive> {
         &mut self.handle
     }
 
-    /// What the agent said before authentication.
+    /// Text of the authentication banner.
     #[must_use]
     pub fn banner(&self) -> String {
         self.seen.borrow().banner.clone()
     }
 
-    /// The SHA256 fingerprint of the host key that it was shown.
+    /// SHA256 fingerprint of the server's host key.
     #[must_use]
     pub fn host_key(&self) -> String {
         self.seen.borrow().host_key.clone()
@@ -148,7 +148,7 @@ impl Stranger {
     /// Opens the control channel.
     ///
     /// # Errors
-    /// It is refused.
+    /// If it is refused.
     pub async fn open_control(&mut self) -> Result<()> {
         let channel = self.handle.channel_open_session().await?;
         channel.request_subsystem(true, CONTROL_SUBSYSTEM).await?;
@@ -169,10 +169,10 @@ impl Stranger {
         Ok(())
     }
 
-    /// Opens the control channel and says hello.
+    /// Opens the control channel and sends the hello.
     ///
     /// # Errors
-    /// It is refused or cut.
+    /// If the agent refuses it or ends the connection.
     pub async fn hello(&mut self, pod: &str) -> Result<()> {
         self.open_control().await?;
         let hello = Hello {
@@ -189,7 +189,7 @@ impl Stranger {
     /// Sends bytes on the control channel.
     ///
     /// # Errors
-    /// There is none, or the connection is gone.
+    /// If it is not open, or the connection has ended.
     pub async fn say(&self, bytes: Vec<u8>) -> Result<()> {
         let control = self.control.as_ref().context("stranger: no control channel")?;
         control.data_bytes(bytes).await.context("stranger: sending a control line")
@@ -198,7 +198,7 @@ impl Stranger {
     /// Offers to serve a tunnel.
     ///
     /// # Errors
-    /// The agent does not want it.
+    /// If the agent refuses the offer.
     pub async fn offer(&mut self, tunnel: &str) -> Result<()> {
         self.handle.tcpip_forward(tunnel, 1).await.with_context(|| format!("stranger: offering {tunnel}"))?;
         Ok(())
@@ -207,7 +207,7 @@ impl Stranger {
     /// Opens a stream to a tunnel of the agent.
     ///
     /// # Errors
-    /// It is refused.
+    /// If it is refused.
     pub async fn open(&self, tunnel: &str) -> Result<ChannelStream<Msg>> {
         let channel = self.handle.channel_open_direct_tcpip(tunnel, 1, "127.0.0.1", 1).await;
         Ok(channel.with_context(|| format!("stranger: opening {tunnel}"))?.into_stream())
@@ -216,7 +216,7 @@ impl Stranger {
     /// Waits for a control message, past or coming, that `wanted` accepts.
     ///
     /// # Errors
-    /// The connection ends without it.
+    /// If the connection ends before.
     pub async fn hears(&self, wanted: impl Fn(&Control) -> bool) -> Result<Control> {
         let mut heard = self.heard.subscribe();
         let found = async {
@@ -238,18 +238,18 @@ impl Stranger {
     /// Waits until the agent has ended the connection.
     ///
     /// # Errors
-    /// It does not.
+    /// If it does not.
     pub async fn ends(&self) -> Result<()> {
         timeout(PATIENCE, self.gone()).await.context("stranger: the connection stays")
     }
 
     async fn gone(&self) {
-        // An error is the end of the handler.
+        // An error of russh means that the session has ended.
         drop(self.seen.clone().wait_for(|seen| seen.gone).await);
     }
 }
 
-/// Takes every host key and every stream.
+/// Accepts every host key and every stream.
 #[derive(Debug)]
 pub struct Permissive {
     answer: Answer,
@@ -282,7 +282,7 @@ impl Handler for Permissive {
         reply: ChannelOpenHandle,
         _: &mut Session,
     ) -> Result<(), russh::Error> {
-        // An error is the end of the stream.
+        // An error ends the stream.
         tokio::spawn(serve(self.answer, channel, reply));
         Ok(())
     }
@@ -295,7 +295,7 @@ impl Handler for Permissive {
 
 async fn serve(answer: Answer, channel: Channel<Msg>, reply: ChannelOpenHandle) -> Result<()> {
     let server = match answer {
-        // A reply that is dropped is a refusal.
+        // Dropping the reply refuses the stream.
         Answer::Refuses => return Ok(()),
         Answer::Unanswered => {
             let _reply = reply;
@@ -338,7 +338,7 @@ async fn serve(answer: Answer, channel: Channel<Msg>, reply: ChannelOpenHandle) 
     }
 }
 
-/// A stream that was reset has ended too.
+/// A stream that was reset has ended, too.
 fn finished(copied: std::io::Result<()>) -> Result<()> {
     match copied {
         Err(error) if error.kind() != ErrorKind::ConnectionReset => Err(error.into()),

@@ -1,4 +1,4 @@
-//! A path that changes what it carries: bytes turned, lost, repeated, swapped or late, at places that a seed decides.
+//! A TCP path that changes the bytes it carries: flipped, dropped, repeated, swapped, inserted or delayed.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -13,20 +13,20 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-/// What happens to a connection, once.
+/// A change, made once in a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// A bit turns.
+    /// Inverts a bit.
     Flip,
-    /// Some bytes are lost.
+    /// Drops some bytes.
     Drop,
-    /// Some bytes come twice.
+    /// Repeats some bytes.
     Repeat,
-    /// Two pieces change places.
+    /// Swaps two pieces.
     Swap,
-    /// Bytes of nobody's come in between.
+    /// Inserts bytes that neither end sent.
     Insert,
-    /// Everything from there on is late; nothing is wrong with that.
+    /// Delays all that follows, which is no fault.
     Delay,
 }
 
@@ -34,21 +34,21 @@ pub enum Change {
 pub const CHANGES: [Change; 6] =
     [Change::Flip, Change::Drop, Change::Repeat, Change::Swap, Change::Insert, Change::Delay];
 
-/// Where and what.
+/// A change and its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// What is changed.
+    /// Kind of change.
     pub change: Change,
-    /// From the client to the server, or back.
+    /// Direction: from the client to the server, or back.
     pub to_server: bool,
-    /// After how many bytes of that direction.
+    /// Position in the bytes of that direction.
     pub after: usize,
 }
 
-/// A connection that has been changed and has ended.
+/// Change of a connection that has ended.
 pub type Ended = Plan;
 
-/// The path; ends with its connections when dropped.
+/// The path; its connections end when it is dropped.
 #[derive(Debug)]
 pub struct Tamper {
     address: SocketAddr,
@@ -65,10 +65,10 @@ impl Drop for Tamper {
 }
 
 impl Tamper {
-    /// Lays it to `server`. It changes nothing yet.
+    /// Starts a path to `server`, without changes.
     ///
     /// # Errors
-    /// No port is free.
+    /// If no port is free.
     pub async fn to(server: SocketAddr) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
@@ -85,7 +85,7 @@ impl Tamper {
         Ok(Self { address, plan, ended, carried, serving })
     }
 
-    /// Where clients connect.
+    /// Address that clients connect to.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -97,15 +97,15 @@ impl Tamper {
         self.carried.load(Ordering::Relaxed)
     }
 
-    /// Changes the next byte that comes to the place, on whatever connection: counted from now on, or from its beginning.
+    /// Changes the byte at the position in every connection, old or new, that reaches it from now on.
     pub fn change(&self, plan: Plan) {
         self.plan.send_replace(Some(plan));
     }
 
-    /// Waits until a connection that was changed has ended.
+    /// Waits until a changed connection has ended.
     ///
     /// # Errors
-    /// It takes too long.
+    /// If it does not end in time.
     pub async fn ended(&mut self, patience: Duration) -> Result<Ended> {
         tokio::time::timeout(patience, self.ended.recv())
             .await
@@ -113,13 +113,13 @@ impl Tamper {
             .context("the path is gone")
     }
 
-    /// Whether a change waits for its place.
+    /// Whether a change is set.
     #[must_use]
     pub fn is_waiting(&self) -> bool {
         self.plan.borrow().is_some()
     }
 
-    /// Changes nothing from now on.
+    /// Makes no more changes.
     pub fn leave(&self) {
         self.plan.send_replace(None);
     }
@@ -137,14 +137,14 @@ async fn carry(
     let changed = std::sync::Mutex::new(None);
     let there = pump(client_read, server_write, true, plans.clone(), &changed);
     let back = pump(server_read, client_write, false, plans, &changed);
-    // Either end is the end of both.
+    // The end of either direction ends the connection.
     tokio::select! {
         () = there => {}
         () = back => {}
     }
     let changed = *changed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if let Some(plan) = changed.filter(|plan| plan.change != Change::Delay) {
-        // Nobody may wait for it any more.
+        // The receiver may be gone.
         let _ = told.send(plan);
     }
 }
@@ -180,7 +180,7 @@ async fn pump(
     }
 }
 
-/// Changes a chunk at a place.
+/// Makes a change at a position of a chunk.
 fn spoil(chunk: &mut Vec<u8>, at: usize, change: Change) {
     let piece: Vec<u8> = chunk.iter().skip(at).take(16).copied().collect();
     match change {
@@ -191,7 +191,7 @@ fn spoil(chunk: &mut Vec<u8>, at: usize, change: Change) {
         }
         Change::Drop => drop(chunk.drain(at..at + piece.len())),
         Change::Repeat => drop(chunk.splice(at..at, piece)),
-        // One byte alone has nothing to change places with.
+        // A single byte can't be swapped.
         Change::Swap if chunk.len() - at < 2 => spoil(chunk, at, Change::Flip),
         Change::Swap => {
             let half = chunk.len() - (chunk.len() - at) / 2;

@@ -1,4 +1,4 @@
-//! Tables of what was measured, for the terminal and for the document.
+//! Tables of the measurements, for the terminal and for the document.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -8,22 +8,22 @@ use anyhow::{Context, Result};
 use super::groups::{Goal, Group, Round, Row};
 use super::plot;
 
-/// Between these two lines of the document stands what was measured last.
+/// The tables stand between these two lines of the document.
 const BEGIN: &str = "<!-- from here on written by tests/bench -->";
 const END: &str = "<!-- written by tests/bench until here -->";
 
 /// One measurement over all rounds.
 #[derive(Clone, Copy, Debug)]
 pub struct Summary {
-    /// Which.
+    /// The measurement.
     pub row: Row,
-    /// The median of ours.
+    /// Median of ours.
     pub ours: f64,
-    /// The median of OpenSSH's.
+    /// Median of OpenSSH's.
     pub openssh: f64,
-    /// The median of the rounds' ratios, ours to OpenSSH's: what slows a round down slows both.
+    /// Median of the rounds' ratios, ours to OpenSSH's: a slow round slows both.
     pub ratio: f64,
-    /// The least and the greatest of them.
+    /// Least and greatest ratio.
     pub range: [f64; 2],
 }
 
@@ -51,7 +51,7 @@ fn median(sorted: &[f64]) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// A table in Markdown, which a terminal shows well enough.
+/// A table in Markdown, which is readable on a terminal, too.
 #[must_use]
 pub fn table(group: &Group, summaries: &[Summary]) -> String {
     let mut text = format!("### {}\n\n", group.title);
@@ -73,7 +73,7 @@ pub fn table(group: &Group, summaries: &[Summary]) -> String {
     text
 }
 
-/// Three digits that matter, and no more.
+/// Three significant digits.
 fn figure(value: f64) -> String {
     let decimals = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
     format!("{value:.decimals$}")
@@ -96,10 +96,10 @@ fn verdict(goal: Goal, ratio: f64) -> &'static str {
     }
 }
 
-/// Puts what was measured into the document, and a picture of each group beside it.
+/// Writes the tables into the document, and a picture of each group next to it.
 ///
 /// # Errors
-/// The document has not the two lines between which it goes, or can't be written.
+/// If the document lacks the two lines, or can't be written.
 pub fn write(document: &Path, about: &str, groups: &[(Group, Vec<Summary>)]) -> Result<()> {
     let old = std::fs::read_to_string(document).with_context(|| format!("reading {}", document.display()))?;
     let place = old.split_once(BEGIN).and_then(|(head, rest)| Some((head, rest.split_once(END)?.1)));

@@ -1,4 +1,4 @@
-//! How a fault is done, and undone.
+//! Injects a fault, and removes it again.
 
 use std::path::PathBuf;
 use std::sync::PoisonError;
@@ -14,10 +14,10 @@ use super::script::{Fault, Planned, Side};
 use crate::simulators::impaired_link::{DEVICE, Impairment};
 use crate::simulators::kbs::Fault as KbsFault;
 
-/// A fault that begins when it is due; returns once it is over.
+/// Injects a fault when it is due, and removes it when its time is over.
 ///
 /// # Errors
-/// It could not be done or undone: the life says nothing then.
+/// If it can't be injected or removed: the lifetime proves nothing then.
 pub async fn inject_fault(scene: &PodScene, planned: Planned) -> Result<()> {
     sleep(planned.at).await;
     let done = hit(scene, planned.fault, planned.lasts).await;
@@ -35,7 +35,7 @@ async fn hit(scene: &PodScene, fault: Fault, lasts: Duration) -> Result<()> {
         Fault::Freeze(side) => freeze(scene, side, lasts).await,
         Fault::NoFiles(side, spare) => no_files(scene, side, spare, lasts).await,
         Fault::Reboot => {
-            // What is wiped while it still runs it could write again.
+            // A running agent could write the files again that are wiped.
             let gone = scene.agent.end(Signal::SIGKILL, lasts);
             let wipe = async {
                 sleep(lasts / 2).await;
@@ -106,17 +106,17 @@ async fn hit(scene: &PodScene, fault: Fault, lasts: Duration) -> Result<()> {
                 proxy.thaw();
                 Ok(())
             }
-            Route::ImpairedLink(..) => line(scene, lasts, |line, on| line.blackhole = on).await,
+            Route::ImpairedLink(..) => link(scene, lasts, |link, on| link.blackhole = on).await,
         },
-        Fault::Loss(loss) => line(scene, lasts, |line, on| line.loss = chance(loss, on)).await,
-        Fault::Duplicate(twice) => line(scene, lasts, |line, on| line.duplicate = chance(twice, on)).await,
+        Fault::Loss(loss) => link(scene, lasts, |link, on| link.loss = chance(loss, on)).await,
+        Fault::Duplicate(twice) => link(scene, lasts, |link, on| link.duplicate = chance(twice, on)).await,
         Fault::Delay(millis) => {
             let millis = Duration::from_millis(millis.into());
-            line(scene, lasts, |line, on| line.delay = if on { millis } else { Duration::ZERO }).await
+            link(scene, lasts, |link, on| link.delay = if on { millis } else { Duration::ZERO }).await
         }
         Fault::Reorder(late) => {
-            line(scene, lasts, |line, on| {
-                (line.reorder, line.reorder_delay) = (chance(late, on), Duration::from_millis(5));
+            link(scene, lasts, |link, on| {
+                (link.reorder, link.reorder_delay) = (chance(late, on), Duration::from_millis(5));
             })
             .await
         }
@@ -126,8 +126,8 @@ async fn hit(scene: &PodScene, fault: Fault, lasts: Duration) -> Result<()> {
             device(scene, &["link", "set", DEVICE, "up"]).await
         }
         Fault::Move => match &scene.route {
-            Route::ImpairedLink(line, _) => line.lock().await.b.readdress(MOVED),
-            Route::Proxy(..) => bail!("only over a line"),
+            Route::ImpairedLink(link, _) => link.lock().await.b.readdress(MOVED),
+            Route::Proxy(..) => bail!("only over an impaired link"),
         },
     }
 }
@@ -143,16 +143,16 @@ async fn kbs(scene: &PodScene, fault: KbsFault, lasts: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Changes the line for a while; other faults of it may go on meanwhile.
-async fn line(scene: &PodScene, lasts: Duration, change: impl Fn(&mut Impairment, bool)) -> Result<()> {
-    let Route::ImpairedLink(line, now) = &scene.route else { bail!("only over a line") };
+/// Changes the impaired link for a while; several faults may overlap.
+async fn link(scene: &PodScene, lasts: Duration, change: impl Fn(&mut Impairment, bool)) -> Result<()> {
+    let Route::ImpairedLink(link, now) = &scene.route else { bail!("only over an impaired link") };
     for on in [true, false] {
         let changed = {
             let mut now = now.lock().unwrap_or_else(PoisonError::into_inner);
             change(&mut now, on);
             *now
         };
-        line.lock().await.set_both(changed);
+        link.lock().await.set_both(changed);
         if on {
             sleep(lasts).await;
         }
@@ -161,15 +161,15 @@ async fn line(scene: &PodScene, lasts: Duration, change: impl Fn(&mut Impairment
 }
 
 async fn device(scene: &PodScene, args: &[&str]) -> Result<()> {
-    let Route::ImpairedLink(line, _) = &scene.route else { bail!("only over a line") };
-    line.lock().await.b.netns.ip(args.iter().copied())
+    let Route::ImpairedLink(link, _) = &scene.route else { bail!("only over an impaired link") };
+    link.lock().await.b.netns.ip(args.iter().copied())
 }
 
 async fn freeze(scene: &PodScene, side: Side, lasts: Duration) -> Result<()> {
     let program = scene.program(side);
     program.signal(Signal::SIGSTOP).await?;
     sleep(lasts).await;
-    // If it was killed meanwhile, its successor is told, which does not mind.
+    // If the process was killed in between, its successor gets the signal, which is harmless.
     program.signal(Signal::SIGCONT).await
 }
 
@@ -179,9 +179,9 @@ async fn reset(scene: &PodScene) -> Result<()> {
             proxy.cut();
             Ok(())
         }
-        Route::ImpairedLink(line, _) => {
-            // The kernel ends the connection for both sides: to the other one it sends a reset.
-            let mut command = line.lock().await.b.netns.command("ss");
+        Route::ImpairedLink(link, _) => {
+            // The kernel ends the connection at this end, and sends a reset to the other one.
+            let mut command = link.lock().await.b.netns.command("ss");
             command.args(["-K", "-t", "state", "established", "sport", "=", ":2222"]);
             run(command).await
         }
@@ -191,7 +191,7 @@ async fn reset(scene: &PodScene) -> Result<()> {
 async fn no_files(scene: &PodScene, side: Side, spare: u8, lasts: Duration) -> Result<()> {
     let Some(pid) = scene.program(side).pid() else { return Ok(()) };
     let proc = PathBuf::from(format!("/proc/{pid}"));
-    // Whoever was killed meanwhile has no files either.
+    // A process that was killed in between has no limit to restore.
     let Ok(open) = std::fs::read_dir(proc.join("fd")).map(Iterator::count) else { return Ok(()) };
     let Ok(limits) = std::fs::read_to_string(proc.join("limits")) else { return Ok(()) };
     let soft = limits.lines().find_map(|line| line.strip_prefix("Max open files"));

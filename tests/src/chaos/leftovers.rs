@@ -1,4 +1,4 @@
-//! What this process has made and not taken away again.
+//! Finds what this process created and did not remove.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use super::resources::Resources;
 
-/// What there is of ours now.
+/// Namespaces, mounts, directories, processes and files of this process.
 #[derive(Clone, Debug)]
 pub struct Leftovers {
     namespaces: Vec<String>,
@@ -15,14 +15,14 @@ pub struct Leftovers {
     own: Resources,
 }
 
-/// What the runtime may have opened since, or a thread of its pool that is idle.
+/// Files that the runtime or an idle pool thread may have opened since.
 const SLACK: usize = 8;
 
 impl Leftovers {
-    /// Looks for it.
+    /// Lists them.
     ///
     /// # Errors
-    /// `ip` or /proc can't be read.
+    /// If `ip` or /proc can't be read.
     pub fn now() -> Result<Self> {
         let listed = Command::new("ip").args(["netns", "list"]).output().context("ip netns list")?;
         let ours = format!("-{:x}x", std::process::id());
@@ -31,7 +31,7 @@ impl Leftovers {
         };
         let mut children = Vec::new();
         for task in std::fs::read_dir("/proc/self/task")? {
-            // A thread may end meanwhile.
+            // A thread may end while it is read.
             let of_task = std::fs::read_to_string(task?.path().join("children")).unwrap_or_default();
             children.extend(of_task.split_whitespace().map(str::to_owned));
         }
@@ -43,7 +43,7 @@ impl Leftovers {
         })
     }
 
-    /// What there was not before.
+    /// What exists now and did not exist at `before`.
     #[must_use]
     pub fn beyond(&self, before: &Self) -> Vec<String> {
         let new = |what: &str, now: &[String], then: &[String]| {
@@ -70,7 +70,7 @@ mod tests {
     use crate::harness::test_namespace::TestNamespace;
 
     #[test]
-    fn a_namespace_a_mount_a_process_and_files_that_stay_are_told() {
+    fn a_namespace_a_mount_a_process_and_files_that_stay_are_reported() {
         let before = Leftovers::now().unwrap();
         let directory =
             tempfile::Builder::new().prefix(&super::super::pod_scene::prefix()).tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! One life: the pod comes up, is hit, comes up again; then it is looked at.
+//! One pod lifetime: the pod comes up, faults are injected, it comes up again; then all is checked.
 
 use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
@@ -19,47 +19,47 @@ use super::script::{Fault, Hit, Script, Side};
 use super::secrets::Secrets;
 use super::traffic::{Seen, Traffic, request};
 
-/// What the issue allows a pod to need once all faults are over.
+/// Goal for the recovery of a pod once all faults are over.
 pub const GOAL: Duration = Duration::from_secs(10);
-/// Beyond this it is a failure. The longest timers of the protocol are 20 s (`SILENCE`, `KBS_FIRST_BYTE`), and a pause
-/// between tries is up to 5 s; the rest is for a machine that does six lives at a time.
+/// Limit for the recovery. The longest timers of the protocol are 20 s (`SILENCE`, `KBS_FIRST_BYTE`), and the
+/// backoff is up to 5 s; the rest allows for a machine that runs six lifetimes at a time.
 pub const BOUND: Duration = Duration::from_secs(45);
-/// What a whole life may take.
-const LIFE: Duration = Duration::from_secs(240);
-/// A pod that nothing has hit yet comes up in this time, however busy the machine is.
+/// Limit for a whole lifetime.
+const LIFETIME: Duration = Duration::from_secs(240);
+/// Limit for the first start, before any fault, on a busy machine.
 const FIRST: Duration = Duration::from_secs(60);
-/// A new try to reach the kata agent, so often.
+/// Interval between two attempts to reach the kata agent.
 const PROBE: Duration = Duration::from_millis(100);
-/// Connections that must work, one after the other, once all is calm.
+/// Connections that must work, one after the other, once all faults are over.
 const CALM: u64 = 10;
-/// How long what must not be answered is listened to.
+/// Time in which no byte may arrive at a client that must not be served.
 const LISTEN: Duration = Duration::from_millis(300);
-/// What an idle process may hold: twice what it needs. Blocking threads of tokio end after 10 s without work.
+/// Limits for an idle process: twice its need. Blocking threads of tokio end after 10 s without work.
 const AGENT: Resources = Resources { files: 40, threads: 2, rss_kib: 16 * 1024 };
 const ADAPTOR: Resources = Resources { files: 40, threads: 32, rss_kib: 64 * 1024 };
-/// Until connections that clients have left are gone on both sides.
+/// Time in which connections that clients have left must be closed at both ends.
 const IDLE: Duration = Duration::from_secs(20);
 
-/// What a life came to.
+/// Result of a lifetime.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// What was to befall it.
+    /// What the seed decided.
     pub script: Script,
-    /// From the end of the last fault until the kata agent answered.
+    /// Time from the end of the last fault until the kata agent answered.
     pub recovery: Option<Duration>,
-    /// What its clients saw.
+    /// What the clients saw.
     pub seen: Seen,
     /// What the agent held at the end.
     pub agent: Resources,
     /// What the adaptor held at the end.
     pub adaptor: Resources,
-    /// What must not be.
+    /// Violated requirements.
     pub violations: Vec<String>,
-    /// What the processes said.
+    /// Logs of the processes.
     pub logs: String,
 }
 
-/// Lives it.
+/// Runs one lifetime.
 pub async fn live(script: Script) -> Outcome {
     let mut outcome = Outcome {
         script: script.clone(),
@@ -70,11 +70,11 @@ pub async fn live(script: Script) -> Outcome {
         violations: Vec::new(),
         logs: String::new(),
     };
-    let ended = timeout(LIFE, lived(&script, &mut outcome)).await;
+    let ended = timeout(LIFETIME, lived(&script, &mut outcome)).await;
     match ended {
         Ok(Ok(())) => {}
         Ok(Err(error)) => outcome.violations.push(format!("{error:#}")),
-        Err(_) => outcome.violations.push(format!("the life did not end within {} s", LIFE.as_secs())),
+        Err(_) => outcome.violations.push(format!("the lifetime did not end within {} s", LIFETIME.as_secs())),
     }
     outcome
 }
@@ -95,7 +95,7 @@ async fn lived(script: &Script, outcome: &mut Outcome) -> Result<()> {
         let past = program.stop().await.with_context(|| format!("stopping the {side:?}"))?;
         outcome.violations.extend(past.own_ends.iter().filter_map(|status| {
             let excused = status.code() == Some(1) && script.has(|fault| keeps_from_starting(fault, side));
-            (!excused).then(|| format!("the {side:?} ended by itself: {status}"))
+            (!excused).then(|| format!("the {side:?} ended unexpectedly: {status}"))
         }));
         for log in past.logs {
             let found = secrets.in_text(log.as_bytes());
@@ -109,7 +109,7 @@ async fn lived(script: &Script, outcome: &mut Outcome) -> Result<()> {
     lived.and(examined)
 }
 
-/// Faults in which a program that starts says why it can't, and ends: whoever runs it starts it again.
+/// Faults in which a starting program reports why it can't start, and ends; a supervisor restarts it.
 fn keeps_from_starting(fault: &Fault, side: Side) -> bool {
     match fault {
         Fault::StoreFull
@@ -122,7 +122,7 @@ fn keeps_from_starting(fault: &Fault, side: Side) -> bool {
     }
 }
 
-/// The faults, and what comes after them.
+/// Runs the faults, and the checks that follow them.
 async fn run_faults(scene: &PodScene, script: &Script, outcome: &mut Outcome) -> Result<()> {
     let places = [
         ("KATAAGENT", scene.kata_inbound),
@@ -141,7 +141,7 @@ async fn run_faults(scene: &PodScene, script: &Script, outcome: &mut Outcome) ->
     };
     let struck = tokio::select! {
         struck = faults => struck,
-        error = strangers(scene, script, &opened) => error,
+        error = attack(scene, script, &opened) => error,
     };
     let over = Instant::now();
     struck?;
@@ -160,14 +160,14 @@ async fn run_faults(scene: &PodScene, script: &Script, outcome: &mut Outcome) ->
             sleep(PROBE).await;
         }
     };
-    timeout(BOUND, calm).await.context("clients are no longer served, though nothing happened")?;
+    timeout(BOUND, calm).await.context("clients are not served although no fault is active")?;
     outcome.seen = traffic.end().await;
     outcome.violations.append(&mut outcome.seen.violations);
     outcome.violations.extend(opened.into_inner().unwrap_or_else(PoisonError::into_inner));
     Ok(())
 }
 
-/// Until the KBS lets the VM have its keys, nobody may reach anything.
+/// Until the KBS releases the keys to the VM, no tunnel of the Kubernetes phase may be reached.
 async fn hold(scene: &PodScene, hit: Hit) -> Result<()> {
     let Hit::Attestation(held) = hit else { return Ok(()) };
     sleep(held).await;
@@ -182,21 +182,21 @@ async fn hold(scene: &PodScene, hit: Hit) -> Result<()> {
     Ok(())
 }
 
-/// Ends only if it could not begin.
-async fn strangers(scene: &PodScene, script: &Script, opened: &Mutex<Vec<String>>) -> Result<()> {
-    if let (true, Route::Proxy(_, agent)) = (script.stranger, &scene.route) {
+/// Returns only if the attacker can't start.
+async fn attack(scene: &PodScene, script: &Script, opened: &Mutex<Vec<String>>) -> Result<()> {
+    if let (true, Route::Proxy(_, agent)) = (script.attacker, &scene.route) {
         let tell = |what| opened.lock().unwrap_or_else(PoisonError::into_inner).push(what);
-        return attacker::try_doors(*agent, scene.directory(), tell).await;
+        return attacker::attack_agent(*agent, scene.directory(), tell).await;
     }
     std::future::pending().await
 }
 
-/// Tries again and again until a request is answered.
+/// Retries until a request is answered.
 pub(super) async fn up(address: SocketAddr, bound: Duration) -> Result<()> {
     let tries = async {
         let mut probes = JoinSet::new();
         let mut due = interval(PROBE);
-        // Enough that one finds out soon, whatever the others are stuck in.
+        // Several at a time, so that a success is found soon although others hang.
         const AT_ONCE: usize = 50;
         for number in 0.. {
             tokio::select! {
@@ -210,11 +210,11 @@ pub(super) async fn up(address: SocketAddr, bound: Duration) -> Result<()> {
     timeout(bound, tries).await.with_context(|| format!("not up within {} s", bound.as_secs()))
 }
 
-/// What is so of every pod that is up and left alone.
+/// Requirements that every pod meets that is up and undisturbed.
 async fn examine(scene: &PodScene, outcome: &mut Outcome) -> Result<()> {
     let before = scene.early.connections().await;
     let mut early = TcpStream::connect(scene.early_inbound).await.context("a client of EARLY")?;
-    // It may be closed; a byte it must not get.
+    // The connection may be closed, but no byte may arrive.
     if let Ok(Ok(1..)) = timeout(LISTEN, early.read(&mut [0])).await {
         outcome.violations.push("a client of an Attestation-phase tunnel got an answer".to_owned());
     }
@@ -225,7 +225,7 @@ async fn examine(scene: &PodScene, outcome: &mut Outcome) -> Result<()> {
     if let Route::Proxy(_, agent) = &scene.route
         && attacker::may_attest(*agent).await
     {
-        outcome.violations.push("a stranger may attest to a VM that runs a pod".to_owned());
+        outcome.violations.push("an unproven peer may attest to a VM that runs a pod".to_owned());
     }
     for (side, most) in [(Side::Agent, AGENT), (Side::Adaptor, ADAPTOR)] {
         let (held, over) = idle(scene, side, &most).await?;

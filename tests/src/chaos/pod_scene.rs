@@ -1,4 +1,4 @@
-//! A pod with all around it, over a proxy or a line: its stand-ins run here, agent and adaptor are processes.
+//! One pod over a TCP proxy or an impaired link. Its simulators run here; agent and adaptor are processes.
 
 use std::ffi::OsString;
 use std::io::Write as _;
@@ -26,82 +26,84 @@ use crate::simulators::kata::KataAgent;
 use crate::simulators::kbs::{Kbs, KbsOptions};
 use crate::simulators::tcp_proxy::TcpProxy;
 
-/// The last part of the address that the VM may move to.
+/// Last part of the address that the VM may move to.
 pub const MOVED: u8 = 3;
-/// What the names of this process's directories begin with.
+/// Prefix of this process's directories.
 #[must_use]
 pub fn prefix() -> String {
     format!("secure-comms-chaos-{}-", std::process::id())
 }
 
-/// A port that was just closed may take a moment.
+/// Retries for a port that was just closed.
 const PORT_TRIES: usize = 500;
 const PORT_PAUSE: Duration = Duration::from_millis(10);
 
-/// The pod and what is around it.
+/// The pod and everything around it.
 #[derive(Debug)]
 pub struct PodScene {
-    /// In the order in which they are dropped: processes first, what they use after them.
+    /// Fields are dropped in this order: processes first, then what they use.
+    ///
+    /// The agent, in the VM.
     pub agent: Program,
-    /// At the worker node.
+    /// The adaptor, at the worker node.
     pub adaptor: Program,
-    /// What lies between.
+    /// Path between worker node and VM.
     pub route: Route,
-    /// Trustee's key broker.
+    /// Key broker.
     pub kbs: Kbs,
-    /// The pod's id.
+    /// Id of the pod.
     pub pod: String,
-    /// Where the kata agent's clients connect.
+    /// Inbound of the kata agent's clients.
     pub kata_inbound: SocketAddr,
-    /// Where clients of `VMSERVICE` connect.
+    /// Inbound of `VMSERVICE`.
     pub vm_inbound: SocketAddr,
-    /// Where clients of `NODESERVICE` in the VM connect.
+    /// Inbound of `NODESERVICE`, in the VM.
     pub node_inbound: SocketAddr,
-    /// Where clients of `EARLY` in the VM connect: a tunnel of the Attestation phase.
+    /// Inbound of `EARLY`, in the VM: a tunnel of the Attestation phase.
     pub early_inbound: SocketAddr,
-    /// The servers of the Kubernetes phase's tunnels that must not be reached before it, and of the one that must not
-    /// be reached in it.
+    /// Servers behind the tunnels of the Kubernetes phase, which must not be reached before it, and behind `EARLY`,
+    /// which must not be reached in it.
     pub kata: Server,
-    /// In the VM.
+    /// Server of `VMSERVICE`, in the VM.
     pub vm_service: Server,
-    /// At the worker node.
+    /// Server of `NODESERVICE`, at the worker node.
     pub node_service: Server,
-    /// At the worker node.
+    /// Server of `EARLY`, at the worker node.
     pub early: Server,
     /// `api-server-rest`.
     pub rest: Mutex<Option<Rest>>,
     rest_address: SocketAddr,
     cdh: Arc<Cdh>,
-    /// The adaptor's disk.
+    /// Disk of the adaptor.
     pub store: Disk,
-    /// The agent's disk.
+    /// Disk of the agent.
     pub state: Disk,
     clocks: Arc<Clocks>,
     directory: TempDir,
 }
 
-/// What lies between worker node and VM.
+/// Path between worker node and VM.
 #[derive(Debug)]
 pub enum Route {
-    /// And where the agent is.
+    /// A TCP proxy on loopback, and the address of the agent.
     Proxy(TcpProxy, SocketAddr),
-    /// With its end `b` in the VM; what is set now.
+    /// An impaired link, with its end `b` in the VM, and its current impairment.
     ImpairedLink(Box<Mutex<ImpairedLink>>, std::sync::Mutex<Impairment>),
 }
 
-/// Seconds that the monotonic clocks of the processes are ahead, once started anew.
+/// Seconds that the monotonic clocks of agent and adaptor are ahead from their next start on.
 #[derive(Debug, Default)]
 struct Clocks {
     agent: AtomicU32,
     adaptor: AtomicU32,
 }
 
-/// A stand-in on a unix socket that can be gone for a while.
+/// A simulator on a unix socket that can be absent for a while.
 #[derive(Debug)]
 pub struct Server {
     path: PathBuf,
     running: Mutex<Option<KataAgent>>,
-    /// Connections of those that have been.
+    /// Connections of earlier runs of the simulator.
     before: AtomicU64,
 }
 
@@ -111,7 +113,7 @@ impl Server {
         Ok(Self { path, running, before: AtomicU64::new(0) })
     }
 
-    /// Ends it.
+    /// Stops it.
     pub async fn end(&self) {
         if let Some(server) = self.running.lock().await.take() {
             self.before.fetch_add(server.connections(), Ordering::Relaxed);
@@ -121,13 +123,13 @@ impl Server {
     /// Starts it again.
     ///
     /// # Errors
-    /// The socket can't be bound.
+    /// If the socket can't be bound.
     pub async fn begin(&self) -> Result<()> {
         *self.running.lock().await = Some(KataAgent::unix(&self.path)?);
         Ok(())
     }
 
-    /// How often it was reached.
+    /// Number of connections so far.
     pub async fn connections(&self) -> u64 {
         let now = self.running.lock().await.as_ref().map_or(0, KataAgent::connections);
         self.before.load(Ordering::Relaxed) + now
@@ -135,10 +137,10 @@ impl Server {
 }
 
 impl PodScene {
-    /// Starts everything; with faults that come in the Attestation phase, the KBS refuses the VM its keys.
+    /// Starts everything. If the faults hit the Attestation phase, the KBS refuses the keys at first.
     ///
     /// # Errors
-    /// A stand-in or a process can't be started.
+    /// If a simulator or a process can't be started.
     pub async fn new(script: &Script) -> Result<Self> {
         let binaries = ensure_built().await?;
         let directory = tempfile::Builder::new().prefix(&prefix()).tempdir()?;
@@ -240,13 +242,13 @@ impl PodScene {
         })
     }
 
-    /// Where its files are.
+    /// Directory of its files.
     #[must_use]
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
 
-    /// One of the two processes under test.
+    /// The process under test at one side.
     #[must_use]
     pub fn program(&self, side: Side) -> &Program {
         match side {
@@ -255,12 +257,12 @@ impl PodScene {
         }
     }
 
-    /// Sets how far ahead the monotonic clock of a process is once it is started anew.
+    /// Sets how far ahead a process's monotonic clock is from its next start on, in seconds.
     pub fn set_clock(&self, side: Side, seconds: u32) {
         self.clocks.of(side).store(seconds, Ordering::Relaxed);
     }
 
-    /// The KBS lets the VM have its keys.
+    /// Makes the KBS release the keys to the VM.
     pub fn release_keys(&self) {
         self.kbs.allow(&format!("default/pp-{}/privateKey", self.pod));
     }
@@ -268,7 +270,7 @@ impl PodScene {
     /// Starts `api-server-rest` again.
     ///
     /// # Errors
-    /// Its port stays taken.
+    /// If its port stays taken.
     pub async fn begin_rest(&self) -> Result<()> {
         for _ in 0..PORT_TRIES {
             if let Ok(rest) = Rest::start(self.rest_address, Backend::Local(Arc::clone(&self.cdh))).await {
@@ -306,7 +308,7 @@ impl Common {
         let (clocks, directory) = (Arc::clone(&self.clocks), self.directory.clone());
         let make = move || {
             let ahead = clocks.of(side).load(Ordering::Relaxed);
-            // Each of these becomes the next, so that the pid is that of the last. Core dumps, if any, are to be seen.
+            // Each of these programs replaces itself by the next: the pid is that of the last. Core dumps are allowed, to be found.
             let mut words: Vec<OsString> = Vec::new();
             if let Some(netns) = &netns {
                 words.extend(["ip", "netns", "exec", netns].map(Into::into));
@@ -333,12 +335,12 @@ impl Route {
             let agent = free_port()?;
             return Ok((Self::Proxy(TcpProxy::to(agent).await?, agent), kbs));
         }
-        let line = ImpairedLink::new(script.seed, Impairment::default()).await?;
-        kbs.namespace = Some(line.a.namespace());
-        Ok((Self::ImpairedLink(Box::new(Mutex::new(line)), std::sync::Mutex::default()), kbs))
+        let link = ImpairedLink::new(script.seed, Impairment::default()).await?;
+        kbs.namespace = Some(link.a.namespace());
+        Ok((Self::ImpairedLink(Box::new(Mutex::new(link)), std::sync::Mutex::default()), kbs))
     }
 
-    /// Where the agent listens.
+    /// Address that the agent listens on.
     fn listen(&self) -> String {
         match self {
             Self::Proxy(_, agent) => agent.to_string(),
@@ -346,12 +348,12 @@ impl Route {
         }
     }
 
-    /// Where the adaptor looks for it.
+    /// Addresses at which the adaptor looks for the agent.
     async fn addresses(&self, script: &Script) -> Vec<SocketAddr> {
         match self {
             Self::Proxy(proxy, _) => vec![proxy.address()],
-            Self::ImpairedLink(line, _) => {
-                let first = line.lock().await.b.address;
+            Self::ImpairedLink(link, _) => {
+                let first = link.lock().await.b.address;
                 let moved = script.has(|fault| *fault == Fault::Move);
                 let other = moved.then(|| SocketAddr::from(([10, 99, 0, MOVED], SSH_PORT)));
                 std::iter::once(SocketAddr::new(first, SSH_PORT)).chain(other).collect()
@@ -360,9 +362,9 @@ impl Route {
     }
 
     async fn namespace(&self, side: Side) -> Option<String> {
-        let Self::ImpairedLink(line, _) = self else { return None };
-        let line = line.lock().await;
-        let end = if side == Side::Agent { &line.b } else { &line.a };
+        let Self::ImpairedLink(link, _) = self else { return None };
+        let link = link.lock().await;
+        let end = if side == Side::Agent { &link.b } else { &link.a };
         Some(end.netns.name().to_owned())
     }
 }

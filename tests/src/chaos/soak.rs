@@ -1,4 +1,4 @@
-//! One pod that reconnects many times: each end is measured while the other one comes and goes.
+//! One pod that reconnects many times; each end is measured while the other one is restarted.
 
 use std::time::Duration;
 
@@ -11,28 +11,28 @@ use super::pod_scene::{Route, PodScene};
 use super::resources::Resources;
 use super::script::{Hit, Path, Script, Side};
 
-/// Each time the adaptor pauses longer before it comes back: few.
+/// Restarts of the adaptor: few, because each backoff is longer than the last.
 const CUTS: usize = 8;
-/// Until both ends have all they ever need.
+/// Reconnections until both ends have allocated all they ever need.
 const WARM: usize = 5;
 const BOUND: Duration = Duration::from_secs(60);
-/// Until what has ended is gone.
+/// Time until what has ended is released.
 const SETTLE: Duration = Duration::from_millis(100);
 const SETTLES: usize = 100;
-/// Memory may grow by this much: allocators keep some.
+/// Allowed growth of memory: allocators keep some.
 const SLACK_KIB: u64 = 2 * 1024;
 
-/// Kills the adaptor `times` times, and cuts its connection a few times; what the other end holds must not grow.
+/// Kills the adaptor `times` times, and resets its connection a few times; the other end's resources must not grow.
 ///
 /// # Errors
-/// It grows, or the pod does not come back.
+/// If they grow, or the pod does not come back.
 pub async fn soak(times: usize) -> Result<String> {
     let script = Script {
         seed: 0,
         path: Path::Proxy,
         hit: Hit::Kubernetes,
         https: false,
-        stranger: false,
+        attacker: false,
         request: 200,
         faults: Vec::new(),
     };
@@ -69,9 +69,9 @@ fn held(scene: &PodScene, side: Side) -> Result<Resources> {
     Resources::of(scene.program(side).pid().context("it does not run")?)
 }
 
-/// What it holds once it is no more than before.
+/// Resources of a process, once they are no more than before.
 async fn settled(scene: &PodScene, side: Side, before: Resources) -> Result<Resources> {
-    // A probe or two may have been open when it was measured first, or not.
+    // The first measurement may include a probe or two, or not.
     let most = Resources {
         files: before.files + 2,
         threads: before.threads + 2,

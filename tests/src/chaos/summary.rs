@@ -1,4 +1,4 @@
-//! What many lives come to.
+//! Summary of many lifetimes.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,10 +7,10 @@ use std::time::Duration;
 use super::lifetime::{GOAL, Outcome};
 use super::resources::Resources;
 
-/// The sum of many lives.
+/// Sum of many lifetimes.
 #[derive(Debug, Default)]
 pub struct Report {
-    lives: usize,
+    lifetimes: usize,
     failed: Vec<u64>,
     recoveries: Vec<Duration>,
     finished: u64,
@@ -21,9 +21,9 @@ pub struct Report {
 }
 
 impl Report {
-    /// Adds a life; answers what is to be said about it, on one line or, if it failed or was slow, on more.
+    /// Adds a lifetime; returns its report: one line, or several if it failed or was slow.
     pub fn add(&mut self, outcome: &Outcome) -> String {
-        self.lives += 1;
+        self.lifetimes += 1;
         self.recoveries.extend(outcome.recovery);
         self.finished += outcome.seen.finished;
         self.broken += outcome.seen.broken;
@@ -41,19 +41,19 @@ impl Report {
             for violation in &outcome.violations {
                 text += &format!("\n  FAILED: {violation}");
             }
-            text += &format!("\n  again: tests/chaos 1 --seed {seed}{}", kept(outcome));
+            text += &format!("\n  run again: tests/chaos 1 --seed {seed}{}", kept(outcome));
         }
         text
     }
 
-    /// Whether every life was as it should be.
+    /// Whether no lifetime failed.
     #[must_use]
     pub fn is_good(&self) -> bool {
         self.failed.is_empty()
     }
 }
 
-/// Keeps what the processes said, to look into it.
+/// Writes the logs to a file, for analysis.
 fn kept(outcome: &Outcome) -> String {
     let path: PathBuf = std::env::temp_dir().join(format!("secure-comms-chaos-{}.log", outcome.script.seed));
     let text = format!("{}\n{}\n{}", outcome.script, outcome.violations.join("\n"), outcome.logs);
@@ -72,7 +72,7 @@ impl fmt::Display for Report {
             recoveries.get(last * percent / 100).copied().unwrap_or_default()
         };
         let slow = recoveries.iter().filter(|time| **time > GOAL.as_secs_f64()).count();
-        writeln!(f, "lives                     {}", self.lives)?;
+        writeln!(f, "lifetimes                 {}", self.lifetimes)?;
         writeln!(f, "failed                    {} {:?}", self.failed.len(), self.failed)?;
         writeln!(
             f,
@@ -85,7 +85,7 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "connections               {} did all they were for, {} ended before",
+            "connections               {} completed, {} ended early",
             self.finished, self.broken
         )?;
         writeln!(
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_violation_fails_the_report_and_tells_how_to_see_it_again() {
+    fn a_violation_is_reported_with_the_command_that_repeats_it() {
         let mut report = Report::default();
         report.add(&outcome(1, &[]));
         assert!(report.is_good());
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_life_is_told_of_and_does_not_fail() {
+    fn a_slow_lifetime_is_reported_and_does_not_fail() {
         let mut report = Report::default();
         let text = report.add(&outcome(11, &[]));
         assert!(text.contains("SLOW: more than 10 s"), "{text}");

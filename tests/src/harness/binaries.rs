@@ -1,4 +1,4 @@
-//! Where the binaries under test are, and that they are the ones of this source.
+//! Finds the binaries under test, and makes sure that they are built from this source.
 
 use std::path::{Path, PathBuf};
 
@@ -6,9 +6,9 @@ use anyhow::{Context, Result, bail};
 use tokio::process::Command;
 use tokio::sync::OnceCell;
 
-/// Names a directory that holds the binaries already: nothing is built then.
+/// Directory that holds the binaries; nothing is built if it is set.
 const BIN_DIR: &str = "SECURE_COMMS_BIN_DIR";
-/// With one of ours: what they all depend on is built another way without one, and so twice.
+/// With a program of this package: without one, cargo builds the shared dependencies again, with other features.
 const PROGRAMS: [&str; 4] = ["agent-protocol-forwarder", "secure-comms-adaptor", "simulator", "double"];
 
 const OWN_PACKAGE: [&str; 4] =
@@ -21,14 +21,14 @@ pub struct Binaries {
     pub agent: PathBuf,
     /// `secure-comms-adaptor`.
     pub adaptor: PathBuf,
-    /// `simulator`: its first argument says for what.
+    /// `simulator`: its first argument names the system to simulate.
     pub simulator: PathBuf,
 }
 
 /// Builds the release binaries, once per process, or finds them in `$SECURE_COMMS_BIN_DIR`.
 ///
 /// # Errors
-/// If the build fails (with the compiler's words) or a binary is not there.
+/// If the build fails (with the compiler's output) or a binary does not exist.
 pub async fn ensure_built() -> Result<&'static Binaries> {
     static BUILT: OnceCell<Binaries> = OnceCell::const_new();
     BUILT
@@ -52,7 +52,7 @@ async fn build() -> Result<Binaries> {
     for program in PROGRAMS {
         command.args(["--bin", program]);
     }
-    // What `cargo run` tells this program about its own package; some build scripts (ring's) start over when it differs.
+    // Variables that `cargo run` sets for this program; build scripts such as ring's run again when they differ.
     let own = |name: &str| name.starts_with("CARGO_PKG_") || OWN_PACKAGE.contains(&name);
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(own)) {
         command.env_remove(name);

@@ -1,4 +1,4 @@
-//! The keys of a pod as an adaptor would have made them, for tests that play the adaptor by hand.
+//! The keys that an adaptor would have made for a pod, for tests that drive the agent by hand.
 
 use std::path::{Path, PathBuf};
 
@@ -26,17 +26,17 @@ impl PodKeys {
     /// Makes them in `directory`, in files whose names begin with `name`.
     ///
     /// # Errors
-    /// `ssh-keygen` fails.
+    /// If `ssh-keygen` fails.
     pub async fn make(directory: &Path, name: &str) -> Result<Self> {
         let (host, host_public) = OpenSsh::keygen(directory, &format!("{name}-pod")).await?;
         let (node, node_public) = OpenSsh::keygen(directory, &format!("{name}-node")).await?;
         Ok(Self { host, host_public, node, node_public })
     }
 
-    /// Puts them where the pod's VM looks for them.
+    /// Publishes them at the KBS, where the pod's VM fetches them.
     ///
     /// # Errors
-    /// The pod's id makes no resource path.
+    /// If the pod's id makes no resource path.
     pub fn publish(&self, kbs: &Kbs, pod: &str) -> Result<()> {
         kbs.put(&format!("default/pp-{pod}/privateKey"), self.host_pem()?)?;
         kbs.put("default/sshclient/publicKey", self.node_public.clone())
@@ -45,7 +45,7 @@ impl PodKeys {
     /// The Secure Comms part of apf.json.
     ///
     /// # Errors
-    /// The key file is gone.
+    /// If the key file can't be read.
     pub fn user_data(&self) -> Result<Value> {
         Ok(json!({
             "sc": true,

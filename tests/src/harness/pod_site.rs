@@ -1,4 +1,4 @@
-//! A pod VM and its worker node as namespaces, with a cable between, for the pod's network.
+//! The two ends of a pod's network: a pod VM and its worker node as namespaces, joined by a veth pair.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -14,23 +14,23 @@ use crate::harness::process::{Child, ensure_built};
 use crate::harness::scene::PATIENCE;
 use crate::harness::test_namespace::TestNamespace;
 
-/// The VXLAN id of every tunnel here: each has namespaces of its own.
+/// VXLAN id of every tunnel here; the namespaces keep them apart.
 pub const ID: u32 = 555_001;
-/// The VXLAN port: not the usual one.
+/// VXLAN port: not the default one.
 pub const PORT: u16 = 4790;
-/// The hardware address of the pod.
+/// Hardware address of the pod.
 pub const POD_HARDWARE: &str = "0a:58:0a:f4:01:07";
 
 /// The addresses of a site.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// The VM's, on the cable, with its prefix length.
+    /// Address of the VM on the veth pair, with its prefix length.
     pub vm: &'static str,
-    /// The worker node's, on the cable.
+    /// Address of the worker node on the veth pair.
     pub node: &'static str,
-    /// The pod's.
+    /// Address of the pod.
     pub pod: &'static str,
-    /// The gateway of the pod, at the worker node's end of the tunnel.
+    /// Gateway of the pod, at the worker node's end of the tunnel.
     pub gateway: &'static str,
 }
 
@@ -51,7 +51,7 @@ impl Plan {
         address.split('/').next().unwrap_or(address)
     }
 
-    /// What the worker node wants: a route to the pod's network and a default route, given in the wrong order.
+    /// The `pod-network` object of the worker node. The default route comes before the route that it depends on.
     #[must_use]
     pub fn pod_network(&self) -> Value {
         let gateway = Self::bare(self.gateway);
@@ -73,9 +73,9 @@ impl Plan {
 /// The namespaces, and a directory for the agent.
 #[derive(Debug)]
 pub struct PodSite {
-    /// The VM, with `ens3` on the cable.
+    /// The VM, with the device `ens3`.
     pub vm: TestNamespace,
-    /// The worker node, with `cable`.
+    /// The worker node, with the device `cable`.
     pub node: TestNamespace,
     /// The pod's namespace.
     pub pod: TestNamespace,
@@ -83,10 +83,10 @@ pub struct PodSite {
 }
 
 impl PodSite {
-    /// Namespaces with a cable between; its ends are up, and have no addresses.
+    /// Namespaces with a veth pair, whose ends are up and have no addresses.
     ///
     /// # Errors
-    /// They can't be made.
+    /// If they can't be made.
     pub fn bare() -> Result<Self> {
         let (vm, node, pod) = (TestNamespace::new("vm")?, TestNamespace::new("node")?, TestNamespace::new("pod")?);
         vm.veth("ens3", &node, "cable")?;
@@ -96,7 +96,7 @@ impl PodSite {
     /// A VM with an address and a default route, a worker node with its end of the tunnel.
     ///
     /// # Errors
-    /// A step fails.
+    /// If a step fails.
     pub fn new(plan: &Plan) -> Result<Self> {
         let site = Self::bare()?;
         site.vm.address("ens3", plan.vm)?;
@@ -109,7 +109,7 @@ impl PodSite {
     /// Makes the worker node's end of the tunnel.
     ///
     /// # Errors
-    /// A step fails.
+    /// If a step fails.
     pub fn node_end(&self, plan: &Plan) -> Result<()> {
         let (id, port) = (ID.to_string(), PORT.to_string());
         let (remote, local) = (Plan::bare(plan.vm), Plan::bare(plan.node));
@@ -120,7 +120,7 @@ impl PodSite {
         self.node.ip(["link", "set", "tunnel", "up"])
     }
 
-    /// A file of the agent's.
+    /// Path of a file in the agent's directory.
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
@@ -129,7 +129,7 @@ impl PodSite {
     /// The agent's command line in the VM, with `pod_network` in its apf.json.
     ///
     /// # Errors
-    /// The file can't be written, or the agent can't be built.
+    /// If the file can't be written, or the agent can't be built.
     pub async fn agent_command(&self, pod_network: &Value) -> Result<Command> {
         let config = json!({"pod-name": "p", "pod-network": pod_network});
         std::fs::write(self.path("apf.json"), config.to_string())?;
@@ -143,7 +143,7 @@ impl PodSite {
     /// Starts the agent.
     ///
     /// # Errors
-    /// It can't be started.
+    /// If it can't be started.
     pub async fn agent(&self, pod_network: &Value) -> Result<Child> {
         Child::spawn("agent", self.agent_command(pod_network).await?)
     }
@@ -151,39 +151,39 @@ impl PodSite {
     /// Starts the agent and waits until the tunnel is up.
     ///
     /// # Errors
-    /// It does not come up.
+    /// If the tunnel does not come up.
     pub async fn up(&self, pod_network: &Value) -> Result<Child> {
         let agent = self.agent(pod_network).await?;
         is_up(&agent).await?;
         Ok(agent)
     }
 
-    /// All that a pod network could change in the VM and in the pod's namespace.
+    /// Everything that a pod network may change in the VM and in the pod's namespace.
     ///
     /// # Errors
-    /// `ip` fails.
+    /// If `ip` fails.
     pub fn state(&self) -> Result<[Value; 2]> {
         Ok([self.vm.state()?, self.pod.state()?])
     }
 }
 
-/// Waits until the agent says that the tunnel is up.
+/// Waits until the agent reports that the tunnel is up.
 ///
 /// # Errors
-/// It does not.
+/// If it does not.
 pub async fn is_up(agent: &Child) -> Result<String> {
     agent.wait_for_text("pod network: 'eth0'", PATIENCE).await
 }
 
 impl TestNamespace {
-    /// Links, addresses, routes and permanent neighbours, without what changes by itself.
+    /// Links, addresses, routes and permanent neighbours, without what the kernel changes unasked.
     ///
     /// # Errors
-    /// `ip` fails.
+    /// If `ip` fails.
     pub fn state(&self) -> Result<Value> {
         let mut links = keep(&self.show(["link"])?, &["ifname", "address", "mtu", "ifalias", "linkinfo"]);
         for link in &mut links {
-            // An index in the VM, which `ip` takes for one in the pod's namespace.
+            // An index in the VM, which `ip` resolves in the pod's namespace.
             if let Some(data) = link.pointer_mut("/linkinfo/info_data").and_then(Value::as_object_mut) {
                 data.remove("link");
             }
@@ -196,7 +196,7 @@ impl TestNamespace {
                 keep(&link["addr_info"], &fields).into_iter().map(|info| json!([link["ifname"], info])),
             );
         }
-        // Link-local ones are the kernel's own, and come when it likes.
+        // The kernel adds link-local ones at any time.
         addresses.retain(|address| !address.to_string().contains("fe80:"));
         addresses.sort_by_key(Value::to_string);
         let neighbours = self.show(["neigh", "show", "nud", "permanent"])?;
@@ -208,7 +208,7 @@ impl TestNamespace {
     /// The routes of both families, sorted, without those to link-local addresses.
     ///
     /// # Errors
-    /// `ip` fails.
+    /// If `ip` fails.
     pub fn routes(&self) -> Result<Vec<Value>> {
         let fields = ["dst", "gateway", "dev", "protocol", "scope", "metric", "prefsrc"];
         let mut routes = keep(&self.show(["-4", "route"])?, &fields);
@@ -221,7 +221,7 @@ impl TestNamespace {
     /// Sends echo requests until one is answered.
     ///
     /// # Errors
-    /// None is.
+    /// If none is.
     pub async fn ping(&self, address: &str) -> Result<()> {
         let output = self.command("ping").args(["-n", "-c", "1", "-w", "60"]).arg(address).output().await?;
         let said = String::from_utf8_lossy(&output.stdout);
@@ -237,7 +237,7 @@ impl TestNamespace {
     /// Sends a MiB each way over one TCP connection from here to `address` in `other`.
     ///
     /// # Errors
-    /// It does not arrive as it was sent.
+    /// If it does not arrive unchanged.
     pub async fn exchange(&self, other: &Self, address: &str) -> Result<()> {
         let address: IpAddr = address.parse()?;
         let (here, there) = (Namespace::new(self.name()), Namespace::new(other.name()));
@@ -268,7 +268,7 @@ impl TestNamespace {
     }
 }
 
-/// Of each object only these fields.
+/// Keeps only these fields of each object.
 fn keep(list: &Value, fields: &[&str]) -> Vec<Value> {
     let objects = list.as_array().into_iter().flatten().filter_map(Value::as_object);
     let kept = objects.map(|object| {

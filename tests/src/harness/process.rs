@@ -1,4 +1,4 @@
-//! Real processes under test: their output by line, signals, memory, and an end for each.
+//! Real processes under test: their output by line, their exit status, signals and memory.
 
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 pub use super::binaries::{Binaries, ensure_built};
 
-/// Where a line came from.
+/// Output stream of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Output {
     /// Standard output.
@@ -27,11 +27,11 @@ pub enum Output {
 /// One line that a process wrote.
 #[derive(Clone, Debug)]
 pub struct Line {
-    /// When it was read, since the start of the process.
+    /// Time at which it was read, since the start of the process.
     pub at: Duration,
-    /// Where it came from.
+    /// Output stream it was written to.
     pub output: Output,
-    /// Without its end.
+    /// Its text, without the line end.
     pub text: String,
 }
 
@@ -44,12 +44,12 @@ pub struct Child {
     log: Arc<Log>,
 }
 
-/// The lines so far; the watched value only says that something changed.
+/// The lines so far; the watched value only signals a change.
 #[derive(Debug)]
 struct Log {
     start: Instant,
     lines: Mutex<Vec<Line>>,
-    /// How many of the two outputs are still open.
+    /// Number of output streams that are still open.
     open: watch::Sender<u8>,
 }
 
@@ -74,7 +74,7 @@ impl Child {
         Ok(Self { name, pid, child, log })
     }
 
-    /// What it was called at its start.
+    /// The name given at its start.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -97,7 +97,7 @@ impl Child {
     /// As [`Child::wait_for`], for a line that contains `text`.
     ///
     /// # Errors
-    /// As there; names the text.
+    /// As there; the error names the text.
     pub async fn wait_for_text(&self, text: &str, deadline: Duration) -> Result<String> {
         let found = self.wait_for(|line| line.contains(text), deadline).await;
         found.with_context(|| format!("{}: waiting for {text:?}", self.name))
@@ -106,7 +106,7 @@ impl Child {
     /// As [`Child::wait_for`], for lines after the first `mark` ones (see [`Child::mark`]).
     ///
     /// # Errors
-    /// As there.
+    /// As [`Child::wait_for`].
     pub async fn wait_from(
         &self,
         mark: usize,
@@ -117,7 +117,7 @@ impl Child {
         let search = async {
             let mut next = mark;
             loop {
-                // Read before the lines are: what is written after the last look then wakes us again.
+                // Read before the lines, so that a line written after the last check wakes this task again.
                 let open = *changes.borrow_and_update();
                 let lines = self.log.since(next);
                 next += lines.len();
@@ -138,7 +138,7 @@ impl Child {
         }
     }
 
-    /// How many lines there are so far: with [`Child::wait_from`], a place to go on from.
+    /// Number of lines so far: a position for [`Child::wait_from`].
     #[must_use]
     pub fn mark(&self) -> usize {
         self.log.lock().len()
@@ -150,7 +150,7 @@ impl Child {
         self.log.since(0)
     }
 
-    /// The log as a person would want to read it.
+    /// The log as text, with times.
     #[must_use]
     pub fn log(&self) -> String {
         self.lines().iter().fold(String::new(), |mut text, line| {
@@ -165,12 +165,12 @@ impl Child {
     /// # Errors
     /// If the process is gone.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        // Only while it is not reaped: later its pid may be someone else's.
+        // Only until it is reaped: later its pid may belong to another process.
         self.child.id().with_context(|| format!("{}: {signal}: it has ended already", self.name))?;
         nix::sys::signal::kill(self.pid, signal).with_context(|| format!("{}: sending {signal}", self.name))
     }
 
-    /// Kills it the hard way, and waits until it is gone.
+    /// Kills it with SIGKILL, and waits until it has ended.
     ///
     /// # Errors
     /// If that fails.
@@ -178,7 +178,7 @@ impl Child {
         self.child.kill().await.with_context(|| format!("{}: killing it", self.name))
     }
 
-    /// Freezes it (SIGSTOP).
+    /// Stops it (SIGSTOP).
     ///
     /// # Errors
     /// If the process is gone.
@@ -186,7 +186,7 @@ impl Child {
         self.signal(Signal::SIGSTOP)
     }
 
-    /// Lets it go on (SIGCONT).
+    /// Continues it (SIGCONT).
     ///
     /// # Errors
     /// If the process is gone.
@@ -202,7 +202,7 @@ impl Child {
         self.status("VmRSS")
     }
 
-    /// The most resident memory it has had so far, in KiB.
+    /// Peak of its resident memory so far, in KiB.
     ///
     /// # Errors
     /// If the process is gone.
@@ -210,7 +210,7 @@ impl Child {
         self.status("VmHWM")
     }
 
-    /// How many threads it has.
+    /// Number of its threads.
     ///
     /// # Errors
     /// If the process is gone.
@@ -218,7 +218,7 @@ impl Child {
         self.status("Threads")
     }
 
-    /// A number of `/proc/PID/status`.
+    /// A number from `/proc/PID/status`.
     fn status(&self, field: &str) -> Result<u64> {
         let path = format!("/proc/{}/status", self.pid);
         let status =
@@ -230,10 +230,10 @@ impl Child {
             .with_context(|| format!("{}: no {field} in {path}", self.name))
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until it ends.
     ///
     /// # Errors
-    /// After `deadline`, with the whole log; the process lives on then.
+    /// After `deadline`, with the whole log; the process goes on running.
     pub async fn wait_exit(&mut self, deadline: Duration) -> Result<ExitStatus> {
         match tokio::time::timeout(deadline, self.child.wait()).await {
             Ok(status) => {
@@ -245,10 +245,10 @@ impl Child {
         }
     }
 
-    /// Lets the last lines of an ended process arrive.
+    /// Reads the last lines of an ended process.
     async fn drain(&self, deadline: Duration) {
         let mut open = self.log.open.subscribe();
-        // A grandchild may hold the outputs for longer: then what is there has to do.
+        // A grandchild may keep the output streams open for longer.
         let _ = tokio::time::timeout(deadline.min(Duration::from_secs(1)), open.wait_for(|open| *open == 0))
             .await;
     }

@@ -1,4 +1,4 @@
-//! One pod with everything around it, without network namespaces: the stand-ins run here, agent and adaptor are the
+//! One pod with everything around it, without network namespaces. The simulators run here; agent and adaptor are the
 //! real binaries.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -18,66 +18,66 @@ use crate::simulators::kata::KataAgent;
 use crate::simulators::kata::framed::Framed;
 use crate::simulators::kbs::{Kbs, KbsOptions};
 
-/// No step of a test takes longer, however busy the machine is.
+/// Timeout of one step of a test, also on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(300);
 
-/// What a scene is made with.
+/// Options of a scene.
 #[derive(Clone, Debug, Default)]
 pub struct SceneOptions {
-    /// The KBS.
+    /// Options of the KBS.
     pub kbs: KbsOptions,
-    /// The pod's keys come by user data; there is no KBS in the VM's life.
+    /// The pod's keys come by user data, and the KBS is not used.
     pub user_data: bool,
 }
 
-/// A pod and what is around it.
+/// A pod and everything around it.
 #[derive(Debug)]
 pub struct Scene {
     directory: TempDir,
     binaries: &'static Binaries,
     options: SceneOptions,
-    /// How long the adaptor's start may take, in seconds.
+    /// Deadline of the adaptor's start, in seconds.
     pub deadline: u64,
-    /// The adaptor's inbound tags.
+    /// Inbound tags of the adaptor.
     pub inbounds: String,
-    /// The socket on which the agent expects the kata agent; that of `kata`, if nobody says otherwise.
+    /// Socket on which the agent expects the kata agent; by default that of `kata`.
     pub kata_socket: PathBuf,
-    /// The pod's network namespace, as the agent is told; empty: there is none.
+    /// Value of the agent's `-pod-namespace`; empty: the pod has no network namespace.
     pub pod_namespace: String,
-    /// The pod's id.
+    /// Id of the pod.
     pub pod: String,
-    /// Trustee's key broker.
+    /// Key broker.
     pub kbs: Kbs,
-    /// What fetches resources in the VM, with its counters.
+    /// The CDH, which fetches resources in the VM, with its counters.
     pub cdh: Arc<Cdh>,
     /// `api-server-rest`.
     pub guest: Rest,
     /// The kata agent.
     pub kata: KataAgent,
-    /// A server in the VM that the worker node reaches as `VMSERVICE`.
+    /// Server in the VM that the worker node reaches as `VMSERVICE`.
     pub vm_service: KataAgent,
-    /// A server at the worker node that the VM reaches as `NODESERVICE`.
+    /// Server at the worker node that the VM reaches as `NODESERVICE`.
     pub node_service: KataAgent,
-    /// Where the agent serves SSH.
+    /// Address of the agent's SSH server.
     pub ssh: SocketAddr,
-    /// Where the agent's KBS inbound listens.
+    /// Address of the agent's KBS inbound.
     pub kbs_inbound: SocketAddr,
-    /// Where the agent's `NODESERVICE` inbound listens.
+    /// Address of the agent's `NODESERVICE` inbound.
     pub node_inbound: SocketAddr,
 }
 
-/// Ports below the range from which the kernel hands out others: nobody gets them by chance.
+/// Ports below the range from which the kernel hands out others, so no other socket gets them by chance.
 const PORTS: u16 = 12_000;
 const FIRST_PORT: u16 = 20_000;
 
-/// A port that is free now, and that this process has given to nobody else: it may be bound much later, and again.
+/// A free port that this process has not given out before: it may be bound later, and more than once.
 ///
 /// # Errors
-/// None is free.
+/// If none is free.
 pub fn free_port() -> Result<SocketAddr> {
     static START: OnceLock<u16> = OnceLock::new();
     static GIVEN: AtomicU16 = AtomicU16::new(0);
-    // Elsewhere in each process, for others may run beside us.
+    // Each process starts elsewhere in the range, because several may run at a time.
     let random = u16::from_le_bytes(random()?);
     let start = START.get_or_init(|| random % PORTS);
     for _ in 0..PORTS {
@@ -97,19 +97,19 @@ fn random<const N: usize>() -> Result<[u8; N]> {
     Ok(bytes)
 }
 
-/// A sandbox id as the runtime makes them: 64 hex digits.
+/// A sandbox id as the runtime makes it: 64 hex digits.
 ///
 /// # Errors
-/// The system has no randomness.
+/// If the system has no randomness.
 pub fn pod_id() -> Result<String> {
     Ok(random::<32>()?.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 impl Scene {
-    /// Starts the stand-ins; agent and adaptor are started one by one.
+    /// Starts the simulators; agent and adaptor are started one by one.
     ///
     /// # Errors
-    /// A stand-in can't start, or the binaries can't be built.
+    /// If a simulator can't start, or the binaries can't be built.
     pub async fn new(options: SceneOptions) -> Result<Self> {
         let binaries = ensure_built().await?;
         let directory = tempfile::Builder::new().prefix("secure-comms-").tempdir()?;
@@ -121,7 +121,7 @@ impl Scene {
         let cdh = Arc::new(Cdh::new(cdh)?);
         let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         if !options.user_data {
-            // As the cloud writes it for a pod that gets its keys elsewhere.
+            // As the cloud writes it for a pod whose keys come from the KBS.
             std::fs::write(directory.path().join("apf.json"), "{}")?;
         }
         Ok(Self {
@@ -145,20 +145,20 @@ impl Scene {
         })
     }
 
-    /// A file of the scene.
+    /// Path of a file of the scene.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    /// The binaries.
+    /// The binaries under test.
     pub fn binaries(&self) -> &Binaries {
         self.binaries
     }
 
-    /// The agent's command line.
+    /// Command line of the agent.
     ///
     /// # Errors
-    /// A server of the scene has no address.
+    /// If a server of the scene has no address.
     pub fn agent_command(&self) -> Result<Command> {
         let service = self.vm_service.addr().context("the VM's service listens on TCP")?;
         let mut command = Command::new(&self.binaries.agent);
@@ -188,17 +188,17 @@ impl Scene {
     /// Starts the agent and waits until it listens.
     ///
     /// # Errors
-    /// It does not.
+    /// If it does not.
     pub async fn agent(&self) -> Result<Child> {
         let agent = Child::spawn("agent", self.agent_command()?)?;
         agent.wait_for_text("inbound NODESERVICE listens on", PATIENCE).await?;
         Ok(agent)
     }
 
-    /// The adaptor's command line, for an agent at `addresses`.
+    /// Command line of the adaptor, for an agent at `addresses`.
     ///
     /// # Errors
-    /// A file or a server of the scene is not there.
+    /// If a file or a server of the scene does not exist.
     pub fn adaptor_command(&self, addresses: &[SocketAddr]) -> Result<Command> {
         let service = self.node_service.addr().context("the worker node's service listens on TCP")?;
         let mut command = Command::new(&self.binaries.adaptor);
@@ -236,7 +236,7 @@ impl Scene {
     /// Starts the adaptor for the agent of the scene.
     ///
     /// # Errors
-    /// It can't be started.
+    /// If it can't be started.
     pub fn adaptor(&self) -> Result<Child> {
         Child::spawn("adaptor", self.adaptor_command(&[self.ssh])?)
     }
@@ -244,17 +244,17 @@ impl Scene {
     /// Starts the adaptor and waits until the pod's keys are at the KBS.
     ///
     /// # Errors
-    /// They do not get there.
+    /// If they do not get there.
     pub async fn adaptor_with_keys_published(&self) -> Result<Child> {
         let adaptor = self.adaptor()?;
         adaptor.wait_for_text("inbound KATAAGENT listens on", PATIENCE).await?;
         Ok(adaptor)
     }
 
-    /// Writes apf.json as the adaptor makes it for the pod.
+    /// Writes apf.json as the adaptor makes it for the pod (`user-data`).
     ///
     /// # Errors
-    /// `user-data` fails.
+    /// If `user-data` fails.
     pub async fn write_user_data(&self) -> Result<()> {
         let mut command = Command::new(&self.binaries.adaptor);
         command.args(["user-data", "--pod-id", &self.pod]).arg("--store").arg(self.path("store"));
@@ -274,18 +274,18 @@ fn write_secret(path: &Path, text: &str) -> Result<()> {
     Ok(file.write_all(text.as_bytes())?)
 }
 
-/// Waits until the adaptor has the pod in the Kubernetes phase.
+/// Waits until the adaptor reports the pod's Kubernetes phase.
 ///
 /// # Errors
-/// It does not get there.
+/// If it does not, with its log.
 pub async fn up(adaptor: &Child) -> Result<()> {
     adaptor.wait_for_text("kubernetes phase up", PATIENCE).await.map(drop)
 }
 
-/// Where an inbound of the adaptor listens, from what it printed.
+/// Address of an inbound of the adaptor, from what it printed.
 ///
 /// # Errors
-/// It printed nothing of the kind.
+/// If it did not print the address.
 pub async fn endpoint(process: &Child, tunnel: &str) -> Result<SocketAddr> {
     let words = format!("inbound {tunnel} listens on ");
     let line = process.wait_for_text(&words, PATIENCE).await?;
@@ -293,18 +293,18 @@ pub async fn endpoint(process: &Child, tunnel: &str) -> Result<SocketAddr> {
     address.context("no address")?.parse().with_context(|| format!("an address in: {line}"))
 }
 
-/// Connects to an inbound of any other tunnel than the kata agent's.
+/// Connects to an inbound of any tunnel but the kata agent's.
 ///
 /// # Errors
-/// Nobody listens.
+/// If the connection is refused.
 pub async fn client(address: SocketAddr) -> Result<TcpStream> {
     TcpStream::connect(address).await.with_context(|| format!("connecting to {address}"))
 }
 
-/// Connects to an inbound that leads to the kata agent: what passes there is in ttrpc frames.
+/// Connects to an inbound that leads to the kata agent, where data passes in ttrpc frames.
 ///
 /// # Errors
-/// Nobody listens.
+/// If the connection is refused.
 pub async fn kata_client(address: SocketAddr) -> Result<Framed<TcpStream>> {
     client(address).await.map(Framed::new)
 }

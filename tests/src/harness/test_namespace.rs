@@ -1,4 +1,4 @@
-//! Network namespaces for tests that need both sides apart. Needs root and iproute2.
+//! Network namespaces for tests whose two ends need separate networks. Needs root and iproute2.
 
 use std::ffi::OsStr;
 use std::io::ErrorKind;
@@ -20,30 +20,30 @@ pub struct TestNamespace {
 #[derive(Clone, Copy, Debug)]
 pub struct LinkAddr(pub IpAddr, pub u8);
 
-/// Numbers names, which all processes of the machine share together with the pid.
+/// Number in a name; processes of this machine share the names, so the pid is in them too.
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 impl TestNamespace {
-    /// Makes a namespace with a name of its own that contains `label`.
+    /// Makes a namespace with a unique name that contains `label`.
     ///
     /// # Errors
-    /// If this is not possible here, with what is needed.
+    /// If this is not possible here; says what is needed.
     pub fn new(label: &str) -> Result<Self> {
         let name = format!("sc-{label}-{}", unique());
         ip(["netns", "add", &name])?;
-        // From here on it is deleted whatever happens.
+        // From here on the namespace is deleted when dropped.
         let netns = Self { name };
         netns.ip(["link", "set", "lo", "up"])?;
         Ok(netns)
     }
 
-    /// As in `ip netns exec <name>`.
+    /// The name, as in `ip netns exec <name>`.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// `/run/netns/<name>`.
+    /// The path, `/run/netns/<name>`.
     #[must_use]
     pub fn path(&self) -> PathBuf {
         PathBuf::from("/run/netns").join(&self.name)
@@ -65,16 +65,16 @@ impl TestNamespace {
     /// # Errors
     /// If a step fails; names it.
     pub fn veth(&self, end: &str, other: &Self, other_end: &str) -> Result<()> {
-        // In one step in the other namespaces: the names need not be free in ours.
+        // In one step in the other namespaces: the names may exist in ours.
         self.ip(["link", "add", end, "type", "veth", "peer", "name", other_end, "netns", other.name()])?;
         self.ip(["link", "set", end, "up"])?;
         other.ip(["link", "set", other_end, "up"])
     }
 
-    /// Gives an interface an address, with its prefix length, that can be used at once.
+    /// Gives an interface an address, with its prefix length; it can be used at once.
     ///
     /// # Errors
-    /// If it can't have it.
+    /// If the kernel refuses it.
     pub fn address(&self, interface: &str, address: &str) -> Result<()> {
         self.ip(add_address(interface, address))
     }
@@ -103,7 +103,7 @@ impl TestNamespace {
     /// Runs `ip` on this namespace.
     ///
     /// # Errors
-    /// If it fails, with what it said.
+    /// If it fails, with its output.
     pub fn ip<'a>(&'a self, args: impl IntoIterator<Item = &'a str>) -> Result<()> {
         let inside = ["-n", self.name.as_str()];
         ip(inside.into_iter().chain(args))
@@ -116,7 +116,7 @@ impl TestNamespace {
     pub fn show<'a>(&'a self, args: impl IntoIterator<Item = &'a str>) -> Result<Value> {
         let inside = ["-n", self.name.as_str(), "-j", "-d"];
         let text = output(inside.into_iter().chain(args))?;
-        // Of an empty list some versions print nothing.
+        // Some versions print nothing for an empty list.
         if text.trim().is_empty() {
             return Ok(Value::Array(Vec::new()));
         }
@@ -126,7 +126,7 @@ impl TestNamespace {
 
 impl Drop for TestNamespace {
     fn drop(&mut self) {
-        // Nothing to be done about a failure here; the name says what left it behind.
+        // A failure can't be handled here; the name shows which process left the namespace.
         let _ = ip(["netns", "del", &self.name]);
     }
 }
@@ -144,7 +144,7 @@ fn add_address<'a>(interface: &'a str, address: &'a str) -> impl Iterator<Item =
     ["address", "add", address, "dev", interface].into_iter().chain(nodad)
 }
 
-/// Two interface names; at most 15 characters each, and unlike those of other processes.
+/// Two interface names, unique on this machine, of at most 15 characters.
 fn link_names() -> (String, String) {
     let unique = unique();
     (format!("{unique}a"), format!("{unique}b"))
@@ -204,7 +204,7 @@ mod tests {
     async fn two_namespaces_are_linked_and_gone_when_dropped() {
         let (one, two) = (TestNamespace::new("one").unwrap(), TestNamespace::new("two").unwrap());
         one.link(LinkAddr([10, 0, 0, 1].into(), 24), &two, LinkAddr([10, 0, 0, 2].into(), 24)).unwrap();
-        // A closed port answers over the link, at once; an address that is not linked would not.
+        // A closed port refuses at once over the link; an address without a link would not.
         let mut command = one.command("bash");
         command.args(["-c", "exec 3<>/dev/tcp/10.0.0.2/9"]);
         let child = Child::spawn("bash", command).unwrap();

@@ -1,4 +1,4 @@
-//! A pod VM in network namespaces: the agent, the kata agent and the CDH in the VM's own, `api-server-rest` in podns.
+//! A pod VM in network namespaces: agent, kata agent and CDH in the VM's namespace, `api-server-rest` in podns.
 //! The worker node stays in the namespace of this process.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -12,25 +12,25 @@ use crate::harness::process::{Child, ensure_built};
 use crate::harness::scene::PATIENCE;
 use crate::harness::test_namespace::{LinkAddr, TestNamespace};
 
-/// The agent's KBS inbound and the ports in podns: in namespaces of our own nobody else can have them.
+/// Fixed ports: in namespaces of our own they are free.
 const KBS_PORT: u16 = 8080;
 const GUEST_PORT: u16 = 8006;
 const NODE_SERVICE_PORT: u16 = 9000;
 const VM_SERVICE_PORT: u16 = 9001;
 const SSH_PORT: u16 = 2222;
 
-/// A VM, with everything in it running.
+/// A VM with all its programs running.
 #[derive(Debug)]
 pub struct Vm {
     /// The agent.
     pub agent: Child,
-    /// Where the worker node reaches it.
+    /// Address of the agent, for the worker node.
     pub ssh: SocketAddr,
-    /// Where clients in podns reach `NODESERVICE`.
+    /// Address of `NODESERVICE`, for clients in podns.
     pub node_inbound: SocketAddr,
-    /// podns.
+    /// The pod's network namespace, podns.
     pub pod: Namespace,
-    // In the order in which they are dropped: processes before the namespaces they are in.
+    // Fields are dropped in this order: processes before their namespaces.
     _services: Vec<Child>,
     _pod: TestNamespace,
     _host: TestNamespace,
@@ -38,16 +38,16 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Boots it: the service of each unit of a pod VM image, in the namespaces they have there.
+    /// Starts the program of each unit of a pod VM image, in the namespace that it has there.
     ///
     /// # Errors
-    /// We are not root, or a service does not start.
+    /// If this process is not root, or a program does not start.
     pub async fn boot() -> Result<Self> {
         let binaries = ensure_built().await?;
         let directory = tempfile::Builder::new().prefix("secure-comms-vm-").tempdir()?;
         let path = |name: &str| directory.path().join(name);
         let (host, pod) = (TestNamespace::new("vm")?, TestNamespace::new("podns")?);
-        // One /30 for each process that does this at a time.
+        // One /30 for each process that uses one at the same time.
         let block = u8::try_from(id() % 64).unwrap_or_default() * 4;
         let address = |last| IpAddr::V4(Ipv4Addr::new(10, 213, 78, block + last));
         host.link_to_host(LinkAddr(address(2), 30), LinkAddr(address(1), 30))?;

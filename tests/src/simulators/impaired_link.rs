@@ -1,6 +1,6 @@
-//! A line between two network namespaces, as long, narrow and bad as asked for: what netem does on kernels that have it.
+//! An IP link between two network namespaces with delay, loss and a rate, as netem makes it on kernels that have it.
 //!
-//! Each end is a TUN device in a namespace of its own, with the kernel's TCP behind it; a thread of this process carries
+//! Each end is a TUN device in its own namespace, with the kernel's TCP behind it; a thread of this process carries
 //! the packets between the two. Needs root, iproute2 and `/dev/net/tun`.
 
 mod forwarder;
@@ -23,33 +23,33 @@ use forwarder::{Forwarder, Way};
 pub use impairment::{Impairment, Rate};
 pub use traffic::Traffic;
 
-/// The name of the device at either end.
+/// Name of the device at either end.
 pub const DEVICE: &str = "line";
-/// The MTU of Ethernet, in bytes.
+/// MTU of Ethernet, in bytes.
 pub const MTU: u16 = 1500;
-/// The addresses are in one network of this length, so that an end can be given another one.
+/// Prefix length of the network that both addresses are in, so that an end can be given another one.
 const PREFIX: u8 = 24;
-/// Packets that the device queues before the kernel drops some that no seed has chosen: more than any window needs.
+/// Queue of the device in packets, larger than any window: the kernel must not drop packets that the seed did not choose.
 const DEVICE_QUEUE: &str = "20000";
-/// Buffers of a connection in bytes: least, first, most. The most allows a window of 16 MiB.
+/// Buffers of a connection in bytes: least, default, most. The most allows a window of 16 MiB.
 const BUFFERS: &str = "4096 131072 33554432";
-/// What is set in the namespaces: windows for long lines, and no connection learns from an earlier one.
+/// Settings of the namespaces: large windows, and no metrics saved from earlier connections.
 const SETTINGS: [(&str, &str); 3] = [
     ("/proc/sys/net/ipv4/tcp_rmem", BUFFERS),
     ("/proc/sys/net/ipv4/tcp_wmem", BUFFERS),
     ("/proc/sys/net/ipv4/tcp_no_metrics_save", "1"),
 ];
 
-/// One end of a line.
+/// One end of a link.
 #[derive(Debug)]
 pub struct End {
-    /// Its namespace: [`TestNamespace::command`] starts a process in it.
+    /// Namespace of this end; [`TestNamespace::command`] starts a process in it.
     pub netns: TestNamespace,
-    /// Its address on the line.
+    /// Address on the link.
     pub address: IpAddr,
 }
 
-/// A line; gone with both its namespaces when dropped.
+/// An impaired link; removed with both its namespaces when dropped.
 #[derive(Debug)]
 pub struct ImpairedLink {
     /// One end.
@@ -63,7 +63,7 @@ pub struct ImpairedLink {
     thread: Option<JoinHandle<io::Result<()>>>,
 }
 
-/// What the thread and the owner of the line share about one direction.
+/// What the thread and the owner of the link share about one direction.
 #[derive(Debug, Default)]
 struct Shared {
     impairment: Mutex<Impairment>,
@@ -71,10 +71,10 @@ struct Shared {
 }
 
 impl ImpairedLink {
-    /// Lays a line that treats both directions alike, by chances drawn from `seed`.
+    /// A link that impairs both directions alike, with a random generator that starts from `seed`.
     ///
     /// # Errors
-    /// We are not root, or the system has no TUN devices.
+    /// If this process is not root, or the system has no TUN devices.
     pub async fn new(seed: u64, impairment: Impairment) -> Result<Self> {
         Self::with_mtu(seed, impairment, MTU).await
     }
@@ -91,7 +91,7 @@ impl ImpairedLink {
         let (running, stop) = UnixStream::pair().context("line: a way to stop its thread")?;
         let ways = [
             Way::new(Arc::clone(&device_a), Arc::clone(&device_b), seed, Arc::clone(&there)),
-            // Another sequence of chances, and still one that the seed alone decides.
+            // Another random sequence, which the seed alone decides as well.
             Way::new(device_b, device_a, !seed, Arc::clone(&back)),
         ];
         let mut line = Self { a, b, there, back, running: Some(running), thread: None };
@@ -102,18 +102,18 @@ impl ImpairedLink {
         Ok(line)
     }
 
-    /// Changes what befalls the packets that come from now on; those under way arrive as they would have.
+    /// Impairs the packets that arrive from now on; those in flight are not affected.
     pub fn set(&self, a_to_b: Impairment, b_to_a: Impairment) {
         self.there.set(a_to_b);
         self.back.set(b_to_a);
     }
 
-    /// As [`ImpairedLink::set`], with both directions alike.
+    /// As [`ImpairedLink::set`], for both directions.
     pub fn set_both(&self, impairment: Impairment) {
         self.set(impairment, impairment);
     }
 
-    /// What became of the packets so far, from `a` to `b` and from `b` to `a`.
+    /// Counters so far, from `a` to `b` and from `b` to `a`.
     #[must_use]
     pub fn traffic(&self) -> (Traffic, Traffic) {
         (self.there.traffic.read(), self.back.traffic.read())
@@ -123,7 +123,7 @@ impl ImpairedLink {
 impl Drop for ImpairedLink {
     fn drop(&mut self) {
         drop(self.running.take());
-        // The devices go with the thread, the namespaces after them.
+        // The thread owns the devices; the namespaces are removed after them.
         match self.thread.take().map(JoinHandle::join) {
             None | Some(Ok(Ok(()))) => {}
             Some(Ok(Err(error))) => eprintln!("line: it had stopped: {error}"),
@@ -137,23 +137,23 @@ impl End {
         let netns = TestNamespace::new(label)?;
         let device = Namespace::new(netns.name()).run(open).await;
         let device = device.with_context(|| format!("{label}: making its TUN device; this needs root"))?;
-        // No address of its own accord: the kernel would send packets that nobody asked for.
+        // Without automatic addresses the kernel sends no packets of its own.
         netns.ip(["link", "set", DEVICE, "addrgenmode", "none"])?;
         netns.ip(["link", "set", DEVICE, "mtu", &mtu.to_string(), "txqueuelen", DEVICE_QUEUE, "up"])?;
         netns.address(DEVICE, &format!("{address}/{PREFIX}"))?;
         Ok((Self { netns, address: address.into() }, device))
     }
 
-    /// The namespace, for sockets of this process in it.
+    /// The namespace, to open sockets of this process in it.
     #[must_use]
     pub fn namespace(&self) -> Namespace {
         Namespace::new(self.netns.name())
     }
 
-    /// Takes its address away and gives it another one of the same network, as a VM that moves.
+    /// Replaces its address by another one of the same network, as when a VM moves.
     ///
     /// # Errors
-    /// It can't have it.
+    /// If the kernel refuses the address.
     pub fn readdress(&mut self, last: u8) -> Result<()> {
         self.netns.ip(["address", "flush", "dev", DEVICE])?;
         let address = Ipv4Addr::new(10, 99, 0, last);
@@ -163,12 +163,12 @@ impl End {
     }
 }
 
-/// In the namespace of the thread that calls it.
+/// Runs in the namespace of the thread that calls it.
 fn open() -> io::Result<SyncDevice> {
     for (path, value) in SETTINGS {
         std::fs::write(path, value).map_err(|error| io::Error::other(format!("{path}: {error}")))?;
     }
-    // With offload, what the kernel would have a network card cut up stays in one piece for as long as may be.
+    // With offload, what a network card would segment stays in one piece as long as possible.
     let builder = DeviceBuilder::new().name(DEVICE).enable(false).with(|builder| {
         builder.offload(true);
     });

@@ -1,8 +1,8 @@
-//! Stand-in for Trustee's KBS: the resource API of `/kbs/v0`, as the adaptor (admin) and the guest (attested) see it.
+//! Simulates Trustee's KBS: the resource API of `/kbs/v0`, as the adaptor (admin) and the guest (attested) see it.
 //!
-//! It differs from the real one on purpose in one thing: `GET` returns the raw bytes, not a JWE for the TEE's key.
-//! Who unwraps the JWE in real life is the guest's CDH, which the [`guest`](crate::simulators::guest) stand-in plays, so no
-//! program under test could tell.
+//! It differs from the real one in one thing: `GET` returns the raw bytes, not a JWE for the TEE's key. In a real VM
+//! the CDH decrypts the JWE; the simulated CDH of [`guest`](crate::simulators::guest) does without. The programs under
+//! test can't see the difference.
 
 mod admin;
 mod routes;
@@ -28,16 +28,16 @@ use tokio_rustls::TlsAcceptor;
 use admin::AdminKey;
 use tls::ServerIdentity;
 
-/// The evidence that the KBS expects unless told otherwise.
+/// The evidence that the KBS expects by default.
 pub use secure_comms_simulators::guest::DEFAULT_EVIDENCE;
 
-/// How the KBS behaves from now on.
+/// Fault of the KBS.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Fault {
-    /// As it should.
+    /// No fault.
     #[default]
     None,
-    /// Accepts, then closes at once; a request on an older connection ends that connection.
+    /// Accepts a connection and closes it at once; a request on an older connection closes that one.
     Refuse,
     /// Accepts and never answers.
     Silent,
@@ -45,23 +45,23 @@ pub enum Fault {
     Garbage(Vec<u8>),
     /// Answers every request with this status and an empty body.
     Status(u16),
-    /// Answers as it should, each request so much later.
+    /// Answers correctly, each request after this time.
     Slow(Duration),
 }
 
-/// What a KBS is like from its start on.
+/// Options of a KBS.
 #[derive(Clone, Debug)]
 pub struct KbsOptions {
-    /// HTTPS, with a certificate for 127.0.0.1 and localhost from a CA of its own ([`Kbs::ca_pem`]).
+    /// HTTPS, with a certificate for 127.0.0.1 and localhost from its own CA ([`Kbs::ca_pem`]).
     pub https: bool,
     /// A Trustee before v0.20: `DELETE` answers 405, and there is no `/healthz`.
     pub old: bool,
     /// The evidence a guest must show to attest.
     pub evidence: String,
-    /// How long a connection may be without a request head, new or idle, before it is closed (5 s in real life).
+    /// Time without a request head after which a connection, new or idle, is closed (Trustee: 5 s).
     pub head_limit: Duration,
-    /// The port it listens on; 0: any that is free. One below those that the kernel hands out is free after each
-    /// [`Kbs::kill`], too.
+    /// Port to listen on; 0: any that is free. After [`Kbs::kill`] only a port below the range from which the kernel
+    ///  hands out others is certain to be free.
     pub port: u16,
     /// The network namespace whose 127.0.0.1 it listens on; none: that of this process.
     pub namespace: Option<Namespace>,
@@ -80,14 +80,14 @@ impl Default for KbsOptions {
     }
 }
 
-/// One request as it came in, before it was answered.
+/// A request as it arrived, before it was answered.
 #[derive(Clone, Debug)]
 pub struct LoggedRequest {
     /// Such as `GET`.
     pub method: String,
     /// Such as `/kbs/v0/auth`.
     pub path: String,
-    /// When its head was read.
+    /// Time at which its head was read.
     pub at: Instant,
 }
 
@@ -102,13 +102,13 @@ pub struct Kbs {
 #[derive(Debug)]
 enum State {
     Up(Serving),
-    /// Bound, but not listening: clients are refused, and nobody else can take the port meanwhile.
+    /// Bound but not listening: clients are refused, and no other socket can take the port.
     Down(TcpSocket),
-    /// Between the two, and after a failure in between.
+    /// Between the two, or after a failure in between.
     Changing,
 }
 
-/// What the connections share.
+/// State shared by the connections.
 struct Shared {
     options: KbsOptions,
     admin: AdminKey,
@@ -116,13 +116,13 @@ struct Shared {
     fault: Mutex<Fault>,
     resources: Mutex<BTreeMap<String, Bytes>>,
     denied: Mutex<HashSet<String>>,
-    /// By session cookie. A killed KBS forgets them, as the real one does.
+    /// By session cookie; lost when the KBS is killed, as in Trustee.
     sessions: Mutex<HashMap<String, Session>>,
     log: watch::Sender<Vec<LoggedRequest>>,
     connections: AtomicU64,
     open: watch::Sender<u64>,
     attestations: AtomicU64,
-    /// What its clock is ahead of ours, in seconds.
+    /// Seconds that its clock is ahead of ours.
     ahead: AtomicI64,
 }
 
@@ -134,7 +134,7 @@ impl std::fmt::Debug for Shared {
 
 struct Session {
     nonce: String,
-    /// Given out by `attest`; only then is the session worth anything.
+    /// Issued by `attest`; a session without a token gives access to nothing.
     token: Option<String>,
 }
 
@@ -142,7 +142,7 @@ impl Kbs {
     /// Starts a KBS on 127.0.0.1.
     ///
     /// # Errors
-    /// If keys cannot be made or no port be bound.
+    /// If keys can't be made, or the port can't be bound.
     pub async fn start(options: KbsOptions) -> Result<Self> {
         let identity = if options.https { Some(ServerIdentity::generate()?) } else { None };
         let shared = Arc::new(Shared {
@@ -166,7 +166,7 @@ impl Kbs {
         Ok(Self { shared, addr, state })
     }
 
-    /// Where it listens; the same after a restart.
+    /// Address it listens on; the same after a restart.
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.addr
@@ -191,10 +191,10 @@ impl Kbs {
         self.shared.admin.pem()
     }
 
-    /// A good admin token, valid for a minute.
+    /// A valid admin token; it expires after a minute.
     ///
     /// # Errors
-    /// If the clock stands before 1970.
+    /// If the clock is set before 1970.
     pub fn admin_token(&self) -> Result<String> {
         let now = admin::now()?;
         let claims = json!({"iss": "secure-comms-tests", "role": "admin", "sub": "tests", "iat": now, "exp": now + 60});
@@ -207,22 +207,22 @@ impl Kbs {
         self.shared.admin.sign(claims)
     }
 
-    /// Changes the behaviour, from the next connection and the next request on.
+    /// Sets the fault, from the next connection and the next request on.
     pub fn set_fault(&self, fault: Fault) {
         *lock(&self.shared.fault) = fault;
     }
 
-    /// Sets its clock to be so many seconds ahead of ours, or behind: for the times in tokens.
+    /// Sets how many seconds its clock is ahead of ours (negative: behind), for the times in tokens.
     pub fn set_clock_ahead(&self, seconds: i64) {
         self.shared.ahead.store(seconds, Ordering::Relaxed);
     }
 
-    /// Lets the resource policy refuse `path` (`<repo>/<type>/<tag>`) to guests.
+    /// Makes the resource policy deny `path` (`<repo>/<type>/<tag>`) to guests.
     pub fn deny(&self, path: &str) {
         lock(&self.shared.denied).insert(path.to_owned());
     }
 
-    /// Takes a refusal back.
+    /// Makes the resource policy allow `path` again.
     pub fn allow(&self, path: &str) {
         lock(&self.shared.denied).remove(path);
     }
@@ -233,7 +233,7 @@ impl Kbs {
         lock(&self.shared.resources).get(path).map(|bytes| bytes.to_vec())
     }
 
-    /// Stores a resource behind the API's back.
+    /// Stores a resource without the API.
     ///
     /// # Errors
     /// If `path` is not `<repo>/<type>/<tag>`.
@@ -245,16 +245,16 @@ impl Kbs {
         Ok(())
     }
 
-    /// Every request so far.
+    /// Requests so far.
     #[must_use]
     pub fn requests(&self) -> Vec<LoggedRequest> {
         self.shared.log.borrow().clone()
     }
 
-    /// Waits until some request, past or coming, satisfies `wanted`.
+    /// Waits for a request, past or coming, that satisfies `wanted`.
     ///
     /// # Errors
-    /// After `deadline`, with the requests seen.
+    /// After `deadline`, with the requests so far.
     pub async fn wait_for_request(
         &self,
         wanted: impl Fn(&LoggedRequest) -> bool,
@@ -283,7 +283,7 @@ impl Kbs {
 
     /// Waits until no connection is open.
     pub async fn wait_until_idle(&self) {
-        // The sender lives as long as this KBS, so this cannot fail.
+        // The sender lives as long as this KBS, so waiting can't fail.
         let _ = self.shared.open.subscribe().wait_for(|open| *open == 0).await;
     }
 
@@ -315,9 +315,9 @@ impl Kbs {
         Ok(())
     }
 
-    /// Binds the port that was just let go of.
+    /// Binds the port that was just released.
     async fn bind_again(&self) -> Result<TcpSocket> {
-        /// A process that is being started elsewhere has a copy of the listener, until it becomes its program.
+        /// A process that is being forked holds a copy of the listener until it calls exec.
         const PAUSE: Duration = Duration::from_millis(5);
         const TRIES: usize = 1000;
         for _ in 0..TRIES {
@@ -329,7 +329,7 @@ impl Kbs {
         bail!("KBS: {} stays taken", self.addr)
     }
 
-    /// Comes up again, on the same port.
+    /// Listens again, on the same port.
     ///
     /// # Errors
     /// If it is not down.
@@ -374,7 +374,7 @@ impl Shared {
             None => http::serve(stream, head_limit, handle).await,
             Some(identity) => {
                 let acceptor = TlsAcceptor::from(identity.config());
-                // A failed or slow handshake: the connection is closed, the client says why.
+                // After a failed or slow handshake the connection is closed, and the client reports why.
                 if let Ok(Ok(stream)) = tokio::time::timeout(head_limit, acceptor.accept(stream)).await {
                     http::serve(stream, head_limit, handle).await;
                 }
@@ -387,7 +387,7 @@ impl Shared {
     }
 }
 
-/// Counts a connection as open while it lives, also if its task is aborted.
+/// Counts a connection as open while it exists, also if its task is aborted.
 struct Open(Arc<Shared>);
 
 impl Open {
@@ -404,7 +404,7 @@ impl Drop for Open {
     }
 }
 
-/// Reads until the client gives up.
+/// Reads until the client closes the connection.
 async fn swallow(mut stream: TcpStream) {
     let mut buffer = vec![0; 4096];
     while matches!(stream.read(&mut buffer).await, Ok(1..)) {}
@@ -415,7 +415,7 @@ async fn bind(addr: SocketAddr, namespace: Option<&Namespace>) -> Result<TcpSock
         Some(namespace) => namespace.run(TcpSocket::new_v4).await.context("KBS: making a socket")?,
         None => TcpSocket::new_v4().context("KBS: making a socket")?,
     };
-    // Connections of the port's earlier life may still linger.
+    // Earlier connections of the port may still linger.
     socket.set_reuseaddr(true).context("KBS: setting SO_REUSEADDR")?;
     socket.bind(addr).with_context(|| format!("KBS: binding {addr}"))?;
     Ok(socket)
@@ -426,7 +426,7 @@ fn is_taken(error: &anyhow::Error) -> bool {
     error.downcast_ref().is_some_and(taken)
 }
 
-/// A panic elsewhere must not hide itself behind a poisoned lock here: the data are plain values.
+/// A poisoned lock is no error here: the data are plain values, and the panic is reported where it occurred.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! Command lines for the stock OpenSSH client, free of what the user's own configuration would add.
+//! Command lines for the stock OpenSSH client, independent of the user's configuration.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 use tokio::process::Command;
 
-/// A place for the files of one or more `ssh` runs; removed when dropped.
+/// A client with a directory for its files, which is removed when dropped.
 #[derive(Debug)]
 pub struct OpenSsh {
     dir: TempDir,
@@ -18,10 +18,10 @@ pub struct OpenSsh {
 }
 
 impl OpenSsh {
-    /// A client of the server at `addr`: any host key, no identity.
+    /// A client of the server at `addr`: it accepts any host key and has no identity.
     ///
     /// # Errors
-    /// If there is no room for its files.
+    /// If the directory can't be made.
     pub fn new(addr: SocketAddr) -> Result<Self> {
         let dir =
             tempfile::Builder::new().prefix("openssh-").tempdir().context("OpenSSH: temporary directory")?;
@@ -74,10 +74,10 @@ impl OpenSsh {
         self
     }
 
-    /// Makes an Ed25519 key in `dir` with `ssh-keygen`; answers the private key's file and the public line.
+    /// Makes an Ed25519 key in `dir` with `ssh-keygen`; returns the private key's file and the public line.
     ///
     /// # Errors
-    /// If `ssh-keygen` is not there or fails.
+    /// If `ssh-keygen` is not installed or fails.
     pub async fn keygen(dir: &Path, name: &str) -> Result<(PathBuf, String)> {
         let file = dir.join(name);
         let out = Command::new("ssh-keygen")
@@ -105,7 +105,7 @@ impl OpenSsh {
         for option in &self.options {
             command.args(["-o", option]);
         }
-        // Never ask, never hang, and fail if a forwarding is refused.
+        // Never ask, and fail if a forwarding is refused.
         for option in ["BatchMode=yes", "ConnectTimeout=10", "ExitOnForwardFailure=yes", "IdentitiesOnly=yes"]
         {
             command.args(["-o", option]);
@@ -122,7 +122,7 @@ impl OpenSsh {
             None => command.args(["-o", "IdentityFile=none"]),
         };
         command.args(extra).arg("-l").arg(user).arg(self.addr.ip().to_string()).args(remote);
-        // An agent of the user running the tests must not offer its keys.
+        // The SSH agent of the user who runs the tests must not offer its keys.
         command.env_remove("SSH_AUTH_SOCK").env("LC_ALL", "C");
         command
     }
@@ -136,7 +136,7 @@ impl OpenSsh {
 mod tests {
     use super::*;
 
-    /// What `ssh -G` says it would do, one `key value` a line.
+    /// The configuration that `ssh -G` prints, one `key value` per line.
     async fn resolved(ssh: &OpenSsh, user: &str, extra: &[&str]) -> String {
         let out = ssh.command(user, &[&["-G"], extra].concat(), &[]).output().await.unwrap();
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));

@@ -1,4 +1,4 @@
-//! A TCP path that can be cut and frozen: what lies between the worker node and the VM, in hostile hands.
+//! A TCP proxy between the worker node and the VM, which can reset, freeze and delay its connections.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -13,16 +13,16 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
-/// What the path does with the connections on it.
+/// What the proxy does with its connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Carries them.
+    /// Forwards them.
     Carries,
-    /// Takes them and moves nothing: half-open to both sides.
+    /// Keeps them open and forwards nothing: half-open to both sides.
     Frozen,
 }
 
-/// A path from a local address to a server; ends with its connections when dropped.
+/// A proxy from a local address to a server; its connections end when it is dropped.
 #[derive(Debug)]
 pub struct TcpProxy {
     address: SocketAddr,
@@ -32,20 +32,21 @@ pub struct TcpProxy {
 }
 
 impl TcpProxy {
-    /// Lays it to `server`.
+    /// Starts a proxy to `server`.
     ///
     /// # Errors
-    /// No port is free.
+    /// If no port is free.
     pub async fn to(server: SocketAddr) -> Result<Self> {
         Self::with_delay(server, Duration::ZERO).await
     }
 
-    /// Lays a long one: what goes in comes out so much later, however much of it is under way.
+    /// Starts a proxy to `server` that delivers each byte `delay` later; up to [`CHUNKS`] chunks are in flight.
+    ///  of its queue.
     ///
     /// # Errors
-    /// No port is free.
+    /// If no port is free.
     pub async fn with_delay(server: SocketAddr, delay: Duration) -> Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("laying a proxy")?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("TCP proxy: binding a port")?;
         let address = listener.local_addr()?;
         let (state, cuts) = (watch::Sender::new(State::Carries), watch::Sender::new(0));
         let ends = Arc::new((state.subscribe(), cuts.subscribe()));
@@ -58,23 +59,23 @@ impl TcpProxy {
         Ok(Self { address, state, cuts, serving })
     }
 
-    /// Where clients connect.
+    /// Address that clients connect to.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Resets every connection; new ones are carried.
+    /// Resets every connection; new ones are forwarded.
     pub fn cut(&self) {
         self.cuts.send_modify(|cuts| *cuts += 1);
     }
 
-    /// Carries nothing from now on, and tells nobody.
+    /// Forwards nothing from now on; both ends see a silent peer.
     pub fn freeze(&self) {
         self.state.send_replace(State::Frozen);
     }
 
-    /// Carries again, what was held back first.
+    /// Forwards again, beginning with what was held back.
     pub fn thaw(&self) {
         self.state.send_replace(State::Carries);
     }
@@ -107,13 +108,13 @@ async fn carry(
     }
 }
 
-/// Dropping a socket after this resets its connection.
+/// Makes the kernel reset the connection when its socket is dropped.
 fn reset(stream: TcpStream) {
-    // A socket that is dead already can't be reset.
+    // A closed socket can't be reset.
     drop(stream.set_zero_linger());
 }
 
-/// What a long proxy may have under way in a direction, in chunks of at most [`CHUNK`] bytes.
+/// Limit of the bytes in flight in one direction, in chunks of at most [`CHUNK`] bytes.
 const CHUNKS: usize = 4096;
 const CHUNK: usize = 64 * 1024;
 
@@ -126,7 +127,7 @@ async fn pump(from: OwnedReadHalf, to: OwnedWriteHalf, delay: Duration, state: w
 async fn take_in(mut from: OwnedReadHalf, into: mpsc::Sender<(Instant, Bytes)>, delay: Duration) {
     loop {
         let mut chunk = BytesMut::with_capacity(CHUNK);
-        // An end and an error both end the direction.
+        // The end of the stream and an error both end the direction.
         let Ok(1..) = from.read_buf(&mut chunk).await else { return };
         if into.send((Instant::now() + delay, chunk.freeze())).await.is_err() {
             return;
@@ -147,7 +148,7 @@ async fn give_out(
         }
     }
     if state.wait_for(|state| *state == State::Carries).await.is_ok() {
-        // That the other side is dead already makes no difference.
+        // The other side may be closed already.
         drop(to.shutdown().await);
     }
 }

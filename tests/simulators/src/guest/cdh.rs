@@ -90,7 +90,7 @@ impl Cdh {
     /// Checks the options; connects to nothing yet.
     ///
     /// # Errors
-    /// Names the URL or the CA that is wrong.
+    /// If names the URL or the CA that is wrong.
     pub fn new(options: CdhOptions) -> Result<Self> {
         let uri: Uri = options.kbs.parse().with_context(|| format!("guest: KBS URL {:?}", options.kbs))?;
         let host = uri.host().with_context(|| format!("guest: KBS URL {uri}: no host"))?.to_owned();

@@ -21,7 +21,7 @@ impl Inspection {
     /// Asks for anything.
     ///
     /// # Errors
-    /// Nobody answers in time, or the answer is an error.
+    /// If nobody answers in time, or the answer is an error.
     pub async fn ask<T: DeserializeOwned>(&self, request: &Request) -> Result<T> {
         let answer = tokio::time::timeout(TIME_LIMIT * 2, self.exchange(request)).await;
         let answer = answer.context("no answer in time").and_then(|answer| answer);

@@ -70,7 +70,7 @@ impl Checker {
     /// Checks the next bytes.
     ///
     /// # Errors
-    /// The first one that is wrong.
+    /// If the first one that is wrong.
     pub fn check(&mut self, found: &[u8]) -> Result<(), Mismatch> {
         self.expected.resize(found.len(), 0);
         fill(self.seed, self.offset, &mut self.expected);

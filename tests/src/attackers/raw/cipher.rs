@@ -5,18 +5,18 @@ use ring::aead::chacha20_poly1305_openssh as chacha;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use ring::digest::{SHA256, digest};
 
-/// How long the tag of either is.
+/// Length of the tag of either cipher, in bytes.
 pub(super) const TAG: usize = 16;
 
 /// One direction's cipher.
 pub(super) enum Cipher {
-    /// `aes256-gcm@openssh.com`: counts by itself.
+    /// `aes256-gcm@openssh.com`: has a counter of its own.
     Gcm { key: Box<LessSafeKey>, nonce: [u8; 12] },
-    /// `chacha20-poly1305@openssh.com`: by sequence number, and the length is secret too.
+    /// `chacha20-poly1305@openssh.com`: uses the sequence number, and encrypts the length.
     ChaCha { seals: Box<chacha::SealingKey>, opens: Box<chacha::OpeningKey> },
 }
 
-/// What an exchange has yielded.
+/// Result of a key exchange.
 #[derive(Clone)]
 pub struct Keys {
     pub(super) shared: Vec<u8>,
@@ -58,7 +58,7 @@ impl Keys {
 }
 
 impl Cipher {
-    /// Seals a packet, whose length goes first.
+    /// Encrypts a packet that begins with its length.
     pub(super) fn seal(&mut self, sequence: u32, length: [u8; 4], mut body: Vec<u8>) -> Result<Vec<u8>> {
         match self {
             Self::Gcm { key, nonce } => {
@@ -76,7 +76,7 @@ impl Cipher {
         }
     }
 
-    /// The length that a packet begins with.
+    /// Decrypts the length of a packet.
     pub(super) fn length(&self, sequence: u32, sealed: [u8; 4]) -> u32 {
         u32::from_be_bytes(match self {
             Self::Gcm { .. } => sealed,
@@ -84,7 +84,7 @@ impl Cipher {
         })
     }
 
-    /// Opens a packet: its sealed length, and the rest with the tag.
+    /// Decrypts a packet: its encrypted length, and the rest with the tag.
     pub(super) fn open(&mut self, sequence: u32, length: [u8; 4], mut body: Vec<u8>) -> Result<Vec<u8>> {
         let failed = |_| anyhow!("raw: opening");
         match self {
@@ -103,7 +103,7 @@ impl Cipher {
     }
 }
 
-/// RFC 5647 7.1: the last eight bytes count.
+/// RFC 5647 7.1: the last eight bytes are a counter.
 fn next(nonce: &mut [u8; 12]) -> Nonce {
     let now = *nonce;
     let (_, counter) = nonce.split_at_mut(4);

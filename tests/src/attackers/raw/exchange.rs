@@ -38,13 +38,13 @@ impl Offer {
         Self { kex: "curve25519-sha256,kex-strict-s-v00@openssh.com", ..Self::default() }
     }
 
-    /// The same with the other cipher, which depends on sequence numbers.
+    /// The same with chacha20-poly1305, which depends on sequence numbers.
     #[must_use]
     pub fn by_sequence(self) -> Self {
         Self { ciphers: "chacha20-poly1305@openssh.com", ..self }
     }
 
-    /// The KEXINIT that offers it.
+    /// The KEXINIT of this offer.
     #[must_use]
     pub fn packet(self) -> Packet {
         let mut packet = Packet::new(message::KEXINIT).bytes(&[7; 16]).string(self.kex).string("ssh-ed25519");
@@ -55,7 +55,7 @@ impl Offer {
     }
 }
 
-/// An exchange whose two KEXINITs are out.
+/// An exchange after both KEXINITs.
 #[derive(Clone, Debug)]
 pub struct Exchange {
     client: Vec<u8>,
@@ -64,10 +64,10 @@ pub struct Exchange {
 }
 
 impl Raw {
-    /// Sends and takes a KEXINIT.
+    /// Sends a KEXINIT and receives one.
     ///
     /// # Errors
-    /// The other end ends the connection.
+    /// If the other end ends the connection.
     pub async fn begin(&mut self, offer: Offer) -> Result<Exchange> {
         let ours = offer.packet();
         self.send(&ours).await?;
@@ -76,17 +76,17 @@ impl Raw {
         Ok(Exchange { chacha, ..self.begun_with(ours.0, theirs) })
     }
 
-    /// The same once the KEXINITs are out, whatever they were; with AES.
+    /// An exchange with these KEXINITs, whatever they are, and AES.
     #[must_use]
     pub fn begun_with(&self, ours: Vec<u8>, theirs: Vec<u8>) -> Exchange {
         let (client, server) = if self.is_client { (ours, theirs) } else { (theirs, ours) };
         Exchange { client, server, chacha: false }
     }
 
-    /// As the client: agrees on keys, which serve from NEWKEYS on.
+    /// As the client: agrees on keys, which apply after NEWKEYS.
     ///
     /// # Errors
-    /// The other end ends the connection.
+    /// If the other end ends the connection.
     pub async fn agree(&mut self, exchange: Exchange) -> Result<Keys> {
         let (secret, public) = ephemeral()?;
         self.send(&Packet::new(message::KEX_ECDH_INIT).string(&public)).await?;
@@ -100,7 +100,7 @@ impl Raw {
     /// As the server: agrees on keys, and proves `host_key`.
     ///
     /// # Errors
-    /// The other end ends the connection.
+    /// If the other end ends the connection.
     pub async fn agree_as(&mut self, exchange: Exchange, host_key: &Key) -> Result<Keys> {
         self.agree_signed_by(exchange, &host_key.public(), host_key).await
     }
@@ -108,7 +108,7 @@ impl Raw {
     /// As the server: shows one host key, and signs with another.
     ///
     /// # Errors
-    /// The other end ends the connection.
+    /// If the other end ends the connection.
     pub async fn agree_signed_by(&mut self, exchange: Exchange, shown: &[u8], signer: &Key) -> Result<Keys> {
         let init = self.expect(&[message::KEX_ECDH_INIT]).await?;
         let (their_public, _) = cut(init.get(1..).unwrap_or_default())?;
@@ -120,10 +120,10 @@ impl Raw {
         Ok(keys)
     }
 
-    /// Sends NEWKEYS and seals with the new keys from then on.
+    /// Sends NEWKEYS, and encrypts with the new keys from then on.
     ///
     /// # Errors
-    /// The other end has ended the connection.
+    /// If the other end has ended the connection.
     pub async fn seal_with(&mut self, keys: &Keys) -> Result<()> {
         self.send(&Packet::new(message::NEWKEYS)).await?;
         self.out = Some(keys.cipher(self.is_client)?);
@@ -133,10 +133,10 @@ impl Raw {
         Ok(())
     }
 
-    /// Takes NEWKEYS and opens with the new keys from then on.
+    /// Receives NEWKEYS, and decrypts with the new keys from then on.
     ///
     /// # Errors
-    /// The other end ends the connection.
+    /// If the other end ends the connection.
     pub async fn open_with(&mut self, keys: &Keys) -> Result<()> {
         let next = self.receive().await?;
         if next != [message::NEWKEYS] {
@@ -149,10 +149,10 @@ impl Raw {
         Ok(())
     }
 
-    /// A whole exchange, the first one or a later one.
+    /// A whole exchange, the first one or a rekey.
     ///
     /// # Errors
-    /// The other end ends the connection.
+    /// If the other end ends the connection.
     pub async fn exchange_keys(&mut self, offer: Offer) -> Result<()> {
         let exchange = self.begin(offer).await?;
         let keys = self.agree(exchange).await?;
@@ -160,7 +160,7 @@ impl Raw {
         self.open_with(&keys).await
     }
 
-    /// What identifies this session: the hash of its first exchange.
+    /// Session id: the hash of the first exchange.
     #[must_use]
     pub fn session(&self) -> &[u8] {
         &self.session

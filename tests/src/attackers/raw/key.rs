@@ -1,4 +1,4 @@
-//! An Ed25519 key (RFC 8709), and logging in with it.
+//! An Ed25519 key (RFC 8709), and the login with it.
 
 use anyhow::{Context, Result, anyhow};
 use ring::rand::{SecureRandom, SystemRandom};
@@ -21,20 +21,20 @@ impl std::fmt::Debug for Key {
 }
 
 impl Key {
-    /// A new one.
+    /// Generates a key pair.
     ///
     /// # Errors
-    /// The system has no randomness.
+    /// If the system has no randomness.
     pub fn generate() -> Result<Self> {
         let mut seed = [0; 32];
         SystemRandom::new().fill(&mut seed).map_err(|_| anyhow!("raw: randomness"))?;
         Self::from_seed(&seed)
     }
 
-    /// The one in this text.
+    /// Parses an OpenSSH private key.
     ///
     /// # Errors
-    /// It is none of OpenSSH's, or of another kind.
+    /// If the text is no OpenSSH key, or the key is not Ed25519.
     pub fn from_openssh(pem: &str) -> Result<Self> {
         let key = PrivateKey::from_openssh(pem)?;
         let pair = key.key_data().ed25519().context("raw: not an Ed25519 key")?;
@@ -45,13 +45,13 @@ impl Key {
         Ok(Self(Ed25519KeyPair::from_seed_unchecked(seed).map_err(|error| anyhow!("raw: key: {error}"))?))
     }
 
-    /// Its public half as it goes over the wire.
+    /// The public key in wire format.
     #[must_use]
     pub fn public(&self) -> Vec<u8> {
         blob(self.0.public_key().as_ref())
     }
 
-    /// A signature as it goes over the wire.
+    /// A signature in wire format.
     #[must_use]
     pub fn sign(&self, message: &[u8]) -> Vec<u8> {
         blob(self.0.sign(message).as_ref())
@@ -76,19 +76,19 @@ fn blob(bytes: &[u8]) -> Vec<u8> {
 }
 
 impl Raw {
-    /// Asks for authentication.
+    /// Requests the authentication service.
     ///
     /// # Errors
-    /// The agent ends the connection.
+    /// If the agent ends the connection.
     pub async fn ask_to_authenticate(&mut self) -> Result<()> {
         self.send(&Packet::new(message::SERVICE_REQUEST).string("ssh-userauth")).await?;
         self.expect(&[message::SERVICE_ACCEPT]).await.map(drop)
     }
 
-    /// Authenticates; whether it is let in.
+    /// Authenticates; returns whether the agent accepts.
     ///
     /// # Errors
-    /// The agent ends the connection.
+    /// If the agent ends the connection.
     pub async fn authenticate(&mut self, request: &Packet) -> Result<bool> {
         self.send(request).await?;
         let answer = self.expect(&[message::USERAUTH_SUCCESS, message::USERAUTH_FAILURE]).await?;

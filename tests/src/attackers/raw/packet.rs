@@ -15,19 +15,19 @@ impl std::fmt::Debug for Packet {
 }
 
 impl Packet {
-    /// Begins one.
+    /// A message with this number and no fields.
     #[must_use]
     pub fn new(message: u8) -> Self {
         Self(vec![message])
     }
 
-    /// One as it was received.
+    /// A received message.
     #[must_use]
     pub fn whole(payload: Vec<u8>) -> Self {
         Self(payload)
     }
 
-    /// All of it.
+    /// All bytes of the message.
     #[must_use]
     pub fn payload(&self) -> &[u8] {
         &self.0
@@ -54,14 +54,14 @@ impl Packet {
         self
     }
 
-    /// Adds bytes as they are.
+    /// Adds bytes unchanged.
     #[must_use]
     pub fn bytes(mut self, bytes: &[u8]) -> Self {
         self.0.extend_from_slice(bytes);
         self
     }
 
-    /// CHANNEL_OPEN of this type, for the channel `id` of ours; what the type needs is to be added.
+    /// CHANNEL_OPEN of this type with our channel number `id`; the fields of the type are added by the caller.
     #[must_use]
     pub fn open(kind: &str, id: u32) -> Self {
         Self::new(message::CHANNEL_OPEN).string(kind).uint(id).uint(1 << 20).uint(1 << 15)
@@ -73,19 +73,19 @@ impl Packet {
         Self::new(message::CHANNEL_DATA).uint(id).string(data)
     }
 
-    /// GLOBAL_REQUEST that wants a reply; what it needs is to be added.
+    /// GLOBAL_REQUEST that wants a reply; its fields are added by the caller.
     #[must_use]
     pub fn global(name: &str) -> Self {
         Self::new(message::GLOBAL_REQUEST).string(name).byte(1)
     }
 
-    /// CHANNEL_REQUEST on the agent's channel `id` that wants a reply; what it needs is to be added.
+    /// CHANNEL_REQUEST on the agent's channel `id` that wants a reply; its fields are added by the caller.
     #[must_use]
     pub fn request(id: u32, name: &str) -> Self {
         Self::new(message::CHANNEL_REQUEST).uint(id).string(name).byte(1)
     }
 
-    /// USERAUTH_REQUEST; what the method needs is to be added.
+    /// USERAUTH_REQUEST; the fields of the method are added by the caller.
     #[must_use]
     pub fn authenticate(user: &str, method: &str) -> Self {
         Self::new(message::USERAUTH_REQUEST).string(user).string("ssh-connection").string(method)
@@ -98,10 +98,10 @@ pub(super) fn string(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(bytes);
 }
 
-/// A string, and what follows it.
+/// Splits off a string; returns the string and the rest.
 ///
 /// # Errors
-/// It is cut.
+/// If it is truncated.
 pub fn cut(bytes: &[u8]) -> Result<(&[u8], &[u8])> {
     let (length, rest) = bytes.split_first_chunk().context("raw: a cut string")?;
     rest.split_at_checked(usize::try_from(u32::from_be_bytes(*length))?).context("raw: a cut string")
@@ -110,7 +110,7 @@ pub fn cut(bytes: &[u8]) -> Result<(&[u8], &[u8])> {
 /// The uint32 at `at`.
 ///
 /// # Errors
-/// It is cut.
+/// If it is truncated.
 pub fn uint(payload: &[u8], at: usize) -> Result<u32> {
     let bytes = payload.get(at..).and_then(|rest| rest.first_chunk()).context("raw: a cut number")?;
     Ok(u32::from_be_bytes(*bytes))

@@ -1,4 +1,4 @@
-//! Two connections as one: what somebody in the middle makes of it that both sides have agreed on keys with.
+//! Relays packets between two connections, as a man in the middle who has agreed on keys with both ends.
 
 use anyhow::Result;
 use tokio::io::AsyncWriteExt;
@@ -8,8 +8,8 @@ use super::cipher::Cipher;
 use super::{Raw, frame, read_packet, seal_body};
 
 impl Raw {
-    /// Carries every packet between the two until either ends; `pass` sees each, and says whether it goes on.
-    /// Its first argument: from this one, or from the other.
+    /// Relays every packet until either connection ends; `pass` sees each packet and decides whether it is relayed.
+    /// The first argument of `pass` is true for packets of `self`.
     pub async fn relay(self, other: Self, pass: impl Fn(bool, &[u8]) -> bool) {
         let ((read, write), (other_read, other_write)) =
             (self.socket.into_split(), other.socket.into_split());
@@ -21,7 +21,7 @@ impl Raw {
             carry((other_read, other.incoming, other.received), (write, self.out, self.sent), |payload| {
                 pass(false, payload)
             });
-        // However it ends; both are dropped then.
+        // Both connections are dropped, however one ends.
         tokio::select! {
             ended = there => drop(ended),
             ended = back => drop(ended),

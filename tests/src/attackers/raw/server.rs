@@ -1,4 +1,4 @@
-//! The other role: one that plays the agent to an adaptor.
+//! The server role: plays the agent to an adaptor.
 
 use anyhow::{Context, Result, bail, ensure};
 use tokio::net::{TcpListener, TcpStream};
@@ -9,10 +9,10 @@ use super::{Key, Offer, Raw, message};
 use crate::harness::scene::PATIENCE;
 
 impl Raw {
-    /// The next connection to a listener, from which nothing was read yet.
+    /// Accepts the next connection, and reads nothing.
     ///
     /// # Errors
-    /// None comes.
+    /// If none comes.
     pub async fn accept(listener: &TcpListener) -> Result<Self> {
         let accepted = timeout(PATIENCE, listener.accept()).await.context("raw: nobody connects")?;
         Self::server(accepted?.0)
@@ -21,15 +21,15 @@ impl Raw {
     /// Plays the server on a socket.
     ///
     /// # Errors
-    /// The socket is dead.
+    /// If the socket is closed.
     pub fn server(socket: TcpStream) -> Result<Self> {
         Self::over(socket, false)
     }
 
-    /// Exchanges keys, with the signature that belongs to them.
+    /// Exchanges keys, with a correct signature.
     ///
     /// # Errors
-    /// The adaptor ends the connection: it does not want this host key, for one.
+    /// If the adaptor ends the connection, for instance because of the host key.
     pub async fn secure(&mut self, offer: Offer, host_key: &Key) -> Result<()> {
         self.identify().await?;
         let exchange = self.begin(offer).await?;
@@ -38,38 +38,38 @@ impl Raw {
         self.open_with(&keys).await
     }
 
-    /// Lets the client ask for authentication; its first request.
+    /// Accepts the authentication service; returns the client's first request.
     ///
     /// # Errors
-    /// The adaptor ends the connection.
+    /// If the adaptor ends the connection.
     pub async fn asked(&mut self) -> Result<Vec<u8>> {
         self.expect(&[message::SERVICE_REQUEST]).await?;
         self.send(&Packet::new(message::SERVICE_ACCEPT).string("ssh-userauth")).await?;
         self.expect(&[message::USERAUTH_REQUEST]).await
     }
 
-    /// Exchanges keys and lets anybody in.
+    /// Exchanges keys, and accepts any login.
     ///
     /// # Errors
-    /// The adaptor ends the connection.
+    /// If the adaptor ends the connection.
     pub async fn welcome(&mut self, host_key: &Key) -> Result<()> {
         self.secure(Offer::server(), host_key).await?;
         self.let_in().await
     }
 
-    /// Lets anybody in; what keys prove is not looked at.
+    /// Accepts any login, whatever its key.
     ///
     /// # Errors
-    /// The adaptor ends the connection.
+    /// If the adaptor ends the connection.
     pub async fn let_in(&mut self) -> Result<()> {
         self.asked().await?;
         self.send(&Packet::new(message::USERAUTH_SUCCESS)).await
     }
 
-    /// Grants the control channel, which is `ours` here, and so many forwards; what it is at the adaptor.
+    /// Accepts the control channel, as `ours`, and so many forwards; returns the adaptor's channel number.
     ///
     /// # Errors
-    /// The adaptor does not ask for them.
+    /// If the adaptor does not ask for them.
     pub async fn grant_control(&mut self, ours: u32, mut forwards: usize) -> Result<u32> {
         let mut channel = None;
         let mut granted = false;

@@ -1,4 +1,4 @@
-//! The thread that carries the packets: it sleeps until one comes or one is due.
+//! The thread that forwards the packets; it sleeps until a packet arrives or is due.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
@@ -20,7 +20,7 @@ use super::lane::{Fate, Lane};
 const LARGEST: usize = 64 * 1024;
 /// As many packets as a burst may be cut into, at the least MTU of IPv4 with all options.
 const PIECES: usize = 160;
-/// Reads of one direction in a row, before others have their turn.
+/// Reads of one direction in a row, before the other one is served.
 const IN_A_ROW: usize = 64;
 /// Buffers that are kept for the next packets.
 const SPARE: usize = 512;
@@ -28,7 +28,7 @@ const SPARE: usize = 512;
 /// Both directions.
 pub(super) struct Forwarder {
     ways: [Way; 2],
-    /// Readable once the line is to end.
+    /// Readable once the link is to end.
     stop: UnixStream,
     buffers: Buffers,
 }
@@ -40,18 +40,18 @@ pub(super) struct Way {
     lane: Lane,
     shared: Arc<Shared>,
     held: BinaryHeap<Reverse<Held>>,
-    /// Numbers what is held.
+    /// Number of the next held packet.
     next: u64,
 }
 
-/// A packet that is under way, with the header that the device wants before it.
+/// A packet in flight, with the header that the device wants before it.
 struct Held {
     at: Instant,
     number: u64,
     packet: Vec<u8>,
 }
 
-/// Room for what is being read.
+/// Buffers for what is read.
 struct Buffers {
     whole: Vec<u8>,
     pieces: Vec<Vec<u8>>,
@@ -70,7 +70,7 @@ impl Forwarder {
         Self { ways, stop, buffers }
     }
 
-    /// Carries until the line ends.
+    /// Forwards until the link ends.
     pub(super) fn run(mut self) -> io::Result<()> {
         loop {
             let next = self.ways.iter_mut().filter_map(|way| way.give(&mut self.buffers)).min();
@@ -83,7 +83,7 @@ impl Forwarder {
         }
     }
 
-    /// Sleeps until a packet comes, or until `next`; true at the end of the line.
+    /// Sleeps until a packet arrives, or until `next`; true once the link is to end.
     fn wait(&self, next: Option<Instant>) -> io::Result<bool> {
         let timeout = next.map(|at| TimeSpec::from(at.saturating_duration_since(Instant::now())));
         let [there, back] = &self.ways;
@@ -104,10 +104,10 @@ impl Way {
         Self { from, to, lane: Lane::new(seed), shared, held: BinaryHeap::new(), next: 0 }
     }
 
-    /// Takes in what has come.
+    /// Reads what has arrived.
     fn take(&mut self, buffers: &mut Buffers) -> io::Result<()> {
         for _ in 0..IN_A_ROW {
-            let apart = self.shared.impairment().tells_packets_apart();
+            let apart = self.shared.impairment().treats_packets_singly();
             match if apart { self.take_pieces(buffers) } else { self.take_whole(buffers) } {
                 Ok(()) => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
@@ -118,7 +118,7 @@ impl Way {
         Ok(())
     }
 
-    /// Reads what the kernel gives in one piece.
+    /// Reads what the kernel delivers in one piece.
     fn take_whole(&mut self, buffers: &mut Buffers) -> io::Result<()> {
         let length = self.from.recv(&mut buffers.whole)?;
         let packet = buffers.whole.get(..length).unwrap_or_default();
@@ -126,7 +126,7 @@ impl Way {
         Ok(())
     }
 
-    /// Reads a burst, and cuts it into the packets that a wire would see.
+    /// Reads a burst, and cuts it into the packets that a real link would carry.
     fn take_pieces(&mut self, buffers: &mut Buffers) -> io::Result<()> {
         let Buffers { whole, pieces, sizes, spare } = buffers;
         let count = self.from.recv_multiple(whole, pieces, sizes, VIRTIO_NET_HDR_LEN)?;
@@ -170,7 +170,7 @@ impl Way {
         self.next += 1;
     }
 
-    /// Gives out what is due; answers when the next one is.
+    /// Delivers what is due; returns when the next packet is due.
     fn give(&mut self, buffers: &mut Buffers) -> Option<Instant> {
         let now = Instant::now();
         while let Some(Reverse(next)) = self.held.peek() {
@@ -194,7 +194,7 @@ impl Way {
                 traffic.passed.add(1);
                 traffic.bytes.add(packet.len().saturating_sub(VIRTIO_NET_HDR_LEN) as u64);
             }
-            // As on a wire: whoever has pulled the plug hears nothing.
+            // As on a real link, a device that is down loses packets silently.
             Err(_) => traffic.refused.add(1),
         }
     }

@@ -11,26 +11,26 @@ use super::{Impairment, Rate};
 #[derive(Debug)]
 pub(super) struct Lane {
     random: Xoshiro256PlusPlus,
-    /// When the last packet that was let in has left, at the rate of then.
+    /// Time at which the last accepted packet has left, at the rate that applied then.
     free_at: Instant,
 }
 
-/// What becomes of a packet.
+/// Decision about a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
     /// Dropped by the blackhole.
     Swallowed,
-    /// Dropped by chance.
+    /// Dropped at random.
     Lost,
     /// Dropped because the queue was full.
     NoRoom,
     /// Arrives.
     Arrives {
-        /// When.
+        /// Time of its arrival.
         at: Instant,
-        /// Held up.
+        /// It was held up.
         late: bool,
-        /// Twice.
+        /// It arrives twice.
         twice: bool,
     },
 }
@@ -40,9 +40,9 @@ impl Lane {
         Self { random: Xoshiro256PlusPlus::seed_from_u64(seed), free_at: Instant::now() }
     }
 
-    /// Decides about the next packet, of `bytes`.
+    /// Decides about the next packet, of `bytes` bytes.
     pub(super) fn decide(&mut self, impairment: &Impairment, now: Instant, bytes: usize) -> Fate {
-        // Drawn for every packet, whatever is asked for: then its fate depends on its number, not on earlier settings.
+        // Drawn for every packet, whatever the impairment: so its fate depends on its number, not on earlier settings.
         let [lost, late, twice] = [impairment.loss, impairment.reorder, impairment.duplicate]
             .map(|chance| self.random.random::<f64>() < chance);
         if impairment.blackhole {
@@ -56,14 +56,14 @@ impl Lane {
         Fate::Arrives { at: leaves + impairment.delay + held_up, late, twice }
     }
 
-    /// When its last byte has left, if there is room for it to wait.
+    /// Time at which its last byte has left, if the queue has room for it.
     fn leaves(&mut self, rate: Option<Rate>, now: Instant, bytes: usize) -> Option<Instant> {
         let Some(rate) = rate else { return Some(now) };
         let takes =
             |bytes: usize| Duration::from_secs_f64(bytes as f64 / f64::from(rate.bytes_per_second.max(1)));
         let waits = self.free_at.saturating_duration_since(now);
         let queue = usize::try_from(rate.queue).unwrap_or(usize::MAX);
-        // An empty queue takes any packet, or a short one would stop all.
+        // An empty queue accepts any packet; otherwise a short queue would block all traffic.
         if !waits.is_zero() && waits + takes(bytes) > takes(queue) {
             return None;
         }
@@ -92,14 +92,14 @@ mod tests {
     }
 
     #[test]
-    fn the_same_seed_gives_each_packet_the_same_fate_and_another_seed_does_not() {
+    fn a_seed_decides_the_fate_of_each_packet() {
         let now = Instant::now();
         assert_eq!(fates(7, &BAD, now), fates(7, &BAD, now));
         assert_ne!(fates(7, &BAD, now), fates(8, &BAD, now));
     }
 
     #[test]
-    fn what_befell_earlier_packets_changes_nothing_for_later_ones() {
+    fn the_fate_of_a_packet_does_not_depend_on_earlier_settings() {
         let now = Instant::now();
         let mut lane = Lane::new(7);
         for _ in 0..500 {
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn about_as_many_as_asked_for_are_lost_late_and_doubled() {
+    fn loss_reordering_and_duplication_have_their_probability() {
         let now = Instant::now();
         let fates = fates(1, &BAD, now);
         let count = |wanted: fn(&Fate) -> bool| fates.iter().filter(|fate| wanted(fate)).count();
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_shorter_than_a_packet_stops_nothing_that_finds_it_empty() {
+    fn an_empty_queue_accepts_a_packet_longer_than_itself() {
         let rate = Some(Rate { bytes_per_second: 1_000_000, queue: 10 });
         let mut lane = Lane::new(1);
         let impairment = Impairment { rate, ..Impairment::default() };

@@ -1,29 +1,29 @@
-//! What became of the packets of one direction.
+//! Counters of the packets of one direction.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Packets of one direction so far. A burst that stayed whole counts as one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// Arrived; one that was sent twice counts twice.
+    /// Arrived; a duplicate counts again.
     pub passed: u64,
-    /// Bytes of those that arrived, as IP packets.
+    /// Bytes of the packets that arrived, as IP packets.
     pub bytes: u64,
-    /// Dropped by the chance of loss.
+    /// Dropped at random.
     pub lost: u64,
     /// Dropped because the queue of the rate was full.
     pub no_room: u64,
     /// Dropped by a blackhole.
     pub swallowed: u64,
-    /// Held up, so that others overtake them.
+    /// Held up, so that others overtook them.
     pub late: u64,
     /// Sent twice.
     pub twice: u64,
-    /// Refused by the end that they were for: its device is down.
+    /// Refused by the receiving end, whose device is down.
     pub refused: u64,
 }
 
-/// The same, while it grows.
+/// Live counters behind [`Traffic`].
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub(super) passed: Counter,
@@ -36,7 +36,7 @@ pub(super) struct Counters {
     pub(super) refused: Counter,
 }
 
-/// One number, which one thread makes grow and any may read.
+/// A counter that one thread increments and any may read.
 #[derive(Debug, Default)]
 pub(super) struct Counter(AtomicU64);
 

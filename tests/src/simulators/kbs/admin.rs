@@ -20,7 +20,7 @@ pub(super) struct AdminKey {
 }
 
 impl AdminKey {
-    /// A fresh key.
+    /// Generates a key.
     pub(super) fn generate() -> Result<Self> {
         let mut seed = [0; 32];
         SystemRandom::new().fill(&mut seed).map_err(|_| anyhow!("KBS: no randomness for the admin key"))?;

@@ -19,7 +19,7 @@ use super::{Fault, LoggedRequest, Session, Shared, lock};
 
 /// The largest resource Trustee takes.
 const BODY_LIMIT: usize = 2 * 1024 * 1024;
-/// How much of a body that is too large is still read, so that its sender gets to see the 413 and not a reset.
+/// Bytes of a body that is too large that are still read, so that its sender gets the 413 and not a reset.
 const DRAIN_LIMIT: usize = 8 * BODY_LIMIT;
 const RESOURCE: &str = "/kbs/v0/resource/";
 const SESSION_COOKIE: &str = "kbs-session-id";

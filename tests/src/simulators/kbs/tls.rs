@@ -18,7 +18,7 @@ impl ServerIdentity {
     pub(super) fn generate() -> Result<Self> {
         let mut ca = CertificateParams::new(Vec::new()).context("KBS: CA parameters")?;
         ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        ca.distinguished_name.push(DnType::CommonName, "stand-in KBS CA");
+        ca.distinguished_name.push(DnType::CommonName, "simulated KBS CA");
         let ca_key = KeyPair::generate().context("KBS: CA key")?;
         let ca_pem = ca.self_signed(&ca_key).context("KBS: CA certificate")?.pem();
 
@@ -41,12 +41,12 @@ impl ServerIdentity {
         Ok(Self { ca_pem, config: Arc::new(config) })
     }
 
-    /// What clients must trust.
+    /// PEM of the CA that clients must trust.
     pub(super) fn ca_pem(&self) -> &str {
         &self.ca_pem
     }
 
-    /// What the server serves with.
+    /// Configuration of the server.
     pub(super) fn config(&self) -> Arc<ServerConfig> {
         Arc::clone(&self.config)
     }

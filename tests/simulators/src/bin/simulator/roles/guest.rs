@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use secure_comms_simulators::args::{Args, until_told};
+use secure_comms_simulators::args::{Args, until_signal};
 use secure_comms_simulators::guest::{Backend, Cdh, CdhOptions, CdhSocket, Rest};
 
 const KNOWN: &[&str] = &["listen", "cdh", "kbs", "ca", "evidence", "attempts", "retry-ms", "answer-limit-ms"];
@@ -20,7 +20,7 @@ pub(super) async fn cdh(args: Vec<String>) -> Result<()> {
     let path = args.get("listen").context("cdh: --listen UNIXPATH is missing")?;
     let _socket = CdhSocket::start(path, back(&args)?)?;
     println!("listening on {path}");
-    until_told().await
+    until_signal().await
 }
 
 pub(super) async fn api_server_rest(args: Vec<String>) -> Result<()> {
@@ -35,7 +35,7 @@ pub(super) async fn api_server_rest(args: Vec<String>) -> Result<()> {
     };
     let rest = Rest::start(listen, backend).await?;
     println!("listening on {}", rest.addr());
-    until_told().await
+    until_signal().await
 }
 
 fn back(args: &Args) -> Result<Arc<Cdh>> {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use secure_comms_simulators::args::{Args, until_told};
+use secure_comms_simulators::args::{Args, until_signal};
 use secure_comms_simulators::inspector::Inspector;
 
 pub(super) async fn serve(args: Vec<String>) -> Result<()> {
@@ -11,5 +11,5 @@ pub(super) async fn serve(args: Vec<String>) -> Result<()> {
     let path = args.get("socket").context("inspector: --socket PATH is missing")?;
     let _inspector = Inspector::start(Path::new(path))?;
     println!("listening on {path}");
-    until_told().await
+    until_signal().await
 }

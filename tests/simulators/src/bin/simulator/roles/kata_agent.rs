@@ -1,7 +1,7 @@
 //! `kata-agent`: `--socket PATH`, `--tcp ADDR`, or both.
 
 use anyhow::{Context, Result, bail};
-use secure_comms_simulators::args::{Args, until_told};
+use secure_comms_simulators::args::{Args, until_signal};
 use secure_comms_simulators::kata::KataAgent;
 
 pub(super) async fn serve(args: Vec<String>) -> Result<()> {
@@ -29,5 +29,5 @@ pub(super) async fn serve(args: Vec<String>) -> Result<()> {
         }
         None => None,
     };
-    until_told().await
+    until_signal().await
 }
