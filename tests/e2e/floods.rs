@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_protocol::limits::{ATTESTATION_PEERS_MAX, UNAUTHENTICATED_MAX};
-use secure_comms_tests::attackers::attacked_agent::{RSS_MAX_KIB, AttackedAgent};
+use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, RSS_MAX_KIB};
 use secure_comms_tests::attackers::flood::{Flood, Kind};
 use secure_comms_tests::attackers::raw::{Offer, Raw};
 use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, endpoint, kata_client, up};

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::harness::process::Child;
 use secure_comms_tests::harness::scene::PATIENCE;
-use secure_comms_tests::simulators::impaired_link::{Impairment, ImpairedLink, Rate, Traffic};
+use secure_comms_tests::simulators::impaired_link::{ImpairedLink, Impairment, Rate, Traffic};
 use secure_comms_tests::simulators::kata::client::{check_pattern, write_pattern};
 use secure_comms_tunnel::netns;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

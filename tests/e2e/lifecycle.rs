@@ -205,7 +205,11 @@ async fn on_two_proxies(scene: &Scene) -> Result<([TcpProxy; 2], Child)> {
 }
 
 /// The proxy of which the adaptor says this, and the other.
-async fn in_use<'a>(adaptor: &Child, what: &str, proxies: &'a [TcpProxy; 2]) -> Result<(&'a TcpProxy, &'a TcpProxy)> {
+async fn in_use<'a>(
+    adaptor: &Child,
+    what: &str,
+    proxies: &'a [TcpProxy; 2],
+) -> Result<(&'a TcpProxy, &'a TcpProxy)> {
     let line = adaptor.wait_for_text(what, PATIENCE).await?;
     let [one, two] = proxies;
     Ok(if line.contains(&one.address().to_string()) { (one, two) } else { (two, one) })

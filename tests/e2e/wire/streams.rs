@@ -20,8 +20,10 @@ fn to(tunnel: &str, channel: u32, id: u32) -> Packet {
 async fn greeted(attacked: &AttackedAgent, credit: u32) -> Result<(Raw, u32)> {
     let mut raw = attacked.node().await?;
     let control = raw.open_control(0).await?;
-    let hello =
-        format!("{{\"hello\":{{\"version\":1,\"credit\":{credit},\"pod_id\":\"{}\"}}}}\n", attacked.scene.pod);
+    let hello = format!(
+        "{{\"hello\":{{\"version\":1,\"credit\":{credit},\"pod_id\":\"{}\"}}}}\n",
+        attacked.scene.pod
+    );
     raw.send(&Packet::data(control, hello)).await?;
     raw.expect(&[message::CHANNEL_DATA]).await?;
     Ok((raw, control))

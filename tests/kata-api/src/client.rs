@@ -10,8 +10,8 @@ use crate::api::agent::{
 };
 use crate::api::agent_ttrpc::{AgentServiceClient, HealthClient};
 
-/// A connection; its clones share it, and any number of calls may be under way at a time. No call has a deadline of its own:
-/// the kata agent's runtime has them, and so have the tests.
+/// A connection; its clones share it, and calls may be concurrent. Calls have no deadline; the tests set their own, as
+/// the kata agent's runtime does.
 #[derive(Clone)]
 pub struct Runtime {
     agent: AgentServiceClient,
@@ -19,7 +19,7 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// Speaks ttrpc over this socket from now on; within a tokio runtime.
+    /// Uses ttrpc over this socket from now on; within a tokio runtime.
     #[must_use]
     pub fn new(stream: TcpStream) -> Self {
         let client = Client::new(Socket::from(stream));
@@ -51,7 +51,7 @@ impl Runtime {
         self.agent.stats_container(Context::default(), &request).await.map(drop)
     }
 
-    /// `grpc.AgentService/WriteStdin`; answers how many bytes were taken.
+    /// `grpc.AgentService/WriteStdin`; returns how many bytes were taken.
     ///
     /// # Errors
     /// If it is refused, or the connection ends.

@@ -1,4 +1,4 @@
-//! One accept loop for every stand-in: it never waits for a peer, survives errors, and ends all it started on drop.
+//! One accept loop for every simulator: it never waits for a peer, survives errors, and ends its connections on drop.
 
 use std::future::Future;
 use std::io;
@@ -7,12 +7,12 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::task::{JoinHandle, JoinSet};
 
-/// How long a failing `accept` (out of file descriptors, say) is left alone before the next try.
+/// Backoff after a failed `accept`, for instance without file descriptors.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
 /// A source of connections.
 pub trait Listener: Send + 'static {
-    /// What a connection of this listener is.
+    /// Type of its connections.
     type Stream: Send + 'static;
 
     /// Waits for the next connection.
@@ -37,7 +37,7 @@ impl Listener for UnixListener {
     }
 }
 
-/// A running accept loop; dropping it closes the listener and every connection it took.
+/// A running accept loop; dropping it closes the listener and its connections.
 #[derive(Debug)]
 pub struct Serving(JoinHandle<()>);
 
@@ -64,10 +64,10 @@ impl Serving {
         }))
     }
 
-    /// Stops, and returns once the listener is closed: the port is free then.
+    /// Stops, and returns once the listener is closed and its port free.
     pub async fn stop(mut self) {
         self.0.abort();
-        // An error is the cancellation that was asked for.
+        // The error is the cancellation that was requested.
         let _ = (&mut self.0).await;
     }
 }

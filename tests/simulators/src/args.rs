@@ -1,4 +1,4 @@
-//! What the stand-in binaries share: `--name value` arguments, too few for a parser crate, and their end.
+//! What the roles of the simulator share: arguments of the form `--name value`, and waiting for a signal to end.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ impl Args {
     /// Parses `--name value` pairs; only names in `known` may occur, each at most once.
     ///
     /// # Errors
-    /// If names the argument that is unknown, doubled, or lacks its value.
+    /// If an argument is unknown, given twice, or lacks its value; names it.
     pub fn parse(args: impl IntoIterator<Item = String>, known: &[&str]) -> Result<Self> {
         let mut found = BTreeMap::new();
         let mut args = args.into_iter();
@@ -39,7 +39,7 @@ impl Args {
 /// Waits for SIGTERM or SIGINT, so that `main` returns and sockets are removed.
 ///
 /// # Errors
-/// If signals cannot be waited for.
+/// If signals can't be waited for.
 pub async fn until_signal() -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("waiting for SIGTERM")?;
     tokio::select! {

@@ -1,7 +1,7 @@
-//! PID 1 of the bare test VM: an initramfs with the agent and its stand-ins, and neither a disk nor systemd.
+//! PID 1 of the bare test VM: an initramfs with the agent and the simulator, without a disk or systemd.
 //!
-//! It does by hand, in their order, what the units of the image do: network, podns, user data, and then the services, which are
-//! started again whenever they end.
+//! It does what the units of the image do, in their order: network, podns, user data, then the services, which are
+//! restarted whenever they end.
 
 mod network;
 mod services;
@@ -15,13 +15,13 @@ use podvm_init::{console, modules, mounts, power};
 
 use crate::user_data;
 
-/// A line on the console, all of which start alike.
+/// Prints a line with our prefix on the console.
 fn say(line: impl std::fmt::Display) {
-    // One write for a line, so that lines of several processes do not mix.
+    // One write per line, so that lines of several processes do not mix.
     print!("{}", format_args!("bare-init: {line}\n"));
 }
 
-/// Runs the machine; ends it when it can't go on.
+/// Runs the machine; powers it off after an error.
 pub fn main() -> ! {
     power::off_on_panic();
     match boot() {

@@ -1,6 +1,6 @@
-//! Stand-in for the guest components: `api-server-rest` in front, AA and CDH behind it.
+//! Simulates the guest components: `api-server-rest` in front, AA and CDH behind it.
 //!
-//! In a pod VM the front runs in the pod's network namespace and AA and CDH in the host's; they talk over a unix
+//! In a pod VM the front runs in the pod's network namespace, AA and CDH in the host's; they communicate over a unix
 //! socket. Here too: [`Rest`] is the front, [`Cdh`] the back, [`CdhSocket`] serves the back on a unix socket. All
 //! run in this process or, as roles of the binary `simulator`, in others.
 
@@ -23,13 +23,13 @@ use crate::http::{self, Reply, reply};
 pub use cdh::{Cdh, CdhOptions};
 pub use socket::CdhSocket;
 
-/// The front closes a connection that sends no request for this long; clients of it are local.
+/// Idle time after which the front closes a connection; its clients are local.
 const HEAD_LIMIT: Duration = Duration::from_secs(30);
-/// What the guest attests with, and what the KBS stand-in expects, unless told otherwise.
-pub const DEFAULT_EVIDENCE: &str = "stand-in evidence";
+/// Default evidence of the guest, which the simulated KBS expects.
+pub const DEFAULT_EVIDENCE: &str = "simulated evidence";
 const RESOURCE: &str = "/cdh/resource/";
 
-/// Where the front finds the back.
+/// How the front reaches the back.
 #[derive(Clone, Debug)]
 pub enum Backend {
     /// In the same process.
@@ -60,14 +60,14 @@ impl Rest {
         Ok(Self { addr, _serving: serving })
     }
 
-    /// Where it listens.
+    /// Address it listens on.
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 }
 
-/// Whatever the method is, and without a word on the cause: as the real one answers.
+/// With any method, and without a cause, as the real one answers.
 async fn answer(backend: Backend, request: Request<Incoming>) -> Result<Reply> {
     let Some(path) = request.uri().path().strip_prefix(RESOURCE) else {
         return Ok(reply(StatusCode::NOT_FOUND, ""));

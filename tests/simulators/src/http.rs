@@ -1,4 +1,4 @@
-//! The little HTTP/1.1 that the stand-ins for the KBS and the guest share.
+//! The part of HTTP/1.1 that the simulated KBS and guest components share.
 
 use std::error::Error;
 use std::future::Future;
@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 /// An answer with its whole body.
 pub type Reply = Response<Full<Bytes>>;
 
-/// An answer of `status` without headers of its own.
+/// An answer with this status, without headers of its own.
 pub fn reply(status: StatusCode, body: impl Into<Bytes>) -> Reply {
     let mut reply = Response::new(Full::new(body.into()));
     *reply.status_mut() = status;
@@ -31,11 +31,11 @@ where
     Fut: Future<Output = Result<Reply, E>>,
     E: Into<Box<dyn Error + Send + Sync>>,
 {
-    // An error here is the peer's (malformed, gone, too slow): the connection is closed, and the peer sees that.
+    // The peer caused the error (malformed, closed, too slow), and sees the connection end.
     let _ = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(head_limit)
-        // As the real servers do: a client may send its FIN right after its request.
+        // As the real servers: a client may send its FIN right after its request.
         .half_close(true)
         .serve_connection(TokioIo::new(stream), service_fn(handle))
         .await;

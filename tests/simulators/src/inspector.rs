@@ -1,7 +1,8 @@
-//! Answers questions about the test VM from inside it, and does a few things there. For the test VM only: whoever reaches its socket
-//! owns the VM. No image for pods has it.
+//! Answers requests about the test VM from inside it, and carries out a few. Access to its socket is full control of the
+//!  VM, so no image for pods contains it.
 //!
-//! A request is a line of JSON ([`Request`]), and so is the answer: `{"ok": ...}` or `{"error": "..."}`. One request a connection.
+//! A request is a line of JSON ([`Request`]), and so is the answer: `{"ok": ...}` or `{"error": "..."}`. One request per
+//!  connection.
 
 pub mod client;
 mod proc;
@@ -25,63 +26,63 @@ use crate::kata::client::bulk_both_ways;
 
 /// The longest request, in bytes.
 const REQUEST_LIMIT: u64 = 64 * 1024;
-/// The most of a file or of a program's output that is answered, in bytes.
+/// Most bytes of a file or of a program's output in an answer.
 const TEXT_LIMIT: u64 = 512 * 1024;
-/// The most bytes that are sent for [`Request::Echo`].
+/// Most bytes of [`Request::Echo`].
 const ECHO_LIMIT: u64 = 64 * 1024 * 1024;
-/// No request takes longer.
+/// Timeout of a request.
 const TIME_LIMIT: Duration = Duration::from_secs(100);
 
-/// What can be asked for.
+/// A request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Request {
-    /// The text of a file.
+    /// Text of a file.
     Read(String),
     /// All processes: an array of [`Process`].
     Processes,
-    /// Runs a program; answers [`Ran`].
+    /// Runs a program; the answer is [`Ran`].
     Run(Vec<String>),
-    /// Sends the signal of this number to each process of this name (`comm`, 15 characters at most); answers how many.
+    /// Sends a signal to each process of this name (`comm`, at most 15 characters); the answer is their number.
     Signal(String, i32),
     /// The TCP listeners in the network namespace of a process: an array of addresses.
     Listeners(i32),
-    /// Sends bytes to an echo server, from inside a network namespace, and checks each that comes back.
+    /// Sends bytes to an echo server from inside a network namespace, and checks each that comes back.
     Echo {
         /// A name below /run/netns.
         namespace: String,
-        /// The server.
+        /// Address of the server.
         address: String,
-        /// How many.
+        /// Number of bytes.
         bytes: u64,
     },
-    /// Starts the machine again. There is no answer.
+    /// Reboots the machine. There is no answer.
     Reboot,
 }
 
 /// A process of the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
-    /// Its id.
+    /// Process id.
     pub pid: i32,
-    /// Its name, cut after 15 characters.
+    /// Name, cut after 15 characters.
     pub comm: String,
-    /// Its command line; empty for a thread of the kernel.
+    /// Command line; empty for a kernel thread.
     pub command: Vec<String>,
-    /// Its network namespace, such as `net:[4026531840]`.
+    /// Network namespace, such as `net:[4026531840]`.
     pub net: String,
-    /// Its mount namespace.
+    /// Mount namespace.
     pub mnt: String,
 }
 
 /// How a program ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ran {
-    /// Its exit code; none if a signal ended it.
+    /// Exit code; `None` if a signal ended it.
     pub code: Option<i32>,
-    /// What it wrote to standard output.
+    /// Its standard output.
     pub stdout: String,
-    /// What it wrote to standard error.
+    /// Its standard error.
     pub stderr: String,
 }
 
@@ -92,7 +93,7 @@ pub struct Inspector {
 }
 
 impl Inspector {
-    /// Listens on the unix socket `path`, in place of an older one.
+    /// Listens on the unix socket `path`, and replaces an older one.
     ///
     /// # Errors
     /// If the socket can't be bound.
@@ -106,7 +107,7 @@ impl Inspector {
         let listener =
             UnixListener::bind(path).with_context(|| format!("inspector: binding {}", path.display()))?;
         let serving = Serving::start(listener, |stream| async move {
-            // Whoever asked is gone then.
+            // The client has closed the connection.
             let _ = serve(stream).await;
         });
         Ok(Self { _serving: serving })
@@ -165,7 +166,7 @@ async fn run(command: &[String]) -> Result<Ran> {
     let mut child = command.spawn().with_context(|| format!("starting {program}"))?;
     let stdout = child.stdout.take().context("no standard output")?;
     let stderr = child.stderr.take().context("no standard error")?;
-    // A program that writes more than is wanted gets a closed pipe, and ends.
+    // A program that writes more gets a closed pipe, and ends.
     let (stdout, stderr) = tokio::try_join!(text(stdout), text(stderr))?;
     let status = child.wait().await.with_context(|| format!("waiting for {program}"))?;
     Ok(Ran { code: status.code(), stdout, stderr })
@@ -184,7 +185,7 @@ fn send(name: &str, signal: Signal) -> Result<usize> {
     Ok(count)
 }
 
-/// In good order where systemd is there to do it.
+/// An orderly reboot if systemd runs.
 async fn restart() -> Result<Value> {
     if Path::new("/run/systemd/system").exists() {
         let ran = run(&["systemctl".into(), "reboot".into()]).await?;

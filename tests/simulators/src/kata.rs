@@ -1,5 +1,5 @@
-//! Stand-in for the kata agent, or for any server behind a tunnel: bytes, each of which a test can check. On a unix
-//! socket it is the kata agent, and the bytes are in ttrpc frames ([`framed`]); on TCP it is any server, and they are plain.
+//! Simulates the kata agent, or any server behind a tunnel, with bytes that a test can check. On a unix socket it is
+//! the kata agent, with the bytes in ttrpc frames ([`framed`]); on TCP it is any server, with plain bytes.
 //!
 //! A connection starts with an 8-byte big-endian word: the command in its first byte, a count in the other seven.
 //!
@@ -31,7 +31,7 @@ use pattern::Checksum;
 /// Size of the buffers on both sides, in bytes.
 const BUFFER: usize = 64 * 1024;
 
-/// What a connection is for.
+/// What a connection does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
     Echo,
@@ -66,7 +66,7 @@ impl Command {
 /// The part of the first word that is the count.
 const COUNT: u64 = (1 << 56) - 1;
 
-/// A running stand-in; stops, and removes its unix socket, when dropped.
+/// A running simulator; stops, and removes its unix socket, when dropped.
 #[derive(Debug)]
 pub struct KataAgent {
     _serving: Serving,
@@ -75,7 +75,7 @@ pub struct KataAgent {
     unix: Option<PathBuf>,
 }
 
-/// What the connections report.
+/// Counters of the connections.
 #[derive(Debug, Default)]
 struct Served {
     connections: AtomicU64,
@@ -83,7 +83,7 @@ struct Served {
 }
 
 impl KataAgent {
-    /// Listens on a unix socket, and speaks in ttrpc frames; a stale one at `path` is replaced, as the kata agent does.
+    /// Listens on a unix socket, with ttrpc frames; a stale socket at `path` is replaced, as the kata agent does.
     ///
     /// # Errors
     /// If the socket cannot be bound.
@@ -106,7 +106,7 @@ impl KataAgent {
         })
     }
 
-    /// Listens on a TCP address (port 0 for any free port), and speaks in plain bytes, for further tunnels.
+    /// Listens on a TCP address (port 0 for any free port), with plain bytes, for further tunnels.
     ///
     /// # Errors
     /// If the address cannot be bound.
@@ -117,13 +117,13 @@ impl KataAgent {
         Ok(Self { _serving: Served::serve(&served, listener, identity), served, tcp: Some(addr), unix: None })
     }
 
-    /// The TCP address, if it listens on one.
+    /// The TCP address, if any.
     #[must_use]
     pub fn addr(&self) -> Option<SocketAddr> {
         self.tcp
     }
 
-    /// The unix socket, if it listens on one.
+    /// The unix socket, if any.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         self.unix.as_deref()
@@ -145,13 +145,13 @@ impl KataAgent {
 impl Drop for KataAgent {
     fn drop(&mut self) {
         if let Some(path) = &self.unix {
-            // Already gone is as good.
+            // The socket may have been removed.
             let _ = std::fs::remove_file(path);
         }
     }
 }
 
-/// Counts a connection as open while it lives, also if its task is aborted.
+/// Counts a connection as open while it exists, also if its task is aborted.
 struct Open(Arc<Served>);
 
 impl Drop for Open {
@@ -161,7 +161,7 @@ impl Drop for Open {
 }
 
 impl Served {
-    /// Serves each connection as what `speak` makes of it.
+    /// Serves each connection, wrapped by `speak`.
     fn serve<L, S>(served: &Arc<Self>, listener: L, speak: fn(L::Stream) -> S) -> Serving
     where
         L: crate::accept::Listener,
@@ -174,7 +174,7 @@ impl Served {
             let open = Open(Arc::clone(&served));
             async move {
                 let _open = open;
-                // The client sees its connection end; it is the one that checks.
+                // The client sees its connection end, and checks that.
                 let _ = answer(speak(stream)).await;
             }
         })
@@ -199,7 +199,7 @@ async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> Result<()> {
             let seed = stream.read_u64().await?;
             client::write_pattern(&mut stream, count, seed).await?;
             stream.shutdown().await?;
-            // Held until the client is done as well: a reset must not overtake the bytes.
+            // Held until the client is done: a reset must not overtake the bytes.
             let _ = stream.read(&mut [0]).await;
         }
         Command::Sink => {

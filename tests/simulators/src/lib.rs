@@ -1,14 +1,14 @@
-//! What runs beside the agent in a pod VM, for tests: stand-ins for its neighbours, and the services of the test VM.
+//! Simulators of what runs next to the agent in a pod VM, and the services of the test VM.
 //!
-//! In the order in which a boot meets them:
+//! In the order of a boot:
 //!
-//! - [`bare`]: PID 1 of the bare test VM; in the image, systemd does what it does;
-//! - [`user_data`]: `process-user-data`, which brings apf.json from where a cloud puts it;
+//! - [`bare`]: PID 1 of the bare test VM, which does what systemd does in the image;
+//! - [`user_data`]: `process-user-data`, which finds apf.json where a cloud puts it;
 //! - [`guest`]: the guest components (`api-server-rest`, AA, CDH), which fetch keys through the agent;
 //! - [`kata`]: the kata agent behind `KATAAGENT`, and the client side that checks every byte;
-//! - [`inspector`]: tells tests what the VM is like inside.
+//! - [`inspector`]: reports to tests what the VM is like inside.
 //!
-//! The binary `simulator` is all of it as processes; [`args`], [`accept`] and [`http`] are what they share.
+//! The binary `simulator` runs each of them as a process. They share [`args`], [`accept`] and [`http`].
 
 pub mod accept;
 pub mod args;

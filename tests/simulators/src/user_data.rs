@@ -1,6 +1,6 @@
-//! Stand-in for `process-user-data`: finds apf.json the way a cloud hands it to a VM, and writes it where the agent looks.
+//! Simulates `process-user-data`: finds apf.json where a cloud puts it, and writes it where the agent looks for it.
 //!
-//! A test channel only: in a confidential VM nothing that the host says counts before it is measured.
+//! For tests only: in a confidential VM, data from the host must be measured before they are used.
 
 mod credential;
 mod no_cloud;
@@ -12,11 +12,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-/// Where the pod VM's daemon configuration is.
+/// Directory of the pod VM's daemon configuration.
 pub const DIRECTORY: &str = "/run/peerpod";
 /// The one file that a credential can hold.
 const APF: &str = "apf.json";
-/// The largest user data of the clouds that we know, and some more, in bytes.
+/// Limit of user data in bytes, above that of the known clouds.
 const LIMIT: u64 = 1024 * 1024;
 
 /// A file for [`DIRECTORY`].
@@ -26,11 +26,11 @@ pub(crate) struct File {
     content: Vec<u8>,
 }
 
-/// Looks at all places, in this order: systemd's credentials, SMBIOS, fw_cfg, a NoCloud seed. Writes what the first one with
-/// anything has, and answers where that was; `None` if there is nothing anywhere.
+/// Reads systemd's credentials, SMBIOS, fw_cfg and a NoCloud seed, in this order. Writes the content of the first that
+///  exists, and returns which it was; `None` if none exists.
 ///
 /// # Errors
-/// If a place has something that can't be read, or it can't be written.
+/// If one of them exists and can't be read, or the file can't be written.
 pub fn process() -> Result<Option<String>> {
     let found = match credential::find()? {
         Some((place, content)) => Some((place, vec![File { name: APF.to_owned(), content }])),
@@ -43,7 +43,7 @@ pub fn process() -> Result<Option<String>> {
     Ok(Some(place))
 }
 
-/// Whole or not at all, for root alone.
+/// Atomically, and readable by root only.
 fn write(directory: &Path, file: &File) -> Result<()> {
     match DirBuilder::new().mode(0o700).create(directory) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => {
@@ -59,7 +59,7 @@ fn write(directory: &Path, file: &File) -> Result<()> {
         .with_context(|| format!("writing {}", path.display()))
 }
 
-/// Reads a file that may not be there, of at most [`LIMIT`] bytes.
+/// Reads a file of at most [`LIMIT`] bytes; `None` if it does not exist.
 fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
     use std::io::Read;
     let file = match fs::File::open(path) {

@@ -230,7 +230,7 @@ impl Stranger {
             Ok(Some(message)) => Ok(message),
             ended => {
                 let how = if ended.is_ok() { "the connection ended" } else { "it took too long" };
-                bail!("stranger: {how} before the message waited for; heard {:?}", *self.heard.borrow())
+                bail!("stranger: {how} before the expected message; received {:?}", *self.heard.borrow())
             }
         }
     }
@@ -240,7 +240,7 @@ impl Stranger {
     /// # Errors
     /// If it does not.
     pub async fn ends(&self) -> Result<()> {
-        timeout(PATIENCE, self.gone()).await.context("stranger: the connection stays")
+        timeout(PATIENCE, self.gone()).await.context("stranger: the agent does not end the connection")
     }
 
     async fn gone(&self) {

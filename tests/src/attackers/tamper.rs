@@ -200,7 +200,7 @@ fn spoil(chunk: &mut Vec<u8>, at: usize, change: Change) {
             chunk.extend(tail);
             chunk.extend(head);
         }
-        Change::Insert => drop(chunk.splice(at..at, *b"nobody's bytes")),
+        Change::Insert => drop(chunk.splice(at..at, *b"inserted bytes")),
         Change::Delay => {}
     }
 }

@@ -9,7 +9,7 @@ use super::contender::{Contender, Prepared, Who};
 use super::load::{self, Span};
 use super::measure::{self, Figures};
 use super::place::Place;
-use crate::simulators::impaired_link::{Impairment, ImpairedLink};
+use crate::simulators::impaired_link::{ImpairedLink, Impairment};
 
 /// One measurement of a group.
 #[derive(Clone, Copy, Debug)]
@@ -226,7 +226,7 @@ impl Group {
         target: SocketAddr,
         amount: Amount,
     ) -> Result<Figures> {
-        let there = || contender.context("nobody is connected");
+        let there = || contender.context("no contender is connected");
         let short = Span { warm_up: Duration::from_millis(200), counted: amount.counted };
         match self.kind {
             Kind::Bulk => measure::bulk(place, there()?, short).await,

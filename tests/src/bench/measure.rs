@@ -233,7 +233,7 @@ fn witness(server: SocketAddr) -> Result<(SocketAddr, thread::JoinHandle<Result<
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let address = listener.local_addr()?;
     let waiting = thread::spawn(move || {
-        let (client, _) = listener.accept().context("nobody came")?;
+        let (client, _) = listener.accept().context("no client connected")?;
         let accepted = Instant::now();
         let server = TcpStream::connect(server)?;
         for stream in [&client, &server] {

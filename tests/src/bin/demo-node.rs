@@ -1,5 +1,5 @@
-//! The worker node's half, by hand: the real adaptor with a stand-in for the KBS. `pp` in another terminal is the pod
-//! VM's half, and says what to give as ADDRESS here.
+//! Demo, the worker node in a terminal: the real adaptor with a simulated KBS. `demo-vm` in another terminal is the
+//! pod VM, and prints the ADDRESS that this program takes.
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -18,10 +18,10 @@ async fn main() -> ExitCode {
         _ => "".parse(),
     };
     let Ok(address) = address else {
-        eprintln!("wn: {arguments:?}: expected one address and port, that of the agent: `pp` prints it");
+        eprintln!("demo-node: expected one ADDRESS:PORT, that of the agent; demo-vm prints it");
         return ExitCode::from(2);
     };
-    finish("wn", run(address).await)
+    finish("demo-node", run(address).await)
 }
 
 async fn run(address: SocketAddr) -> Result<()> {
@@ -30,7 +30,9 @@ async fn run(address: SocketAddr) -> Result<()> {
     up(&adaptor).await?;
     let kata = endpoint(&adaptor, "KATAAGENT").await?;
     let time = echo_roundtrip(&mut kata_client(kata).await?, 200, 1).await?;
-    println!("The kata agent in the VM answers at {kata}: 200 bytes there and back in {time:.0?}.");
-    println!("Kill and restart either half, and watch it come back. Ctrl-C ends the worker node's half.\n");
+    println!("The kata agent in the VM answers at {kata}: 200 bytes and their echo took {time:.0?}.");
+    println!(
+        "Ctrl-C ends the worker node. Its VM serves this pod only: to start again, restart demo-vm first.\n"
+    );
     watch(&mut adaptor).await
 }

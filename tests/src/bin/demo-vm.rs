@@ -1,5 +1,5 @@
-//! The pod VM's half, by hand: the real agent with stand-ins for the kata agent and the guest components. `wn` in
-//! another terminal is the worker node's half.
+//! Demo, the pod VM in a terminal: the real agent with a simulated kata agent and guest components. `demo-node` in
+//! another terminal is the worker node.
 
 use std::process::ExitCode;
 
@@ -9,16 +9,16 @@ use secure_comms_tests::harness::scene::{Scene, SceneOptions};
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    finish("pp", run().await)
+    finish("demo-vm", run().await)
 }
 
 async fn run() -> Result<()> {
     let scene = Scene::new(SceneOptions::default()).await?;
     let mut agent = scene.agent().await?;
     println!("The agent waits for its worker node. In another terminal:\n");
-    println!("    cargo run --release --bin wn -- {}\n", scene.ssh);
+    println!("    cargo run --release --bin demo-node -- {}\n", scene.ssh);
     println!(
-        "Once it is there, clients in the VM reach the worker node's echo server at {}.",
+        "Once it is connected, clients in the VM reach the worker node's echo server at {}.",
         scene.node_inbound
     );
     println!("Ctrl-C ends the VM.\n");

@@ -193,7 +193,7 @@ impl Pod {
         let _ = self.inspection.run(&["mount", "-t", "tmpfs", "tmpfs", volume]).await?;
         // The simulator does not know the request and closes the connection, so the request has arrived.
         let ended = timeout(PATIENCE, waiting).await.context("the mounted volume is not seen")??;
-        let ended = ended.err().context("the stand-in answered a request")?.to_string();
+        let ended = ended.err().context("the simulator answered a request")?.to_string();
         ensure!(!ended.contains("volume"), "the request was refused: {ended}");
         Ok(())
     }

@@ -86,7 +86,7 @@ impl Disk {
         for _ in 0..BUSY_TRIES {
             match mount(None::<&str>, &self.path, None::<&str>, flags, None::<&str>) {
                 Err(nix::errno::Errno::EBUSY) => tokio::time::sleep(BUSY_PAUSE).await,
-                done => return done.context("mounting a disk anew"),
+                done => return done.context("remounting a disk"),
             }
         }
         anyhow::bail!("{}: busy", self.path.display())

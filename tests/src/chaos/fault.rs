@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use tokio::process::Command;
 use tokio::time::sleep;
 
-use super::pod_scene::{MOVED, Route, PodScene};
+use super::pod_scene::{MOVED, PodScene, Route};
 use super::script::{Fault, Planned, Side};
 use crate::simulators::impaired_link::{DEVICE, Impairment};
 use crate::simulators::kbs::Fault as KbsFault;

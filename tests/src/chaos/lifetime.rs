@@ -13,7 +13,7 @@ use tokio::time::{interval, sleep, timeout};
 
 use super::attacker;
 use super::fault::inject_fault;
-use super::pod_scene::{Route, PodScene};
+use super::pod_scene::{PodScene, Route};
 use super::resources::Resources;
 use super::script::{Fault, Hit, Script, Side};
 use super::secrets::Secrets;
@@ -74,7 +74,9 @@ pub async fn live(script: Script) -> Outcome {
     match ended {
         Ok(Ok(())) => {}
         Ok(Err(error)) => outcome.violations.push(format!("{error:#}")),
-        Err(_) => outcome.violations.push(format!("the lifetime did not end within {} s", LIFETIME.as_secs())),
+        Err(_) => {
+            outcome.violations.push(format!("the lifetime did not end within {} s", LIFETIME.as_secs()))
+        }
     }
     outcome
 }

@@ -21,7 +21,7 @@ use super::script::{Fault, Hit, Script, Side};
 use crate::harness::process::{Binaries, ensure_built};
 use crate::harness::scene::{free_port, pod_id};
 use crate::simulators::guest::{Backend, Cdh, CdhOptions, Rest};
-use crate::simulators::impaired_link::{Impairment, ImpairedLink};
+use crate::simulators::impaired_link::{ImpairedLink, Impairment};
 use crate::simulators::kata::KataAgent;
 use crate::simulators::kbs::{Kbs, KbsOptions};
 use crate::simulators::tcp_proxy::TcpProxy;

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use tokio::time::sleep;
 
 use super::lifetime::up;
-use super::pod_scene::{Route, PodScene};
+use super::pod_scene::{PodScene, Route};
 use super::resources::Resources;
 use super::script::{Hit, Path, Script, Side};
 

@@ -83,11 +83,7 @@ impl fmt::Display for Report {
             part(100),
             GOAL.as_secs()
         )?;
-        writeln!(
-            f,
-            "connections               {} completed, {} ended early",
-            self.finished, self.broken
-        )?;
+        writeln!(f, "connections               {} completed, {} ended early", self.finished, self.broken)?;
         writeln!(
             f,
             "bytes there and back      {:.1} MiB, each checked",

@@ -88,7 +88,8 @@ impl PodSite {
     /// # Errors
     /// If they can't be made.
     pub fn bare() -> Result<Self> {
-        let (vm, node, pod) = (TestNamespace::new("vm")?, TestNamespace::new("node")?, TestNamespace::new("pod")?);
+        let (vm, node, pod) =
+            (TestNamespace::new("vm")?, TestNamespace::new("node")?, TestNamespace::new("pod")?);
         vm.veth("ens3", &node, "cable")?;
         Ok(Self { vm, node, pod, directory: tempfile::tempdir()? })
     }

@@ -46,7 +46,8 @@ impl TcpProxy {
     /// # Errors
     /// If no port is free.
     pub async fn with_delay(server: SocketAddr, delay: Duration) -> Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("TCP proxy: binding a port")?;
+        let listener =
+            TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("TCP proxy: binding a port")?;
         let address = listener.local_addr()?;
         let (state, cuts) = (watch::Sender::new(State::Carries), watch::Sender::new(0));
         let ends = Arc::new((state.subscribe(), cuts.subscribe()));

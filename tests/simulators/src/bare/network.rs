@@ -1,4 +1,4 @@
-//! Links and an address: by rtnetlink(7) itself, for two messages need no library.
+//! Links and an address by rtnetlink(7); two messages do not need a library.
 
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 
-/// What qemu's user network gives its first guest, with the length of the prefix.
+/// Address that qemu's user network gives its first guest, with its prefix length.
 pub(super) const QEMU_USER_NETWORK: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 0, 2, 15), 24);
 
 const RTM_NEWLINK: u16 = 16;
@@ -41,7 +41,7 @@ pub(super) fn up(link: &str, address: Option<(Ipv4Addr, u8)>) -> Result<()> {
     request(RTM_NEWLINK, NLM_F_REQUEST_ACK, &body).with_context(|| format!("network: bringing {link} up"))
 }
 
-/// Sends one message and waits for the kernel's word on it.
+/// Sends one message and waits for the kernel's reply.
 fn request(kind: u16, flags: u16, body: &[u8]) -> Result<()> {
     let netlink = socket(
         AddressFamily::Netlink,
@@ -52,7 +52,7 @@ fn request(kind: u16, flags: u16, body: &[u8]) -> Result<()> {
     let mut message = u32::try_from(16 + body.len())?.to_ne_bytes().to_vec();
     message.extend(kind.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
-    // Sequence number and sender: nobody else uses this socket.
+    // Sequence number and port: this socket has one user.
     message.extend([0; 8]);
     message.extend(body);
     send(netlink.as_raw_fd(), &message, MsgFlags::empty())?;

@@ -1,4 +1,4 @@
-//! The services of the image, as processes of this PID 1.
+//! The services of the image, as child processes of this PID 1.
 
 use std::convert::Infallible;
 use std::os::unix::process::CommandExt;
@@ -13,20 +13,20 @@ use podvm_init::console::uptime;
 
 use super::say;
 
-/// Where the pod's containers have their network.
+/// Network namespace of the pod's containers.
 const POD_NAMESPACE: &str = "/run/netns/podns";
-/// What the services need to be there.
+/// Directories that the services need.
 pub(super) const DIRECTORIES: [&str; 2] = ["/run/kata-containers", "/run/confidential-containers"];
 
-/// Before an ended service is started again.
+/// Pause before an ended service is restarted.
 const PAUSE: Duration = Duration::from_millis(300);
 const AGENT: &str = "/usr/local/bin/agent-protocol-forwarder";
-/// This program.
+/// Path of this program.
 const STAND_IN: &str = "/init";
 
 struct Service {
     program: &'static str,
-    /// What the process is called, which for a stand-in is its role.
+    /// Name of the process; for a simulator, its role.
     name: &'static str,
     args: &'static [&'static str],
     in_pod: bool,
@@ -81,7 +81,7 @@ pub(super) fn make_namespace() -> Result<()> {
     Ok(())
 }
 
-/// Starts all services, and each again that ends; reaps whatever else ends.
+/// Starts all services, restarts each that ends, and reaps all other children.
 pub(super) fn supervise(notify: &Path) -> Result<Infallible> {
     let mut running = Vec::new();
     for service in &SERVICES {
@@ -115,7 +115,7 @@ impl Service {
         if self.program == AGENT {
             command.env("NOTIFY_SOCKET", notify);
         }
-        // What is forked from a thread is in the thread's network namespace.
+        // A child inherits the network namespace of the thread that forks it.
         let start = move || -> Result<i32> {
             if self.in_pod {
                 let namespace = std::fs::File::open(POD_NAMESPACE)?;

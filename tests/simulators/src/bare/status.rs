@@ -1,4 +1,4 @@
-//! What the agent tells systemd, which is not there: shown on the console instead.
+//! Prints the agent's messages to systemd (sd_notify) on the console, since systemd does not run.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -9,10 +9,10 @@ use podvm_init::console::uptime;
 use super::say;
 
 const SOCKET: &str = "/run/notify";
-/// Longer than any state that the agent tells, in bytes.
+/// Longer than any message of the agent, in bytes.
 const LIMIT: usize = 4096;
 
-/// Shows what comes, for as long as the machine runs; answers the socket's path, for `NOTIFY_SOCKET`.
+/// Prints messages as long as the machine runs; returns the socket's path, for `NOTIFY_SOCKET`.
 pub(super) fn listen() -> Result<PathBuf> {
     let socket = UnixDatagram::bind(SOCKET).with_context(|| format!("binding {SOCKET}"))?;
     std::thread::Builder::new().name("notify".into()).spawn(move || {
@@ -32,7 +32,7 @@ fn show(state: &str) {
         match assignment.split_once('=') {
             Some(("READY", "1")) => say(format_args!("agent READY, {} since the kernel started", uptime())),
             Some(("STATUS", status)) => say(format_args!("agent at {}: {status}", uptime())),
-            // A sign of life is no news.
+            // Watchdog messages are not printed.
             _ => {}
         }
     }

@@ -1,4 +1,4 @@
-//! AA and CDH: one fetch is a full attestation, through whatever listens at the KBS address.
+//! AA and CDH: each fetch is a full attestation, through what listens at the KBS address.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,23 +21,23 @@ use tokio_rustls::TlsConnector;
 
 use super::DEFAULT_EVIDENCE;
 
-/// What the guest was configured with.
+/// Options of the guest.
 #[derive(Clone, Debug)]
 pub struct CdhOptions {
     /// `http://127.0.0.1:<port>` or `https://..`, where the port is the agent's KBS inbound.
     pub kbs: String,
     /// For HTTPS: PEM of the CA to pin; no other is trusted.
     pub ca_pem: Option<String>,
-    /// What to attest with.
+    /// Evidence to attest with.
     pub evidence: String,
-    /// How often a fetch is tried in all, each with an attestation of its own.
+    /// Attempts of one fetch, each with an attestation of its own.
     pub attempts: u32,
-    /// Wait between the tries: the real guest gives up on a closed port after about 4 s, so about 1.3 s; short
-    /// here, to keep tests quick.
+    /// Pause between attempts: the real guest gives up on a closed port after about 4 s, so its pause is about 1.3 s;
+    /// shorter here, to keep tests quick.
     pub retry: Duration,
-    /// How long one answer is waited for. The fetch then fails without another try.
+    /// Timeout of one answer. The fetch then fails without another attempt.
     pub answer_limit: Duration,
-    /// Keep each connection open, unused, until the other side closes it, as the pools of the real HTTP clients do.
+    /// Keep each connection open, unused, until the other side closes it, as connection pools of HTTP clients do.
     pub pooled: bool,
 }
 
@@ -74,7 +74,7 @@ impl std::fmt::Debug for Cdh {
     }
 }
 
-/// Why a try failed, as far as it decides whether there is another one.
+/// Why an attempt failed: decides whether there is another one.
 enum Failure {
     Retry(anyhow::Error),
     Final(anyhow::Error),
@@ -87,10 +87,10 @@ struct Connection {
 }
 
 impl Cdh {
-    /// Checks the options; connects to nothing yet.
+    /// Checks the options, and does not connect yet.
     ///
     /// # Errors
-    /// If names the URL or the CA that is wrong.
+    /// If the URL or the CA is wrong; names it.
     pub fn new(options: CdhOptions) -> Result<Self> {
         let uri: Uri = options.kbs.parse().with_context(|| format!("guest: KBS URL {:?}", options.kbs))?;
         let host = uri.host().with_context(|| format!("guest: KBS URL {uri}: no host"))?.to_owned();
@@ -114,7 +114,7 @@ impl Cdh {
     /// Fetches `<repo>/<type>/<tag>`: attests on one connection, then gets the resource on another.
     ///
     /// # Errors
-    /// After all tries, with the cause of the last one.
+    /// After all attempts, with the cause of the last one.
     pub async fn fetch(&self, path: &str) -> Result<Bytes> {
         let _under_way = UnderWay::start(self);
         let mut tries = 0;
@@ -138,7 +138,7 @@ impl Cdh {
         self.fetches.load(Ordering::Relaxed)
     }
 
-    /// The most fetches that were under way at once: the agent must keep it at 1.
+    /// Most concurrent fetches so far: the agent must keep it at 1.
     #[must_use]
     pub fn most_at_once(&self) -> u64 {
         self.most_at_once.load(Ordering::Relaxed)
@@ -214,12 +214,12 @@ impl Cdh {
             .map_err(|error| Failure::Retry(anyhow!(error).context("asking the KBS")))
     }
 
-    /// Closes the connection, or leaves it to the other side to do so.
+    /// Closes the connection, or leaves that to the other side.
     fn finish(&self, connection: Connection) {
         if self.options.pooled {
             tokio::spawn(async move {
                 let Connection { requests, task } = connection;
-                // An error is the end of the task all the same.
+                // The task ends, with or without an error.
                 let _ = task.await;
                 drop(requests);
             });
@@ -235,14 +235,14 @@ impl Connection {
         let (requests, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.context("HTTP to the KBS")?;
         let task = tokio::spawn(async move {
-            // Its error reaches the request that it concerns.
+            // The request reports the error.
             let _ = connection.await;
         });
         Ok(Self { requests, task })
     }
 }
 
-/// Counts a fetch while it lasts.
+/// Counts a fetch as long as it runs.
 struct UnderWay<'a>(&'a Cdh);
 
 impl<'a> UnderWay<'a> {

@@ -1,5 +1,5 @@
-//! Between the front and the back: a request is a line with the path; the answer is a line `ok <length>` and the
-//! bytes, or a line `error <cause>`. One request a connection.
+//! Protocol between front and back: a request is a line with the path; the answer is a line `ok <length>` and the
+//! bytes, or a line `error <cause>`. One request per connection.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -34,7 +34,7 @@ impl CdhSocket {
         let serving = Serving::start(listener, move |stream| {
             let cdh = Arc::clone(&cdh);
             async move {
-                // The front that asked is gone, or did not ask: nobody is left to tell.
+                // The front may have closed the connection.
                 let _ = answer(&cdh, stream).await;
             }
         });
@@ -44,7 +44,7 @@ impl CdhSocket {
 
 impl Drop for CdhSocket {
     fn drop(&mut self) {
-        // Already gone is as good.
+        // The socket may have been removed.
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -66,7 +66,7 @@ async fn answer(cdh: &Cdh, stream: UnixStream) -> Result<()> {
     Ok(())
 }
 
-/// Asks the back on `socket` for `path`.
+/// Requests `path` from the back on `socket`.
 pub(super) async fn fetch(socket: &Path, path: &str) -> Result<Bytes> {
     let stream = UnixStream::connect(socket).await;
     let mut stream = BufReader::new(stream.with_context(|| format!("guest: CDH at {}", socket.display()))?);

@@ -1,4 +1,4 @@
-//! The side that asks.
+//! The client of an inspector.
 
 use std::net::SocketAddr;
 
@@ -10,18 +10,18 @@ use tokio::net::TcpStream;
 
 use super::{Process, Ran, Request, TEXT_LIMIT, TIME_LIMIT};
 
-/// The longest answer: text that JSON escapes is longer than it is.
+/// Longest answer in bytes: JSON escapes make text longer.
 const ANSWER_LIMIT: u64 = 8 * TEXT_LIMIT;
 
-/// The way to an inspector.
+/// Address of an inspector.
 #[derive(Clone, Copy, Debug)]
 pub struct Inspection(pub SocketAddr);
 
 impl Inspection {
-    /// Asks for anything.
+    /// Sends any request.
     ///
     /// # Errors
-    /// If nobody answers in time, or the answer is an error.
+    /// If no answer comes in time, or the answer is an error.
     pub async fn ask<T: DeserializeOwned>(&self, request: &Request) -> Result<T> {
         let answer = tokio::time::timeout(TIME_LIMIT * 2, self.exchange(request)).await;
         let answer = answer.context("no answer in time").and_then(|answer| answer);
@@ -41,7 +41,7 @@ impl Inspection {
         Ok(serde_json::from_value(ok)?)
     }
 
-    /// The text of a file.
+    /// Reads the text of a file.
     ///
     /// # Errors
     /// As [`Inspection::ask`].
@@ -49,7 +49,7 @@ impl Inspection {
         self.ask(&Request::Read(path.to_owned())).await
     }
 
-    /// The process of this name, or an error if there is none or more than one.
+    /// Finds the process of this name; an error if there is none or more than one.
     ///
     /// # Errors
     /// As [`Inspection::ask`].
@@ -57,7 +57,7 @@ impl Inspection {
         let all: Vec<Process> = self.ask(&Request::Processes).await?;
         let is = |process: &&Process| {
             let named = |arg: &String| arg.rsplit('/').next() == Some(program);
-            // A role of `simulator` is its first argument where it is not the program's name.
+            // The simulator's role is its first argument if it is not the program's name.
             process.command.first().is_some_and(named) || process.command.get(1).is_some_and(named)
         };
         match all.iter().filter(is).collect::<Vec<_>>().as_slice() {
@@ -66,10 +66,10 @@ impl Inspection {
         }
     }
 
-    /// Runs a program, which must succeed; answers its standard output.
+    /// Runs a program, which must succeed; returns its standard output.
     ///
     /// # Errors
-    /// As [`Inspection::ask`], and if it does not succeed.
+    /// As [`Inspection::ask`], and if the program fails.
     pub async fn run(&self, command: &[&str]) -> Result<String> {
         let owned = command.iter().map(|arg| (*arg).to_owned()).collect();
         let ran: Ran = self.ask(&Request::Run(owned)).await?;
@@ -79,7 +79,7 @@ impl Inspection {
         Ok(ran.stdout)
     }
 
-    /// The TCP listeners in the network namespace of a process.
+    /// Lists the TCP listeners in the network namespace of a process.
     ///
     /// # Errors
     /// As [`Inspection::ask`].
@@ -87,9 +87,9 @@ impl Inspection {
         self.ask(&Request::Listeners(process.pid)).await
     }
 
-    /// Has something done that may well end the way here, so that no answer comes.
+    /// Sends a request that may end the connection, so that no answer comes.
     pub async fn have_done(&self, request: &Request) {
-        // Whether it happened shows in what the machine does next.
+        // Whether the request was carried out shows in what the machine does next.
         let _ = self.ask::<Value>(request).await;
     }
 }

@@ -1,4 +1,4 @@
-//! What /proc says.
+//! Reads /proc.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use super::Process;
 
-/// All processes that are still there when they are looked at.
+/// All processes that still exist when they are read.
 pub(super) fn processes() -> Result<Vec<Process>> {
     let entries = fs::read_dir("/proc").context("listing /proc")?;
     let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -18,14 +18,14 @@ pub(super) fn processes() -> Result<Vec<Process>> {
 fn process(pid: i32) -> Option<Process> {
     let directory = Path::new("/proc").join(pid.to_string());
     let link = |name: &str| {
-        // A zombie has none.
+        // A zombie has no namespaces.
         let target = fs::read_link(directory.join("ns").join(name)).unwrap_or_default();
         target.to_string_lossy().into_owned()
     };
     let command = fs::read(directory.join("cmdline")).ok()?;
     let command = command.split(|byte| *byte == 0).map(|arg| String::from_utf8_lossy(arg).into_owned());
     let mut command: Vec<_> = command.collect();
-    // After the last argument there is a NUL as well.
+    // The last argument is followed by a NUL, too.
     command.pop();
     let comm = fs::read_to_string(directory.join("comm")).ok()?.trim_end().to_owned();
     Some(Process { pid, comm, command, net: link("net"), mnt: link("mnt") })
@@ -52,7 +52,7 @@ fn listener(line: &str) -> Option<SocketAddr> {
     (state == LISTEN).then_some(SocketAddr::new(address(ip)?, port))
 }
 
-/// Words of 32 bits as the kernel has them in memory, little-endian on the machines that we know.
+/// Words of 32 bits as in the kernel's memory, little-endian on the supported machines.
 fn address(hex: &str) -> Option<IpAddr> {
     let word = |at: usize| {
         let digits = hex.get(at * 8..at * 8 + 8)?;

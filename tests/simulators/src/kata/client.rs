@@ -1,4 +1,4 @@
-//! The client side of the stand-in: moves bytes through whatever lies between, and checks each of them.
+//! Clients of the simulator, which move bytes through whatever is in between and check each of them.
 
 use std::time::{Duration, Instant};
 use std::{fmt, io};
@@ -21,7 +21,7 @@ impl fmt::Display for Surplus {
 
 impl std::error::Error for Surplus {}
 
-/// Sends `n` bytes to `echo` and checks what comes back, both at once; leaves the stream open. Answers how long it
+/// Sends `n` bytes to `echo` and checks what comes back, both at once; leaves the stream open. Returns how long it
 /// took.
 ///
 /// # Errors
@@ -33,7 +33,7 @@ where
     EchoSession::open(stream).await?.roundtrip(n, seed).await
 }
 
-/// A connection to `echo`, for many round trips (latencies beside a load, say).
+/// A connection to `echo` for many round trips, for instance to measure latency under load.
 #[derive(Debug)]
 pub struct EchoSession<S> {
     read: ReadHalf<S>,
@@ -41,7 +41,7 @@ pub struct EchoSession<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> EchoSession<S> {
-    /// Asks for `echo`.
+    /// Requests `echo`.
     ///
     /// # Errors
     /// If the stream fails.
@@ -51,7 +51,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> EchoSession<S> {
         Ok(Self { read, write })
     }
 
-    /// Sends `n` bytes and checks them as they come back. Answers how long it took.
+    /// Sends `n` bytes and checks them as they come back. Returns how long it took.
     ///
     /// # Errors
     /// If the stream fails or ends, or a byte is wrong.
@@ -63,7 +63,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> EchoSession<S> {
         Ok(start.elapsed())
     }
 
-    /// Half-closes, and checks that the other side then ends as well, without another byte.
+    /// Half-closes, and checks that the other side then ends without another byte.
     ///
     /// # Errors
     /// If it does not.
@@ -74,7 +74,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> EchoSession<S> {
 }
 
 /// `n` bytes through `echo`, both directions at full speed, then half-close: checks each byte and that exactly `n`
-/// came back before EOF. Answers how long it took.
+/// came back before EOF. Returns how long it took.
 ///
 /// # Errors
 /// If the stream fails or ends early or late, or a byte is wrong.
@@ -86,7 +86,7 @@ where
     let EchoSession { mut read, mut write } = EchoSession::open(stream).await?;
     let send = async {
         write_pattern(&mut write, n, seed).await.context("bulk: sending")?;
-        // Half-closed at once, while most of the echo is still under way.
+        // Half-closed at once, while most of the echo is still in flight.
         write.shutdown().await.context("bulk: closing the write side")
     };
     let receive = async {
@@ -97,7 +97,7 @@ where
     Ok(start.elapsed())
 }
 
-/// Reads `n` bytes from `source`, to its EOF, and checks each. Answers how long it took.
+/// Reads `n` bytes from `source`, to its EOF, and checks each. Returns how long it took.
 ///
 /// # Errors
 /// If the stream fails or ends early or late, or a byte is wrong.
@@ -113,7 +113,7 @@ where
     Ok(start.elapsed())
 }
 
-/// Asks for `n` bytes of `source` and reads none: with this the client is the stalled reader.
+/// Requests `n` bytes of `source` and reads none, as a stalled reader.
 ///
 /// # Errors
 /// If the stream fails.
@@ -126,7 +126,7 @@ where
     stream.flush().await.context("source: sending the seed")
 }
 
-/// Writes `n` bytes to `sink` and compares its count and checksum. Answers how long it took.
+/// Writes `n` bytes to `sink` and compares its count and checksum. Returns how long it took.
 ///
 /// # Errors
 /// If the stream fails, or a byte was lost or changed.
@@ -151,7 +151,7 @@ where
     Ok(took)
 }
 
-/// Asks for `stall`: the server reads nothing from here on.
+/// Requests `stall`: the server reads nothing from here on.
 ///
 /// # Errors
 /// If the stream fails.

@@ -1,4 +1,4 @@
-//! Bytes in ttrpc frames: what passes through `KATAAGENT` must be frames, and these are data frames, which nobody edits.
+//! Bytes in ttrpc frames, for `KATAAGENT`: data frames, which the agent does not edit.
 
 use std::io::{self, Error, ErrorKind, IoSlice};
 use std::pin::Pin;
@@ -6,23 +6,23 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, BufReader, ReadBuf};
 
-/// The most data that a ttrpc frame may have, in bytes.
+/// Most data of a ttrpc frame, in bytes.
 pub const DATA_MAX: usize = 4 * 1024 * 1024;
 /// Length, stream, type, flags.
 const HEADER: usize = 10;
-/// Read ahead, so that a small frame costs one read, in bytes.
+/// Read-ahead in bytes, so that a small frame costs one read.
 const READ_AHEAD: usize = 4 * 1024;
-/// Odd, as a client's are; the answers come on the same one.
+/// Odd, as the streams of a client are; the answers use the same stream.
 const STREAM: u32 = 1;
-/// The type of a data frame.
+/// Type of a data frame.
 const DATA: u8 = 3;
 
 /// A byte stream in data frames of one ttrpc stream, over another byte stream.
 ///
-/// What is written becomes frames, one a write as far as their size allows; nothing is copied or kept, so that bytes
-/// which were taken are on their way without a flush. A frame that has begun must be filled: to shut down before that is
-/// an error, which only the end of a `write_all` in its middle can bring about. What is read may come in frames of
-/// any size. End of file is the inner stream's, between two frames.
+/// Each write becomes one frame, or several if it is too large; nothing is buffered, so no flush is needed. A frame
+/// whose header was written must be completed: shutting down before is an error, which only a cancelled `write_all` can
+/// cause. Frames of any size may be read. The stream ends where the inner stream ends between two
+/// frames.
 #[derive(Debug)]
 pub struct Framed<S> {
     inner: BufReader<S>,
@@ -45,13 +45,13 @@ struct Outgoing {
 #[derive(Debug, Default)]
 struct Incoming {
     header: [u8; HEADER],
-    /// Bytes of the header that are here.
+    /// Bytes of the header that have been read.
     header_read: usize,
     data_left: usize,
 }
 
 impl<S: AsyncRead> Framed<S> {
-    /// Frames of at most [`DATA_MAX`] bytes of data: one for each write, in practice.
+    /// Frames of at most [`DATA_MAX`] bytes of data: usually one for each write.
     pub fn new(inner: S) -> Self {
         Self::with_frames_of(inner, DATA_MAX)
     }
@@ -68,7 +68,7 @@ impl<S: AsyncRead> Framed<S> {
 }
 
 impl Outgoing {
-    /// Begins a frame of this much data.
+    /// Begins a frame with so much data.
     fn begin(&mut self, data: usize) {
         let length = u32::try_from(data).unwrap_or_default().to_be_bytes();
         let header = length.into_iter().chain(STREAM.to_be_bytes()).chain([DATA, 0]);
@@ -78,13 +78,13 @@ impl Outgoing {
         (self.header_left, self.data_left) = (HEADER, data);
     }
 
-    /// What is not written yet: the rest of the header, and as much of `data` as the frame has room for.
+    /// The bytes to write: the rest of the header, and as much of `data` as the frame has room for.
     fn rest<'a>(&'a self, data: &'a [u8]) -> [IoSlice<'a>; 2] {
         let header = self.header.get(HEADER - self.header_left..).unwrap_or_default();
         [IoSlice::new(header), IoSlice::new(data.get(..self.data_left).unwrap_or(data))]
     }
 
-    /// Notes what was written of [`Outgoing::rest`]; answers how much of it was data.
+    /// Records how much of [`Outgoing::rest`] was written; returns how much of it was data.
     fn written(&mut self, bytes: usize) -> usize {
         let header = bytes.min(self.header_left);
         self.header_left -= header;
@@ -108,7 +108,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Framed<S> {
             match ready!(Pin::new(&mut this.inner).poll_write_vectored(context, &rest))? {
                 0 => return Poll::Ready(Err(ErrorKind::WriteZero.into())),
                 bytes => match this.outgoing.written(bytes) {
-                    // Of the header alone: the caller must not hear of that.
+                    // Only header bytes were written, which the caller does not count.
                     0 => {}
                     data => return Poll::Ready(Ok(data)),
                 },
@@ -130,7 +130,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Framed<S> {
 }
 
 impl<S: AsyncRead + Unpin> Framed<S> {
-    /// Reads headers until there is data to come; false at the end of the stream.
+    /// Reads headers until data follows; false at the end of the stream.
     fn poll_header(&mut self, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
         while self.incoming.data_left == 0 {
             let missing = self.incoming.header.get_mut(self.incoming.header_read..).unwrap_or_default();
@@ -176,7 +176,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Framed<S> {
     }
 }
 
-/// How much data follows this header.
+/// Length of the data that follows this header.
 fn data_length([a, b, c, d, e, f, g, h, kind, flags]: [u8; HEADER]) -> io::Result<usize> {
     let length = usize::try_from(u32::from_be_bytes([a, b, c, d])).unwrap_or(usize::MAX);
     let stream = u32::from_be_bytes([e, f, g, h]);

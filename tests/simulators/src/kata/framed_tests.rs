@@ -16,7 +16,7 @@ fn frame(length: u32, stream: u32, kind: u8, flags: u8, data: &[u8]) -> Vec<u8> 
     [&length.to_be_bytes()[..], &stream.to_be_bytes(), &[kind, flags], data].concat()
 }
 
-/// A reader of exactly these bytes, which come at most `step` at a time.
+/// A reader of exactly these bytes, at most `step` at a time.
 fn reader(bytes: Vec<u8>, step: usize) -> Framed<DuplexStream> {
     let (mut far, near) = duplex(step);
     tokio::spawn(async move { far.write_all(&bytes).await });

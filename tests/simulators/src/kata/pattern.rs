@@ -1,11 +1,11 @@
-//! Pseudo-random bytes that are known at each position: a byte lost, doubled, moved or changed shows.
+//! Pseudo-random bytes that are known at each position: a byte that is lost, doubled, moved or changed is detected.
 
 use std::fmt;
 
 /// Fills `out` with the bytes of the pattern of `seed` from `offset` on.
 pub fn fill(seed: u64, offset: u64, out: &mut [u8]) {
     let mut index = offset / 8;
-    // The first word may begin in its middle.
+    // `offset` may be in the middle of the first word.
     let skip = usize::try_from(offset % 8).unwrap_or_default();
     let (head, body) = out.split_at_mut(((8 - skip) % 8).min(out.len()));
     if skip > 0 {
@@ -25,7 +25,7 @@ fn copy(from: &[u8], to: &mut [u8]) {
     }
 }
 
-/// The word at `index`: splitmix64, which needs no word before it.
+/// The word at `index`: splitmix64, which does not need the previous word.
 fn word(seed: u64, index: u64) -> u64 {
     let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -36,11 +36,11 @@ fn word(seed: u64, index: u64) -> u64 {
 /// The first wrong byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mismatch {
-    /// Its position in the stream.
+    /// Position in the stream.
     pub offset: u64,
-    /// What should be there.
+    /// Expected byte.
     pub expected: u8,
-    /// What is.
+    /// Actual byte.
     pub found: u8,
 }
 
@@ -70,7 +70,7 @@ impl Checker {
     /// Checks the next bytes.
     ///
     /// # Errors
-    /// If the first one that is wrong.
+    /// With the first wrong byte.
     pub fn check(&mut self, found: &[u8]) -> Result<(), Mismatch> {
         self.expected.resize(found.len(), 0);
         fill(self.seed, self.offset, &mut self.expected);
@@ -93,17 +93,17 @@ impl Checker {
     }
 }
 
-/// A 64-bit checksum that depends on each byte and its place. Against accidents, not against an attacker.
+/// A 64-bit checksum that depends on each byte and its position. It detects accidents, not attacks.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Checksum {
     state: u64,
-    /// The bytes of a word that is not full yet, first byte lowest.
+    /// The bytes of an incomplete word, first byte lowest.
     partial: u64,
     length: u64,
 }
 
 impl Checksum {
-    /// Takes in the next bytes; how a stream is cut into pieces makes no difference.
+    /// Adds bytes; how a stream is cut into pieces makes no difference.
     pub fn update(&mut self, bytes: &[u8]) {
         let fill = usize::try_from((8 - self.length % 8) % 8).unwrap_or_default();
         let (head, body) = bytes.split_at(fill.min(bytes.len()));
@@ -125,19 +125,19 @@ impl Checksum {
         }
     }
 
-    /// Bytes taken in.
+    /// Number of bytes added.
     #[must_use]
     pub fn length(&self) -> u64 {
         self.length
     }
 
-    /// The checksum of all so far.
+    /// Checksum of all bytes so far.
     #[must_use]
     pub fn value(&self) -> u64 {
         mix(mix(self.state, self.partial), self.length)
     }
 
-    /// The checksum of the first `length` bytes of the pattern of `seed`.
+    /// Checksum of the first `length` bytes of the pattern of `seed`.
     #[must_use]
     pub fn of_pattern(seed: u64, length: u64) -> u64 {
         let mut checksum = Self::default();

@@ -1,4 +1,4 @@
-//! The system credential `apf.json`: from systemd, or from where systemd takes it, for a PID 1 that does not.
+//! The system credential `apf.json`: from systemd or, where systemd is not PID 1, from its sources.
 
 use std::path::Path;
 
@@ -9,10 +9,10 @@ use super::{APF, read_if_there};
 
 const DMI_ENTRIES: &str = "/sys/firmware/dmi/entries";
 const FW_CFG: &str = "/sys/firmware/qemu_fw_cfg/by_name/opt/io.systemd.credentials/apf.json/raw";
-/// systemd.system-credentials(7): how a string of SMBIOS type 11 names a credential.
+/// systemd.system-credentials(7): prefix of a credential in an SMBIOS string of type 11.
 const SMBIOS_PREFIX: &str = "io.systemd.credential.binary:apf.json=";
 
-/// Where it was, and what it is.
+/// Source of the credential, and its content.
 pub(super) fn find() -> Result<Option<(String, Vec<u8>)>> {
     if let Some(directory) = std::env::var_os("CREDENTIALS_DIRECTORY") {
         let content = read_if_there(&Path::new(&directory).join(APF))?;
@@ -25,7 +25,7 @@ pub(super) fn find() -> Result<Option<(String, Vec<u8>)>> {
 }
 
 fn smbios() -> Result<Option<Vec<u8>>> {
-    // Without dmi-sysfs there is no such folder, and no such credential.
+    // Without dmi-sysfs the directory does not exist, and neither does the credential.
     let Ok(entries) = std::fs::read_dir(DMI_ENTRIES) else { return Ok(None) };
     for entry in entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("11-")) {
         let raw = read_if_there(&entry.path().join("raw"))?.unwrap_or_default();
@@ -36,7 +36,7 @@ fn smbios() -> Result<Option<Vec<u8>>> {
     Ok(None)
 }
 
-/// The strings of an SMBIOS structure: after its formatted part, whose length is its second byte; each ends with a NUL.
+/// The strings of an SMBIOS structure follow its formatted part, whose length is its second byte; each ends with NUL.
 fn strings(raw: &[u8]) -> impl Iterator<Item = &str> {
     let length = usize::from(raw.get(1).copied().unwrap_or_default());
     let strings = raw.get(length..).unwrap_or_default().split(|byte| *byte == 0);

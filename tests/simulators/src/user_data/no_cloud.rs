@@ -1,6 +1,6 @@
 //! A NoCloud seed: a disk labelled `cidata` with a file `user-data`, a cloud-config with `write_files`.
 //!
-//! The cloud-config must be JSON, which is YAML as well: enough for a test VM, and no parser for the rest of YAML.
+//! The cloud-config must be JSON, which is also YAML: enough for a test VM, without a YAML parser.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -16,7 +16,7 @@ const LABEL: &str = "cidata";
 const MOUNT_POINT: &str = "/run/cidata";
 const HEADER: &str = "#cloud-config\n";
 
-/// Where it was, and the files it has for [`DIRECTORY`].
+/// Source of the seed, and its files for [`DIRECTORY`].
 pub(super) fn find() -> Result<Option<(String, Vec<File>)>> {
     let Some((device, fs_type)) = seed()? else { return Ok(None) };
     let place = format!("NoCloud seed on {}", device.display());
@@ -30,7 +30,7 @@ fn seed() -> Result<Option<(PathBuf, &'static str)>> {
     let devices = fs::read_dir("/sys/class/block").context("listing /sys/class/block")?;
     for name in devices.flatten().map(|entry| entry.file_name()) {
         let device = Path::new("/dev").join(name);
-        // A drive without a medium can't be opened, and is not what we look for.
+        // A drive without a medium can't be opened.
         let Ok(file) = fs::File::open(&device) else { continue };
         let (mut boot_sector, mut volume) = ([0; 512], [0; 72]);
         let fat = file.read_exact_at(&mut boot_sector, 0).is_ok() && is_fat(&boot_sector);
@@ -41,7 +41,7 @@ fn seed() -> Result<Option<(PathBuf, &'static str)>> {
     Ok(None)
 }
 
-/// Where an ISO 9660 image has its primary volume descriptor (ECMA-119 8.4), in bytes.
+/// Offset of the primary volume descriptor in an ISO 9660 image (ECMA-119 8.4), in bytes.
 const ISO_VOLUME: u64 = 16 * 2048;
 
 fn is_iso(volume: &[u8]) -> bool {
@@ -80,7 +80,7 @@ struct WriteFile {
     content: String,
 }
 
-/// The files for [`DIRECTORY`]; those for elsewhere are none of ours.
+/// The files for [`DIRECTORY`]; others are ignored.
 fn parse(text: &str) -> Result<Vec<File>> {
     let Some(json) = text.strip_prefix(HEADER) else { bail!("user-data does not begin with {HEADER:?}") };
     let config: CloudConfig = serde_json::from_str(json).context("user-data: the cloud-config as JSON")?;

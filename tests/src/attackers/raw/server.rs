@@ -14,7 +14,7 @@ impl Raw {
     /// # Errors
     /// If none comes.
     pub async fn accept(listener: &TcpListener) -> Result<Self> {
-        let accepted = timeout(PATIENCE, listener.accept()).await.context("raw: nobody connects")?;
+        let accepted = timeout(PATIENCE, listener.accept()).await.context("raw: no connection came")?;
         Self::server(accepted?.0)
     }
 

@@ -1,4 +1,4 @@
-//! Every stand-in as a process: `stand-in ROLE [ARGUMENT...]`, or under a name that is a role.
+//! Runs a simulator as a process: `simulator ROLE [ARGUMENT...]`, or under a name that is a role.
 
 mod roles;
 
@@ -12,7 +12,7 @@ fn main() -> ExitCode {
     match start() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("stand-in: {error:#}");
+            eprintln!("simulator: {error:#}");
             ExitCode::FAILURE
         }
     }

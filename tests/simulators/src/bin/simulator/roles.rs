@@ -1,4 +1,4 @@
-//! What a process can be, by the names that the programs have in a pod VM.
+//! The roles of a process, by the names of the programs in a pod VM.
 
 mod guest;
 mod inspector;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use secure_comms_simulators::args::Args;
 use secure_comms_simulators::{bare, user_data};
 
-/// Runs a role with its arguments, until it ends or is told to.
+/// Runs a role with its arguments, until it ends or a signal ends it.
 pub(crate) type Role = fn(Vec<String>) -> Result<()>;
 
 const ROLES: [(&str, Role); 7] = [
@@ -20,7 +20,7 @@ const ROLES: [(&str, Role); 7] = [
     ("api-server-rest", |args| run(guest::api_server_rest(args))),
     ("process-user-data", process_user_data),
     ("inspector", |args| run(inspector::serve(args))),
-    // As the kernel calls PID 1 of an initramfs.
+    // The kernel's name for PID 1 of an initramfs.
     ("init", |_| bare::main()),
 ];
 
@@ -29,19 +29,19 @@ pub(crate) fn find(name: &str) -> Option<Role> {
     ROLES.iter().find(|(known, _)| *known == name).map(|(_, role)| *role)
 }
 
-/// All names, for a message.
+/// All names, for an error message.
 pub(crate) fn names() -> String {
     ROLES.map(|(name, _)| name).join(", ")
 }
 
-/// One thread is enough: nothing here computes much, and the VM is small.
+/// One thread is enough for the small load, and the VM is small.
 fn run(role: impl Future<Output = Result<()>>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.context("starting the runtime")?.block_on(role)
 }
 
 fn process_user_data(mut args: Vec<String>) -> Result<()> {
-    // The real one's word for the one thing that this one does.
+    // Name of the subcommand of the real program that the simulator implements.
     args.retain(|arg| arg != "provision-files");
     Args::parse(args, &[])?;
     match user_data::process()? {

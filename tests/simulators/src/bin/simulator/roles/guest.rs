@@ -1,7 +1,7 @@
 //! The guest components: the back (AA and CDH) in the host's network namespace, the front in the pod's.
 //!
 //! - `cdh --listen UNIXPATH --kbs URL [--ca FILE]`
-//! - `api-server-rest --listen ADDR --cdh UNIXPATH`, or with a back of its own: `--listen ADDR --kbs URL [--ca FILE]`
+//! - `api-server-rest --listen ADDR --cdh UNIXPATH`, or with its own back: `--listen ADDR --kbs URL [--ca FILE]`
 //!
 //! A back also takes `--evidence TEXT`, `--attempts N`, `--retry-ms N`, `--answer-limit-ms N`.
 
