@@ -8,7 +8,7 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use std::fmt;
 
-/// Start of the base64 of a PEM text. Other values may contain the agent's own words, because the fuzzer sees them compared.
+/// Start of the base64 of a PEM text. Other values may contain the agent's own words: the fuzzer sees comparisons.
 const PEM: &str = "LS0tLS1CRUdJTi";
 
 type Is = fn(&Value) -> bool;

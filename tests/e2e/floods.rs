@@ -1,6 +1,6 @@
-//! Floods of connections: the real adaptor gets through all the same, what it has goes on, and the agent stays small.
+//! Floods of connections: the real adaptor still gets through, its streams continue, and the agent stays small.
 //!
-//! `FLOOD=100000` in the environment for another number of connections of each kind, `FLOOD_AT_ONCE=5000` for so many at a time.
+//! `FLOOD=100000` in the environment sets the number of connections of each kind, `FLOOD_AT_ONCE=5000` those at a time.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::time::{Duration, Instant};
@@ -15,17 +15,17 @@ use secure_comms_tests::simulators::kata::client::EchoSession;
 use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
 
-/// Connections of each flood, unless the environment says otherwise.
+/// Connections of each flood, by default.
 const CONNECTIONS: u64 = 10_000;
-/// How many at a time, unless the environment says otherwise (`FLOOD_AT_ONCE`).
+/// Connections at a time, by default.
 const AT_ONCE: u64 = 1000;
-/// The adaptor has 5 s; machines that do something else besides have more.
+/// The adaptor has 5 s; a busy machine gets more.
 const THROUGH: Duration = Duration::from_secs(30);
 
-/// What the agent may have left after a flood, with the adaptor connected, in KiB.
+/// Limit of the agent's memory after a flood, with the adaptor connected, in KiB.
 const AFTER_MAX_KIB: u64 = 12 * 1024;
 
-/// One at a time: two floods would be another flood.
+/// One flood at a time, so that its size is the intended one.
 static TURN: Mutex<()> = Mutex::const_new(());
 
 fn number(variable: &str, otherwise: u64) -> Result<u64> {
@@ -39,7 +39,7 @@ fn open_files(attacked: &AttackedAgent) -> usize {
     std::fs::read_dir(format!("/proc/{}/fd", attacked.agent.pid())).map_or(0, Iterator::count)
 }
 
-/// Requests to the kata agent, one after the other, for as long as the flood lasts and at least this many.
+/// Sends requests to the kata agent, one after the other, as long as the flood lasts and at least this many.
 async fn requests(
     attacked: &AttackedAgent,
     adaptor: &secure_comms_tests::harness::process::Child,
@@ -51,7 +51,7 @@ async fn requests(
     while times.len() < 200 || flood.opened() < until {
         times.push(timeout(PATIENCE, session.roundtrip(200, times.len() as u64)).await??);
         attacked.holds()?;
-        // Paced, so that the test is a load of requests and not of the machine.
+        // Paced, so that the test measures requests and not the machine.
         sleep(Duration::from_millis(2)).await;
     }
     session.finish().await?;
@@ -63,7 +63,7 @@ async fn withstands(kind: Kind) -> Result<()> {
     let _turn = TURN.lock().await;
     let (total, at_once) = (number("FLOOD", CONNECTIONS)?, number("FLOOD_AT_ONCE", AT_ONCE)?);
     let scene = Scene::new(SceneOptions::default()).await?;
-    // As it runs in a VM: it does not tell of each connection.
+    // At the default log level, as in a VM: connections are not logged one by one.
     let agent = scene.agent().await?;
     let attacked = AttackedAgent { scene, agent };
     attacked.holds_and_attests().await?;
@@ -90,7 +90,7 @@ async fn withstands(kind: Kind) -> Result<()> {
     let (during, peak) = (attacked.agent.rss_kib()?, attacked.agent.peak_kib()?);
     flood.end().await;
     let look = async {
-        // What the adaptor has open besides: its connection, and a stream or two.
+        // Other open files of the adaptor: its connection, and a stream or two.
         while open_files(&attacked) > files + 8 {
             sleep(Duration::from_millis(20)).await;
         }
@@ -106,7 +106,7 @@ async fn withstands(kind: Kind) -> Result<()> {
         times[times.len() - 1],
     );
     ensure!(peak < RSS_MAX_KIB, "{kind:?}: the agent took {peak} KiB");
-    // The allocator keeps what it has had; what it has had is not much.
+    // The allocator keeps its peak, which must be small.
     ensure!(after <= AFTER_MAX_KIB, "{kind:?}: {before} KiB before, {after} KiB after");
     attacked.holds()
 }
@@ -136,7 +136,7 @@ async fn a_flood_that_attests_and_never_reads_keeps_nobody_out() -> Result<()> {
     withstands(Kind::NeverReads).await
 }
 
-/// As many as are let in, which nobody pushes out: each makes the agent write until it can't, and read ahead meanwhile.
+/// As many as are admitted, so none is evicted: each makes the agent write until it blocks, and read ahead.
 #[tokio::test(flavor = "multi_thread")]
 async fn strangers_that_stay_and_never_read_take_no_more_memory_than_is_allowed() -> Result<()> {
     let _turn = TURN.lock().await;

@@ -1,4 +1,4 @@
-//! The four defects of stock russh (docs/PROTOCOL.md, D1 to D4) must not reach our users. Over the real binaries.
+//! The four defects of stock russh (docs/PROTOCOL.md, D1 to D4) must not affect users. With the real binaries.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::time::{Duration, Instant};
@@ -32,7 +32,7 @@ impl Pod {
         Self::up_with(&[], &[], Duration::ZERO).await
     }
 
-    /// A pod in the Kubernetes phase, its processes with further flags, its path with a delay each way.
+    /// A pod in the Kubernetes phase with additional flags for its processes, and a delay in each direction of its path.
     async fn up_with(agent_flags: &[&str], adaptor_flags: &[&str], delay: Duration) -> Result<Self> {
         let scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
         scene.write_user_data().await?;
@@ -47,7 +47,7 @@ impl Pod {
         Ok(Self { scene, agent, adaptor, _cable: proxy })
     }
 
-    /// How often the two sides agreed on session keys.
+    /// Number of key exchanges so far.
     fn rekeys(&self) -> usize {
         self.adaptor.lines().iter().filter(|line| line.text.contains("new session keys")).count()
     }
@@ -60,7 +60,7 @@ impl Pod {
         client(endpoint(&self.adaptor, "VMSERVICE").await?).await
     }
 
-    /// The channel has been up all the time: nothing was won by a reconnect.
+    /// Checks that the channel has been up all the time: no failover hid a defect.
     fn never_down(&self) -> Result<()> {
         let down = self.adaptor.lines().into_iter().find(|line| line.text.contains("channel down"));
         ensure!(down.is_none(), "the channel went down: {}\n{}", down.unwrap().text, self.agent.log());
@@ -72,7 +72,7 @@ fn open_files(process: &Child) -> usize {
     std::fs::read_dir(format!("/proc/{}/fd", process.pid())).map_or(0, Iterator::count)
 }
 
-/// Waits until a process has as many files open as it had, or fewer. There is no event to await: looks again.
+/// Waits until a process has no more open files than before. There is no event to await, so it polls.
 async fn files_return_to(process: &Child, before: usize) -> Result<()> {
     let look = async {
         while open_files(process) > before {
@@ -94,7 +94,7 @@ async fn one_stalled_reader_on_either_side_holds_up_no_other_stream_no_open_and_
     let (_keep, mut blocked) = tokio::io::split(stalled_there);
     let blocked = tokio::spawn(async move { write_pattern(&mut blocked, 64 * MIB, 4).await });
 
-    // Longer than a connection lives on which keepalives do not get through.
+    // Longer than the lifetime of a connection whose keepalives do not arrive.
     let until = Instant::now() + SILENCE + Duration::from_secs(5);
     let mut session = EchoSession::open(pod.kata().await?).await?;
     let mut times = Vec::new();
@@ -105,7 +105,7 @@ async fn one_stalled_reader_on_either_side_holds_up_no_other_stream_no_open_and_
             timeout(PATIENCE, read_source(pod.kata().await?, 1000, opens)).await??;
             opens += 1;
         }
-        // Paced, so that the test is a load of requests and not of the machine.
+        // Paced, so that the test measures requests and not the machine.
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     session.finish().await?;
@@ -119,7 +119,7 @@ async fn one_stalled_reader_on_either_side_holds_up_no_other_stream_no_open_and_
         times[times.len() / 2],
         times[times.len() * 99 / 100]
     );
-    // The reader wakes up: nothing was lost.
+    // The reader resumes, and no byte was lost.
     timeout(PATIENCE, check_pattern(&mut stalled_here, 64 * MIB, 3)).await??;
     blocked.abort();
     pod.never_down()
@@ -128,7 +128,7 @@ async fn one_stalled_reader_on_either_side_holds_up_no_other_stream_no_open_and_
 async fn many_two_way_streams(pod: &Pod, streams: u64, bytes: u64) -> Result<()> {
     let mut all = JoinSet::new();
     for seed in 0..streams {
-        // A third each over the three tunnels: both sides open streams, both have servers.
+        // A third each over the three tunnels: both sides open streams, and both have servers.
         let other = match seed % 3 {
             0 => {
                 let stream = pod.kata().await?;
@@ -164,8 +164,8 @@ async fn thirty_two_two_way_bulk_streams_at_once_finish_with_every_byte_right() 
     pod.never_down()
 }
 
-/// Over kernel buffers of a few KiB, as on a real path: there two sessions that do not read while they write soon
-/// wait for each other (D2). Everything is in a network namespace of its own; the servers are unix sockets.
+/// Over kernel buffers of a few KiB, as on a real path: there, two sessions that do not read while they write soon
+/// deadlock (D2). Everything is in a network namespace of its own; the servers are unix sockets.
 #[tokio::test(flavor = "multi_thread")]
 async fn thirty_two_two_way_bulk_streams_finish_over_small_socket_buffers() -> Result<()> {
     let narrow = TestNamespace::new("narrow")?;
@@ -240,7 +240,7 @@ async fn new_session_keys_under_load_lose_nothing_whichever_side_asks_for_them()
     Ok(())
 }
 
-/// Over a long path, where much is under way when a side asks for new keys (D3: more than russh's default allows).
+/// Over a long path, where much is in flight when a side starts a rekey (D3: more than russh's default allows).
 #[tokio::test(flavor = "multi_thread")]
 async fn new_session_keys_lose_nothing_while_megabytes_are_under_way() -> Result<()> {
     let limit = (16 * MIB).to_string();
@@ -253,7 +253,7 @@ async fn new_session_keys_lose_nothing_while_megabytes_are_under_way() -> Result
     Ok(())
 }
 
-/// A client that writes into a reader that never reads, until nothing more fits.
+/// A client that writes, until nothing more fits, to a server that does not read.
 async fn blocked_writer(
     pod: &Pod,
 ) -> Result<(tokio::task::JoinHandle<std::io::Result<()>>, ReadHalf<Framed<TcpStream>>)> {
@@ -264,7 +264,7 @@ async fn blocked_writer(
     Ok((writer, read))
 }
 
-/// The writer's socket is closed, and the writer wakes up with an error.
+/// The writer's socket is closed, and its write fails.
 async fn wakes(
     writer: tokio::task::JoinHandle<std::io::Result<()>>,
     mut read: ReadHalf<Framed<TcpStream>>,
@@ -283,14 +283,14 @@ async fn a_writer_wakes_and_its_socket_closes_when_the_peer_closes_the_channel()
     let before = open_files(&pod.adaptor);
     let agent_before = open_files(&pod.agent);
     let (writer, read) = blocked_writer(&pod).await?;
-    // Blocked for sure: the stream's whole credit is out.
+    // Blocked for certain: the stream's whole credit is used.
     let mut session = EchoSession::open(pod.kata().await?).await?;
     for seed in 0..200 {
         session.roundtrip(200, seed).await?;
     }
     ensure!(!writer.is_finished(), "the writer is not blocked");
     session.finish().await?;
-    // The kata agent restarts: its connections are reset.
+    // The kata agent restarts, which resets its connections.
     let socket = pod.scene.path("kata.sock");
     let other = secure_comms_tests::simulators::kata::KataAgent::unix(pod.scene.path("other.sock"))?;
     drop(std::mem::replace(&mut pod.scene.kata, other));

@@ -1,5 +1,5 @@
-//! An attacker at the level of packets that plays the agent to the real adaptor: it must not panic, hang, or hand a client
-//! to it, and must find the real agent afterwards.
+//! Packet-level attacks of a server that plays the agent to the real adaptor: the adaptor must not panic, hang, or hand a
+//!  client to it, and must find the real agent afterwards.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::collections::VecDeque;
@@ -10,27 +10,27 @@ use secure_comms_tests::attackers::raw::{Key, Offer, Packet, Raw, message};
 use secure_comms_tests::harness::scene::PATIENCE;
 use tokio::time::timeout;
 
-/// Where in its life a connection is.
+/// State of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The identifications are out.
+    /// The identifications were exchanged.
     Identified,
-    /// Both KEXINITs are.
+    /// Both KEXINITs were exchanged.
     Begun,
-    /// The host key is shown and proven.
+    /// The host key was proven.
     Agreed,
-    /// Sealed; nothing asked for.
+    /// Encrypted; no service was requested.
     Secured,
-    /// The adaptor has asked to be let in.
+    /// The adaptor has requested authentication.
     Asked,
-    /// It is let in.
+    /// The adaptor is authenticated.
     In,
 }
 
 const STATES: [State; 6] =
     [State::Identified, State::Begun, State::Agreed, State::Secured, State::Asked, State::In];
 
-/// Sends a message in a state and goes on as if nothing were; whether the adaptor gets to its control channel.
+/// Sends a message in a state and continues normally; returns whether the adaptor opens its control channel.
 async fn goes_on(raw: &mut Raw, key: &Key, state: State, wrong: &Packet) -> Result<()> {
     raw.identify().await?;
     if state == State::Identified {
@@ -57,18 +57,18 @@ async fn goes_on(raw: &mut Raw, key: &Key, state: State, wrong: &Packet) -> Resu
     if state == State::In {
         raw.send(wrong).await?;
     }
-    // The first channel is the control channel; no client comes before it.
+    // The first channel is the control channel; no client's stream precedes it.
     raw.grant_control(0, 1).await?;
     answers(raw).await
 }
 
-/// The adaptor still serves the connection.
+/// Checks that the adaptor still serves the connection.
 async fn answers(raw: &mut Raw) -> Result<()> {
     raw.send(&Packet::global("are-you-there@example.org")).await?;
     raw.expect(&[message::REQUEST_FAILURE]).await.map(drop)
 }
 
-/// What an adaptor takes without a word; everything else ends the connection.
+/// Messages that an adaptor ignores; any other ends the connection.
 fn is_ignored(state: State, number: u8) -> bool {
     use message::{
         CHANNEL_FAILURE, CHANNEL_OPEN, DEBUG, DISCONNECT, GLOBAL_REQUEST, IGNORE, KEXINIT, REQUEST_FAILURE,
@@ -78,7 +78,7 @@ fn is_ignored(state: State, number: u8) -> bool {
         (State::Identified | State::Begun | State::Agreed, _) => false,
         (_, IGNORE | UNIMPLEMENTED | DEBUG) => true,
         (State::Asked, USERAUTH_PK_OK) => true,
-        // Known, with fields that can't be read.
+        // Known messages with malformed fields.
         (
             State::In,
             DISCONNECT | KEXINIT | GLOBAL_REQUEST | REQUEST_FAILURE | CHANNEL_OPEN..=CHANNEL_FAILURE,
@@ -95,7 +95,7 @@ async fn every_message_in_every_state_is_ignored_or_ends_the_connection() -> Res
     let mut cases = VecDeque::new();
     for state in STATES {
         for number in 0..=u8::MAX {
-            // What belongs there is no mistake.
+            // A message that is expected in this state is no fault.
             if (state, number) != (State::Identified, message::KEXINIT) {
                 cases.push_back((state, Packet::new(number).bytes(&[0xa5; 40]), number));
             }
@@ -117,7 +117,7 @@ async fn every_message_in_every_state_is_ignored_or_ends_the_connection() -> Res
     impostor.gives_way().await
 }
 
-/// The adaptor's first connection that it authenticates on and opens a control channel; what that is here and there.
+/// The adaptor's first connection that authenticates and opens a control channel, with the channel's number at either end.
 async fn controlled(impostor: &Impostor, key: &Key) -> Result<(Raw, u32)> {
     let mut raw = impostor.next().await?;
     raw.welcome(key).await?;
@@ -125,7 +125,7 @@ async fn controlled(impostor: &Impostor, key: &Key) -> Result<(Raw, u32)> {
     Ok((raw, control))
 }
 
-/// The same, past those that the adaptor gives up: those of the Kubernetes phase, and all but one where it tries several.
+/// The same, without the connections that the adaptor closes: those of the Kubernetes phase, and the losers of a race.
 async fn connected(impostor: &Impostor, key: &Key) -> Result<(Raw, u32)> {
     for _ in 0..50 {
         if let Ok(connected) = controlled(impostor, key).await {
@@ -139,7 +139,7 @@ fn line(control: u32, text: impl AsRef<[u8]>) -> Packet {
     Packet::data(control, [text.as_ref(), b"\n"].concat())
 }
 
-/// The open is refused; no stream of a client comes instead.
+/// The open request is refused; no stream of a client comes instead.
 async fn refuses(raw: &mut Raw, open: &Packet) -> Result<()> {
     raw.send(open).await?;
     let answers = [message::CHANNEL_OPEN_CONFIRMATION, message::CHANNEL_OPEN_FAILURE, message::CHANNEL_OPEN];
@@ -165,7 +165,7 @@ async fn an_impostor_in_the_attestation_phase_gets_the_kbs_and_nothing_else() ->
         Packet::open("forwarded-streamlocal@openssh.com", 7).string("/run/docker.sock").string(""),
         Packet::open("tun@openssh.com", 8).uint(1).uint(1),
         Packet::open("unheard-of", 9),
-        // Names of the other phase, of nothing, and of a place: none of them was asked for.
+        // Names of the other phase, an empty name, and an address: the adaptor asked for none of them.
         Packet::open("forwarded-tcpip", 10).string("NODESERVICE").uint(1).string("127.0.0.1").uint(2),
         Packet::open("forwarded-tcpip", 11).string("KATAAGENT").uint(1).string("127.0.0.1").uint(4),
         Packet::open("forwarded-tcpip", 12).string("").uint(0).string("").uint(6),
@@ -174,7 +174,7 @@ async fn an_impostor_in_the_attestation_phase_gets_the_kbs_and_nothing_else() ->
             .uint(node.port().into())
             .string("127.0.0.1")
             .uint(8),
-        // Not the impostor's number to give.
+        // A number that the impostor must not choose.
         Packet::open("forwarded-tcpip", 14).string("KBS").uint(1).string("127.0.0.1").uint(1),
     ] {
         refuses(&mut raw, &open).await.with_context(|| impostor.adaptor.log())?;
@@ -183,7 +183,7 @@ async fn an_impostor_in_the_attestation_phase_gets_the_kbs_and_nothing_else() ->
         raw.send(&Packet::global(request).string("KBS").uint(1)).await?;
         raw.expect(&[message::REQUEST_FAILURE]).await?;
     }
-    // OpenSSH's word for new host keys: nobody here learns keys that way.
+    // OpenSSH's request to announce new host keys, which the adaptor ignores.
     raw.send(
         &Packet::new(message::GLOBAL_REQUEST).string("hostkeys-00@openssh.com").byte(0).string(key.public()),
     )
@@ -269,7 +269,7 @@ async fn lines_before_the_identification_do_not_talk_an_adaptor_out_of_strict_ke
     let lax = Offer { kex: "curve25519-sha256", ..Offer::server() };
     for before in [
         b"".to_vec(),
-        // Each a line that one reader takes for an identification and another does not, then a KEXINIT that is none.
+        // Each line is an identification to one parser and not to another; an invalid KEXINIT follows.
         [b"SSH-1.0-x\n".to_vec(), marked(b"\n")].concat(),
         [b"SSH-\n".to_vec(), marked(b"\n")].concat(),
         [b"\nSSH-2.0-x\n".to_vec(), marked(b"\n")].concat(),
@@ -292,7 +292,7 @@ async fn lines_before_the_identification_do_not_talk_an_adaptor_out_of_strict_ke
 async fn a_host_key_that_is_shown_and_not_proven_gets_no_login() -> Result<()> {
     let impostor = Impostor::new(4).await?;
     let (pod, own) = (impostor.pod_key()?, Key::generate()?);
-    // It says that it is in the Kubernetes phase, and shows the pod's key, which it has seen; a signature it has not.
+    // It claims the Kubernetes phase and shows the pod's public key, but has no signature.
     for _ in 0..2 {
         let mut raw = impostor.next().await?;
         raw.identify().await?;

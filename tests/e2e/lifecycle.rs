@@ -1,4 +1,4 @@
-//! Whatever starts first, dies, restarts or is cut off: the pod comes up, and stays the same pod.
+//! Whatever starts first, ends, restarts or is cut off: the pod comes up, and stays the same pod.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::time::Duration;
@@ -19,7 +19,7 @@ async fn scene() -> Result<Scene> {
     Scene::new(SceneOptions::default()).await
 }
 
-/// The kata agent answers through the Kubernetes phase, and so do the extra tunnels.
+/// Checks that the kata agent and the additional tunnels answer through the Kubernetes phase.
 async fn works(scene: &Scene, adaptor: &Child) -> Result<()> {
     up(adaptor).await?;
     let kata = endpoint(adaptor, "KATAAGENT").await?;
@@ -40,7 +40,7 @@ async fn says(process: &Child, text: &str) -> Result<()> {
     process.wait_for_text(text, PATIENCE).await.map(drop)
 }
 
-/// Waits for a line that comes after the first `mark` ones.
+/// Waits for a line after the first `mark` ones.
 async fn says_after(process: &Child, mark: usize, text: &str) -> Result<()> {
     process.wait_from(mark, |line| line.contains(text), PATIENCE).await.map(drop)
 }
@@ -59,7 +59,7 @@ async fn the_pod_comes_up_when_the_adaptor_is_there_first() -> Result<()> {
     let scene = scene().await?;
     let adaptor = scene.adaptor()?;
     endpoint(&adaptor, "KATAAGENT").await?;
-    // Long enough to meet nobody: a second try has failed.
+    // Long enough for a second attempt to fail.
     says(&adaptor, "TCP connect").await?;
     let _agent = scene.agent().await?;
     works(&scene, &adaptor).await
@@ -197,14 +197,14 @@ async fn a_half_open_connection_is_noticed_by_both_sides_and_blocks_nobody() -> 
     works(&scene, &adaptor).await
 }
 
-/// An adaptor with two ways to the agent.
+/// An adaptor with two addresses of the agent.
 async fn on_two_proxies(scene: &Scene) -> Result<([TcpProxy; 2], Child)> {
     let proxies = [TcpProxy::to(scene.ssh).await?, TcpProxy::to(scene.ssh).await?];
     let command = scene.adaptor_command(&proxies.each_ref().map(TcpProxy::address))?;
     Ok((proxies, Child::spawn("adaptor", command)?))
 }
 
-/// The proxy of which the adaptor says this, and the other.
+/// The proxy at whose address the adaptor reports `what`, and the other one.
 async fn in_use<'a>(
     adaptor: &Child,
     what: &str,
@@ -266,11 +266,11 @@ async fn a_pause_of_the_network_costs_no_stream() -> Result<()> {
     session.roundtrip(200, 1).await?;
     let (mark, agent_mark) = (adaptor.mark(), agent.mark());
     proxy.freeze();
-    // Nothing tells when the adaptor has tried a new connection: it does within 2 s. That gets through when the old one does.
+    // No event shows that the adaptor has tried a new connection; it does within 2 s, and succeeds once the old one does.
     sleep(Duration::from_secs(4)).await;
     proxy.thaw();
     session.roundtrip(200, 2).await?;
-    // The new connection is there as well now, and must not be let in: it would be after 4 s, as long as the old one was silent.
+    // The new connection exists as well, and must not be admitted: it would be after 4 s of silence of the old one.
     sleep(Duration::from_secs(6)).await;
     session.roundtrip(200, 3).await?;
     for (child, mark) in [(&adaptor, mark), (&agent, agent_mark)] {
@@ -365,7 +365,7 @@ async fn a_worker_node_with_another_key_is_refused_by_the_vm() -> Result<()> {
     let mut scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
     scene.write_user_data().await?;
     let agent = scene.agent().await?;
-    // The VM has its keys; the worker node now loses its own.
+    // The VM has its keys; now the worker node loses its own.
     let output = tokio::process::Command::new(&scene.binaries().adaptor)
         .args(["keygen", "--store"])
         .arg(scene.path("other-store"))
@@ -405,7 +405,7 @@ async fn a_vm_with_another_host_key_gets_nothing_from_the_adaptor() -> Result<()
     let status = adaptor.wait_exit(PATIENCE).await?;
     ensure!(status.code() == Some(1), "{status}");
     ensure!(adaptor.log().contains("host key"), "{}", adaptor.log());
-    // Not even a user name was sent.
+    // The client has not sent a user name.
     ensure!(!agent.log().contains("authenticated") && !agent.log().contains("user '"), "{}", agent.log());
     Ok(())
 }
@@ -414,7 +414,7 @@ async fn a_vm_with_another_host_key_gets_nothing_from_the_adaptor() -> Result<()
 async fn a_dead_address_does_not_hold_up_a_living_one() -> Result<()> {
     let scene = scene().await?;
     let _agent = scene.agent().await?;
-    // Takes connections and says nothing, as a middlebox would.
+    // Accepts connections and sends nothing, as a middlebox would.
     let mute = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[mute.local_addr()?, scene.ssh])?)?;
     works(&scene, &adaptor).await
@@ -516,7 +516,7 @@ async fn a_port_that_is_taken_ends_the_agent_with_one_clear_line() -> Result<()>
 async fn what_a_bug_ends_leaves_no_core_with_keys_in_it() -> Result<()> {
     use std::os::unix::process::ExitStatusExt;
     let scene = scene().await?;
-    // Where cores are allowed, and can be written.
+    // Core dumps are allowed, and can be written.
     let unlimited = |command: tokio::process::Command| {
         let command = command.into_std();
         let mut with = tokio::process::Command::new("prlimit");
@@ -547,7 +547,7 @@ async fn an_adaptor_killed_while_its_kbs_is_away_comes_back_to_its_pod() -> Resu
     scene.kbs.kill().await?;
     let adaptor = scene.adaptor()?;
     works(&scene, &adaptor).await?;
-    // A KBS that comes back and has forgotten everything gets the keys anew.
+    // A KBS that restarts without its data gets the keys again.
     scene.kbs.put(&format!("default/pp-{}/privateKey", scene.pod), Vec::new())?;
     scene.kbs.restart().await?;
     scene.kbs.wait_for_request(|request| request.path.ends_with("/privateKey"), PATIENCE).await?;
@@ -584,7 +584,7 @@ async fn a_request_that_the_kbs_swallowed_is_made_again_long_before_it_is_given_
     let first = scene.kbs.wait_for_request(publishes, PATIENCE).await?.at;
     let again = |request: &LoggedRequest| publishes(request) && request.at > first;
     let second = scene.kbs.wait_for_request(again, PATIENCE).await?.at;
-    // A slow KBS gets 30 s for its answer, later.
+    // Timeout of an answer of a slow KBS: 30 s.
     ensure!(second - first < Duration::from_secs(30), "{:?}", second - first);
     Ok(())
 }
@@ -592,19 +592,19 @@ async fn a_request_that_the_kbs_swallowed_is_made_again_long_before_it_is_given_
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_whose_first_question_the_kbs_swallowed_asks_again_long_before_it_gives_up_for_slow()
 -> Result<()> {
-    // A slow KBS gets 20 s for its first byte, later.
+    // Timeout of the first byte of a slow KBS: 20 s.
     swallowed(KbsOptions::default(), Duration::from_secs(20), true).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_whose_question_the_kbs_swallowed_after_the_tls_handshake_asks_again_long_before_a_fetch_ends()
 -> Result<()> {
-    // A fetch gets 75 s.
+    // Timeout of a fetch: 75 s.
     swallowed(KbsOptions { https: true, ..KbsOptions::default() }, Duration::from_secs(45), false).await
 }
 
-/// The time from the question that the KBS swallows to the next one must be below the limit. The adaptor is blamed for it only where it
-/// brought nothing at all.
+/// The time from the swallowed request to the next one must be below the limit. The agent blames the adaptor only if no
+///  byte came through it.
 async fn swallowed(kbs: KbsOptions, limit: Duration, blamed: bool) -> Result<()> {
     let scene = Scene::new(SceneOptions { kbs, ..SceneOptions::default() }).await?;
     let agent = scene.agent().await?;
@@ -626,7 +626,7 @@ async fn swallowed(kbs: KbsOptions, limit: Duration, blamed: bool) -> Result<()>
     Ok(())
 }
 
-/// The whole start, many times over: it must come up every time.
+/// The whole start, many times: the pod must come up every time.
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_pods_out_of_twenty_come_up() -> Result<()> {
     for _ in 0..20 {

@@ -1,5 +1,5 @@
-//! Somebody on the path who ends SSH towards both sides, or changes what passes. In the Attestation phase it may see and
-//! block, and gains nothing that lasts; in the Kubernetes phase it gets nothing.
+//! A man in the middle who ends SSH towards both sides, or changes bytes. In the Attestation phase it can see and block,
+//! and gains nothing permanent; in the Kubernetes phase it gains nothing.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -20,28 +20,28 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
-/// What the one in the middle does with each connection.
+/// What the man in the middle does with each connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Does {
-    /// Ends SSH towards both sides and carries every packet.
+    /// Ends SSH towards both sides and relays every packet.
     Sees,
-    /// The same, and lets no data pass in streams.
+    /// The same, but lets no stream data pass.
     Blocks,
-    /// Says that it is the agent in the Kubernetes phase for good, which is not so.
+    /// Claims falsely to be the agent in the Kubernetes phase for good.
     Lies,
-    /// Carries bytes, and understands none.
+    /// Relays bytes without decrypting them.
     Leaves,
 }
 
-/// One in the middle, between an adaptor and an agent.
+/// A man in the middle between an adaptor and an agent.
 struct Middle {
     address: SocketAddr,
     does: watch::Sender<Does>,
-    /// What it has read, of both sides.
+    /// Data that it has read from both sides.
     seen: Arc<Mutex<Vec<u8>>>,
-    /// Logins that it was offered in the Kubernetes phase.
+    /// Logins in the Kubernetes phase that clients tried at it.
     offered: Arc<Mutex<Vec<Vec<u8>>>>,
-    /// Connections so far.
+    /// Number of connections so far.
     victims: watch::Sender<u64>,
     serving: JoinHandle<()>,
 }
@@ -69,7 +69,7 @@ impl Middle {
                 let does = *until.borrow_and_update();
                 let (seen, offered, key) = (sees.clone(), offers.clone(), key.clone());
                 connections.spawn(async move {
-                    // However it ends; at once if the one in the middle changes its mind.
+                    // Ends when the connection does, or at once when the behaviour changes.
                     tokio::select! {
                         done = stand(does, victim, agent, &key, &seen, &offered) => drop(done),
                         _ = until.changed() => {}
@@ -93,7 +93,7 @@ impl Middle {
     }
 }
 
-/// Stands between the two for one connection.
+/// Handles one connection.
 async fn stand(
     does: Does,
     mut victim: TcpStream,
@@ -111,7 +111,7 @@ async fn stand(
     victim.secure(Offer::server(), key).await?;
     let request = victim.asked().await?;
     if !request.windows(11).any(|window| window == b"attestation") {
-        // It never gets here: the adaptor knows the pod's key.
+        // Not reached: the adaptor knows the pod's key.
         offered.lock().unwrap().push(request);
         victim.send(&Packet::new(message::USERAUTH_SUCCESS)).await?;
         return victim.ends().await;
@@ -134,7 +134,7 @@ async fn stand(
     victim
         .relay(agent, |_, payload| {
             seen.lock().unwrap().extend_from_slice(payload);
-            // Control lines pass: both sides believe that all is well.
+            // Control lines pass, so both sides see a working connection.
             let is_line = payload.len() > 9 && payload[9] == b'{';
             does == Does::Sees || payload[0] != message::CHANNEL_DATA || is_line
         })
@@ -147,7 +147,7 @@ async fn scene(https: bool) -> Result<Scene> {
     Scene::new(SceneOptions { kbs, ..SceneOptions::default() }).await
 }
 
-/// The pod is up, and its tunnels carry both ways.
+/// Checks that the pod is up, and its tunnels carry data both ways.
 async fn carries(scene: &Scene, adaptor: &Child) -> Result<()> {
     up(adaptor).await?;
     let kata = endpoint(adaptor, "KATAAGENT").await?;
@@ -156,7 +156,7 @@ async fn carries(scene: &Scene, adaptor: &Child) -> Result<()> {
     Ok(())
 }
 
-/// Every line of a private key that is longer than any that two keys share, and the key itself.
+/// The private key's text, and each of its lines that two keys do not share.
 fn secrets(pem: &str) -> Vec<Vec<u8>> {
     pem.lines()
         .filter(|line| line.len() > 40 && !line.starts_with("b3BlbnNzaC1rZXktdjEAAAAABG5vbmU"))
@@ -164,7 +164,7 @@ fn secrets(pem: &str) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// The adaptor attests through the one in the middle, which sees all there is to see; then it leaves.
+/// The adaptor attests through the man in the middle, which sees all that can be seen; then it withdraws.
 async fn attested_through(scene: &Scene, does: Does) -> Result<(Middle, Child, Child)> {
     let agent = scene.agent().await?;
     let middle = Middle::before(scene.ssh, does).await?;
@@ -178,7 +178,7 @@ async fn one_in_the_middle_of_attestation_over_https_learns_no_key_and_the_pod_c
 -> Result<()> {
     let scene = scene(true).await?;
     let (middle, adaptor, agent) = attested_through(&scene, Does::Sees).await?;
-    // The VM attests through it, and gets the keys: the real ones, for nobody else has a certificate.
+    // The VM attests through it, and gets the real keys: no other server has the certificate.
     agent.wait_for_text("Kubernetes phase", PATIENCE).await?;
     adaptor.wait_for_text("is not this pod's", PATIENCE).await.with_context(|| adaptor.log())?;
     let pem =
@@ -195,8 +195,8 @@ async fn one_in_the_middle_of_attestation_over_https_learns_no_key_and_the_pod_c
     carries(&scene, &adaptor).await.with_context(|| adaptor.log())
 }
 
-/// In real life the resource is encrypted for the VM's TEE key (JWE); the stand-in's is not, so what passes here in the
-/// clear is what the broker hands out, whatever it is.
+/// Trustee encrypts the resource for the VM's TEE key (JWE), the simulator does not. So what passes in the clear here is
+/// whatever the KBS hands out.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_in_the_middle_of_attestation_over_http_sees_what_the_kbs_hands_out_and_gains_no_login()
 -> Result<()> {
@@ -239,7 +239,7 @@ async fn one_in_the_middle_that_says_the_vm_is_another_pods_loses_it_in_the_prom
         ensure!(adaptor.log().contains(words), "no {words:?} in {}", adaptor.log());
     }
     ensure!(middle.offered.lock().unwrap().is_empty(), "the adaptor logged in to it");
-    // It is a lie, and does not last either: the VM is as it was.
+    // The claim is false and has no lasting effect: the VM is unchanged.
     middle.does(Does::Leaves);
     let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[middle.address])?)?;
     carries(&scene, &adaptor).await.with_context(|| agent.log())
@@ -255,11 +255,11 @@ async fn in_the_kubernetes_phase_neither_side_talks_to_one_in_the_middle() -> Re
     let connections = scene.kata.connections();
     for does in [Does::Sees, Does::Blocks] {
         middle.does(does);
-        // Three connections: the adaptor has tried what there is, and tries it again.
+        // Three connections: the adaptor has tried all addresses, and tries them again.
         let mut victims = middle.victims.subscribe();
         let more = *victims.borrow() + 3;
         timeout(PATIENCE, victims.wait_for(|victims| *victims >= more)).await??;
-        // Whoever waits for the pod meanwhile is not handed to it.
+        // No waiting client is connected to it.
         let mut waiting = kata_client(endpoint(&adaptor, "KATAAGENT").await?).await?;
         let given =
             timeout(Duration::from_millis(500), tokio::io::AsyncReadExt::read(&mut waiting, &mut [0; 1]))
@@ -269,7 +269,7 @@ async fn in_the_kubernetes_phase_neither_side_talks_to_one_in_the_middle() -> Re
         ensure!(middle.bytes_seen() == 0, "bytes of a tunnel have passed it");
         drop(waiting);
     }
-    // Towards the agent it has nothing to show either.
+    // It can't authenticate to the agent either.
     let mut raw = Raw::secured(scene.ssh, Offer::default()).await?;
     raw.ask_to_authenticate().await?;
     let own = Key::generate()?.login("kubernetes", raw.session());
@@ -286,7 +286,7 @@ async fn in_the_kubernetes_phase_neither_side_talks_to_one_in_the_middle() -> Re
 async fn a_signature_of_the_worker_node_is_worth_nothing_in_another_session() -> Result<()> {
     let scene = scene(true).await?;
     let agent = scene.agent().await?;
-    // One that plays the agent asks the real adaptor for a signature, as an agent may that was given a key beforehand.
+    // As an agent that got a key before, it asks the real adaptor for a signature.
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let fake = Child::spawn("adaptor", scene.adaptor_command(&[listener.local_addr()?])?)?;
     let mut victim = Raw::accept(&listener).await?;
@@ -296,7 +296,7 @@ async fn a_signature_of_the_worker_node_is_worth_nothing_in_another_session() ->
     let mut login = victim.expect(&[message::USERAUTH_REQUEST]).await?;
     let probe = login.windows(9).any(|window| window == b"publickey") && login.len() < 150;
     if probe {
-        // It asks first whether the key would do.
+        // The adaptor asks first whether the key is acceptable.
         let node = secure_comms_tests::attackers::attacked_agent::key_in(
             scene.path("store").join("worker-node.key"),
         )?;
@@ -308,7 +308,7 @@ async fn a_signature_of_the_worker_node_is_worth_nothing_in_another_session() ->
     ensure!(login.len() > 150, "no signature: {}", login.escape_ascii());
     drop((victim, fake, listener));
 
-    // The pod is up with its own adaptor, and the agent would take the worker node's key.
+    // The pod is up with its own adaptor, and the agent accepts the worker node's key.
     let adaptor = scene.adaptor()?;
     carries(&scene, &adaptor).await?;
     let as_kubernetes = {
@@ -324,7 +324,7 @@ async fn a_signature_of_the_worker_node_is_worth_nothing_in_another_session() ->
         raw.ask_to_authenticate().await?;
         ensure!(!raw.authenticate(&Packet::whole(relayed)).await?, "a relayed signature is let in");
     }
-    // The control: the same key in the right session.
+    // For comparison, the same key in the right session.
     let node =
         secure_comms_tests::attackers::attacked_agent::key_in(scene.path("store").join("worker-node.key"))?;
     let mut raw = Raw::secured(scene.ssh, Offer::default()).await?;
@@ -335,7 +335,7 @@ async fn a_signature_of_the_worker_node_is_worth_nothing_in_another_session() ->
     Ok(())
 }
 
-/// Requests without end, in connections that may break and bytes that may not be wrong.
+/// Endless requests, in connections that may break but must not deliver wrong bytes.
 async fn echo_for_ever(kata: SocketAddr, seed: u64, done: watch::Sender<u64>) -> Result<()> {
     let mut number = seed;
     loop {
@@ -358,7 +358,7 @@ async fn echo_for_ever(kata: SocketAddr, seed: u64, done: watch::Sender<u64>) ->
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bytes_that_are_changed_on_the_way_end_the_connection_and_never_arrive() -> Result<()> {
-    /// Changes, unless `TAMPER` in the environment says otherwise.
+    /// Number of changes; `TAMPER` in the environment overrides it.
     const ROUNDS: usize = 12;
     const SEED: u64 = 20_251;
     let scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
@@ -381,7 +381,7 @@ async fn bytes_that_are_changed_on_the_way_end_the_connection_and_never_arrive()
     let rounds = std::env::var("TAMPER").map_or(Ok(ROUNDS), |rounds| rounds.parse())?;
     for round in 0..rounds {
         let change = CHANGES[round % CHANGES.len()];
-        // In the handshake of the next connection, or somewhere in what is sealed.
+        // In the handshake of the next connection, or at a random place in the encrypted part.
         let in_handshake = next(3) == 0 && change != Change::Delay;
         let after = if in_handshake { next(2500) } else { next(200_000) };
         let plan = Plan { change, to_server: next(2) == 0, after: usize::try_from(after)? };
@@ -405,7 +405,7 @@ async fn bytes_that_are_changed_on_the_way_end_the_connection_and_never_arrive()
         path.leave();
         ended += 1;
         timeout(PATIENCE, echoed.subscribe().wait_for(|done| *done >= more)).await.with_context(words)??;
-        // An echo that has ended has seen a wrong byte.
+        // An echo task that has ended has seen a wrong byte.
         if let Some(wrong) = echoes.try_join_next() {
             wrong??;
         }

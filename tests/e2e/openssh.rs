@@ -1,4 +1,4 @@
-//! Stock OpenSSH as the other end (docs/PROTOCOL.md: plain RFC 4254), and what the agent refuses. Over the real agent.
+//! Stock OpenSSH as the other end (docs/PROTOCOL.md: plain RFC 4254), and what the agent refuses. With the real agent.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::process::Stdio;
@@ -20,7 +20,7 @@ use tokio::time::timeout;
 
 const MIB: u64 = 1024 * 1024;
 
-/// A VM whose agent is up, and the keys of its pod.
+/// A VM with a running agent, and the keys of its pod.
 struct Vm {
     scene: Scene,
     keys: PodKeys,
@@ -28,7 +28,7 @@ struct Vm {
 }
 
 impl Vm {
-    /// In the Kubernetes phase, by user data; `more` goes into apf.json too.
+    /// In the Kubernetes phase, by user data; `more` is added to apf.json.
     async fn kubernetes_with(more: Value) -> Result<Self> {
         let scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
         let keys = PodKeys::make(scene.path("apf.json").parent().unwrap(), "own").await?;
@@ -51,17 +51,17 @@ impl Vm {
         Ok(Self { scene, keys, agent })
     }
 
-    /// The worker node's client: its key, and no host key but the pod's.
+    /// The worker node's client: its key, and the pod's host key only.
     fn ssh(&self) -> Result<OpenSsh> {
         OpenSsh::new(self.scene.ssh)?.identity_file(&self.keys.node).host_key(&self.keys.host_public)
     }
 
-    /// A client without any key, for the Attestation phase.
+    /// A client without a key, for the Attestation phase.
     fn nobody(&self) -> Result<OpenSsh> {
         OpenSsh::new(self.scene.ssh)
     }
 
-    /// The agent still does what it is for.
+    /// Checks that the agent still serves the worker node.
     async fn serves(&self) -> Result<()> {
         let ssh = self.ssh()?;
         let (tunnel, local) = forward(&ssh, "kubernetes", "KATAAGENT").await?;
@@ -71,7 +71,7 @@ impl Vm {
     }
 }
 
-/// The agent of the scene. It tells why connections end that never authenticated, too: only those who debug hear that.
+/// The agent of the scene, at the log level that reports why unauthenticated connections end.
 async fn talkative(scene: &Scene) -> Result<Child> {
     let mut command = scene.agent_command()?;
     command.env("SECURE_COMMS_LOG", "debug");
@@ -80,7 +80,7 @@ async fn talkative(scene: &Scene) -> Result<Child> {
     Ok(agent)
 }
 
-/// `ssh -N -L`, once it listens.
+/// Runs `ssh -N -L`; returns once it listens.
 async fn forward(ssh: &OpenSsh, user: &str, tunnel: &str) -> Result<(Child, std::net::SocketAddr)> {
     let local = free_port()?;
     let spec = format!("{local}:{tunnel}:1");
@@ -89,14 +89,14 @@ async fn forward(ssh: &OpenSsh, user: &str, tunnel: &str) -> Result<(Child, std:
     Ok((tunnel, local))
 }
 
-/// What an `ssh` that has ended leaves behind.
+/// Result of an `ssh` that has ended.
 struct Ended {
     success: bool,
     stderr: String,
 }
 
 impl Ended {
-    /// It failed, and said so in these words.
+    /// Checks that it failed with these words.
     fn refused(&self, words: &[&str]) -> Result<()> {
         ensure!(!self.success, "it was not refused: {}", self.stderr);
         for word in words {
@@ -113,7 +113,7 @@ async fn run(mut command: Command) -> Result<Ended> {
     Ok(Ended { success: output.status.success(), stderr })
 }
 
-/// `ssh -s .. secure-comms`, line by line.
+/// Runs `ssh -s .. secure-comms`, to exchange control lines.
 struct ControlChannel {
     child: tokio::process::Child,
     stdin: ChildStdin,
@@ -132,7 +132,7 @@ impl ControlChannel {
         Ok(self.stdin.write_all(format!("{line}\n").as_bytes()).await?)
     }
 
-    /// The next message of this kind.
+    /// Waits for the next message of this kind.
     async fn hears(&mut self, key: &str) -> Result<Value> {
         let search = async {
             while let Some(line) = self.lines.next_line().await? {
@@ -147,7 +147,7 @@ impl ControlChannel {
     }
 
     async fn ends(mut self) -> Result<()> {
-        // Read to the end, lest it is us that keep it.
+        // Reads to the end, so that a full pipe does not block ssh.
         let rest = async {
             while let Ok(Some(_)) = self.lines.next_line().await {}
             self.child.wait().await
@@ -168,7 +168,7 @@ async fn ssh_dash_l_reaches_the_kata_agent_both_ways_and_half_closes() -> Result
     let mut session = EchoSession::open(kata_client(local).await?).await?;
     timeout(PATIENCE, session.roundtrip(200, 1)).await??;
     timeout(PATIENCE, session.finish()).await??;
-    // Half-closed at once after sending, while most of the echo is still under way.
+    // Half-closed at once after sending, while most of the echo is still in flight.
     timeout(PATIENCE, bulk_both_ways(kata_client(local).await?, 8 * MIB, 2)).await??;
     ensure!(vm.scene.kata.connections() == 2, "{} connections", vm.scene.kata.connections());
     Ok(())
@@ -198,7 +198,7 @@ async fn ssh_dash_r_serves_the_kbs_the_guest_attests_through_it_and_kubernetes_f
     let vm = Vm::attestation().await?;
     vm.keys.publish(&vm.scene.kbs, &vm.scene.pod)?;
     let nobody = vm.nobody()?;
-    // One that only serves tunnels, to a port where nobody is, stays beside it and costs nothing.
+    // A client that only serves tunnels, to a port without a server, stays connected and disturbs nothing.
     let silent = Child::spawn(
         "ssh -R",
         nobody.command("attestation", &["-v", "-N", "-R", "KBS:8080:127.0.0.1:1"], &[]),
@@ -228,7 +228,7 @@ async fn ssh_dash_r_serves_the_kbs_the_guest_attests_through_it_and_kubernetes_f
 async fn the_control_channel_shows_hello_with_stdin_closed_and_open_and_answers_pings() -> Result<()> {
     let vm = Vm::kubernetes().await?;
     let ssh = vm.ssh()?;
-    // Closed: it still wants to read.
+    // Closed by the agent: the client is still reading.
     let closed = Child::spawn("ssh -s", control(&ssh, "kubernetes"))?;
     let line = closed.wait_for(|line| line.starts_with('{'), PATIENCE).await?;
     let hello = &serde_json::from_str::<Value>(&line)?["hello"];
@@ -245,7 +245,7 @@ async fn the_control_channel_shows_hello_with_stdin_closed_and_open_and_answers_
     // Blank lines and messages of a later version are ignored.
     open.say("\n{\"later\":{\"x\":1}}\n{\"ping\":42}").await?;
     ensure!(open.hears("pong").await? == 42);
-    // The newer connection has taken the place of the older one.
+    // The newer connection replaces the older one.
     ensure!(vm.agent.log().contains("replaced by a newer one"), "{}", vm.agent.log());
     Ok(())
 }
@@ -265,7 +265,7 @@ async fn a_garbage_control_line_ends_the_connection_with_a_reason_and_the_agent_
         let ssh = vm.ssh()?;
         let mut open = ControlChannel::open(control(&ssh, "kubernetes"))?;
         open.hears("hello").await?;
-        // Cut in the middle of a long line, it can't take all of it.
+        // Cut in the middle of a long line, ssh can't write all of it.
         drop(open.say(line).await);
         vm.agent.wait_from(mark, |line| line.contains(reason), PATIENCE).await?;
         open.ends().await?;
@@ -310,7 +310,7 @@ async fn the_sftp_client_is_refused() -> Result<()> {
 async fn agent_forwarding_gives_no_agent_and_x11_is_refused() -> Result<()> {
     let vm = Vm::kubernetes().await?;
     let ssh = vm.ssh()?;
-    // The one that is asked for keys, and the one that would be forwarded.
+    // The stream of the key request, and one to be forwarded.
     let (own, forwarded) = (vm.scene.path("agent.sock"), vm.scene.path("forwarded.sock"));
     let own_listener = UnixListener::bind(&own)?;
     let forwarded_listener = UnixListener::bind(&forwarded)?;
@@ -337,7 +337,7 @@ async fn agent_forwarding_gives_no_agent_and_x11_is_refused() -> Result<()> {
     vm.serves().await
 }
 
-/// Opens a stream through `ssh -L` that the agent refuses; what ssh says about it.
+/// Opens a stream through `ssh -L` that the agent refuses; returns ssh's message.
 async fn refused_open(ssh: &OpenSsh, user: &str, remote: &str) -> Result<String> {
     let local = free_port()?;
     let spec = format!("{local}:{remote}");
@@ -362,7 +362,7 @@ async fn a_refused_stream_names_the_tunnel_the_phase_and_the_cause() -> Result<(
     for (remote, words) in [
         ("NOPE:1", [prohibited, "tunnel NOPE, Kubernetes phase", no_outbound]),
         ("EARLY:1", [prohibited, "tunnel EARLY, Kubernetes phase", no_outbound]),
-        // An inbound is no outbound.
+        // An inbound does not serve as an outbound.
         ("NODESERVICE:1", [prohibited, "tunnel NODESERVICE, Kubernetes phase", no_outbound]),
         ("127.0.0.1:22", [prohibited, "tunnel 127.0.0.1, Kubernetes phase", no_outbound]),
         ("DEAD:1", ["connect failed", "tunnel DEAD, Kubernetes phase", "Connection refused"]),
@@ -450,7 +450,7 @@ async fn the_user_of_the_other_phase_is_refused_at_once_by_a_banner_that_names_t
     let ssh = vm.ssh()?;
     let ended = run(ssh.command("attestation", &["-v", "-N"], &[])).await?;
     ended.refused(&["Permission denied", "Secure Comms agent in the Kubernetes phase"])?;
-    // No method is left to try, and no time was lost on any.
+    // No method is left to try, and none has delayed the client.
     ensure!(ended.stderr.contains("Permission denied ()"), "{}", ended.stderr);
     let vm = Vm::attestation().await?;
     let ended =
@@ -481,7 +481,7 @@ async fn old_algorithms_are_refused_and_nothing_is_compressed() -> Result<()> {
         let ended = run(ssh.command("kubernetes", &["-N"], &[])).await?;
         ended.refused(&["Unable to negotiate"]).with_context(|| option.to_owned())?;
     }
-    // OpenSSH asks for compression and takes none as well; one that insists is refused.
+    // OpenSSH asks for compression and accepts none; a client that insists is refused.
     let ssh = vm.ssh()?.option("Compression=yes");
     let open = Child::spawn("ssh", ssh.command("kubernetes", &["-v", "-N"], &[]))?;
     let line = open.wait_for_text("kex: server->client", PATIENCE).await?;
@@ -490,7 +490,7 @@ async fn old_algorithms_are_refused_and_nothing_is_compressed() -> Result<()> {
     let zlib = Offer { compression: "zlib@openssh.com,zlib", ..Offer::default() };
     ensure!(Raw::secured(vm.scene.ssh, zlib).await.is_err(), "compression was negotiated");
     vm.agent.wait_from(mark, |line| line.contains("ended: "), PATIENCE).await?;
-    // Both ciphers of the profile work, and the only key exchange that Debian's client shares with us.
+    // Both ciphers of the profile work, with the only key exchange that the agent shares with Debian's client.
     for cipher in ["aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com"] {
         let ssh = vm.ssh()?.option(format!("Ciphers={cipher}"));
         let (_tunnel, local) = forward(&ssh, "kubernetes", "KATAAGENT").await?;
@@ -509,10 +509,10 @@ async fn a_client_without_strict_key_exchange_is_refused_with_advice() -> Result
     Raw::attestation(vm.scene.ssh).await.map(drop)
 }
 
-/// The request is answered by this refusal.
+/// Checks that the request gets this refusal.
 async fn refuses(raw: &mut Raw, packet: Packet, refusal: u8) -> Result<()> {
     raw.send(&packet).await?;
-    // The answers of each kind of request are next to each other.
+    // The reply numbers of each kind of request are adjacent.
     let answer = raw.expect(&[refusal - 1, refusal]).await.with_context(|| format!("{packet:?}"))?;
     ensure!(answer[0] == refusal, "{packet:?} was granted");
     Ok(())
@@ -534,7 +534,7 @@ async fn everything_that_is_not_served_is_refused_and_the_connection_goes_on() -
         Packet::open("unheard-of", 8).bytes(b"whatever"),
     ];
     for open in opens {
-        // russh refuses types that it does not know twice; the second time comes before the answer to the next request.
+        // russh refuses unknown types twice; the second refusal precedes the reply to the next request.
         refuses(&mut raw, open, message::CHANNEL_OPEN_FAILURE).await?;
         refuses(&mut raw, Packet::global("unheard-of"), message::REQUEST_FAILURE).await?;
     }
@@ -551,7 +551,7 @@ async fn everything_that_is_not_served_is_refused_and_the_connection_goes_on() -
     for global in globals {
         refuses(&mut raw, global, message::REQUEST_FAILURE).await?;
     }
-    // The one session channel: refused requests, then it is still there for others to be refused; no second one.
+    // Requests on the one session channel are refused, and the channel stays open; a second one is refused.
     raw.send(&Packet::open("session", 9)).await?;
     let opened = raw.expect(&[message::CHANNEL_OPEN_CONFIRMATION]).await?;
     let id = u32::from_be_bytes(opened[5..9].try_into()?);
@@ -566,20 +566,20 @@ async fn everything_that_is_not_served_is_refused_and_the_connection_goes_on() -
         Packet::request(id, "shell"),
         Packet::request(id, "exec").string("id"),
         Packet::request(id, "subsystem").string("sftp"),
-        // It has asked for something else: it will not be the control channel any more.
+        // After another request the channel can't become the control channel.
         Packet::request(id, "subsystem").string("secure-comms"),
     ];
     for request in requests {
         refuses(&mut raw, request, message::CHANNEL_FAILURE).await?;
     }
-    // Data that nobody asked for, on channels that are not there and on one that is: it leads nowhere.
+    // Unexpected data, on channels that do not exist and on one that does, are discarded.
     for channel in [id, 77, u32::MAX] {
         for _ in 0..100 {
             raw.send(&Packet::new(message::CHANNEL_DATA).uint(channel).string([0; 1000])).await?;
         }
     }
     refuses(&mut raw, Packet::global("unheard-of"), message::REQUEST_FAILURE).await?;
-    // And what is served is.
+    // The tunnels still work.
     raw.send(&Packet::global("tcpip-forward").string("KBS").uint(8080)).await?;
     raw.expect(&[message::REQUEST_SUCCESS]).await?;
     ensure!(vm.scene.kata.connections() == 0);

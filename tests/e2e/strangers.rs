@@ -1,5 +1,5 @@
-//! Strangers in the Attestation phase, where anybody may connect: they may cost a pod time, and an empty VM its future,
-//! and nothing else. Over the real binaries.
+//! Strangers in the Attestation phase, where anyone may connect: they can delay a pod, and make an empty VM useless, but
+//!  no more. With the real binaries.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::net::SocketAddr;
@@ -31,7 +31,7 @@ async fn scene() -> Result<Scene> {
     Scene::new(SceneOptions::default()).await
 }
 
-/// The agent of the scene. It tells why connections end that never authenticated, too: only those who debug hear that.
+/// The agent of the scene, at the log level that reports why unauthenticated connections end.
 async fn talkative(scene: &Scene) -> Result<Child> {
     let mut command = scene.agent_command()?;
     command.env("SECURE_COMMS_LOG", "debug");
@@ -40,7 +40,7 @@ async fn talkative(scene: &Scene) -> Result<Child> {
     Ok(agent)
 }
 
-/// The pod is up, and its tunnels carry.
+/// Checks that the pod is up, and its tunnels carry data.
 async fn works(scene: &Scene, adaptor: &Child) -> Result<()> {
     up(adaptor).await?;
     let kata = endpoint(adaptor, "KATAAGENT").await?;
@@ -49,7 +49,7 @@ async fn works(scene: &Scene, adaptor: &Child) -> Result<()> {
     Ok(())
 }
 
-/// A stranger with a KBS of its own, that has made it hand out its own keys for a pod.
+/// A stranger with its own KBS, which hands out its own keys for a pod.
 struct Impostor {
     kbs: Kbs,
     keys: PodKeys,
@@ -65,7 +65,7 @@ impl Impostor {
         Ok(Self { kbs, keys, pod })
     }
 
-    /// Plays the KBS to the VM until it has these keys.
+    /// Plays the KBS to the VM until the VM has these keys.
     async fn feed(&self, agent: SocketAddr) -> Result<()> {
         let stranger = Stranger::attest(agent, &self.pod, Answer::Relays(self.kbs.addr())).await?;
         stranger.hears(|message| matches!(message, Control::Upgrade(_))).await?;
@@ -73,7 +73,7 @@ impl Impostor {
     }
 }
 
-/// Strangers in every slot there is: sockets that say nothing, peers that do nothing, and some that are worse.
+/// Strangers in every slot: silent sockets, idle peers, and misbehaving ones.
 async fn in_every_slot(agent: SocketAddr) -> Result<(Vec<Stranger>, Vec<TcpStream>)> {
     let mut peers = Vec::new();
     for answer in [Answer::Silent, Answer::Garbage, Answer::Closes, Answer::Refuses] {
@@ -120,20 +120,20 @@ async fn strangers_that_come_back_whenever_they_are_cut_do_not_keep_the_pod_from
     let scene = scene().await?;
     let _agent = scene.agent().await?;
     let (mut flood, cuts) = (JoinSet::new(), watch::Sender::new(0));
-    // More than may wait: else nobody is cut.
+    // More than may wait, so that some are evicted.
     for _ in 0..WAITING_MAX + 100 {
         let cuts = cuts.clone();
         flood.spawn(async move {
             loop {
                 if let Ok(mut socket) = TcpStream::connect(scene.ssh).await {
-                    // The agent's first line, then nothing until it cuts us.
+                    // Reads the agent's first line, then waits until the agent ends the connection.
                     while matches!(socket.read(&mut [0; 256]).await, Ok(1..)) {}
                     cuts.send_modify(|cuts| *cuts += 1);
                 }
             }
         });
     }
-    // Under way before the adaptor comes.
+    // These connect before the adaptor does.
     timeout(PATIENCE, cuts.subscribe().wait_for(|cuts| *cuts > 100))
         .await
         .context("the flood was none")??;
@@ -156,7 +156,7 @@ async fn strangers_that_answer_garbage_cost_an_attempt_each() -> Result<()> {
         agent
             .wait_from(mark, |line| line.contains("getting the keys from the KBS through"), PATIENCE)
             .await?;
-        // Told of the attempts before too, and this one is its own.
+        // The log has earlier attempts, too; this one is the stranger's own.
         let failed = |message: &Control| matches!(message, Control::Keys(keys) if keys.error.is_some() && keys.attempt > attempts);
         let heard = stranger.hears(failed).await.with_context(|| format!("{answer:?}\n{}", agent.log()))?;
         if let Control::Keys(keys) = heard {
@@ -183,7 +183,7 @@ async fn strangers_that_answer_nothing_lose_their_turn_and_are_told_why() -> Res
     works(&scene, &adaptor).await.with_context(|| agent.log())?;
     for stranger in &strangers {
         let bye = stranger.hears(|message| matches!(message, Control::Bye(_))).await?;
-        // Both limits are the same, so either may be first.
+        // Both limits are the same, so either may be reached first.
         let reasons = ["brings no answer", "took long, and another has come"];
         let told =
             matches!(&bye, Control::Bye(bye) if reasons.iter().any(|reason| bye.reason.contains(reason)));
@@ -242,7 +242,7 @@ async fn a_stranger_that_plays_the_kbs_and_logs_in_gets_the_empty_vm_and_the_ada
         ensure!(log.contains(words), "no {words:?} in {log}");
     }
     ensure!(!log.contains("kubernetes phase up"), "{log}");
-    // At once: long before the deadline of 110 s, of which it would say that it has passed.
+    // At once: long before the deadline of 110 s, which the adaptor would name.
     ensure!(!log.contains("within 110 s") && !log.contains("deadline"), "{log}");
     ensure!(!agent.log().contains(&format!("drives pod {}", scene.pod)), "{}", agent.log());
     Ok(())
@@ -257,7 +257,7 @@ async fn keys_that_a_stranger_fed_the_vm_and_did_not_log_in_with_do_not_last() -
     let adaptor = scene.adaptor()?;
     agent.wait_for_text("attestation is open again", PATIENCE).await?;
     works(&scene, &adaptor).await.with_context(|| format!("{}\n{}", agent.log(), adaptor.log()))?;
-    // The keys of before are worth nothing now.
+    // The earlier keys are worthless now.
     ensure!(Stranger::kubernetes(scene.ssh, &impostor.keys.node).await.is_err(), "the stranger got in");
     works(&scene, &adaptor).await
 }
@@ -319,7 +319,7 @@ fn open_files(process: &Child) -> usize {
     std::fs::read_dir(format!("/proc/{}/fd", process.pid())).map_or(0, Iterator::count)
 }
 
-/// Waits until a process has as many files open as it had. There is no event to await: looks again.
+/// Waits until a process has no more open files than before. There is no event to await, so it polls.
 async fn files_return_to(process: &Child, before: usize) -> Result<()> {
     let look = async {
         while open_files(process) > before {
@@ -331,11 +331,11 @@ async fn files_return_to(process: &Child, before: usize) -> Result<()> {
         .with_context(|| format!("{} files are open: {before} were", open_files(process)))
 }
 
-/// What a stranger sends before it falls silent.
+/// What a stranger sends before it goes silent.
 enum Junk {
     /// These bytes, on a new connection.
     Plain(Vec<u8>),
-    /// A byte now and then, for ever.
+    /// A byte now and then, without end.
     Drip,
     /// These bytes, after the key exchange.
     Secured(Vec<u8>),
@@ -351,7 +351,7 @@ async fn send(agent: SocketAddr, junk: Junk) -> Result<Raw> {
     let raw = match junk {
         Junk::Plain(bytes) => {
             let mut raw = Raw::connect(agent).await?;
-            // The agent may end it before it has taken all.
+            // The agent may end the connection before it has read everything.
             drop(raw.write(&bytes).await);
             raw
         }
@@ -392,7 +392,7 @@ async fn send(agent: SocketAddr, junk: Junk) -> Result<Raw> {
 async fn junk_ends_its_connection_with_a_reason_in_the_log_and_leaves_nothing_open() -> Result<()> {
     let scene = scene().await?;
     let agent = talkative(&scene).await?;
-    // One good connection first: what the agent keeps open for good is open then.
+    // One good connection first, so that the agent has opened all files that it keeps open.
     drop(Stranger::attest(scene.ssh, &pod_id()?, Answer::Refuses).await?);
     let mark = agent.mark();
     agent.wait_from(0, |line| line.contains(": ended") || line.contains(": closed"), PATIENCE).await?;
@@ -435,7 +435,7 @@ async fn junk_ends_its_connection_with_a_reason_in_the_log_and_leaves_nothing_op
         ),
         ("a late key exchange that never ends", Junk::Packets(vec![Packet::new(message::KEXINIT)])),
     ];
-    // A few at a time: more would push each other out.
+    // A few at a time: more would evict each other.
     let mut pending = junk.into_iter().peekable();
     while pending.peek().is_some() {
         let mut batch = JoinSet::new();
@@ -475,7 +475,7 @@ async fn two_hundred_attestation_connections_leave_neither_memory_nor_files_behi
     };
     let files = open_files(&agent);
     come_and_go(50).await?;
-    // Some of a fetch may be under way, and a fetch has a file of its own.
+    // A fetch may be in progress, and has an open file.
     files_return_to(&agent, files).await?;
     let warm = agent.rss_kib()?;
     come_and_go(200).await?;

@@ -44,7 +44,7 @@ async fn main() -> ExitCode {
     let netns = match std::env::args().skip(1).collect::<Vec<_>>().as_slice() {
         [] => false,
         [flag] if flag == "--netns" => true,
-        other => {
+        _ => {
             eprintln!(
                 "double: unknown arguments; expected none, or --netns (the VM in network namespaces; needs root)"
             );

@@ -22,7 +22,7 @@ pub(super) const DIRECTORIES: [&str; 2] = ["/run/kata-containers", "/run/confide
 const PAUSE: Duration = Duration::from_millis(300);
 const AGENT: &str = "/usr/local/bin/agent-protocol-forwarder";
 /// Path of this program.
-const STAND_IN: &str = "/init";
+const SIMULATOR: &str = "/init";
 
 struct Service {
     program: &'static str,
@@ -35,25 +35,25 @@ struct Service {
 /// With the arguments of the units in the image.
 const SERVICES: [Service; 5] = [
     Service {
-        program: STAND_IN,
+        program: SIMULATOR,
         name: "kata-agent",
         args: &["--socket", "/run/kata-containers/agent.sock"],
         in_pod: false,
     },
     Service {
-        program: STAND_IN,
+        program: SIMULATOR,
         name: "cdh",
         args: &["--listen", "/run/confidential-containers/cdh.sock", "--kbs", "http://127.0.0.1:8080"],
         in_pod: false,
     },
     Service {
-        program: STAND_IN,
+        program: SIMULATOR,
         name: "api-server-rest",
         args: &["--listen", "127.0.0.1:8006", "--cdh", "/run/confidential-containers/cdh.sock"],
         in_pod: true,
     },
     Service {
-        program: STAND_IN,
+        program: SIMULATOR,
         name: "inspector",
         args: &["--socket", "/run/inspector.sock"],
         in_pod: false,
