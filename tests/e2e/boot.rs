@@ -1,4 +1,4 @@
-//! Pod VMs, booted: the agent in its image, the real adaptor on the host, both phases, kills, reboots and tampering.
+//! Boots pod VMs: the agent in its image, the real adaptor on the host, both phases, kills, reboots and tampering.
 //!
 //! By name: `tests/build-test-vm && cargo test -p secure-comms-tests --test boot`
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
@@ -12,7 +12,7 @@ use secure_comms_tests::boot::{
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bare_vm_comes_up_from_a_seed_survives_a_kill_and_attests_anew_after_a_reboot() -> Result<()> {
+async fn a_bare_vm_survives_a_kill_and_attests_after_a_reboot() -> Result<()> {
     let apf = apf_json(&json!({}))?;
     let pod = Pod::start(scene(false).await?, "bare", Boot::Bare, UserData::NoCloud(apf.clone())).await?;
     pod.works().await?;
@@ -30,7 +30,7 @@ async fn a_bare_vm_comes_up_from_a_seed_survives_a_kill_and_attests_anew_after_a
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_bare_vm_with_its_keys_in_an_smbios_credential_attests_to_nobody() -> Result<()> {
+async fn a_bare_vm_with_keys_from_smbios_does_not_attest() -> Result<()> {
     let scene = scene(true).await?;
     scene.write_user_data().await?;
     let keys = serde_json::from_slice(&std::fs::read(scene.path("apf.json"))?)?;
@@ -57,7 +57,7 @@ async fn a_bare_vm_takes_its_tunnels_from_a_fw_cfg_credential() -> Result<()> {
     Ok(())
 }
 
-/// With systemd: the units are as they should be, and the agent is confined.
+/// With systemd: the units are as they should be, and the agent is sandboxed.
 async fn systemd_is_content(pod: &Pod) -> Result<()> {
     let inspection = &pod.inspection;
     let show = inspection
@@ -95,7 +95,7 @@ async fn systemd_is_content(pod: &Pod) -> Result<()> {
     confined(pod).await
 }
 
-/// As systemd itself rates the agent's unit: 10 is without any confinement. What is left is the two capabilities, the network and root.
+/// systemd's rating of the agent's unit; 10 is without a sandbox. The two capabilities, the network and root remain.
 const EXPOSURE_MAX: f64 = 2.6;
 
 async fn confined(pod: &Pod) -> Result<()> {
@@ -114,7 +114,7 @@ async fn confined(pod: &Pod) -> Result<()> {
     Ok(())
 }
 
-/// As systemd accounts for it.
+/// systemd's accounting of the unit.
 async fn boot_time(pod: &Pod) -> Result<()> {
     let properties = "-pActiveEnterTimestampMonotonic,ExecMainStartTimestampMonotonic";
     let show =
@@ -151,7 +151,7 @@ async fn the_image_with_systemd_confines_the_agent_and_recovers_it() -> Result<(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_disk_boots_verified_under_ovmf_and_attests_anew_after_a_reboot() -> Result<()> {
+async fn the_verified_disk_boots_and_attests_after_a_reboot() -> Result<()> {
     let apf = apf_json(&json!({}))?;
     let pod =
         Pod::start(scene(false).await?, "disk", Boot::Disk(None), UserData::NoCloud(apf.clone())).await?;
@@ -174,7 +174,7 @@ async fn the_disk_boots_verified_under_ovmf_and_attests_anew_after_a_reboot() ->
     Ok(())
 }
 
-/// A machine that must not come up: it ends by itself, having said why, and served nobody.
+/// A machine that must not come up: it prints the reason and powers off, without having served.
 async fn refuses_to_start(name: &'static str, boot: Boot, why: &str) -> Result<()> {
     let scene = scene(false).await?;
     let user_data = UserData::Smbios(apf_json(&json!({}))?);
@@ -217,11 +217,11 @@ async fn a_tampered_root_never_serves() -> Result<()> {
     refuses_to_start("tampered-root", Boot::Disk(Some(disk)), "mounting").await
 }
 
-/// Changes a bit in the root's first block, behind the superblock: no check but dm-verity's would find it.
+/// Inverts a bit in the root's first block, after the superblock, where only dm-verity detects it.
 fn tamper(disk: &std::path::Path) -> Result<()> {
     const SUPERBLOCK: u64 = 1024;
     const BEHIND_IT: u64 = 2048;
-    /// erofs' magic number, as it lies on the disk.
+    /// The magic number of erofs, as on the disk.
     const MAGIC: [u8; 4] = [0xe2, 0xe1, 0xf5, 0xe0];
     let file = std::fs::File::options().read(true).write(true).open(disk)?;
     let size = file.metadata()?.len();

@@ -1,4 +1,4 @@
-//! What the firmware trusts and what it measures: the signed disk under Secure Boot, and a TPM's registers as predicted.
+//! Measured and secure boot: the signed disk under Secure Boot, and a TPM's registers as predicted.
 //!
 //! By name: `tests/build-test-vm && tests/run boot-secure`
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
@@ -13,7 +13,7 @@ use secure_comms_tests::boot::{
 };
 use serde_json::json;
 
-/// A script of image/, from the top of the sources.
+/// A script of image/, by its path from the top of the sources.
 fn image_tool(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("image").join(name)
 }
@@ -38,7 +38,7 @@ async fn a_signed_disk_boots_under_secure_boot() -> Result<()> {
     let pod =
         Pod::start_on(Platform::SecureBoot, scene(false).await?, "secure-boot", boot, user_data).await?;
     pod.works().await?;
-    // Four bytes of attributes, and then whether it is on.
+    // Four bytes of attributes, then the value.
     let variable = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c";
     let on = pod.inspection.run(&["od", "-An", "-tu1", variable]).await?;
     ensure!(
@@ -62,7 +62,7 @@ async fn an_unsigned_disk_never_starts_under_secure_boot() -> Result<()> {
     };
     let machine = Machine::start(Turn::take().await, &options).await?;
     println!("{}", machine.says_after(0, "Access Denied").await?);
-    // It has nothing else to boot from, and says so when it has given up.
+    // The firmware has nothing else to boot, and prints that.
     let gave_up = machine.says_after(0, "No bootable option or device was found").await?;
     println!("{gave_up}");
     let log = machine.console.log();

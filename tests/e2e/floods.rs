@@ -138,7 +138,7 @@ async fn a_flood_that_attests_and_never_reads_keeps_nobody_out() -> Result<()> {
 
 /// As many as are admitted, so none is evicted: each makes the agent write until it blocks, and read ahead.
 #[tokio::test(flavor = "multi_thread")]
-async fn strangers_that_stay_and_never_read_take_no_more_memory_than_is_allowed() -> Result<()> {
+async fn strangers_that_never_read_use_limited_memory() -> Result<()> {
     let _turn = TURN.lock().await;
     let scene = Scene::new(SceneOptions::default()).await?;
     let agent = scene.agent().await?;

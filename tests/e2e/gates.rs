@@ -85,7 +85,7 @@ async fn files_return_to(process: &Child, before: usize) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_stalled_reader_on_either_side_holds_up_no_other_stream_no_open_and_no_keepalive() -> Result<()> {
+async fn a_stalled_reader_delays_no_other_stream_and_no_keepalive() -> Result<()> {
     let pod = Pod::up().await?;
     let mut stalled_here = pod.kata().await?;
     open_source(&mut stalled_here, 64 * MIB, 3).await?;
@@ -151,14 +151,14 @@ async fn many_two_way_streams(pod: &Pod, streams: u64, bytes: u64) -> Result<()>
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sixteen_two_way_bulk_streams_at_once_finish_with_every_byte_right() -> Result<()> {
+async fn sixteen_two_way_bulk_streams_deliver_every_byte() -> Result<()> {
     let pod = Pod::up().await?;
     many_two_way_streams(&pod, 16, 8 * MIB).await?;
     pod.never_down()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn thirty_two_two_way_bulk_streams_at_once_finish_with_every_byte_right() -> Result<()> {
+async fn thirty_two_two_way_bulk_streams_deliver_every_byte() -> Result<()> {
     let pod = Pod::up().await?;
     many_two_way_streams(&pod, 32, 8 * MIB).await?;
     pod.never_down()
@@ -167,7 +167,7 @@ async fn thirty_two_two_way_bulk_streams_at_once_finish_with_every_byte_right() 
 /// Over kernel buffers of a few KiB, as on a real path: there, two sessions that do not read while they write soon
 /// deadlock (D2). Everything is in a network namespace of its own; the servers are unix sockets.
 #[tokio::test(flavor = "multi_thread")]
-async fn thirty_two_two_way_bulk_streams_finish_over_small_socket_buffers() -> Result<()> {
+async fn bulk_streams_complete_over_small_socket_buffers() -> Result<()> {
     let narrow = TestNamespace::new("narrow")?;
     for (name, value) in [("tcp_wmem", "4096 16384 16384"), ("tcp_rmem", "4096 16384 16384")] {
         let set = format!("echo '{value}' > /proc/sys/net/ipv4/{name}");
@@ -221,7 +221,7 @@ async fn thirty_two_two_way_bulk_streams_finish_over_small_socket_buffers() -> R
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn new_session_keys_under_load_lose_nothing_whichever_side_asks_for_them() -> Result<()> {
+async fn a_rekey_under_load_from_either_side_loses_nothing() -> Result<()> {
     let limit = (4 * MIB).to_string();
     for (agent, adaptor) in [(None, Some(&limit)), (Some(&limit), None), (Some(&limit), Some(&limit))] {
         let agent = agent.map_or(vec![], |limit| vec!["-secure-comms-rekey-bytes", limit]);
@@ -277,7 +277,7 @@ async fn wakes(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_writer_wakes_and_its_socket_closes_when_the_peer_closes_the_channel() -> Result<()> {
+async fn a_blocked_writer_fails_when_the_peer_closes_the_channel() -> Result<()> {
     let mut pod = Pod::up().await?;
     EchoSession::open(pod.kata().await?).await?.finish().await?;
     let before = open_files(&pod.adaptor);

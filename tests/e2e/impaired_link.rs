@@ -1,4 +1,4 @@
-//! The line that benchmarks and chaos are run over does what it is asked for, and nothing else.
+//! The impaired link of benchmarks and chaos does what its settings say, and nothing else.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::net::SocketAddr;
@@ -33,7 +33,7 @@ async fn connect(line: &ImpairedLink) -> Result<TcpStream> {
     Ok(timeout(PATIENCE, netns::connect(Some(&line.a.namespace()), to)).await??)
 }
 
-/// Moves `bytes` and checks each; answers how many arrived a second.
+/// Moves `bytes` and checks each; returns bytes per second.
 async fn bulk(mut from: TcpStream, mut to: TcpStream, bytes: u64) -> Result<f64> {
     let began = Instant::now();
     let send = async {
@@ -62,7 +62,7 @@ async fn a_round_trip_takes_the_delay_of_both_directions() -> Result<()> {
     Ok(())
 }
 
-/// Which of 200 numbered packets arrive.
+/// The numbered packets, of 200, that arrive.
 async fn survivors(seed: u64, impairment: Impairment) -> Result<Vec<u8>> {
     let line = ImpairedLink::new(seed, impairment).await?;
     let (from, to) = (SocketAddr::new(line.a.address, PORT), SocketAddr::new(line.b.address, PORT));
@@ -98,7 +98,7 @@ async fn survivors(seed: u64, impairment: Impairment) -> Result<Vec<u8>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_same_seed_loses_the_same_packets_and_another_seed_loses_others() -> Result<()> {
+async fn the_seed_decides_which_packets_are_lost() -> Result<()> {
     let first = survivors(7, loses(0.3)).await?;
     ensure!((100..180).contains(&first.len()), "{} of 200 packets arrived", first.len());
     ensure!(first == survivors(7, loses(0.3)).await?, "the same seed lost other packets");
@@ -107,7 +107,7 @@ async fn the_same_seed_loses_the_same_packets_and_another_seed_loses_others() ->
     Ok(())
 }
 
-/// Waits for what the line counts from `a` to `b`; nothing tells when that changes.
+/// Waits for the counters from `a` to `b`. There is no event to await, so it polls.
 async fn counts(line: &ImpairedLink, wanted: impl Fn(&Traffic) -> bool) -> Result<()> {
     let counted = async {
         while !wanted(&line.traffic().0) {
@@ -118,12 +118,12 @@ async fn counts(line: &ImpairedLink, wanted: impl Fn(&Traffic) -> bool) -> Resul
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_outlives_a_blackhole_through_which_nothing_passes() -> Result<()> {
+async fn a_connection_outlives_a_blackhole() -> Result<()> {
     let line = ImpairedLink::new(1, Impairment::default()).await?;
     let (mut client, mut server) = connection(&line).await?;
     write_pattern(&mut client, 1000, 1).await?;
     check_pattern(&mut server, 1000, 1).await?;
-    // A packet is counted after it was handed over, and so may be read before.
+    // A packet is counted after it was delivered, so the receiver may be ahead of the counter.
     counts(&line, |there| there.bytes >= 1000).await.context("what arrived is not counted")?;
     line.set_both(Impairment::blackhole());
     let passed = line.traffic().0.passed;
@@ -135,7 +135,7 @@ async fn a_connection_outlives_a_blackhole_through_which_nothing_passes() -> Res
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_byte_arrives_in_order_where_packets_are_lost_late_and_doubled() -> Result<()> {
+async fn tcp_delivers_every_byte_in_order_over_an_impaired_link() -> Result<()> {
     let bad = Impairment {
         delay: Duration::from_millis(2),
         loss: 0.01,
@@ -188,7 +188,7 @@ async fn an_end_that_was_pulled_out_or_moved_is_reached_again() -> Result<()> {
     Ok(())
 }
 
-/// As fast as the line is: bytes that nobody has to make or to check. Answers MiB a second.
+/// Moves bytes at full speed, without checks; returns MiB per second.
 async fn flood(mut from: TcpStream, mut to: TcpStream, bytes: u64) -> Result<f64> {
     let began = Instant::now();
     let send = async {
@@ -208,7 +208,7 @@ async fn flood(mut from: TcpStream, mut to: TcpStream, bytes: u64) -> Result<f64
     Ok((bytes / MIB) as f64 / began.elapsed().as_secs_f64())
 }
 
-/// Prints what the line can carry here: an upper bound for whatever is measured over it.
+/// Prints the throughput of the link on this machine: an upper bound for measurements over it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_long_line_carries_all_that_is_sent() -> Result<()> {
     for milliseconds in [0, 20, 80] {

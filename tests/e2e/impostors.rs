@@ -89,7 +89,7 @@ fn is_ignored(state: State, number: u8) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_message_in_every_state_is_ignored_or_ends_the_connection() -> Result<()> {
+async fn every_message_is_ignored_or_ends_the_connection() -> Result<()> {
     let impostor = Impostor::new(250).await?;
     let key = Key::generate()?;
     let mut cases = VecDeque::new();
@@ -117,7 +117,7 @@ async fn every_message_in_every_state_is_ignored_or_ends_the_connection() -> Res
     impostor.gives_way().await
 }
 
-/// The adaptor's first connection that authenticates and opens a control channel, with the channel's number at either end.
+/// The first connection on which the adaptor authenticates and opens a control channel, with its number at either end.
 async fn controlled(impostor: &Impostor, key: &Key) -> Result<(Raw, u32)> {
     let mut raw = impostor.next().await?;
     raw.welcome(key).await?;
@@ -149,7 +149,7 @@ async fn refuses(raw: &mut Raw, open: &Packet) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_impostor_in_the_attestation_phase_gets_the_kbs_and_nothing_else() -> Result<()> {
+async fn an_impostor_reaches_the_kbs_and_nothing_else() -> Result<()> {
     let impostor = Impostor::new(1).await?;
     let key = Key::generate()?;
     let (mut raw, control) = controlled(&impostor, &key).await?;
@@ -195,8 +195,7 @@ async fn an_impostor_in_the_attestation_phase_gets_the_kbs_and_nothing_else() ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_an_impostor_says_on_its_control_channel_the_adaptor_goes_on_to_the_real_agent() -> Result<()>
-{
+async fn no_control_line_keeps_the_adaptor_from_the_real_agent() -> Result<()> {
     let impostor = Impostor::new(8).await?;
     let key = Key::generate()?;
     let escape = r#"{"keys":{"attempt":1,"error":"\u001b[2J\nforged: all is well"}}"#;
@@ -253,7 +252,7 @@ async fn whatever_an_impostor_says_on_its_control_channel_the_adaptor_goes_on_to
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lines_before_the_identification_do_not_talk_an_adaptor_out_of_strict_key_exchange() -> Result<()> {
+async fn earlier_lines_do_not_disable_strict_key_exchange() -> Result<()> {
     let impostor = Impostor::new(8).await?;
     let key = Key::generate()?;
     let marked = |end: &[u8]| {

@@ -1,6 +1,6 @@
-//! The kata agent's protocol, end to end: a runtime that speaks ttrpc -> adaptor -> agent -> a kata agent that remembers what
-//! arrived. Runtime and kata agent are the `ttrpc` crate's client and server, as in kata itself. Needs root: for a network
-//! namespace, and to mount.
+//! The kata agent's protocol, end to end: a runtime that speaks ttrpc, adaptor, agent, and a kata agent that records its
+//!  requests. Runtime and kata agent are the `ttrpc` crate's client and server, as in kata itself. Needs root, for a network
+//!  namespace and for mounts.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::collections::HashMap;
@@ -36,7 +36,7 @@ struct Pod {
 }
 
 impl Pod {
-    /// Without a kata agent so far.
+    /// No kata agent runs yet.
     async fn up() -> Result<Self> {
         let mut scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
         let namespace = TestNamespace::new("kata")?;
@@ -58,7 +58,7 @@ impl Pod {
         KataServer::start(&self.scene.kata_socket).await
     }
 
-    /// A connection of nobody's protocol yet.
+    /// A connection to the kata agent's inbound, without a protocol.
     async fn stream(&self) -> Result<TcpStream> {
         client(endpoint(&self.adaptor, "KATAAGENT").await?).await
     }
@@ -67,13 +67,13 @@ impl Pod {
         Ok(Runtime::new(self.stream().await?))
     }
 
-    /// What the call answers, in time.
+    /// The result of a call, with a timeout.
     async fn within<T>(&self, what: &str, call: impl Future<Output = T>) -> Result<T> {
         let answer = timeout(PATIENCE, call).await;
         answer.with_context(|| format!("{what} hangs\n{}{}", self.agent.log(), self.adaptor.log()))
     }
 
-    /// What arrives of a request to make a container.
+    /// The request to make a container, as it arrives.
     async fn arrives(
         &self,
         kata: &KataServer,
@@ -106,7 +106,7 @@ fn bind(source: &Path) -> Mount {
     }
 }
 
-/// A request with a field of a later version in each message, and the namespaces that a runtime asks for.
+/// A request with a field of a later version in each message, and the namespaces that a runtime requests.
 fn container(id: &str, namespaces: Vec<LinuxNamespace>) -> CreateContainerRequest {
     let mut linux = Linux { Namespaces: namespaces, ..Linux::default() };
     linux.special_fields.mut_unknown_fields().add_length_delimited(3, b"a cgroup path".to_vec());
@@ -128,7 +128,7 @@ fn container(id: &str, namespaces: Vec<LinuxNamespace>) -> CreateContainerReques
     request
 }
 
-/// The same request without its network namespaces, and these apart.
+/// The same request without its network namespaces, which are returned separately.
 fn without_network(mut request: CreateContainerRequest) -> (CreateContainerRequest, Vec<LinuxNamespace>) {
     let namespaces = &mut request.OCI.mut_or_insert_default().Linux.mut_or_insert_default().Namespaces;
     let networks = namespaces.extract_if(.., |namespace| namespace.Type == "network").collect();
@@ -136,13 +136,13 @@ fn without_network(mut request: CreateContainerRequest) -> (CreateContainerReque
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn calls_that_are_not_edited_are_answered_and_arrive_as_they_were_sent() -> Result<()> {
+async fn calls_that_are_not_edited_arrive_unchanged() -> Result<()> {
     let (pod, kata) = Pod::with_kata_agent().await?;
     let runtime = pod.runtime().await?;
     let health = pod.within("Check", runtime.check()).await??;
     ensure!(health.status == 1, "{health}");
     pod.within("StatsContainer", runtime.stats_container("a")).await??;
-    // The longest data that fits into a frame beside its envelope, nearly.
+    // About the longest data that fits into a frame with its envelope.
     for length in [0, 1, 200, MIB, 4 * MIB - 4096] {
         let data = output("stdin", usize::try_from(length)?);
         let taken = pod.within("WriteStdin", runtime.write_stdin("a", data.clone())).await??;
@@ -159,7 +159,7 @@ async fn calls_that_are_not_edited_are_answered_and_arrive_as_they_were_sent() -
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_container_joins_the_pods_network_whatever_network_it_asked_for() -> Result<()> {
+async fn every_container_joins_the_pods_network() -> Result<()> {
     let (pod, kata) = Pod::with_kata_agent().await?;
     let (mnt, pid) = (namespace("mount", ""), namespace("pid", "/proc/1/ns/pid"));
     let elsewhere = namespace("network", "/run/netns/elsewhere");
@@ -182,7 +182,7 @@ async fn a_container_joins_the_pods_network_whatever_network_it_asked_for() -> R
     let (arrived, networks) = without_network(pod.arrives(&kata, &sent).await?);
     ensure!(networks == [pod.network()], "{networks:?}");
     ensure!(arrived == without_network(sent.clone()).0, "{sent}\nbecame\n{arrived}");
-    // Not even a specification, and still it must not get the VM's own network.
+    // A request without a specification must not get the VM's own network either.
     let bare = CreateContainerRequest { container_id: "bare".into(), ..Default::default() };
     let (arrived, networks) = without_network(pod.arrives(&kata, &bare).await?);
     ensure!(networks == [pod.network()], "{networks:?}");
@@ -214,7 +214,7 @@ async fn a_sandbox_loses_its_dns_and_nothing_else() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_source_of_a_bind_mount_is_made_where_it_is_missing_and_no_other_is() -> Result<()> {
+async fn only_missing_sources_of_bind_mounts_are_made() -> Result<()> {
     let (pod, kata) = Pod::with_kata_agent().await?;
     let (missing, file) = (pod.scene.path("volumes/a/b"), pod.scene.path("resolv.conf"));
     let other = pod.scene.path("not-a-bind-mount");
@@ -234,7 +234,7 @@ async fn the_source_of_a_bind_mount_is_made_where_it_is_missing_and_no_other_is(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_source_that_cannot_be_made_refuses_that_container_and_the_connection_goes_on() -> Result<()> {
+async fn a_source_that_cannot_be_made_refuses_only_its_container() -> Result<()> {
     let (pod, kata) = Pod::with_kata_agent().await?;
     let file = pod.scene.path("file");
     std::fs::write(&file, "")?;
@@ -288,7 +288,7 @@ async fn a_container_waits_for_its_volumes_and_nobody_waits_for_it() -> Result<(
         let (runtime, sent) = (runtime.clone(), sent.clone());
         async move { runtime.create_container(&sent).await }
     });
-    // Everybody else on the same connection is served meanwhile, before the first volume is there and after.
+    // Other requests on the same connection are served before and after the first volume exists.
     let mut mounted = Vec::new();
     for (round, volume) in volumes.iter().enumerate() {
         for _ in 0..20 {
@@ -307,7 +307,7 @@ async fn a_container_waits_for_its_volumes_and_nobody_waits_for_it() -> Result<(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_in_parallel_over_several_connections_each_get_their_own_answer() -> Result<()> {
+async fn parallel_requests_each_get_their_own_answer() -> Result<()> {
     let (pod, kata) = Pod::with_kata_agent().await?;
     let mut calls = JoinSet::new();
     for connection in 0..4 {
@@ -344,7 +344,7 @@ async fn a_kata_agent_that_comes_late_is_waited_for() -> Result<()> {
         let runtime = pod.runtime().await?;
         early.spawn(async move { runtime.create_container(&container(id, vec![])).await });
     }
-    // Asked for after those, and answered: that they have met no kata agent is all but certain.
+    // This later request is answered, so the others are very unlikely to have reached a kata agent.
     let mut other = client(endpoint(&pod.adaptor, "VMSERVICE").await?).await?;
     secure_comms_tests::simulators::kata::client::echo_roundtrip(&mut other, 200, 1).await?;
     let kata = pod.kata_agent().await?;
@@ -356,7 +356,7 @@ async fn a_kata_agent_that_comes_late_is_waited_for() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_kata_agent_that_restarts_ends_its_connections_and_serves_new_ones() -> Result<()> {
+async fn a_restarted_kata_agent_serves_new_connections() -> Result<()> {
     let (pod, kata) = Pod::with_kata_agent().await?;
     let runtime = pod.runtime().await?;
     pod.within("Check", runtime.check()).await??;
@@ -377,7 +377,7 @@ fn header(length: u32, stream: u32, kind: u8) -> Vec<u8> {
     [&length.to_be_bytes()[..], &stream.to_be_bytes(), &[kind, 0]].concat()
 }
 
-/// The tunnel ends, and without an answer: whether by an end of file or a reset.
+/// The tunnel ends without an answer, by end of file or by a reset.
 async fn ends(pod: &Pod, what: &str, stream: &mut TcpStream) -> Result<()> {
     let end = pod.within(what, stream.read(&mut [0; 16])).await?;
     ensure!(matches!(end, Ok(0) | Err(_)), "{what}: it was answered");
@@ -385,11 +385,11 @@ async fn ends(pod: &Pod, what: &str, stream: &mut TcpStream) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_malformed_or_cut_frame_of_a_runtime_ends_its_tunnel_and_no_other() -> Result<()> {
+async fn a_malformed_frame_of_a_runtime_ends_only_its_tunnel() -> Result<()> {
     let (pod, kata) = Pod::with_kata_agent().await?;
     let bystander = pod.runtime().await?;
     pod.within("Check", bystander.check()).await??;
-    // Only the header comes: nobody may wait for data that is too much, or take it.
+    // Only the header comes: the agent must not wait for the data of an oversized frame.
     for (what, bytes) in [
         ("a frame that is too long", header(4 * MIB + 1, 1, 1)),
         ("a data frame that is too long", header(u32::MAX, 1, 3)),
@@ -421,7 +421,7 @@ async fn a_malformed_or_cut_frame_of_a_runtime_ends_its_tunnel_and_no_other() ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_malformed_or_cut_frame_of_the_kata_agent_ends_that_tunnel_and_the_next_one_works() -> Result<()> {
+async fn a_malformed_frame_of_the_kata_agent_ends_only_its_tunnel() -> Result<()> {
     let pod = Pod::up().await?;
     for bytes in
         [header(4 * MIB + 1, 1, 2), header(u32::MAX, 1, 3), [header(100, 1, 2), vec![10; 50]].concat()]
@@ -432,7 +432,7 @@ async fn a_malformed_or_cut_frame_of_the_kata_agent_ends_that_tunnel_and_the_nex
         let (mut stream, _) = pod.within("the agent's connection", listener.accept()).await??;
         stream.write_all(&bytes).await?;
         stream.shutdown().await?;
-        // Ended by the agent, which does not wait for the rest of what it will not pass on.
+        // The agent ends the tunnel, and does not wait for the rest of a frame that it will not forward.
         let mut rest = Vec::new();
         drop(pod.within("the agent's end of it", stream.read_to_end(&mut rest)).await?);
         ensure!(pod.within("Check", call).await??.is_err(), "an answer was made of {bytes:?}");
@@ -445,7 +445,7 @@ async fn a_malformed_or_cut_frame_of_the_kata_agent_ends_that_tunnel_and_the_nex
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_that_closes_between_two_frames_has_its_answers_first() -> Result<()> {
+async fn answers_arrive_before_a_close_between_two_frames() -> Result<()> {
     use secure_comms_tests::simulators::kata_api::ttrpc;
     let (pod, _kata) = Pod::with_kata_agent().await?;
     let request =
@@ -456,7 +456,7 @@ async fn a_connection_that_closes_between_two_frames_has_its_answers_first() -> 
     for id in [1, 3, 5] {
         bytes.extend([header(u32::try_from(data.len())?, id, 1), data.clone()].concat());
     }
-    // Cut where no frame ends, and in pieces of which each comes alone.
+    // Split inside of frames, into pieces that arrive one by one.
     stream.set_nodelay(true)?;
     for piece in bytes.chunks(7) {
         stream.write_all(piece).await?;

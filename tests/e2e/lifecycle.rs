@@ -66,7 +66,7 @@ async fn the_pod_comes_up_when_the_adaptor_is_there_first() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_comes_before_there_is_a_peer_is_served_once_there_is() -> Result<()> {
+async fn an_early_client_is_served_once_there_is_a_peer() -> Result<()> {
     let scene = scene().await?;
     let adaptor = scene.adaptor()?;
     let kata = endpoint(&adaptor, "KATAAGENT").await?;
@@ -81,7 +81,7 @@ async fn a_client_that_comes_before_there_is_a_peer_is_served_once_there_is() ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_killed_during_attestation_starts_over_and_the_pod_comes_up() -> Result<()> {
+async fn the_pod_comes_up_after_the_agent_is_killed_in_attestation() -> Result<()> {
     let scene = scene().await?;
     scene.kbs.deny("default/sshclient/publicKey");
     let mut agent = scene.agent().await?;
@@ -94,7 +94,7 @@ async fn an_agent_killed_during_attestation_starts_over_and_the_pod_comes_up() -
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_latched_agent_killed_resumes_with_its_keys_asks_nobody_and_attests_no_more() -> Result<()> {
+async fn a_killed_latched_agent_resumes_without_attestation() -> Result<()> {
     let scene = scene().await?;
     let mut agent = scene.agent().await?;
     let adaptor = scene.adaptor()?;
@@ -116,7 +116,7 @@ async fn a_latched_agent_killed_resumes_with_its_keys_asks_nobody_and_attests_no
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_adaptor_killed_during_attestation_resumes_and_makes_no_new_key() -> Result<()> {
+async fn an_adaptor_killed_in_attestation_keeps_its_key() -> Result<()> {
     let scene = scene().await?;
     let _agent = scene.agent().await?;
     scene.kbs.deny("default/sshclient/publicKey");
@@ -133,7 +133,7 @@ async fn an_adaptor_killed_during_attestation_resumes_and_makes_no_new_key() -> 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_adaptor_killed_in_the_kubernetes_phase_resumes_without_attestation() -> Result<()> {
+async fn a_killed_adaptor_resumes_without_attestation() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
     let mut adaptor = scene.adaptor()?;
@@ -161,7 +161,7 @@ async fn a_frozen_adaptor_is_replaced_by_a_new_one_at_once() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_that_is_cut_comes_back_and_its_clients_see_a_reset() -> Result<()> {
+async fn a_cut_connection_comes_back_and_its_clients_see_a_reset() -> Result<()> {
     let scene = scene().await?;
     let _agent = scene.agent().await?;
     let proxy = TcpProxy::to(scene.ssh).await?;
@@ -181,7 +181,7 @@ async fn a_connection_that_is_cut_comes_back_and_its_clients_see_a_reset() -> Re
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_half_open_connection_is_noticed_by_both_sides_and_blocks_nobody() -> Result<()> {
+async fn both_sides_detect_a_half_open_connection() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
     let proxy = TcpProxy::to(scene.ssh).await?;
@@ -216,8 +216,7 @@ async fn in_use<'a>(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_that_falls_silent_is_given_up_once_the_agent_answers_at_another_address() -> Result<()>
-{
+async fn a_silent_connection_fails_over_to_another_address() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
     let (proxies, adaptor) = on_two_proxies(&scene).await?;
@@ -322,7 +321,7 @@ async fn a_kbs_that_is_down_when_the_adaptor_publishes_is_waited_for() -> Result
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn garbage_keys_are_reported_and_good_ones_that_follow_are_used() -> Result<()> {
+async fn garbage_keys_are_reported_and_later_good_keys_are_used() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
     scene.kbs.set_fault(Fault::Garbage(b"-----BEGIN OPENSSH PRIVATE KEY-----\nnonsense\n".to_vec()));
@@ -435,7 +434,7 @@ async fn a_start_that_fails_says_what_was_last_seen() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stopping_for_good_deletes_the_pods_key_at_the_kbs_and_in_the_store() -> Result<()> {
+async fn a_final_stop_deletes_the_pods_key_everywhere() -> Result<()> {
     for old in [false, true] {
         let kbs = KbsOptions { old, ..KbsOptions::default() };
         let scene = Scene::new(SceneOptions { kbs, ..SceneOptions::default() }).await?;
@@ -454,7 +453,7 @@ async fn stopping_for_good_deletes_the_pods_key_at_the_kbs_and_in_the_store() ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_start_that_fails_leaves_nothing_behind_where_deletion_was_asked_for() -> Result<()> {
+async fn a_failed_start_with_deletion_leaves_nothing_behind() -> Result<()> {
     let mut scene = scene().await?;
     scene.deadline = 3;
     let mut command = scene.adaptor_command(&[scene.ssh])?;
@@ -537,7 +536,7 @@ async fn what_a_bug_ends_leaves_no_core_with_keys_in_it() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_adaptor_killed_while_its_kbs_is_away_comes_back_to_its_pod() -> Result<()> {
+async fn an_adaptor_killed_without_a_kbs_resumes_its_pod() -> Result<()> {
     let scene = scene().await?;
     let _agent = scene.agent().await?;
     let mut adaptor = scene.adaptor()?;
@@ -557,7 +556,7 @@ async fn an_adaptor_killed_while_its_kbs_is_away_comes_back_to_its_pod() -> Resu
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_adaptor_killed_while_its_disk_is_full_or_read_only_comes_back_to_its_pod() -> Result<()> {
+async fn an_adaptor_killed_on_a_full_or_read_only_disk_resumes() -> Result<()> {
     let scene = scene().await?;
     let disk = Disk::mount(scene.path("store"))?;
     let _agent = scene.agent().await?;
@@ -576,7 +575,7 @@ async fn an_adaptor_killed_while_its_disk_is_full_or_read_only_comes_back_to_its
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_that_the_kbs_swallowed_is_made_again_long_before_it_is_given_up_for_slow() -> Result<()> {
+async fn a_swallowed_kbs_request_is_retried_before_its_timeout() -> Result<()> {
     let scene = scene().await?;
     scene.kbs.set_fault(Fault::Slow(PATIENCE));
     let _adaptor = scene.adaptor()?;
@@ -590,15 +589,13 @@ async fn a_request_that_the_kbs_swallowed_is_made_again_long_before_it_is_given_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_vm_whose_first_question_the_kbs_swallowed_asks_again_long_before_it_gives_up_for_slow()
--> Result<()> {
+async fn a_vm_retries_a_swallowed_first_request_early() -> Result<()> {
     // Timeout of the first byte of a slow KBS: 20 s.
     swallowed(KbsOptions::default(), Duration::from_secs(20), true).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_vm_whose_question_the_kbs_swallowed_after_the_tls_handshake_asks_again_long_before_a_fetch_ends()
--> Result<()> {
+async fn a_vm_retries_a_request_swallowed_after_the_handshake() -> Result<()> {
     // Timeout of a fetch: 75 s.
     swallowed(KbsOptions { https: true, ..KbsOptions::default() }, Duration::from_secs(45), false).await
 }

@@ -174,8 +174,7 @@ async fn attested_through(scene: &Scene, does: Does) -> Result<(Middle, Child, C
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_in_the_middle_of_attestation_over_https_learns_no_key_and_the_pod_comes_up_once_it_leaves()
--> Result<()> {
+async fn over_https_a_man_in_the_middle_learns_no_key() -> Result<()> {
     let scene = scene(true).await?;
     let (middle, adaptor, agent) = attested_through(&scene, Does::Sees).await?;
     // The VM attests through it, and gets the real keys: no other server has the certificate.
@@ -198,8 +197,7 @@ async fn one_in_the_middle_of_attestation_over_https_learns_no_key_and_the_pod_c
 /// Trustee encrypts the resource for the VM's TEE key (JWE), the simulator does not. So what passes in the clear here is
 /// whatever the KBS hands out.
 #[tokio::test(flavor = "multi_thread")]
-async fn one_in_the_middle_of_attestation_over_http_sees_what_the_kbs_hands_out_and_gains_no_login()
--> Result<()> {
+async fn over_http_a_man_in_the_middle_gains_no_login() -> Result<()> {
     let scene = scene(false).await?;
     let (middle, adaptor, agent) = attested_through(&scene, Does::Sees).await?;
     agent.wait_for_text("Kubernetes phase", PATIENCE).await?;
@@ -219,7 +217,7 @@ async fn one_in_the_middle_of_attestation_over_http_sees_what_the_kbs_hands_out_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_in_the_middle_that_blocks_the_kbs_delays_a_pod_for_as_long_as_it_stays() -> Result<()> {
+async fn blocking_the_kbs_only_delays_the_pod() -> Result<()> {
     let scene = scene(true).await?;
     let (middle, adaptor, agent) = attested_through(&scene, Does::Blocks).await?;
     agent.wait_for_text("getting the keys from the KBS through", PATIENCE).await?;
@@ -228,7 +226,7 @@ async fn one_in_the_middle_that_blocks_the_kbs_delays_a_pod_for_as_long_as_it_st
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_in_the_middle_that_says_the_vm_is_another_pods_loses_it_in_the_promised_words() -> Result<()> {
+async fn a_false_claim_of_the_kubernetes_phase_has_no_lasting_effect() -> Result<()> {
     let scene = scene(true).await?;
     let agent = scene.agent().await?;
     let middle = Middle::before(scene.ssh, Does::Lies).await?;
@@ -246,7 +244,7 @@ async fn one_in_the_middle_that_says_the_vm_is_another_pods_loses_it_in_the_prom
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn in_the_kubernetes_phase_neither_side_talks_to_one_in_the_middle() -> Result<()> {
+async fn no_side_accepts_a_man_in_the_middle_in_the_kubernetes_phase() -> Result<()> {
     let scene = scene(true).await?;
     let agent = scene.agent().await?;
     let middle = Middle::before(scene.ssh, Does::Leaves).await?;
@@ -283,7 +281,7 @@ async fn in_the_kubernetes_phase_neither_side_talks_to_one_in_the_middle() -> Re
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_signature_of_the_worker_node_is_worth_nothing_in_another_session() -> Result<()> {
+async fn a_signature_is_refused_in_another_session() -> Result<()> {
     let scene = scene(true).await?;
     let agent = scene.agent().await?;
     // As an agent that got a key before, it asks the real adaptor for a signature.
@@ -357,7 +355,7 @@ async fn echo_for_ever(kata: SocketAddr, seed: u64, done: watch::Sender<u64>) ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bytes_that_are_changed_on_the_way_end_the_connection_and_never_arrive() -> Result<()> {
+async fn changed_bytes_end_the_connection_and_never_arrive() -> Result<()> {
     /// Number of changes; `TAMPER` in the environment overrides it.
     const ROUNDS: usize = 12;
     const SEED: u64 = 20_251;

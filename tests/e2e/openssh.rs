@@ -183,7 +183,7 @@ async fn a_tunnel_name_is_compared_without_regard_to_case() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ssh_dash_r_serves_a_tunnel_of_the_worker_node_in_the_kubernetes_phase() -> Result<()> {
+async fn ssh_dash_r_serves_a_worker_node_tunnel() -> Result<()> {
     let vm = Vm::kubernetes().await?;
     let spec = format!("NODESERVICE:7:{}", vm.scene.node_service.addr().unwrap());
     let ssh = vm.ssh()?;
@@ -194,7 +194,7 @@ async fn ssh_dash_r_serves_a_tunnel_of_the_worker_node_in_the_kubernetes_phase()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ssh_dash_r_serves_the_kbs_the_guest_attests_through_it_and_kubernetes_follows() -> Result<()> {
+async fn ssh_dash_r_serves_the_kbs_for_an_attestation() -> Result<()> {
     let vm = Vm::attestation().await?;
     vm.keys.publish(&vm.scene.kbs, &vm.scene.pod)?;
     let nobody = vm.nobody()?;
@@ -225,7 +225,7 @@ async fn ssh_dash_r_serves_the_kbs_the_guest_attests_through_it_and_kubernetes_f
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_control_channel_shows_hello_with_stdin_closed_and_open_and_answers_pings() -> Result<()> {
+async fn the_control_channel_sends_hello_and_answers_pings() -> Result<()> {
     let vm = Vm::kubernetes().await?;
     let ssh = vm.ssh()?;
     // Closed by the agent: the client is still reading.
@@ -251,7 +251,7 @@ async fn the_control_channel_shows_hello_with_stdin_closed_and_open_and_answers_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_garbage_control_line_ends_the_connection_with_a_reason_and_the_agent_stays() -> Result<()> {
+async fn a_garbage_control_line_ends_only_its_connection() -> Result<()> {
     let vm = Vm::kubernetes().await?;
     let long = format!("{{\"ping\":{}1}}", " ".repeat(70_000));
     for (line, reason) in [
@@ -274,7 +274,7 @@ async fn a_garbage_control_line_ends_the_connection_with_a_reason_and_the_agent_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_command_a_shell_a_pty_and_every_other_subsystem_are_refused() -> Result<()> {
+async fn commands_shells_ptys_and_other_subsystems_are_refused() -> Result<()> {
     let vm = Vm::kubernetes().await?;
     let ssh = vm.ssh()?;
     for (extra, remote, in_log) in [
@@ -408,7 +408,7 @@ async fn a_remote_forward_of_a_name_that_is_no_inbound_is_refused() -> Result<()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_key_an_rsa_key_a_password_and_an_unknown_user_are_refused() -> Result<()> {
+async fn every_login_but_the_worker_nodes_key_is_refused() -> Result<()> {
     let vm = Vm::kubernetes().await?;
     let other = PodKeys::make(vm.scene.path("x").parent().unwrap(), "other").await?;
     let denied = ["Permission denied"];
@@ -445,7 +445,7 @@ async fn a_wrong_key_an_rsa_key_a_password_and_an_unknown_user_are_refused() -> 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_user_of_the_other_phase_is_refused_at_once_by_a_banner_that_names_the_phase() -> Result<()> {
+async fn the_user_of_the_other_phase_is_refused_with_a_banner() -> Result<()> {
     let vm = Vm::kubernetes().await?;
     let ssh = vm.ssh()?;
     let ended = run(ssh.command("attestation", &["-v", "-N"], &[])).await?;
@@ -519,7 +519,7 @@ async fn refuses(raw: &mut Raw, packet: Packet, refusal: u8) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn everything_that_is_not_served_is_refused_and_the_connection_goes_on() -> Result<()> {
+async fn unserved_requests_are_refused_and_the_connection_stays() -> Result<()> {
     let vm = Vm::attestation().await?;
     let mut raw = Raw::attestation(vm.scene.ssh).await?;
     let opens = [

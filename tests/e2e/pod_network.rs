@@ -13,7 +13,7 @@ use secure_comms_tests::harness::test_namespace::TestNamespace;
 use serde_json::{Value, json};
 use tokio::process::Command;
 
-/// Ends an agent in good order.
+/// Stops an agent in good order.
 async fn end(mut agent: Child) {
     agent.signal(Signal::SIGTERM).unwrap();
     assert!(agent.wait_exit(PATIENCE).await.unwrap().success(), "{}", agent.log());
@@ -42,7 +42,7 @@ fn tunnel(site: &PodSite) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_and_its_worker_node_reach_each_other_and_a_stop_leaves_nothing_behind() {
+async fn pod_and_worker_node_reach_each_other_until_a_clean_stop() {
     for (plan, mtu) in [(V4, 1450), (V6, 1430), (V4_OVER_V6, 1430), (V6_OVER_V4, 1450)] {
         let site = PodSite::new(&plan).unwrap();
         let before = site.state().unwrap();
@@ -60,7 +60,7 @@ async fn a_pod_and_its_worker_node_reach_each_other_and_a_stop_leaves_nothing_be
 #[tokio::test(flavor = "multi_thread")]
 async fn routes_neighbours_and_the_mtu_are_those_of_the_spec() {
     let site = PodSite::new(&V4).unwrap();
-    // As Calico has it: one host, its gateway on the link, known beforehand.
+    // As Calico configures it: a /32, with its gateway on the link and a permanent neighbour.
     let changes = [
         ("podip", json!("10.244.1.7/32")),
         ("mtu", json!(1300)),
@@ -99,7 +99,7 @@ async fn routes_neighbours_and_the_mtu_are_those_of_the_spec() {
     assert_eq!(tunnel(&site)["mtu"], 1300);
     end(agent).await;
 
-    // With a network around the pod's address the kernel's own route to it is not there.
+    // The pod's address has a network around it, but the kernel's own route to that is missing.
     let none = with(&V4, &[("routes", json!([]))]);
     let agent = site.up(&none).await.unwrap();
     assert_eq!(site.pod.show(["-4", "route"]).unwrap(), json!([]));
@@ -107,7 +107,7 @@ async fn routes_neighbours_and_the_mtu_are_those_of_the_spec() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_was_killed_is_followed_by_one_that_ends_in_the_same_state() {
+async fn a_restarted_agent_reaches_the_same_network_state() {
     let site = PodSite::new(&V4).unwrap();
     let before = site.state().unwrap();
     let mut agent = site.up(&V4.pod_network()).await.unwrap();
@@ -119,7 +119,7 @@ async fn an_agent_that_was_killed_is_followed_by_one_that_ends_in_the_same_state
     let mut agent = site.up(&V4.pod_network()).await.unwrap();
     assert_eq!(site.state().unwrap(), up);
     agent.kill9().await.unwrap();
-    // Of another pod.
+    // The interface of another pod.
     let changed =
         with(&V4, &[("vxlan-id", json!(ID + 1)), ("podip", json!("10.244.2.9/24")), ("routes", json!([]))]);
     let mut agent = site.up(&changed).await.unwrap();
@@ -133,13 +133,13 @@ async fn an_agent_that_was_killed_is_followed_by_one_that_ends_in_the_same_state
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_default_route_and_an_address_that_come_late_are_noticed_when_they_come() {
+async fn a_late_default_route_and_address_are_noticed() {
     let site = PodSite::bare().unwrap();
     site.node.address("cable", V4.node).unwrap();
     site.node_end(&V4).unwrap();
     let agent = site.agent(&V4.pod_network()).await.unwrap();
     agent.wait_for_text("pod network: waiting: no default route for IPv4", PATIENCE).await.unwrap();
-    // A route to everywhere is there before an address is.
+    // The default route exists before the address does.
     site.vm.ip(["route", "add", "default", "dev", "ens3"]).unwrap();
     agent.wait_for_text("pod network: waiting: 'ens3' has no IPv4 address", PATIENCE).await.unwrap();
     site.vm.address("ens3", V4.vm).unwrap();
@@ -154,7 +154,7 @@ async fn a_default_route_and_an_address_that_come_late_are_noticed_when_they_com
     agent.wait_for_text("pod network: waiting: no interface 'ens4'", PATIENCE).await.unwrap();
     site.vm.veth("ens4", &site.node, "cable2").unwrap();
     agent.wait_for_text("pod network: waiting: 'ens4' has no IPv4 address", PATIENCE).await.unwrap();
-    // An agent that waits can be stopped.
+    // An agent that waits for the network can be stopped.
     end(agent).await;
 }
 
@@ -174,7 +174,7 @@ async fn the_tunnel_leaves_by_the_interface_that_the_flag_names() {
     traffic(&site, &V4).await;
     end(agent).await;
 
-    // A dedicated interface is none that the VM needs; the agent says so, and goes on trying and serving.
+    // The VM's only interface can't be the dedicated one; the agent reports that, retries, and serves.
     let agent = site.agent(&spec).await.unwrap();
     agent.wait_for_text("'ens4' has the VM's default route; give -host-interface", PATIENCE).await.unwrap();
     site.vm.ip(["route", "change", "default", "via", "10.9.0.2", "dev", "ens3"]).unwrap();
@@ -182,13 +182,13 @@ async fn the_tunnel_leaves_by_the_interface_that_the_flag_names() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_second_interface_moves_to_the_pod_with_its_addresses_and_routes_and_comes_back() {
+async fn the_second_interface_moves_to_the_pod_and_back() {
     let site = PodSite::new(&V4).unwrap();
     let outside = TestNamespace::new("outside").unwrap();
     outside.ip(["address", "add", "198.51.100.1/32", "dev", "lo"]).unwrap();
     let spec = with(&V4, &[("external-net-via-pod-vm", json!(true))]);
     let agent = site.up(&spec).await.unwrap();
-    // It comes late, as a second interface does.
+    // It appears late, as a second interface does.
     site.vm.veth("ens4", &outside, "cable").unwrap();
     outside.address("cable", "10.77.0.1/24").unwrap();
     site.vm.address("ens4", "10.77.0.2/24").unwrap();
@@ -224,9 +224,9 @@ async fn the_second_interface_moves_to_the_pod_with_its_addresses_and_routes_and
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_interface_without_a_default_route_gets_that_of_its_network_and_does_not_keep_it() {
+async fn a_borrowed_default_route_is_not_kept() {
     let site = PodSite::new(&V4).unwrap();
-    // On one network with the first, through a switch at the worker node.
+    // Both are in one network, through a switch at the worker node.
     site.vm.veth("ens4", &site.node, "cable2").unwrap();
     site.vm.address("ens4", "10.9.0.5/24").unwrap();
     site.node.ip(["route", "add", "10.9.0.5/32", "dev", "cable2"]).unwrap();
@@ -244,7 +244,7 @@ async fn a_second_interface_without_a_default_route_gets_that_of_its_network_and
     assert_eq!(site.state().unwrap(), before);
 }
 
-/// Runs `nft` in a namespace; what it printed.
+/// Runs `nft` in a namespace; returns its output.
 async fn nft(netns: &TestNamespace, arguments: &[&str]) -> String {
     let output = netns.command("nft").args(arguments).output().await.unwrap();
     assert!(output.status.success(), "nft {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -256,7 +256,7 @@ async fn the_tunnel_is_not_tracked_and_its_rules_go_with_it() {
     for plan in [V4, V6] {
         let site = PodSite::new(&plan).unwrap();
         let agent = site.up(&plan.pod_network()).await.unwrap();
-        // From now on the VM tracks connections, and counts what of the tunnel it does track.
+        // From now on the VM tracks connections, and counts the tunnel's packets that it tracks.
         let port = PORT.to_string();
         nft(&site.vm, &["add", "table", "inet", "t"]).await;
         for (chain, hook) in [("in", "input"), ("out", "output")] {
@@ -323,7 +323,7 @@ async fn a_failure_is_undone_and_told_and_tried_again() {
     end(agent).await;
     assert_eq!(site.state().unwrap(), before);
 
-    // What is not ours is not touched, and once it is gone the network comes up.
+    // Interfaces of others are not changed, and once they are gone the network comes up.
     site.pod.ip(["link", "add", "eth0", "type", "veth", "peer", "name", "peer"]).unwrap();
     let agent = site.agent(&V4.pod_network()).await.unwrap();
     agent.wait_for_text("has a 'eth0' already that is no VXLAN link", PATIENCE).await.unwrap();
@@ -344,7 +344,7 @@ async fn a_pod_namespace_that_comes_late_gets_its_network() {
     agent.wait_for_text(&format!("opening network namespace {path}"), PATIENCE).await.unwrap();
     assert!(make(&path).await.status.success());
     is_up(&agent).await.unwrap();
-    // It may also go before the agent does.
+    // The interface may disappear before the agent stops.
     assert!(Command::new("ip").args(["netns", "del", &late.0]).status().await.unwrap().success());
     end(agent).await;
 }
@@ -373,18 +373,18 @@ async fn make(path: &str) -> Output {
     command.output().await.unwrap()
 }
 
-/// A named namespace that goes when dropped.
+/// A named namespace that is removed when dropped.
 struct Made(String);
 
 impl Drop for Made {
     fn drop(&mut self) {
-        // It may not have been made.
+        // It may not exist.
         let _ = std::process::Command::new("ip").args(["netns", "del", &self.0]).output();
     }
 }
 
 #[tokio::test]
-async fn a_missing_pod_namespace_is_made_as_ip_netns_makes_it_and_one_that_is_there_is_kept() {
+async fn a_missing_pod_namespace_is_made_and_an_existing_one_kept() {
     let made = Made(format!("sc-made-{}", std::process::id()));
     let path = format!("/run/netns/{}", made.0);
     let said = make(&path).await;
@@ -423,7 +423,7 @@ async fn a_missing_pod_namespace_is_made_as_ip_netns_makes_it_and_one_that_is_th
 }
 
 #[tokio::test]
-async fn a_pod_namespace_may_be_elsewhere_but_not_in_the_place_of_something_else() {
+async fn a_pod_namespace_replaces_no_other_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("deep/podns");
     let text = path.to_str().unwrap();

@@ -90,7 +90,7 @@ async fn in_every_slot(agent: SocketAddr) -> Result<(Vec<Stranger>, Vec<TcpStrea
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn strangers_in_every_slot_that_stay_do_not_keep_the_pod_from_coming_up() -> Result<()> {
+async fn the_pod_comes_up_with_strangers_in_every_slot() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
     let strangers = in_every_slot(scene.ssh).await?;
@@ -116,7 +116,7 @@ async fn once_strangers_that_took_every_slot_leave_the_pod_comes_up() -> Result<
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn strangers_that_come_back_whenever_they_are_cut_do_not_keep_the_pod_from_coming_up() -> Result<()> {
+async fn the_pod_comes_up_while_strangers_keep_reconnecting() -> Result<()> {
     let scene = scene().await?;
     let _agent = scene.agent().await?;
     let (mut flood, cuts) = (JoinSet::new(), watch::Sender::new(0));
@@ -171,7 +171,7 @@ async fn strangers_that_answer_garbage_cost_an_attempt_each() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn strangers_that_answer_nothing_lose_their_turn_and_are_told_why() -> Result<()> {
+async fn silent_strangers_lose_their_attempt_with_a_reason() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
     let mut strangers = Vec::new();
@@ -195,7 +195,7 @@ async fn strangers_that_answer_nothing_lose_their_turn_and_are_told_why() -> Res
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stranger_that_drips_an_endless_answer_loses_its_turn_once_another_has_come() -> Result<()> {
+async fn a_stranger_with_an_endless_answer_loses_its_attempt() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
     let stranger = Stranger::attest(scene.ssh, &pod_id()?, Answer::Drips).await?;
@@ -208,7 +208,7 @@ async fn a_stranger_that_drips_an_endless_answer_loses_its_turn_once_another_has
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_honest_peer_that_leaves_in_the_middle_costs_only_its_attempt() -> Result<()> {
+async fn an_honest_peer_that_leaves_costs_only_its_attempt() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
     for _ in 0..3 {
@@ -223,8 +223,7 @@ async fn an_honest_peer_that_leaves_in_the_middle_costs_only_its_attempt() -> Re
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stranger_that_plays_the_kbs_and_logs_in_gets_the_empty_vm_and_the_adaptor_says_so_at_once()
--> Result<()> {
+async fn the_adaptor_reports_at_once_a_vm_lost_to_a_stranger() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
     let impostor = Impostor::new(&scene).await?;
@@ -249,7 +248,7 @@ async fn a_stranger_that_plays_the_kbs_and_logs_in_gets_the_empty_vm_and_the_ada
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_that_a_stranger_fed_the_vm_and_did_not_log_in_with_do_not_last() -> Result<()> {
+async fn keys_of_a_stranger_without_a_login_do_not_last() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
     let impostor = Impostor::new(&scene).await?;
@@ -263,7 +262,7 @@ async fn keys_that_a_stranger_fed_the_vm_and_did_not_log_in_with_do_not_last() -
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn once_latched_no_stranger_gets_in_nor_after_the_agent_was_killed_and_restarted() -> Result<()> {
+async fn no_stranger_gets_into_a_latched_vm_after_a_restart() -> Result<()> {
     let scene = scene().await?;
     let mut agent = scene.agent().await?;
     let waiting = Stranger::attest(scene.ssh, &pod_id()?, Answer::Refuses).await?;
@@ -296,7 +295,7 @@ async fn once_latched_no_stranger_gets_in_nor_after_the_agent_was_killed_and_res
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stranger_without_the_key_that_the_vm_was_given_beforehand_does_not_attest() -> Result<()> {
+async fn a_vm_with_keys_from_user_data_attests_to_no_stranger() -> Result<()> {
     let scene = scene().await?;
     let keys = PodKeys::make(scene.path("x").parent().unwrap(), "own").await?;
     let mut user_data = keys.user_data()?;
@@ -389,7 +388,7 @@ async fn send(agent: SocketAddr, junk: Junk) -> Result<Raw> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn junk_ends_its_connection_with_a_reason_in_the_log_and_leaves_nothing_open() -> Result<()> {
+async fn junk_ends_its_connection_and_leaves_nothing_open() -> Result<()> {
     let scene = scene().await?;
     let agent = talkative(&scene).await?;
     // One good connection first, so that the agent has opened all files that it keeps open.
@@ -463,7 +462,7 @@ async fn junk_ends_its_connection_with_a_reason_in_the_log_and_leaves_nothing_op
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_hundred_attestation_connections_leave_neither_memory_nor_files_behind() -> Result<()> {
+async fn two_hundred_attestation_connections_leave_nothing_behind() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
     let come_and_go = async |times: usize| {

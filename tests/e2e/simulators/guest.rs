@@ -1,4 +1,4 @@
-//! The guest stand-in fetches through the KBS, in this process and as processes of its own.
+//! The simulated guest components fetch through the KBS, in this process and as processes of their own.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -39,7 +39,7 @@ fn assert_failed(answer: &Answer) {
 }
 
 #[tokio::test]
-async fn a_fetch_is_one_attestation_and_three_requests_on_two_connections() {
+async fn a_fetch_takes_one_attestation_and_two_connections() {
     let kbs = kbs(false).await;
     let (rest, cdh) = rest(options(&kbs)).await;
     for fetches in 1..=2 {
@@ -66,7 +66,7 @@ async fn https_works_with_the_pinned_ca_and_with_no_other() {
 }
 
 #[tokio::test]
-async fn a_missing_or_denied_resource_costs_four_attestations_and_tells_no_cause() {
+async fn a_missing_or_denied_resource_costs_four_attestations() {
     let kbs = kbs(false).await;
     let (rest, _) = rest(options(&kbs)).await;
     assert_failed(&fetch(rest.addr(), "default/pp-2/privateKey").await);
@@ -85,7 +85,7 @@ async fn a_guest_with_the_wrong_evidence_gets_nothing() {
 }
 
 #[tokio::test]
-async fn a_kbs_that_is_down_fails_after_the_retries_and_serves_once_it_is_up() {
+async fn a_kbs_that_is_down_fails_the_fetch_after_its_retries() {
     let kbs = kbs(false).await;
     let (rest, _) = rest(options(&kbs)).await;
     kbs.kill().await.unwrap();
@@ -97,7 +97,7 @@ async fn a_kbs_that_is_down_fails_after_the_retries_and_serves_once_it_is_up() {
 }
 
 #[tokio::test]
-async fn a_silent_kbs_is_given_up_once_and_garbage_is_passed_on_as_it_is() {
+async fn a_silent_kbs_is_not_retried_and_garbage_is_passed_on() {
     let kbs = kbs(false).await;
     let (rest, _) = rest(CdhOptions { answer_limit: Duration::from_millis(100), ..options(&kbs) }).await;
     kbs.set_fault(Fault::Silent);
@@ -142,7 +142,7 @@ async fn one_process_serves_front_and_back_over_https() {
 }
 
 #[tokio::test]
-async fn two_processes_serve_front_and_back_and_clean_up_when_told_to_end() {
+async fn front_and_back_run_as_processes_and_clean_up() {
     let kbs = kbs(false).await;
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("cdh.sock");

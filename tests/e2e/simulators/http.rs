@@ -1,4 +1,4 @@
-//! A plain HTTP client for the tests of the stand-ins.
+//! A plain HTTP client for the tests of the simulators.
 
 use std::net::SocketAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -13,7 +13,7 @@ use secure_comms_tests::simulators::kbs::{DEFAULT_EVIDENCE, Kbs};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
-/// An answer, read whole.
+/// A complete answer.
 pub(crate) struct Answer {
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
@@ -34,7 +34,7 @@ impl Answer {
         json["type"].as_str().unwrap().strip_prefix(prefix).unwrap().to_owned()
     }
 
-    /// The cookie it sets, as to be sent back.
+    /// The cookie to send back.
     pub(crate) fn cookie(&self) -> String {
         self.headers[SET_COOKIE].to_str().unwrap().split(';').next().unwrap().to_owned()
     }
@@ -60,7 +60,7 @@ pub(crate) async fn call(
     Ok(Answer { status: head.status, headers: head.headers, body: body.collect().await?.to_bytes() })
 }
 
-/// Attests; answers the cookie and the token.
+/// Attests; returns the cookie and the token.
 pub(crate) async fn attest(kbs: &Kbs) -> (String, String) {
     let auth = call(kbs.addr(), Method::POST, "/kbs/v0/auth", &[], b"{}").await.unwrap();
     let (cookie, nonce) = (auth.cookie(), auth.json()["nonce"].clone());

@@ -1,4 +1,4 @@
-//! The kata agent stand-in and the client side that checks every byte.
+//! The simulated kata agent, and the clients that check every byte.
 
 use std::path::Path;
 use std::time::Duration;
@@ -79,7 +79,7 @@ async fn an_unknown_command_ends_the_connection() {
     assert_eq!(stream.read(&mut [0]).await.unwrap_or(0), 0);
 }
 
-/// Passes bytes on, but changes, drops or adds one on the way back.
+/// Relays bytes, but changes, drops or adds one on the way back.
 async fn tampering(kind: &str) -> tokio::io::DuplexStream {
     let kata = KataAgent::tcp("127.0.0.1:0".parse().unwrap()).await.unwrap();
     let (near, far) = tokio::io::duplex(4096);

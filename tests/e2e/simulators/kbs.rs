@@ -1,4 +1,4 @@
-//! The KBS stand-in refuses and answers as Trustee does.
+//! The simulated KBS refuses and answers as Trustee does.
 
 use std::time::{Duration, Instant};
 
@@ -65,7 +65,7 @@ async fn a_get_without_attestation_is_refused_even_to_the_admin() {
     let answer = admin(&kbs, Method::GET, URL, b"").await.unwrap();
     assert_eq!((answer.status, answer.variant().as_str()), (StatusCode::UNAUTHORIZED, "TokenVerifierError"));
 
-    // A session that has begun but shown no evidence is worth nothing either.
+    // A session without evidence gives access to nothing.
     let auth = call(kbs.addr(), Method::POST, "/kbs/v0/auth", &[], b"{}").await.unwrap();
     let cookie = auth.cookie();
     let answer = call(kbs.addr(), Method::GET, URL, &[("cookie", &cookie)], b"").await.unwrap();
@@ -78,7 +78,7 @@ async fn a_get_without_attestation_is_refused_even_to_the_admin() {
 }
 
 #[tokio::test]
-async fn an_attested_session_reads_by_cookie_and_by_token_but_writes_nothing() {
+async fn an_attested_session_reads_but_writes_nothing() {
     let kbs = kbs().await;
     kbs.put(PATH, "secret").unwrap();
     let (cookie, token) = super::http::attest(&kbs).await;
@@ -147,7 +147,7 @@ async fn faults_come_and_go_while_it_runs() {
 }
 
 #[tokio::test]
-async fn a_killed_kbs_refuses_connections_and_comes_back_on_its_port_with_its_resources() {
+async fn a_restarted_kbs_has_its_port_and_its_resources() {
     let kbs = kbs().await;
     kbs.put(PATH, "secret").unwrap();
     let (cookie, _) = super::http::attest(&kbs).await;
@@ -165,7 +165,7 @@ async fn a_killed_kbs_refuses_connections_and_comes_back_on_its_port_with_its_re
 }
 
 #[tokio::test]
-async fn connections_without_a_request_head_are_closed_new_and_idle_alike() {
+async fn connections_without_a_request_head_are_closed() {
     let head_limit = Duration::from_millis(300);
     let kbs = Kbs::start(KbsOptions { head_limit, ..KbsOptions::default() }).await.unwrap();
     for request in [&b""[..], b"GET /heal", b"GET /healthz HTTP/1.1\r\nhost: kbs\r\n\r\n"] {

@@ -1,4 +1,4 @@
-//! Channels that are not there, windows that do not exist, and more of either than anybody needs (RFC 4254 5).
+//! Channels that do not exist, windows that were not granted, and too many of either (RFC 4254 5).
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
@@ -6,7 +6,7 @@ use secure_comms_tests::attackers::raw::{Packet, Raw, message, uint};
 
 const MANY: u32 = 10_000;
 
-/// What is sent on the agent's channel of this number.
+/// Messages on the agent's channel of this number.
 type Abuse = fn(u32) -> Vec<Packet>;
 
 fn window_adjust(id: u32, bytes: u32) -> Packet {
@@ -36,7 +36,7 @@ fn extended(id: u32, code: u32, data: &[u8]) -> Packet {
 #[tokio::test(flavor = "multi_thread")]
 async fn channels_that_are_not_there_take_nothing_and_answer_nothing() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
-    // Another peer's channels have the same numbers: what is sent here must not get there.
+    // Other peers' channels have the same numbers: no message must reach them.
     let mut other = Raw::attestation(attacked.scene.ssh).await?;
     let others = other.open_control(1).await?;
     let mut raw = Raw::attestation(attacked.scene.ssh).await?;
@@ -61,7 +61,7 @@ async fn channels_that_are_not_there_take_nothing_and_answer_nothing() -> Result
     raw.send(&confirmation(own)).await?;
     raw.ends().await?;
     for id in [others, 0, u32::MAX] {
-        // It was never asked for: the peer has lost count, and is not served on.
+        // The agent never opened it: the peer's state is wrong, and the connection ends.
         let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         raw.send(&confirmation(id)).await?;
         raw.ends().await?;
@@ -72,7 +72,7 @@ async fn channels_that_are_not_there_take_nothing_and_answer_nothing() -> Result
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_control_channel_that_is_abused_harms_its_own_connection_alone() -> Result<()> {
+async fn an_abused_control_channel_harms_only_its_connection() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     let abuses: [(&str, Abuse); 11] = [
         ("a window beyond 32 bits", |id| vec![window_adjust(id, u32::MAX), window_adjust(id, u32::MAX)]),
@@ -116,7 +116,7 @@ async fn windows_and_packets_of_no_size_stall_nobody_else() -> Result<()> {
         let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         raw.send(&open(window, packet)).await?;
         let id = uint(&raw.expect(&[message::CHANNEL_OPEN_CONFIRMATION]).await?, 5)?;
-        // Its hello has to wait for room.
+        // The agent's hello has to wait for window.
         raw.send(&Packet::request(id, "subsystem").string("secure-comms")).await?;
         raw.expect(&[message::CHANNEL_SUCCESS]).await?;
         raw.send(&window_adjust(id, u32::MAX)).await?;
@@ -129,7 +129,7 @@ async fn windows_and_packets_of_no_size_stall_nobody_else() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn thousands_of_opens_are_refused_one_by_one_and_leave_no_memory() -> Result<()> {
+async fn thousands_of_refused_opens_leave_no_memory() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     attacked.holds_and_attests().await?;
     let before = attacked.agent.rss_kib()?;

@@ -1,4 +1,4 @@
-//! Lines on the control channel that no adaptor would write.
+//! Lines on the control channel that no adaptor sends.
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
@@ -13,7 +13,7 @@ async fn say(raw: &mut Raw, channel: u32, line: &[u8]) -> Result<()> {
     raw.send(&Packet::data(channel, b"\n")).await
 }
 
-/// The pong of this number comes; what the agent says besides is passed over.
+/// Waits for the pong of this number, and skips other messages.
 async fn pongs(raw: &mut Raw, channel: u32, number: u64) -> Result<()> {
     say(raw, channel, format!("{{\"ping\":{number}}}").as_bytes()).await?;
     let wanted = format!("{{\"pong\":{number}}}\n");
@@ -56,7 +56,7 @@ async fn lines_that_are_no_messages_end_the_connection_with_a_reason() -> Result
         let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         let channel = raw.open_control(1).await?;
         let mark = attacked.agent.mark();
-        // Cut in the middle of a long line, it can't take all of it.
+        // Cut in the middle of a long line, the peer can't write all of it.
         drop(say(&mut raw, channel, line.as_bytes()).await);
         raw.ends().await.with_context(|| format!("{line:.80}"))?;
         let told = attacked.agent.wait_from(
@@ -100,14 +100,14 @@ async fn messages_that_nobody_needs_change_nothing() -> Result<()> {
         r#"{}"#.to_owned(),
         r#"{"later":{"x":[1,2,{"y":null}]}}"#.to_owned(),
         "\r\n \r\n".to_owned(),
-        // As deep as a line can be, and nobody has to go down there.
+        // Nested as deep as a line can be; the parser must not recurse.
         format!("{{\"later\":{}{}}}", "[".repeat(32_000), "]".repeat(32_000)),
     ];
     for (number, line) in lines.iter().enumerate() {
         say(&mut raw, channel, line.as_bytes()).await?;
         pongs(&mut raw, channel, number as u64).await.with_context(|| format!("{line:.80}"))?;
     }
-    // Ten thousand each, faster than anybody answers: of what it owes, the agent keeps the latest.
+    // Ten thousand of each, faster than they are answered: the agent keeps only the latest of what it owes.
     for number in 0..10_000_u32 {
         let line =
             format!("{{\"credit\":{{\"stream\":{number},\"bytes\":4294967295}}}}\n{{\"ping\":{number}}}\n");
@@ -116,7 +116,7 @@ async fn messages_that_nobody_needs_change_nothing() -> Result<()> {
     pongs(&mut raw, channel, u64::MAX).await?;
     answers(&mut raw).await?;
     attacked.holds_and_attests().await?;
-    // A bye is a bye.
+    // The agent answers a bye by its own end.
     say(&mut raw, channel, br#"{"bye":{"reason":"\u001b[2J\u0000\nforged: line"}}"#).await?;
     raw.ends().await?;
     ensure!(

@@ -5,7 +5,7 @@ use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Offer, Packet, Raw, message};
 use secure_comms_tests::harness::scene::PATIENCE;
 
-/// What could be slipped into a handshake without either end noticing, were it not strict.
+/// Messages that could be inserted into a handshake unnoticed without strict key exchange.
 fn stowaways() -> [Packet; 3] {
     [
         Packet::new(message::IGNORE).string("x"),
@@ -14,7 +14,7 @@ fn stowaways() -> [Packet; 3] {
     ]
 }
 
-/// The handshake up to a point, a message there, and the rest as if nothing were.
+/// The handshake up to a point, a message there, and the rest as usual.
 async fn slipped_in(attacked: &AttackedAgent, place: usize, stowaway: &Packet) -> Result<()> {
     let mut raw = Raw::connect(attacked.scene.ssh).await?;
     raw.identify().await?;
@@ -49,7 +49,7 @@ async fn a_message_slipped_in_before_new_keys_ends_the_connection() -> Result<()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_is_not_strict_or_says_so_in_other_words_gets_no_keys() -> Result<()> {
+async fn a_client_without_strict_key_exchange_gets_no_keys() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     for kex in [
         "curve25519-sha256",
@@ -69,13 +69,13 @@ async fn a_client_that_is_not_strict_or_says_so_in_other_words_gets_no_keys() ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_prefix_that_is_cut_off_the_sealed_stream_ends_the_connection_with_either_cipher() -> Result<()> {
+async fn prefix_truncation_ends_the_connection_with_either_cipher() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     for offer in [Offer::default(), Offer::default().by_sequence()] {
         for cut in [0, 1, 2] {
             let mut raw = Raw::secured(attacked.scene.ssh, offer).await?;
             for _ in 0..cut {
-                // Sealed, and lost on the way.
+                // Encrypted, and lost on the path.
                 raw.seal(&Packet::new(message::IGNORE).string("x"))?;
             }
             let attests = raw.attest().await;
@@ -83,7 +83,7 @@ async fn a_prefix_that_is_cut_off_the_sealed_stream_ends_the_connection_with_eit
         }
         attacked.holds_and_attests().await?;
     }
-    // Sequence numbers that go on are what made the truncation pass: they must not.
+    // Continued sequence numbers made the truncation attack possible.
     let mut raw = Raw::connect(attacked.scene.ssh).await?;
     raw.starts_over = false;
     raw.identify().await?;
@@ -95,7 +95,7 @@ async fn a_prefix_that_is_cut_off_the_sealed_stream_ends_the_connection_with_eit
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guessed_exchange_passes_only_where_the_standard_has_it() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
-    // first_kex_packet_follows (RFC 4253 7.1): the guess was wrong, for the agent prefers another exchange of those offered.
+    // first_kex_packet_follows (RFC 4253 7.1): a wrong guess, because the agent prefers another of the offered exchanges.
     let kex = "sntrup761x25519-sha512,curve25519-sha256,kex-strict-c-v00@openssh.com";
     let offer = Offer { kex, ..Offer::default() };
     for extra in 0..4 {
@@ -125,7 +125,7 @@ async fn a_guessed_exchange_passes_only_where_the_standard_has_it() -> Result<()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn public_keys_of_other_lengths_and_of_small_order_yield_no_keys() -> Result<()> {
+async fn malformed_and_small_order_public_keys_yield_no_keys() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     let mut field = Packet::new(message::KEX_ECDH_INIT).string([1; 32]).payload().to_vec();
     field[1] = 0xff;
@@ -155,7 +155,7 @@ async fn public_keys_of_other_lengths_and_of_small_order_yield_no_keys() -> Resu
             ensure!(reply.is_err(), "{kex}: {public:?} got a reply");
             attacked.holds()?;
         }
-        // Of the right length, and no key of the lattice: every coefficient is too large.
+        // Of the right length, but no key of the lattice: every coefficient is too large.
         let mut raw = Raw::connect(attacked.scene.ssh).await?;
         raw.identify().await?;
         raw.begin(Offer { kex, ..Offer::default() }).await?;

@@ -1,11 +1,11 @@
-//! Fields that lie about their length, are no text, or are nothing that anybody would write; most of them before a login.
+//! Fields with a wrong length, without text, or with senseless values; most of them before a login.
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Key, Offer, Packet, Raw, message};
 use secure_comms_tests::harness::scene::PATIENCE;
 
-/// A small generator with a seed (xorshift64*): the same junk in each run.
+/// A small random generator (xorshift64*): the same junk in each run.
 struct Junk(u64);
 
 impl Junk {
@@ -20,7 +20,7 @@ impl Junk {
         (self.next() % bound as u64) as usize
     }
 
-    /// The same with a few bits turned, cut, or with a length that lies.
+    /// The same with some bits inverted, truncated, or with a wrong length.
     fn spoil(&mut self, bytes: &[u8]) -> Vec<u8> {
         let mut bytes = bytes.to_vec();
         for _ in 0..=self.below(3) {
@@ -47,7 +47,7 @@ async fn asked(attacked: &AttackedAgent) -> Result<Raw> {
     Ok(raw)
 }
 
-/// Public keys and certificates of every kind that a library might know, well-formed and not.
+/// Public keys and certificates of every kind that a library might parse, well-formed and malformed.
 fn keys() -> Vec<(&'static str, Packet)> {
     let none = || Packet::whole(vec![]);
     let certificate = |kind: &'static str, key: Packet| {
@@ -57,7 +57,7 @@ fn keys() -> Vec<(&'static str, Packet)> {
             .uint(1)
             .string("id")
             .string(none().string("kubernetes").payload());
-        // Valid for ever, signed by itself with nothing.
+        // Valid without end, with an invalid signature of its own.
         let body =
             body.bytes(&0_u64.to_be_bytes()).bytes(&u64::MAX.to_be_bytes()).string("").string("").string("");
         let own = none().string("ssh-ed25519").string([2; 32]);
@@ -109,8 +109,7 @@ fn keys() -> Vec<(&'static str, Packet)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_key_and_no_certificate_but_the_worker_nodes_lets_anybody_in_whatever_it_looks_like() -> Result<()>
-{
+async fn only_the_worker_nodes_key_is_accepted() -> Result<()> {
     for attacked in [AttackedAgent::attestation().await?, AttackedAgent::kubernetes().await?] {
         for (algorithm, key) in keys() {
             for user in ["kubernetes", "attestation"] {
@@ -122,7 +121,7 @@ async fn no_key_and_no_certificate_but_the_worker_nodes_lets_anybody_in_whatever
                         request = request.string(signature.payload());
                     }
                     let mut raw = asked(&attacked).await?;
-                    // Refused, or ended where it can't be read.
+                    // Refused, or ended if it can't be parsed.
                     let let_in = raw.authenticate(&request).await.unwrap_or(false);
                     ensure!(!let_in, "{user}: {algorithm} is let in");
                     attacked.holds()?;
@@ -157,7 +156,7 @@ async fn spoiled_logins_are_refused_or_end_their_connection() -> Result<()> {
         };
         let spoiled = Packet::whole(junk.spoil(packet.payload()));
         let let_in = raw.authenticate(&spoiled);
-        // Some of them are no request any more, and get no answer: the next message does.
+        // Some of them are no longer requests and get no answer; the next message does.
         let let_in = tokio::time::timeout(std::time::Duration::from_millis(300), let_in).await;
         ensure!(!matches!(let_in, Ok(Ok(true))), "{number}: {spoiled:?} is let in");
         attacked.holds().with_context(|| format!("seed {SEED:#x}, number {number}: {spoiled:?}"))?;
@@ -166,7 +165,7 @@ async fn spoiled_logins_are_refused_or_end_their_connection() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn spoiled_handshakes_end_and_spoiled_requests_end_or_are_refused() -> Result<()> {
+async fn spoiled_handshakes_and_requests_are_not_accepted() -> Result<()> {
     const SEED: u64 = 0x5eed_0002;
     let attacked = AttackedAgent::attestation().await?;
     let mut junk = Junk(SEED);
@@ -174,7 +173,7 @@ async fn spoiled_handshakes_end_and_spoiled_requests_end_or_are_refused() -> Res
         let mut raw = Raw::connect(attacked.scene.ssh).await?;
         raw.identify().await?;
         raw.send(&Packet::whole(junk.spoil(Offer::default().packet().payload()))).await?;
-        // A bit of the cookie may have turned: then the hash is another at each end, and the keys are.
+        // A bit of the cookie may be inverted: then the hashes of both ends differ, and so do the keys.
         drop(raw.send(&Packet::new(message::KEX_ECDH_INIT).string([1; 32])).await);
         drop(raw.send(&Packet::new(message::NEWKEYS)).await);
         drop(raw.write(&[0; 64]).await);
@@ -265,7 +264,7 @@ async fn texts_that_are_none_and_lengths_that_lie_end_a_login() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn more_tries_than_are_allowed_end_the_connection_whatever_is_tried() -> Result<()> {
+async fn too_many_login_attempts_end_the_connection() -> Result<()> {
     let attacked = AttackedAgent::kubernetes().await?;
     for packet in [
         Packet::authenticate("kubernetes", "none"),
@@ -283,7 +282,7 @@ async fn more_tries_than_are_allowed_end_the_connection_whatever_is_tried() -> R
         }
         raw.ends().await?;
     }
-    // Questions about a key cost nothing, and are endless until the time to authenticate is over.
+    // Queries about a key are free, without limit until the authentication timeout.
     let node = attacked.node_key()?;
     let mut raw = asked(&attacked).await?;
     let probe =

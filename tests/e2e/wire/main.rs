@@ -1,5 +1,5 @@
-//! An attacker at the level of packets, on either side of the real binaries: after each attack the process is the one that
-//! it was, it is small, and it serves others.
+//! Packet-level attacks of a client on the real agent. After each attack the agent is the same process, small, and serves
+//!  others.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 mod channels;

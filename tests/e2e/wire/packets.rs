@@ -1,4 +1,4 @@
-//! Packets that are replayed, cut, too long, or tampered with (RFC 4253 6).
+//! Packets that are replayed, truncated, too long, or tampered with (RFC 4253 6).
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
@@ -16,13 +16,13 @@ fn noise() -> Packet {
     Packet::new(message::IGNORE).string([5; 1000])
 }
 
-/// Ends, for a connection that was refused something; it is not let in either.
+/// Checks that the connection ends, or that the peer is refused.
 async fn is_ended(mut raw: Raw, what: &str) -> Result<()> {
     raw.ends().await.with_context(|| what.to_owned())
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn packets_that_are_replayed_dropped_swapped_or_changed_end_the_connection() -> Result<()> {
+async fn replayed_dropped_or_changed_packets_end_the_connection() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     for offer in [Offer::default(), Offer::default().by_sequence()] {
         for mut raw in both(&attacked, offer).await? {
@@ -40,9 +40,9 @@ async fn packets_that_are_replayed_dropped_swapped_or_changed_end_the_connection
             for mut raw in both(&attacked, offer).await? {
                 let mut bytes = raw.seal(&noise())?;
                 bytes[at] ^= 1;
-                // A length that has grown waits for more.
+                // After a larger length the agent waits for more.
                 bytes.extend_from_slice(&[0; 400_000]);
-                // It may be ended before all is out.
+                // The agent may end the connection before all is written.
                 drop(raw.write(&bytes).await);
                 is_ended(raw, "a changed bit").await?;
             }
@@ -53,9 +53,9 @@ async fn packets_that_are_replayed_dropped_swapped_or_changed_end_the_connection
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lengths_that_no_packet_has_end_the_connection_and_take_no_memory() -> Result<()> {
+async fn impossible_packet_lengths_end_the_connection() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
-    // Nothing follows: the length alone must do, or the agent would wait for it.
+    // Nothing follows: the agent must end the connection because of the length alone.
     for length in [262_178, 1 << 20, 1 << 24, 1 << 30, i32::MAX as u32, u32::MAX - 3, u32::MAX] {
         for mut raw in both(&attacked, Offer::default()).await? {
             raw.write(&length.to_be_bytes()).await?;
@@ -67,7 +67,7 @@ async fn lengths_that_no_packet_has_end_the_connection_and_take_no_memory() -> R
         is_ended(raw, &format!("length {length} in the clear")).await?;
     }
     attacked.holds_and_attests().await?;
-    // Sealed, with a tag that fits: only what is inside is wrong.
+    // Encrypted, with a valid tag: only the content is wrong.
     for (what, body) in [
         ("nothing at all", vec![]),
         ("more padding than packet", vec![200; 32]),
@@ -89,9 +89,9 @@ async fn lengths_that_no_packet_has_end_the_connection_and_take_no_memory() -> R
     attacked.comes_up().await.map(drop)
 }
 
-/// What the standard forbids and nobody can gain from: the tag covers it, so it is the peer's own doing.
+/// The standard forbids it, but it harms no one: the tag covers it, so the peer itself sent it.
 #[tokio::test(flavor = "multi_thread")]
-async fn padding_of_any_length_and_packets_that_fill_no_block_do_no_harm() -> Result<()> {
+async fn padding_of_any_length_does_no_harm() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     for padding in [0_u8, 1, 2, 3, 4, 17, 255] {
         for offer in [Offer::default(), Offer::default().by_sequence()] {
@@ -102,7 +102,7 @@ async fn padding_of_any_length_and_packets_that_fill_no_block_do_no_harm() -> Re
             let sealed = raw.seal_body(u32::try_from(body.len())?, body)?;
             raw.write(&sealed).await?;
             raw.expect(&[message::REQUEST_FAILURE]).await.with_context(|| format!("{padding}"))?;
-            // And no payload at all.
+            // Without a payload.
             let empty = [&[padding], vec![0; padding.into()].as_slice()].concat();
             let sealed = raw.seal_body(u32::try_from(empty.len())?, empty)?;
             raw.write(&sealed).await?;
@@ -116,7 +116,7 @@ async fn padding_of_any_length_and_packets_that_fill_no_block_do_no_harm() -> Re
 async fn half_packets_hold_nothing_up() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     let mut halves = Vec::new();
-    // As many as are let in, each with the longest packet announced and all but the last byte of a shorter one sent.
+    // As many as are admitted, each with the longest packet announced and all but the last byte of a shorter one sent.
     for _ in 0..8 {
         let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         let whole = raw.seal(&Packet::new(message::IGNORE).string(vec![0; 250_000]))?;

@@ -1,16 +1,16 @@
-//! New keys, again and again, half-way, and at the wrong time (RFC 4253 9).
+//! Key exchanges in a row, incomplete, and at the wrong time (RFC 4253 9).
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Offer, Packet, Raw, message};
 
-/// What a client offers in a later exchange: the markers mean nothing there.
+/// What a client offers in a later exchange, where the markers have no meaning.
 fn again() -> Offer {
     Offer { kex: "curve25519-sha256", ..Offer::default() }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn new_keys_five_hundred_times_in_a_row_leave_the_connection_and_no_memory() -> Result<()> {
+async fn five_hundred_rekeys_keep_the_connection_and_leak_nothing() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     for offer in [again(), again().by_sequence()] {
         let mut raw = Raw::attestation(attacked.scene.ssh).await?;
@@ -32,7 +32,7 @@ async fn new_keys_five_hundred_times_in_a_row_leave_the_connection_and_no_memory
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn new_keys_before_and_between_the_steps_of_a_login_change_nothing() -> Result<()> {
+async fn a_rekey_during_a_login_changes_nothing() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     let mut raw = Raw::secured(attacked.scene.ssh, Offer::default()).await?;
     let session = raw.session().to_vec();
@@ -75,7 +75,7 @@ async fn an_exchange_that_is_begun_and_disturbed_ends_the_connection() -> Result
         }
         attacked.holds_and_attests().await?;
     }
-    // Nothing in common, and lists that can't be read.
+    // Nothing in common, and lists that can't be parsed.
     for offer in [
         Offer { kex: "diffie-hellman-group1-sha1", ..again() },
         Offer { kex: "", ..again() },
@@ -98,7 +98,7 @@ async fn exchanges_that_never_end_hold_up_nobody_else() -> Result<()> {
         let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         raw.open_control(1).await?;
         raw.begin(again()).await?;
-        // Allowed meanwhile, and as much of it as one likes.
+        // Allowed during an exchange, in any number.
         for _ in 0..1000 {
             drop(raw.send(&Packet::new(message::IGNORE).string([0; 1000])).await);
         }

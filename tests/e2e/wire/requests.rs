@@ -8,7 +8,7 @@ fn request(name: &str, reply: bool) -> Packet {
     Packet::new(message::GLOBAL_REQUEST).string(name).byte(reply.into())
 }
 
-/// The answer to one request: whether it was granted.
+/// Reply to one request: whether it was granted.
 async fn granted(raw: &mut Raw, packet: &Packet) -> Result<bool> {
     raw.send(packet).await?;
     let answers = [message::REQUEST_SUCCESS, message::REQUEST_FAILURE];
@@ -17,7 +17,7 @@ async fn granted(raw: &mut Raw, packet: &Packet) -> Result<bool> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn forwards_are_granted_for_inbounds_of_the_phase_and_for_nothing_else() -> Result<()> {
+async fn forwards_are_granted_for_inbounds_of_the_phase_only() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     let mut raw = Raw::attestation(attacked.scene.ssh).await?;
     let forward = |name: &[u8], port| request("tcpip-forward", true).string(name).uint(port);
@@ -46,7 +46,7 @@ async fn forwards_are_granted_for_inbounds_of_the_phase_and_for_nothing_else() -
             ensure!(!granted(&mut raw, &cancel(name, port)).await?, "{} cancelled", name.escape_ascii());
         }
     }
-    // Not asked for yet; asked for twice; cancelled twice; whatever its case and port.
+    // Cancelled before it was requested; requested twice; cancelled twice; with any case and port.
     for (packet, expected) in [
         (cancel(b"KBS", 1), false),
         (forward(b"KBS", 1), true),
@@ -63,7 +63,7 @@ async fn forwards_are_granted_for_inbounds_of_the_phase_and_for_nothing_else() -
     }
     answers(&mut raw).await?;
     drop(raw);
-    // Names that are no text are no names: the connection ends, as for everything that can't be read.
+    // Names that are not text end the connection, as other malformed fields do.
     for name in [b"\xff\xfe".as_slice(), b"KBS\x80", b"\xc3\x28"] {
         let mut raw = Raw::attestation(attacked.scene.ssh).await?;
         raw.send(&forward(name, 1)).await?;
@@ -74,7 +74,7 @@ async fn forwards_are_granted_for_inbounds_of_the_phase_and_for_nothing_else() -
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_global_request_of_any_kind_is_refused_if_it_wants_an_answer_and_else_ignored() -> Result<()> {
+async fn unknown_global_requests_are_refused_or_ignored() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     let mut raw = Raw::attestation(attacked.scene.ssh).await?;
     let kinds: [(&str, Packet); 12] = [
@@ -94,7 +94,7 @@ async fn a_global_request_of_any_kind_is_refused_if_it_wants_an_answer_and_else_
     for (name, fields) in &kinds {
         let with = |reply| request(name, reply).bytes(fields.payload());
         ensure!(!granted(&mut raw, &with(true)).await?, "{name:?} was granted");
-        // As many answers as questions: those without leave none behind.
+        // As many replies as requests that want one.
         for _ in 0..10 {
             raw.send(&with(false)).await?;
         }
@@ -102,7 +102,7 @@ async fn a_global_request_of_any_kind_is_refused_if_it_wants_an_answer_and_else_
         let next = raw.expect(&[message::REQUEST_FAILURE, message::CHANNEL_OPEN_FAILURE]).await?;
         ensure!(next[0] == message::CHANNEL_OPEN_FAILURE, "{name:?}: an answer to no question");
     }
-    // Answers to questions that the agent did not ask, and more than it asked.
+    // Replies to requests that the agent did not make, and more than it made.
     for _ in 0..1000 {
         raw.send(&Packet::new(message::REQUEST_SUCCESS).uint(7)).await?;
         raw.send(&Packet::new(message::REQUEST_FAILURE)).await?;

@@ -5,27 +5,27 @@ use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Offer, Packet, Raw, message};
 use tokio::task::JoinSet;
 
-/// Where in its life a connection is.
+/// State of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The identifications are out.
+    /// The identifications were exchanged.
     Identified,
-    /// Both KEXINITs are.
+    /// Both KEXINITs were exchanged.
     Begun,
-    /// The agent's half of the key exchange is here, and its NEWKEYS.
+    /// The agent's half of the key exchange has arrived, and its NEWKEYS.
     Agreed,
-    /// Sealed; nothing asked for.
+    /// Encrypted; no service was requested.
     Secured,
     /// The agent waits for a login.
     Asked,
-    /// Let in.
+    /// The client is authenticated.
     In,
 }
 
 const STATES: [State; 6] =
     [State::Identified, State::Begun, State::Agreed, State::Secured, State::Asked, State::In];
 
-/// Sends a message in a state and goes on as if nothing were; whether it gets to the end.
+/// Sends a message in a state and continues normally; returns an error if the agent does not.
 async fn goes_on(agent: std::net::SocketAddr, state: State, wrong: &Packet) -> Result<()> {
     let mut raw = Raw::connect(agent).await?;
     raw.identify().await?;
@@ -57,7 +57,7 @@ async fn goes_on(agent: std::net::SocketAddr, state: State, wrong: &Packet) -> R
     answers(&mut raw).await
 }
 
-/// What an agent takes without a word; everything else ends the connection, or is answered by a refusal.
+/// Messages that an agent ignores; any other ends the connection, or is refused.
 fn is_ignored(state: State, number: u8, empty: bool) -> bool {
     use message::{
         CHANNEL_DATA, CHANNEL_EXTENDED_DATA, CHANNEL_OPEN, CHANNEL_REQUEST, DEBUG, DISCONNECT,
@@ -68,13 +68,13 @@ fn is_ignored(state: State, number: u8, empty: bool) -> bool {
         (State::Identified | State::Begun | State::Agreed, _) => false,
         (_, DISCONNECT | KEXINIT) => false,
         (_, IGNORE | UNIMPLEMENTED | DEBUG) => true,
-        // What belongs there, with fields that can't be read; and an answer to a question that was not asked is refused.
+        // Expected messages with malformed fields; a reply to no request is refused.
         (State::Secured, SERVICE_REQUEST) | (State::Asked, USERAUTH_REQUEST | USERAUTH_INFO_RESPONSE) => {
             false
         }
         (State::In, GLOBAL_REQUEST) => false,
         (State::In, REQUEST_FAILURE) => empty,
-        // For no channel, whatever follows.
+        // Messages for a channel that does not exist.
         (State::In, CHANNEL_DATA | CHANNEL_EXTENDED_DATA) => !empty,
         (State::In, CHANNEL_OPEN..=CHANNEL_REQUEST) => false,
         (State::Secured | State::Asked | State::In, _) => true,
@@ -82,14 +82,14 @@ fn is_ignored(state: State, number: u8, empty: bool) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_message_in_every_state_is_ignored_or_ends_its_own_connection() -> Result<()> {
+async fn every_message_is_ignored_or_ends_its_own_connection() -> Result<()> {
     let attacked = AttackedAgent::attestation().await?;
     let (agent, mut wrong, mut surprises) = (attacked.scene.ssh, Vec::new(), Vec::new());
     for state in STATES {
         for number in 0..=u8::MAX {
-            // RFC 4250: 0 and 255 are no messages; the fields are none, and junk.
+            // RFC 4250: 0 and 255 are no messages; without fields, and with junk.
             for fields in [vec![], vec![0xa5; 40]] {
-                // What belongs there is no mistake.
+                // A message that is expected in this state is no fault.
                 let belongs = matches!((state, number), (State::Identified, message::KEXINIT));
                 if !belongs {
                     wrong.push((state, number, fields));
@@ -98,7 +98,7 @@ async fn every_message_in_every_state_is_ignored_or_ends_its_own_connection() ->
         }
     }
     let cases = wrong.len();
-    // As many at a time as never push each other out.
+    // Few enough at a time that none is evicted.
     let mut wrong = wrong.into_iter().peekable();
     while wrong.peek().is_some() {
         let mut batch = JoinSet::new();
@@ -140,14 +140,14 @@ async fn nobody_lets_itself_in() -> Result<()> {
                 raw.ask_to_authenticate().await?;
             }
             raw.send(packet).await?;
-            // Let in, it would get these.
+            // These are for an authenticated client.
             raw.send(&Packet::open("session", 1)).await?;
             raw.send(&Packet::global("tcpip-forward").string("KBS").uint(1)).await?;
             raw.send(&Packet::new(message::IGNORE).string("x")).await?;
             if !asked {
                 raw.ask_to_authenticate().await?;
             }
-            // The next answer is the one to this.
+            // The next reply belongs to this request.
             raw.send(&Packet::authenticate("nobody", "none")).await?;
             loop {
                 let answer = raw.receive().await.with_context(|| format!("{packet:?}"))?;
@@ -176,7 +176,7 @@ async fn a_login_after_the_login_changes_nothing() -> Result<()> {
         Packet::new(message::SERVICE_REQUEST).string("ssh-userauth"),
     ] {
         raw.send(&packet).await?;
-        // Neither success nor failure: the next answer is to the next request.
+        // Neither success nor failure: the next reply belongs to the next request.
         raw.send(&Packet::global("are-you-there@example.org")).await?;
         let answer = loop {
             let answer = raw.receive().await?;

@@ -1,5 +1,5 @@
-//! Streams and their credits in the Kubernetes phase: a worker node that has gone mad, or whose key was stolen. It has the
-//! pod, and must not take the agent with it.
+//! Streams and their credit in the Kubernetes phase: a faulty worker node, or one whose key was stolen. It controls the
+//!  pod, and must not bring the agent down.
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
@@ -16,7 +16,7 @@ fn to(tunnel: &str, channel: u32, id: u32) -> Packet {
     Packet::open("direct-tcpip", channel).string(tunnel).uint(1).string("127.0.0.1").uint(id)
 }
 
-/// A worker node that has said hello, and its control channel.
+/// A worker node after its hello, with its control channel.
 async fn greeted(attacked: &AttackedAgent, credit: u32) -> Result<(Raw, u32)> {
     let mut raw = attacked.node().await?;
     let control = raw.open_control(0).await?;
@@ -29,7 +29,7 @@ async fn greeted(attacked: &AttackedAgent, credit: u32) -> Result<(Raw, u32)> {
     Ok((raw, control))
 }
 
-/// Opens a stream; what its channel is at the agent.
+/// Opens a stream; returns the agent's channel number.
 async fn open(raw: &mut Raw, channel: u32, id: u32) -> Result<u32> {
     raw.send(&stream(channel, id)).await?;
     uint(&raw.expect(&[message::CHANNEL_OPEN_CONFIRMATION]).await?, 5)
@@ -55,8 +55,8 @@ async fn a_stream_id_that_is_in_use_or_the_agents_is_refused() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn data_beyond_its_credit_ends_the_connection_in_messages_of_any_size() -> Result<()> {
-    // A server that takes nothing: what arrives for it has to be held.
+async fn data_beyond_its_credit_ends_the_connection() -> Result<()> {
+    // A server that does not read: data for it must be buffered.
     let deaf = TcpListener::bind("127.0.0.1:0").await?;
     let tag = format!("KUBERNETES_PHASE:DEAF:{}", deaf.local_addr()?);
     let attacked = AttackedAgent::kubernetes_with(json!({"sc-outbounds": tag})).await?;
@@ -82,7 +82,7 @@ async fn data_beyond_its_credit_ends_the_connection_in_messages_of_any_size() ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn credit_without_end_for_streams_that_are_there_overflows_nothing() -> Result<()> {
+async fn endless_credit_for_open_streams_overflows_nothing() -> Result<()> {
     let attacked = AttackedAgent::kubernetes().await?;
     drop(attacked.comes_up().await?);
     let (mut raw, control) = greeted(&attacked, u32::MAX).await?;
@@ -97,14 +97,14 @@ async fn credit_without_end_for_streams_that_are_there_overflows_nothing() -> Re
     raw.send(&Packet::new(message::CHANNEL_CLOSE).uint(channel)).await?;
     raw.send(&Packet::new(message::CHANNEL_CLOSE).uint(channel)).await?;
     answers(&mut raw).await?;
-    // Its number is free again.
+    // The number of a closed channel can be used again.
     open(&mut raw, 5, 3).await?;
     drop(raw);
     attacked.comes_up().await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn more_streams_than_are_allowed_are_refused_and_leave_nothing_open() -> Result<()> {
+async fn too_many_streams_are_refused_and_leave_nothing_open() -> Result<()> {
     let attacked = AttackedAgent::kubernetes().await?;
     drop(attacked.comes_up().await?);
     let files = open_files(&attacked);

@@ -31,7 +31,7 @@ mod tests {
     /// Protobuf merges a singular message that occurs twice. This crate, with which the kata agent decodes, replaces the
     /// first by the second: appending a namespace to a request would lose all mounts.
     #[test]
-    fn the_kata_agents_decoder_replaces_a_message_that_occurs_twice() {
+    fn the_kata_agents_decoder_replaces_a_repeated_message() {
         let mounts = Spec { Mounts: vec![Mount::new()], ..Spec::default() };
         let linux = Linux { Namespaces: vec![LinuxNamespace::new()], ..Linux::default() };
         let namespaces = Spec { Linux: MessageField::some(linux), ..Spec::default() };

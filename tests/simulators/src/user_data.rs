@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_written_for_its_owner_alone_and_replaced_as_a_whole() {
+    fn a_file_is_private_and_replaced_atomically() {
         let parent = tempfile::tempdir().unwrap();
         let directory = parent.path().join("peerpod");
         for content in ["first, and longer", "second"] {

@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_measured_replaces_what_stood_there_and_nothing_else() {
+    fn new_tables_replace_the_old_ones_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let document = dir.path().join("BENCHMARKS.md");
         std::fs::write(&document, format!("before\n{BEGIN}\nold\n{END}\nafter\n")).unwrap();

@@ -70,7 +70,7 @@ mod tests {
     use crate::harness::test_namespace::TestNamespace;
 
     #[test]
-    fn a_namespace_a_mount_a_process_and_files_that_stay_are_reported() {
+    fn leftover_namespaces_mounts_processes_and_files_are_reported() {
         let before = Leftovers::now().unwrap();
         let directory =
             tempfile::Builder::new().prefix(&super::super::pod_scene::prefix()).tempdir().unwrap();

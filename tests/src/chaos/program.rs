@@ -192,7 +192,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_ends_is_started_again_and_only_unexpected_ends_are_reported() {
+    async fn ended_processes_restart_and_unexpected_ends_are_reported() {
         let make = || {
             let mut command = Command::new("sh");
             command.args(["-c", "echo here; exec sleep 1000"]);

@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_target_directory_is_found_from_a_program_and_from_a_test() {
+    fn the_target_directory_is_found_from_any_program() {
         let target = Some(Path::new("/w/target"));
         assert_eq!(target_dir(Path::new("/w/target/release/double")), target);
         assert_eq!(target_dir(Path::new("/w/target/debug/deps/e2e-0123")), target);

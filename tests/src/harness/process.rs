@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn waiting_for_more_than_an_ended_process_wrote_fails_at_once_and_shows_the_log() {
+    async fn waiting_on_an_ended_process_fails_with_its_log() {
         let mut child = sh("echo only this; exit 3");
         assert_eq!(child.wait_exit(SOON).await.unwrap().code(), Some(3));
         let error = format!("{:#}", child.wait_for_text("never", SOON).await.unwrap_err());

@@ -24,7 +24,7 @@ fn reader(bytes: Vec<u8>, step: usize) -> Framed<DuplexStream> {
 }
 
 #[tokio::test]
-async fn any_split_of_the_bytes_below_and_any_frame_size_carry_the_same_bytes() {
+async fn any_split_and_any_frame_size_carry_the_same_bytes() {
     let sent = pattern(5000);
     for (pipe, size) in [(1, 1), (3, 7), (10, 4999), (11, 5000), (64, 64), (16 * 1024, 1000), (7, DATA_MAX)] {
         let (near, far) = duplex(pipe);

@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn packets_leave_at_the_rate_and_those_without_room_are_dropped() {
+    fn packets_leave_at_the_rate_and_excess_ones_are_dropped() {
         let now = Instant::now();
         let rate = Some(Rate { bytes_per_second: 1_000_000, queue: 10_000 });
         let narrow = Impairment { rate, ..Impairment::default() };
