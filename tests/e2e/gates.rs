@@ -68,22 +68,6 @@ impl Pod {
     }
 }
 
-fn open_files(process: &Child) -> usize {
-    std::fs::read_dir(format!("/proc/{}/fd", process.pid())).map_or(0, Iterator::count)
-}
-
-/// Waits until a process has no more open files than before. There is no event to await, so it polls.
-async fn files_return_to(process: &Child, before: usize) -> Result<()> {
-    let look = async {
-        while open_files(process) > before {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    timeout(PATIENCE, look)
-        .await
-        .with_context(|| format!("{} keeps files open: {}", process.name(), open_files(process)))
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stalled_reader_delays_no_other_stream_and_no_keepalive() -> Result<()> {
     let pod = Pod::up().await?;
@@ -242,7 +226,7 @@ async fn a_rekey_under_load_from_either_side_loses_nothing() -> Result<()> {
 
 /// Over a long path, where much is in flight when a side starts a rekey (D3: more than russh's default allows).
 #[tokio::test(flavor = "multi_thread")]
-async fn new_session_keys_lose_nothing_while_megabytes_are_under_way() -> Result<()> {
+async fn a_rekey_with_megabytes_in_flight_loses_nothing() -> Result<()> {
     let limit = (16 * MIB).to_string();
     let flags = (["-secure-comms-rekey-bytes", &limit], ["--rekey-bytes", &limit]);
     let pod = Pod::up_with(&flags.0, &flags.1, Duration::from_millis(100)).await?;
@@ -280,8 +264,8 @@ async fn wakes(
 async fn a_blocked_writer_fails_when_the_peer_closes_the_channel() -> Result<()> {
     let mut pod = Pod::up().await?;
     EchoSession::open(pod.kata().await?).await?.finish().await?;
-    let before = open_files(&pod.adaptor);
-    let agent_before = open_files(&pod.agent);
+    let before = pod.adaptor.open_files()?;
+    let agent_before = pod.agent.open_files()?;
     let (writer, read) = blocked_writer(&pod).await?;
     // Blocked for certain: the stream's whole credit is used.
     let mut session = EchoSession::open(pod.kata().await?).await?;
@@ -295,8 +279,8 @@ async fn a_blocked_writer_fails_when_the_peer_closes_the_channel() -> Result<()>
     let other = secure_comms_tests::simulators::kata::KataAgent::unix(pod.scene.path("other.sock"))?;
     drop(std::mem::replace(&mut pod.scene.kata, other));
     wakes(writer, read).await?;
-    files_return_to(&pod.adaptor, before).await?;
-    files_return_to(&pod.agent, agent_before).await?;
+    pod.adaptor.wait_for_files(before, PATIENCE).await?;
+    pod.agent.wait_for_files(agent_before, PATIENCE).await?;
     pod.scene.kata = secure_comms_tests::simulators::kata::KataAgent::unix(socket)?;
     timeout(PATIENCE, bulk_both_ways(pod.kata().await?, MIB, 1)).await??;
     pod.never_down()

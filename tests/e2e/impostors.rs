@@ -5,30 +5,11 @@
 use std::collections::VecDeque;
 
 use anyhow::{Context, Result, bail, ensure};
+use secure_comms_tests::attackers::attacked_agent::answers;
 use secure_comms_tests::attackers::impostor::Impostor;
-use secure_comms_tests::attackers::raw::{Key, Offer, Packet, Raw, message};
+use secure_comms_tests::attackers::raw::{Key, Offer, Packet, Raw, STATES, State, message};
 use secure_comms_tests::harness::scene::PATIENCE;
 use tokio::time::timeout;
-
-/// State of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// The identifications were exchanged.
-    Identified,
-    /// Both KEXINITs were exchanged.
-    Begun,
-    /// The host key was proven.
-    Agreed,
-    /// Encrypted; no service was requested.
-    Secured,
-    /// The adaptor has requested authentication.
-    Asked,
-    /// The adaptor is authenticated.
-    In,
-}
-
-const STATES: [State; 6] =
-    [State::Identified, State::Begun, State::Agreed, State::Secured, State::Asked, State::In];
 
 /// Sends a message in a state and continues normally; returns whether the adaptor opens its control channel.
 async fn goes_on(raw: &mut Raw, key: &Key, state: State, wrong: &Packet) -> Result<()> {
@@ -60,12 +41,6 @@ async fn goes_on(raw: &mut Raw, key: &Key, state: State, wrong: &Packet) -> Resu
     // The first channel is the control channel; no client's stream precedes it.
     raw.grant_control(0, 1).await?;
     answers(raw).await
-}
-
-/// Checks that the adaptor still serves the connection.
-async fn answers(raw: &mut Raw) -> Result<()> {
-    raw.send(&Packet::global("are-you-there@example.org")).await?;
-    raw.expect(&[message::REQUEST_FAILURE]).await.map(drop)
 }
 
 /// Messages that an adaptor ignores; any other ends the connection.

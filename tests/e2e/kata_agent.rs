@@ -274,7 +274,7 @@ impl Drop for Mounted {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_container_waits_for_its_volumes_and_nobody_waits_for_it() -> Result<()> {
+async fn a_container_that_waits_for_volumes_delays_no_other() -> Result<()> {
     let (pod, kata) = Pod::with_kata_agent().await?;
     let volumes = [pod.scene.path("volume-1"), pod.scene.path("volume-2")];
     volumes.iter().try_for_each(std::fs::create_dir)?;

@@ -6,7 +6,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::chaos::disk::Disk;
 use secure_comms_tests::harness::process::{Child, Signal};
-use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
+use secure_comms_tests::harness::scene::{
+    PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, says, says_after, scene, up, works,
+};
 use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::simulators::kbs::{Fault, KbsOptions, LoggedRequest};
 use secure_comms_tests::simulators::tcp_proxy::TcpProxy;
@@ -15,34 +17,8 @@ use tokio::time::{sleep, timeout};
 
 const MIB: u64 = 1024 * 1024;
 
-async fn scene() -> Result<Scene> {
-    Scene::new(SceneOptions::default()).await
-}
-
-/// Checks that the kata agent and the additional tunnels answer through the Kubernetes phase.
-async fn works(scene: &Scene, adaptor: &Child) -> Result<()> {
-    up(adaptor).await?;
-    let kata = endpoint(adaptor, "KATAAGENT").await?;
-    let bulk = async { bulk_both_ways(kata_client(kata).await?, MIB, 11).await };
-    timeout(PATIENCE, bulk).await.context("the kata agent hangs")??;
-    for address in [endpoint(adaptor, "VMSERVICE").await?, scene.node_inbound] {
-        let bulk = async { bulk_both_ways(client(address).await?, MIB, 11).await };
-        timeout(PATIENCE, bulk).await.context("traffic hangs")??;
-    }
-    Ok(())
-}
-
 fn private_key(scene: &Scene) -> Option<Vec<u8>> {
     scene.kbs.resource(&format!("default/pp-{}/privateKey", scene.pod))
-}
-
-async fn says(process: &Child, text: &str) -> Result<()> {
-    process.wait_for_text(text, PATIENCE).await.map(drop)
-}
-
-/// Waits for a line after the first `mark` ones.
-async fn says_after(process: &Child, mark: usize, text: &str) -> Result<()> {
-    process.wait_from(mark, |line| line.contains(text), PATIENCE).await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 use secure_comms_tests::attackers::raw::{Key, Offer, Packet, Raw, message};
 use secure_comms_tests::attackers::tamper::{CHANGES, Change, Plan, Tamper};
 use secure_comms_tests::harness::process::Child;
-use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
-use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
+use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, endpoint, kata_client, works};
+use secure_comms_tests::simulators::kata::client::EchoSession;
 use secure_comms_tests::simulators::kata::pattern::Mismatch;
 use secure_comms_tests::simulators::kbs::KbsOptions;
 use tokio::io::copy_bidirectional;
@@ -147,15 +147,6 @@ async fn scene(https: bool) -> Result<Scene> {
     Scene::new(SceneOptions { kbs, ..SceneOptions::default() }).await
 }
 
-/// Checks that the pod is up, and its tunnels carry data both ways.
-async fn carries(scene: &Scene, adaptor: &Child) -> Result<()> {
-    up(adaptor).await?;
-    let kata = endpoint(adaptor, "KATAAGENT").await?;
-    timeout(PATIENCE, bulk_both_ways(kata_client(kata).await?, 1_000_000, 1)).await??;
-    timeout(PATIENCE, bulk_both_ways(client(scene.node_inbound).await?, 1_000_000, 2)).await??;
-    Ok(())
-}
-
 /// The private key's text, and each of its lines that two keys do not share.
 fn secrets(pem: &str) -> Vec<Vec<u8>> {
     pem.lines()
@@ -191,7 +182,7 @@ async fn over_https_a_man_in_the_middle_learns_no_key() -> Result<()> {
     ensure!(middle.offered.lock().unwrap().is_empty(), "the adaptor logged in to it");
     println!("over HTTPS it has seen {} bytes, the pod's id, and TLS", middle.bytes_seen());
     middle.does(Does::Leaves);
-    carries(&scene, &adaptor).await.with_context(|| adaptor.log())
+    works(&scene, &adaptor).await.with_context(|| adaptor.log())
 }
 
 /// Trustee encrypts the resource for the VM's TEE key (JWE), the simulator does not. So what passes in the clear here is
@@ -213,7 +204,7 @@ async fn over_http_a_man_in_the_middle_gains_no_login() -> Result<()> {
     ensure!(middle.offered.lock().unwrap().is_empty(), "the adaptor logged in to it");
     println!("over HTTP it has seen {} bytes: requests and what they are answered with", middle.bytes_seen());
     middle.does(Does::Leaves);
-    carries(&scene, &adaptor).await.with_context(|| adaptor.log())
+    works(&scene, &adaptor).await.with_context(|| adaptor.log())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -222,7 +213,7 @@ async fn blocking_the_kbs_only_delays_the_pod() -> Result<()> {
     let (middle, adaptor, agent) = attested_through(&scene, Does::Blocks).await?;
     agent.wait_for_text("getting the keys from the KBS through", PATIENCE).await?;
     middle.does(Does::Leaves);
-    carries(&scene, &adaptor).await.with_context(|| adaptor.log())
+    works(&scene, &adaptor).await.with_context(|| adaptor.log())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -240,7 +231,7 @@ async fn a_false_claim_of_the_kubernetes_phase_has_no_lasting_effect() -> Result
     // The claim is false and has no lasting effect: the VM is unchanged.
     middle.does(Does::Leaves);
     let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[middle.address])?)?;
-    carries(&scene, &adaptor).await.with_context(|| agent.log())
+    works(&scene, &adaptor).await.with_context(|| agent.log())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -249,7 +240,7 @@ async fn no_side_accepts_a_man_in_the_middle_in_the_kubernetes_phase() -> Result
     let agent = scene.agent().await?;
     let middle = Middle::before(scene.ssh, Does::Leaves).await?;
     let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[middle.address])?)?;
-    carries(&scene, &adaptor).await?;
+    works(&scene, &adaptor).await?;
     let connections = scene.kata.connections();
     for does in [Does::Sees, Does::Blocks] {
         middle.does(does);
@@ -277,7 +268,7 @@ async fn no_side_accepts_a_man_in_the_middle_in_the_kubernetes_phase() -> Result
     ensure!(adaptor.log().contains("is not this pod's"), "{}", adaptor.log());
     middle.does(Does::Leaves);
     adaptor.wait_from(mark, |line| line.contains("kubernetes phase up"), PATIENCE).await?;
-    carries(&scene, &adaptor).await.with_context(|| agent.log())
+    works(&scene, &adaptor).await.with_context(|| agent.log())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -308,7 +299,7 @@ async fn a_signature_is_refused_in_another_session() -> Result<()> {
 
     // The pod is up with its own adaptor, and the agent accepts the worker node's key.
     let adaptor = scene.adaptor()?;
-    carries(&scene, &adaptor).await?;
+    works(&scene, &adaptor).await?;
     let as_kubernetes = {
         let at = login.windows(11).position(|window| window == b"attestation").unwrap();
         let mut other = login[..at - 4].to_vec();
@@ -364,7 +355,7 @@ async fn changed_bytes_end_the_connection_and_never_arrive() -> Result<()> {
     let agent = scene.agent().await?;
     let mut path = Tamper::to(scene.ssh).await?;
     let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[path.address()])?)?;
-    carries(&scene, &adaptor).await?;
+    works(&scene, &adaptor).await?;
     let kata = endpoint(&adaptor, "KATAAGENT").await?;
     let (echoed, mut echoes) = (watch::Sender::new(0), JoinSet::new());
     for seed in 0..3 {
@@ -411,5 +402,5 @@ async fn changed_bytes_end_the_connection_and_never_arrive() -> Result<()> {
     let echoed = *echoed.borrow();
     println!("{ended} changed connections of {}; {echoed} echoes right, none wrong", path.connections());
     echoes.abort_all();
-    carries(&scene, &adaptor).await.with_context(|| agent.log())
+    works(&scene, &adaptor).await.with_context(|| agent.log())
 }

@@ -35,7 +35,7 @@ impl Vm {
         let mut user_data = keys.user_data()?;
         user_data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         std::fs::write(scene.path("apf.json"), user_data.to_string())?;
-        let agent = talkative(&scene).await?;
+        let agent = scene.debugged_agent().await?;
         Ok(Self { scene, keys, agent })
     }
 
@@ -47,7 +47,7 @@ impl Vm {
     async fn attestation() -> Result<Self> {
         let scene = Scene::new(SceneOptions::default()).await?;
         let keys = PodKeys::make(scene.path("apf.json").parent().unwrap(), "own").await?;
-        let agent = talkative(&scene).await?;
+        let agent = scene.debugged_agent().await?;
         Ok(Self { scene, keys, agent })
     }
 
@@ -69,15 +69,6 @@ impl Vm {
         drop(tunnel);
         Ok(())
     }
-}
-
-/// The agent of the scene, at the log level that reports why unauthenticated connections end.
-async fn talkative(scene: &Scene) -> Result<Child> {
-    let mut command = scene.agent_command()?;
-    command.env("SECURE_COMMS_LOG", "debug");
-    let agent = Child::spawn("agent", command)?;
-    agent.wait_for_text("inbound NODESERVICE listens on", PATIENCE).await?;
-    Ok(agent)
 }
 
 /// Runs `ssh -N -L`; returns once it listens.

@@ -12,9 +12,7 @@ use secure_comms_tests::attackers::raw::{Offer, Packet, Raw, message};
 use secure_comms_tests::attackers::stranger::{Answer, Stranger};
 use secure_comms_tests::harness::pod_keys::PodKeys;
 use secure_comms_tests::harness::process::Child;
-use secure_comms_tests::harness::scene::{
-    PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, pod_id, up,
-};
+use secure_comms_tests::harness::scene::{PATIENCE, Scene, pod_id, scene, works};
 use secure_comms_tests::simulators::kata::client::bulk_both_ways;
 use secure_comms_tests::simulators::kata::framed::Framed;
 use secure_comms_tests::simulators::kbs::{Kbs, KbsOptions};
@@ -26,28 +24,6 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 const MIB: u64 = 1024 * 1024;
-
-async fn scene() -> Result<Scene> {
-    Scene::new(SceneOptions::default()).await
-}
-
-/// The agent of the scene, at the log level that reports why unauthenticated connections end.
-async fn talkative(scene: &Scene) -> Result<Child> {
-    let mut command = scene.agent_command()?;
-    command.env("SECURE_COMMS_LOG", "debug");
-    let agent = Child::spawn("agent", command)?;
-    agent.wait_for_text("inbound NODESERVICE listens on", PATIENCE).await?;
-    Ok(agent)
-}
-
-/// Checks that the pod is up, and its tunnels carry data.
-async fn works(scene: &Scene, adaptor: &Child) -> Result<()> {
-    up(adaptor).await?;
-    let kata = endpoint(adaptor, "KATAAGENT").await?;
-    timeout(PATIENCE, bulk_both_ways(kata_client(kata).await?, MIB, 11)).await??;
-    timeout(PATIENCE, bulk_both_ways(client(scene.node_inbound).await?, MIB, 11)).await??;
-    Ok(())
-}
 
 /// A stranger with its own KBS, which hands out its own keys for a pod.
 struct Impostor {
@@ -314,22 +290,6 @@ async fn a_vm_with_keys_from_user_data_attests_to_no_stranger() -> Result<()> {
     Ok(())
 }
 
-fn open_files(process: &Child) -> usize {
-    std::fs::read_dir(format!("/proc/{}/fd", process.pid())).map_or(0, Iterator::count)
-}
-
-/// Waits until a process has no more open files than before. There is no event to await, so it polls.
-async fn files_return_to(process: &Child, before: usize) -> Result<()> {
-    let look = async {
-        while open_files(process) > before {
-            sleep(Duration::from_millis(20)).await;
-        }
-    };
-    timeout(PATIENCE, look)
-        .await
-        .with_context(|| format!("{} files are open: {before} were", open_files(process)))
-}
-
 /// What a stranger sends before it goes silent.
 enum Junk {
     /// These bytes, on a new connection.
@@ -390,12 +350,12 @@ async fn send(agent: SocketAddr, junk: Junk) -> Result<Raw> {
 #[tokio::test(flavor = "multi_thread")]
 async fn junk_ends_its_connection_and_leaves_nothing_open() -> Result<()> {
     let scene = scene().await?;
-    let agent = talkative(&scene).await?;
+    let agent = scene.debugged_agent().await?;
     // One good connection first, so that the agent has opened all files that it keeps open.
     drop(Stranger::attest(scene.ssh, &pod_id()?, Answer::Refuses).await?);
     let mark = agent.mark();
     agent.wait_from(0, |line| line.contains(": ended") || line.contains(": closed"), PATIENCE).await?;
-    let before = open_files(&agent);
+    let before = agent.open_files()?;
     let after_id = |bytes: &[u8]| Junk::Plain([b"SSH-2.0-Junk\r\n", bytes].concat());
     let mut noise = vec![0; 4096];
     ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut noise).unwrap();
@@ -456,7 +416,7 @@ async fn junk_ends_its_connection_and_leaves_nothing_open() -> Result<()> {
             agent.wait_from(mark, reason, PATIENCE).await.with_context(|| what.to_owned())?;
         }
     }
-    files_return_to(&agent, before).await?;
+    agent.wait_for_files(before, PATIENCE).await?;
     let adaptor = scene.adaptor()?;
     works(&scene, &adaptor).await
 }
@@ -472,13 +432,13 @@ async fn two_hundred_attestation_connections_leave_nothing_behind() -> Result<()
         }
         anyhow::Ok(())
     };
-    let files = open_files(&agent);
+    let files = agent.open_files()?;
     come_and_go(50).await?;
     // A fetch may be in progress, and has an open file.
-    files_return_to(&agent, files).await?;
+    agent.wait_for_files(files, PATIENCE).await?;
     let warm = agent.rss_kib()?;
     come_and_go(200).await?;
-    files_return_to(&agent, files).await?;
+    agent.wait_for_files(files, PATIENCE).await?;
     let after = agent.rss_kib()?;
     println!("RSS of the agent: {warm} KiB after 50 attestation connections, {after} KiB after 200 more");
     ensure!(after < warm + 4096, "the agent grew from {warm} to {after} KiB\n{}", agent.log());

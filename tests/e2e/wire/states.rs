@@ -2,28 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
-use secure_comms_tests::attackers::raw::{Offer, Packet, Raw, message};
+use secure_comms_tests::attackers::raw::{Offer, Packet, Raw, STATES, State, message};
 use tokio::task::JoinSet;
-
-/// State of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// The identifications were exchanged.
-    Identified,
-    /// Both KEXINITs were exchanged.
-    Begun,
-    /// The agent's half of the key exchange has arrived, and its NEWKEYS.
-    Agreed,
-    /// Encrypted; no service was requested.
-    Secured,
-    /// The agent waits for a login.
-    Asked,
-    /// The client is authenticated.
-    In,
-}
-
-const STATES: [State; 6] =
-    [State::Identified, State::Begun, State::Agreed, State::Secured, State::Asked, State::In];
 
 /// Sends a message in a state and continues normally; returns an error if the agent does not.
 async fn goes_on(agent: std::net::SocketAddr, state: State, wrong: &Packet) -> Result<()> {

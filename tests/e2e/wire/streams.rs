@@ -107,7 +107,7 @@ async fn endless_credit_for_open_streams_overflows_nothing() -> Result<()> {
 async fn too_many_streams_are_refused_and_leave_nothing_open() -> Result<()> {
     let attacked = AttackedAgent::kubernetes().await?;
     drop(attacked.comes_up().await?);
-    let files = open_files(&attacked);
+    let files = attacked.agent.open_files()?;
     let (mut raw, _) = greeted(&attacked, 32_768).await?;
     let (mut opened, mut refused) = (0, 0);
     for number in 0..1500 {
@@ -123,15 +123,6 @@ async fn too_many_streams_are_refused_and_leave_nothing_open() -> Result<()> {
     ensure!(opened == 1024 && refused == 476, "{opened} streams, {refused} refused");
     answers(&mut raw).await?;
     drop(raw);
-    let look = async {
-        while open_files(&attacked) > files {
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, look).await.context("files stay open")?;
+    attacked.agent.wait_for_files(files, PATIENCE).await?;
     attacked.comes_up().await.map(drop)
-}
-
-fn open_files(attacked: &AttackedAgent) -> usize {
-    std::fs::read_dir(format!("/proc/{}/fd", attacked.agent.pid())).map_or(0, Iterator::count)
 }

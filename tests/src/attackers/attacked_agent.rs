@@ -63,11 +63,7 @@ impl AttackedAgent {
     /// # Errors
     /// If the agent does not start.
     pub async fn start(scene: Scene) -> Result<Self> {
-        // At this level the agent also logs why unauthenticated connections end.
-        let mut command = scene.agent_command()?;
-        command.env("SECURE_COMMS_LOG", "debug");
-        let agent = Child::spawn("agent", command)?;
-        agent.wait_for_text("inbound NODESERVICE listens on", PATIENCE).await?;
+        let agent = scene.debugged_agent().await?;
         Ok(Self { scene, agent })
     }
 
@@ -146,7 +142,7 @@ pub fn key_in(file: PathBuf) -> Result<Key> {
     Key::from_openssh(&std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?)
 }
 
-/// Checks that the connection is still served: the agent refuses an unknown request, in order.
+/// Checks that the other end still serves the connection: it refuses an unknown request, in order.
 ///
 /// # Errors
 /// If it is not.

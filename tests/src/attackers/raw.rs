@@ -8,6 +8,7 @@ pub mod message;
 mod packet;
 mod relay;
 mod server;
+mod state;
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -21,6 +22,7 @@ use self::cipher::{Cipher, TAG};
 pub use self::exchange::{Exchange, Offer};
 pub use self::key::Key;
 pub use self::packet::{Packet, cut, uint};
+pub use self::state::{STATES, State};
 use crate::harness::scene::PATIENCE;
 
 /// Identification that it sends.

@@ -218,6 +218,36 @@ impl Child {
         self.status("Threads")
     }
 
+    /// Number of its open files.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub fn open_files(&self) -> Result<usize> {
+        let path = format!("/proc/{}/fd", self.pid);
+        let files = std::fs::read_dir(&path).with_context(|| format!("{}: reading {path}", self.name))?;
+        Ok(files.count())
+    }
+
+    /// Waits until it has at most `most` open files. There is no event to await, so this polls.
+    ///
+    /// # Errors
+    /// After `deadline`, with the number of open files and the whole log, or if the process is gone.
+    pub async fn wait_for_files(&self, most: usize, deadline: Duration) -> Result<()> {
+        let poll = async {
+            while self.open_files()? > most {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            anyhow::Ok(())
+        };
+        match tokio::time::timeout(deadline, poll).await {
+            Ok(polled) => polled,
+            Err(_) => {
+                let open = self.open_files()?;
+                bail!("{}: {open} files stay open, expected {most}\n{}", self.name, self.log())
+            }
+        }
+    }
+
     /// A number from `/proc/PID/status`.
     fn status(&self, field: &str) -> Result<u64> {
         let path = format!("/proc/{}/status", self.pid);

@@ -11,10 +11,12 @@ use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::process::Command;
+use tokio::time::timeout;
 
 use crate::harness::process::{Binaries, Child, ensure_built};
 use crate::simulators::guest::{Backend, Cdh, CdhOptions, Rest};
 use crate::simulators::kata::KataAgent;
+use crate::simulators::kata::client::bulk_both_ways;
 use crate::simulators::kata::framed::Framed;
 use crate::simulators::kbs::{Kbs, KbsOptions};
 
@@ -190,7 +192,21 @@ impl Scene {
     /// # Errors
     /// If it does not.
     pub async fn agent(&self) -> Result<Child> {
-        let agent = Child::spawn("agent", self.agent_command()?)?;
+        Self::listening_agent(self.agent_command()?).await
+    }
+
+    /// As [`Scene::agent`], at the log level that reports why unauthenticated connections end.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub async fn debugged_agent(&self) -> Result<Child> {
+        let mut command = self.agent_command()?;
+        command.env("SECURE_COMMS_LOG", "debug");
+        Self::listening_agent(command).await
+    }
+
+    async fn listening_agent(command: Command) -> Result<Child> {
+        let agent = Child::spawn("agent", command)?;
         agent.wait_for_text("inbound NODESERVICE listens on", PATIENCE).await?;
         Ok(agent)
     }
@@ -272,6 +288,48 @@ fn write_secret(path: &Path, text: &str) -> Result<()> {
     let mut options = std::fs::OpenOptions::new();
     let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
     Ok(file.write_all(text.as_bytes())?)
+}
+
+/// A scene with default options.
+///
+/// # Errors
+/// As [`Scene::new`].
+pub async fn scene() -> Result<Scene> {
+    Scene::new(SceneOptions::default()).await
+}
+
+/// Waits until a process prints `text`, or returns at once if it has.
+///
+/// # Errors
+/// If it does not, with its log.
+pub async fn says(process: &Child, text: &str) -> Result<()> {
+    process.wait_for_text(text, PATIENCE).await.map(drop)
+}
+
+/// As [`says`], after the first `mark` lines.
+///
+/// # Errors
+/// If it does not, with its log.
+pub async fn says_after(process: &Child, mark: usize, text: &str) -> Result<()> {
+    process.wait_from(mark, |line| line.contains(text), PATIENCE).await.map(drop)
+}
+
+/// Checks that the pod is up, and that the tunnels of the default options carry a MiB both ways.
+///
+/// # Errors
+/// If it is not up, with the adaptor's log, or if bytes are lost.
+pub async fn works(scene: &Scene, adaptor: &Child) -> Result<()> {
+    const BYTES: u64 = 1024 * 1024;
+    up(adaptor).await?;
+    let kata = endpoint(adaptor, "KATAAGENT").await?;
+    let bulk = async { bulk_both_ways(kata_client(kata).await?, BYTES, 11).await };
+    let hangs = |what: &str| format!("{what} hangs\n{}", adaptor.log());
+    timeout(PATIENCE, bulk).await.with_context(|| hangs("the kata agent"))??;
+    for address in [endpoint(adaptor, "VMSERVICE").await?, scene.node_inbound] {
+        let bulk = async { bulk_both_ways(client(address).await?, BYTES, 11).await };
+        timeout(PATIENCE, bulk).await.with_context(|| hangs("a tunnel"))??;
+    }
+    Ok(())
 }
 
 /// Waits until the adaptor reports the pod's Kubernetes phase.
