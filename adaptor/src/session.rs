@@ -5,7 +5,7 @@ mod tunnels;
 use std::fmt;
 use std::time::Duration;
 
-use secure_comms_protocol::control::Hello;
+use secure_comms_protocol::hello::Hello;
 use secure_comms_protocol::limits::{HELLO, UPGRADE_DRAIN};
 use secure_comms_protocol::{Attestation, Control, KeyProgress, Phase, PodId, TunnelName};
 use secure_comms_ssh::control::{self, ControlEnd, Outbox};
@@ -92,7 +92,8 @@ impl<P: ClientPhase> Session<P> {
         let (receiver, sender) = channel?;
         let outbox = Outbox::default();
         let credits = connection.credits();
-        outbox.send(Control::Hello(tunnels.hello(pod, credits.initial())));
+        let ours = tunnels.hello(pod, credits.initial());
+        outbox.send(Control::Hello(ours.clone()));
         let (heard, mut hears) = watch::channel(Heard::default());
         let control = run(receiver, sender, credits.clone(), outbox.clone(), connection.ended(), heard);
         let control = tokio::spawn(control).abort_handle();
@@ -108,7 +109,7 @@ impl<P: ClientPhase> Session<P> {
         let first = hears.wait_for(|heard| heard.hello.is_some() || heard.end.is_some()).await;
         let first = first.map(|heard| heard.clone()).unwrap_or_default();
         session.agent = checked::<P>(first)?;
-        session.unpartnered = unpartnered(tunnels, &session.agent, &refused?);
+        session.unpartnered = unpartnered::<P>(&ours, &session.agent, &refused?);
         Ok(session)
     }
 

@@ -265,7 +265,7 @@ async fn connect<P: ClientPhase>(
     match timeout(AUTHENTICATE, handshake).await {
         Ok(authenticated) => {
             let (handle, turn) = authenticated?;
-            guard.may_hold(P::CREDIT.held_max());
+            guard.set_read_ahead_limit(P::CREDIT.held_max());
             Ok(Connection { handle, shared, cut, _turn: turn })
         }
         Err(_) => Err(ConnectError::Timeout(AUTHENTICATE.as_secs(), "agreeing on keys and authenticating")),

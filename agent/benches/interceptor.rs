@@ -31,9 +31,9 @@ fn take(messages: &[Bytes]) -> usize {
     let (mut to, _from) = KataAgent::new(Some("/run/netns/podns")).begin();
     let mut passed = 0;
     for message in messages {
-        to.take(message.clone(), &mut |piece| passed += piece.len()).unwrap();
+        to.on_message(message.clone(), &mut |piece| passed += piece.len()).unwrap();
     }
-    assert!(!to.holds());
+    assert!(!to.has_pending());
     passed
 }
 

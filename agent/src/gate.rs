@@ -6,7 +6,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use secure_comms_protocol::PhaseName;
+use secure_comms_protocol::{Banner, LoginState, PhaseName};
 use tokio::sync::watch;
 
 use crate::keys::{PodKeys, PublicKey, WorkerNodeKeys};
@@ -113,15 +113,13 @@ impl Gate {
     }
 
     /// What the banner says: a hint for the other side, for before authentication it proves nothing.
-    pub fn banner(&self) -> &'static str {
+    pub fn banner(&self) -> Banner {
         match self.inner().state {
-            State::Attestation { .. } => "Secure Comms agent in the Attestation phase\r\n",
+            State::Attestation { .. } => Banner::Attestation,
             State::Kubernetes { standing: Standing::Fresh { .. }, .. } => {
-                "Secure Comms agent in the Kubernetes phase, fresh\r\n"
+                Banner::Kubernetes(LoginState::Fresh)
             }
-            State::Kubernetes { standing: Standing::Latched, .. } => {
-                "Secure Comms agent in the Kubernetes phase, latched\r\n"
-            }
+            State::Kubernetes { standing: Standing::Latched, .. } => Banner::Kubernetes(LoginState::Latched),
         }
     }
 

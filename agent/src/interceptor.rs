@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use secure_comms_protocol::limits::{HELD_BYTES_MAX, HELD_REQUESTS_MAX, REPLIES_MAX};
-use secure_comms_tunnel::intercept::{Broken, FromServer, Interceptor, ToServer};
+use secure_comms_tunnel::intercept::{FromServer, InterceptError, Interceptor, ToServer};
 use secure_comms_tunnel::netns::Namespace;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
@@ -125,7 +125,7 @@ pub struct ToKataAgent {
 }
 
 impl ToServer for ToKataAgent {
-    fn take(&mut self, message: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), Broken> {
+    fn on_message(&mut self, message: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), InterceptError> {
         let mut result = Ok(());
         self.requests.take(message, &mut |what| {
             let (stream, refusal) = match what {
@@ -146,15 +146,15 @@ impl ToServer for ToKataAgent {
         Ok(result?)
     }
 
-    fn ended(&mut self) -> Result<(), Broken> {
+    fn ended(&mut self) -> Result<(), InterceptError> {
         Ok(self.requests.end()?)
     }
 
-    fn holds(&self) -> bool {
+    fn has_pending(&self) -> bool {
         self.requests.has_released() || !self.waiting.tasks.is_empty()
     }
 
-    async fn released(&mut self) -> Result<Option<Bytes>, Broken> {
+    async fn next_released(&mut self) -> Result<Option<Bytes>, InterceptError> {
         loop {
             if let Some(frame) = self.requests.due() {
                 return Ok(Some(frame));
@@ -184,7 +184,7 @@ pub struct FromKataAgent {
 }
 
 impl FromServer for FromKataAgent {
-    fn passes(&mut self, mut data: &[u8]) -> Result<(), Broken> {
+    fn inspect(&mut self, mut data: &[u8]) -> Result<(), InterceptError> {
         while !data.is_empty() {
             let (used, _) = self.scanner.advance(data)?;
             data = data.get(used..).unwrap_or_default();
@@ -192,19 +192,19 @@ impl FromServer for FromKataAgent {
         Ok(())
     }
 
-    fn ended(&mut self) -> Result<(), Broken> {
+    fn ended(&mut self) -> Result<(), InterceptError> {
         Ok(self.scanner.end()?)
     }
 
-    fn reach(&self) -> usize {
+    fn read_limit(&self) -> usize {
         if self.replies.waiting().is_empty() { usize::MAX } else { self.scanner.missing() }
     }
 
-    fn insert(&mut self) -> Option<Bytes> {
+    fn next_injected(&mut self) -> Option<Bytes> {
         if self.scanner.between() { self.replies.waiting().pop_front() } else { None }
     }
 
-    async fn wakes(&mut self) {
+    async fn injection_ready(&mut self) {
         self.replies.came.notified().await;
     }
 }

@@ -1,7 +1,7 @@
 //! The Kubernetes phase: fresh until a worker node has logged in, then latched for the rest of this boot.
 
 use secure_comms_protocol::PhaseName;
-use secure_comms_protocol::limits::{FRESH, UPGRADE_DRAIN};
+use secure_comms_protocol::limits::{FIRST_LOGIN_TIMEOUT, UPGRADE_DRAIN};
 use tokio::time::{sleep, timeout};
 
 use crate::attestation::{self, Guest};
@@ -9,7 +9,7 @@ use crate::gate::Attesters;
 use crate::keys::PodKeys;
 use crate::session::Agent;
 
-/// Enters the phase with `keys` and returns once a worker node has logged in. If none does for [`FRESH`], attestation
+/// Enters the phase with `keys` and returns once a worker node has logged in. If none does for [`FIRST_LOGIN_TIMEOUT`], attestation
 /// goes on beside it: keys that a stranger fed us do not last, unless the stranger logs in with them.
 pub async fn latch(agent: &Agent, guest: &Guest, attesters: &Attesters, mut keys: PodKeys) {
     loop {
@@ -22,12 +22,15 @@ pub async fn latch(agent: &Agent, guest: &Guest, attesters: &Attesters, mut keys
         tokio::select! {
             biased;
             () = agent.gate.latched() => break,
-            () = sleep(FRESH) => {}
+            () = sleep(FIRST_LOGIN_TIMEOUT) => {}
         }
         if agent.gate.reopen_attestation(attesters.clone()).is_err() {
             break;
         }
-        log::warn!("no worker node has logged in for {} s: attestation is open again", FRESH.as_secs());
+        log::warn!(
+            "no worker node has logged in for {} s: attestation is open again",
+            FIRST_LOGIN_TIMEOUT.as_secs()
+        );
         // In this order: once a worker node has logged in, nothing of an attempt may touch its routes.
         tokio::select! {
             biased;

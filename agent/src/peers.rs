@@ -43,7 +43,7 @@ impl Connection {
 
     /// The peer has authenticated and gets this flow control.
     pub fn authenticated(&self, credits: Credits, held_max: usize) {
-        self.guard.may_hold(held_max);
+        self.guard.set_read_ahead_limit(held_max);
         // A connection authenticates once.
         drop(self.credits.set(credits));
     }

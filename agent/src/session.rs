@@ -3,16 +3,19 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
-use secure_comms_protocol::control::{Empty, Hello, KeyProgress};
+use secure_comms_protocol::control::{Empty, KeyProgress};
 use secure_comms_protocol::limits::{
-    ATTESTATION_PEERS_MAX, CreditLimits, HELLO, KATA_AGENT_CONNECT, KEYS_REPORT, PROTOCOL_VERSION,
-    UNAUTHENTICATED_MAX, WAITING_MAX,
+    ATTESTATION_PEERS_MAX, CreditLimits, HELLO, KATA_AGENT_CONNECT, KEYS_REPORT, UNAUTHENTICATED_MAX,
+    WAITING_MAX,
 };
-use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PhaseName, PodId, TunnelName};
+use secure_comms_protocol::{
+    Attestation, Control, Hello, Kubernetes, MismatchKind, Phase, PhaseName, PodId, Refusal, RefusalReason,
+    TunnelName, TunnelNames,
+};
 use secure_comms_ssh::control::{self, ControlEnd};
 use secure_comms_tunnel::flow::{PeerFlow, Side};
-use secure_comms_tunnel::intercept::{Interceptor, Plain};
-use secure_comms_tunnel::link::{Incoming, Refusal, RefusalKind};
+use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
+use secure_comms_tunnel::link::Incoming;
 use secure_comms_tunnel::{Credits, Event, Outbounds, Receiver, outbound};
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::timeout;
@@ -64,7 +67,7 @@ impl Agent {
     /// An agent without peers.
     pub fn new(config: &Config, gate: Gate, instance: String) -> Self {
         let kubernetes_outbounds = Outbounds::new(&config.outbounds)
-            .with_patience(&TunnelName::kata_agent(), KATA_AGENT_CONNECT)
+            .with_connect_timeout(&TunnelName::kata_agent(), KATA_AGENT_CONNECT)
             .with_interceptor(TunnelName::kata_agent(), KataAgent::new(config.pod_namespace.as_deref()));
         Self {
             gate,
@@ -156,7 +159,7 @@ pub trait Seat: Phase {
 
 impl Seat for Attestation {
     const LIMITS: CreditLimits = CreditLimits::ATTESTATION;
-    type Interceptor = Plain;
+    type Interceptor = PassThrough;
 
     fn peers(agent: &Agent) -> &Peers<Self> {
         &agent.attestation
@@ -258,29 +261,28 @@ impl<P: Seat> PeerActions for Member<P> {
 
     fn serve_stream(&self, name: &str, id: u32, pending: PeerPending) {
         self.settle_without_control();
-        let name = name.to_owned();
-        let Ok(permit) = self.opens.clone().try_acquire_owned() else {
-            let refusal =
-                Refusal::new(RefusalKind::Shortage, &name, P::NAME, "too many streams on this connection");
-            tokio::spawn(pending.refuse(refusal));
+        let Ok(place) = self.opens.clone().try_acquire_owned() else {
+            tokio::spawn(pending.refuse(Refusal::new(name, P::NAME, &RefusalReason::TooManyOpens)));
             return;
         };
-        let (outbounds, credits) = (P::outbounds(&self.agent), self.peer.credits.clone());
-        if let Err(refusal) = outbounds.permit(&name) {
-            // Here and not by the tunnel, which would tell of each: strangers must not fill the log.
-            let connection = &self.peer.connection;
-            log::log!(
-                connection.refused(),
-                "refusing a stream of {}: {}",
-                connection.address,
-                refusal.reason
-            );
-            tokio::spawn(pending.refuse(refusal));
-            return;
-        }
+        let permit = match P::outbounds(&self.agent).permit(name) {
+            Ok(permit) => permit,
+            Err(refusal) => {
+                let connection = &self.peer.connection;
+                log::log!(
+                    connection.refused(),
+                    "refusing a stream of {}: {}",
+                    connection.address,
+                    refusal.reason
+                );
+                tokio::spawn(pending.refuse(refusal));
+                return;
+            }
+        };
+        let credits = self.peer.credits.clone();
         tokio::spawn(async move {
-            outbound::serve(&outbounds, &credits, &name, id, pending).await;
-            drop(permit);
+            outbound::serve(permit, &credits, id, pending).await;
+            drop(place);
         });
     }
 
@@ -312,7 +314,7 @@ impl<P: Seat> Member<P> {
     /// A peer that uses tunnels before it opens a control channel will never say hello.
     fn settle_without_control(&self) {
         if !self.control {
-            self.peer.credits.settle(PeerFlow::Plain);
+            self.peer.credits.set_peer_mode(PeerFlow::WindowOnly);
         }
     }
 
@@ -342,7 +344,7 @@ async fn becomes_control(receiver: &mut PeerReceiver, mut begun: oneshot::Receiv
 /// tunnels served.
 async fn settle_without_hello(credits: Credits) {
     if timeout(HELLO, credits.peer()).await.is_err() {
-        credits.settle(PeerFlow::Plain);
+        credits.set_peer_mode(PeerFlow::WindowOnly);
     }
 }
 
@@ -353,23 +355,16 @@ async fn converse<P: Seat>(
     mut receiver: PeerReceiver,
     sender: PeerSender,
 ) {
-    let outbounds = P::outbounds(&agent).names();
-    let inbounds = agent.routes.names(P::NAME);
-    peer.outbox.send(Control::Hello(Hello {
-        version: PROTOCOL_VERSION,
-        credit: Some(peer.credits.initial()),
-        pod_id: None,
-        phase: Some(P::NAME),
-        instance: Some(agent.instance.clone()),
-        inbounds: inbounds.clone(),
-        outbounds: outbounds.clone(),
-    }));
+    let tunnels =
+        TunnelNames { inbounds: agent.routes.names(P::NAME), outbounds: P::outbounds(&agent).names() };
+    let ours = Hello::from_agent(P::NAME, &agent.instance, peer.credits.initial(), tunnels);
+    peer.outbox.send(Control::Hello(ours.clone()));
     let mut greeted = false;
     let heard = |message| {
         if let Control::Hello(hello) = message
             && !std::mem::replace(&mut greeted, true)
         {
-            hear_hello(&agent, &peer, &hello, &inbounds, &outbounds);
+            hear_hello(&agent, &peer, &hello, &ours);
         }
     };
     let background = async {
@@ -396,16 +391,10 @@ async fn converse<P: Seat>(
         log::info!("connection from {}: {end}", peer.connection.address);
         peer.connection.cut();
     }
-    peer.credits.settle(PeerFlow::Plain);
+    peer.credits.set_peer_mode(PeerFlow::WindowOnly);
 }
 
-fn hear_hello<P: Seat>(
-    agent: &Agent,
-    peer: &Peer<P>,
-    hello: &Hello,
-    inbounds: &[String],
-    outbounds: &[String],
-) {
+fn hear_hello<P: Seat>(agent: &Agent, peer: &Peer<P>, hello: &Hello, ours: &Hello) {
     let address = peer.connection.address;
     match hello.pod_id.as_deref().map(str::parse::<PodId>) {
         Some(Ok(pod)) => {
@@ -419,18 +408,20 @@ fn hear_hello<P: Seat>(
         }
         None => {}
     }
-    warn_unmatched(P::NAME, "inbound here", inbounds, &hello.outbounds);
-    warn_unmatched(P::NAME, "outbound here", outbounds, &hello.inbounds);
-    warn_unmatched(P::NAME, "inbound at the worker node", &hello.inbounds, outbounds);
-    warn_unmatched(P::NAME, "outbound at the worker node", &hello.outbounds, inbounds);
+    log_mismatches(P::NAME, ours, hello);
     P::peers(agent).touch();
 }
 
-fn warn_unmatched(phase: PhaseName, what: &str, names: &[String], partners: &[String]) {
-    let alone = |name: &&String| !partners.iter().any(|partner| partner.eq_ignore_ascii_case(name));
-    // A stranger may name thousands.
-    for name in names.iter().take(UNMATCHED_MAX).filter(alone) {
-        let name = name.escape_default();
-        log::info!("tunnel {name:.80}, {phase} phase: an {what} without a partner at the other end");
+/// Logs the tunnels that one end has and the other lacks. The peer's names are untrusted text.
+fn log_mismatches(phase: PhaseName, ours: &Hello, theirs: &Hello) {
+    for mismatch in ours.mismatches(theirs, UNMATCHED_MAX) {
+        let name = mismatch.name.escape_default();
+        let what = match mismatch.kind {
+            MismatchKind::OurInbound => "inbound here has no matching outbound on the peer",
+            MismatchKind::OurOutbound => "outbound here has no matching inbound on the peer",
+            MismatchKind::PeerInbound => "inbound on the peer has no matching outbound here",
+            MismatchKind::PeerOutbound => "outbound on the peer has no matching inbound here",
+        };
+        log::info!("tunnel {name:.80}, {phase} phase: {what}");
     }
 }

@@ -259,7 +259,7 @@ impl Handler for ConnectionHandler {
     type Error = russh::Error;
 
     async fn authentication_banner(&mut self) -> Result<Option<String>, russh::Error> {
-        Ok(Some(self.agent.gate.banner().to_owned()))
+        Ok(Some(self.agent.gate.banner().text().to_owned()))
     }
 
     async fn auth_none(&mut self, user: &str) -> Result<Auth, russh::Error> {

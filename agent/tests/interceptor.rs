@@ -253,7 +253,7 @@ async fn a_bad_frame_on_either_side_ends_the_tunnel_with_a_reason() {
                     server.shutdown().await.unwrap();
                 }
                 let error = relay.await.unwrap().unwrap_err();
-                assert!(matches!(error, RelayError::Broken(_)));
+                assert!(matches!(error, RelayError::Intercept(_)));
                 assert!(error.to_string().starts_with(text), "{error}");
                 assert_eq!(raw.receive().await.1, Some(Event::Close), "no EOF before it");
                 drop(raw.flow);

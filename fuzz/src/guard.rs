@@ -123,7 +123,7 @@ fn make(
         3 => {
             // The read-ahead limit never shrinks.
             *bound = (*bound).max(much * 10_000 + SLACK);
-            guard.may_hold(*bound - SLACK);
+            guard.set_read_ahead_limit(*bound - SLACK);
         }
         4 | 5 => {
             sent.borrow_mut().takes_writes = step & 1 == 1;

@@ -6,32 +6,8 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::PhaseName;
+use crate::hello::Hello;
 use crate::limits::CONTROL_LINE_MAX;
-
-/// What each side says first.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Hello {
-    /// The version of the control protocol the sender speaks.
-    pub version: u32,
-    /// What the sender grants each stream to begin with, in bytes; without it streams have no credits.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub credit: Option<u32>,
-    /// The pod the adaptor drives. Only the adaptor says it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pod_id: Option<String>,
-    /// The phase the agent is in. Only the agent says it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub phase: Option<PhaseName>,
-    /// Random hex of this agent process. Only the agent says it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub instance: Option<String>,
-    /// Names of the sender's inbounds in this phase.
-    pub inbounds: Vec<String>,
-    /// Names of the sender's outbounds in this phase.
-    pub outbounds: Vec<String>,
-}
 
 /// How the agent's attempts to get its keys go.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

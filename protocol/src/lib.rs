@@ -1,20 +1,33 @@
 //! What the two ends of Secure Comms agree on, and nothing that needs an operating system.
 //!
-//! In the order an operator meets them: [`phase`]s, [`name`]s, the [`tag`]s that configure tunnels, the
-//! KBS [`resource`]s that carry the keys, the [`control`] messages on a connection, and the [`limits`]
-//! that bound every wait and every buffer.
+//! The modules are in the order in which an operator and then a connection meet them: the configuration (phases, names,
+//! tags, KBS resources), the messages of a connection (banner, hello, control messages, refusals), and the limits.
 #![no_std]
 
 extern crate alloc;
 
-pub mod control;
-pub mod limits;
-pub mod name;
 pub mod phase;
-pub mod resource;
+
+pub mod name;
+
 pub mod tag;
 
-pub use control::{Control, Credit, Hello, KeyProgress};
+pub mod resource;
+
+pub mod banner;
+
+pub mod hello;
+
+pub mod control;
+
+pub mod refusal;
+
+pub mod limits;
+
+pub use banner::{Banner, BannerHint, LoginState};
+pub use control::{Control, Credit, KeyProgress};
+pub use hello::{Hello, Mismatch, MismatchKind, TunnelNames};
 pub use name::{NameError, PodId, PodIdError, TunnelName};
 pub use phase::{Attestation, Kubernetes, Phase, PhaseName};
+pub use refusal::{Refusal, RefusalKind, RefusalReason};
 pub use tag::{Bind, InboundTag, OutboundTag, PhaseSet, TagErrors, Target};

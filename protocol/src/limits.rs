@@ -29,7 +29,7 @@ pub struct CreditLimits {
     /// What each stream is granted when it opens, in bytes; the value in `hello`.
     pub initial: u32,
     /// What a stream that is used grows to, whatever the line is like, in bytes.
-    pub stream_usual: u32,
+    pub stream_soft_max: u32,
     /// What one may grow to that uses its window up as fast as the round trip allows, in bytes.
     pub stream_max: u32,
     /// What all streams together may have grown by, in bytes.
@@ -42,7 +42,7 @@ impl CreditLimits {
     /// Nobody yet: at most 640 KiB are held for all streams of the connection.
     pub const ATTESTATION: Self = Self {
         initial: 32 * 1024,
-        stream_usual: 160 * 1024,
+        stream_soft_max: 160 * 1024,
         stream_max: 160 * 1024,
         growth_pool: 128 * 1024,
         streams: 16,
@@ -50,7 +50,7 @@ impl CreditLimits {
     /// Proven: at most 64 MiB is held for all streams of the connection.
     pub const KUBERNETES: Self = Self {
         initial: 32 * 1024,
-        stream_usual: 512 * 1024,
+        stream_soft_max: 512 * 1024,
         stream_max: 16 * 1024 * 1024,
         growth_pool: 32 * 1024 * 1024,
         streams: 1024,
@@ -131,7 +131,7 @@ pub const KEYS_REPORT: Duration = Duration::from_secs(15);
 /// Attestation peers get this long to take `upgrade` and leave.
 pub const UPGRADE_DRAIN: Duration = Duration::from_secs(1);
 /// Without an authenticated worker node for this long, a fresh agent lets attestation peers in again.
-pub const FRESH: Duration = Duration::from_secs(60);
+pub const FIRST_LOGIN_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a try to set up the pod network waits for the VM's own: DHCP may be late.
 pub const POD_NETWORK_WAIT: Duration = Duration::from_secs(180);
 /// The pod network is undone within this long after SIGTERM, or by the next start.

@@ -372,12 +372,13 @@ pub fn parse_lists<'a, T: Tag>(lists: impl IntoIterator<Item = &'a str>) -> Resu
         match T::parse(text) {
             Err(error) => errors.push(error),
             Ok(tag) => {
-                let twin = tags.iter().find(|t| t.name() == tag.name() && t.phases().overlaps(tag.phases()));
-                match twin {
-                    Some(twin) => {
+                let duplicate =
+                    tags.iter().find(|t| t.name() == tag.name() && t.phases().overlaps(tag.phases()));
+                match duplicate {
+                    Some(duplicate) => {
                         let expected = format!(
                             "a name once in a phase; '{}' has it too",
-                            twin.to_string().escape_default()
+                            duplicate.to_string().escape_default()
                         );
                         errors.push(TagError { tag: text.to_owned(), part: "name", expected });
                     }

@@ -5,8 +5,9 @@ use russh::{
     Channel, ChannelId, ChannelMsg, ChannelOpenFailure, ChannelOpenHandleInner, ChannelReadHalf,
     ChannelWriteHalf,
 };
+use secure_comms_protocol::Refusal;
 use secure_comms_tunnel::link::Gone;
-use secure_comms_tunnel::{Event, Incoming, Receiver, Refusal, RefusalKind, Sender};
+use secure_comms_tunnel::{Event, Incoming, Receiver, Sender};
 
 /// What either end's session takes as messages of a channel.
 pub trait Message: From<(ChannelId, ChannelMsg)> + Send + Sync + 'static {}
@@ -84,12 +85,8 @@ impl<M: Message> Incoming for PendingChannel<M> {
     }
 
     async fn refuse(self, refusal: Refusal) {
-        let code = match refusal.kind {
-            RefusalKind::Prohibited => ChannelOpenFailure::AdministrativelyProhibited,
-            RefusalKind::ConnectFailed => ChannelOpenFailure::ConnectFailed,
-            RefusalKind::Shortage => ChannelOpenFailure::ResourceShortage,
-        };
         // `Other` is the only variant that carries a description of ours.
-        self.reply.reject(ChannelOpenFailure::Other { code: code.code(), reason: refusal.reason }).await;
+        let failure = ChannelOpenFailure::Other { code: refusal.kind.code(), reason: refusal.reason };
+        self.reply.reject(failure).await;
     }
 }

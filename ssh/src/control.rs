@@ -153,9 +153,10 @@ async fn read<R: Receiver>(
             }
             Control::Bye(message) => end = Some(ControlEnd::Bye(message.reason)),
             Control::Hello(hello) => {
-                let peer = hello.credit.map_or(PeerFlow::Plain, PeerFlow::Credits);
-                credits.settle(peer);
-                if hello.credit.is_some_and(|credit| credit < MESSAGE_COST_MIN || !credits.is(peer)) {
+                let peer = hello.credit.map_or(PeerFlow::WindowOnly, PeerFlow::Credits);
+                credits.set_peer_mode(peer);
+                if hello.credit.is_some_and(|credit| credit < MESSAGE_COST_MIN || !credits.peer_mode_is(peer))
+                {
                     end = Some(ControlEnd::BadCredit);
                 }
                 // A person at the other end of `ssh -s` answers none.

@@ -110,7 +110,7 @@ impl Guard {
     }
 
     /// The peer has authenticated and may have this much in flight towards us.
-    pub fn may_hold(&self, bytes: usize) {
+    pub fn set_read_ahead_limit(&self, bytes: usize) {
         self.0.read_ahead.store(bytes + READ_AHEAD_SLACK.min(bytes / 4), Ordering::Relaxed);
     }
 }
@@ -120,19 +120,19 @@ impl Guard {
 pub struct Guarded<S> {
     socket: S,
     guard: Guard,
-    ahead: Ahead,
+    ahead: ReadAhead,
     strict: StrictKex,
 }
 
 /// What has been read ahead: in pieces, for one buffer that grows would be copied again and again, and take up to three
 /// times the memory.
 #[derive(Debug, Default)]
-struct Ahead {
+struct ReadAhead {
     pieces: VecDeque<BytesMut>,
     len: usize,
 }
 
-impl Ahead {
+impl ReadAhead {
     /// Reads once, into memory that nobody has to clear first; what was read, and none where nothing is there. `size` is
     /// that of a new piece.
     fn read_from<S: AsyncRead + Unpin>(
@@ -185,12 +185,12 @@ impl<S> Guarded<S> {
     pub fn new(socket: S, peer: Peer) -> (Self, Guard) {
         let guard = Guard::default();
         let guarded =
-            Self { socket, guard: guard.clone(), ahead: Ahead::default(), strict: StrictKex::new(peer) };
+            Self { socket, guard: guard.clone(), ahead: ReadAhead::default(), strict: StrictKex::new(peer) };
         (guarded, guard)
     }
 
     /// Takes note of what has arrived.
-    fn saw(strict: &mut StrictKex, guard: &Guard, data: &[u8]) -> io::Result<()> {
+    fn inspect(strict: &mut StrictKex, guard: &Guard, data: &[u8]) -> io::Result<()> {
         if !data.is_empty() {
             guard.0.arrived();
         }
@@ -240,7 +240,7 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
             if data.is_empty() {
                 return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
             }
-            Self::saw(&mut self.strict, &self.guard, data)?;
+            Self::inspect(&mut self.strict, &self.guard, data)?;
             self.ahead.push_line(data);
             if data.contains(&b'\n') || self.ahead.len >= LINE {
                 return Poll::Ready(Ok(()));
@@ -253,7 +253,7 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
         let bound = self.guard.0.read_ahead.load(Ordering::Relaxed);
         while self.ahead.len < bound {
             match self.ahead.read_from(READ, &mut self.socket, cx) {
-                Ok(Some(data)) if !data.is_empty() => Self::saw(&mut self.strict, &self.guard, data)?,
+                Ok(Some(data)) if !data.is_empty() => Self::inspect(&mut self.strict, &self.guard, data)?,
                 // Nothing there; the end of file or an error, which the next ordinary read meets again.
                 Ok(_) | Err(_) => break,
             }
@@ -279,7 +279,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
         if out.remaining() <= LENGTH {
             return match this.ahead.read_from(SMALL, &mut this.socket, cx) {
                 Ok(Some(data)) => {
-                    Self::saw(&mut this.strict, &this.guard, data)?;
+                    Self::inspect(&mut this.strict, &this.guard, data)?;
                     this.ahead.take(out);
                     Poll::Ready(Ok(()))
                 }
@@ -299,7 +299,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
                 Poll::Pending
             }
             Poll::Ready(result) => {
-                Self::saw(&mut this.strict, &this.guard, out.filled().get(old..).unwrap_or_default())?;
+                Self::inspect(&mut this.strict, &this.guard, out.filled().get(old..).unwrap_or_default())?;
                 Poll::Ready(result)
             }
         }
@@ -391,7 +391,7 @@ mod tests {
     #[test]
     fn what_is_read_ahead_comes_out_whole_and_in_order_and_leaves_no_memory() {
         let data: Vec<u8> = (0..5 * READ + 17).map(|at| (at % 251) as u8).collect();
-        let mut ahead = Ahead::default();
+        let mut ahead = ReadAhead::default();
         let mut out = Vec::new();
         let mut buffer = [0; 40_000];
         // Pieces of other sizes than those that go in and come out, and never all of it at once.

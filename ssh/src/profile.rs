@@ -13,7 +13,7 @@ use secure_comms_protocol::limits::{
 /// can fill this, for each of its streams.
 const CHANNEL_QUEUE: usize = 32;
 /// The same while strangers are let in.
-const STRANGERS_QUEUE: usize = 4;
+const UNAUTHENTICATED_CHANNEL_QUEUE: usize = 4;
 
 /// Messages of all channels together that wait for the session (russh's client has 10, and no way to say otherwise). More
 /// than it takes to keep it busy only makes a small message wait behind bulk data, and spoils the caches.
@@ -63,7 +63,7 @@ pub fn server(phase: PhaseName, host_key: PrivateKey, rekey_bytes: usize) -> ser
         maximum_packet_size: MESSAGE_MAX as u32,
         event_buffer_size: SESSION_QUEUE,
         channel_buffer_size: match phase {
-            PhaseName::Attestation => STRANGERS_QUEUE,
+            PhaseName::Attestation => UNAUTHENTICATED_CHANNEL_QUEUE,
             PhaseName::Kubernetes => CHANNEL_QUEUE,
         },
         preferred: preferred(),

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicI64, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use secure_comms_protocol::RefusalReason;
 use secure_comms_protocol::control::Credit;
 use secure_comms_protocol::limits::{CreditLimits, MESSAGE_COST_MIN, MESSAGE_MAX};
 use tokio::sync::{Notify, watch};
@@ -19,7 +20,7 @@ use self::window::Window;
 mod window;
 
 /// Below this much credit a sender waits until a good deal has come back, rather than send splinters.
-const SPLINTER: i64 = 4096;
+const LOW_WATER: i64 = 4096;
 /// More than any honest peer ever grants one stream, in bytes.
 const GRANT_MAX: i64 = 1 << 30;
 
@@ -29,7 +30,7 @@ pub enum PeerFlow {
     /// By credits; what it grants each stream to begin with, in bytes.
     Credits(u32),
     /// By SSH windows alone (stock OpenSSH).
-    Plain,
+    WindowOnly,
 }
 
 /// Which end of the connection numbers its streams how.
@@ -45,14 +46,24 @@ pub enum Side {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StreamError {
     /// The limit of the connection.
-    #[error("too many open streams on this connection; close some")]
+    #[error("{}", RefusalReason::TooManyStreams)]
     TooMany,
     /// The peer used a stream id that is in use, or not its own to give.
-    #[error("stream id {0} is in use or not the opener's to give")]
+    #[error("{}", RefusalReason::BadStreamId(*.0))]
     BadId(u32),
     /// The connection is gone.
-    #[error("the connection is gone")]
+    #[error("{}", RefusalReason::ConnectionGone)]
     Gone,
+}
+
+impl From<StreamError> for RefusalReason {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::TooMany => Self::TooManyStreams,
+            StreamError::BadId(id) => Self::BadStreamId(id),
+            StreamError::Gone => Self::ConnectionGone,
+        }
+    }
 }
 
 /// The peer sent more than it was granted: it must not be trusted to stop.
@@ -73,7 +84,7 @@ struct Shared {
     table: Mutex<Table>,
     grants_waiting: Notify,
     slot_free: Notify,
-    plain_room: Notify,
+    window_only_room: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -84,7 +95,7 @@ struct Table {
     /// All streams, those too that wait for the peer's hello.
     slots: usize,
     grants: HashMap<u32, u32>,
-    grown: u32,
+    pool_used: u32,
     /// The shortest seen; the others have waited in our own queues.
     round_trip: Option<Duration>,
 }
@@ -109,7 +120,7 @@ impl Credits {
             table: Mutex::new(table),
             grants_waiting: Notify::new(),
             slot_free: Notify::new(),
-            plain_room: Notify::new(),
+            window_only_room: Notify::new(),
         }))
     }
 
@@ -119,7 +130,7 @@ impl Credits {
     }
 
     /// The peer has said, or will never say, what it grants. The first word counts.
-    pub fn settle(&self, peer: PeerFlow) {
+    pub fn set_peer_mode(&self, peer: PeerFlow) {
         self.0.peer.send_if_modified(|current| {
             let first = current.is_none();
             current.get_or_insert(peer);
@@ -128,7 +139,7 @@ impl Credits {
     }
 
     /// Whether the peer's flow control was settled as this.
-    pub fn is(&self, peer: PeerFlow) -> bool {
+    pub fn peer_mode_is(&self, peer: PeerFlow) -> bool {
         *self.0.peer.borrow() == Some(peer)
     }
 
@@ -225,7 +236,7 @@ impl Credits {
 
     fn register(&self, mut table: MutexGuard<'_, Table>, slot: Slot, id: u32, peer: PeerFlow) -> Flow {
         let credit = match peer {
-            PeerFlow::Plain => None,
+            PeerFlow::WindowOnly => None,
             PeerFlow::Credits(initial) => {
                 let send =
                     Arc::new(SendState { available: AtomicI64::new(initial.into()), more: Notify::new() });
@@ -233,7 +244,7 @@ impl Credits {
                 Some(StreamCredit::new(send, initial, self.0.limits.initial))
             }
         };
-        Flow { id, slot, credit, plain: AtomicU32::new(0) }
+        Flow { id, slot, credit, window_only_held: AtomicU32::new(0) }
     }
 
     /// The peer has granted more; for streams that are gone it means nothing.
@@ -292,14 +303,14 @@ pub struct Flow {
     slot: Slot,
     credit: Option<StreamCredit>,
     /// What a stream without credits holds, in bytes; changed only with the table locked.
-    plain: AtomicU32,
+    window_only_held: AtomicU32,
 }
 
 #[derive(Debug)]
 struct StreamCredit {
     send: Arc<SendState>,
     /// A sender that has run dry waits for this much.
-    resume: i64,
+    high_water: i64,
     /// What the peer may still send us.
     outstanding: AtomicI64,
     /// What the peer may have on its way to us at a time; never contended, and locked for no await.
@@ -312,7 +323,7 @@ impl StreamCredit {
             send,
             // Nobody waits for ever: once the peer's socket has taken all we sent, the peer withholds less than half
             // of the window (a batch), the window never shrinks below `theirs`, so more than this has come back.
-            resume: i64::from(theirs / 2).clamp(MESSAGE_COST_MIN.into(), MESSAGE_MAX as i64),
+            high_water: i64::from(theirs / 2).clamp(MESSAGE_COST_MIN.into(), MESSAGE_MAX as i64),
             outstanding: AtomicI64::new(ours.into()),
             window: Mutex::new(Window::new(ours)),
         }
@@ -342,14 +353,16 @@ impl Flow {
     /// Waits until more may be taken from a stream without credits: it may hold what one with credits is granted to begin
     /// with, and beyond that what is left of the pool that those grow from. A peer that says no hello must not cost more
     /// than one that does; and a two-way stream needs room, for a connection that is held up takes what we send no more.
-    pub(crate) async fn plain_room(&self) {
+    pub(crate) async fn window_only_room(&self) {
         let shared = &self.slot.0.0;
         loop {
-            let room = shared.plain_room.notified();
+            let room = shared.window_only_room.notified();
             tokio::pin!(room);
             room.as_mut().enable();
-            let grown = self.slot.0.table().grown;
-            if self.plain.load(Relaxed) < shared.limits.initial || grown < shared.limits.growth_pool {
+            let pool_used = self.slot.0.table().pool_used;
+            if self.window_only_held.load(Relaxed) < shared.limits.initial
+                || pool_used < shared.limits.growth_pool
+            {
                 return;
             }
             room.await;
@@ -357,17 +370,17 @@ impl Flow {
     }
 
     /// A stream without credits holds this much now.
-    fn hold_plain(&self, change: impl Fn(u32) -> u32) {
+    fn hold_window_only(&self, change: impl Fn(u32) -> u32) {
         let initial = self.slot.0.0.limits.initial;
         let mut table = self.slot.0.table();
-        let before = self.plain.load(Relaxed);
+        let before = self.window_only_held.load(Relaxed);
         let after = change(before);
-        self.plain.store(after, Relaxed);
-        table.grown =
-            (table.grown + after.saturating_sub(initial)).saturating_sub(before.saturating_sub(initial));
+        self.window_only_held.store(after, Relaxed);
+        table.pool_used =
+            (table.pool_used + after.saturating_sub(initial)).saturating_sub(before.saturating_sub(initial));
         drop(table);
         if after < before {
-            self.slot.0.0.plain_room.notify_waiters();
+            self.slot.0.0.window_only_room.notify_waiters();
         }
     }
 
@@ -375,8 +388,8 @@ impl Flow {
     pub async fn ready(&self) -> usize {
         let Some(credit) = &self.credit else { return MESSAGE_MAX };
         let mut available = credit.send.available.load(Relaxed);
-        if available < SPLINTER.min(credit.resume) {
-            while available < credit.resume {
+        if available < LOW_WATER.min(credit.high_water) {
+            while available < credit.high_water {
                 credit.send.more.notified().await;
                 available = credit.send.available.load(Relaxed);
             }
@@ -398,7 +411,7 @@ impl Flow {
     pub fn arrived(&self, len: usize) -> Result<u32, Overrun> {
         let cost = cost(len);
         let Some(credit) = &self.credit else {
-            self.hold_plain(|held| held.saturating_add(cost));
+            self.hold_window_only(|held| held.saturating_add(cost));
             return Ok(cost);
         };
         let left = credit.outstanding.fetch_sub(cost.into(), Relaxed) - i64::from(cost);
@@ -411,7 +424,9 @@ impl Flow {
 
     /// The socket has taken messages that cost this much.
     pub fn consumed(&self, cost: u32) {
-        let Some(credit) = &self.credit else { return self.hold_plain(|held| held.saturating_sub(cost)) };
+        let Some(credit) = &self.credit else {
+            return self.hold_window_only(|held| held.saturating_sub(cost));
+        };
         let mut window = credit.window();
         if !window.consumed(cost) {
             return;
@@ -419,8 +434,8 @@ impl Flow {
         let mut table = self.slot.0.table();
         let limits = &self.slot.0.0.limits;
         let before = window.grown(limits);
-        let grant = window.batch(limits, limits.growth_pool - table.grown, table.round_trip);
-        table.grown = table.grown - before + window.grown(limits);
+        let grant = window.batch(limits, limits.growth_pool - table.pool_used, table.round_trip);
+        table.pool_used = table.pool_used - before + window.grown(limits);
         credit.outstanding.fetch_add(grant.into(), Relaxed);
         if grant > 0 {
             *table.grants.entry(self.id).or_default() += grant;
@@ -437,10 +452,10 @@ impl Flow {
 
 impl Drop for Flow {
     fn drop(&mut self) {
-        let Some(credit) = &self.credit else { return self.hold_plain(|_| 0) };
+        let Some(credit) = &self.credit else { return self.hold_window_only(|_| 0) };
         let mut table = self.slot.0.table();
         table.streams.remove(&self.id);
         table.grants.remove(&self.id);
-        table.grown -= credit.window().grown(&self.slot.0.0.limits);
+        table.pool_used -= credit.window().grown(&self.slot.0.0.limits);
     }
 }

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::backoff::Backoff;
 use crate::link::{Link, OpenError};
 use crate::netns::{self, Namespace, NamespaceError};
-use crate::relay::{RelayError, relay};
+use crate::relay::{relay, report};
 use crate::socket::Socket;
 
 /// How long an inbound waits for its network namespace, which another service makes at boot.
@@ -217,7 +217,7 @@ async fn serve_client<L: Link>(
             biased;
             link = links.wait_for(usable) => link.ok().and_then(|link| link.clone()),
             // Its slot is somebody else's now.
-            () = socket.left() => return Ended::Left,
+            () = socket.client_gone() => return Ended::Left,
             () = sleep_until(deadline) => {
                 return Ended::Unserved(format!("no peer within {} s", INBOUND_WAIT.as_secs()));
             }
@@ -246,15 +246,5 @@ async fn serve_client<L: Link>(
                 () = backoff.pause() => {}
             },
         }
-    }
-}
-
-/// Logs how a stream ended, if not in good order.
-pub(crate) fn report(name: &TunnelName, result: Result<(), RelayError>) {
-    match result {
-        Ok(()) => {}
-        Err(error @ RelayError::Overrun(_)) => log::error!("tunnel {name}: {error}"),
-        Err(error @ RelayError::Broken(_)) => log::warn!("tunnel {name}: {error}"),
-        Err(error) => log::debug!("tunnel {name}: {error}"),
     }
 }

@@ -10,7 +10,7 @@ use std::future::Future;
 use bytes::Bytes;
 
 /// Why an interceptor can't let a tunnel go on.
-pub type Broken = Box<dyn Error + Send + Sync>;
+pub type InterceptError = Box<dyn Error + Send + Sync>;
 
 /// Makes the two halves for each stream of a tunnel.
 pub trait Interceptor: Clone + Debug + Send + Sync + 'static {
@@ -29,17 +29,17 @@ pub trait ToServer: Send {
     ///
     /// # Errors
     /// The tunnel must end.
-    fn take(&mut self, message: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), Broken>;
+    fn on_message(&mut self, message: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), InterceptError>;
     /// No more will arrive.
     ///
     /// # Errors
     /// This is no place to end.
-    fn ended(&mut self) -> Result<(), Broken>;
+    fn ended(&mut self) -> Result<(), InterceptError>;
     /// Whether something is held back, so that the server must not hear an end yet.
-    fn holds(&self) -> bool;
+    fn has_pending(&self) -> bool;
     /// Waits until a piece that was held back may go on, and this is the place for it; nothing if it never will. Asked
     /// only while something is held; the future may be dropped and asked for again.
-    fn released(&mut self) -> impl Future<Output = Result<Option<Bytes>, Broken>> + Send;
+    fn next_released(&mut self) -> impl Future<Output = Result<Option<Bytes>, InterceptError>> + Send;
 }
 
 /// Sees what the server sends.
@@ -48,25 +48,25 @@ pub trait FromServer: Send {
     ///
     /// # Errors
     /// The tunnel must end.
-    fn passes(&mut self, data: &[u8]) -> Result<(), Broken>;
+    fn inspect(&mut self, data: &[u8]) -> Result<(), InterceptError>;
     /// The server sends no more.
     ///
     /// # Errors
     /// This is no place to end.
-    fn ended(&mut self) -> Result<(), Broken>;
+    fn ended(&mut self) -> Result<(), InterceptError>;
     /// How many bytes may be read next, at least one: fewer where a place for a piece of its own must not be missed.
-    fn reach(&self) -> usize;
+    fn read_limit(&self) -> usize;
     /// A piece of its own, if there is one and this is the place for it.
-    fn insert(&mut self) -> Option<Bytes>;
+    fn next_injected(&mut self) -> Option<Bytes>;
     /// Waits until there may be one. The future may be dropped and asked for again.
-    fn wakes(&mut self) -> impl Future<Output = ()> + Send;
+    fn injection_ready(&mut self) -> impl Future<Output = ()> + Send;
 }
 
 /// No interceptor: everything passes as it comes.
 #[derive(Clone, Copy, Debug)]
-pub struct Plain;
+pub struct PassThrough;
 
-impl Interceptor for Plain {
+impl Interceptor for PassThrough {
     type ToServer = Self;
     type FromServer = Self;
 
@@ -75,43 +75,43 @@ impl Interceptor for Plain {
     }
 }
 
-impl ToServer for Plain {
-    fn take(&mut self, message: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), Broken> {
+impl ToServer for PassThrough {
+    fn on_message(&mut self, message: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), InterceptError> {
         out(message);
         Ok(())
     }
 
-    fn ended(&mut self) -> Result<(), Broken> {
+    fn ended(&mut self) -> Result<(), InterceptError> {
         Ok(())
     }
 
-    fn holds(&self) -> bool {
+    fn has_pending(&self) -> bool {
         false
     }
 
-    fn released(&mut self) -> impl Future<Output = Result<Option<Bytes>, Broken>> + Send {
+    fn next_released(&mut self) -> impl Future<Output = Result<Option<Bytes>, InterceptError>> + Send {
         std::future::pending()
     }
 }
 
-impl FromServer for Plain {
-    fn passes(&mut self, _: &[u8]) -> Result<(), Broken> {
+impl FromServer for PassThrough {
+    fn inspect(&mut self, _: &[u8]) -> Result<(), InterceptError> {
         Ok(())
     }
 
-    fn ended(&mut self) -> Result<(), Broken> {
+    fn ended(&mut self) -> Result<(), InterceptError> {
         Ok(())
     }
 
-    fn reach(&self) -> usize {
+    fn read_limit(&self) -> usize {
         usize::MAX
     }
 
-    fn insert(&mut self) -> Option<Bytes> {
+    fn next_injected(&mut self) -> Option<Bytes> {
         None
     }
 
-    fn wakes(&mut self) -> impl Future<Output = ()> + Send {
+    fn injection_ready(&mut self) -> impl Future<Output = ()> + Send {
         std::future::pending()
     }
 }

@@ -20,7 +20,7 @@ pub use backoff::Backoff;
 pub use flow::{Credits, Flow};
 pub use inbound::Inbound;
 pub use intercept::{FromServer, Interceptor, ToServer};
-pub use link::{Event, Incoming, Link, OpenError, Receiver, Refusal, RefusalKind, Sender, Stream};
+pub use link::{Event, Incoming, Link, OpenError, Receiver, Sender, Stream};
 pub use outbound::Outbounds;
 pub use relay::{relay, relay_through};
 pub use socket::Socket;

@@ -1,11 +1,9 @@
 //! What stands between tunnels and the transport: a link opens named streams and is asked for them.
 
-use std::fmt;
 use std::future::Future;
 
 use bytes::Bytes;
-use secure_comms_protocol::name::TUNNEL_NAME_MAX;
-use secure_comms_protocol::{PhaseName, TunnelName};
+use secure_comms_protocol::{Refusal, TunnelName};
 
 use crate::flow::Flow;
 
@@ -75,35 +73,6 @@ pub trait Link: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<Stream<Self::Receiver, Self::Sender>, OpenError>> + Send;
     /// Whether the connection is known to be gone.
     fn is_gone(&self) -> bool;
-}
-
-/// What kind of refusal the other end hears.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RefusalKind {
-    /// The name or the phase is not allowed (RFC 4254 5.1 `SSH_OPEN_ADMINISTRATIVELY_PROHIBITED`).
-    Prohibited,
-    /// The server could not be reached (RFC 4254 5.1 `SSH_OPEN_CONNECT_FAILED`).
-    ConnectFailed,
-    /// Too many streams are open (RFC 4254 5.1 `SSH_OPEN_RESOURCE_SHORTAGE`).
-    Shortage,
-}
-
-/// A refusal: names the tunnel, the phase and the cause.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// Its kind.
-    pub kind: RefusalKind,
-    /// The text that the other end hears.
-    pub reason: String,
-}
-
-impl Refusal {
-    /// A refusal of the tunnel `name` in `phase`.
-    pub fn new(kind: RefusalKind, name: &str, phase: PhaseName, cause: impl fmt::Display) -> Self {
-        // What the other end asked for may be as long as a message, and goes into our log.
-        let name: String = name.chars().take(TUNNEL_NAME_MAX).collect();
-        Self { kind, reason: format!("tunnel {}, {phase} phase: {cause}", name.escape_default()) }
-    }
 }
 
 /// A stream that the other end asks for.

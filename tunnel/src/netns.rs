@@ -67,12 +67,12 @@ impl Namespace {
         make: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> Result<T, NamespaceError> {
         let path = self.0.clone();
-        apart(move || enter(&path).and_then(|()| Ok(make()?))).await
+        on_own_thread(move || enter(&path).and_then(|()| Ok(make()?))).await
     }
 }
 
 /// Runs `job` on a thread of its own, which it may move to another namespace.
-async fn apart<T, E>(job: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
+async fn on_own_thread<T, E>(job: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
 where
     T: Send + 'static,
     E: From<io::Error> + Send + 'static,

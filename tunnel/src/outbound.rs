@@ -7,21 +7,20 @@ use std::time::Duration;
 
 use secure_comms_protocol::limits::{OUTBOUND_CONNECT, TCP_CONNECT};
 use secure_comms_protocol::tag::Host;
-use secure_comms_protocol::{OutboundTag, Phase, Target, TunnelName};
+use secure_comms_protocol::{OutboundTag, Phase, Refusal, RefusalReason, Target, TunnelName};
 use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use crate::backoff::Backoff;
 use crate::flow::{Credits, Flow, StreamError};
-use crate::inbound::report;
-use crate::intercept::{Interceptor, Plain};
-use crate::link::{Incoming, Refusal, RefusalKind, Stream};
-use crate::relay::{relay, relay_through};
+use crate::intercept::{Interceptor, PassThrough};
+use crate::link::{Incoming, Stream};
+use crate::relay::{relay, relay_through, report};
 use crate::socket::Socket;
 
 /// The outbounds of one phase, one of which may have an interceptor. What is not in here can't be dialled.
 #[derive(Clone, Debug)]
-pub struct Outbounds<P, I = Plain> {
+pub struct Outbounds<P, I = PassThrough> {
     servers: HashMap<TunnelName, Server>,
     intercepted: Option<(TunnelName, I)>,
     phase: PhantomData<P>,
@@ -30,14 +29,16 @@ pub struct Outbounds<P, I = Plain> {
 #[derive(Clone, Debug)]
 struct Server {
     target: Target,
-    patience: Duration,
+    connect_timeout: Duration,
 }
 
-/// The leave to dial one server, from [`Outbounds::permit`].
+/// Proof that the name of a stream was looked up and allowed, from [`Outbounds::permit`]. Only a permit can be dialled.
 #[derive(Debug)]
-pub struct Permit {
+pub struct Permit<P, I = PassThrough> {
     name: TunnelName,
     server: Server,
+    interceptor: Option<I>,
+    phase: PhantomData<P>,
 }
 
 /// Why a server was not reached.
@@ -54,7 +55,9 @@ impl<P: Phase> Outbounds<P> {
         let servers = tags
             .into_iter()
             .filter(|tag| tag.phases.includes(P::NAME))
-            .map(|tag| (tag.name.clone(), Server { target: tag.target.clone(), patience: Duration::ZERO }))
+            .map(|tag| {
+                (tag.name.clone(), Server { target: tag.target.clone(), connect_timeout: Duration::ZERO })
+            })
             .collect();
         Self { servers, intercepted: None, phase: PhantomData }
     }
@@ -67,9 +70,9 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
     }
 
     /// Lets one server come up later than its clients: connecting is tried for this long.
-    pub fn with_patience(mut self, name: &TunnelName, patience: Duration) -> Self {
+    pub fn with_connect_timeout(mut self, name: &TunnelName, connect_timeout: Duration) -> Self {
         if let Some(server) = self.servers.get_mut(name) {
-            server.patience = patience;
+            server.connect_timeout = connect_timeout;
         }
         self
     }
@@ -79,28 +82,31 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
         self.servers.keys().map(ToString::to_string).collect()
     }
 
-    /// The leave to dial the server that the other end names.
+    /// Looks up the server that the peer names.
     ///
     /// # Errors
-    /// The name is not one, or not an outbound of this phase.
-    pub fn permit(&self, asked: &str) -> Result<Permit, Refusal> {
-        let refused = |cause: &str| Refusal::new(RefusalKind::Prohibited, asked, P::NAME, cause);
-        let name: TunnelName = asked.parse().map_err(|_| refused("not a tunnel name"))?;
-        let server =
-            self.servers.get(&name).ok_or_else(|| refused("no outbound of this name in this phase"))?;
-        Ok(Permit { name, server: server.clone() })
+    /// The text is not a tunnel name, or the phase has no outbound of this name.
+    pub fn permit(&self, name: &str) -> Result<Permit<P, I>, Refusal> {
+        let refusal = |reason| Refusal::new(name, P::NAME, &reason);
+        let name: TunnelName = name.parse().map_err(|_| refusal(RefusalReason::BadName))?;
+        let server = self.servers.get(&name).ok_or_else(|| refusal(RefusalReason::NoOutbound))?;
+        let interceptor = match &self.intercepted {
+            Some((intercepted, interceptor)) if *intercepted == name => Some(interceptor.clone()),
+            _ => None,
+        };
+        Ok(Permit { name, server: server.clone(), interceptor, phase: PhantomData })
     }
 }
 
-impl Permit {
+impl<P, I> Permit<P, I> {
     /// Connects to the server.
     ///
     /// # Errors
-    /// It can't be reached within [`OUTBOUND_CONNECT`], or within its patience.
+    /// It can't be reached within [`OUTBOUND_CONNECT`], or within its connect_timeout.
     pub async fn connect(&self) -> Result<Socket, ConnectError> {
-        let Server { target, patience } = &self.server;
+        let Server { target, connect_timeout } = &self.server;
         let start = Instant::now();
-        let end = start + OUTBOUND_CONNECT.max(*patience);
+        let end = start + OUTBOUND_CONNECT.max(*connect_timeout);
         let mut backoff = Backoff::default();
         loop {
             let limit = end.min(Instant::now() + OUTBOUND_CONNECT);
@@ -110,7 +116,8 @@ impl Permit {
                 Err(error) => error,
             };
             // A unix server whose backlog is full is there, and busy; unix sockets don't wait for it.
-            let last = if source.kind() == io::ErrorKind::WouldBlock { end } else { start + *patience };
+            let last =
+                if source.kind() == io::ErrorKind::WouldBlock { end } else { start + *connect_timeout };
             let next = Instant::now() + backoff.next_pause();
             if next >= last {
                 return Err(ConnectError { target: target.clone(), source });
@@ -139,23 +146,23 @@ async fn dial(target: &Target) -> io::Result<Socket> {
     }
 }
 
-/// Answers a stream that the other end asks for: the permit, the server, the confirmation, then the relay.
+/// Serves one stream: connects to the server of `permit`, confirms the stream, and relays until both ends are done.
+///
+/// `id` is the stream id that the peer chose. A stream that can't be served is refused and logged. Returns when the
+/// stream has ended. Dropping the future resets the stream and the connection to the server.
 pub async fn serve<P: Phase, I: Interceptor>(
-    outbounds: &Outbounds<P, I>,
+    permit: Permit<P, I>,
     credits: &Credits,
-    asked: &str,
     id: u32,
     incoming: impl Incoming,
 ) {
-    match prepare(outbounds, credits, asked, id).await {
-        Ok((permit, socket, flow)) => {
+    match prepare(&permit, credits, id).await {
+        Ok((socket, flow)) => {
             let (receiver, sender) = incoming.accept().await;
             let stream = Stream { receiver, sender, flow };
-            let result = match &outbounds.intercepted {
-                Some((name, interceptor)) if *name == permit.name => {
-                    relay_through(interceptor, socket, stream).await
-                }
-                _ => relay(socket, stream).await,
+            let result = match &permit.interceptor {
+                Some(interceptor) => relay_through(interceptor, socket, stream).await,
+                None => relay(socket, stream).await,
             };
             report(&permit.name, result);
         }
@@ -166,23 +173,18 @@ pub async fn serve<P: Phase, I: Interceptor>(
     }
 }
 
-async fn prepare<P: Phase, I: Interceptor>(
-    outbounds: &Outbounds<P, I>,
+async fn prepare<P: Phase, I>(
+    permit: &Permit<P, I>,
     credits: &Credits,
-    asked: &str,
     id: u32,
-) -> Result<(Permit, Socket, Flow), Refusal> {
-    let permit = outbounds.permit(asked)?;
-    let refused = |kind, cause: &dyn std::fmt::Display| Refusal::new(kind, asked, P::NAME, cause);
-    // Registered before the confirmation goes out: credit for it may come right after.
-    let flow = credits.accept(id).await.map_err(|error| match error {
-        StreamError::TooMany => refused(RefusalKind::Shortage, &error),
-        StreamError::BadId(_) | StreamError::Gone => refused(RefusalKind::Prohibited, &error),
-    })?;
+) -> Result<(Socket, Flow), Refusal> {
+    let refusal = |reason| Refusal::new(permit.name.as_str(), P::NAME, &reason);
+    // Registered before the confirmation goes out: credit for the stream may arrive right after it.
+    let flow = credits.accept(id).await.map_err(|error| refusal(error.into()))?;
     let connected = tokio::select! {
-        connected = permit.connect() => connected,
-        () = credits.gone() => return Err(refused(RefusalKind::ConnectFailed, &StreamError::Gone)),
+        connected = permit.connect() => connected.map_err(|error| error.to_string()),
+        () = credits.gone() => Err(StreamError::Gone.to_string()),
     };
-    let socket = connected.map_err(|error| refused(RefusalKind::ConnectFailed, &error))?;
-    Ok((permit, socket, flow))
+    let socket = connected.map_err(|error| refusal(RefusalReason::Unreachable(error)))?;
+    Ok((socket, flow))
 }

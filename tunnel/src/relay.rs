@@ -9,12 +9,13 @@ use std::io;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use secure_comms_protocol::TunnelName;
 use secure_comms_protocol::limits::{FLUSH, MESSAGE_MAX};
 use tokio::task::coop::consume_budget;
 use tokio::time::timeout;
 
 use crate::flow::{Flow, Overrun};
-use crate::intercept::{Broken, FromServer, Interceptor, Plain, ToServer};
+use crate::intercept::{FromServer, InterceptError, Interceptor, PassThrough, ToServer};
 use crate::link::{Event, Receiver, Sender, Stream};
 use crate::queue::{Ending, Next, Queue};
 use crate::socket::Socket;
@@ -39,7 +40,7 @@ pub enum RelayError {
     Overrun(#[from] Overrun),
     /// The interceptor can't go on with what it has seen.
     #[error("{0}")]
-    Broken(Broken),
+    Intercept(InterceptError),
 }
 
 /// Moves bytes both ways until both ends are done; then socket and stream are closed.
@@ -48,7 +49,7 @@ pub enum RelayError {
 /// Why it ended otherwise. The local side then sees a reset, the other end a close without EOF; so it is too if the
 /// future is dropped.
 pub async fn relay<R: Receiver, S: Sender>(socket: Socket, stream: Stream<R, S>) -> Result<(), RelayError> {
-    relay_through(&Plain, socket, stream).await
+    relay_through(&PassThrough, socket, stream).await
 }
 
 /// The same, with an interceptor between the stream and the server at the other side of `socket`.
@@ -147,22 +148,22 @@ async fn drain<R: Receiver>(
 ) -> Result<(), RelayError> {
     let mut ended = false;
     loop {
-        if ended && !to_server.holds() {
+        if ended && !to_server.has_pending() {
             queue.end(Ending::Complete);
         }
         if !flow.has_credit() {
             // Without credits all we can do is to stop taking, which holds up that peer's connection.
             tokio::select! {
                 biased;
-                () = flow.plain_room() => {}
+                () = flow.window_only_room() => {}
                 () = flow.gone() => {}
             }
         }
-        let holds = to_server.holds();
+        let holds = to_server.has_pending();
         let event = tokio::select! {
             biased;
-            released = to_server.released(), if holds => {
-                if let Some(piece) = released.map_err(RelayError::Broken)? {
+            released = to_server.next_released(), if holds => {
+                if let Some(piece) = released.map_err(RelayError::Intercept)? {
                     queue.push(piece, 0);
                 }
                 continue;
@@ -179,11 +180,11 @@ async fn drain<R: Receiver>(
                         queue.push(before, 0);
                     }
                 };
-                to_server.take(data, &mut out).map_err(RelayError::Broken)?;
+                to_server.on_message(data, &mut out).map_err(RelayError::Intercept)?;
                 queue.push(last.unwrap_or_default(), cost);
             }
             Some(Event::Eof) => {
-                to_server.ended().map_err(RelayError::Broken)?;
+                to_server.ended().map_err(RelayError::Intercept)?;
                 ended = true;
             }
             Some(Event::Close) | None => break,
@@ -223,20 +224,20 @@ async fn collect<S: Sender>(
             error = socket.failed() => return Err(error.into()),
         };
         if inserted.is_empty() {
-            inserted = from_server.insert().unwrap_or_default();
+            inserted = from_server.next_injected().unwrap_or_default();
         }
         let data = if inserted.is_empty() {
             tokio::select! {
                 biased;
                 readable = socket.readable() => readable?,
-                () = from_server.wakes() => continue,
+                () = from_server.injection_ready() => continue,
             }
-            let max = size.min(credit).min(from_server.reach());
+            let max = size.min(credit).min(from_server.read_limit());
             // Allocated only now: an idle stream holds no buffer.
             let mut data = BytesMut::with_capacity(max);
             match socket.try_read(&mut data, max) {
                 Ok(0) => {
-                    from_server.ended().map_err(RelayError::Broken)?;
+                    from_server.ended().map_err(RelayError::Intercept)?;
                     // A connection that is gone is drain's to report.
                     return sender.eof().await.or(Ok(()));
                 }
@@ -245,7 +246,7 @@ async fn collect<S: Sender>(
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return Err(error.into()),
             }
-            from_server.passes(&data).map_err(RelayError::Broken)?;
+            from_server.inspect(&data).map_err(RelayError::Intercept)?;
             data.freeze()
         } else {
             inserted.split_to(credit.min(inserted.len()))
@@ -257,5 +258,15 @@ async fn collect<S: Sender>(
         }
         // A socket that always has more, and a link that always has room, would keep the thread.
         consume_budget().await;
+    }
+}
+
+/// Logs how a stream ended, unless it ended in good order.
+pub(crate) fn report(name: &TunnelName, result: Result<(), RelayError>) {
+    match result {
+        Ok(()) => {}
+        Err(error @ RelayError::Overrun(_)) => log::error!("tunnel {name}: {error}"),
+        Err(error @ RelayError::Intercept(_)) => log::warn!("tunnel {name}: {error}"),
+        Err(error) => log::debug!("tunnel {name}: {error}"),
     }
 }

@@ -71,7 +71,7 @@ impl Socket {
 
     /// Waits until whoever is at the other side has left without a word: failed, or ended having sent nothing. One
     /// that has sent something and then ended may still wait for an answer. Takes no bytes.
-    pub async fn left(&self) {
+    pub async fn client_gone(&self) {
         loop {
             if self.readable().await.is_err() {
                 return;

@@ -170,7 +170,7 @@ async fn a_used_window_grows_out_of_the_pool_and_the_pool_gets_it_back() {
     within(async {
         let limits = CreditLimits {
             initial: 32 << 10,
-            stream_usual: 128 << 10,
+            stream_soft_max: 128 << 10,
             stream_max: 128 << 10,
             growth_pool: 96 << 10,
             streams: 8,
@@ -267,7 +267,7 @@ async fn streams_are_counted_both_ways_and_with_those_that_wait_for_hello() {
             .into();
         quiet(|| credits.open_streams()).await;
         assert_eq!(credits.accept(7).await.unwrap_err(), StreamError::TooMany);
-        credits.settle(PeerFlow::Credits(32 << 10));
+        credits.set_peer_mode(PeerFlow::Credits(32 << 10));
         let mut flows = Vec::new();
         for flow in waiting {
             flows.push(flow.await.unwrap());
@@ -298,9 +298,9 @@ async fn an_open_that_gives_up_before_hello_gives_its_room_back() {
 async fn stream_ids_belong_to_their_side_and_are_in_use_once() {
     within(async {
         let agent = Credits::new(Side::Agent, FIXED);
-        agent.settle(PeerFlow::Credits(32 << 10));
+        agent.set_peer_mode(PeerFlow::Credits(32 << 10));
         let adaptor = Credits::new(Side::Adaptor, FIXED);
-        adaptor.settle(PeerFlow::Credits(32 << 10));
+        adaptor.set_peer_mode(PeerFlow::Credits(32 << 10));
         let one = agent.accept(1).await.unwrap();
         for (credits, bad) in [(&agent, 1), (&agent, 2), (&agent, 0), (&adaptor, 1), (&adaptor, 0)] {
             assert_eq!(credits.accept(bad).await.unwrap_err(), StreamError::BadId(bad));
@@ -319,14 +319,14 @@ async fn stream_ids_belong_to_their_side_and_are_in_use_once() {
 async fn credit_for_unknown_streams_and_too_much_of_it_do_no_harm() {
     within(async {
         let credits = Credits::new(Side::Adaptor, FIXED);
-        credits.settle(PeerFlow::Credits(32 << 10));
+        credits.set_peer_mode(PeerFlow::Credits(32 << 10));
         credits.granted(Credit { stream: 99, bytes: 5 });
         let flow = credits.open().await.unwrap();
         for _ in 0..10 {
             credits.granted(Credit { stream: flow.id(), bytes: u32::MAX });
         }
         assert_eq!(flow.ready().await, 32 * 1024);
-        credits.settle(PeerFlow::Plain);
+        credits.set_peer_mode(PeerFlow::WindowOnly);
         assert_eq!(credits.peer().await.unwrap(), PeerFlow::Credits(32 << 10), "the first word counts");
     })
     .await;
@@ -338,7 +338,7 @@ async fn every_window_from_the_smallest_on_keeps_moving() {
         for initial in [512, 513, 600, 1023, 1025, 4096, 5000, 8191, 65_536, 1 << 20] {
             let limits = CreditLimits {
                 initial,
-                stream_usual: initial,
+                stream_soft_max: initial,
                 stream_max: initial,
                 growth_pool: 0,
                 streams: 4,

@@ -11,7 +11,7 @@ use harness::{Connection, FIXED, quiet, tcp, within};
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{Kubernetes, OutboundTag};
 use secure_comms_tunnel::flow::Side;
-use secure_comms_tunnel::intercept::{Broken, FromServer, Interceptor, ToServer};
+use secure_comms_tunnel::intercept::{FromServer, InterceptError, Interceptor, ToServer};
 use secure_comms_tunnel::relay::RelayError;
 use secure_comms_tunnel::{Event, Link, Outbounds, Receiver, Sender};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -51,7 +51,7 @@ impl Interceptor for Parts {
 }
 
 impl ToServer for To {
-    fn take(&mut self, message: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), Broken> {
+    fn on_message(&mut self, message: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), InterceptError> {
         for byte in message {
             if byte != b'|' {
                 self.kept.push(byte);
@@ -66,39 +66,39 @@ impl ToServer for To {
         Ok(())
     }
 
-    fn ended(&mut self) -> Result<(), Broken> {
+    fn ended(&mut self) -> Result<(), InterceptError> {
         if self.kept.is_empty() { Ok(()) } else { Err("reading parts: the last one has no end".into()) }
     }
 
-    fn holds(&self) -> bool {
+    fn has_pending(&self) -> bool {
         !self.held.is_empty()
     }
 
-    async fn released(&mut self) -> Result<Option<Bytes>, Broken> {
+    async fn next_released(&mut self) -> Result<Option<Bytes>, InterceptError> {
         self.go.notified().await;
         Ok(self.held.pop())
     }
 }
 
 impl FromServer for From {
-    fn passes(&mut self, data: &[u8]) -> Result<(), Broken> {
+    fn inspect(&mut self, data: &[u8]) -> Result<(), InterceptError> {
         self.between = data.ends_with(b"\n");
         if data.contains(&b'!') { Err("reading lines: a bad one".into()) } else { Ok(()) }
     }
 
-    fn ended(&mut self) -> Result<(), Broken> {
+    fn ended(&mut self) -> Result<(), InterceptError> {
         if self.between { Ok(()) } else { Err("reading lines: the last one has no end".into()) }
     }
 
-    fn reach(&self) -> usize {
+    fn read_limit(&self) -> usize {
         if self.woken { 1 } else { usize::MAX }
     }
 
-    fn insert(&mut self) -> Option<Bytes> {
+    fn next_injected(&mut self) -> Option<Bytes> {
         (self.between && std::mem::take(&mut self.woken)).then(|| Bytes::from("wake\n"))
     }
 
-    async fn wakes(&mut self) {
+    async fn injection_ready(&mut self) {
         self.wake.notified().await;
         self.woken = true;
     }
@@ -180,7 +180,7 @@ async fn what_it_can_not_go_on_with_resets_the_server_and_closes_the_stream_with
                 raw.send("a|break|b|").await;
             }
             let error = relay.await.unwrap().unwrap_err();
-            assert!(matches!(error, RelayError::Broken(_)));
+            assert!(matches!(error, RelayError::Intercept(_)));
             assert_eq!(error.to_string(), text);
             assert_eq!(raw.receive().await.1, Some(Event::Close), "no EOF before it");
             let error = server.read_to_end(&mut vec![]).await.unwrap_err();

@@ -8,8 +8,8 @@ use std::time::Duration;
 use harness::{Connection, FIXED, quiet, within};
 use secure_comms_protocol::limits::CreditLimits;
 use secure_comms_protocol::tag::parse_list;
-use secure_comms_protocol::{Attestation, Kubernetes, OutboundTag, TunnelName};
-use secure_comms_tunnel::{Event, Link, OpenError, Outbounds, Receiver, RefusalKind, Sender, outbound};
+use secure_comms_protocol::{Attestation, Kubernetes, OutboundTag, RefusalKind, TunnelName};
+use secure_comms_tunnel::{Event, Link, OpenError, Outbounds, Receiver, Sender, outbound};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, UnixListener, UnixSocket, UnixStream};
 
@@ -43,18 +43,21 @@ fn what_is_not_an_outbound_of_the_phase_is_prohibited() {
     let kubernetes = Outbounds::<Kubernetes>::new(&tags);
     for (refused, reason) in [
         (
-            attestation.permit("KATAAGENT"),
+            attestation.permit("KATAAGENT").err(),
             "tunnel KATAAGENT, Attestation phase: no outbound of this name in this phase",
         ),
-        (kubernetes.permit("ONLY"), "tunnel ONLY, Kubernetes phase: no outbound of this name in this phase"),
         (
-            kubernetes.permit("nobody"),
+            kubernetes.permit("ONLY").err(),
+            "tunnel ONLY, Kubernetes phase: no outbound of this name in this phase",
+        ),
+        (
+            kubernetes.permit("nobody").err(),
             "tunnel nobody, Kubernetes phase: no outbound of this name in this phase",
         ),
-        (kubernetes.permit("a b\n"), "tunnel a b\\n, Kubernetes phase: not a tunnel name"),
-        (kubernetes.permit(""), "tunnel , Kubernetes phase: not a tunnel name"),
+        (kubernetes.permit("a b\n").err(), "tunnel a b\\n, Kubernetes phase: not a tunnel name"),
+        (kubernetes.permit("").err(), "tunnel , Kubernetes phase: not a tunnel name"),
     ] {
-        let refusal = refused.unwrap_err();
+        let refusal = refused.unwrap();
         assert_eq!((refusal.kind, refusal.reason.as_str()), (RefusalKind::Prohibited, reason));
     }
     assert!(kubernetes.permit("kataagent").is_ok(), "names have no case");
@@ -101,7 +104,8 @@ async fn a_bad_stream_id_and_one_stream_too_many_are_refused() {
             let asked = tokio::spawn(async move { link.open(&name("T")).await.map(|_| ()) });
             let ask = asks.recv().await.unwrap();
             let _hold = hold.take();
-            outbound::serve(&outbounds, &connection.agent.credits, &ask.name, id, ask.incoming).await;
+            let permit = outbounds.permit(&ask.name).unwrap();
+            outbound::serve(permit, &connection.agent.credits, id, ask.incoming).await;
             asked.await.unwrap()
         };
         let full = "tunnel T, Kubernetes phase: too many open streams on this connection; close some";
@@ -149,7 +153,7 @@ async fn a_patient_outbound_waits_for_its_server() {
         let path = dir.path().join("late");
         let tag = tags(&format!("KUBERNETES_PHASE:KATAAGENT:{}", path.display()));
         let patient = Outbounds::<Kubernetes>::new(&tag)
-            .with_patience(&TunnelName::kata_agent(), Duration::from_secs(100));
+            .with_connect_timeout(&TunnelName::kata_agent(), Duration::from_secs(100));
         let mut connection = Connection::new(FIXED);
         connection.serve(patient);
         let link = connection.adaptor.clone();
@@ -168,7 +172,7 @@ async fn patience_ends_with_the_servers_own_error() {
     let _watchdog = harness::Watchdog::new();
     let patience = Duration::from_secs(150);
     let outbounds = Outbounds::<Kubernetes>::new(&tags("KUBERNETES_PHASE:KATAAGENT:/nonexistent/socket"))
-        .with_patience(&TunnelName::kata_agent(), patience);
+        .with_connect_timeout(&TunnelName::kata_agent(), patience);
     let start = tokio::time::Instant::now();
     let error = outbounds.permit("KATAAGENT").unwrap().connect().await.unwrap_err().to_string();
     assert!(error.starts_with("connecting to /nonexistent/socket: No such file"), "{error}");
@@ -207,7 +211,7 @@ async fn a_unix_server_whose_backlog_is_full_is_waited_for() {
 async fn an_outbound_stops_dialling_when_the_connection_ends() {
     within(async {
         let outbounds = Outbounds::<Kubernetes>::new(&tags("KUBERNETES_PHASE:KATAAGENT:/nonexistent/socket"))
-            .with_patience(&TunnelName::kata_agent(), Duration::from_secs(3600));
+            .with_connect_timeout(&TunnelName::kata_agent(), Duration::from_secs(3600));
         let mut connection = Connection::new(FIXED);
         connection.serve(outbounds);
         let link = connection.adaptor.clone();

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use secure_comms_protocol::control::Hello;
-use secure_comms_protocol::limits::PROTOCOL_VERSION;
 use secure_comms_protocol::tag::Tag;
-use secure_comms_protocol::{InboundTag, OutboundTag, Phase, PodId, Target, TunnelName};
+use secure_comms_protocol::{
+    Hello, InboundTag, Mismatch, MismatchKind, OutboundTag, Phase, PodId, Target, TunnelName, TunnelNames,
+};
 use secure_comms_tunnel::Outbounds;
 
 /// The tunnels of this end in a phase.
@@ -37,14 +37,11 @@ impl<P: Phase> Tunnels<P> {
     }
 
     pub(super) fn hello(&self, pod: &PodId, credit: u32) -> Hello {
-        Hello {
-            version: PROTOCOL_VERSION,
-            credit: Some(credit),
-            pod_id: Some(pod.to_string()),
+        let names = TunnelNames {
             inbounds: self.inbounds.iter().map(ToString::to_string).collect(),
             outbounds: self.forwards.iter().map(|(name, _)| name.to_string()).collect(),
-            ..Hello::default()
-        }
+        };
+        Hello::from_adaptor(pod, credit, names)
     }
 }
 
@@ -53,26 +50,22 @@ fn here<P: Phase, T: Tag>(tags: &[T]) -> impl Iterator<Item = &T> {
 }
 
 /// A line for each tunnel without a partner.
-pub(super) fn unpartnered<P: Phase>(
-    tunnels: &Tunnels<P>,
-    agent: &Hello,
-    refused: &[TunnelName],
-) -> Vec<String> {
-    // What is not a name can't be a partner.
-    let names =
-        |texts: &[String]| texts.iter().filter_map(|text| text.parse().ok()).collect::<Vec<TunnelName>>();
-    let (inbounds, outbounds) = (names(&agent.inbounds), names(&agent.outbounds));
-    let ours: Vec<TunnelName> = tunnels.forwards.iter().map(|(name, _)| name.clone()).collect();
-    let mut lines = Vec::new();
-    let mut missing = |have: &[TunnelName], partners: &[TunnelName], what: &str| {
-        let alone = have.iter().filter(|name| !partners.contains(name));
-        lines.extend(alone.map(|name| format!("tunnel {name}, {} phase: {what}", P::NAME)));
+pub(super) fn unpartnered<P: Phase>(ours: &Hello, agent: &Hello, refused: &[TunnelName]) -> Vec<String> {
+    let line = |name: &str, what| format!("tunnel {name}, {} phase: {what}", P::NAME);
+    let mismatch = |Mismatch { kind, name }: Mismatch<'_>| {
+        // The agent's text is untrusted; one that is not a tunnel name is left out.
+        let name: TunnelName = name.parse().ok()?;
+        let what = match kind {
+            MismatchKind::OurInbound => "our inbound has no outbound at the agent",
+            MismatchKind::OurOutbound => "our outbound has no inbound at the agent",
+            MismatchKind::PeerInbound => "the agent's inbound has no outbound here",
+            MismatchKind::PeerOutbound => "the agent's outbound has no inbound here",
+        };
+        Some(line(name.as_str(), what))
     };
-    missing(&tunnels.inbounds, &outbounds, "our inbound has no outbound at the agent");
-    missing(&ours, &inbounds, "our outbound has no inbound at the agent");
-    missing(&inbounds, &ours, "the agent's inbound has no outbound here");
-    missing(&outbounds, &tunnels.inbounds, "the agent's outbound has no inbound here");
-    missing(refused, &[], "the agent refuses to forward it to us");
+    let mut lines: Vec<String> = ours.mismatches(agent, usize::MAX).filter_map(mismatch).collect();
+    let refusal = |name: &TunnelName| line(name.as_str(), "the agent refuses to forward it to us");
+    lines.extend(refused.iter().map(refusal));
     lines
 }
 
@@ -112,6 +105,7 @@ mod tests {
             "tunnel y, Kubernetes phase: the agent's outbound has no inbound here",
             "tunnel KBS, Kubernetes phase: the agent refuses to forward it to us",
         ];
-        assert_eq!(unpartnered(&tunnels(), &agent, &[TunnelName::kbs()]), expected);
+        let ours = tunnels().hello(&"p1".parse().unwrap(), 5);
+        assert_eq!(unpartnered::<Kubernetes>(&ours, &agent, &[TunnelName::kbs()]), expected);
     }
 }

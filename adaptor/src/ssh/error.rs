@@ -2,7 +2,7 @@
 
 use std::io;
 
-use secure_comms_protocol::PhaseName;
+use secure_comms_protocol::{BannerHint, LoginState, PhaseName};
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -39,18 +39,19 @@ fn said(banner: &Option<String>) -> String {
 impl ConnectError {
     /// The phase that the agent says it is in, where it refuses ours: a hint.
     pub fn hint(&self) -> Option<PhaseName> {
-        let Self::Refused { banner: Some(banner), .. } = self else { return None };
-        phase_hint(banner)
+        self.banner_hint().phase
     }
 
     /// Whether the agent says that nobody has logged in with its keys yet: if they are a stranger's, it will ask for
     /// others. A hint as well: an agent that lies only makes us wait.
     pub fn hints_fresh(&self) -> bool {
-        matches!(self, Self::Refused { banner: Some(banner), .. } if banner.contains("fresh"))
+        self.banner_hint().login == Some(LoginState::Fresh)
     }
-}
 
-fn phase_hint(banner: &str) -> Option<PhaseName> {
-    let names = |phase: &PhaseName| banner.contains(&format!("{phase} phase"));
-    [PhaseName::Attestation, PhaseName::Kubernetes].into_iter().find(names)
+    fn banner_hint(&self) -> BannerHint {
+        match self {
+            Self::Refused { banner: Some(banner), .. } => BannerHint::parse(banner),
+            _ => BannerHint::default(),
+        }
+    }
 }

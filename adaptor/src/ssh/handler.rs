@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use russh::client::{self, ChannelOpenHandle, DisconnectReason, Handler, Msg};
 use russh::keys::{HashAlg, PublicKeyOrCertificate};
 use russh::{Channel, ChannelId, ChannelOpenFailure};
-use secure_comms_protocol::TunnelName;
+use secure_comms_protocol::{Refusal, RefusalReason, TunnelName};
 use secure_comms_ssh::channel::PendingChannel;
 use secure_comms_tunnel::flow::Side;
-use secure_comms_tunnel::{Credits, Incoming, Outbounds, Refusal, RefusalKind, outbound};
-use tokio::sync::{Semaphore, watch};
+use secure_comms_tunnel::outbound::{self, Permit};
+use secure_comms_tunnel::{Credits, Incoming, Outbounds};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::{ClientPhase, ConnectError, cause, quote};
 
@@ -93,20 +94,23 @@ impl<P: ClientPhase> Shared<P> {
         ConnectError::Refused { phase: P::NAME, banner: lock(&self.banner).clone() }
     }
 
+    /// The permit for a stream that the agent asks for, and its place among the streams of the connection.
+    fn admit(&self, name: &str) -> Result<(Permit<P>, OwnedSemaphorePermit), Refusal> {
+        let refusal = |reason| Refusal::new(name, P::NAME, &reason);
+        if !name.parse().is_ok_and(|name| lock(&self.asked).contains(&name)) {
+            return Err(refusal(RefusalReason::NotRequested));
+        }
+        let place = self.streams.clone().try_acquire_owned();
+        let place = place.map_err(|_| refusal(RefusalReason::TooManyStreams))?;
+        Ok((self.outbounds.permit(name)?, place))
+    }
+
     /// Serves a stream that the agent asks for, on a task of its own: the caller is the session's loop.
     fn serve_stream(self: Arc<Self>, name: &str, id: u32, pending: PendingChannel<Msg>) {
-        let refusal = |kind, cause| Refusal::new(kind, name, P::NAME, cause);
-        let asked = name.parse().is_ok_and(|name| lock(&self.asked).contains(&name));
-        let permit = if asked {
-            let full = refusal(RefusalKind::Shortage, "too many open streams on this connection; close some");
-            self.streams.clone().try_acquire_owned().map_err(|_| full)
-        } else {
-            Err(refusal(RefusalKind::Prohibited, "the adaptor has not asked for streams of this name"))
-        };
-        let name = name.to_owned();
+        let admitted = self.admit(name);
         tokio::spawn(async move {
-            match permit {
-                Ok(_permit) => outbound::serve(&self.outbounds, &self.credits, &name, id, pending).await,
+            match admitted {
+                Ok((permit, _place)) => outbound::serve(permit, &self.credits, id, pending).await,
                 Err(refusal) => {
                     self.tell_refusal("refusing the agent", &refusal.reason);
                     pending.refuse(refusal).await;

@@ -10,7 +10,8 @@ use russh::server::{
 };
 use russh::{Channel, ChannelId, MethodKind, MethodSet};
 use secure_comms_adaptor::keys::{PodKey, WorkerNodePublic};
-use secure_comms_protocol::control::{Empty, Hello, KeyProgress};
+use secure_comms_protocol::control::{Empty, KeyProgress};
+use secure_comms_protocol::hello::Hello;
 use secure_comms_protocol::limits::{CreditLimits, REKEY_BYTES};
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{Control, Kubernetes, PhaseName};
@@ -19,7 +20,7 @@ use secure_comms_ssh::control::{self, Outbox};
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
 use secure_comms_ssh::profile;
 use secure_comms_tunnel::flow::Side;
-use secure_comms_tunnel::{Credits, Outbounds, outbound};
+use secure_comms_tunnel::{Credits, Incoming, Outbounds, outbound};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::Lines;
@@ -131,7 +132,7 @@ impl Agent {
         let mode = self.next_mode();
         self.seen.push("connection");
         let (socket, guard) = Guarded::new(socket, Peer::Client);
-        guard.may_hold(CreditLimits::KUBERNETES.held_max());
+        guard.set_read_ahead_limit(CreditLimits::KUBERNETES.held_max());
         let config = profile::server(mode.phase, (*mode.host.ssh()).clone(), REKEY_BYTES);
         let outbounds = parse_list(&format!("KUBERNETES_PHASE:KATAAGENT:{}", self.kata)).unwrap();
         let handler = Peer_ {
@@ -276,9 +277,14 @@ impl Handler for Peer_ {
         _: &mut Session,
     ) -> Result<(), russh::Error> {
         self.agent.seen.push(format!("opens {host} in {}", self.mode.phase));
-        let (outbounds, credits, host) = (self.outbounds.clone(), self.credits.clone(), host.to_owned());
+        let (permit, credits) = (self.outbounds.permit(host), self.credits.clone());
         let pending = PendingChannel::new(channel, reply);
-        tokio::spawn(async move { outbound::serve(&outbounds, &credits, &host, id, pending).await });
+        tokio::spawn(async move {
+            match permit {
+                Ok(permit) => outbound::serve(permit, &credits, id, pending).await,
+                Err(refusal) => pending.refuse(refusal).await,
+            }
+        });
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use nix::sys::termios::tcdrain;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
 
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 
 /// Takes /dev/console for input, output and errors. The kernel does so before PID 1 starts, but only if the initramfs brings the
 /// node; so once more when devtmpfs is mounted. A machine without the console that its command line names (a cloud without a serial
@@ -22,12 +22,12 @@ pub fn open() -> Result<(), Failure> {
     dup2_stdin(&file)
         .and_then(|()| dup2_stdout(&file))
         .and_then(|()| dup2_stderr(&file))
-        .while_doing(|| format!("using {what} for the console"))
+        .context(|| format!("using {what} for the console"))
 }
 
 /// The kernel's log, to write to: it reaches whatever console the kernel has, whoever owns that.
 pub(crate) fn open_log() -> Result<File, Failure> {
-    OpenOptions::new().write(true).open("/dev/kmsg").while_doing(|| "opening /dev/kmsg")
+    OpenOptions::new().write(true).open("/dev/kmsg").context(|| "opening /dev/kmsg")
 }
 
 /// A line.

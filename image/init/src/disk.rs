@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 use crate::gpt;
 use crate::root_hash::{RootHash, Uuid};
 use crate::superblock::{self, Superblock};
@@ -63,7 +63,7 @@ fn scan(data: &Uuid, hash: &Uuid, seen: &mut Vec<String>) -> Result<Option<RootD
         .and_then(|entries| {
             entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
         })
-        .while_doing(|| format!("reading {DISKS}"))?;
+        .context(|| format!("reading {DISKS}"))?;
     disks.sort();
     // Loop devices and drives without a medium have no size.
     disks.retain(|disk| {
@@ -101,10 +101,10 @@ fn partitions(disk: &str) -> Result<Vec<(Uuid, Partition)>, Failure> {
     let sysfs = Path::new(DISKS).join(disk);
     let mut numbered = Vec::new();
     let listing = || format!("listing the partitions of {disk}");
-    for entry in fs::read_dir(&sysfs).while_doing(listing)? {
-        let dir = entry.while_doing(listing)?.path();
+    for entry in fs::read_dir(&sysfs).context(listing)? {
+        let dir = entry.context(listing)?.path();
         if let Ok(number) = fs::read_to_string(dir.join("partition")) {
-            numbered.push((parse::<usize>(&number).while_doing(listing)?, dir));
+            numbered.push((parse::<usize>(&number).context(listing)?, dir));
         }
     }
     if numbered.is_empty() {
@@ -116,8 +116,8 @@ fn partitions(disk: &str) -> Result<Vec<(Uuid, Partition)>, Failure> {
         let uuid = number.checked_sub(1).and_then(|at| uuids.get(at).copied().flatten());
         if let (Some(uuid), Some(name)) = (uuid, dir.file_name()) {
             let read = |file| fs::read_to_string(dir.join(file));
-            let device = read("dev").while_doing(listing)?.trim().to_owned();
-            let sectors: u64 = read("size").and_then(|size| parse(&size)).while_doing(listing)?;
+            let device = read("dev").context(listing)?.trim().to_owned();
+            let sectors: u64 = read("size").and_then(|size| parse(&size)).context(listing)?;
             let name = name.to_string_lossy().into_owned();
             // sysfs counts in 512 bytes whatever the disk's block size.
             found.push((uuid, Partition { name, device, bytes: sectors.saturating_mul(512) }));
@@ -130,20 +130,18 @@ fn read_gpt(disk: &str, sysfs: &Path) -> Result<Vec<Option<Uuid>>, Failure> {
     let reading = || format!("reading the partition table of {disk}");
     let block_size: usize = fs::read_to_string(sysfs.join("queue/logical_block_size"))
         .and_then(|size| parse(&size))
-        .while_doing(reading)?;
+        .context(reading)?;
     if !(512..=65536).contains(&block_size) {
         return Err(Failure::new(reading(), format_args!("blocks of {block_size} bytes")));
     }
-    let device = open(disk).while_doing(reading)?;
+    let device = open(disk).context(reading)?;
     let mut block = vec![0; block_size];
     let block_size = block_size as u64;
-    device.read_exact_at(&mut block, block_size).while_doing(reading)?;
-    let header = gpt::Header::parse(&block).while_doing(reading)?;
+    device.read_exact_at(&mut block, block_size).context(reading)?;
+    let header = gpt::Header::parse(&block).context(reading)?;
     let mut entries = vec![0; header.bytes()];
-    device
-        .read_exact_at(&mut entries, header.first_block().saturating_mul(block_size))
-        .while_doing(reading)?;
-    header.partitions(&entries).while_doing(reading)
+    device.read_exact_at(&mut entries, header.first_block().saturating_mul(block_size)).context(reading)?;
+    header.partitions(&entries).context(reading)
 }
 
 /// The superblock at the start of the partition with the hashes, if both partitions are as large as it says.
@@ -151,8 +149,8 @@ pub fn superblock(disk: &RootDisk) -> Result<Superblock, Failure> {
     let RootDisk { data, hash } = disk;
     let reading = || format!("reading the verity superblock of {}", hash.name);
     let mut raw = [0; superblock::SIZE];
-    open(&hash.name).and_then(|device| device.read_exact_at(&mut raw, 0)).while_doing(reading)?;
-    let superblock = Superblock::parse(&raw).while_doing(reading)?;
+    open(&hash.name).and_then(|device| device.read_exact_at(&mut raw, 0)).context(reading)?;
+    let superblock = Superblock::parse(&raw).context(reading)?;
     for (partition, needed) in [(data, superblock.data_bytes()), (hash, superblock.hash_bytes())] {
         if partition.bytes < needed {
             return Err(Failure::new(

@@ -8,7 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 use message::{Command, Message};
 
 /// Its name in the device mapper, /dev/mapper/root if udev makes links.
@@ -28,16 +28,16 @@ impl Verity {
             .read(true)
             .write(true)
             .open(CONTROL)
-            .while_doing(|| format!("opening {CONTROL} (is dm-verity among the modules?)"))?;
+            .context(|| format!("opening {CONTROL} (is dm-verity among the modules?)"))?;
         let mut created = Message::new(NAME);
-        ioctl::call(&control, Command::Create, &mut created).while_doing(|| "creating the verity device")?;
+        ioctl::call(&control, Command::Create, &mut created).context(|| "creating the verity device")?;
         let mut load = Message::new(NAME)
             .with_target("verity", bytes / 512, table)
             .ok_or_else(|| Failure::new("describing the verity device", "its table is too long"))?;
         ioctl::call(&control, Command::LoadTable, &mut load)
-            .while_doing(|| format!("loading the verity table \"{table}\" (the kernel said why, above)"))?;
+            .context(|| format!("loading the verity table \"{table}\" (the kernel said why, above)"))?;
         ioctl::call(&control, Command::Resume, &mut Message::new(NAME))
-            .while_doing(|| "starting the verity device")?;
+            .context(|| "starting the verity device")?;
         Ok((Self { control }, PathBuf::from(format!("/dev/dm-{}", created.minor()))))
     }
 
@@ -50,7 +50,7 @@ impl Verity {
     pub fn is_intact(&self) -> Result<bool, Failure> {
         let mut status = Message::new(NAME);
         ioctl::call(&self.control, Command::Status, &mut status)
-            .while_doing(|| "asking for the root's status")?;
+            .context(|| "asking for the root's status")?;
         Ok(status.status() == Some(b'V'))
     }
 

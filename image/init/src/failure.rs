@@ -27,13 +27,13 @@ impl fmt::Display for Failure {
 impl std::error::Error for Failure {}
 
 /// Says what was being done when something failed.
-pub trait While<T> {
+pub trait Context<T> {
     /// The error becomes a [`Failure`] with this description.
-    fn while_doing<D: Into<String>>(self, doing: impl FnOnce() -> D) -> Result<T, Failure>;
+    fn context<D: Into<String>>(self, doing: impl FnOnce() -> D) -> Result<T, Failure>;
 }
 
-impl<T, E: fmt::Display> While<T> for Result<T, E> {
-    fn while_doing<D: Into<String>>(self, doing: impl FnOnce() -> D) -> Result<T, Failure> {
+impl<T, E: fmt::Display> Context<T> for Result<T, E> {
+    fn context<D: Into<String>>(self, doing: impl FnOnce() -> D) -> Result<T, Failure> {
         self.map_err(|error| Failure::new(doing(), error))
     }
 }

@@ -9,11 +9,11 @@ pub mod root_hash;
 pub mod superblock;
 pub mod table;
 
+pub mod block_watcher;
 pub mod console;
 pub mod disk;
 pub mod dm;
 pub mod failure;
-pub mod guard;
 pub mod modules;
 pub mod mounts;
 pub mod power;

@@ -7,9 +7,9 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use podvm_init::dm::Verity;
-use podvm_init::failure::{Failure, While};
+use podvm_init::failure::{Context, Failure};
 use podvm_init::uevents::Uevents;
-use podvm_init::{cmdline, console, disk, guard, modules, mounts, power, table};
+use podvm_init::{block_watcher, cmdline, console, disk, modules, mounts, power, table};
 
 /// Where the root is mounted before it becomes the root.
 const NEW_ROOT: &str = "/sysroot";
@@ -18,8 +18,8 @@ const NEXT: [&str; 2] = ["/usr/lib/systemd/systemd", "/sbin/init"];
 
 fn main() {
     power::off_on_panic();
-    if std::env::args().nth(1).as_deref() == Some(guard::ARGUMENT) && std::process::id() != 1 {
-        guard::run();
+    if std::env::args().nth(1).as_deref() == Some(block_watcher::ARGUMENT) && std::process::id() != 1 {
+        block_watcher::run();
     }
     match boot() {
         Err(failure) => power::fatal(failure),
@@ -30,9 +30,9 @@ fn boot() -> Result<Infallible, Failure> {
     mounts::kernel_file_systems()?;
     console::open()?;
     console::say(format_args!("started {} after the kernel", console::uptime()));
-    let line = fs::read_to_string("/proc/cmdline").while_doing(|| "reading /proc/cmdline")?;
+    let line = fs::read_to_string("/proc/cmdline").context(|| "reading /proc/cmdline")?;
     let root_hash =
-        cmdline::root_hash(&line).while_doing(|| "looking for the root on the kernel command line")?;
+        cmdline::root_hash(&line).context(|| "looking for the root on the kernel command line")?;
     let events = Uevents::listen()?;
     modules::load_all(modules::LIST)?;
 
@@ -41,19 +41,19 @@ fn boot() -> Result<Infallible, Failure> {
     let table = table::verity(&superblock, &root_hash, &disk.data.device, &disk.hash.device);
     let (verity, device) = Verity::create(&table, superblock.data_bytes())?;
     mounts::root(&device, NEW_ROOT)?;
-    guard::start(events, verity)?;
+    block_watcher::start(events, verity)?;
     console::say(format_args!(
         "root is verified and mounted, {} since the kernel started",
         console::uptime()
     ));
 
     mounts::switch_root(NEW_ROOT)?;
-    Err(become_next())
+    Err(exec_real_init())
 }
 
 /// Replaces this program; comes back only if that fails. The environment is what the kernel made of its command line: not taken along
 /// but for the terminal's type.
-fn become_next() -> Failure {
+fn exec_real_init() -> Failure {
     let next = NEXT.into_iter().find(|path| fs::exists(path).unwrap_or(true));
     let Some(next) = next else {
         return Failure::new("starting the root's PID 1", format_args!("none of {NEXT:?} is there"));

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::kmod::{ModuleInitFlags, finit_module};
 
 use crate::console;
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 
 /// Where the list is.
 pub const LIST: &str = "/lib/modules/load";
@@ -23,11 +23,11 @@ pub fn parse(list: &str) -> impl Iterator<Item = &str> {
 /// else is an error.
 pub fn load_all(list: impl AsRef<Path>) -> Result<usize, Failure> {
     let list = list.as_ref();
-    let text = fs::read_to_string(list).while_doing(|| format!("reading {}", list.display()))?;
+    let text = fs::read_to_string(list).context(|| format!("reading {}", list.display()))?;
     let mut loaded = 0;
     let mut passed_over = Vec::new();
     for path in parse(&text) {
-        let module = File::open(path).while_doing(|| format!("opening the module {path}"))?;
+        let module = File::open(path).context(|| format!("opening the module {path}"))?;
         match finit_module(&module, NO_PARAMETERS, ModuleInitFlags::empty()) {
             Ok(()) => loaded += 1,
             // There already.

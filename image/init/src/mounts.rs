@@ -6,14 +6,14 @@ use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
 
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 
 const NO_TYPE: Option<&str> = None;
 
 fn attach(what: &str, fs_type: &str, at: &str, flags: MsFlags, options: Option<&str>) -> Result<(), Failure> {
-    fs::create_dir_all(at).while_doing(|| format!("creating {at}"))?;
+    fs::create_dir_all(at).context(|| format!("creating {at}"))?;
     mount(Some(what), at, Some(fs_type), flags, options)
-        .while_doing(|| format!("mounting {what} ({fs_type}) on {at}"))
+        .context(|| format!("mounting {what} ({fs_type}) on {at}"))
 }
 
 /// Mounts /proc, /sys and /dev: what `switch_root` takes along.
@@ -41,12 +41,10 @@ pub fn switch_root(to: &str) -> Result<(), Failure> {
     for dir in ["/dev", "/proc", "/sys"] {
         let target = format!("{to}{dir}");
         mount(Some(dir), target.as_str(), NO_TYPE, MsFlags::MS_MOVE, NO_TYPE)
-            .while_doing(|| format!("moving {dir} to {target}"))?;
+            .context(|| format!("moving {dir} to {target}"))?;
     }
-    fs::remove_dir_all("/lib")
-        .and_then(|()| fs::remove_file("/init"))
-        .while_doing(|| "freeing the initramfs")?;
-    std::env::set_current_dir(to).while_doing(|| format!("entering {to}"))?;
-    mount(Some("."), "/", NO_TYPE, MsFlags::MS_MOVE, NO_TYPE).while_doing(|| format!("moving {to} to /"))?;
-    chroot(".").and_then(|()| std::env::set_current_dir("/")).while_doing(|| "entering the new root")
+    fs::remove_dir_all("/lib").and_then(|()| fs::remove_file("/init")).context(|| "freeing the initramfs")?;
+    std::env::set_current_dir(to).context(|| format!("entering {to}"))?;
+    mount(Some("."), "/", NO_TYPE, MsFlags::MS_MOVE, NO_TYPE).context(|| format!("moving {to} to /"))?;
+    chroot(".").and_then(|()| std::env::set_current_dir("/")).context(|| "entering the new root")
 }

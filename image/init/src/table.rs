@@ -6,7 +6,7 @@ use crate::superblock::Superblock;
 /// The table's text. Devices are given as "major:minor": that needs no node and no name.
 ///
 /// There is no option about corruption, so that a bad block is an I/O error. That alone would let an attacker make files
-/// of his choice unreadable, which may open what a missing file leaves open; therefore `guard` powers the machine
+/// of his choice unreadable, which may open what a missing file leaves open; therefore `block_watcher` powers the machine
 /// off at the first one. `panic_on_corruption` and `restart_on_corruption` would do it within the kernel, but then the
 /// machine boots again, from the same disk, for ever; or with `panic=0` it hangs.
 /// None of these covers a host that answers reads with errors; kernels from 6.13 on have `panic_on_error` for that.

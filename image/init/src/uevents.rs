@@ -11,7 +11,7 @@ use nix::sys::socket::{
     sockopt,
 };
 
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 
 /// The multicast group of the kernel itself; 2 is udev's.
 const KERNEL: u32 = 1;
@@ -34,10 +34,10 @@ impl Uevents {
             SockFlag::SOCK_CLOEXEC,
             SockProtocol::NetlinkKObjectUEvent,
         )
-        .while_doing(|| "opening a socket for the kernel's events")?;
+        .context(|| "opening a socket for the kernel's events")?;
         setsockopt(&socket, sockopt::RcvBufForce, &BACKLOG)
             .and_then(|()| bind(socket.as_raw_fd(), &NetlinkAddr::new(0, KERNEL)))
-            .while_doing(|| "listening to the kernel's events")?;
+            .context(|| "listening to the kernel's events")?;
         Ok(Self { socket })
     }
 

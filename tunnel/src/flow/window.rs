@@ -42,7 +42,7 @@ impl Window {
     /// On a long line it may take three: a packet that is lost takes a round trip or two more, with all that is behind it,
     /// and what waits there is little beside the way. On a short one that would let small messages wait behind large ones.
     /// There windows would be so small, though, that a sender that loses its processor for a moment leaves the line idle:
-    /// up to `stream_usual` use is enough.
+    /// up to `stream_soft_max` use is enough.
     pub(super) fn batch(&mut self, limits: &CreditLimits, pool: u32, round_trip: Option<Duration>) -> u32 {
         self.used += self.pending;
         let elapsed = self.since.elapsed();
@@ -52,13 +52,13 @@ impl Window {
             elapsed * 2 <= round_trip * halves
         });
         let mut grant = self.pending;
-        if self.size < limits.stream_usual {
-            grant += self.grow(limits.stream_usual, pool);
+        if self.size < limits.stream_soft_max {
+            grant += self.grow(limits.stream_soft_max, pool);
         } else if used_up && soon {
             grant += self.grow(limits.stream_max, pool);
         } else if used_up && elapsed > WINDOW_UNUSED {
             // The peer sees it only as credit that does not come back.
-            let back = (self.size.saturating_sub(limits.stream_usual) / 2).min(self.pending);
+            let back = (self.size.saturating_sub(limits.stream_soft_max) / 2).min(self.pending);
             self.size -= back;
             grant -= back;
         }
@@ -86,7 +86,7 @@ mod tests {
 
     const LIMITS: CreditLimits = CreditLimits {
         initial: 32 << 10,
-        stream_usual: 64 << 10,
+        stream_soft_max: 64 << 10,
         stream_max: 1 << 20,
         growth_pool: 2 << 20,
         streams: 4,
@@ -111,20 +111,20 @@ mod tests {
         for _ in 0..10 {
             use_up(&mut window, LIMITS.growth_pool, ROUND_TRIP * 4).await;
         }
-        assert_eq!(window.size, LIMITS.stream_usual);
+        assert_eq!(window.size, LIMITS.stream_soft_max);
         for _ in 0..10 {
             use_up(&mut window, LIMITS.growth_pool, ROUND_TRIP * 2).await;
         }
         assert_eq!(window.size, LIMITS.stream_max);
         // On a short line it must be sooner.
         let short = Duration::from_millis(1);
-        let mut window = Window::new(LIMITS.stream_usual);
+        let mut window = Window::new(LIMITS.stream_soft_max);
         for _ in 0..4 {
             advance(short).await;
             assert!(window.consumed(window.size));
             window.batch(&LIMITS, LIMITS.growth_pool, Some(short / 2));
         }
-        assert_eq!(window.size, LIMITS.stream_usual);
+        assert_eq!(window.size, LIMITS.stream_soft_max);
     }
 
     #[tokio::test(start_paused = true)]
@@ -134,7 +134,7 @@ mod tests {
             assert!(window.consumed(window.size));
             window.batch(&LIMITS, LIMITS.growth_pool, None);
         }
-        assert_eq!(window.size, LIMITS.stream_usual);
+        assert_eq!(window.size, LIMITS.stream_soft_max);
     }
 
     #[tokio::test(start_paused = true)]
@@ -147,7 +147,7 @@ mod tests {
         for _ in 0..20 {
             granted += use_up(&mut window, LIMITS.growth_pool, WINDOW_UNUSED * 2).await;
         }
-        assert!(window.size < LIMITS.stream_usual + 8, "{}", window.size);
+        assert!(window.size < LIMITS.stream_soft_max + 8, "{}", window.size);
         assert!(granted > 0 && size > window.size);
     }
 

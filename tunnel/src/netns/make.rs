@@ -12,7 +12,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use super::{NAMED, Namespace, apart};
+use super::{NAMED, Namespace, on_own_thread};
 
 /// Why a namespace could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +52,7 @@ impl Namespace {
     /// It can't be made; something else is in its place.
     pub async fn make(&self) -> Result<bool, MakeError> {
         let path = self.0.clone();
-        apart(move || make(&path)).await
+        on_own_thread(move || make(&path)).await
     }
 }
 

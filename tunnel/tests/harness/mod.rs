@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use secure_comms_protocol::limits::CreditLimits;
-use secure_comms_protocol::{Phase, TunnelName};
+use secure_comms_protocol::{Phase, Refusal, TunnelName};
 use secure_comms_tunnel::flow::{PeerFlow, Side, StreamError, cost};
-use secure_comms_tunnel::intercept::{Interceptor, Plain};
+use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::relay::RelayError;
 use secure_comms_tunnel::{
-    Credits, Event, Flow, Incoming, Link, OpenError, Outbounds, Receiver, Refusal, Sender, Socket, Stream,
-    outbound, relay, relay_through,
+    Credits, Event, Flow, Incoming, Link, OpenError, Outbounds, Receiver, Sender, Socket, Stream, outbound,
+    relay, relay_through,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
@@ -25,7 +25,7 @@ use tokio::task::JoinHandle;
 /// No growth, so that a window is exactly what it was to begin with.
 pub(crate) const FIXED: CreditLimits = CreditLimits {
     initial: 32 * 1024,
-    stream_usual: 32 * 1024,
+    stream_soft_max: 32 * 1024,
     stream_max: 32 * 1024,
     growth_pool: 0,
     streams: 64,
@@ -139,14 +139,14 @@ impl Connection {
     /// With credits.
     pub(crate) fn new(limits: CreditLimits) -> Self {
         let connection = Self::silent(limits);
-        connection.settle(PeerFlow::Credits(limits.initial));
+        connection.set_peer_mode(PeerFlow::Credits(limits.initial));
         connection
     }
 
     /// Without.
     pub(crate) fn plain(limits: CreditLimits) -> Self {
         let connection = Self::silent(limits);
-        connection.settle(PeerFlow::Plain);
+        connection.set_peer_mode(PeerFlow::WindowOnly);
         connection
     }
 
@@ -172,9 +172,9 @@ impl Connection {
         Self { adaptor, agent, wire, asks: Some(asks) }
     }
 
-    fn settle(&self, flow: PeerFlow) {
-        self.adaptor.credits.settle(flow);
-        self.agent.credits.settle(flow);
+    fn set_peer_mode(&self, flow: PeerFlow) {
+        self.adaptor.credits.set_peer_mode(flow);
+        self.agent.credits.set_peer_mode(flow);
     }
 
     pub(crate) fn kill(&self) {
@@ -195,7 +195,7 @@ impl Connection {
 
     /// Relays between `socket` and a stream of the adaptor, whose agent end the test holds.
     pub(crate) async fn raw(&self, socket: Socket) -> (Relay, Raw) {
-        self.raw_through(Plain, socket).await
+        self.raw_through(PassThrough, socket).await
     }
 
     /// The same, with an interceptor.
@@ -228,8 +228,13 @@ impl Connection {
         let (mut asks, credits) = (self.take_asks(), self.agent.credits.clone());
         tokio::spawn(async move {
             while let Some(Ask { name, id, incoming }) = asks.recv().await {
-                let (outbounds, credits) = (outbounds.clone(), credits.clone());
-                tokio::spawn(async move { outbound::serve(&outbounds, &credits, &name, id, incoming).await });
+                let (permit, credits) = (outbounds.permit(&name), credits.clone());
+                tokio::spawn(async move {
+                    match permit {
+                        Ok(permit) => outbound::serve(permit, &credits, id, incoming).await,
+                        Err(refusal) => incoming.refuse(refusal).await,
+                    }
+                });
             }
         });
     }

@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 
 use crate::console;
 use crate::dm::Verity;
-use crate::failure::{Failure, While};
+use crate::failure::{Context, Failure};
 use crate::power;
 use crate::uevents::{Uevents, wait_for_verity_error};
 
@@ -32,9 +32,9 @@ pub fn start(events: Uevents, verity: Verity) -> Result<(), Failure> {
         .stdout(Stdio::from(console::open_log()?))
         .stderr(Stdio::from(verity.into_control()))
         .spawn()
-        .while_doing(|| "starting the guard of the root")?;
+        .context(|| "starting the guard of the root")?;
     let score = format!("/proc/{}/oom_score_adj", guard.id());
-    fs::write(&score, "-1000").while_doing(|| format!("writing {score}"))
+    fs::write(&score, "-1000").context(|| format!("writing {score}"))
 }
 
 /// The guard itself.
@@ -53,11 +53,10 @@ pub fn run() -> ! {
 
 /// Until the root is found bad.
 fn watch() -> Result<(), Failure> {
-    let control =
-        io::stderr().as_fd().try_clone_to_owned().while_doing(|| "taking over the device mapper")?;
+    let control = io::stderr().as_fd().try_clone_to_owned().context(|| "taking over the device mapper")?;
     let verity = Verity::inherited(control);
     while verity.is_intact()? {
-        wait_for_verity_error(&io::stdin()).while_doing(|| "watching the kernel's events")?;
+        wait_for_verity_error(&io::stdin()).context(|| "watching the kernel's events")?;
     }
     Ok(())
 }
