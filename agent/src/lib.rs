@@ -5,7 +5,7 @@
 //! [`phases`] fetch the keys, and route local clients to them. The interceptor in the tunnel to the [`kata`] agent edits
 //! requests. The [`pod_network`] is set up in parallel. Every room reports to the [`os`].
 //!
-//! tests/tests/layering.rs has the order of the imports.
+//! tests/e2e/layering.rs has the order of the imports.
 
 pub mod config;
 

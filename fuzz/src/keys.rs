@@ -1,4 +1,4 @@
-//! What must hold for whatever is given as a key.
+//! Properties of the key parsers for any input.
 
 use base64ct::{Base64, Encoding};
 use secure_comms_keys::{
@@ -6,13 +6,13 @@ use secure_comms_keys::{
 };
 use secure_comms_protocol::limits::KEY_MAX;
 
-/// A key of the corpus only.
+/// A key that only the corpus uses.
 const POD: &str = include_str!("../corpus/keys/host-openssh");
 const WORKER_NODE: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAINdamAGCsQq31Uv+08lkBzoO4XLz2qYjJa8CGmj3B1Ea";
-/// The shortest word of a text, in bytes, that an error does not repeat by accident.
+/// Length of a repeated text that can't be a coincidence, in bytes.
 const SECRET_MIN: usize = 24;
 
-/// The first byte says what the rest is: a text, or the binary that a text wraps, which a fuzzer does not get at.
+/// The first byte says whether the rest is a text, or the binary that a text wraps, which a fuzzer would not find.
 pub(crate) fn exercise(data: &[u8]) {
     let Some((what, data)) = data.split_first() else { return };
     match what {
@@ -55,7 +55,7 @@ fn private(text: &[u8]) {
     says_why(&error);
     assert!(matches!(error, KeyError::PrivateKey { role: PrivateKeyRole::Pod, .. }));
     let text = String::from_utf8_lossy(text);
-    // The label is shown; the key comes after it.
+    // The label is printed; the key follows it.
     let body =
         text.split_once("-----BEGIN ").and_then(|(_, rest)| rest.split_once("-----")).map(|(_, body)| body);
     let shown = error.to_string();

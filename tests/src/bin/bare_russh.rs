@@ -1,7 +1,8 @@
-//! What of the time is russh's: a client and a server with nothing around them, and TCP without SSH, in turns, in one run. About 20 s.
+//! Measures russh without Secure Comms: a client and a server, compared with TCP without SSH, alternating, in one run of
+//!  about 20 s.
 //!
-//! `cargo run --release --bin bare_russh`; docs/BENCHMARKS.md says what follows from it. The configuration is that of the agent and the
-//! adaptor; each end has one thread, as they have.
+//! `cargo run --release --bin bare_russh`; docs/BENCHMARKS.md discusses the result. The configuration is that of agent
+//!  and adaptor, with one thread per end.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -22,13 +23,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 
-/// How long bulk data is sent for in a turn.
+/// Duration of bulk data in a round.
 const BULK: Duration = Duration::from_millis(1500);
 const ROUNDS: usize = 5;
-/// Requests in a turn, one after the other, and the size of each and of its answer, in bytes.
+/// Requests in a round, one after the other, and the size in bytes of a request and of its answer.
 const REQUESTS: u32 = 3000;
 const REQUEST: usize = 200;
-/// Ends bulk data: a message, or write, of one byte.
+/// Marks the end of bulk data: a message, or write, of one byte.
 const END: u8 = b'.';
 const GIB: f64 = (1_u64 << 30) as f64;
 const MIB: f64 = (1_u64 << 20) as f64;
@@ -77,7 +78,7 @@ enum Kind {
     Ssh,
 }
 
-/// Figures of one turn.
+/// Figures of one round.
 struct Turn {
     speed: f64,
     sending: f64,
@@ -86,7 +87,7 @@ struct Turn {
     p99: f64,
 }
 
-/// What the server has received of bulk data, and the time on the processor that it took.
+/// Bytes of bulk data that the server has received, and the processor time it took.
 #[derive(Clone, Copy)]
 struct Received {
     bytes: u64,
@@ -98,7 +99,7 @@ fn turn(kind: Kind) -> Result<Turn> {
     let server = thread::spawn(move || {
         on_this_thread(async {
             let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
-            address.send(listener.local_addr()?).ok().context("nobody connects")?;
+            address.send(listener.local_addr()?).ok().context("no client connected")?;
             let (socket, _) = listener.accept().await?;
             socket.set_nodelay(true)?;
             match kind {
@@ -128,7 +129,7 @@ fn on_this_thread<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
-/// Messages both ways: those of a channel, or what a socket takes and gives at a time.
+/// Messages in both directions: those of a channel, or the reads and writes of a socket.
 trait Pipe {
     async fn send(&mut self, data: Bytes) -> Result<()>;
     async fn receive(&mut self) -> Result<Bytes>;
@@ -207,7 +208,7 @@ fn micros(time: &Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }
 
-/// Answers the requests, then counts bulk data and says how much it was.
+/// Answers the requests, then counts bulk data and reports how much it was.
 async fn serve(mut pipe: impl Pipe) -> Result<()> {
     for _ in 0..REQUESTS {
         let request = pipe.receive_exactly(REQUEST).await?;
@@ -224,7 +225,7 @@ async fn serve(mut pipe: impl Pipe) -> Result<()> {
     received.bytes -= 1;
     received.cpu = cpu()? - received.cpu;
     pipe.send(received.write()).await?;
-    // The other end leaves once it has read that.
+    // The other end closes once it has read that.
     drop(pipe.receive().await);
     Ok(())
 }
@@ -244,7 +245,7 @@ impl Received {
     }
 }
 
-/// The time that the scheduler gave to this thread: the first figure of its schedstat (proc(5)).
+/// Processor time of this thread: the first figure of its schedstat (proc(5)).
 fn cpu() -> Result<Duration> {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat")?;
     Ok(Duration::from_nanos(text.split_whitespace().next().context("an empty schedstat")?.parse()?))
@@ -261,7 +262,7 @@ async fn serve_ssh(socket: TcpStream) -> Result<()> {
     Ok(())
 }
 
-/// Lets everybody in, and hands on the one channel that is opened.
+/// Accepts any client, and hands on the one channel that it opens.
 struct AnyClient(Option<oneshot::Sender<Channel<Msg>>>);
 
 impl server::Handler for AnyClient {
