@@ -15,8 +15,8 @@ pub const CONTROL_LINE_MAX: usize = 64 * 1024;
 pub const MESSAGE_MAX: usize = 32 * 1024;
 /// Cost of the shortest message, in bytes of credit, so that credit limits a flood of small messages too.
 pub const MESSAGE_COST_MIN: u32 = 512;
-/// SSH window of a channel, in bytes. Credits are the real limit. The window must be more than twice any stream's credit,
-/// and more than half of the bytes that may be in flight during a rekey.
+/// SSH window of a channel, in bytes. Credits are the real limit. The window must be more than twice any stream's
+/// credit, and more than half of the bytes that may be in flight during a rekey.
 pub const SSH_WINDOW: u32 = 64 * 1024 * 1024;
 /// Data in either direction after which an end starts a rekey, in bytes.
 pub const REKEY_BYTES: usize = 32 * 1024 * 1024 * 1024;
@@ -31,7 +31,8 @@ pub struct CreditLimits {
     /// Size to which any stream in use may grow its window, in bytes. Beyond it a window grows only if it limits the
     /// throughput of its stream.
     pub stream_soft_max: u32,
-    /// Largest window of a stream, in bytes. Only a stream that uses its window up within about a round trip grows to it.
+    /// Largest window of a stream, in bytes. Only a stream that uses its window up within about a round trip grows to
+    /// it.
     pub stream_max: u32,
     /// Growth of all windows together, beyond their initial credit, in bytes.
     pub growth_pool: u32,
@@ -79,7 +80,8 @@ pub const UNAUTHENTICATED_MAX: usize = 16;
 pub const WAITING_MAX: usize = 256;
 /// A client that has sent nothing for this long is assumed to wait for our first line.
 pub const FIRST_LINE: Duration = Duration::from_secs(2);
-/// Interval of evictions among the connections that wait for a place, so that each admitted one has time for a handshake.
+/// Interval of evictions among the connections that wait for a place, so that each admitted one has time for a
+/// handshake.
 pub const ADMISSION_PACE: Duration = Duration::from_millis(5);
 /// Peers in the Attestation phase. At the limit one from the source with the most connections is evicted.
 pub const ATTESTATION_PEERS_MAX: usize = 8;
@@ -125,8 +127,8 @@ pub const KEY_FETCH: Duration = Duration::from_secs(75);
 pub const KBS_FIRST_BYTE_MIN: Duration = Duration::from_secs(5);
 /// Longest timeout of the first byte of a KBS stream: each attempt that ends with that timeout doubles it, up to this.
 pub const KBS_FIRST_BYTE: Duration = Duration::from_secs(20);
-/// Idle timeout of a KBS stream after its first byte, so that a lost request is retried. Each attempt that ends with that
-/// timeout doubles it, up to [`KEY_FETCH`].
+/// Idle timeout of a KBS stream after its first byte, so that a lost request is retried. Each attempt that ends with
+/// that timeout doubles it, up to [`KEY_FETCH`].
 pub const KBS_PAUSE_MIN: Duration = Duration::from_secs(10);
 /// Longest interval of `keys` messages while the agent waits for its keys.
 pub const KEYS_REPORT: Duration = Duration::from_secs(15);

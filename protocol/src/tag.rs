@@ -393,8 +393,8 @@ pub fn parse_lists<'a, T: Tag>(lists: impl IntoIterator<Item = &'a str>) -> Resu
     if errors.is_empty() { Ok(tags) } else { Err(TagErrors(errors)) }
 }
 
-/// Adds a built-in tunnel in the phases in which the operator's tags do not name it. The operator's tag replaces it in the
-/// others.
+/// Adds a built-in tunnel in the phases in which the operator's tags do not name it. The operator's tag replaces it in
+/// the others.
 pub fn with_built_in<T: Tag>(mut tags: Vec<T>, built_in: T) -> Vec<T> {
     let is_free = |phase: PhaseName| {
         built_in.phases().includes(phase)

@@ -113,8 +113,8 @@ struct Pings {
 /// Runs the control channel until it ends. Sends the messages of `outbox` and the credit that `credits` give back,
 /// answers pings, and calls `each` for the messages that are not flow control.
 ///
-/// Reading and writing are two futures, so that one continues while the other waits for the session. The session may wait
-/// for us to read (D1), so a pending write must never block reading.
+/// Reading and writing are two futures, so that one continues while the other waits for the session. The session may
+/// wait for us to read (D1), so a pending write must never block reading.
 ///
 /// Dropping the future loses the messages that were taken from `outbox` and not sent; the channel can't be run again.
 pub async fn run<R: Receiver, S: Sender>(

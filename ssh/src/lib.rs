@@ -1,8 +1,8 @@
 //! The part of SSH that both ends of Secure Comms share.
 //!
-//! The modules are in the order in which a connection uses them. The [`profile`] sets the algorithms and limits that both
-//! ends require. The session reads and writes a [`guard`]ed socket. Its channels become the streams of the tunnel crate
-//! ([`channel`]), opened on a [`link`]. One channel carries the [`control`] messages.
+//! The modules are in the order in which a connection uses them. The [`profile`] sets the algorithms and limits that
+//! both ends require. The session reads and writes a [`guard`]ed socket. Its channels become the streams of the tunnel
+//! crate ([`channel`]), opened on a [`link`]. One channel carries the [`control`] messages.
 //!
 //! russh is named here, in the agent's SSH server and keys, and in the adaptor's SSH client and keys; nowhere else.
 //! Defects of russh 0.65.1 that this crate works around are named D1 to D4 in docs/PROTOCOL.md, section 12.

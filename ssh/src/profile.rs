@@ -9,14 +9,14 @@ use secure_comms_protocol::limits::{
     AUTH_TRIES, KEEPALIVE, KEEPALIVE_TRIES, MESSAGE_MAX, REKEY_TIME, SILENCE, SSH_WINDOW,
 };
 
-/// Messages of one channel that may wait for its task, in the Kubernetes phase. With credits the task takes them at once; a
-/// peer without credits can fill the queue of each stream.
+/// Messages of one channel that may wait for its task, in the Kubernetes phase. With credits the task takes them at
+/// once; a peer without credits can fill the queue of each stream.
 const CHANNEL_QUEUE: usize = 32;
 /// Messages of one channel that may wait for its task, in the Attestation phase, where peers are unproven.
 const UNAUTHENTICATED_CHANNEL_QUEUE: usize = 4;
 
-/// Messages of all channels together that may wait for the session. (russh's client has a fixed 10.) A longer queue only
-/// makes small messages wait behind bulk data, and pollutes the caches.
+/// Messages of all channels together that may wait for the session. (russh's client has a fixed 10.) A longer queue
+/// only makes small messages wait behind bulk data, and pollutes the caches.
 const SESSION_QUEUE: usize = 4;
 
 /// First line that both ends send (RFC 4253 4.2).
