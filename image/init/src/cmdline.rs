@@ -52,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_repeated_and_malformed_are_refused() {
+    fn a_missing_repeated_or_malformed_root_hash_is_refused() {
         let hash = hash();
         for (line, error) in [
             (String::new(), BadCmdline::Missing),

@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn the_checksum_is_the_usual_one() {
+    fn the_checksum_is_crc_32() {
         assert_eq!(crc32(b"123456789".iter().copied()), 0xcbf4_3926);
     }
 
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_noticed() {
+    fn damage_is_detected() {
         let (mut block, mut entries) = table(|_| ());
         let header = Header::parse(&block).unwrap();
         entries[300] ^= 1;

@@ -88,7 +88,7 @@ mod tests {
     const HASH: &str = "00112233445566778899aabbccddeeff0123456789abcdeffedcba9876543210";
 
     #[test]
-    fn its_halves_name_the_partitions() {
+    fn the_halves_of_a_root_hash_name_the_partitions() {
         let hash = RootHash::parse(HASH).unwrap();
         assert_eq!(hash.data_partition().to_string(), "00112233-4455-6677-8899-aabbccddeeff");
         assert_eq!(hash.hash_partition().to_string(), "01234567-89ab-cdef-fedc-ba9876543210");

@@ -158,14 +158,14 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_good_one_is_taken() {
+    fn a_good_superblock_is_accepted() {
         let sb = Superblock::parse(&raw(1000, &[7; 32])).unwrap();
         assert_eq!((sb.data_blocks(), sb.salt()), (1000, &[7; 32][..]));
         assert_eq!(sb.data_bytes(), 4_096_000);
     }
 
     #[test]
-    fn a_tree_takes_what_its_levels_take() {
+    fn the_size_of_a_tree_is_the_sum_of_its_levels() {
         for (data, hash) in
             [(1, 2), (128, 2), (129, 1 + 2 + 1), (128 * 128, 1 + 128 + 1), (128 * 128 + 1, 1 + 129 + 2 + 1)]
         {

@@ -29,7 +29,7 @@ mod tests {
     use crate::superblock::{Superblock, tests::raw};
 
     #[test]
-    fn is_what_the_kernel_documents() {
+    fn the_table_is_as_the_kernel_documents() {
         let root = "5a".repeat(32);
         let hash = RootHash::parse(&root).unwrap();
         let table =

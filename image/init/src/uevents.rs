@@ -106,7 +106,7 @@ mod tests {
     use super::is_verity_error;
 
     #[test]
-    fn only_a_verity_error_is_one() {
+    fn only_a_verity_event_counts_as_an_error() {
         assert!(is_verity_error(
             b"change@/devices/virtual/block/dm-0\0ACTION=change\0DM_VERITY_ERR_BLOCK_NR=0,3\0"
         ));

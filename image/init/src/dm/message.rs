@@ -99,7 +99,7 @@ mod tests {
     use super::Message;
 
     #[test]
-    fn a_table_is_where_the_kernel_looks() {
+    fn a_table_is_at_the_offset_that_the_kernel_reads() {
         let mut message = Message::new("root").with_target("verity", 80, "1 2 3").unwrap();
         let bytes = message.as_mut_bytes();
         assert_eq!(bytes[..4], 4u32.to_ne_bytes());
