@@ -102,7 +102,8 @@ proptest! {
     fn a_refusal_is_one_line_of_bounded_length(name in ".*", reason in any_reason()) {
         let refusal = Refusal::new(&name, PhaseName::Kubernetes, &reason);
         prop_assert_eq!(RefusalKind::from_code(refusal.kind.code()), Some(reason.kind()));
-        prop_assert!(refusal.reason.ends_with(&format!(", Kubernetes phase: {reason}")));
+        let end = format!(", Kubernetes phase: {reason}");
+        prop_assert!(refusal.reason.ends_with(&end));
         prop_assert!(!refusal.reason.contains(char::is_control));
         // 64 characters of up to 10 bytes each when escaped, and the reason.
         prop_assert!(refusal.reason.len() < 800);
