@@ -274,7 +274,8 @@ impl Credits {
         }
     }
 
-    /// Waits for credit to give back, and takes it: one entry for each stream. Only one task may wait. Cancellation safe.
+    /// Waits for credit to give back, and takes it: one entry for each stream. Only one task may wait. Cancellation
+    /// safe.
     pub async fn grants(&self) -> Vec<Credit> {
         loop {
             let grants = std::mem::take(&mut self.table().grants);
@@ -336,8 +337,8 @@ impl StreamCredit {
     fn new(send: Arc<SendState>, theirs: u32, ours: u32) -> Self {
         Self {
             send,
-            // The wait always ends. Once the peer's socket has taken all we sent, the peer withholds less than one batch
-            // (half of the window). The window never shrinks below `theirs`, so more than this has come back.
+            // The wait always ends. Once the peer's socket has taken all we sent, the peer withholds less than one
+            // batch (half of the window). The window never shrinks below `theirs`, so more than this has come back.
             high_water: i64::from(theirs / 2).clamp(MESSAGE_COST_MIN.into(), MESSAGE_MAX as i64),
             outstanding: AtomicI64::new(ours.into()),
             window: Mutex::new(Window::new(ours)),
@@ -399,8 +400,8 @@ impl Flow {
         }
     }
 
-    /// Waits until a message may be sent, and returns its largest size: at most [`MESSAGE_MAX`] bytes. Only one task may
-    /// wait. Cancellation safe: credit is spent by [`Flow::spend`] only.
+    /// Waits until a message may be sent, and returns its largest size: at most [`MESSAGE_MAX`] bytes. Only one task
+    /// may wait. Cancellation safe: credit is spent by [`Flow::spend`] only.
     pub async fn ready(&self) -> usize {
         let Some(credit) = &self.credit else { return MESSAGE_MAX };
         let mut available = credit.send.available.load(Relaxed);
