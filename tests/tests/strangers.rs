@@ -242,7 +242,7 @@ async fn a_stranger_that_plays_the_kbs_and_logs_in_gets_the_empty_vm_and_the_ada
     ensure!(!log.contains("kubernetes phase up"), "{log}");
     // At once: long before the deadline of 110 s, of which it would say that it has passed.
     ensure!(!log.contains("within 110 s") && !log.contains("deadline"), "{log}");
-    ensure!(!agent.log().contains(&format!("drives pod {}", scene.pod)), "{}", agent.log());
+    ensure!(!agent.log().contains(&format!("adaptor identified; pod {}", scene.pod)), "{}", agent.log());
     Ok(())
 }
 
