@@ -1,9 +1,12 @@
-//! What stands in the tunnel to the kata agent: `CreateContainer` and `CreateSandbox` are fitted to a pod VM, all else
-//! passes as it comes.
+//! The interceptor in the tunnel to the kata agent: adapts `CreateContainer` and `CreateSandbox` to a pod VM, passes all else
+//! unchanged.
 //!
-//! In the order data passes through: the [`requests`] of a connection are split at their [`frame`]s; the two that are
-//! touched get their [`edit`], of protobuf on the [`protobuf`], and wait for their [`mounts`]; those that can't go on get a
-//! [`reply`] of ours. docs/KATA-AGENT.md says what for.
+//! In: a stream of ttrpc requests, and one of responses. Out: the same streams, with edited requests and our refusals. May
+//! make directories for bind mounts, and read the VM's mounts.
+//!
+//! In the order data passes: [`requests`] splits the stream into [`frame`]s; [`edit`] changes requests, whose [`protobuf`] it
+//! reads field by field; [`mounts`] waits for what a container needs; [`reply`] builds refusals. docs/KATA-AGENT.md has the
+//! reasons.
 
 pub mod edit;
 pub mod frame;
@@ -39,7 +42,7 @@ pub(crate) fn outbounds(
         .with_interceptor(TunnelName::kata_agent(), KataAgent::new(pod_namespace))
 }
 
-/// The client takes no answers.
+/// The client does not read our refusals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "refusing requests: {REPLIES_MAX} refusals wait, and the client takes none; see the log of the runtime"
@@ -53,7 +56,7 @@ pub struct KataAgent {
 }
 
 impl KataAgent {
-    /// Containers join the network namespace of this name or path; without one they get those of their spec.
+    /// Containers join the network namespace of this name or path. Without one they keep those of their spec.
     pub fn new(pod_namespace: Option<&str>) -> Self {
         let path = |text| Namespace::new(text).path().to_string_lossy().as_ref().into();
         Self { namespace: pod_namespace.map(path) }
@@ -75,11 +78,11 @@ impl Interceptor for KataAgent {
     }
 }
 
-/// Our answers, from one half to the other.
+/// Our replies, from one half of the interceptor to the other.
 #[derive(Debug, Default)]
 struct Replies {
     waiting: Mutex<VecDeque<Bytes>>,
-    came: Notify,
+    added: Notify,
 }
 
 impl Replies {
@@ -95,12 +98,12 @@ impl Replies {
         }
         waiting.push_back(refusal.reply(stream));
         drop(waiting);
-        self.came.notify_one();
+        self.added.notify_one();
         Ok(())
     }
 }
 
-/// Requests that wait for their mounts; dropped with the tunnel.
+/// Held requests, which wait for their mounts. Dropped with the tunnel.
 #[derive(Debug, Default)]
 struct Waiting {
     tasks: JoinSet<Waited>,
@@ -129,7 +132,7 @@ impl Waiting {
     }
 }
 
-/// What goes to the kata agent.
+/// The half that sees the requests to the kata agent.
 #[derive(Debug)]
 pub struct ToKataAgent {
     requests: Requests,
@@ -173,7 +176,7 @@ impl ToServer for ToKataAgent {
                 return Ok(Some(frame));
             }
             let Some(waited) = self.waiting.tasks.join_next().await else {
-                // The rest of the frame that is coming brings the place for what is released.
+                // A released request is waiting for the end of a frame, which the next messages bring.
                 return std::future::pending().await;
             };
             let Waited { stream, bytes, result } = waited?;
@@ -189,7 +192,7 @@ impl ToServer for ToKataAgent {
     }
 }
 
-/// What the kata agent sends.
+/// The half that sees the kata agent's responses.
 #[derive(Debug)]
 pub struct FromKataAgent {
     scanner: Scanner,
@@ -218,7 +221,7 @@ impl FromServer for FromKataAgent {
     }
 
     async fn injection_ready(&mut self) {
-        self.replies.came.notified().await;
+        self.replies.added.notified().await;
     }
 }
 

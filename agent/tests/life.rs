@@ -1,4 +1,4 @@
-//! The real binary under systemd: its signals, and what systemd is told.
+//! The real binary under systemd: its signals, and its notifications.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,4 +1,4 @@
-//! What is changed in the two requests: bytes in, bytes out. Fields that are not named here stay as they came, in order.
+//! The edit of the two requests: bytes in, bytes out. Fields that are not named here stay unchanged, in their order.
 
 use std::borrow::Cow;
 use std::ffi::OsStr;
@@ -9,7 +9,7 @@ use super::protobuf::{self, Field, Fields, Malformed, put};
 
 /// The service of the requests.
 pub const SERVICE: &[u8] = b"grpc.AgentService";
-/// What the field of the longer of its names takes up: key, length and [`SERVICE`].
+/// Bytes of the longest field with a name that is compared: key, length and [`SERVICE`].
 const NAME_MAX: usize = 2 + SERVICE.len();
 /// The annotation that lists the volumes that a container waits for, comma separated.
 pub const VOLUMES: &str = "io.confidentialcontainers.org.peerpodvolumes.target_path";
@@ -20,7 +20,7 @@ mod request {
     pub(super) const METHOD: u32 = 2;
     pub(super) const PAYLOAD: u32 = 3;
 }
-/// Field numbers of the kata agent's messages, each named by the way to it.
+/// Field numbers of the kata agent's messages, each named by its path.
 mod kata {
     pub(super) const CREATE_CONTAINER_OCI: u32 = 6;
     pub(super) const CREATE_SANDBOX_DNS: u32 = 2;
@@ -36,10 +36,10 @@ mod kata {
     pub(super) const NAMESPACE_PATH: u32 = 2;
 }
 
-/// The type of a namespace that we replace.
+/// The type of the namespaces that are replaced.
 const NETWORK: &[u8] = b"network";
 
-/// A request that is touched.
+/// A request that is edited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
     /// `CreateContainer`.
@@ -49,7 +49,7 @@ pub enum Method {
 }
 
 impl Method {
-    /// The request that is called so, if it is touched.
+    /// The method of these names, if its requests are edited.
     pub fn of(service: &[u8], method: &[u8]) -> Option<Self> {
         match method {
             _ if service != SERVICE => None,
@@ -60,18 +60,18 @@ impl Method {
     }
 }
 
-/// What the beginning of a request says about it.
+/// How a request is treated, by its beginning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is not touched.
+    /// The request is not edited.
     Pass,
-    /// All of it must be seen: it is touched, or its service and method are not in front, as every encoder has them.
+    /// The whole request is needed: it is edited, or its service and method are not in front, where every encoder has them.
     Assemble,
-    /// More of it must be seen.
+    /// A longer beginning is needed.
     More,
 }
 
-/// Tells from the beginning of a request whether it is touched. `whole`: this is all, or all that is looked at.
+/// Recognises a request that is edited by its beginning. `whole`: there is no more of it, or no more is searched.
 pub fn recognise(beginning: &[u8], whole: bool) -> Verdict {
     let (mut service, mut method) = (None, None);
     let mut fields = Fields::of(beginning);
@@ -86,10 +86,10 @@ pub fn recognise(beginning: &[u8], whole: bool) -> Verdict {
             Some(Ok(_)) => {}
             Some(Err(Malformed::Truncated)) if !whole => return Verdict::More,
             None if !whole => return Verdict::More,
-            // A name that is longer than ours: of those is all there.
+            // The name is longer than those that are compared, which are complete at this length.
             Some(Err(_)) if is_name(before) && before.len() >= NAME_MAX => return Verdict::Pass,
             Some(Err(Malformed::Truncated)) | None => return Verdict::Assemble,
-            // The kata agent will say so.
+            // Malformed: the kata agent refuses it.
             Some(Err(Malformed::InvalidField)) => return Verdict::Pass,
         }
     }
@@ -102,25 +102,25 @@ fn is_name(field: &[u8]) -> bool {
 /// A request after the edit.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Edited<'a> {
-    /// Its bytes.
+    /// Bytes of the request.
     pub request: Cow<'a, [u8]>,
-    /// What must be there before it goes on.
+    /// Mounts to wait for before the request passes.
     pub mounts: Mounts,
 }
 
 /// Bind mounts of a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mounts {
-    /// Their sources.
+    /// Sources of the mounts.
     pub sources: Vec<PathBuf>,
-    /// The sources on which something must be mounted first.
+    /// The sources on which a volume must be mounted first.
     pub volumes: Vec<PathBuf>,
 }
 
-/// Edits a ttrpc request; `namespace` is the path that its network namespace gets.
+/// Edits a ttrpc request. `namespace` is the path of the network namespace that containers join.
 ///
 /// # Errors
-/// It is a request that is touched, and malformed.
+/// The request is one that is edited, and malformed.
 pub fn request<'a>(request: &'a [u8], namespace: Option<&str>) -> Result<Edited<'a>, Malformed> {
     let untouched = Edited { request: Cow::Borrowed(request), mounts: Mounts::default() };
     let service = protobuf::last(request, request::SERVICE)?;
@@ -158,7 +158,7 @@ fn with_payload(request: &[u8], payload: &[u8]) -> Result<Vec<u8>, Malformed> {
 /// A `CreateSandboxRequest` without DNS servers, so that the VM's own resolv.conf is left alone.
 ///
 /// # Errors
-/// It is none.
+/// The payload is malformed.
 pub fn create_sandbox(payload: &[u8]) -> Result<Cow<'_, [u8]>, Malformed> {
     without(payload, &[kata::CREATE_SANDBOX_DNS], &|_| Ok(true))
 }
@@ -166,12 +166,12 @@ pub fn create_sandbox(payload: &[u8]) -> Result<Cow<'_, [u8]>, Malformed> {
 /// A `CreateContainerRequest` whose container joins the network namespace at the path `namespace`, and no other.
 ///
 /// # Errors
-/// It is none.
+/// The payload is malformed.
 pub fn create_container<'a>(payload: &'a [u8], namespace: Option<&str>) -> Result<Cow<'a, [u8]>, Malformed> {
     let path = [kata::CREATE_CONTAINER_OCI, kata::OCI_LINUX, kata::LINUX_NAMESPACES];
     let is_network = |namespace: &[u8]| Ok(protobuf::last(namespace, kata::NAMESPACE_TYPE)? == NETWORK);
     let Some(namespace) = namespace else {
-        // As if it were edited: what is malformed is so whatever the configuration.
+        // Checked all the same: a malformed request is refused with any configuration.
         without(payload, &path, &|namespace| is_network(namespace).and(Ok(false)))?;
         return Ok(Cow::Borrowed(payload));
     };
@@ -182,15 +182,15 @@ pub fn create_container<'a>(payload: &'a [u8], namespace: Option<&str>) -> Resul
     Ok(Cow::Owned(with(&payload, &path, &ours)?))
 }
 
-/// `message` with one more field at the end of `path`, in the last of the messages on the way; those that are missing are
-/// made. Not by appending a message of its own: protobuf would merge the two, but the kata agent's decoder (the crate
-/// `protobuf` 3) lets the second take the place of the first.
+/// `message` with one more field at the end of `path`, in the last message of each step; missing messages are added. Does not
+/// append a second message instead: protobuf would merge the two, but in the kata agent's decoder (the crate `protobuf` 3) the
+/// second replaces the first.
 fn with(message: &[u8], path: &[u32], content: &[u8]) -> Result<Vec<u8>, Malformed> {
     let Some((wanted, deeper)) = path.split_first() else { return Ok(content.to_vec()) };
     let fields = Fields::of(message).collect::<Result<Vec<_>, _>>()?;
-    let is_on_the_way = |field: &Field<'_>| field.number == *wanted && field.content.is_some();
-    // At the end of the path there may be several: it is one more.
-    let last = if deeper.is_empty() { None } else { fields.iter().rposition(is_on_the_way) };
+    let is_next = |field: &Field<'_>| field.number == *wanted && field.content.is_some();
+    // The last step is a repeated field: one more is added.
+    let last = if deeper.is_empty() { None } else { fields.iter().rposition(is_next) };
     let mut out = Vec::with_capacity(message.len() + content.len() + 64);
     for (at, field) in fields.iter().enumerate() {
         match field.content.filter(|_| Some(at) == last) {
@@ -204,7 +204,7 @@ fn with(message: &[u8], path: &[u32], content: &[u8]) -> Result<Vec<u8>, Malform
     Ok(out)
 }
 
-/// `message` without those of the fields at the end of `path` that `drops` picks by their content.
+/// `message` without the fields at the end of `path` whose content `drops` accepts.
 fn without<'a>(
     message: &'a [u8],
     path: &[u32],
@@ -229,14 +229,14 @@ fn without<'a>(
             Cow::Owned(content) => put(field.number, &content, &mut out),
         }
     }
-    // A message loses fields or keeps them all.
+    // Fields are only removed, so equal length means unchanged.
     Ok(if out.len() == message.len() { Cow::Borrowed(message) } else { Cow::Owned(out) })
 }
 
 /// The bind mounts of a `CreateContainerRequest`.
 ///
 /// # Errors
-/// It is none.
+/// The payload is malformed.
 pub fn mounts(payload: &[u8]) -> Result<Mounts, Malformed> {
     let mut found = Mounts::default();
     let mut listed: &[u8] = &[];
@@ -252,14 +252,14 @@ pub fn mounts(payload: &[u8]) -> Result<Mounts, Malformed> {
             }
         }
     }
-    // Relative ones are the kata agent's to resolve.
+    // The kata agent resolves relative ones.
     found.sources.retain(|source| source.is_absolute());
     let listed: Vec<_> = listed.split(|byte| *byte == b',').map(|one| path(one.trim_ascii())).collect();
     found.volumes = found.sources.iter().filter(|source| listed.contains(source)).cloned().collect();
     Ok(found)
 }
 
-/// A path as it is compared: without slashes at its end.
+/// A path without trailing slashes, so that paths can be compared.
 fn path(bytes: &[u8]) -> PathBuf {
     let end = bytes.iter().rposition(|byte| *byte != b'/').map_or(bytes.len().min(1), |last| last + 1);
     PathBuf::from(OsStr::from_bytes(bytes.get(..end).unwrap_or_default()))

@@ -12,16 +12,16 @@ pub const REQUEST: u8 = 1;
 /// The type of a response.
 pub const RESPONSE: u8 = 2;
 
-/// Why a stream of frames can't be followed any further.
+/// Why a stream of frames can't be read any further.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    /// More data than ttrpc allows; or these are no frames at all.
+    /// The header announces more data than ttrpc allows, or is not a header.
     #[error(
         "reading ttrpc frames: a header announces {0} bytes, and a frame has at most {TTRPC_DATA_MAX}; check that both \
          ends of the tunnel speak ttrpc"
     )]
     TooLong(u32),
-    /// The stream ended in the middle.
+    /// The stream ended within a frame.
     #[error(
         "reading ttrpc frames: the stream ended {0} bytes before the end of a frame; see the log of its sender"
     )]
@@ -56,7 +56,7 @@ impl Header {
         Ok(Self { length, stream: u32::from_be_bytes([s0, s1, s2, s3]), kind, flags })
     }
 
-    /// The bytes of the header; a length that no frame has becomes one that nobody takes.
+    /// Writes the header. A length above `u32::MAX` is written as that, which every reader refuses.
     pub fn to_bytes(self) -> [u8; HEADER] {
         let [l0, l1, l2, l3] = u32::try_from(self.length).unwrap_or(u32::MAX).to_be_bytes();
         let [s0, s1, s2, s3] = self.stream.to_be_bytes();
@@ -64,7 +64,7 @@ impl Header {
     }
 }
 
-/// Follows the frames of a stream, in whatever pieces it comes.
+/// Finds the boundaries of frames in a stream that comes in pieces of any size.
 #[derive(Debug, Default)]
 pub struct Scanner {
     header: [u8; HEADER],
@@ -78,20 +78,21 @@ impl Scanner {
         self.left == 0 && self.have == 0
     }
 
-    /// Bytes of data of this frame that are still to come, once its header is complete.
+    /// Bytes of data that the current frame still lacks; 0 until its header is complete.
     pub fn left(&self) -> usize {
         self.left
     }
 
-    /// How many bytes until something becomes known: the end of the header, or of the data.
+    /// Bytes until the end of the current header, or of the current frame's data.
     pub fn until_boundary(&self) -> usize {
         if self.left > 0 { self.left } else { HEADER - self.have }
     }
 
-    /// Goes over some of `data`: at most to the end of a header, which it then returns, or to the end of a frame.
+    /// Reads some of `data`, at most to the end of a header or of a frame. Returns the number of bytes read, and a header that
+    /// is complete.
     ///
     /// # Errors
-    /// The header is not one.
+    /// The header announces too much data.
     pub fn advance(&mut self, data: &[u8]) -> Result<(usize, Option<Header>), FrameError> {
         let used = data.len().min(self.until_boundary());
         if self.left > 0 {
@@ -111,15 +112,15 @@ impl Scanner {
         Ok((used, Some(header)))
     }
 
-    /// Goes over some of the data of a frame, at most to its end.
+    /// Skips bytes of the current frame's data, at most to its end.
     pub fn skip(&mut self, bytes: usize) {
         self.left = self.left.saturating_sub(bytes);
     }
 
-    /// The stream has ended.
+    /// Checks that the stream may end here.
     ///
     /// # Errors
-    /// In the middle of a frame.
+    /// The stream ends within a frame.
     pub fn end(&self) -> Result<(), FrameError> {
         if self.at_boundary() { Ok(()) } else { Err(FrameError::Truncated(self.until_boundary())) }
     }

@@ -1,4 +1,4 @@
-//! The messages as somebody else's decoder has them, with fields that the interceptor does not know.
+//! The messages for tests, decoded by prost, with fields that the interceptor does not know.
 
 use proptest::collection::{btree_map, vec};
 use proptest::option;

@@ -1,4 +1,4 @@
-//! What must be there before a container is made: the sources of its bind mounts, and its volumes.
+//! The mounts of a container: makes missing sources of bind mounts, waits for volumes.
 
 use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
@@ -19,13 +19,13 @@ use super::reply::RequestRefusal;
 /// The mounts that this process sees (proc_pid_mountinfo(5)).
 const MOUNT_INFO: &str = "/proc/self/mountinfo";
 
-/// Makes the sources that are missing, and waits until something is mounted on each volume.
+/// Makes missing sources, and waits until something is mounted on each volume.
 ///
 /// # Errors
 /// A source can't be made, or nothing is mounted on a volume for [`VOLUME_MOUNT`].
 pub async fn prepare(mounts: Mounts) -> Result<(), RequestRefusal> {
     let (done, made) = oneshot::channel();
-    // On a thread of its own: a file system that hangs must not hold up the agent.
+    // On a separate thread: a file system that hangs must not stall the agent.
     std::thread::Builder::new()
         .name("mounts".into())
         .spawn(move || drop(done.send(make(mounts))))
@@ -35,13 +35,13 @@ pub async fn prepare(mounts: Mounts) -> Result<(), RequestRefusal> {
     if volumes.is_empty() { Ok(()) } else { mounted(&volumes).await }
 }
 
-/// Makes the sources that are missing. Returns the volumes by the names that they have once mounted.
+/// Makes missing sources. Returns the canonical paths of the volumes, which the mount table has.
 fn make(mounts: Mounts) -> Result<Vec<PathBuf>, RequestRefusal> {
     for source in mounts.sources {
         if source.exists() {
             continue;
         }
-        // Whatever our umask is: the container's user may be anyone.
+        // Independent of our umask, because the container may have any user.
         fs::create_dir_all(&source)
             .and_then(|()| fs::set_permissions(&source, Permissions::from_mode(0o755)))
             .map_err(|error| RequestRefusal::Source { path: source.clone(), source: error })?;
@@ -71,19 +71,19 @@ async fn mounted(volumes: &[PathBuf]) -> Result<(), RequestRefusal> {
     }
 }
 
-/// The table of mounts. The kernel reports each change after it was opened as an exceptional condition.
+/// The mount table. The kernel reports each change since it was opened as an exceptional condition.
 struct MountTable(AsyncFd<File>);
 
 impl MountTable {
     #[expect(
         deprecated,
-        reason = "what took its place is unsafe, for types whose descriptor changes; a File's stays the same"
+        reason = "its successor is unsafe, for types that may change their descriptor; a File does not"
     )]
     fn open() -> io::Result<Self> {
         AsyncFd::with_interest(File::open(MOUNT_INFO)?, Interest::PRIORITY).map(Self)
     }
 
-    /// Waits until it has changed since it was opened, or since the last time.
+    /// Waits for a change since the table was opened, or since the last call.
     async fn changed(&self) -> io::Result<()> {
         self.0.ready(Interest::PRIORITY).await?.clear_ready();
         Ok(())
@@ -91,19 +91,19 @@ impl MountTable {
 
     /// The mount points.
     fn points(&self) -> io::Result<Vec<PathBuf>> {
-        // The open file is at its end after it was read once.
+        // Not from the open file, which is at its end after the first read.
         let table = fs::read(MOUNT_INFO)?;
         Ok(table.split(|byte| *byte == b'\n').filter_map(mount_point).collect())
     }
 }
 
-/// The mount point of a line: its fifth field.
+/// The mount point in a line of the table: its fifth field.
 fn mount_point(line: &[u8]) -> Option<PathBuf> {
     let field = line.split(|byte| *byte == b' ').nth(4)?;
     Some(PathBuf::from(OsString::from_vec(unescape(field))))
 }
 
-/// Decodes `\040` and its like, which stand for blanks, tabs, newlines and backslashes.
+/// Decodes octal escapes such as `\040`, which stand for blanks, tabs, newlines and backslashes.
 fn unescape(mut field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     while let Some((first, rest)) = field.split_first() {

@@ -1,4 +1,4 @@
-//! Protobuf on the wire: fields, without knowing messages (<https://protobuf.dev/programming-guides/encoding/>).
+//! Protobuf's wire format: fields, without message definitions (<https://protobuf.dev/programming-guides/encoding/>).
 
 /// The wire type of strings, bytes and messages.
 const LENGTH_DELIMITED: u64 = 2;
@@ -6,34 +6,34 @@ const LENGTH_DELIMITED: u64 = 2;
 /// Why bytes are not a protobuf message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
-    /// They end within a field.
+    /// The bytes end within a field.
     #[error("it ends within a field")]
     Truncated,
-    /// They have a field number or a wire type that there is not, or a number of more than 64 bits.
-    #[error("it has a field that is none")]
+    /// A field number or wire type is invalid, or a number has more than 64 bits.
+    #[error("invalid tag or wire type")]
     InvalidField,
 }
 
 /// One field of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field<'a> {
-    /// Its number.
+    /// Field number.
     pub number: u32,
-    /// All of it, as it came.
+    /// The whole field, encoded.
     pub raw: &'a [u8],
-    /// Its content, if it is a string, bytes or a message.
+    /// Content of a string, of bytes or of a message; none for numbers.
     pub content: Option<&'a [u8]>,
 }
 
-/// A number at the beginning of `data`, and what follows it.
+/// Reads a varint from the beginning of `data`; returns it and the rest.
 ///
 /// # Errors
-/// There is none.
+/// `data` does not begin with a varint of at most 64 bits.
 pub fn varint(data: &[u8]) -> Result<(u64, &[u8]), Malformed> {
     let mut value = 0_u64;
     for (at, byte) in data.iter().enumerate().take(10) {
         let bits = u64::from(byte & 0x7f);
-        // The tenth byte has one bit left to give.
+        // Nine bytes hold 63 bits: the tenth may have only one.
         if at == 9 && bits > 1 {
             return Err(Malformed::InvalidField);
         }
@@ -45,7 +45,7 @@ pub fn varint(data: &[u8]) -> Result<(u64, &[u8]), Malformed> {
     Err(if data.len() < 10 { Malformed::Truncated } else { Malformed::InvalidField })
 }
 
-/// The number and the wire type of the field that `data` begins with, and what follows them.
+/// Reads the key of a field: its number, its wire type, and the rest of `data`.
 fn key(data: &[u8]) -> Result<(u32, u64, &[u8]), Malformed> {
     let (key, rest) = varint(data)?;
     match u32::try_from(key >> 3) {
@@ -54,7 +54,7 @@ fn key(data: &[u8]) -> Result<(u32, u64, &[u8]), Malformed> {
     }
 }
 
-/// The number of the field that `data` begins with, which may be incomplete.
+/// The number of the first field in `data`, which may be incomplete.
 pub fn number(data: &[u8]) -> Option<u32> {
     key(data).ok().map(|(number, _, _)| number)
 }
@@ -64,12 +64,12 @@ fn skip(data: &[u8], length: u64) -> Result<(&[u8], &[u8]), Malformed> {
     data.split_at_checked(length).ok_or(Malformed::Truncated)
 }
 
-/// The fields of a message, in order; ends after the first error.
+/// Iterates over the fields of a message, in order. Ends after the first error.
 #[derive(Clone, Debug)]
 pub struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
-    /// Those of `message`.
+    /// The fields of `message`.
     pub fn of(message: &'a [u8]) -> Self {
         Self(message)
     }
@@ -82,7 +82,7 @@ impl<'a> Fields<'a> {
     fn read(&self) -> Result<(Field<'a>, &'a [u8]), Malformed> {
         let (number, kind, mut rest) = key(self.0)?;
         let mut content = None;
-        // Groups, which nobody writes any more, may hold others; whose end is whose matters to nobody here.
+        // Groups are deprecated and may be nested. Their end tags are counted, not matched.
         let (mut kind, mut depth) = (kind, 0_usize);
         loop {
             match kind {
@@ -129,10 +129,10 @@ impl<'a> Iterator for Fields<'a> {
     }
 }
 
-/// The contents of the strings, bytes or messages with this number, in order.
+/// The contents of all strings, bytes or messages with this field number, in order.
 ///
 /// # Errors
-/// `message` is none.
+/// `message` is malformed.
 pub fn contents(message: &[u8], wanted: u32) -> Result<Vec<&[u8]>, Malformed> {
     let mut found = Vec::new();
     for field in Fields::of(message) {
@@ -144,10 +144,10 @@ pub fn contents(message: &[u8], wanted: u32) -> Result<Vec<&[u8]>, Malformed> {
     Ok(found)
 }
 
-/// The content of the one string or bytes with this number: of several the last counts, and none is an empty one.
+/// The content of the string or bytes with this field number. The last of several counts; a missing one is empty.
 ///
 /// # Errors
-/// `message` is none.
+/// `message` is malformed.
 pub fn last(message: &[u8], wanted: u32) -> Result<&[u8], Malformed> {
     Ok(contents(message, wanted)?.pop().unwrap_or_default())
 }
@@ -160,13 +160,13 @@ fn put_varint(mut value: u64, out: &mut Vec<u8>) {
     out.push(value as u8);
 }
 
-/// Writes a number.
+/// Writes a number field.
 pub fn put_number(number: u32, value: u64, out: &mut Vec<u8>) {
     put_varint(u64::from(number) << 3, out);
     put_varint(value, out);
 }
 
-/// Writes a string, bytes or a message.
+/// Writes a field that is a string, bytes or a message.
 pub fn put(number: u32, content: &[u8], out: &mut Vec<u8>) {
     put_varint(u64::from(number) << 3 | LENGTH_DELIMITED, out);
     put_varint(content.len() as u64, out);

@@ -1,4 +1,4 @@
-//! Refusals, as the client of a ttrpc server hears them.
+//! Refusals of requests, as ttrpc responses.
 
 use std::io;
 use std::path::PathBuf;
@@ -21,16 +21,16 @@ const MESSAGE: u32 = 2;
 /// Why a request does not reach the kata agent.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestRefusal {
-    /// It is no protobuf.
+    /// The request is malformed.
     #[error("reading the request: {0}; check that the runtime and the kata agent are of one version")]
     Malformed(#[from] Malformed),
-    /// The edit made it too long.
+    /// The edited request is too long.
     #[error(
         "adding the pod's network namespace: the request of {0} bytes becomes longer than the {TTRPC_DATA_MAX} of \
          ttrpc; make the container's spec smaller"
     )]
     TooLong(usize),
-    /// Too much is held back.
+    /// Too many requests are held, or too many bytes.
     #[error(
         "waiting for mounts: {HELD_REQUESTS_MAX} requests, or {HELD_BYTES_MAX} bytes of them, wait on this connection \
          already; try again once some are done"
@@ -39,22 +39,22 @@ pub enum RequestRefusal {
     /// The source of a bind mount could not be made.
     #[error("making {}, the source of a bind mount: {source}; check the container's mounts", path.display())]
     Source {
-        /// The source.
+        /// Path of the source.
         path: PathBuf,
-        /// The cause.
+        /// Error of the system.
         source: io::Error,
     },
-    /// Nothing was mounted on a volume.
+    /// Nothing was mounted on a volume in time.
     #[error(
         "waiting for the volume {}: nothing was mounted there within {} s; see the log of what mounts it in the VM",
         path.display(),
         VOLUME_MOUNT.as_secs()
     )]
     Volume {
-        /// Where it should be.
+        /// Path of the volume.
         path: PathBuf,
     },
-    /// The mounts could not be looked after.
+    /// The VM's mounts could not be read.
     #[error(
         "looking at the VM's mounts: {0}; check that the agent may read /proc/self/mountinfo and start threads"
     )]
@@ -73,7 +73,7 @@ impl RequestRefusal {
         }
     }
 
-    /// The frame that answers the request of this stream.
+    /// Builds the response to the request of this stream, a whole frame.
     pub fn reply(&self, stream: u32) -> Bytes {
         let mut text = self.to_string();
         text.truncate(text.floor_char_boundary(TEXT_MAX));

@@ -1,7 +1,7 @@
-//! What goes to the kata agent, frame by frame, without any I/O.
+//! The requests to the kata agent, frame by frame, without I/O.
 //!
-//! Frames that are not touched go on as slices of the messages they came in; of a request only its beginning is looked
-//! at, and kept back until it is known. Touched ones are assembled and edited.
+//! Frames that are not edited pass as slices of the messages they came in. Of a request only the beginning is read, and kept
+//! until its service and method are known. Requests that are edited are assembled first.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -14,37 +14,37 @@ use super::edit::{self, Edited, Mounts, Verdict, recognise};
 use super::frame::{FrameError, HEADER, Header, REQUEST, Scanner};
 use super::reply::RequestRefusal;
 
-/// How much of a request is looked at to find its service and method, in bytes. Ours take 36.
+/// Bytes of a request that are searched for its service and method. Those of the edited requests take 36.
 const BEGINNING: usize = 64;
 
-/// What becomes of what came.
+/// The result for a part of the stream.
 #[derive(Debug)]
 pub enum Out {
-    /// These bytes go on.
+    /// Pass these bytes on.
     Pass(Bytes),
-    /// This request goes on later, by [`Requests::release`].
+    /// Hold this request until [`Requests::release`].
     Hold(Held),
-    /// This request does not.
+    /// Refuse this request.
     Refuse {
-        /// Its stream id.
+        /// Stream id of the request.
         stream: u32,
-        /// Why.
+        /// Reason, for the client.
         refusal: RequestRefusal,
     },
 }
 
-/// A request that is held back.
+/// A held request.
 #[derive(Debug)]
 pub struct Held {
-    /// Its stream id.
+    /// Stream id of the request.
     pub stream: u32,
-    /// All of it, as it goes on.
+    /// The edited frame.
     pub frame: Bytes,
-    /// What must be there first.
+    /// Mounts to wait for.
     pub mounts: Mounts,
 }
 
-/// What is known of the frame that is coming.
+/// How the current frame is treated.
 #[derive(Clone, Copy, Debug)]
 enum FrameState {
     Unknown,
@@ -62,16 +62,16 @@ pub struct Requests {
     /// The beginning of a request, and how much of it there is.
     beginning: [u8; BEGINNING],
     known: usize,
-    /// What earlier messages have of a frame whose state is unknown.
+    /// Pieces of the current frame from earlier messages, while its state is unknown.
     kept: Vec<Bytes>,
-    /// The frame that is assembled.
+    /// The current frame, while it is assembled.
     frame: BytesMut,
-    /// Frames that wait for the end of the one that is coming.
+    /// Released frames that wait for the end of the current one.
     ready: VecDeque<Bytes>,
 }
 
 impl Requests {
-    /// Those of a new connection; containers join the network namespace at this path.
+    /// The requests of a new connection. Containers join the network namespace at this path.
     pub fn new(namespace: Option<Arc<str>>) -> Self {
         Self {
             namespace,
@@ -86,12 +86,12 @@ impl Requests {
         }
     }
 
-    /// Goes over a message.
+    /// Reads a message of the stream.
     ///
     /// # Errors
-    /// These are no frames.
+    /// The stream does not consist of ttrpc frames.
     pub fn take(&mut self, mut message: Bytes, out: &mut impl FnMut(Out)) -> Result<(), FrameError> {
-        // Before `begin` all goes on; from there to `at` is of the frame that is coming.
+        // The bytes before `begin` pass; those from `begin` to `at` belong to the current frame.
         let (mut begin, mut at) = (0, 0);
         while let Some(rest) = message.get(at..).filter(|rest| !rest.is_empty()) {
             match self.state {
@@ -140,7 +140,7 @@ impl Requests {
         Ok(())
     }
 
-    /// Goes over more of a frame whose state is unknown.
+    /// Reads more of a frame whose state is unknown.
     fn classify(&mut self, rest: &[u8]) -> Result<(usize, Verdict), FrameError> {
         let mut used = 0;
         if self.scanner.left() == 0 {
@@ -162,7 +162,7 @@ impl Requests {
         Ok((used + more, recognise(beginning, whole)))
     }
 
-    /// Begins to assemble a frame, of which `last` is what there is beside what was kept.
+    /// Starts to assemble a frame from the pieces that were kept, and `last`.
     fn assemble(&mut self, last: &[u8]) {
         self.state = FrameState::Assemble;
         self.frame = BytesMut::with_capacity(HEADER + self.header.length);
@@ -170,7 +170,7 @@ impl Requests {
         self.frame.extend_from_slice(last);
     }
 
-    /// The frame is complete.
+    /// Edits the assembled frame, which is complete.
     fn finish(&mut self) -> Out {
         let (stream, frame) = (self.header.stream, std::mem::take(&mut self.frame).freeze());
         match self.edit(frame) {
@@ -193,25 +193,25 @@ impl Requests {
         Ok((edited.freeze(), mounts))
     }
 
-    /// A request that was held goes on at the next place between frames: in [`Requests::take`], or in [`Requests::due`].
+    /// Releases a held request. It passes at the next frame boundary, from [`Requests::take`] or [`Requests::due`].
     pub fn release(&mut self, frame: Bytes) {
         self.ready.push_back(frame);
     }
 
-    /// Whether released requests wait for their place.
+    /// Whether released requests wait for a frame boundary.
     pub fn has_released(&self) -> bool {
         !self.ready.is_empty()
     }
 
-    /// A released request, if this is a place between frames.
+    /// A released request, if the stream is at a frame boundary.
     pub fn due(&mut self) -> Option<Bytes> {
         if self.scanner.at_boundary() { self.ready.pop_front() } else { None }
     }
 
-    /// No more comes.
+    /// Checks that the stream may end here.
     ///
     /// # Errors
-    /// In the middle of a frame.
+    /// The stream ends within a frame.
     pub fn end(&self) -> Result<(), FrameError> {
         self.scanner.end()
     }

@@ -1,4 +1,4 @@
-//! Links (interfaces) and their addresses.
+//! Network interfaces and their addresses.
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -13,18 +13,18 @@ use super::error::{PodNetworkError, Step};
 use super::netlink::Net;
 use super::spec::Prefix;
 
-/// What is known of a link.
+/// A network interface.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Interface {
     pub(super) index: u32,
     pub(super) name: String,
     pub(super) mtu: u32,
-    /// The kind of a link that software makes; none for a network card.
+    /// Kind of a virtual interface; none for a network card.
     pub(super) kind: Option<InfoKind>,
-    /// Id and port of a VXLAN link.
+    /// Id and port of a VXLAN interface.
     pub(super) vxlan: (u32, u16),
     pub(super) ethernet: bool,
-    /// Part of a bridge, a bond or the like.
+    /// Whether it is part of a bridge or a bond.
     pub(super) has_controller: bool,
     pub(super) alias: String,
 }
@@ -64,7 +64,7 @@ impl From<LinkMessage> for Interface {
     }
 }
 
-/// Every link of a namespace.
+/// All interfaces of a namespace.
 pub(super) async fn all(net: &Net) -> Result<Vec<Interface>, PodNetworkError> {
     let links = net.handle.link().get().execute().map_ok(Interface::from).try_collect().await;
     links.step(|| "listing the interfaces".into(), "try again")
@@ -74,7 +74,7 @@ pub(super) async fn named(net: &Net, name: &str) -> Result<Option<Interface>, Po
     Ok(all(net).await?.into_iter().find(|link| link.name == name))
 }
 
-/// An address of a link.
+/// An address of an interface.
 #[derive(Clone, Debug)]
 pub(super) struct Address {
     pub(super) index: u32,
@@ -83,7 +83,7 @@ pub(super) struct Address {
     message: AddressMessage,
 }
 
-/// The addresses of all links that can be used: not those that another host may turn out to have, nor old ones.
+/// The usable addresses of all interfaces: not tentative, duplicate or deprecated ones.
 pub(super) async fn addresses(net: &Net) -> Result<Vec<Address>, PodNetworkError> {
     let messages: Result<Vec<_>, _> = net.handle.address().get().execute().try_collect().await;
     let messages = messages.step(|| "listing the addresses".into(), "try again")?;
@@ -96,7 +96,7 @@ fn usable(message: AddressMessage) -> Option<Address> {
     for attribute in &message.attributes {
         match attribute {
             AddressAttribute::Flags(all) => flags = *all,
-            // On a point-to-point link the other one is the peer's.
+            // On a point-to-point interface `Address` is the peer's.
             AddressAttribute::Local(ip) => local = Some(*ip),
             AddressAttribute::Address(ip) => address = Some(*ip),
             _ => {}
@@ -113,7 +113,7 @@ fn usable(message: AddressMessage) -> Option<Address> {
     (!flags.intersects(unusable)).then_some(Address { index, prefix, link_local, message })
 }
 
-/// Gives a link an address, usable at once. Without `connected` the kernel makes no route to its network.
+/// Adds an address that is usable at once. Without `connected` the kernel adds no route to its network.
 pub(super) async fn add_address(
     net: &Net,
     link: &Interface,
@@ -130,8 +130,12 @@ pub(super) async fn add_address(
         .step(|| format!("adding address {prefix} to '{}'", link.name), "correct pod-network in apf.json")
 }
 
-/// Gives a link an address that it had in another namespace.
-pub(super) async fn add_again(net: &Net, link: &Interface, address: &Address) -> Result<(), PodNetworkError> {
+/// Adds an address that the interface had in another namespace.
+pub(super) async fn restore_address(
+    net: &Net,
+    link: &Interface,
+    address: &Address,
+) -> Result<(), PodNetworkError> {
     let prefix = address.prefix;
     let mut request = net.handle.address().add(link.index, prefix.address(), prefix.length());
     let message = request.message_mut();
@@ -151,7 +155,7 @@ pub(super) async fn add_again(net: &Net, link: &Interface, address: &Address) ->
     request.execute().await.step(|| format!("adding address {prefix} to '{}'", link.name), "add it by hand")
 }
 
-/// Nobody else can have it, or it was in use before: it is not asked for first.
+/// The flag that skips duplicate address detection (IPv6 only): the address is the pod's alone, or was in use before.
 fn no_dad_flag(prefix: Prefix) -> AddressFlags {
     if prefix.address().is_ipv6() { AddressFlags::Nodad } else { AddressFlags::empty() }
 }
@@ -170,8 +174,8 @@ pub(super) async fn set_alias(net: &Net, link: &Interface, alias: &str) -> Resul
     changed.step(|| format!("marking '{}'", link.name), "look at `ip link` there")
 }
 
-/// Moves a link into another namespace, where its index may be another one, and it is down without addresses.
-pub(super) async fn hand_over(net: &Net, link: &Interface, to: &impl AsFd) -> Result<(), PodNetworkError> {
+/// Moves an interface into another namespace. There it is down and without addresses, and its index may differ.
+pub(super) async fn move_to(net: &Net, link: &Interface, to: &impl AsFd) -> Result<(), PodNetworkError> {
     let message = LinkUnspec::new_with_index(link.index).setns_by_fd(to.as_fd().as_raw_fd()).build();
     let moved = net.handle.link().change(message).execute().await;
     moved.step(

@@ -1,4 +1,4 @@
-//! Routes and neighbours.
+//! IP routes and neighbours.
 
 use std::net::IpAddr;
 
@@ -37,7 +37,7 @@ pub(super) fn is_default(route: &RouteMessage) -> bool {
     route.header.destination_prefix_length == 0
 }
 
-/// The interfaces it leads out by.
+/// Indexes of the interfaces that a route sends packets out of.
 pub(super) fn output_interfaces(route: &RouteMessage) -> Vec<u32> {
     let by = |attribute: &RouteAttribute| match attribute {
         RouteAttribute::Oif(index) => vec![*index],
@@ -55,7 +55,7 @@ pub(super) fn gateway(route: &RouteMessage) -> Option<IpAddr> {
     })
 }
 
-/// The lower, the better.
+/// The metric of a route; lower ones are preferred.
 pub(super) fn metric(route: &RouteMessage) -> u32 {
     let metric = |attribute: &RouteAttribute| match attribute {
         RouteAttribute::Priority(metric) => Some(*metric),
@@ -64,7 +64,7 @@ pub(super) fn metric(route: &RouteMessage) -> u32 {
     route.attributes.iter().find_map(metric).unwrap_or(0)
 }
 
-/// The interface of the best default route of `address`' family.
+/// The interface of the preferred default route of `address`' family.
 pub(super) fn default_interface(routes: &[RouteMessage], address: IpAddr) -> Option<u32> {
     let family = family(address);
     let defaults = routes.iter().filter(|route| is_default(route) && route.header.address_family == family);
@@ -103,7 +103,8 @@ pub(super) fn message(
     message
 }
 
-/// Adds a route beside others to the same destination, as two interfaces may have them; once is enough.
+/// Adds a route. Others to the same destination stay, because two interfaces may have one each. Does nothing if the route
+/// exists.
 pub(super) async fn append(net: &Net, route: RouteMessage, what: &str) -> Result<(), PodNetworkError> {
     let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewRoute(route));
     request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_APPEND;
@@ -123,7 +124,7 @@ pub(super) async fn append(net: &Net, route: RouteMessage, what: &str) -> Result
     appended.step(|| format!("adding route {what}"), "look at `ip route` there")
 }
 
-/// Removes a route, if it is there.
+/// Removes a route, if it exists.
 pub(super) async fn remove(net: &Net, route: RouteMessage, what: &str) -> Result<(), PodNetworkError> {
     let removed = match net.handle.route().del(route).execute().await {
         Err(error) if is_gone(&error) => Ok(()),
@@ -149,7 +150,7 @@ pub(super) async fn add_all(pod: &Net, tunnel: &Interface, spec: &Spec) -> Resul
     Ok(())
 }
 
-/// Adds the default routes of a spec that are not there.
+/// Adds the default routes of a spec that are missing.
 pub(super) async fn add_defaults(pod: &Net, tunnel: &Interface, spec: &Spec) -> Result<(), PodNetworkError> {
     for route in spec.routes.iter().filter(|route| route.destination.length() == 0) {
         let index = index(pod, tunnel, route.device.as_ref()).await?;
@@ -158,7 +159,7 @@ pub(super) async fn add_defaults(pod: &Net, tunnel: &Interface, spec: &Spec) -> 
     Ok(())
 }
 
-/// Removes those of another interface than the tunnel's; the tunnel takes its own along.
+/// Removes the routes and neighbours of other interfaces than the tunnel's, which are removed along with the tunnel.
 pub(super) async fn remove_foreign(pod: &Net, spec: &Spec) -> Result<(), PodNetworkError> {
     let foreign = |device: &Option<InterfaceName>| device.clone().filter(|device| *device != spec.interface);
     for route in &spec.routes {

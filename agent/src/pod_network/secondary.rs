@@ -1,8 +1,8 @@
 //! `external-net-via-pod-vm`: the VM's second interface moves into the pod's namespace, with its addresses and routes,
 //! and the pod's default route leaves by it.
 //!
-//! It is marked by its alias before it moves. So an agent that comes after one that was killed finds it, and can give
-//! it back from what the kernel says of it.
+//! Before the move the interface gets an alias as a mark. So the next process after a killed agent finds it, and moves it
+//! back with the addresses and routes that the kernel reports for it.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -20,19 +20,19 @@ use super::ip_route;
 use super::netlink::Net;
 use super::spec::{InterfaceName, Prefix};
 
-/// The alias of an interface that is the VM's and not the pod's.
+/// The alias that marks an interface of the VM.
 const MARK: &str = "secure-comms: the VM's second interface";
-/// The protocol of a default route that the VM did not have: not one of the kernel's list, nor of iproute2's.
+/// The routing protocol number of a default route that the VM did not have. Unused by the kernel and by iproute2.
 const MADE: u8 = 0x5c;
 
-/// The second interface with what moves along.
+/// The VM's second interface, with the addresses and routes that move along.
 pub(super) struct SecondaryInterface {
     link: Interface,
     addresses: Vec<Address>,
     routes: Vec<RouteMessage>,
 }
 
-/// Waits until there is a second interface with an address, beside the one the tunnel is to leave by.
+/// Waits for a second interface with an address, other than the tunnel's.
 pub(super) async fn find(tunnel: Option<&InterfaceName>) -> Result<SecondaryInterface, PodNetworkError> {
     let host = Net::host_watched().step(|| "listening to the kernel".into(), "try again")?;
     let deadline = Instant::now() + POD_NETWORK_WAIT;
@@ -51,7 +51,9 @@ pub(super) async fn find(tunnel: Option<&InterfaceName>) -> Result<SecondaryInte
     }
 }
 
-/// Moves it. Not to be cancelled: while it has left and not arrived, only we know its addresses.
+/// Moves the interface into the pod's namespace.
+///
+/// Cancellation: not safe. During the move only this function knows the addresses.
 pub(super) async fn move_to_pod(
     host: &Net,
     pod: &Net,
@@ -59,7 +61,7 @@ pub(super) async fn move_to_pod(
     second: SecondaryInterface,
 ) -> Result<(), PodNetworkError> {
     interface::set_alias(host, &second.link, MARK).await?;
-    interface::hand_over(host, &second.link, namespace).await?;
+    interface::move_to(host, &second.link, namespace).await?;
     let families: HashSet<u8> =
         second.routes.iter().filter(|route| ip_route::is_default(route)).map(family).collect();
     for other in ip_route::all(pod).await? {
@@ -73,7 +75,7 @@ pub(super) async fn move_to_pod(
     Ok(())
 }
 
-/// Gives a second interface back that is in the pod's namespace, or was about to go there.
+/// Moves a marked interface back from the pod's namespace, and removes marks.
 pub(super) async fn return_to_host(
     host: &Net,
     pod: &Net,
@@ -82,7 +84,7 @@ pub(super) async fn return_to_host(
     for link in interface::all(pod).await?.into_iter().filter(|link| link.alias == MARK) {
         let mut second = describe(pod, link).await?;
         second.routes.retain(|route| route.header.protocol != RouteProtocol::from(MADE));
-        interface::hand_over(pod, &second.link, namespace).await?;
+        interface::move_to(pod, &second.link, namespace).await?;
         log::info!("pod network: '{}' is the VM's again", second.link.name);
         restore(host, second).await?;
     }
@@ -92,7 +94,7 @@ pub(super) async fn return_to_host(
     Ok(())
 }
 
-/// The first network card with an address that neither the tunnel nor the VM's own traffic needs.
+/// The first network card with an address that is used neither by the tunnel nor by the VM's default routes.
 async fn look(
     host: &Net,
     tunnel: Option<&InterfaceName>,
@@ -115,7 +117,7 @@ async fn look(
     }
 }
 
-/// A link with its addresses and routes, but for those that the kernel makes by itself wherever the link is.
+/// An interface with its addresses and routes, except those that the kernel adds in any namespace.
 async fn describe(net: &Net, link: Interface) -> Result<SecondaryInterface, PodNetworkError> {
     let mut addresses = interface::addresses(net).await?;
     addresses.retain(|address| address.index == link.index && !address.link_local);
@@ -127,12 +129,12 @@ async fn describe(net: &Net, link: Interface) -> Result<SecondaryInterface, PodN
         );
         !own && ip_route::output_interfaces(route) == [link.index]
     });
-    // Their gateways are reached by those without one.
+    // Routes without a gateway first: the gateways of the others are reached by them.
     routes.sort_by_key(|route| ip_route::gateway(route).is_some());
     Ok(SecondaryInterface { link, addresses, routes })
 }
 
-/// Where the second interface has no default route, that of the VM serves, if its gateway is on the same network.
+/// Adds the VM's default route to an interface that has none, if the gateway is on its network.
 async fn add_default(host: &Net, second: &mut SecondaryInterface) -> Result<(), PodNetworkError> {
     for route in ip_route::all(host).await?.iter().filter(|route| ip_route::is_default(route)) {
         let has_one = |own: &RouteMessage| ip_route::is_default(own) && family(own) == family(route);
@@ -147,13 +149,13 @@ async fn add_default(host: &Net, second: &mut SecondaryInterface) -> Result<(), 
     Ok(())
 }
 
-/// Makes a link that has come into a namespace what it was in the other.
+/// Sets an interface up after a move: its addresses, then its routes.
 async fn restore(net: &Net, second: SecondaryInterface) -> Result<Interface, PodNetworkError> {
     let Some(link) = interface::named(net, &second.link.name).await? else {
         return Err(PodNetworkError::Taken(second.link.name));
     };
     for address in &second.addresses {
-        interface::add_again(net, &link, address).await?;
+        interface::restore_address(net, &link, address).await?;
     }
     interface::set_up(net, &link).await?;
     for route in &second.routes {
@@ -162,7 +164,7 @@ async fn restore(net: &Net, second: SecondaryInterface) -> Result<Interface, Pod
     Ok(link)
 }
 
-/// What is worth keeping of a route, by the index that its interface has now.
+/// A copy of a route for another namespace, where its interface has this index.
 fn carried(route: &RouteMessage, index: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header = route.header.clone();

@@ -12,7 +12,7 @@ use super::secondary::SecondaryInterface;
 use super::spec::{InterfaceName, Spec};
 use super::{interface, ip_route, notrack, secondary, underlay, vxlan};
 
-/// A network for the pod: what, where and over which interface.
+/// A network for one pod.
 #[derive(Clone, Debug)]
 pub struct PodNetwork {
     pub(super) spec: Spec,
@@ -20,7 +20,7 @@ pub struct PodNetwork {
     pub(super) host_interface: Option<InterfaceName>,
 }
 
-/// The pod's namespace as the kernel sees it, and ours.
+/// The pod's network namespace and our own (the host's): sockets in them, and files that refer to them.
 struct Namespaces {
     pod: Net,
     pod_file: File,
@@ -29,17 +29,18 @@ struct Namespaces {
 }
 
 impl PodNetwork {
-    /// Over `host_interface`, or over that of the default route.
+    /// The network of `spec` in `namespace`. Its tunnel leaves the VM by `host_interface`, or by the interface of the default
+    /// route.
     pub fn new(spec: Spec, namespace: Namespace, host_interface: Option<InterfaceName>) -> Self {
         Self { spec, namespace, host_interface }
     }
 
-    /// Makes the tunnel, in place of whatever an earlier life left. Waits until the VM has an address to leave by, at
-    /// most [`POD_NETWORK_WAIT`](secure_comms_protocol::limits::POD_NETWORK_WAIT).
+    /// Makes the tunnel, after removing the remains of an earlier process. Waits until the underlay has an address, at most
+    /// [`POD_NETWORK_WAIT`](secure_comms_protocol::limits::POD_NETWORK_WAIT).
     ///
     /// # Errors
-    /// A step failed; what was made before it is undone.
-    pub async fn set_up(&self) -> Result<(), PodNetworkError> {
+    /// A step failed; the steps before it were undone.
+    pub(super) async fn set_up(&self) -> Result<(), PodNetworkError> {
         let namespaces = self.open().await?;
         self.clear(&namespaces).await?;
         let made = self.make(&namespaces).await;
@@ -51,11 +52,12 @@ impl PodNetwork {
         made
     }
 
-    /// Moves the VM's second interface into the pod's namespace. If a step fails, the interface is the VM's again.
+    /// Moves the VM's second interface into the pod's namespace. If a step fails, moves the interface back, with those
+    /// addresses and routes that the kernel still reports for it; the others are lost.
     pub(super) async fn move_secondary(&self, second: SecondaryInterface) -> Result<(), PodNetworkError> {
         let Namespaces { pod, pod_file, host, host_file } = self.open().await?;
-        let given = secondary::move_to_pod(&host, &pod, &pod_file, second).await;
-        if given.is_err() {
+        let moved = secondary::move_to_pod(&host, &pod, &pod_file, second).await;
+        if moved.is_err() {
             let undo = async {
                 secondary::return_to_host(&host, &pod, &host_file).await?;
                 match interface::named(&pod, self.spec.interface.as_str()).await? {
@@ -67,21 +69,21 @@ impl PodNetwork {
                 log::warn!("pod network: {error}");
             }
         }
-        given
+        moved
     }
 
-    /// Undoes everything, as far as it is there.
+    /// Undoes every part of the network that exists.
     ///
     /// # Errors
-    /// All that could not be undone.
-    pub async fn tear_down(&self) -> Result<(), PodNetworkError> {
+    /// Every part that could not be undone.
+    pub(super) async fn tear_down(&self) -> Result<(), PodNetworkError> {
         match self.open().await {
             Ok(namespaces) => self.clear(&namespaces).await,
-            // Nothing is in a namespace that is no more.
+            // A namespace that was removed took everything in it along.
             Err(PodNetworkError::Namespace(NamespaceError::Open { source, .. }))
                 if source.kind() == io::ErrorKind::NotFound =>
             {
-                forget_rules()
+                remove_rules()
             }
             Err(error) => Err(error),
         }
@@ -107,9 +109,9 @@ impl PodNetwork {
         let over = underlay::find(self.host_interface.as_ref(), spec).await?;
         let tunnel = vxlan::add(&namespaces.host, pod, &namespaces.pod_file, spec, &over).await?;
         let mtu = vxlan::set_mtu(pod, &tunnel, spec, &over).await?;
-        // The worker node says which of the networks around the pod are on the link, as its own pods have it.
+        // Connected only if it is a single host: which networks are on the link is for the worker node's routes to say.
         interface::add_address(pod, &tunnel, spec.pod, spec.pod.is_host()).await?;
-        // Before the first packet can be.
+        // Before the link is up, so before the first packet.
         let rules = notrack::add(spec.worker_node, spec.port);
         interface::set_up(pod, &tunnel).await?;
         ip_route::add_all(pod, &tunnel, spec).await?;
@@ -134,20 +136,20 @@ impl PodNetwork {
         Ok(())
     }
 
-    /// Tries each part, whatever happens to the others.
+    /// Undoes each part, even if others fail.
     async fn clear(&self, namespaces: &Namespaces) -> Result<(), PodNetworkError> {
         let Namespaces { pod, host, host_file, .. } = namespaces;
         let parts = [
             secondary::return_to_host(host, pod, host_file).await,
             ip_route::remove_foreign(pod, &self.spec).await,
             self.remove_tunnel(pod).await,
-            forget_rules(),
+            remove_rules(),
         ];
         let failed: Vec<_> = parts.into_iter().filter_map(Result::err).collect();
         if failed.is_empty() { Ok(()) } else { Err(PodNetworkError::Undo(failed)) }
     }
 
-    /// Ours is a VXLAN link with our name, or the one that keeps our id from being used.
+    /// Removes VXLAN links with our name, and one that has our id and port, which the kernel allows only once.
     async fn remove_tunnel(&self, pod: &Net) -> Result<(), PodNetworkError> {
         for link in interface::all(pod).await?.into_iter().filter(interface::Interface::is_vxlan) {
             if link.name == self.spec.interface.as_str() || link.vxlan == (self.spec.id, self.spec.port) {
@@ -158,7 +160,7 @@ impl PodNetwork {
     }
 }
 
-/// Sets `lo` up in a namespace.
+/// Sets the loopback interface of a namespace up.
 ///
 /// # Errors
 /// The namespace can't be entered, or the kernel refuses.
@@ -170,7 +172,7 @@ pub async fn set_loopback_up(namespace: &Namespace) -> Result<(), PodNetworkErro
     }
 }
 
-fn forget_rules() -> Result<(), PodNetworkError> {
+fn remove_rules() -> Result<(), PodNetworkError> {
     notrack::remove()
         .step(|| "removing the NOTRACK rules".into(), "remove them with `nft delete table inet secure-comms`")
 }

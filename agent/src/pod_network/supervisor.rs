@@ -1,4 +1,4 @@
-//! Keeps the pod's network up as long as the agent lives.
+//! The supervisor: sets the pod's network up, with retries, and undoes it when the agent stops.
 
 use std::future::Future;
 use std::pin::pin;
@@ -13,42 +13,42 @@ use super::secondary;
 use super::setup::PodNetwork;
 use crate::os::log_limits::Repeated;
 
-/// A part of the network that is tried until it works.
+/// Retries one step until it succeeds, with backoff, and reports its state.
 struct RetryLoop<'a> {
-    doing: &'static str,
+    action: &'static str,
     failure: Repeated,
     backoff: Backoff,
-    trouble: &'a watch::Sender<String>,
+    status: &'a watch::Sender<String>,
 }
 
 impl<'a> RetryLoop<'a> {
-    fn new(doing: &'static str, trouble: &'a watch::Sender<String>) -> Self {
-        trouble.send_replace(doing.to_owned());
-        Self { doing, failure: Repeated::new(doing), backoff: Backoff::default(), trouble }
+    fn new(action: &'static str, status: &'a watch::Sender<String>) -> Self {
+        status.send_replace(action.to_owned());
+        Self { action, failure: Repeated::new(action), backoff: Backoff::default(), status }
     }
 
     async fn failed(&mut self, error: PodNetworkError) {
-        self.trouble.send_replace(format!("{}: {error}", self.doing));
+        self.status.send_replace(format!("{}: {error}", self.action));
         self.failure.failed(&error);
         self.backoff.pause().await;
     }
 
     fn succeeded(mut self) {
-        self.trouble.send_replace(String::new());
+        self.status.send_replace(String::new());
         self.failure.succeeded();
     }
 }
 
 impl PodNetwork {
-    /// Sets the network up, trying again for ever, and undoes it once `stop` comes. `trouble` says what is missing;
-    /// nothing when all is up. The pod can't do without its network, but the worker node can reach the kata agent: so a
-    /// failure is told, and ends nothing.
-    pub(crate) async fn supervise(self, trouble: watch::Sender<String>, stop: impl Future<Output = ()>) {
+    /// Sets the network up, with retries and without a limit, and undoes it when `stop` completes. `status` names the failing
+    /// step; it is empty once the network is up. Failures are only reported: without a network the pod does not work, but the
+    /// worker node still reaches the kata agent.
+    pub(crate) async fn supervise(self, status: watch::Sender<String>, stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
         tokio::select! {
-            () = self.set_up_with_retries(&trouble) => {
+            () = self.set_up_with_retries(&status) => {
                 if self.spec.external {
-                    self.attach_secondary(&trouble, stop.as_mut()).await;
+                    self.attach_secondary(&status, stop.as_mut()).await;
                 } else {
                     stop.await;
                 }
@@ -58,42 +58,42 @@ impl PodNetwork {
         match timeout(POD_NETWORK_UNDO, self.tear_down()).await {
             Ok(Ok(())) => log::info!("pod network: undone"),
             Ok(Err(error)) => log::warn!("pod network: {error}"),
-            Err(_) => log::warn!("pod network: undoing it took too long; the next start does the rest"),
+            Err(_) => log::warn!("pod network: undoing it timed out; the next start undoes the rest"),
         }
     }
 
-    async fn set_up_with_retries(&self, trouble: &watch::Sender<String>) {
-        let mut trying = RetryLoop::new("setting up the pod network", trouble);
+    async fn set_up_with_retries(&self, status: &watch::Sender<String>) {
+        let mut attempts = RetryLoop::new("setting up the pod network", status);
         while let Err(error) = self.set_up().await {
-            trying.failed(error).await;
+            attempts.failed(error).await;
         }
-        trying.succeeded();
+        attempts.succeeded();
     }
 
-    /// Returns when it is time to stop.
+    /// Moves the second interface, with retries. Returns when `stop` completes.
     async fn attach_secondary(
         &self,
-        trouble: &watch::Sender<String>,
+        status: &watch::Sender<String>,
         mut stop: impl Future<Output = ()> + Unpin,
     ) {
-        let mut trying = RetryLoop::new("moving the VM's second interface to the pod", trouble);
+        let mut attempts = RetryLoop::new("moving the VM's second interface to the pod", status);
         loop {
             let found = tokio::select! {
                 found = secondary::find(self.host_interface.as_ref()) => found,
                 () = &mut stop => return,
             };
-            // The move itself is short, and whole or not at all.
-            let given = match found {
+            // Not cancelled by `stop`: a move takes milliseconds, and one that is cut off loses addresses.
+            let moved = match found {
                 Ok(second) => self.move_secondary(second).await,
                 Err(error) => Err(error),
             };
-            let Err(error) = given else { break };
+            let Err(error) = moved else { break };
             tokio::select! {
-                () = trying.failed(error) => {}
+                () = attempts.failed(error) => {}
                 () = &mut stop => return,
             }
         }
-        trying.succeeded();
+        attempts.succeeded();
         stop.await;
     }
 }

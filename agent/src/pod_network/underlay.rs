@@ -1,4 +1,4 @@
-//! The VM's interface that the tunnel's packets leave by, once it has an address.
+//! The underlay: the VM's interface that the tunnel's packets leave by.
 
 use std::net::IpAddr;
 
@@ -11,15 +11,15 @@ use super::ip_route;
 use super::netlink::Net;
 use super::spec::{InterfaceName, Spec};
 
-/// Where the tunnel leaves the VM.
+/// The interface and the address that the tunnel's packets leave from.
 #[derive(Clone, Debug)]
 pub(super) struct Underlay {
     pub(super) link: Interface,
-    /// Of the worker node's family.
+    /// An address of the worker node's family.
     pub(super) address: IpAddr,
 }
 
-/// Waits until the interface is there and has an address: DHCP may take its time.
+/// Waits until the interface exists and has an address: DHCP may be slow.
 pub(super) async fn find(wanted: Option<&InterfaceName>, spec: &Spec) -> Result<Underlay, PodNetworkError> {
     let host = Net::host_watched().step(|| "listening to the kernel".into(), "try again")?;
     let deadline = Instant::now() + POD_NETWORK_WAIT;
@@ -44,7 +44,7 @@ pub(super) async fn find(wanted: Option<&InterfaceName>, spec: &Spec) -> Result<
     }
 }
 
-/// The interface, or what is missing still.
+/// The interface, or a text that says what is missing.
 async fn look(
     host: &Net,
     wanted: Option<&InterfaceName>,
@@ -73,7 +73,7 @@ async fn look(
             && address.link_local == link_local
             && address.prefix.address().is_ipv4() == spec.worker_node.is_ipv4()
     });
-    // Of several the one that is nearest.
+    // Prefer an address in the worker node's network.
     let near = addresses.iter().find(|address| address.prefix.contains(spec.worker_node));
     Ok(match near.or(addresses.first()) {
         Some(address) => Ok(Underlay { address: address.prefix.address(), link }),

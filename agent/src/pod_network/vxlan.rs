@@ -1,4 +1,4 @@
-//! The tunnel itself: a VXLAN link, and its MTU.
+//! The tunnel itself: a VXLAN interface, and its MTU.
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
@@ -11,11 +11,11 @@ use super::netlink::Net;
 use super::spec::Spec;
 use super::underlay::Underlay;
 
-/// What an IP, a UDP, a VXLAN and an inner Ethernet header take of the tunnel's interface's MTU.
+/// Bytes of the outer IP, UDP, VXLAN and inner Ethernet headers, for IPv4 and IPv6.
 const OVERHEAD: (u32, u32) = (50, 70);
 
-/// Makes the tunnel: a link in the pod's namespace, whose packets leave by the host's. The kernel makes it where it is
-/// wanted, under its name, in one step, so that none is ever half made under another.
+/// Adds the tunnel: an interface in the pod's namespace, whose packets leave by the underlay. The kernel makes it there, with
+/// its name, in one step, so that an interruption leaves nothing half made.
 pub(super) async fn add(
     host: &Net,
     pod: &Net,
@@ -27,7 +27,7 @@ pub(super) async fn add(
     let mut request = LinkVxlan::new(name, spec.id)
         .dev(over.link.index)
         .port(spec.port)
-        // There is one other end, whatever anyone sends us.
+        // The only other end is the worker node: received packets must not add more.
         .learning(false)
         .setns_by_fd(namespace.as_fd().as_raw_fd());
     request = match (spec.worker_node, over.address) {
@@ -51,7 +51,7 @@ fn v6(address: IpAddr) -> Ipv6Addr {
     }
 }
 
-/// Sets the MTU: what is asked for, or the most that fits into the packets of the interface below.
+/// Sets the MTU of the spec, or the largest that fits into the underlay's packets.
 pub(super) async fn set_mtu(
     pod: &Net,
     link: &Interface,
