@@ -1,6 +1,6 @@
 //! What must hold for whatever answers in place of the KBS.
 
-use crate::error_body::Said;
+use crate::error_body::ErrorBody;
 use serde_json::Value;
 
 /// Of each of the two texts so many characters are shown; what one becomes when it is escaped (`\u{10ffff}`).
@@ -8,7 +8,7 @@ const SHOWN_MAX: usize = 200;
 const ESCAPED_MAX: usize = 10;
 
 pub(crate) fn exercise(body: &[u8]) {
-    let said = Said::read(body);
+    let said = ErrorBody::read(body);
     let shown = said.to_string();
     assert!(!shown.chars().any(char::is_control), "it forges a line: {shown:?}");
     assert!(shown.chars().count() <= 2 * (1 + SHOWN_MAX * ESCAPED_MAX));
