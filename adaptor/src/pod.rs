@@ -1,7 +1,7 @@
 //! One pod's channel, from the first connection attempt to the stop.
 //!
-//! In: a [`Plan`], the local clients' [`Routes`](crate::transport::routes::Routes) and a stop order. Out: [`PodState`] and
-//! [`PodEvent`]. Only [`Driver`] changes either.
+//! In: the pod's plan (addresses, keys, tunnels), the routes of its local clients, and a stop order. Out: [`PodState`]
+//! and [`PodEvent`]. Only the driver and the start that waits for it change the state.
 
 mod plan;
 

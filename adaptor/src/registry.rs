@@ -1,7 +1,7 @@
 //! The pods of one worker node: prepared, started, watched, stopped and, after a restart, resumed.
 //!
 //! In: calls of the [`Adaptor`]'s owner. Out: [`Endpoint`]s for local clients, and each pod's state and events. Each
-//! started pod has a driver (crate::pod) in a task of its own.
+//! started pod has a driver ([`crate::pod`]) in a task of its own.
 
 mod error;
 

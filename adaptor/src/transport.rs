@@ -1,4 +1,7 @@
-//! Connections to the agent: SSH, the control channel on it, and the local clients that are handed to it.
+//! Connections to the agent.
+//!
+//! In: addresses, keys and tunnels of a pod. Out: sessions with its agent, and their links for local clients. Only
+//! [`ssh`] names russh.
 
 pub(crate) mod race;
 

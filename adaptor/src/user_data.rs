@@ -1,4 +1,4 @@
-//! The part of `apf.json` that carries the keys to a pod VM when there is no Trustee.
+//! The fragment of `apf.json` that gives a pod VM its keys where there is no Trustee.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use secure_comms_protocol::{InboundTag, OutboundTag};
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-/// Why there is no fragment.
+/// Error of making the fragment.
 #[derive(Debug, thiserror::Error)]
 pub enum UserDataError {
     /// A key could not be encoded.
@@ -32,7 +32,7 @@ struct Fragment<'a> {
     outbounds: &'a str,
 }
 
-/// One JSON object and a newline. It is secret: it holds the pod's private key.
+/// The fragment: one JSON object and a newline. It is secret, because it holds the pod's private key; wiped on drop.
 ///
 /// # Errors
 /// A key could not be encoded.
@@ -51,7 +51,7 @@ pub fn fragment(
         inbounds: &inbounds,
         outbounds: &outbounds,
     };
-    // Room enough at once: a vector that grows leaves copies behind that nobody wipes. JSON escapes at most sixfold.
+    // The whole capacity at once: a vector that grows leaves copies behind that are not wiped. JSON escapes at most sixfold.
     let room = 4096 + pod_private.len() + 6 * (inbounds.len() + outbounds.len());
     let mut json = Zeroizing::new(Vec::with_capacity(room));
     serde_json::to_writer(&mut *json, &fragment)?;

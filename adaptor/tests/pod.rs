@@ -5,9 +5,9 @@ mod support;
 
 use std::time::{Duration, Instant};
 
+use secure_comms_adaptor::AdaptorError;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::pod::{LOST, PodState};
-use secure_comms_adaptor::registry::AdaptorError;
 use secure_comms_adaptor::store::Store;
 use secure_comms_keys::{PodKey, WorkerNodeKey};
 use support::agent::{Agent, Mode};
@@ -27,7 +27,7 @@ impl World {
 }
 
 #[tokio::test]
-async fn a_new_pod_attests_and_comes_back_with_one_handshake_a_phase() {
+async fn a_new_pod_needs_one_handshake_in_each_phase() {
     let world = World::new("BOTH_PHASES:KBS:127.0.0.1:9").await;
     let agent = Agent::start(Mode::attestation()).await;
     let local = world.prepare().await;
@@ -82,7 +82,7 @@ async fn a_dead_first_address_does_not_hold_up_the_second() {
 }
 
 #[tokio::test]
-async fn a_start_that_takes_too_long_tells_what_was_last_seen() {
+async fn a_start_past_its_deadline_reports_the_last_error() {
     let world = World::new("").await;
     world.prepare().await;
     let agent = Agent::start(Mode::attestation()).await;
@@ -147,7 +147,7 @@ async fn an_agent_that_gets_its_keys_between_two_tries_is_not_lost() {
 }
 
 #[tokio::test]
-async fn a_rejected_worker_node_key_is_told_with_advice() {
+async fn a_rejected_worker_node_key_is_reported_with_advice() {
     let world = World::new("").await;
     world.prepare().await;
     let other = WorkerNodeKey::generate().unwrap().public().unwrap();
@@ -158,7 +158,7 @@ async fn a_rejected_worker_node_key_is_told_with_advice() {
 }
 
 #[tokio::test]
-async fn a_connection_that_dies_comes_back_and_local_clients_wait_for_it() {
+async fn local_clients_wait_while_the_pod_reconnects() {
     let world = World::new("").await;
     let local = world.prepare().await;
     let latched = world.latched().await;
@@ -180,7 +180,7 @@ async fn a_connection_that_dies_comes_back_and_local_clients_wait_for_it() {
 }
 
 #[tokio::test]
-async fn a_lost_vm_later_on_is_told_and_waited_for() {
+async fn a_vm_lost_after_the_start_is_reported_and_retried() {
     let world = World::new("").await;
     world.prepare().await;
     let latched = world.latched().await;

@@ -34,7 +34,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 #[tokio::test]
-async fn a_key_is_made_once_and_found_ever_after() {
+async fn a_key_is_made_once_and_found_again() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("store");
     let store = open(&root);
@@ -53,7 +53,7 @@ async fn a_key_is_made_once_and_found_ever_after() {
 }
 
 #[tokio::test]
-async fn all_that_race_for_a_key_get_the_same() {
+async fn callers_that_race_for_a_key_get_the_same() {
     let dir = tempfile::tempdir().unwrap();
     for round in 0..20 {
         let pod = pod(&format!("pod{round}"));
@@ -75,7 +75,7 @@ async fn all_that_race_for_a_key_get_the_same() {
 }
 
 #[tokio::test]
-async fn a_forgotten_pod_is_gone_and_forgetting_twice_is_no_fault() {
+async fn a_pod_can_be_forgotten_twice() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     let key = store.pod_key(&pod("a")).await.unwrap();
@@ -110,7 +110,7 @@ async fn addresses_are_kept_for_a_known_pod_and_no_other() {
 }
 
 #[tokio::test]
-async fn what_a_crash_left_is_ignored_and_cleared_away() {
+async fn leftovers_of_a_crash_are_ignored_and_removed() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     store.pod_key(&pod("a")).await.unwrap();
@@ -134,7 +134,7 @@ async fn what_a_crash_left_is_ignored_and_cleared_away() {
 }
 
 #[tokio::test]
-async fn a_broken_key_is_an_error_that_names_the_file_and_is_never_replaced() {
+async fn a_broken_key_is_reported_and_never_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     store.pod_key(&pod("a")).await.unwrap();
@@ -163,7 +163,7 @@ async fn a_broken_key_is_an_error_that_names_the_file_and_is_never_replaced() {
 }
 
 #[tokio::test]
-async fn keys_and_directories_that_others_may_touch_are_refused_with_advice() {
+async fn files_that_others_may_access_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("store");
     let store = open(&root);

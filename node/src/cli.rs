@@ -1,4 +1,4 @@
-//! The command line, as text; [`crate::settings`] says what is valid, so that all faults come at once.
+//! The command line, as texts. [`crate::settings`] validates them, so that all faults are reported together.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -12,12 +12,12 @@ pub struct Cli {
     /// error, warn, info, debug or trace [env: SECURE_COMMS_LOG] [default: info]
     #[arg(long, global = true, value_name = "LEVEL")]
     pub log: Option<String>,
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Bring one pod's tunnels up and keep them up, in the foreground
@@ -109,7 +109,7 @@ pub struct KeygenArgs {
     pub store: Option<PathBuf>,
 }
 
-/// Reads the command line. Help, the version and faults of form end the process (0, 0 and 2).
+/// Parses the command line. Help and version end the process with code 0, unknown flags and commands with code 2.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Cli {
     Cli::parse_from(args)
 }

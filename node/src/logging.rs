@@ -1,4 +1,4 @@
-//! Log lines on stderr, one for each event, whatever strangers write into them.
+//! Log lines on stderr: one line for each event, also if it quotes a stranger's text.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -11,7 +11,7 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-/// How much is logged.
+/// The least severe level that is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Level(LevelFilter);
 
@@ -21,7 +21,7 @@ impl Default for Level {
     }
 }
 
-/// Why a text is not a level.
+/// The text is not a level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("expected error, warn, info, debug or trace")]
 pub struct LevelError;
@@ -47,18 +47,18 @@ impl fmt::Display for Level {
     }
 }
 
-/// Starts logging. A second call changes nothing.
+/// Installs the log of the process. A second call changes nothing.
 pub fn init(level: Level) {
-    // Their lower levels show what passes through them, keys and tokens included.
+    // At lower levels these crates log the data that they handle, keys and tokens included.
     let quiet = ["russh", "hyper", "hyper_util", "reqwest", "rustls"];
     let capped = level.0.min(LevelFilter::WARN);
     let filter = Targets::new().with_default(level.0).with_targets(quiet.map(|target| (target, capped)));
     let lines = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(EscapedStderr);
-    // Fails only if there is a log already (a test that runs us as a library).
+    // Fails only if the process has a log already, as in a test that calls the library.
     let _ = tracing_subscriber::registry().with(lines.with_filter(filter)).try_init();
 }
 
-/// Stderr without control characters.
+/// Stderr, with control characters escaped.
 struct EscapedStderr;
 
 impl<'a> MakeWriter<'a> for EscapedStderr {
@@ -69,7 +69,7 @@ impl<'a> MakeWriter<'a> for EscapedStderr {
     }
 }
 
-/// Escapes every control character of what is written at once, but for the newline at its end.
+/// Escapes every control character of an event, except the newline at its end. Each write is one event.
 struct Escaped<W>(W);
 
 impl<W: Write> Write for Escaped<W> {
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_stays_one_line_whatever_it_says() {
+    fn an_event_stays_one_line_with_any_text() {
         let mut out = Escaped(Vec::new());
         out.write_all("pod a\n2026 INFO forged\r\x1b[2J\u{9b}31m \u{e4}\n".as_bytes()).unwrap();
         assert_eq!(

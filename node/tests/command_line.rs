@@ -129,7 +129,7 @@ fn a_fault_of_the_environment_names_the_variable() {
 }
 
 #[test]
-fn secure_comms_that_is_off_is_said_so() {
+fn secure_comms_switched_off_is_a_fault() {
     let off = "SECURE_COMMS 'false': Secure Comms is off: set it to true, or do not start this program";
     connect_refused(&[], &[("SECURE_COMMS", "false")], &[off]);
     refused(&["user-data", "--pod-id", "p1"], &[("SECURE_COMMS", "false")], &[off]);
@@ -137,8 +137,7 @@ fn secure_comms_that_is_off_is_said_so() {
 
 #[test]
 fn flags_that_contradict_each_other_are_refused() {
-    let without =
-        "means nothing without Trustee (--no-trustee or SECURE_COMMS_NO_TRUSTEE=true): leave out one of them";
+    let without = "contradicts --no-trustee (or SECURE_COMMS_NO_TRUSTEE=true): remove one of them";
     connect_refused(
         &["--no-trustee", "--kbs-url", "http://k", "--kbs-admin-key", "f"],
         &[],
@@ -148,14 +147,14 @@ fn flags_that_contradict_each_other_are_refused() {
         &["--kbs-ca", "ca.pem", "--kbs-admin-issuer", "me"],
         &[],
         &[
-            "--kbs-ca: means nothing over http: give an https address with --kbs-url",
-            "--kbs-admin-issuer: means nothing without --kbs-admin-key",
+            "--kbs-ca: needs HTTPS: give an https URL with --kbs-url",
+            "--kbs-admin-issuer: needs --kbs-admin-key",
         ],
     );
 }
 
 #[test]
-fn a_pod_id_or_a_log_level_that_is_none_is_refused() {
+fn an_invalid_pod_id_or_log_level_is_refused() {
     refused(
         &["connect", "--pod-id", "../x\n", "--address", "vm"],
         &[],
@@ -231,7 +230,7 @@ fn user_data_goes_to_standard_output_or_to_a_file_for_us_alone() {
 }
 
 #[test]
-fn a_store_that_is_of_no_use_is_a_failure_that_names_file_and_fix() {
+fn an_unusable_store_is_an_error_with_file_and_fix() {
     let dir = tempfile::tempdir().unwrap();
     let store = dir.path().join("store");
     adaptor(&store_args("keygen", &store), &[]);

@@ -51,7 +51,7 @@ async fn latched(store: &DirectoryStore) -> Mode {
 }
 
 #[tokio::test]
-async fn a_pod_comes_up_line_by_line_and_a_signal_ends_it_in_good_order() {
+async fn connect_prints_each_event_and_ends_on_a_signal() {
     let directory = tempfile::tempdir().unwrap();
     let (kbs, asked) = support::kbs().await;
     let agent = Agent::start(Mode::attestation()).await;
@@ -85,7 +85,7 @@ async fn a_pod_comes_up_line_by_line_and_a_signal_ends_it_in_good_order() {
 }
 
 #[tokio::test]
-async fn a_pod_is_forgotten_at_the_end_if_that_was_asked_for() {
+async fn delete_on_exit_deletes_the_pod() {
     let directory = tempfile::tempdir().unwrap();
     let (kbs, asked) = support::kbs().await;
     let store = directory.path().join("store");
@@ -100,7 +100,7 @@ async fn a_pod_is_forgotten_at_the_end_if_that_was_asked_for() {
 }
 
 #[tokio::test]
-async fn a_start_that_fails_says_why_in_one_line() {
+async fn a_failed_start_prints_its_cause_in_one_line() {
     let directory = tempfile::tempdir().unwrap();
     let (kbs, _) = support::kbs().await;
     let agent = Agent::start(Mode::attestation()).await;

@@ -74,7 +74,7 @@ fn without_trustee_there_is_no_kbs_tunnel() {
 }
 
 #[test]
-fn the_kbs_may_be_published_to_by_another_way_than_the_tunnel_takes() {
+fn the_publish_url_may_differ_from_the_tunnel_target() {
     let flags = ConnectArgs {
         kbs: Some("10.0.0.1:8080".into()),
         kbs_url: Some("https://kbs.example/trustee/".into()),

@@ -1,4 +1,4 @@
-//! The KBS admin's token: a JWT made for each request and short lived, in the one form that every Trustee takes.
+//! The KBS admin's token: a short-lived JWT, made for each request, in the form that every Trustee release accepts.
 
 use std::fs::File;
 use std::io::Read;
@@ -11,19 +11,19 @@ use secure_comms_protocol::limits::KEY_MAX;
 use serde_json::json;
 use zeroize::Zeroizing;
 
-/// How long a token is good for: one request, and clocks that differ somewhat.
+/// Lifetime of a token: enough for one request, and for clocks that differ somewhat.
 pub(crate) const LIFETIME: Duration = Duration::from_secs(120);
 const SUBJECT: &str = "secure-comms-adaptor";
 
-/// Why there is no token.
+/// Error of reading the admin's key.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
     /// The key file cannot be read.
     #[error("read the KBS admin key {} (--kbs-admin-key)", .path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why not.
+        /// Error of the operating system.
         #[source]
         source: std::io::Error,
     },
@@ -38,7 +38,7 @@ pub enum TokenError {
     },
 }
 
-/// Who we are to the KBS.
+/// An admin of the KBS.
 pub(crate) struct Admin {
     key: AdminKey,
     issuer: String,
@@ -55,7 +55,7 @@ impl std::fmt::Debug for Admin {
 }
 
 impl Admin {
-    /// Reads the admin's key. Its permissions are the operator's business: Kubernetes mounts secrets as it likes.
+    /// Reads the admin's key. The file's mode is not checked, because Kubernetes chooses the mode of a mounted secret.
     ///
     /// # Errors
     /// It cannot be read, or is not an unencrypted Ed25519 private key.
@@ -69,7 +69,7 @@ impl Admin {
         Ok(Self { key, issuer: issuer.to_owned(), role: role.to_owned() })
     }
 
-    /// A token that is good from `now` on for [`LIFETIME`]. No `aud`: Trustee v0.18 to v0.20 refuse one.
+    /// A token that is valid from `now` for [`LIFETIME`]. It has no `aud`, because Trustee v0.18 to v0.20 refuse one.
     pub(crate) fn token(&self, now: SystemTime) -> Zeroizing<String> {
         let issued = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let header = json!({"alg": "EdDSA", "typ": "JWT"});
@@ -91,7 +91,7 @@ mod tests {
     use ed25519_dalek::{Signature, SigningKey, Verifier};
 
     #[test]
-    fn a_token_has_the_claims_that_every_trustee_takes_and_no_others() {
+    fn a_token_has_exactly_the_claims_that_trustee_accepts() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("key");
         let key = SigningKey::from_bytes(&[7; 32]);

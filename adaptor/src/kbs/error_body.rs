@@ -1,15 +1,15 @@
-//! What the body of an answer says about an error, if anything: it may be any server's.
+//! The body of an error response. It may come from any server.
 
 use std::fmt;
 
 use serde::Deserialize;
 
-/// The most that is shown of an answer that we do not understand, in characters.
+/// The longest text that is shown of each part, in characters.
 const SHOWN_MAX: usize = 200;
 
-/// Trustee's name of its error, and the text beside it; each may be empty.
+/// Trustee's name of its error, and the text with it. Each may be empty.
 #[derive(Debug)]
-pub(super) struct Said {
+pub(super) struct ErrorBody {
     /// The last segment of `type`.
     variant: String,
     detail: String,
@@ -18,14 +18,14 @@ pub(super) struct Said {
 /// `{"type":".../errors/<Variant>","detail":"..."}`, without a content type.
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct ErrorBody {
+struct TrusteeError {
     r#type: String,
     detail: String,
 }
 
-impl Said {
+impl ErrorBody {
     pub(super) fn read(body: &[u8]) -> Self {
-        let error: ErrorBody = serde_json::from_slice(body).unwrap_or_else(|_| ErrorBody {
+        let error: TrusteeError = serde_json::from_slice(body).unwrap_or_else(|_| TrusteeError {
             r#type: String::new(),
             detail: String::from_utf8_lossy(body).trim().to_owned(),
         });
@@ -38,8 +38,8 @@ impl Said {
     }
 }
 
-/// A blank and a text for each of the two, escaped.
-impl fmt::Display for Said {
+/// A space and the escaped text for each part that is not empty.
+impl fmt::Display for ErrorBody {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for text in [&self.variant, &self.detail] {
             if !text.is_empty() {

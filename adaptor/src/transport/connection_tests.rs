@@ -85,7 +85,7 @@ async fn an_agent_that_insists_on_a_key_gets_the_worker_nodes() {
 }
 
 #[tokio::test]
-async fn a_refusal_tells_the_phase_of_the_agent() {
+async fn a_refusal_names_the_phase_of_the_agent() {
     let (agent, node, _) = kubernetes_agent().await;
     let error =
         ssh::connect_attestation(&dial(agent.address, &node), tunnels("").outbounds()).await.unwrap_err();
@@ -97,7 +97,7 @@ async fn a_refusal_tells_the_phase_of_the_agent() {
 }
 
 #[tokio::test]
-async fn a_rejected_worker_node_key_is_a_refusal_and_a_broken_connection_is_not() {
+async fn a_rejected_key_is_a_refusal_and_a_break_is_not() {
     let (agent, node, host) = kubernetes_agent().await;
     let other = WorkerNodeKey::generate().unwrap();
     let connect = |node| {
@@ -116,7 +116,7 @@ async fn a_rejected_worker_node_key_is_a_refusal_and_a_broken_connection_is_not(
 }
 
 #[tokio::test]
-async fn what_does_not_speak_ssh_is_told_apart() {
+async fn a_server_that_is_not_ssh_fails_the_handshake() {
     let node = WorkerNodeKey::generate().unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -138,7 +138,7 @@ async fn what_does_not_speak_ssh_is_told_apart() {
 }
 
 #[tokio::test]
-async fn an_agent_that_says_no_hello_is_given_up() {
+async fn an_agent_without_a_hello_times_out() {
     let node = WorkerNodeKey::generate().unwrap();
     let agent = Agent::start(Mode { hello: false, ..Mode::attestation() }).await;
     let tunnels = tunnels::<Attestation>("");
@@ -152,7 +152,7 @@ async fn an_agent_that_says_no_hello_is_given_up() {
 }
 
 #[tokio::test]
-async fn only_streams_that_were_asked_for_are_served() {
+async fn only_requested_streams_are_served() {
     let echo = support::echo().await;
     let (agent, session) = session(&format!(
         "KUBERNETES_PHASE:up:{echo},KUBERNETES_PHASE:refused:{echo},ATTESTATION_PHASE:early:{echo}"

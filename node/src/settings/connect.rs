@@ -114,7 +114,7 @@ fn refuse_kbs_flags(reader: &mut Reader<'_>, args: &ConnectArgs) {
         ("--kbs-admin-role", args.kbs_admin_role.is_some()),
     ];
     for (flag, _) in flags.into_iter().filter(|(_, given)| *given) {
-        let advice = "means nothing without Trustee (--no-trustee or SECURE_COMMS_NO_TRUSTEE=true): leave out one of them";
+        let advice = "contradicts --no-trustee (or SECURE_COMMS_NO_TRUSTEE=true): remove one of them";
         reader.faults.push(format!("{flag}: {advice}"));
     }
 }
@@ -137,9 +137,7 @@ fn kbs(reader: &mut Reader<'_>, args: &ConnectArgs) -> (Option<KeySource<KbsSett
         (None, None) => None,
     };
     if args.kbs_ca.is_some() && url.as_ref().is_some_and(|url| url.scheme() != "https") {
-        reader
-            .faults
-            .push("--kbs-ca: means nothing over http: give an https address with --kbs-url".to_owned());
+        reader.faults.push("--kbs-ca: needs HTTPS: give an https URL with --kbs-url".to_owned());
     }
     let admin = admin(reader, args);
     let key_source = url.map(|url| KeySource::Kbs(KbsSettings { url, ca: args.kbs_ca.clone(), admin }));
@@ -169,7 +167,7 @@ fn admin(reader: &mut Reader<'_>, args: &ConnectArgs) -> Option<AdminSettings> {
         let unused =
             [("--kbs-admin-issuer", &args.kbs_admin_issuer), ("--kbs-admin-role", &args.kbs_admin_role)];
         for (flag, _) in unused.into_iter().filter(|(_, value)| value.is_some()) {
-            reader.faults.push(format!("{flag}: means nothing without --kbs-admin-key"));
+            reader.faults.push(format!("{flag}: needs --kbs-admin-key"));
         }
     }
     let text = |value: &Option<String>, default: &str| value.clone().unwrap_or_else(|| default.to_owned());
