@@ -7,6 +7,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use secure_comms_keys::{PodKey, PodPublic, WorkerNodeKey};
 use secure_comms_protocol::limits::SHUTDOWN_DRAIN;
 use secure_comms_protocol::{InboundTag, OutboundTag, PodId, TunnelName, resource};
 use secure_comms_tunnel::Inbound;
@@ -17,7 +18,6 @@ use tokio::time::timeout;
 pub use self::error::AdaptorError;
 use crate::address::Address;
 use crate::kbs::KbsClient;
-use crate::keys::{PodKey, PodPublic, WorkerNodeKey};
 use crate::pod::{Driver, Observer, Plan, PodState, Report, Stop, Way};
 use crate::routes::Routes;
 use crate::session::Tunnels;

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
+use secure_comms_keys::text::escape;
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::resource::pod_private_key;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -13,7 +14,6 @@ use tokio::time::timeout;
 
 use crate::adaptor::{Adaptor, AdaptorError, Config, KeySource};
 use crate::kbs::{KbsClient, KbsError};
-use crate::log::escape;
 use crate::pod::PodEvent;
 use crate::settings::{Settings, Trust};
 use crate::store::{DirectoryStore, StoreError};

@@ -8,7 +8,9 @@ use secure_comms_adaptor::cli::{self, Command};
 use secure_comms_adaptor::log;
 use secure_comms_adaptor::settings::{self, KeygenSettings, Settings, UsageError, UserDataSettings};
 use secure_comms_adaptor::store::{DirectoryStore, Store};
-use secure_comms_adaptor::{connect, private_file, user_data};
+use secure_comms_adaptor::{connect, user_data};
+use secure_comms_keys::private_file;
+use secure_comms_keys::text::escape;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -23,7 +25,7 @@ fn main() -> ExitCode {
         }
         return ExitCode::from(USAGE);
     }
-    complain(&log::escape(&format!("{error:#}")));
+    complain(&escape(&format!("{error:#}")));
     ExitCode::FAILURE
 }
 

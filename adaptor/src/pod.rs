@@ -20,6 +20,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use secure_comms_keys::{PodPublic, WorkerNodeKey};
 use secure_comms_protocol::limits::RETRY_MAX;
 use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, PodId};
 use secure_comms_tunnel::Backoff;
@@ -28,7 +29,6 @@ use tokio::time::{Instant, timeout};
 
 use self::reach::{Failure, Reached, Won};
 use crate::address::Address;
-use crate::keys::{PodPublic, WorkerNodeKey};
 use crate::routes::Routes;
 use crate::session::{Attested, Session, Tunnels};
 use crate::ssh::{ConnectError, Gate};

@@ -8,13 +8,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use secure_comms_keys::text::escape;
 use secure_comms_protocol::tag::{Tag, parse_list};
 use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
 use url::Url;
 
 use crate::address::Address;
 use crate::cli::{KeygenArgs, UserDataArgs};
-use crate::log::{Level, escape};
+use crate::log::Level;
 
 /// Where keys are kept unless `--store` says otherwise.
 pub const DEFAULT_STORE: &str = "/var/lib/secure-comms-adaptor";

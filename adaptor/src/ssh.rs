@@ -1,4 +1,4 @@
-//! The SSH client: one connection, from TCP to authentication. With keys.rs, the only room of the adaptor that names
+//! The SSH client: one connection, from TCP to authentication. The only room of the adaptor that names
 //! russh.
 
 mod error;
@@ -11,6 +11,8 @@ use std::sync::Arc;
 use russh::client::{self, AuthResult, Handle, Msg};
 use russh::keys::{PrivateKeyWithHashAlg, PublicKey};
 use russh::{Channel, ChannelMsg, MethodKind, MethodSet};
+use secure_comms_keys::text::one_line;
+use secure_comms_keys::{PodPublic, WorkerNodeKey};
 use secure_comms_protocol::limits::{AUTHENTICATE, CONTROL_SUBSYSTEM, CreditLimits, TCP_CONNECT};
 use secure_comms_protocol::{Attestation, Kubernetes, Phase, PhaseName, TunnelName};
 use secure_comms_ssh::channel::split;
@@ -25,19 +27,13 @@ use tokio::time::timeout;
 pub use self::error::ConnectError;
 pub use self::handler::TransportEnd;
 use self::handler::{Client, Shared, lock};
-use crate::keys::{PodPublic, WorkerNodeKey};
-use crate::log::escape;
 
-/// The most that is repeated of what a stranger says, in characters.
+/// The most that is repeated of what a stranger says, in bytes.
 const QUOTE_MAX: usize = 300;
 
 /// What a stranger says, fit for a line of ours.
 pub(crate) fn quote(text: &str) -> String {
-    let mut short: String = text.chars().take(QUOTE_MAX).collect();
-    if short.len() < text.len() {
-        short.push('…');
-    }
-    escape(&short)
+    one_line(text, QUOTE_MAX)
 }
 
 /// A phase as this side of a connection sees it.

@@ -6,11 +6,10 @@ use std::fmt::Debug;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
+use secure_comms_keys::{FileError, KeyError, PodKey, WorkerNodeKey};
 use secure_comms_protocol::PodId;
 
 use crate::address::Address;
-use crate::keys::{KeyError, PodKey, WorkerNodeKey};
-use crate::private_file::FileError;
 pub use directory::DirectoryStore;
 
 /// Keeps keys and pod records. Every method may be called by several adaptors at a time.

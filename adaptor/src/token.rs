@@ -5,10 +5,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use ed25519_dalek::pkcs8::DecodePrivateKey;
-use ed25519_dalek::{Signer, SigningKey};
+use base64ct::{Base64UrlUnpadded, Encoding};
+use secure_comms_keys::{AdminKey, KeyError};
 use secure_comms_protocol::limits::KEY_MAX;
 use serde_json::json;
 use zeroize::Zeroizing;
@@ -30,17 +28,19 @@ pub enum TokenError {
         source: std::io::Error,
     },
     /// The key file holds something else.
-    #[error(
-        "read the KBS admin key {} (--kbs-admin-key): not an Ed25519 private key in PKCS#8 PEM \
-         (openssl genpkey -algorithm ed25519 makes one)",
-        .0.display()
-    )]
-    NotEd25519(PathBuf),
+    #[error("read the KBS admin key {} (--kbs-admin-key)", .path.display())]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with its content.
+        #[source]
+        source: KeyError,
+    },
 }
 
 /// Who we are to the KBS.
 pub struct Admin {
-    key: SigningKey,
+    key: AdminKey,
     issuer: String,
     role: String,
 }
@@ -58,15 +58,14 @@ impl Admin {
     /// Reads the admin's key. Its permissions are the operator's business: Kubernetes mounts secrets as it likes.
     ///
     /// # Errors
-    /// It cannot be read, or is not an Ed25519 key in PKCS#8 PEM.
+    /// It cannot be read, or is not an unencrypted Ed25519 private key.
     pub fn read(path: &Path, issuer: &str, role: &str) -> Result<Self, TokenError> {
         let mut pem = Zeroizing::new(Vec::with_capacity(KEY_MAX));
         File::open(path)
             .and_then(|file| file.take(KEY_MAX as u64).read_to_end(&mut pem))
             .map_err(|source| TokenError::Read { path: path.to_owned(), source })?;
         let key =
-            std::str::from_utf8(&pem).ok().and_then(|text| SigningKey::from_pkcs8_pem(text.trim()).ok());
-        let key = key.ok_or_else(|| TokenError::NotEd25519(path.to_owned()))?;
+            AdminKey::from_pem(&pem).map_err(|source| TokenError::Key { path: path.to_owned(), source })?;
         Ok(Self { key, issuer: issuer.to_owned(), role: role.to_owned() })
     }
 
@@ -78,9 +77,9 @@ impl Admin {
             "iss": self.issuer, "sub": SUBJECT, "role": self.role,
             "iat": issued, "exp": issued + LIFETIME.as_secs(),
         });
-        let encode = |part: serde_json::Value| URL_SAFE_NO_PAD.encode(part.to_string());
+        let encode = |part: serde_json::Value| Base64UrlUnpadded::encode_string(part.to_string().as_bytes());
         let signed = format!("{}.{}", encode(header), encode(claims));
-        let signature = URL_SAFE_NO_PAD.encode(self.key.sign(signed.as_bytes()).to_bytes());
+        let signature = Base64UrlUnpadded::encode_string(&self.key.sign(signed.as_bytes()));
         Zeroizing::new(format!("{signed}.{signature}"))
     }
 }
@@ -89,7 +88,7 @@ impl Admin {
 mod tests {
     use super::*;
     use ed25519_dalek::pkcs8::EncodePrivateKey;
-    use ed25519_dalek::{Signature, Verifier};
+    use ed25519_dalek::{Signature, SigningKey, Verifier};
 
     #[test]
     fn a_token_has_the_claims_that_every_trustee_takes_and_no_others() {
@@ -100,7 +99,7 @@ mod tests {
         let admin = Admin::read(&path, "me", "admin").unwrap();
         let token = admin.token(UNIX_EPOCH + Duration::from_millis(1_000_900));
         let parts: Vec<&str> = token.split('.').collect();
-        let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).unwrap();
+        let decode = |part: &str| Base64UrlUnpadded::decode_vec(part).unwrap();
         let json = |part: &str| serde_json::from_slice::<serde_json::Value>(&decode(part)).unwrap();
         assert_eq!(json(parts[0]), json!({"alg": "EdDSA", "typ": "JWT"}));
         let claims =
@@ -115,11 +114,20 @@ mod tests {
     fn a_file_without_an_ed25519_key_is_refused_by_name() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("key");
-        let error = || Admin::read(&path, "i", "r").unwrap_err().to_string();
-        assert_eq!(error(), format!("read the KBS admin key {} (--kbs-admin-key)", path.display()));
+        let error = Admin::read(&path, "i", "r").unwrap_err();
+        assert_eq!(error.to_string(), format!("read the KBS admin key {} (--kbs-admin-key)", path.display()));
         for text in ["", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"] {
             std::fs::write(&path, text).unwrap();
-            assert!(error().contains("not an Ed25519 private key in PKCS#8 PEM"), "{}", error());
+            let error = Admin::read(&path, "i", "r").unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("read the KBS admin key {} (--kbs-admin-key)", path.display())
+            );
+            let source = std::error::Error::source(&error).unwrap().to_string();
+            assert!(
+                source.contains("the KBS admin's private key") && source.contains("openssl genpkey"),
+                "{source}"
+            );
         }
     }
 }

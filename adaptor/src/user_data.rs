@@ -2,13 +2,11 @@
 
 use std::fmt;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
+use base64ct::{Base64, Encoding};
+use secure_comms_keys::{KeyError, PodKey, WorkerNodePublic};
 use secure_comms_protocol::{InboundTag, OutboundTag};
 use serde::Serialize;
 use zeroize::Zeroizing;
-
-use crate::keys::{KeyError, PodKey, WorkerNodePublic};
 
 /// Why there is no fragment.
 #[derive(Debug, thiserror::Error)]
@@ -44,12 +42,12 @@ pub fn fragment(
     inbounds: &[InboundTag],
     outbounds: &[OutboundTag],
 ) -> Result<Zeroizing<Vec<u8>>, UserDataError> {
-    let pod_private = Zeroizing::new(STANDARD.encode(pod.to_pem()?.as_bytes()));
+    let pod_private = Zeroizing::new(Base64::encode_string(pod.to_pem()?.as_bytes()));
     let (inbounds, outbounds) = (list(inbounds), list(outbounds));
     let fragment = Fragment {
         sc: true,
         pod_private: &pod_private,
-        worker_node_public: &STANDARD.encode(worker_node.authorized_keys_line()?),
+        worker_node_public: &Base64::encode_string(worker_node.authorized_keys_line()?.as_bytes()),
         inbounds: &inbounds,
         outbounds: &outbounds,
     };
@@ -68,7 +66,7 @@ fn list<T: fmt::Display>(tags: &[T]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::WorkerNodeKey;
+    use secure_comms_keys::WorkerNodeKey;
     use secure_comms_protocol::tag::parse_list;
 
     #[test]
@@ -82,7 +80,7 @@ mod tests {
         assert_eq!(value["sc"], true);
         assert_eq!(value["sc-inbounds"], "KUBERNETES_PHASE:LOG:podns:7000,KUBERNETES_PHASE:B:0");
         assert_eq!(value["sc-outbounds"], "");
-        let decode = |key: &str| STANDARD.decode(value[key].as_str().unwrap()).unwrap();
+        let decode = |key: &str| Base64::decode_vec(value[key].as_str().unwrap()).unwrap();
         assert_eq!(PodKey::from_pem(&decode("sc-pp-prv")).unwrap().public().unwrap(), pod.public().unwrap());
         assert_eq!(decode("sc-wn-pub"), node.authorized_keys_line().unwrap().into_bytes());
     }

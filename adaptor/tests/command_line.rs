@@ -249,10 +249,14 @@ fn a_store_that_is_of_no_use_is_a_failure_that_names_file_and_fix() {
     fs::write(&key, "garbage").unwrap();
     failure(format!(
         "key store: {}: no usable key: restore the file from a backup, or delete it to have a new key made: \
-         read a key: not a private key in OpenSSH or PKCS#8 PEM",
+         reading the worker node's private key: not PEM: no '-----BEGIN' line; \
+         give an unencrypted Ed25519 key (ssh-keygen -t ed25519 -N '')",
         key.display()
     ));
     let output = adaptor(&["keygen", "--store", "/dev/null/x"], &[]);
     assert_eq!(output.status.code(), Some(1));
-    assert_eq!(faults(&output), ["key store: make directory /dev/null/x: Not a directory (os error 20)"]);
+    assert_eq!(
+        faults(&output),
+        ["key store: making the directory /dev/null/x: Not a directory (os error 20)"]
+    );
 }

@@ -6,9 +6,9 @@ mod support;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use secure_comms_adaptor::keys::{PodKey, WorkerNodeKey};
 use secure_comms_adaptor::session::{Session, Tunnels};
 use secure_comms_adaptor::ssh::{self, ConnectError, Dial, Gate, Turn};
+use secure_comms_keys::{PodKey, WorkerNodeKey};
 use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{Attestation, Kubernetes, Phase, PhaseName};

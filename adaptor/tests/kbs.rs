@@ -17,8 +17,7 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64ct::{Base64UrlUnpadded, Encoding};
 use ed25519_dalek::pkcs8::EncodePrivateKey;
 use ed25519_dalek::{Signature, SigningKey, Verifier, VerifyingKey};
 use secure_comms_adaptor::kbs::{KbsClient, KbsError, RESOURCE_MAX};
@@ -42,7 +41,7 @@ fn verify(admin: &VerifyingKey, headers: &HeaderMap) -> Option<()> {
     let token = headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")?;
     let (signed, signature) = token.rsplit_once('.')?;
     let (head, claims) = signed.split_once('.')?;
-    let decode = |part| URL_SAFE_NO_PAD.decode(part).ok();
+    let decode = |part| Base64UrlUnpadded::decode_vec(part).ok();
     admin.verify(signed.as_bytes(), &Signature::from_slice(&decode(signature)?).ok()?).ok()?;
     assert_eq!(decode(head)?, br#"{"alg":"EdDSA","typ":"JWT"}"#);
     let claims: serde_json::Value = serde_json::from_slice(&decode(claims)?).ok()?;

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use secure_comms_adaptor::adaptor::AdaptorError;
 use secure_comms_adaptor::address::Address;
-use secure_comms_adaptor::keys::{PodKey, WorkerNodeKey};
 use secure_comms_adaptor::pod::{LOST, PodState};
 use secure_comms_adaptor::store::Store;
+use secure_comms_keys::{PodKey, WorkerNodeKey};
 use support::agent::{Agent, Mode};
 use support::{PATIENCE, World, addresses, echoes, pod};
 use tokio::net::TcpListener;

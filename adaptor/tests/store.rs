@@ -140,20 +140,24 @@ async fn a_broken_key_is_an_error_that_names_the_file_and_is_never_replaced() {
     store.pod_key(&pod("a")).await.unwrap();
     store.worker_node_key().await.unwrap();
     let files = [dir.path().join("pods/a/key"), dir.path().join("worker-node.key")];
-    for broken in ["", "garbage"] {
+    for (broken, fault) in [("", "it is empty"), ("garbage", "not PEM: no '-----BEGIN' line")] {
         for file in &files {
             fs::write(file, broken).unwrap();
         }
-        let expected = |file: &Path| {
+        let expected = |file: &Path, role: &str| {
             format!(
                 "key store: {}: no usable key: restore the file from a backup, or delete it to have a new key made: \
-                 read a key: not a private key in OpenSSH or PKCS#8 PEM",
+                 reading {role}: {fault}; give an unencrypted Ed25519 key (ssh-keygen -t ed25519 -N '')",
                 file.display()
             )
         };
-        assert_eq!(chain(&store.pod_key(&pod("a")).await.unwrap_err()), expected(&files[0]));
-        assert_eq!(chain(&store.known_pod_key(&pod("a")).await.unwrap_err()), expected(&files[0]));
-        assert_eq!(chain(&store.worker_node_key().await.unwrap_err()), expected(&files[1]));
+        let pod_key = "the pod's private key";
+        assert_eq!(chain(&store.pod_key(&pod("a")).await.unwrap_err()), expected(&files[0], pod_key));
+        assert_eq!(chain(&store.known_pod_key(&pod("a")).await.unwrap_err()), expected(&files[0], pod_key));
+        assert_eq!(
+            chain(&store.worker_node_key().await.unwrap_err()),
+            expected(&files[1], "the worker node's private key")
+        );
         assert_eq!(fs::read_to_string(&files[0]).unwrap(), broken);
     }
 }

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use secure_comms_keys::{KeyError, PodKeys};
 use secure_comms_protocol::control::KeyProgress;
 use secure_comms_protocol::limits::{KBS_FIRST_BYTE, KBS_FIRST_BYTE_MIN, KBS_PAUSE_MIN, KEY_FETCH};
 use secure_comms_protocol::{Attestation, PodId, TunnelName, resource};
@@ -13,7 +14,6 @@ use tokio::time::{sleep, timeout};
 use zeroize::Zeroizing;
 
 use crate::guest::{self, FetchError};
-use crate::keys::{KeyError, PodKeys};
 use crate::log::Repeated;
 use crate::peers::Peer;
 use crate::routes::Hurry;

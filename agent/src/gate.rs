@@ -6,10 +6,10 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use secure_comms_keys::{PodKeys, PublicKey, WorkerNodeKeys};
 use secure_comms_protocol::PhaseName;
 use tokio::sync::watch;
 
-use crate::keys::{PodKeys, PublicKey, WorkerNodeKeys};
 use crate::latch::LatchError;
 use crate::ssh::Identity;
 
@@ -83,7 +83,7 @@ impl Gate {
 
     /// A gate in the Kubernetes phase from the start: the keys were latched earlier in this boot, or came by user data.
     pub fn kubernetes(keys: PodKeys, keep: Keep, rekey_bytes: usize) -> Self {
-        let identity = Identity::new(PhaseName::Kubernetes, keys.host().clone(), rekey_bytes);
+        let identity = Identity::new(PhaseName::Kubernetes, keys.pod_key().ssh(), rekey_bytes);
         let admission = Admission { generation: 0, phase: PhaseName::Kubernetes, identity };
         let gate = Self::new(
             Inner { state: State::Kubernetes { keys, standing: Standing::Latched }, admission },
@@ -154,7 +154,7 @@ impl Gate {
     pub fn would_log_in(&self, generation: u64, key: &PublicKey) -> bool {
         let inner = self.inner();
         inner.admission.generation == generation
-            && matches!(&inner.state, State::Kubernetes { keys, .. } if keys.worker_node().matches(key))
+            && matches!(&inner.state, State::Kubernetes { keys, .. } if keys.worker_node_keys().matches(key))
     }
 
     /// Lets the holder of this key, proven, into the Kubernetes phase; the first one latches.
@@ -168,7 +168,7 @@ impl Gate {
             return Ok(false);
         }
         let State::Kubernetes { keys, standing } = &mut inner.state else { return Ok(false) };
-        if !keys.worker_node().matches(key) {
+        if !keys.worker_node_keys().matches(key) {
             return Ok(false);
         }
         if matches!(standing, Standing::Fresh { .. }) {
@@ -192,7 +192,7 @@ impl Gate {
         inner.admission = Admission {
             generation: inner.admission.generation + 1,
             phase: PhaseName::Kubernetes,
-            identity: Identity::new(PhaseName::Kubernetes, keys.host().clone(), self.rekey_bytes),
+            identity: Identity::new(PhaseName::Kubernetes, keys.pod_key().ssh(), self.rekey_bytes),
         };
         inner.state = State::Kubernetes { keys, standing: Standing::Fresh { reopened: None } };
         Ok(())

@@ -1,12 +1,12 @@
 //! The Kubernetes phase: fresh until a worker node has logged in, then latched for the rest of this boot.
 
+use secure_comms_keys::PodKeys;
 use secure_comms_protocol::PhaseName;
 use secure_comms_protocol::limits::{FRESH, UPGRADE_DRAIN};
 use tokio::time::{sleep, timeout};
 
 use crate::attestation::{self, Guest};
 use crate::gate::Attesters;
-use crate::keys::PodKeys;
 use crate::session::Agent;
 
 /// Enters the phase with `keys` and returns once a worker node has logged in. If none does for [`FRESH`], attestation

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::io;
 use std::sync::Arc;
 
+use secure_comms_keys::{AttestationKey, KeyError};
 use secure_comms_protocol::PhaseName;
 use secure_comms_protocol::limits::{RETRY_MIN, SHUTDOWN_DRAIN};
 use secure_comms_tunnel::netns::Namespace;
@@ -16,7 +17,6 @@ use tokio::time::{interval, sleep, timeout};
 use crate::attestation::{self, Guest};
 use crate::config::{Config, KeySource};
 use crate::gate::{Attesters, Gate, Keep};
-use crate::keys::{KeyError, new_host_key};
 use crate::kubernetes;
 use crate::latch::{Latch, LatchError};
 use crate::log::Repeated;
@@ -128,7 +128,8 @@ fn gate(config: &Config) -> Result<(Gate, Start), RunError> {
         log::info!("Kubernetes phase, latched earlier in this boot: host key {}", keys.fingerprint());
         return Ok((Gate::kubernetes(keys, keep, config.rekey_bytes), Start::Latched));
     }
-    let identity = Identity::new(PhaseName::Attestation, new_host_key()?, config.rekey_bytes);
+    let identity =
+        Identity::new(PhaseName::Attestation, AttestationKey::generate()?.ssh(), config.rekey_bytes);
     log::info!("Attestation phase: waiting for a worker node");
     Ok((
         Gate::attestation(identity, attesters.clone(), keep, config.rekey_bytes),

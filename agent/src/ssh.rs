@@ -1,5 +1,5 @@
-//! The SSH server: one connection, from its first byte to its end. The only file of the agent, with keys.rs, that
-//! names russh.
+//! The SSH server: one connection, from its first byte to its end. The only file of the agent, that names
+//! russh.
 
 use std::sync::Arc;
 
@@ -37,8 +37,8 @@ pub struct Identity(Arc<Config>);
 
 impl Identity {
     /// Serves this host key in a phase.
-    pub fn new(phase: PhaseName, host_key: PrivateKey, rekey_bytes: usize) -> Self {
-        Self(Arc::new(profile::server(phase, host_key, rekey_bytes)))
+    pub fn new(phase: PhaseName, host_key: Arc<PrivateKey>, rekey_bytes: usize) -> Self {
+        Self(Arc::new(profile::server(phase, (*host_key).clone(), rekey_bytes)))
     }
 }
 

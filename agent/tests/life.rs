@@ -30,7 +30,7 @@ fn systemd_hears_that_it_is_ready_what_it_does_and_that_it_stops() {
 fn with_keys_in_its_user_data_it_begins_in_the_kubernetes_phase() {
     let place = Place::new();
     let key = |name: &str| {
-        let path = format!("{}/testdata/{name}", env!("CARGO_MANIFEST_DIR"));
+        let path = format!("{}/../keys/testdata/{name}", env!("CARGO_MANIFEST_DIR"));
         Base64::encode_string(&std::fs::read(path).unwrap())
     };
     place.write_config(&format!(

@@ -1,10 +1,10 @@
 //! Why something could not be done for a pod.
 
+use secure_comms_keys::KeyError;
 use secure_comms_protocol::PodId;
 use secure_comms_tunnel::inbound::BindError;
 
 use crate::kbs::KbsError;
-use crate::keys::KeyError;
 use crate::store::StoreError;
 
 /// Why something could not be done for a pod.

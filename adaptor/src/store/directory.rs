@@ -7,14 +7,15 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
+use secure_comms_keys::private_directory::own_directory;
+use secure_comms_keys::private_file::{self, TEMP_PREFIX};
+use secure_comms_keys::{FileError, KeyError, PodKey, WorkerNodeKey};
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::limits::KEY_MAX;
 use zeroize::Zeroizing;
 
 use super::{Store, StoreError};
 use crate::address::Address;
-use crate::keys::{KeyError, PodKey, WorkerNodeKey};
-use crate::private_file::{self, FileError, TEMP_PREFIX};
 
 const GONE_PREFIX: &str = ".gone-";
 
@@ -37,8 +38,8 @@ impl DirectoryStore {
     /// The directory cannot be made, or others may write it.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
         let store = Self { root: root.into() };
-        private_file::own_directory(&store.root)?;
-        private_file::own_directory(&store.pods_directory())?;
+        own_directory(&store.root)?;
+        own_directory(&store.pods_directory())?;
         match store.lock().and_then(|_locked| store.tidy()) {
             Err(error) if error.is_read_only() => tracing::warn!(
                 "key store: {}: read-only: the keys in it serve, new ones can't be made",
@@ -67,7 +68,7 @@ impl DirectoryStore {
 
     fn lock(&self) -> Result<Locked, FileError> {
         let path = self.root.join(".lock");
-        let failed = || FileError::io("lock", &path);
+        let failed = || FileError::io("locking", &path);
         let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
         let file = file.map_err(failed())?;
         file.lock().map_err(failed())?;
@@ -99,7 +100,7 @@ impl DirectoryStore {
         let path = self.key_file(pod);
         find_or_make(&path, PodKey::from_pem, || {
             let _locked = self.lock()?;
-            private_file::own_directory(&self.pod_directory(pod))?;
+            own_directory(&self.pod_directory(pod))?;
             private_file::sync_directory(&self.pods_directory())?;
             let pem = PodKey::generate().and_then(|key| key.to_pem()).map_err(StoreError::Key)?;
             Ok(private_file::create(&path, pem.as_bytes())?)
@@ -120,7 +121,7 @@ impl DirectoryStore {
         let gone = pods.join(format!("{GONE_PREFIX}{:032x}", rand::random::<u128>()));
         match fs::rename(self.pod_directory(pod), &gone) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            renamed => renamed.map_err(FileError::io("forget", &self.pod_directory(pod)))?,
+            renamed => renamed.map_err(FileError::io("forgetting", &self.pod_directory(pod)))?,
         }
         private_file::sync_directory(&pods)?;
         remove_leftovers(&pods)?;
@@ -187,7 +188,7 @@ fn decoded<K>(
 }
 
 fn names(directory: &Path) -> Result<Vec<String>, FileError> {
-    let failed = || FileError::io("list", directory);
+    let failed = || FileError::io("listing", directory);
     let mut names = Vec::new();
     for entry in fs::read_dir(directory).map_err(failed())? {
         // A name that is not UTF-8 is none of ours.
@@ -200,9 +201,9 @@ fn remove_leftovers(directory: &Path) -> Result<(), FileError> {
     for name in names(directory)? {
         let path = directory.join(&name);
         if name.starts_with(GONE_PREFIX) {
-            fs::remove_dir_all(&path).map_err(FileError::io("remove", &path))?;
+            fs::remove_dir_all(&path).map_err(FileError::io("removing", &path))?;
         } else if name.starts_with(TEMP_PREFIX) {
-            fs::remove_file(&path).map_err(FileError::io("remove", &path))?;
+            fs::remove_file(&path).map_err(FileError::io("removing", &path))?;
         }
     }
     Ok(())

@@ -9,7 +9,7 @@ use russh::server::{
     Auth, ChannelOpenHandle, Handle, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey,
 };
 use russh::{Channel, ChannelId, MethodKind, MethodSet};
-use secure_comms_adaptor::keys::{PodKey, WorkerNodePublic};
+use secure_comms_keys::{PodKey, WorkerNodePublic};
 use secure_comms_protocol::control::{Empty, Hello, KeyProgress};
 use secure_comms_protocol::limits::{CreditLimits, REKEY_BYTES};
 use secure_comms_protocol::tag::parse_list;

@@ -1,84 +1,45 @@
-//! The two key pairs, each half a type of its own, so that no role can be taken for another.
+//! A type for each role of a key, each half of its own, so that no key can be taken for another.
 
 use std::fmt;
 use std::sync::Arc;
 
-use ed25519_dalek::SigningKey;
-use ed25519_dalek::pkcs8::DecodePrivateKey;
-use rand::TryRng;
-use rand::rngs::SysRng;
-use russh::keys::ssh_key::private::{Ed25519Keypair, KeypairData};
-use russh::keys::ssh_key::public::{Ed25519PublicKey, KeyData};
-use russh::keys::ssh_key::{self, LineEnding};
-use russh::keys::{HashAlg, PrivateKey, PublicKey};
+use ssh_key::public::{Ed25519PublicKey, KeyData};
+use ssh_key::{HashAlg, LineEnding, PrivateKey, PublicKey};
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-/// Why there is no key.
-#[derive(Debug, thiserror::Error)]
-pub enum KeyError {
-    /// The operating system gave no random numbers.
-    #[error("make a key: the operating system gives no random numbers")]
-    Random(#[source] rand::rngs::SysError),
-    /// A key of another algorithm.
-    #[error("read a key: it is not an Ed25519 key; use Ed25519 (ssh-keygen -t ed25519)")]
-    NotEd25519,
-    /// A key behind a passphrase.
-    #[error(
-        "read a key: it is encrypted with a passphrase; use a key without one (ssh-keygen -p removes it)"
-    )]
-    Encrypted,
-    /// Not a key at all.
-    #[error("read a key: not a private key in OpenSSH or PKCS#8 PEM")]
-    Malformed,
-    /// A key that could not be written as text.
-    #[error("write a key")]
-    Encode(#[source] ssh_key::Error),
-}
+use crate::error::{KeyError, PrivateKeyRole};
+use crate::private_key;
 
-fn generate() -> Result<PrivateKey, KeyError> {
-    let mut seed = Zeroizing::new([0; 32]);
-    SysRng.try_fill_bytes(seed.as_mut_slice()).map_err(KeyError::Random)?;
-    Ok(PrivateKey::from(Ed25519Keypair::from_seed(&seed)))
-}
+/// The agent's host key in the Attestation phase: made for one process, kept in memory only, proof of nothing.
+#[derive(Clone)]
+pub struct AttestationKey(Arc<PrivateKey>);
 
-fn decode(pem: &[u8]) -> Result<PrivateKey, KeyError> {
-    let text = std::str::from_utf8(pem).map_err(|_| KeyError::Malformed)?.trim();
-    let label =
-        text.strip_prefix("-----BEGIN ").and_then(|rest| rest.split_once("-----")).map(|(label, _)| label);
-    match label {
-        Some("OPENSSH PRIVATE KEY") => decode_openssh(text),
-        Some("PRIVATE KEY") => {
-            // Another algorithm's key and a broken one look alike to the decoder; its object identifier does not.
-            let key = SigningKey::from_pkcs8_pem(text).map_err(|error| match error {
-                ed25519_dalek::pkcs8::Error::PublicKey(_) => KeyError::NotEd25519,
-                _ => KeyError::Malformed,
-            })?;
-            Ok(PrivateKey::from(Ed25519Keypair::from(&key)))
-        }
-        Some("ENCRYPTED PRIVATE KEY") => Err(KeyError::Encrypted),
-        Some("RSA PRIVATE KEY" | "EC PRIVATE KEY" | "DSA PRIVATE KEY") => Err(KeyError::NotEd25519),
-        _ => Err(KeyError::Malformed),
+impl AttestationKey {
+    /// Makes a key from the operating system's randomness.
+    ///
+    /// # Errors
+    /// The operating system has none.
+    pub fn generate() -> Result<Self, KeyError> {
+        Ok(Self(Arc::new(private_key::generate()?)))
+    }
+
+    /// The key as the SSH library takes it.
+    pub fn ssh(&self) -> Arc<PrivateKey> {
+        Arc::clone(&self.0)
     }
 }
 
-fn decode_openssh(text: &str) -> Result<PrivateKey, KeyError> {
-    let key = PrivateKey::from_openssh(text).map_err(|error| match error {
-        ssh_key::Error::AlgorithmUnknown | ssh_key::Error::AlgorithmUnsupported { .. } => {
-            KeyError::NotEd25519
-        }
-        _ => KeyError::Malformed,
-    })?;
-    match key.key_data() {
-        KeypairData::Ed25519(_) => Ok(key),
-        KeypairData::Encrypted(_) => Err(KeyError::Encrypted),
-        _ => Err(KeyError::NotEd25519),
+impl fmt::Debug for AttestationKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "AttestationKey({})", self.0.fingerprint(HashAlg::Sha256))
     }
 }
 
 macro_rules! key_pair {
-    ($private:ident, $public:ident, $whose:literal) => {
+    ($private:ident, $public:ident, $role:expr, $whose:literal) => {
         #[doc = concat!("The private key of ", $whose, "; wiped when dropped, never shown.")]
+        // Behind a pointer: a value that moves leaves copies of the key behind.
         #[derive(Clone)]
         pub struct $private(Arc<PrivateKey>);
 
@@ -88,15 +49,16 @@ macro_rules! key_pair {
             /// # Errors
             /// The operating system has none.
             pub fn generate() -> Result<Self, KeyError> {
-                Ok(Self(Arc::new(generate()?)))
+                Ok(Self(Arc::new(private_key::generate()?)))
             }
 
-            /// Reads OpenSSH or PKCS#8 PEM.
+            /// Reads an Ed25519 private key: PEM, OpenSSH or PKCS#8, not encrypted. A comment in it is dropped.
             ///
             /// # Errors
-            /// Anything but one Ed25519 private key without a passphrase.
+            /// The text is anything else.
             pub fn from_pem(pem: &[u8]) -> Result<Self, KeyError> {
-                Ok(Self(Arc::new(decode(pem)?)))
+                let key = private_key::parse(pem);
+                Ok(Self(Arc::new(key.map_err(|fault| KeyError::PrivateKey { role: $role, fault })?)))
             }
 
             /// The key as OpenSSH PEM.
@@ -104,7 +66,7 @@ macro_rules! key_pair {
             /// # Errors
             /// The encoder failed.
             pub fn to_pem(&self) -> Result<Zeroizing<String>, KeyError> {
-                self.0.to_openssh(LineEnding::LF).map_err(KeyError::Encode)
+                self.0.to_openssh(LineEnding::LF).map_err(KeyError::encode)
             }
 
             /// The public half.
@@ -115,7 +77,12 @@ macro_rules! key_pair {
                 $public::from_ssh(self.0.public_key())
             }
 
-            /// The key as the SSH library wants it.
+            /// The SHA256 fingerprint, as `ssh-keygen -l` prints it.
+            pub fn fingerprint(&self) -> String {
+                self.0.fingerprint(HashAlg::Sha256).to_string()
+            }
+
+            /// The key as the SSH library takes it.
             pub fn ssh(&self) -> Arc<PrivateKey> {
                 Arc::clone(&self.0)
             }
@@ -123,7 +90,7 @@ macro_rules! key_pair {
 
         impl fmt::Debug for $private {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "{}({})", stringify!($private), self.0.fingerprint(HashAlg::Sha256))
+                write!(f, "{}({})", stringify!($private), self.fingerprint())
             }
         }
 
@@ -140,7 +107,7 @@ macro_rules! key_pair {
                 key.key_data().ed25519().map(|key| Self(*key)).ok_or(KeyError::NotEd25519)
             }
 
-            /// The key as the SSH library wants it.
+            /// The key as the SSH library takes it.
             pub fn ssh(&self) -> PublicKey {
                 PublicKey::from(KeyData::Ed25519(self.0))
             }
@@ -150,7 +117,7 @@ macro_rules! key_pair {
             /// # Errors
             /// The encoder failed.
             pub fn authorized_keys_line(&self) -> Result<String, KeyError> {
-                self.ssh().to_openssh().map_err(KeyError::Encode)
+                self.ssh().to_openssh().map_err(KeyError::encode)
             }
         }
 
@@ -176,8 +143,13 @@ macro_rules! key_pair {
     };
 }
 
-key_pair!(WorkerNodeKey, WorkerNodePublic, "the worker node, with which it proves itself to every pod");
-key_pair!(PodKey, PodPublic, "a pod, its SSH host key in the Kubernetes phase");
+key_pair!(PodKey, PodPublic, PrivateKeyRole::Pod, "a pod, its SSH host key in the Kubernetes phase");
+key_pair!(
+    WorkerNodeKey,
+    WorkerNodePublic,
+    PrivateKeyRole::WorkerNode,
+    "the worker node, with which it logs in to its pods' VMs"
+);
 
 #[cfg(test)]
 mod tests {
@@ -216,18 +188,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_key_is_refused() {
-        let key = PodKey::generate().unwrap().to_pem().unwrap();
-        for text in
-            ["", "key", "-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----", &key[..key.len() / 2]]
-        {
-            assert!(
-                matches!(PodKey::from_pem(text.as_bytes()), Err(KeyError::Malformed)),
-                "{:?}",
-                text.get(..9)
-            );
-        }
-        assert!(matches!(PodKey::from_pem(b"\xff"), Err(KeyError::Malformed)));
+    fn errors_name_the_role() {
+        let text = PodKey::from_pem(b"").unwrap_err().to_string();
+        assert!(text.starts_with("reading the pod's private key: it is empty; "), "{text}");
+        let text = WorkerNodeKey::from_pem(b"").unwrap_err().to_string();
+        assert!(text.starts_with("reading the worker node's private key: it is empty; "), "{text}");
     }
 
     #[test]
@@ -242,12 +207,12 @@ mod tests {
         let decoded = |pem: &[u8]| PodKey::from_pem(pem).map(|_| ()).map_err(|error| error.to_string());
         let ssh = |name, kind, phrase| made(name, "ssh-keygen", &["-q", "-t", kind, "-N", phrase, "-f"]);
         assert_eq!(decoded(&ssh("ed", "ed25519", "")), Ok(()));
-        let not_ed25519 = "read a key: it is not an Ed25519 key; use Ed25519 (ssh-keygen -t ed25519)";
-        assert_eq!(decoded(&ssh("rsa", "rsa", "")).unwrap_err(), not_ed25519);
-        assert_eq!(decoded(&ssh("ec", "ecdsa", "")).unwrap_err(), not_ed25519);
-        assert!(decoded(&ssh("locked", "ed25519", "secret")).unwrap_err().contains("passphrase"));
+        let fault = |pem: &[u8]| decoded(pem).unwrap_err();
+        assert!(fault(&ssh("rsa", "rsa", "")).contains("a key of type ssh-rsa is not an Ed25519 key"));
+        assert!(fault(&ssh("ec", "ecdsa", "")).contains("ecdsa-sha2-nistp256 is not an Ed25519 key"));
+        assert!(fault(&ssh("locked", "ed25519", "secret")).contains("it is encrypted; give an unencrypted"));
         let pkcs8 = |name, kind| made(name, "openssl", &["genpkey", "-quiet", "-algorithm", kind, "-out"]);
         assert_eq!(decoded(&pkcs8("p-ed", "ed25519")), Ok(()));
-        assert_eq!(decoded(&pkcs8("p-rsa", "rsa")).unwrap_err(), not_ed25519);
+        assert!(fault(&pkcs8("p-rsa", "rsa")).contains("not an Ed25519 key in PKCS#8"));
     }
 }
