@@ -1,8 +1,9 @@
 //! Keys, private files and texts from strangers, for both ends of Secure Comms.
 //!
 //! A text becomes a key: [`base64`], PEM, OpenSSH or PKCS#8, and `authorized_keys` lines. Each key gets a role
-//! ([`PodKey`], [`WorkerNodeKey`], ...), so that no key can be taken for another. Keys are stored in [`private_file`]s, on the
-//! agent in a [`private_directory`]. What a stranger sends becomes one line of a log by [`text`].
+//! ([`PodKey`], [`WorkerNodeKey`], ...), so that no key can be taken for another. Keys are stored in
+//! [`private_file`]s; the agent has them in a [`private_directory`]. What a stranger sends becomes one line of a log
+//! by [`text`].
 
 pub mod base64;
 mod error;
