@@ -19,7 +19,7 @@ impl Default for Backoff {
 
 impl Backoff {
     /// Next pause: between half of the current step and the whole step.
-    pub fn next_pause(&mut self) -> Duration {
+    pub(crate) fn next_pause(&mut self) -> Duration {
         let step = self.next;
         self.next = (step * 2).min(RETRY_MAX);
         step.mul_f64(rand::random_range(0.5..=1.0))

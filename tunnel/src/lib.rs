@@ -22,11 +22,11 @@ mod queue;
 
 pub mod flow;
 
-pub mod socket;
+mod socket;
 
 pub mod netns;
 
-pub mod backoff;
+mod backoff;
 
 pub use backoff::Backoff;
 pub use flow::{Credits, Flow};

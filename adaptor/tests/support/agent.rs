@@ -10,8 +10,8 @@ use russh::server::{
 };
 use russh::{Channel, ChannelId, MethodKind, MethodSet};
 use secure_comms_adaptor::keys::{PodKey, WorkerNodePublic};
+use secure_comms_protocol::Hello;
 use secure_comms_protocol::control::{Empty, KeyProgress};
-use secure_comms_protocol::hello::Hello;
 use secure_comms_protocol::limits::{CreditLimits, REKEY_BYTES};
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{Control, Kubernetes, PhaseName};
