@@ -2,8 +2,8 @@
 //!
 //! The modules are in the order in which bytes pass through them. An [`inbound`] listens, and holds its clients until
 //! there is a [`link`] on which a stream can be opened. An [`outbound`] connects to the server at the other end. The
-//! [`relay`] moves bytes between a [`socket`] and the stream, within the [`flow`] control of the connection, and may
-//! pass them through an interceptor ([`intercept`]). A socket may live in another network namespace ([`netns`]).
+//! [`mod@relay`] moves bytes between a [`Socket`] and the stream, within the [`flow`] control of the connection, and
+//! may pass them through an interceptor ([`intercept`]). A socket may live in another network namespace ([`netns`]).
 //!
 //! This crate knows names, phases and bytes; it does not know SSH. All of it runs in a tokio runtime of any flavour,
 //! with time and I/O enabled.

@@ -17,7 +17,7 @@ const SMALL: usize = 4096;
 /// The local end of a tunnel: a client of an inbound, or the server of an outbound.
 ///
 /// Dropping it resets a TCP connection, so that a cancelled or crashed task never looks like an orderly end: only
-/// [`Socket::finish`] closes in good order. Unix sockets have no reset: the other side reads an end of file, and can't
+/// `finish` closes in good order. Unix sockets have no reset: the other side reads an end of file, and can't
 /// write.
 #[derive(Debug)]
 pub enum Socket {
