@@ -7,9 +7,9 @@ use core::hash::{Hash, Hasher};
 use core::str::FromStr;
 
 /// Longest tunnel name, in bytes.
-pub const TUNNEL_NAME_MAX: usize = 64;
+pub(crate) const TUNNEL_NAME_MAX: usize = 64;
 /// Longest pod id, in bytes.
-pub const POD_ID_MAX: usize = 128;
+const POD_ID_MAX: usize = 128;
 
 /// Name of a tunnel: `[A-Za-z0-9._-]{1,64}`. Comparison ignores ASCII case; the spelling is kept.
 ///

@@ -362,7 +362,7 @@ impl Flow {
     }
 
     /// Whether the stream has credits.
-    pub fn has_credit(&self) -> bool {
+    pub(crate) fn has_credit(&self) -> bool {
         self.credit.is_some()
     }
 

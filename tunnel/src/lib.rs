@@ -2,7 +2,7 @@
 //!
 //! The modules are in the order in which bytes pass through them. An [`inbound`] listens, and holds its clients until
 //! there is a [`link`] on which a stream can be opened. An [`outbound`] connects to the server at the other end. The
-//! [`mod@relay`] moves bytes between a [`socket`] and the stream, within the [`flow`] control of the connection, and may
+//! [`mod@relay`] moves bytes between a [`Socket`] and the stream, within the [`flow`] control of the connection, and may
 //! pass them through an interceptor ([`intercept`]). A socket may live in another network namespace ([`netns`]).
 //!
 //! This crate knows names, phases and bytes; it does not know SSH. All of it runs in a tokio runtime of any flavour,
@@ -22,11 +22,11 @@ mod queue;
 
 pub mod flow;
 
-pub mod socket;
+mod socket;
 
 pub mod netns;
 
-pub mod backoff;
+mod backoff;
 
 pub use backoff::Backoff;
 pub use flow::{Credits, Flow};

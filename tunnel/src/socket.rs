@@ -17,7 +17,7 @@ const SMALL: usize = 4096;
 /// The local end of a tunnel: a client of an inbound, or the server of an outbound.
 ///
 /// Dropping it resets a TCP connection, so that a cancelled or crashed task never looks like an orderly end: only
-/// [`Socket::finish`] closes in good order. Unix sockets have no reset: the other side reads an end of file, and can't
+/// `finish` closes in good order. Unix sockets have no reset: the other side reads an end of file, and can't
 /// write.
 #[derive(Debug)]
 pub enum Socket {
@@ -43,7 +43,7 @@ impl Socket {
     ///
     /// # Errors
     /// The runtime is shutting down.
-    pub async fn readable(&self) -> io::Result<()> {
+    pub(crate) async fn readable(&self) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.readable().await,
             Self::Unix(stream) => stream.readable().await,
@@ -54,7 +54,7 @@ impl Socket {
     ///
     /// # Errors
     /// The runtime is shutting down.
-    pub async fn writable(&self) -> io::Result<()> {
+    pub(crate) async fn writable(&self) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.writable().await,
             Self::Unix(stream) => stream.writable().await,
@@ -63,7 +63,7 @@ impl Socket {
 
     /// Waits until the connection has failed, and returns the error, usually a reset. Reads no bytes. Cancellation
     /// safe.
-    pub async fn failed(&self) -> io::Error {
+    pub(crate) async fn failed(&self) -> io::Error {
         let ready = match self {
             Self::Tcp(stream) => stream.ready(Interest::ERROR).await.and_then(|_| stream.take_error()),
             Self::Unix(stream) => stream.ready(Interest::ERROR).await.and_then(|_| stream.take_error()),
@@ -73,7 +73,7 @@ impl Socket {
 
     /// Waits until the client is gone: its connection has failed, or it ended without sending a byte. A client that
     /// ended after sending bytes may still wait for an answer, and does not count. Reads no bytes. Cancellation safe.
-    pub async fn client_gone(&self) {
+    pub(crate) async fn client_gone(&self) {
         loop {
             if self.readable().await.is_err() {
                 return;
@@ -100,7 +100,7 @@ impl Socket {
     ///
     /// # Errors
     /// `WouldBlock` if no bytes have arrived; otherwise the socket's error.
-    pub fn try_read(&self, buffer: &mut BytesMut, max: usize) -> io::Result<usize> {
+    pub(crate) fn try_read(&self, buffer: &mut BytesMut, max: usize) -> io::Result<usize> {
         if max <= SMALL {
             return self.try_read_small(buffer, max);
         }
@@ -143,7 +143,7 @@ impl Socket {
     ///
     /// # Errors
     /// `WouldBlock` if no bytes fit; otherwise the socket's error.
-    pub fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+    pub(crate) fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
             Self::Tcp(stream) => stream.try_write_vectored(slices),
             Self::Unix(stream) => stream.try_write_vectored(slices),
@@ -154,17 +154,17 @@ impl Socket {
     ///
     /// # Errors
     /// The socket's error; `NotConnected` if the other side has reset it.
-    pub fn shutdown_write(&self) -> io::Result<()> {
+    pub(crate) fn shutdown_write(&self) -> io::Result<()> {
         nix::sys::socket::shutdown(self.as_fd().as_raw_fd(), Shutdown::Write).map_err(Into::into)
     }
 
     /// Closes with a reset, so that the other side knows that bytes are missing.
-    pub fn abort(self) {
+    pub(crate) fn abort(self) {
         drop(self);
     }
 
     /// Closes in good order: bytes that were written are still sent.
-    pub fn finish(self) {
+    pub(crate) fn finish(self) {
         if let Self::Tcp(stream) = self
             && let Err(error) = setsockopt(&stream, Linger, &linger { l_onoff: 0, l_linger: 0 })
         {

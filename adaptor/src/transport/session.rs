@@ -5,7 +5,7 @@ mod tunnels;
 use std::fmt;
 use std::time::Duration;
 
-use secure_comms_protocol::hello::Hello;
+use secure_comms_protocol::Hello;
 use secure_comms_protocol::limits::{HELLO, UPGRADE_DRAIN};
 use secure_comms_protocol::{Attestation, Control, KeyProgress, Phase, PodId, TunnelName};
 use secure_comms_ssh::control::{self, ControlEnd, Outbox};

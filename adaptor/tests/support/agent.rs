@@ -11,10 +11,9 @@ use russh::server::{
 use russh::{Channel, ChannelId, MethodKind, MethodSet};
 use secure_comms_keys::{PodKey, WorkerNodePublic};
 use secure_comms_protocol::control::{Empty, KeyProgress};
-use secure_comms_protocol::hello::Hello;
 use secure_comms_protocol::limits::{CreditLimits, REKEY_BYTES};
 use secure_comms_protocol::tag::parse_list;
-use secure_comms_protocol::{Control, Kubernetes, PhaseName};
+use secure_comms_protocol::{Control, Hello, Kubernetes, PhaseName};
 use secure_comms_ssh::channel::{PendingChannel, split};
 use secure_comms_ssh::control::{self, Outbox};
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
