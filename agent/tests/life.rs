@@ -73,11 +73,11 @@ fn a_start_that_waits_for_a_namespace_can_be_stopped() {
 }
 
 #[test]
-fn a_daemon_config_that_comes_late_is_waited_for() {
+fn a_late_daemon_config_is_waited_for() {
     let place = Place::new();
     std::fs::remove_file(place.path("apf.json")).unwrap();
     let (systemd, notify) = (Systemd::new(&place), place.path("notify"));
-    // Not even Secure Comms is asked for yet.
+    // The flags alone do not enable Secure Comms.
     let args = ["-secure-comms-inbounds", "BOTH_PHASES:KBS:0"];
     let mut agent = place.start(&args, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
     let config = place.path("apf.json");
@@ -88,7 +88,7 @@ fn a_daemon_config_that_comes_late_is_waited_for() {
     let whole = place.path("whole");
     std::fs::write(&whole, r#"{"sc-outbounds": "", "pod-name": "late"}"#).unwrap();
     std::fs::rename(whole, config).unwrap();
-    agent.says("waiting for the daemon config");
+    agent.says("found after");
     assert!(agent.rest().contains("Secure Comms is off"));
 
     let mut agent = place.start(&FREE_PORTS, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);

@@ -13,6 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::slice;
 
 /// The rooms of the agent: each may import those that come after it.
 const AGENT: [&str; 11] = [
@@ -100,8 +101,8 @@ fn without_comments(text: &str) -> String {
             rest.find('\n').unwrap_or(rest.len())
         } else if rest.starts_with("/*") {
             rest.find("*/").map_or(rest.len(), |end| end + 2)
-        } else if rest.starts_with("r#\"") {
-            rest[3..].find("\"#").map_or(rest.len(), |end| end + 5)
+        } else if let Some(raw) = rest.strip_prefix("r#\"") {
+            raw.find("\"#").map_or(rest.len(), |end| end + 5)
         } else if c == '"' {
             quoted(rest, '"')
         } else if c == '\'' && (rest.starts_with("'\\") || rest.chars().nth(2) == Some('\'')) {
@@ -252,7 +253,7 @@ fn resolve(sources: &Sources, module: &[String], path: &[String], depth: usize) 
         _ => return None,
     };
     while let Some((next, after)) = rest.split_first() {
-        let deeper = [&*at, &[next.clone()]].concat();
+        let deeper = [&*at, slice::from_ref(next)].concat();
         if next == "super" {
             at.pop()?;
         } else if sources.contains_key(&deeper) {
@@ -299,9 +300,9 @@ fn circles(imports: &Imports) -> Vec<String> {
         while let Some(way) = ways.pop() {
             for to in imports.get(way.last().unwrap()).into_iter().flatten() {
                 if to == begin {
-                    circles.push([&*way, &[to.clone()]].concat().join(" -> "));
+                    circles.push([&*way, slice::from_ref(to)].concat().join(" -> "));
                 } else if seen.insert(to.clone()) {
-                    ways.push([&*way, &[to.clone()]].concat());
+                    ways.push([&*way, slice::from_ref(to)].concat());
                 }
             }
         }
