@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::harness::process::Child;
 use secure_comms_tests::harness::scene::PATIENCE;
-use secure_comms_tests::simulators::impaired_link::{ImpairedLink, Impairment, Rate, Traffic};
+use secure_comms_tests::simulators::impaired_link::{DEVICE, ImpairedLink, Impairment, Rate, Traffic};
 use secure_comms_tests::simulators::kata::client::{check_pattern, write_pattern};
 use secure_comms_tunnel::netns;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -175,8 +175,8 @@ async fn small_packets_pass_where_the_mtu_is_small() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_end_that_was_pulled_out_or_moved_is_reached_again() -> Result<()> {
     let mut line = ImpairedLink::new(1, Impairment::default()).await?;
-    line.b.netns.ip(["link", "set", "line", "down"])?;
-    line.b.netns.ip(["link", "set", "line", "up"])?;
+    line.b.netns.ip(["link", "set", DEVICE, "down"])?;
+    line.b.netns.ip(["link", "set", DEVICE, "up"])?;
     let (client, server) = connection(&line).await?;
     bulk(client, server, MIB).await?;
     line.b.readdress(77)?;

@@ -10,10 +10,14 @@
 //! Every figure is a median over rounds, every ratio the median of the rounds' ratios: a slow round slows both
 //! contenders. No measurement fails because it is slow.
 
-pub mod contender;
+mod load;
+
+mod contender;
+mod place;
+
+mod measure;
+
 pub mod groups;
-pub mod load;
-pub mod measure;
-pub mod place;
-pub mod plot;
+
+mod plot;
 pub mod tables;

@@ -10,16 +10,22 @@
 //! - [`soak`]: one pod that reconnects many times; [`leftovers`]: what the run left on this machine;
 //! - [`summary`]: summary of many lifetimes.
 
-pub mod attacker;
-pub mod disk;
-pub mod fault;
-pub mod leftovers;
-pub mod lifetime;
-pub mod pod_scene;
-pub mod program;
-pub mod resources;
 pub mod script;
-pub mod secrets;
+
+pub mod disk;
+mod pod_scene;
+mod program;
+
+mod attacker;
+mod fault;
+mod traffic;
+
+pub mod lifetime;
+
+mod resources;
+mod secrets;
+
+pub mod leftovers;
 pub mod soak;
+
 pub mod summary;
-pub mod traffic;

@@ -25,7 +25,7 @@ const AGAIN: Duration = Duration::from_micros(500);
 
 /// The two contenders.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Who {
+pub(super) enum Who {
     /// Secure Comms: the adaptor and the agent.
     Ours,
     /// `ssh` and `sshd`.
@@ -34,7 +34,7 @@ pub enum Who {
 
 /// The two programs of a contender, ready to connect.
 #[derive(Debug)]
-pub struct Prepared {
+pub(super) struct Prepared {
     who: Who,
     directory: TempDir,
     keys: PodKeys,
@@ -48,9 +48,7 @@ pub struct Prepared {
 
 /// A contender with a working tunnel.
 #[derive(Debug)]
-pub struct Contender {
-    /// Who it is.
-    pub who: Who,
+pub(super) struct Contender {
     /// Address that clients on the worker node connect to.
     pub inbound: SocketAddr,
     /// Process at the worker node's end.
@@ -65,14 +63,14 @@ pub struct Contender {
 
 /// A process at one end.
 #[derive(Clone, Copy, Debug)]
-pub struct End(i32);
+pub(super) struct End(i32);
 
 impl Prepared {
     /// Makes keys and starts the server's side in the VM; `target` is the end of the tunnel in the VM.
     ///
     /// # Errors
     /// If a program is not installed or does not start.
-    pub async fn new(who: Who, place: &Place, target: SocketAddr) -> Result<Self> {
+    pub(super) async fn new(who: Who, place: &Place, target: SocketAddr) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("secure-comms-bench-").tempdir()?;
         let (inbound, ssh) = (free_port()?, SocketAddr::new(place.vm(), free_port()?.port()));
         let pod = pod_id()?;
@@ -86,7 +84,7 @@ impl Prepared {
 
     /// Address that its server listens on.
     #[must_use]
-    pub fn ssh(&self) -> SocketAddr {
+    pub(super) fn ssh(&self) -> SocketAddr {
         self.ssh
     }
 
@@ -95,7 +93,7 @@ impl Prepared {
     ///
     /// # Errors
     /// If the tunnel does not work in time.
-    pub async fn connect(self, place: &Place, ssh: SocketAddr) -> Result<(Contender, Range<Instant>)> {
+    pub(super) async fn connect(self, place: &Place, ssh: SocketAddr) -> Result<(Contender, Range<Instant>)> {
         let openssh = self.openssh(ssh)?;
         let command = match self.who {
             Who::Ours => self.adaptor(ssh).await?,
@@ -114,15 +112,7 @@ impl Prepared {
             Who::Ours => End(self.server.pid()),
             Who::OpenSsh => End(only_child(self.server.pid())?),
         };
-        let contender = Contender {
-            who: self.who,
-            inbound,
-            node,
-            vm,
-            _client: client,
-            _openssh: openssh,
-            _prepared: self,
-        };
+        let contender = Contender { inbound, node, vm, _client: client, _openssh: openssh, _prepared: self };
         Ok((contender, began..carried))
     }
 
@@ -224,7 +214,7 @@ impl End {
     ///
     /// # Errors
     /// If it has ended.
-    pub fn cpu(self) -> Result<Duration> {
+    pub(super) fn cpu(self) -> Result<Duration> {
         let mut nanoseconds = 0;
         for task in std::fs::read_dir(format!("/proc/{}/task", self.0))? {
             // proc(5): time on the processor, time waiting for one, time slices.
@@ -239,7 +229,7 @@ impl End {
     ///
     /// # Errors
     /// If it has ended.
-    pub fn memory(self, field: &str) -> Result<u64> {
+    pub(super) fn memory(self, field: &str) -> Result<u64> {
         let text = std::fs::read_to_string(format!("/proc/{}/status", self.0))?;
         let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
         let value = line.with_context(|| format!("no {field}"))?.trim().trim_end_matches(" kB");

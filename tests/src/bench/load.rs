@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 /// Bytes of a small request, and of its answer.
-pub const SMALL: usize = 200;
+pub(super) const SMALL: usize = 200;
 /// Bytes of one write or read of bulk data.
 const CHUNK: usize = 256 * 1024;
 /// A connection without progress for this long has failed.
@@ -19,7 +19,7 @@ const STUCK: Duration = Duration::from_secs(60);
 
 /// Load of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Load {
+pub(super) enum Load {
     /// The client sends bulk data; at the end the server answers how much arrived.
     Up,
     /// The server sends bulk data until the client has enough.
@@ -46,7 +46,7 @@ impl Load {
 }
 
 /// Serves the listener until the process ends.
-pub fn serve(listener: TcpListener) {
+pub(super) fn serve(listener: TcpListener) {
     thread::spawn(move || {
         // Runs as long as the process; the clients notice if the listener fails.
         while let Ok((stream, _)) = listener.accept() {
@@ -156,7 +156,7 @@ impl Received {
 ///
 /// # Errors
 /// If nobody listens.
-pub fn open(address: SocketAddr, load: Load) -> Result<TcpStream> {
+pub(super) fn open(address: SocketAddr, load: Load) -> Result<TcpStream> {
     begin(TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?, load)
 }
 
@@ -164,7 +164,7 @@ pub fn open(address: SocketAddr, load: Load) -> Result<TcpStream> {
 ///
 /// # Errors
 /// If the connection is gone.
-pub fn begin(mut stream: TcpStream, load: Load) -> Result<TcpStream> {
+pub(super) fn begin(mut stream: TcpStream, load: Load) -> Result<TcpStream> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(STUCK))?;
     stream.set_write_timeout(Some(STUCK))?;
@@ -174,7 +174,7 @@ pub fn begin(mut stream: TcpStream, load: Load) -> Result<TcpStream> {
 
 /// Durations of a bulk transfer: warm-up, because windows grow with use, then the time that counts.
 #[derive(Clone, Copy, Debug)]
-pub struct Span {
+pub(super) struct Span {
     /// Warm-up.
     pub warm_up: Duration,
     /// Time that counts.
@@ -183,7 +183,7 @@ pub struct Span {
 
 /// Bytes of a bulk transfer.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Moved {
+pub(super) struct Moved {
     /// In the time that counts.
     pub counted: u64,
     /// In total.
@@ -216,7 +216,7 @@ impl Clock {
 ///
 /// # Errors
 /// If a byte is wrong or missing, or there is no progress.
-pub fn bulk(mut stream: TcpStream, load: Load, span: Span) -> Result<Moved> {
+pub(super) fn bulk(mut stream: TcpStream, load: Load, span: Span) -> Result<Moved> {
     let mut clock = Clock::start(span);
     match load {
         Load::Up => {
@@ -262,7 +262,7 @@ fn down(stream: &mut TcpStream, mut clock: Clock) -> Result<Moved> {
 ///
 /// # Errors
 /// If the answer is wrong, or none comes.
-pub fn echo(stream: &mut TcpStream, number: u64) -> Result<Duration> {
+pub(super) fn echo(stream: &mut TcpStream, number: u64) -> Result<Duration> {
     let mut message = [0x5a; SMALL];
     if let Some(head) = message.first_chunk_mut() {
         *head = number.to_be_bytes();

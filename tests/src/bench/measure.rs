@@ -13,7 +13,7 @@ use super::load::{self, Load, Moved, Span};
 use super::place::Place;
 
 /// Figures of one round, by the names that [`super::groups`] gives them.
-pub type Figures = BTreeMap<&'static str, f64>;
+pub(super) type Figures = BTreeMap<&'static str, f64>;
 
 const GIB: f64 = (1_u64 << 30) as f64;
 const MIB: f64 = (1_u64 << 20) as f64;
@@ -26,7 +26,7 @@ const OPEN: u64 = 1000;
 ///
 /// # Errors
 /// If a byte is wrong, or there is no progress.
-pub async fn bulk(place: &Place, contender: &Contender, span: Span) -> Result<Figures> {
+pub(super) async fn bulk(place: &Place, contender: &Contender, span: Span) -> Result<Figures> {
     let mut figures = Figures::new();
     for (load, speed, vm, node) in [
         (Load::Up, "up 1", "up vm cpu", "up node cpu"),
@@ -49,7 +49,12 @@ pub async fn bulk(place: &Place, contender: &Contender, span: Span) -> Result<Fi
 ///
 /// # Errors
 /// As [`bulk`].
-pub async fn distance(place: &Place, contender: &Contender, span: Span, requests: u64) -> Result<Figures> {
+pub(super) async fn distance(
+    place: &Place,
+    contender: &Contender,
+    span: Span,
+    requests: u64,
+) -> Result<Figures> {
     let mut figures = Figures::new();
     for (load, name) in [(Load::Up, "up 1"), (Load::Down, "down 1")] {
         figures.insert(name, rate(streams(place, contender, load, 1, span).await?, span));
@@ -62,7 +67,7 @@ pub async fn distance(place: &Place, contender: &Contender, span: Span, requests
 ///
 /// # Errors
 /// If an answer is wrong, or none comes.
-pub async fn latency(place: &Place, contender: &Contender, requests: u64) -> Result<Figures> {
+pub(super) async fn latency(place: &Place, contender: &Contender, requests: u64) -> Result<Figures> {
     let mut figures = Figures::new();
     latency_of(place, contender, "alone p50", "alone p99", requests, &mut figures).await?;
     for (load, p50, p99) in
@@ -85,7 +90,7 @@ pub async fn latency(place: &Place, contender: &Contender, requests: u64) -> Res
 ///
 /// # Errors
 /// If it does not come up.
-pub async fn setup(who: Who, target: SocketAddr) -> Result<Figures> {
+pub(super) async fn setup(who: Who, target: SocketAddr) -> Result<Figures> {
     let place = Place::Here;
     let prepared = Prepared::new(who, &place, target).await?;
     let (address, accepted) = witness(prepared.ssh())?;
@@ -110,7 +115,7 @@ pub async fn setup(who: Who, target: SocketAddr) -> Result<Figures> {
 ///
 /// # Errors
 /// As the other measurements.
-pub async fn memory(who: Who, target: SocketAddr, span: Span) -> Result<Figures> {
+pub(super) async fn memory(who: Who, target: SocketAddr, span: Span) -> Result<Figures> {
     let place = Place::Here;
     let mut figures = Figures::new();
     let prepared = Prepared::new(who, &place, target).await?;

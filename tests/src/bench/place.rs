@@ -10,7 +10,7 @@ use crate::simulators::impaired_link::ImpairedLink;
 
 /// The worker node, the VM, and the path between them.
 #[derive(Debug)]
-pub enum Place {
+pub(super) enum Place {
     /// Both on this machine's loopback.
     Here,
     /// Each in its own namespace, at the ends of an impaired link.
@@ -20,7 +20,7 @@ pub enum Place {
 impl Place {
     /// Address of the VM, for the worker node.
     #[must_use]
-    pub fn vm(&self) -> IpAddr {
+    pub(super) fn vm(&self) -> IpAddr {
         match self {
             Self::Here => IpAddr::V4(Ipv4Addr::LOCALHOST),
             Self::Apart(line) => line.b.address,
@@ -29,7 +29,7 @@ impl Place {
 
     /// Makes a command run in the VM; its process keeps the pid.
     #[must_use]
-    pub fn in_vm(&self, command: Command) -> Command {
+    pub(super) fn in_vm(&self, command: Command) -> Command {
         match self {
             Self::Here => command,
             Self::Apart(line) => inside(line.b.netns.command(command.as_std().get_program()), &command),
@@ -38,7 +38,7 @@ impl Place {
 
     /// Makes a command run on the worker node; its process keeps the pid.
     #[must_use]
-    pub fn on_node(&self, command: Command) -> Command {
+    pub(super) fn on_node(&self, command: Command) -> Command {
         match self {
             Self::Here => command,
             Self::Apart(line) => inside(line.a.netns.command(command.as_std().get_program()), &command),
@@ -49,7 +49,7 @@ impl Place {
     ///
     /// # Errors
     /// If the namespace can't be entered.
-    pub async fn listen_in_vm(&self) -> Result<TcpListener> {
+    pub(super) async fn listen_in_vm(&self) -> Result<TcpListener> {
         let bind = || TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
         match self {
             Self::Here => Ok(bind()?),
@@ -61,7 +61,7 @@ impl Place {
     ///
     /// # Errors
     /// The job's error, or if the namespace can't be entered.
-    pub async fn at_node<T: Send + 'static>(
+    pub(super) async fn at_node<T: Send + 'static>(
         &self,
         job: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {

@@ -24,7 +24,7 @@ const NO_GOAL: RGBColor = RGBColor(120, 144, 156);
 ///
 /// # Errors
 /// If the file can't be written.
-pub fn write(file: &Path, group: &Group, summaries: &[Summary]) -> Result<()> {
+pub(super) fn write(file: &Path, group: &Group, summaries: &[Summary]) -> Result<()> {
     draw(file, group, summaries).map_err(|error| anyhow!("drawing {}: {error}", file.display()))
 }
 

@@ -21,7 +21,7 @@ const FROM_VM: [&str; 2] = ["NODESERVICE", "KATAAGENT"];
 ///
 /// # Errors
 /// If no key can be made.
-pub async fn attack_agent(agent: SocketAddr, directory: &Path, opened: impl Fn(String)) -> Result<()> {
+pub(super) async fn attack_agent(agent: SocketAddr, directory: &Path, opened: impl Fn(String)) -> Result<()> {
     let (key, _) = OpenSsh::keygen(directory, "attacker").await.context("the key of the attacker")?;
     loop {
         // A refusal, a reset or an absent agent is the expected result.
@@ -50,6 +50,6 @@ async fn attested(mut stranger: Stranger, opened: &impl Fn(String)) {
 }
 
 /// Whether an unproven peer may attest.
-pub async fn may_attest(agent: SocketAddr) -> bool {
+pub(super) async fn may_attest(agent: SocketAddr) -> bool {
     matches!(timeout(PATIENCE, Stranger::attestation(agent, Answer::Closes)).await, Ok(Ok(_)))
 }

@@ -18,7 +18,7 @@ use crate::simulators::kbs::Fault as KbsFault;
 ///
 /// # Errors
 /// If it can't be injected or removed: the lifetime proves nothing then.
-pub async fn inject_fault(scene: &PodScene, planned: Planned) -> Result<()> {
+pub(super) async fn inject_fault(scene: &PodScene, planned: Planned) -> Result<()> {
     sleep(planned.at).await;
     let done = hit(scene, planned.fault, planned.lasts).await;
     done.with_context(|| format!("{:?}", planned.fault))

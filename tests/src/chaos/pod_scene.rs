@@ -27,10 +27,10 @@ use crate::simulators::kbs::{Kbs, KbsOptions};
 use crate::simulators::tcp_proxy::TcpProxy;
 
 /// Last part of the address that the VM may move to.
-pub const MOVED: u8 = 3;
+pub(super) const MOVED: u8 = 3;
 /// Prefix of this process's directories.
 #[must_use]
-pub fn prefix() -> String {
+pub(super) fn prefix() -> String {
     format!("secure-comms-chaos-{}-", std::process::id())
 }
 
@@ -40,7 +40,7 @@ const PORT_PAUSE: Duration = Duration::from_millis(10);
 
 /// The pod and everything around it.
 #[derive(Debug)]
-pub struct PodScene {
+pub(super) struct PodScene {
     /// Fields are dropped in this order: processes first, then what they use.
     ///
     /// The agent, in the VM.
@@ -84,7 +84,7 @@ pub struct PodScene {
 
 /// Path between worker node and VM.
 #[derive(Debug)]
-pub enum Route {
+pub(super) enum Route {
     /// A TCP proxy on loopback, and the address of the agent.
     Proxy(TcpProxy, SocketAddr),
     /// An impaired link, with its end `b` in the VM, and its current impairment.
@@ -100,7 +100,7 @@ struct Clocks {
 
 /// A simulator on a unix socket that can be absent for a while.
 #[derive(Debug)]
-pub struct Server {
+pub(super) struct Server {
     path: PathBuf,
     running: Mutex<Option<KataAgent>>,
     /// Connections of earlier runs of the simulator.
@@ -114,7 +114,7 @@ impl Server {
     }
 
     /// Stops it.
-    pub async fn end(&self) {
+    pub(super) async fn end(&self) {
         if let Some(server) = self.running.lock().await.take() {
             self.before.fetch_add(server.connections(), Ordering::Relaxed);
         }
@@ -124,13 +124,13 @@ impl Server {
     ///
     /// # Errors
     /// If the socket can't be bound.
-    pub async fn begin(&self) -> Result<()> {
+    pub(super) async fn begin(&self) -> Result<()> {
         *self.running.lock().await = Some(KataAgent::unix(&self.path)?);
         Ok(())
     }
 
     /// Number of connections so far.
-    pub async fn connections(&self) -> u64 {
+    pub(super) async fn connections(&self) -> u64 {
         let now = self.running.lock().await.as_ref().map_or(0, KataAgent::connections);
         self.before.load(Ordering::Relaxed) + now
     }
@@ -141,7 +141,7 @@ impl PodScene {
     ///
     /// # Errors
     /// If a simulator or a process can't be started.
-    pub async fn new(script: &Script) -> Result<Self> {
+    pub(super) async fn new(script: &Script) -> Result<Self> {
         let binaries = ensure_built().await?;
         let directory = tempfile::Builder::new().prefix(&prefix()).tempdir()?;
         let path = |name: &str| directory.path().join(name);
@@ -244,13 +244,13 @@ impl PodScene {
 
     /// Directory of its files.
     #[must_use]
-    pub fn directory(&self) -> &Path {
+    pub(super) fn directory(&self) -> &Path {
         self.directory.path()
     }
 
     /// The process under test at one side.
     #[must_use]
-    pub fn program(&self, side: Side) -> &Program {
+    pub(super) fn program(&self, side: Side) -> &Program {
         match side {
             Side::Agent => &self.agent,
             Side::Adaptor => &self.adaptor,
@@ -258,12 +258,12 @@ impl PodScene {
     }
 
     /// Sets how far ahead a process's monotonic clock is from its next start on, in seconds.
-    pub fn set_clock(&self, side: Side, seconds: u32) {
+    pub(super) fn set_clock(&self, side: Side, seconds: u32) {
         self.clocks.of(side).store(seconds, Ordering::Relaxed);
     }
 
     /// Makes the KBS release the keys to the VM.
-    pub fn release_keys(&self) {
+    pub(super) fn release_keys(&self) {
         self.kbs.allow(&format!("default/pp-{}/privateKey", self.pod));
     }
 
@@ -271,7 +271,7 @@ impl PodScene {
     ///
     /// # Errors
     /// If its port stays taken.
-    pub async fn begin_rest(&self) -> Result<()> {
+    pub(super) async fn begin_rest(&self) -> Result<()> {
         for _ in 0..PORT_TRIES {
             if let Ok(rest) = Rest::start(self.rest_address, Backend::Local(Arc::clone(&self.cdh))).await {
                 *self.rest.lock().await = Some(rest);

@@ -17,11 +17,11 @@ use crate::harness::scene::PATIENCE;
 const RESTART: Duration = Duration::from_millis(200);
 
 /// Builds the command line.
-pub type Make = Box<dyn Fn() -> Result<Command> + Send>;
+pub(super) type Make = Box<dyn Fn() -> Result<Command> + Send>;
 
 /// A process and its successors; killed when dropped.
 #[derive(Debug)]
-pub struct Program {
+pub(super) struct Program {
     name: &'static str,
     orders: mpsc::Sender<(Order, oneshot::Sender<Result<()>>)>,
     pid: watch::Receiver<Option<i32>>,
@@ -31,7 +31,7 @@ pub struct Program {
 
 /// Record of the processes that have ended.
 #[derive(Clone, Debug, Default)]
-pub struct Past {
+pub(super) struct Past {
     /// Their logs.
     pub logs: Vec<String>,
     /// Exit statuses of those that ended unexpectedly.
@@ -60,7 +60,7 @@ impl Program {
     ///
     /// # Errors
     /// If it can't be started.
-    pub fn start(name: &'static str, make: Make) -> Result<Self> {
+    pub(super) fn start(name: &'static str, make: Make) -> Result<Self> {
         let (orders, taken) = mpsc::channel(8);
         let (started, pid) = watch::channel(None);
         let past = Arc::<Mutex<Past>>::default();
@@ -72,7 +72,7 @@ impl Program {
 
     /// Process id, if it runs.
     #[must_use]
-    pub fn pid(&self) -> Option<i32> {
+    pub(super) fn pid(&self) -> Option<i32> {
         *self.pid.borrow()
     }
 
@@ -80,7 +80,7 @@ impl Program {
     ///
     /// # Errors
     /// If the next one can't be started.
-    pub async fn end(&self, signal: Signal, pause: Duration) -> Result<()> {
+    pub(super) async fn end(&self, signal: Signal, pause: Duration) -> Result<()> {
         self.order(Order::End(signal, pause)).await
     }
 
@@ -88,7 +88,7 @@ impl Program {
     ///
     /// # Errors
     /// If the process does not run.
-    pub async fn signal(&self, signal: Signal) -> Result<()> {
+    pub(super) async fn signal(&self, signal: Signal) -> Result<()> {
         self.order(Order::Signal(signal)).await
     }
 
@@ -96,15 +96,9 @@ impl Program {
     ///
     /// # Errors
     /// If the process does not end.
-    pub async fn stop(self) -> Result<Past> {
+    pub(super) async fn stop(self) -> Result<Past> {
         self.order(Order::Stop).await?;
         Ok(self.past().clone())
-    }
-
-    /// Logs and exit statuses of the processes that have ended.
-    #[must_use]
-    pub fn history(&self) -> Past {
-        self.past().clone()
     }
 
     fn past(&self) -> MutexGuard<'_, Past> {
@@ -203,10 +197,10 @@ mod tests {
         program.end(Signal::SIGKILL, Duration::ZERO).await.unwrap();
         let second = program.pid().unwrap();
         assert_ne!(first, second);
-        assert!(program.history().own_ends.is_empty());
+        assert!(program.past().own_ends.is_empty());
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(second), Signal::SIGKILL).unwrap();
         let other = |pid: &Option<i32>| pid.is_some_and(|pid| pid != second);
         tokio::time::timeout(PATIENCE, program.pid.clone().wait_for(other)).await.unwrap().unwrap();
-        assert_eq!(program.history().own_ends.len(), 1);
+        assert_eq!(program.past().own_ends.len(), 1);
     }
 }

@@ -13,7 +13,7 @@ const TOKEN_PART: usize = 10;
 
 /// The secrets, in every form in which they might appear.
 #[derive(Debug, Default)]
-pub struct Secrets {
+pub(super) struct Secrets {
     needles: Vec<(String, Vec<u8>)>,
 }
 
@@ -22,7 +22,7 @@ impl Secrets {
     ///
     /// # Errors
     /// If the text has no private key.
-    pub fn add_key(&mut self, name: &str, pem: &str) -> Result<()> {
+    pub(super) fn add_key(&mut self, name: &str, pem: &str) -> Result<()> {
         let lines: Vec<_> = pem.lines().filter(|line| !line.starts_with("-----")).collect();
         let der = Base64::decode_vec(&lines.concat()).map_err(|_| anyhow::anyhow!("{name}: not base64"))?;
         // OpenSSH: private and public key as one string of 64 bytes. PKCS#8 (RFC 8410 7): an octet string of 32 in one of 34.
@@ -61,7 +61,7 @@ impl Secrets {
 
     /// The secrets in `text`.
     #[must_use]
-    pub fn in_text(&self, text: &[u8]) -> Vec<String> {
+    pub(super) fn in_text(&self, text: &[u8]) -> Vec<String> {
         let found = self.needles.iter().filter(|(_, needle)| contains(text, needle));
         let mut found: Vec<_> = found.map(|(name, _)| name.clone()).collect();
         if has_token(text) {
@@ -72,7 +72,7 @@ impl Secrets {
 
     /// What a running process exposes: secrets in its command line or environment.
     #[must_use]
-    pub fn in_process(&self, pid: i32) -> Vec<String> {
+    pub(super) fn in_process(&self, pid: i32) -> Vec<String> {
         let mut found = Vec::new();
         for file in ["cmdline", "environ"] {
             // The process may have ended.
@@ -86,7 +86,7 @@ impl Secrets {
     ///
     /// # Errors
     /// If they can't be read.
-    pub fn in_files(&self, directory: &Path, allowed: &[&Path]) -> Result<Vec<String>> {
+    pub(super) fn in_files(&self, directory: &Path, allowed: &[&Path]) -> Result<Vec<String>> {
         let mut found = Vec::new();
         for entry in std::fs::read_dir(directory).with_context(|| directory.display().to_string())? {
             let path = entry?.path();
@@ -108,7 +108,7 @@ impl Secrets {
     ///
     /// # Errors
     /// If none was.
-    pub fn check_any(&self) -> Result<()> {
+    pub(super) fn check_any(&self) -> Result<()> {
         if self.needles.is_empty() {
             bail!("there is no secret to look for");
         }

@@ -42,7 +42,7 @@ pub struct Seen {
 
 /// Running clients.
 #[derive(Debug)]
-pub struct Traffic {
+pub(super) struct Traffic {
     seen: Arc<Mutex<Seen>>,
     calm: watch::Sender<Calm>,
     clients: JoinSet<()>,
@@ -71,7 +71,7 @@ struct Place {
 impl Traffic {
     /// Starts clients at each of these inbounds: short ones, and a long-lived one with requests of `request` bytes.
     #[must_use]
-    pub fn start(places: &[(&'static str, SocketAddr)], seed: u64, request: u64) -> Self {
+    pub(super) fn start(places: &[(&'static str, SocketAddr)], seed: u64, request: u64) -> Self {
         let (calm, _) = watch::channel(Calm::No);
         let mut traffic = Self { seen: Arc::default(), calm, clients: JoinSet::new() };
         for &(name, address) in places {
@@ -84,12 +84,12 @@ impl Traffic {
     }
 
     /// From now on, no new connection may break.
-    pub fn calm(&self) {
+    pub(super) fn calm(&self) {
         self.calm.send_replace(Calm::Yes);
     }
 
     /// Lets the clients complete and leave; returns what they have seen.
-    pub async fn end(mut self) -> Seen {
+    pub(super) async fn end(mut self) -> Seen {
         self.calm.send_replace(Calm::Over);
         while let Some(ended) = self.clients.join_next().await {
             if let Err(error) = ended {
@@ -101,7 +101,7 @@ impl Traffic {
 
     /// What they have seen so far.
     #[must_use]
-    pub fn seen(&self) -> Seen {
+    pub(super) fn seen(&self) -> Seen {
         lock(&self.seen).clone()
     }
 }
@@ -169,7 +169,7 @@ impl std::error::Error for Hang {}
 ///
 /// # Errors
 /// If the answer does not come, or differs from the request.
-pub async fn request(address: SocketAddr, seed: u64) -> Result<()> {
+pub(super) async fn request(address: SocketAddr, seed: u64) -> Result<()> {
     let stream = TcpStream::connect(address).await.context("connecting to the inbound")?;
     request_over(Framed::new(stream), seed).await
 }
@@ -182,7 +182,7 @@ async fn request_over(stream: impl AsyncRead + AsyncWrite + Unpin, seed: u64) ->
 
 /// Whether bytes were wrong or a client hung; any other error only ends its connection.
 #[must_use]
-pub fn is_violation(error: &anyhow::Error) -> bool {
+pub(super) fn is_violation(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.is::<Mismatch>()
             || cause.is::<Surplus>()

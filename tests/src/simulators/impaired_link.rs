@@ -24,7 +24,7 @@ pub use impairment::{Impairment, Rate};
 pub use traffic::Traffic;
 
 /// Name of the device at either end.
-pub const DEVICE: &str = "line";
+pub const DEVICE: &str = "impaired";
 /// MTU of Ethernet, in bytes.
 pub const MTU: u16 = 1500;
 /// Prefix length of the network that both addresses are in, so that an end can be given another one.
