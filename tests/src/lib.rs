@@ -3,7 +3,7 @@
 //!
 //! In the order in which a pod meets them:
 //!
-//! - [`process`], [`netns`]: run the real binaries, in network namespaces if asked for; [`cable`], [`line`], [`tamper`]: what lies between;
+//! - [`process`], [`netns`]: run the real binaries, in network namespaces if asked for; [`cable`], [`mod@line`], [`tamper`]: what lies between;
 //! - [`kbs`]: Trustee's key broker, with faults on demand;
 //! - [`guest`]: the guest components in the VM (`api-server-rest`, AA, CDH), which fetch keys through the agent;
 //! - [`kata`]: the kata agent behind `KATAAGENT`, and the client side that checks every byte;
@@ -12,7 +12,7 @@
 //!   an adaptor would have made for the pod;
 //! - [`scene`]: one pod with all of that around it; [`siege`]: the same, with the agent under attack; [`flood`]: with thousands that mean no good; [`impostor`]: with one that plays the agent; [`vm`]: the same, with the VM in network namespaces; [`half`]: one
 //!   half of it, by hand; [`pod_site`]: the VM's and the worker node's ends of the pod's network; [`boot`]: the VM as a machine under qemu, with an [`inspector`] in it;
-//! - [`chaos`]: many pods, each with what befalls it drawn from a seed; [`bench`]: beside OpenSSH.
+//! - [`chaos`]: many pods, each with what befalls it drawn from a seed; [`mod@bench`]: beside OpenSSH.
 //!
 //! Everything binds port 0, reports what it got, and stops when dropped.
 
