@@ -1,4 +1,4 @@
-//! What the fuzz targets of this crate start from, and what they have found, through the same functions.
+//! Replays the seeds and findings of this crate's fuzz targets.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -11,7 +11,7 @@
 mod corpus;
 #[path = "../../fuzz/src/kbs_answer.rs"]
 mod kbs_answer;
-// Where kbs_answer.rs looks for it.
+// The path under which kbs_answer.rs finds it.
 #[path = "../src/kbs/error_body.rs"]
 mod error_body;
 

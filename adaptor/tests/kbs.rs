@@ -1,4 +1,4 @@
-//! The KBS client against a server that answers as Trustee does, and as it should not.
+//! The KBS client against a simulated KBS that responds as Trustee does, and as it should not.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -26,7 +26,7 @@ use tokio::net::TcpListener;
 
 const PATH: &str = "default/pp-p1/privateKey";
 
-/// What the server saw, and what it is to answer next; when nothing is scripted it does what Trustee does.
+/// The requests that the server received, and its next responses. Without a script it responds as Trustee does.
 #[derive(Default)]
 struct Seen {
     requests: Vec<(Method, String, Vec<u8>)>,

@@ -1,4 +1,4 @@
-//! One pod, from prepared to stopped, against a stand-in agent.
+//! One pod, from prepared to stopped, against a simulated agent.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -71,7 +71,7 @@ async fn a_new_pod_needs_one_handshake_in_each_phase() {
 #[tokio::test]
 async fn a_dead_first_address_does_not_hold_up_the_second() {
     let world = World::new("").await;
-    // It takes connections, and never says a word.
+    // It accepts connections and sends nothing.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     world.prepare().await;
     let agent = Agent::start(world.latched().await).await;
@@ -98,17 +98,17 @@ async fn a_start_past_its_deadline_reports_the_last_error() {
          agent can be reached, or allow more time (--deadline)"
     );
     agent.seen.wait("gone", 1).await;
-    // Nobody there at all: the address and the cause.
-    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let error = world.start(&addresses(&[nobody]), Duration::from_secs(1)).await.unwrap_err().to_string();
+    // An address where nothing listens: the error has the address and the cause.
+    let unused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let error = world.start(&addresses(&[unused]), Duration::from_secs(1)).await.unwrap_err().to_string();
     assert!(
-        error.contains(&format!("connecting: {nobody}: attestation: TCP connect: Connection refused")),
+        error.contains(&format!("connecting: {unused}: attestation: TCP connect: Connection refused")),
         "{error}"
     );
     assert_eq!(
         world.events.count("TCP connect"),
         1,
-        "a failure that repeats is told once: {:?}",
+        "a failure that repeats is reported once: {:?}",
         world.events.all()
     );
 }
@@ -164,7 +164,7 @@ async fn local_clients_wait_while_the_pod_reconnects() {
     let latched = world.latched().await;
     let agent = Agent::start(latched.clone()).await;
     world.start(&addresses(&[agent.address]), PATIENCE).await.unwrap();
-    // While nobody at the address is the pod, a client is held, and handed to nobody.
+    // While the agent at the address attests, clients of KATAAGENT wait.
     agent.become_(Mode::attestation());
     agent.cut();
     world.events.wait("channel down: ", 1).await;

@@ -1,4 +1,4 @@
-//! The directory store: found or made once, never in silence, nothing left behind.
+//! The directory store: keys are made once and never replaced silently, and nothing is left behind.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

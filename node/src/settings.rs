@@ -86,12 +86,12 @@ impl UsageError {
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 /// Reads flags and variables, and collects their faults.
-struct Reader<'a> {
+struct SettingsReader<'a> {
     env: Env<'a>,
     faults: Vec<String>,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> SettingsReader<'a> {
     fn new(env: Env<'a>) -> Self {
         Self { env, faults: Vec::new() }
     }
@@ -196,7 +196,7 @@ fn store_or_default(store: Option<PathBuf>) -> PathBuf {
 /// # Errors
 /// The value is not a level.
 pub fn log_level(flag: Option<String>, env: Env<'_>) -> Result<Level, UsageError> {
-    let mut reader = Reader::new(env);
+    let mut reader = SettingsReader::new(env);
     let level = match reader.flag_or(("--log", flag), "SECURE_COMMS_LOG") {
         Some((name, value)) => reader.parsed(name, &value),
         None => Some(Level::default()),
@@ -210,7 +210,7 @@ impl UserDataSettings {
     /// # Errors
     /// The faults of the flags and variables.
     pub fn read(args: UserDataArgs, env: Env<'_>) -> Result<Self, UsageError> {
-        let mut reader = Reader::new(env);
+        let mut reader = SettingsReader::new(env);
         reader.refuse_if_off();
         let pod = reader.pod(args.pod_id.as_deref());
         let inbounds = reader.tags(("--pp-inbounds", args.pp_inbounds), "SECURE_COMMS_PP_INBOUNDS");
@@ -226,7 +226,7 @@ impl KeygenSettings {
     /// # Errors
     /// The faults of the flags and variables.
     pub fn read(args: KeygenArgs, env: Env<'_>) -> Result<Self, UsageError> {
-        let mut reader = Reader::new(env);
+        let mut reader = SettingsReader::new(env);
         let pod = args.pod_id.and_then(|id| reader.pod(Some(&id)));
         reader.done(Some(Self { pod, store: store_or_default(args.store) }))
     }

@@ -1,4 +1,4 @@
-//! The real binary: what it says to bad input, and with which exit code.
+//! The real binary: its errors and exit codes for bad input.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -17,7 +17,7 @@ fn adaptor(args: &[&str], env: &[(&str, &str)]) -> Output {
     command.args(args).env_clear().envs(env.iter().copied()).output().unwrap()
 }
 
-/// What it says on stderr, without the name of the program before each line.
+/// The lines on stderr, without the program's name before each.
 fn faults(output: &Output) -> Vec<String> {
     let text = String::from_utf8(output.stderr.clone()).unwrap();
     let line = |line: &str| {

@@ -1,4 +1,4 @@
-//! The `connect` command as a process: its lines, its exit codes, its signals.
+//! The `connect` command as a process: output lines, exit codes, signals.
 #![allow(clippy::unwrap_used)]
 
 #[path = "../../adaptor/tests/support/mod.rs"]
@@ -28,10 +28,10 @@ fn connect(store: &std::path::Path, kbs: &url::Url, agent: &Agent, more: &[&str]
         .spawn()
         .unwrap();
     let lines = Lines::default();
-    let (told, mut out) = (lines.clone(), BufReader::new(child.stdout.take().unwrap()).lines());
+    let (printed, mut out) = (lines.clone(), BufReader::new(child.stdout.take().unwrap()).lines());
     tokio::spawn(async move {
         while let Some(line) = out.next_line().await.unwrap() {
-            told.push(line);
+            printed.push(line);
         }
     });
     (child, lines)

@@ -1,4 +1,4 @@
-//! What the command line and the environment come to.
+//! The settings that flags and environment variables result in.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,4 +1,4 @@
-//! One connection: who is trusted, what is refused, and what is left when it is gone.
+//! One connection to a simulated agent: whom it trusts, what it refuses, and that its end frees everything.
 
 #[path = "../../tests/support/mod.rs"]
 mod support;

@@ -10,7 +10,7 @@ use secure_comms_protocol::tag::{Host, with_built_in};
 use secure_comms_protocol::{Bind, InboundTag, OutboundTag, PhaseSet, Target, TunnelName};
 use url::Url;
 
-use super::{ConnectSettings, DEFAULT_KBS, Env, Reader, UsageError, store_or_default};
+use super::{ConnectSettings, DEFAULT_KBS, Env, SettingsReader, UsageError, store_or_default};
 use crate::cli::ConnectArgs;
 
 const DEADLINE: Duration = Duration::from_secs(300);
@@ -24,7 +24,7 @@ impl ConnectSettings {
     /// # Errors
     /// The faults of the flags and variables.
     pub fn read(mut args: ConnectArgs, env: Env<'_>) -> Result<Self, UsageError> {
-        let mut reader = Reader::new(env);
+        let mut reader = SettingsReader::new(env);
         reader.refuse_if_off();
         let pod = reader.pod(args.pod_id.as_deref());
         let addresses = addresses(&mut reader, &args.addresses);
@@ -67,7 +67,7 @@ fn kbs_outbound((host, port): (Host, u16)) -> OutboundTag {
     OutboundTag { phases: PhaseSet::Both, name: TunnelName::kbs(), target: Target::Tcp { host, port } }
 }
 
-fn addresses(reader: &mut Reader<'_>, texts: &[String]) -> Vec<Address> {
+fn addresses(reader: &mut SettingsReader<'_>, texts: &[String]) -> Vec<Address> {
     if texts.is_empty() {
         reader.missing("--address", "give the pod VM's address, HOST or HOST:PORT");
     }
@@ -80,7 +80,7 @@ fn addresses(reader: &mut Reader<'_>, texts: &[String]) -> Vec<Address> {
     addresses
 }
 
-fn deadline(reader: &mut Reader<'_>, text: Option<&str>) -> Duration {
+fn deadline(reader: &mut SettingsReader<'_>, text: Option<&str>) -> Duration {
     let Some(text) = text else { return DEADLINE };
     // The upper limit, a day, keeps sums of durations in range.
     let seconds = text.parse().ok().filter(|seconds| (1..=86_400).contains(seconds));
@@ -90,7 +90,7 @@ fn deadline(reader: &mut Reader<'_>, text: Option<&str>) -> Duration {
     seconds.map_or(DEADLINE, Duration::from_secs)
 }
 
-fn rekey_bytes(reader: &mut Reader<'_>, text: Option<&str>) -> usize {
+fn rekey_bytes(reader: &mut SettingsReader<'_>, text: Option<&str>) -> usize {
     let Some(text) = text else { return REKEY_BYTES };
     let bytes = text.parse().ok().filter(|bytes| (REKEY_BYTES_MIN..=REKEY_BYTES).contains(bytes));
     if bytes.is_none() {
@@ -104,7 +104,7 @@ fn rekey_bytes(reader: &mut Reader<'_>, text: Option<&str>) -> usize {
 }
 
 /// Flags of a KBS contradict `--no-trustee`. Variables do not: a config map sets them for all pods.
-fn refuse_kbs_flags(reader: &mut Reader<'_>, args: &ConnectArgs) {
+fn refuse_kbs_flags(reader: &mut SettingsReader<'_>, args: &ConnectArgs) {
     let flags = [
         ("--kbs", args.kbs.is_some()),
         ("--kbs-url", args.kbs_url.is_some()),
@@ -119,7 +119,10 @@ fn refuse_kbs_flags(reader: &mut Reader<'_>, args: &ConnectArgs) {
     }
 }
 
-fn kbs(reader: &mut Reader<'_>, args: &ConnectArgs) -> (Option<KeySource<KbsSettings>>, Option<OutboundTag>) {
+fn kbs(
+    reader: &mut SettingsReader<'_>,
+    args: &ConnectArgs,
+) -> (Option<KeySource<KbsSettings>>, Option<OutboundTag>) {
     let given = reader.flag_or(("--kbs", args.kbs.clone()), "SECURE_COMMS_KBS_ADDR");
     let (name, address) = given.unwrap_or(("--kbs", DEFAULT_KBS.to_owned()));
     let target = host_port(&address);
@@ -144,7 +147,7 @@ fn kbs(reader: &mut Reader<'_>, args: &ConnectArgs) -> (Option<KeySource<KbsSett
     (key_source, built_in)
 }
 
-fn url(reader: &mut Reader<'_>, text: &str) -> Option<Url> {
+fn url(reader: &mut SettingsReader<'_>, text: &str) -> Option<Url> {
     let plain = |url: &Url| {
         matches!(url.scheme(), "http" | "https")
             && url.has_host()
@@ -162,7 +165,7 @@ fn url(reader: &mut Reader<'_>, text: &str) -> Option<Url> {
     url
 }
 
-fn admin(reader: &mut Reader<'_>, args: &ConnectArgs) -> Option<AdminSettings> {
+fn admin(reader: &mut SettingsReader<'_>, args: &ConnectArgs) -> Option<AdminSettings> {
     if args.kbs_admin_key.is_none() {
         let unused =
             [("--kbs-admin-issuer", &args.kbs_admin_issuer), ("--kbs-admin-role", &args.kbs_admin_role)];
