@@ -1,6 +1,6 @@
 //! The command line: Go-style flags, so that existing unit files work word for word.
 //!
-//! argh knows `--flag value` only. So [`go`] reads the arguments by the rules of Go's `flag` package, and argh
+//! argh knows `--flag value` only. So `go` reads the arguments by the rules of Go's `flag` package, and argh
 //! gets them in the one form it knows.
 
 mod go;

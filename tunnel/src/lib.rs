@@ -1,7 +1,7 @@
 //! Named byte streams over any link: `client -> Inbound(name) == link ==> Outbound(name) -> server`.
 //!
 //! In the order data passes through: an [`inbound`] listens and holds its clients until there is a
-//! [`link`] to open a stream on; the [`relay`] moves bytes between a [`socket`] and the stream, governed by
+//! [`link`] to open a stream on; the [`mod@relay`] moves bytes between a [`socket`] and the stream, governed by
 //! the [`flow`] control of the connection; an [`outbound`] connects to the server at the other end, and may have
 //! them looked at on their way ([`intercept`]). A socket may live in another network namespace ([`netns`]). This crate knows names, phases and bytes, not SSH.
 
