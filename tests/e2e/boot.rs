@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail, ensure};
 use secure_comms_tests::boot::{
-    AGENT, Boot, Machine, MachineOptions, Platform, Pod, Turn, UserData, apf_json, artifacts, scene,
+    AGENT, Boot, Machine, MachineOptions, MachinePermit, Platform, Pod, UserData, apf_json, artifacts, scene,
 };
 use serde_json::json;
 
@@ -186,7 +186,7 @@ async fn refuses_to_start(name: &'static str, boot: Boot, why: &str) -> Result<(
         user_data,
         no_reboot: true,
     };
-    let mut machine = Machine::start(Turn::take().await, &options).await?;
+    let mut machine = Machine::start(MachinePermit::take().await, &options).await?;
     let (status, served) = machine.ends_without_serving().await?;
     ensure!(!served, "it served SSH");
     ensure!(status.success(), "qemu ended with {status}");

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::boot::{
-    Boot, Machine, MachineOptions, Platform, Pod, Turn, UserData, apf_json, artifacts, scene,
+    Boot, Machine, MachineOptions, MachinePermit, Platform, Pod, UserData, apf_json, artifacts, scene,
     test_certificate,
 };
 use serde_json::json;
@@ -60,7 +60,7 @@ async fn an_unsigned_disk_never_starts_under_secure_boot() -> Result<()> {
         user_data: UserData::Smbios(apf_json(&json!({}))?),
         no_reboot: true,
     };
-    let machine = Machine::start(Turn::take().await, &options).await?;
+    let machine = Machine::start(MachinePermit::take().await, &options).await?;
     println!("{}", machine.says_after(0, "Access Denied").await?);
     // The firmware has nothing else to boot, and prints that.
     let gave_up = machine.says_after(0, "No bootable option or device was found").await?;

@@ -98,7 +98,7 @@ async fn a_stalled_reader_delays_no_other_stream_and_no_keepalive() -> Result<()
     timeout(PATIENCE, bulk_both_ways(echo, 8 * MIB, 5)).await??;
     times.sort_unstable();
     println!(
-        "beside two stalled readers: {} requests of 200 bytes, p50 {:?}, p99 {:?}; {opens} streams opened",
+        "with two stalled readers: {} requests of 200 bytes, p50 {:?}, p99 {:?}; {opens} streams opened",
         times.len(),
         times[times.len() / 2],
         times[times.len() * 99 / 100]

@@ -18,19 +18,19 @@ const MIB: u64 = 1024 * 1024;
 const PORT: u16 = 7000;
 
 /// A server at `b` and a connection to it from `a`.
-async fn connection(line: &ImpairedLink) -> Result<(TcpStream, TcpStream)> {
-    let listener = listener(line).await?;
-    let (server, client) = tokio::join!(listener.accept(), connect(line));
+async fn connection(link: &ImpairedLink) -> Result<(TcpStream, TcpStream)> {
+    let listener = listener(link).await?;
+    let (server, client) = tokio::join!(listener.accept(), connect(link));
     Ok((client?, server?.0))
 }
 
-async fn listener(line: &ImpairedLink) -> Result<TcpListener> {
-    Ok(netns::listen(Some(&line.b.namespace()), SocketAddr::new(line.b.address, PORT)).await?)
+async fn listener(link: &ImpairedLink) -> Result<TcpListener> {
+    Ok(netns::listen(Some(&link.b.namespace()), SocketAddr::new(link.b.address, PORT)).await?)
 }
 
-async fn connect(line: &ImpairedLink) -> Result<TcpStream> {
-    let to = SocketAddr::new(line.b.address, PORT);
-    Ok(timeout(PATIENCE, netns::connect(Some(&line.a.namespace()), to)).await??)
+async fn connect(link: &ImpairedLink) -> Result<TcpStream> {
+    let to = SocketAddr::new(link.b.address, PORT);
+    Ok(timeout(PATIENCE, netns::connect(Some(&link.a.namespace()), to)).await??)
 }
 
 /// Moves `bytes` and checks each; returns bytes per second.
@@ -41,7 +41,7 @@ async fn bulk(mut from: TcpStream, mut to: TcpStream, bytes: u64) -> Result<f64>
         Ok(from.shutdown().await?)
     };
     let moved = async { tokio::try_join!(send, check_pattern(&mut to, bytes, 5)) };
-    timeout(PATIENCE, moved).await.context("the line hangs")??;
+    timeout(PATIENCE, moved).await.context("the link hangs")??;
     Ok(bytes as f64 / began.elapsed().as_secs_f64())
 }
 
@@ -51,9 +51,9 @@ fn loses(chance: f64) -> Impairment {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_round_trip_takes_the_delay_of_both_directions() -> Result<()> {
-    let line = ImpairedLink::new(1, Impairment::round_trip(Duration::from_millis(80))).await?;
-    let mut ping = line.a.netns.command("ping");
-    ping.args(["-c", "5", "-i", "0.2", &line.b.address.to_string()]);
+    let link = ImpairedLink::new(1, Impairment::round_trip(Duration::from_millis(80))).await?;
+    let mut ping = link.a.netns.command("ping");
+    ping.args(["-c", "5", "-i", "0.2", &link.b.address.to_string()]);
     let ping = Child::spawn("ping", ping)?;
     let statistics = ping.wait_for_text("rtt min/avg/max", PATIENCE).await?;
     let least: f64 = statistics.split(['=', '/']).nth(4).context("no least time")?.trim().parse()?;
@@ -64,8 +64,8 @@ async fn a_round_trip_takes_the_delay_of_both_directions() -> Result<()> {
 
 /// The numbered packets, of 200, that arrive.
 async fn survivors(seed: u64, impairment: Impairment) -> Result<Vec<u8>> {
-    let line = ImpairedLink::new(seed, impairment).await?;
-    let (from, to) = (SocketAddr::new(line.a.address, PORT), SocketAddr::new(line.b.address, PORT));
+    let link = ImpairedLink::new(seed, impairment).await?;
+    let (from, to) = (SocketAddr::new(link.a.address, PORT), SocketAddr::new(link.b.address, PORT));
     let bind = |address| {
         move || {
             let socket = std::net::UdpSocket::bind(address)?;
@@ -73,14 +73,14 @@ async fn survivors(seed: u64, impairment: Impairment) -> Result<Vec<u8>> {
             Ok(socket)
         }
     };
-    let receiver = UdpSocket::from_std(line.b.namespace().run(bind(to)).await?)?;
-    let sender = UdpSocket::from_std(line.a.namespace().run(bind(from)).await?)?;
+    let receiver = UdpSocket::from_std(link.b.namespace().run(bind(to)).await?)?;
+    let sender = UdpSocket::from_std(link.a.namespace().run(bind(from)).await?)?;
     for number in 0..200 {
         sender.send_to(&[number], to).await?;
     }
     let decided = async {
         loop {
-            let there = line.traffic().0;
+            let there = link.traffic().0;
             if there.passed + there.lost >= 200 {
                 return there;
             }
@@ -103,14 +103,14 @@ async fn the_seed_decides_which_packets_are_lost() -> Result<()> {
     ensure!((100..180).contains(&first.len()), "{} of 200 packets arrived", first.len());
     ensure!(first == survivors(7, loses(0.3)).await?, "the same seed lost other packets");
     ensure!(first != survivors(8, loses(0.3)).await?, "another seed lost the same packets");
-    ensure!(survivors(7, Impairment::default()).await?.len() == 200, "a good line lost packets");
+    ensure!(survivors(7, Impairment::default()).await?.len() == 200, "a good link lost packets");
     Ok(())
 }
 
 /// Waits for the counters from `a` to `b`. There is no event to await, so it polls.
-async fn counts(line: &ImpairedLink, wanted: impl Fn(&Traffic) -> bool) -> Result<()> {
+async fn counts(link: &ImpairedLink, wanted: impl Fn(&Traffic) -> bool) -> Result<()> {
     let counted = async {
-        while !wanted(&line.traffic().0) {
+        while !wanted(&link.traffic().0) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
@@ -119,18 +119,18 @@ async fn counts(line: &ImpairedLink, wanted: impl Fn(&Traffic) -> bool) -> Resul
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_outlives_a_blackhole() -> Result<()> {
-    let line = ImpairedLink::new(1, Impairment::default()).await?;
-    let (mut client, mut server) = connection(&line).await?;
+    let link = ImpairedLink::new(1, Impairment::default()).await?;
+    let (mut client, mut server) = connection(&link).await?;
     write_pattern(&mut client, 1000, 1).await?;
     check_pattern(&mut server, 1000, 1).await?;
     // A packet is counted after it was delivered, so the receiver may be ahead of the counter.
-    counts(&line, |there| there.bytes >= 1000).await.context("what arrived is not counted")?;
-    line.set_both(Impairment::blackhole());
-    let passed = line.traffic().0.passed;
+    counts(&link, |there| there.bytes >= 1000).await.context("what arrived is not counted")?;
+    link.set_both(Impairment::blackhole());
+    let passed = link.traffic().0.passed;
     write_pattern(&mut client, 1000, 2).await?;
-    counts(&line, |there| there.swallowed >= 2).await.context("nothing came to the blackhole")?;
-    ensure!(line.traffic().0.passed == passed, "a packet passed through the blackhole");
-    line.set_both(Impairment::default());
+    counts(&link, |there| there.swallowed >= 2).await.context("nothing came to the blackhole")?;
+    ensure!(link.traffic().0.passed == passed, "a packet passed through the blackhole");
+    link.set_both(Impairment::default());
     timeout(PATIENCE, check_pattern(&mut server, 1000, 2)).await?
 }
 
@@ -144,10 +144,10 @@ async fn tcp_delivers_every_byte_in_order_over_an_impaired_link() -> Result<()> 
         duplicate: 0.05,
         ..Impairment::default()
     };
-    let line = ImpairedLink::new(3, bad).await?;
-    let (client, server) = connection(&line).await?;
+    let link = ImpairedLink::new(3, bad).await?;
+    let (client, server) = connection(&link).await?;
     bulk(client, server, 4 * MIB).await?;
-    let there = line.traffic().0;
+    let there = link.traffic().0;
     ensure!(there.lost > 0 && there.late > 0 && there.twice > 0, "nothing befell the packets: {there:?}");
     Ok(())
 }
@@ -155,8 +155,8 @@ async fn tcp_delivers_every_byte_in_order_over_an_impaired_link() -> Result<()> 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_more_goes_through_than_the_rate() -> Result<()> {
     let rate = Rate { bytes_per_second: 2_000_000, queue: 100_000 };
-    let line = ImpairedLink::new(1, Impairment { rate: Some(rate), ..Impairment::default() }).await?;
-    let (client, server) = connection(&line).await?;
+    let link = ImpairedLink::new(1, Impairment { rate: Some(rate), ..Impairment::default() }).await?;
+    let (client, server) = connection(&link).await?;
     let measured = bulk(client, server, 2 * MIB).await?;
     ensure!(measured <= f64::from(rate.bytes_per_second), "{measured} bytes a second");
     Ok(())
@@ -164,26 +164,26 @@ async fn no_more_goes_through_than_the_rate() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn small_packets_pass_where_the_mtu_is_small() -> Result<()> {
-    let line = ImpairedLink::with_mtu(1, loses(0.001), 600).await?;
-    let (client, server) = connection(&line).await?;
+    let link = ImpairedLink::with_mtu(1, loses(0.001), 600).await?;
+    let (client, server) = connection(&link).await?;
     bulk(client, server, MIB).await?;
-    let there = line.traffic().0;
+    let there = link.traffic().0;
     ensure!(there.bytes / there.passed <= 600, "{there:?}");
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_end_that_was_pulled_out_or_moved_is_reached_again() -> Result<()> {
-    let mut line = ImpairedLink::new(1, Impairment::default()).await?;
-    line.b.netns.ip(["link", "set", DEVICE, "down"])?;
-    line.b.netns.ip(["link", "set", DEVICE, "up"])?;
-    let (client, server) = connection(&line).await?;
+    let mut link = ImpairedLink::new(1, Impairment::default()).await?;
+    link.b.netns.ip(["link", "set", DEVICE, "down"])?;
+    link.b.netns.ip(["link", "set", DEVICE, "up"])?;
+    let (client, server) = connection(&link).await?;
     bulk(client, server, MIB).await?;
-    line.b.readdress(77)?;
-    let (client, server) = connection(&line).await?;
+    link.b.readdress(77)?;
+    let (client, server) = connection(&link).await?;
     bulk(client, server, MIB).await?;
-    let path = line.a.netns.path();
-    drop(line);
+    let path = link.a.netns.path();
+    drop(link);
     ensure!(!path.exists(), "the namespace is still there");
     Ok(())
 }
@@ -212,19 +212,19 @@ async fn flood(mut from: TcpStream, mut to: TcpStream, bytes: u64) -> Result<f64
 #[tokio::test(flavor = "multi_thread")]
 async fn a_long_line_carries_all_that_is_sent() -> Result<()> {
     for milliseconds in [0, 20, 80] {
-        let line = ImpairedLink::new(1, Impairment::round_trip(Duration::from_millis(milliseconds))).await?;
-        let (client, server) = connection(&line).await?;
+        let link = ImpairedLink::new(1, Impairment::round_trip(Duration::from_millis(milliseconds))).await?;
+        let (client, server) = connection(&link).await?;
         let rate = flood(client, server, 512 * MIB).await?;
-        println!("round trip {milliseconds} ms: {rate:.0} MiB/s; {:?}", line.traffic().0);
+        println!("round trip {milliseconds} ms: {rate:.0} MiB/s; {:?}", link.traffic().0);
     }
     let lossy = Impairment { loss: 0.01, ..Impairment::round_trip(Duration::from_millis(20)) };
     let narrow = Rate { bytes_per_second: 1_000_000_000, queue: 100_000_000 };
     let narrow = Impairment { rate: Some(narrow), ..Impairment::default() };
     for (impairment, bytes) in [(lossy, 8 * MIB), (narrow, 128 * MIB)] {
-        let line = ImpairedLink::new(1, impairment).await?;
-        let (client, server) = connection(&line).await?;
+        let link = ImpairedLink::new(1, impairment).await?;
+        let (client, server) = connection(&link).await?;
         let rate = flood(client, server, bytes).await?;
-        println!("{impairment:?}: {rate:.1} MiB/s; {:?}", line.traffic().0);
+        println!("{impairment:?}: {rate:.1} MiB/s; {:?}", link.traffic().0);
     }
     Ok(())
 }

@@ -292,10 +292,10 @@ async fn a_container_that_waits_for_volumes_delays_no_other() -> Result<()> {
     let mut mounted = Vec::new();
     for (round, volume) in volumes.iter().enumerate() {
         for _ in 0..20 {
-            pod.within("Check beside a container that waits", runtime.check()).await??;
+            pod.within("Check during a container that waits", runtime.check()).await??;
         }
         let other = container(&format!("other-{round}"), vec![]);
-        pod.within("CreateContainer beside one that waits", runtime.create_container(&other)).await??;
+        pod.within("CreateContainer during one that waits", runtime.create_container(&other)).await??;
         ensure!(!waiting.is_finished(), "answered without {}: {:?}", volume.display(), waiting.await);
         ensure!(!kata.has_container("waits"), "it arrived without {}", volume.display());
         mounted.push(Mounted::at(volume)?);

@@ -26,7 +26,7 @@ async fn the_pod_comes_up_when_the_agent_is_there_first() -> Result<()> {
     let scene = scene().await?;
     let _agent = scene.agent().await?;
     works(&scene, &scene.adaptor()?).await?;
-    ensure!(scene.cdh.most_at_once() <= 1, "two fetches were under way at a time");
+    ensure!(scene.cdh.most_at_once() <= 1, "two fetches were concurrent");
     Ok(())
 }
 
@@ -329,7 +329,7 @@ async fn keys_by_user_data_need_no_attestation_and_no_kbs() -> Result<()> {
     let agent = scene.agent().await?;
     let adaptor = scene.adaptor()?;
     works(&scene, &adaptor).await?;
-    ensure!(scene.kbs.connections() == 0, "somebody asked the KBS");
+    ensure!(scene.kbs.connections() == 0, "a request reached the KBS");
     ensure!(!adaptor.log().contains("attestation"), "{}", adaptor.log());
     ensure!(!agent.log().contains("Attestation phase"), "{}", agent.log());
     Ok(())
@@ -586,7 +586,7 @@ async fn swallowed(kbs: KbsOptions, limit: Duration, blamed: bool) -> Result<()>
     says(&adaptor, "keys: attempt").await?;
     scene.kbs.set_fault(Fault::Slow(PATIENCE));
     let asks = |request: &LoggedRequest| request.path == "/kbs/v0/auth";
-    let before = scene.kbs.requests().last().context("nobody has asked")?.at;
+    let before = scene.kbs.requests().last().context("no request came")?.at;
     let first = |request: &LoggedRequest| asks(request) && request.at > before;
     let first = scene.kbs.wait_for_request(first, PATIENCE).await?.at;
     let second = |request: &LoggedRequest| asks(request) && request.at > first;

@@ -57,7 +57,7 @@ impl Vm {
     }
 
     /// A client without a key, for the Attestation phase.
-    fn nobody(&self) -> Result<OpenSsh> {
+    fn keyless(&self) -> Result<OpenSsh> {
         OpenSsh::new(self.scene.ssh)
     }
 
@@ -188,18 +188,18 @@ async fn ssh_dash_r_serves_a_worker_node_tunnel() -> Result<()> {
 async fn ssh_dash_r_serves_the_kbs_for_an_attestation() -> Result<()> {
     let vm = Vm::attestation().await?;
     vm.keys.publish(&vm.scene.kbs, &vm.scene.pod)?;
-    let nobody = vm.nobody()?;
+    let keyless = vm.keyless()?;
     // A client that only serves tunnels, to a port without a server, stays connected and disturbs nothing.
     let silent = Child::spawn(
         "ssh -R",
-        nobody.command("attestation", &["-v", "-N", "-R", "KBS:8080:127.0.0.1:1"], &[]),
+        keyless.command("attestation", &["-v", "-N", "-R", "KBS:8080:127.0.0.1:1"], &[]),
     )?;
     silent.wait_for_text("remote forward success", PATIENCE).await?;
     ensure!(vm.scene.cdh.fetches() == 0, "a peer that drives no pod was asked for its keys");
 
     let spec = format!("KBS:8080:{}", vm.scene.kbs.addr());
     let mut peer =
-        ControlChannel::open(nobody.command("attestation", &["-R", &spec, "-s"], &["secure-comms"]))?;
+        ControlChannel::open(keyless.command("attestation", &["-R", &spec, "-s"], &["secure-comms"]))?;
     let hello = peer.hears("hello").await?;
     ensure!(hello["phase"] == "attestation" && hello["inbounds"] == json!(["KBS"]), "{hello}");
     let pod = &vm.scene.pod;
@@ -368,7 +368,7 @@ async fn a_refused_stream_names_the_tunnel_the_phase_and_the_cause() -> Result<(
 
     let vm = Vm::attestation().await?;
     for tunnel in ["KATAAGENT", "VMSERVICE"] {
-        let line = refused_open(&vm.nobody()?, "attestation", &format!("{tunnel}:1")).await?;
+        let line = refused_open(&vm.keyless()?, "attestation", &format!("{tunnel}:1")).await?;
         let words = format!("{prohibited}: tunnel {tunnel}, Attestation phase: {no_outbound}");
         ensure!(line.contains(&words), "{line}");
     }
@@ -391,8 +391,8 @@ async fn a_remote_forward_of_a_name_that_is_no_inbound_is_refused() -> Result<()
     vm.serves().await?;
     let vm = Vm::attestation().await?;
     let spec = "NODESERVICE:1:127.0.0.1:1";
-    let nobody = vm.nobody()?;
-    let ended = run(nobody.command("attestation", &["-N", "-R", spec], &[])).await?;
+    let keyless = vm.keyless()?;
+    let ended = run(keyless.command("attestation", &["-N", "-R", spec], &[])).await?;
     ended.refused(&["remote port forwarding failed"])?;
     vm.agent.wait_for_text("tunnel NODESERVICE, Attestation phase", PATIENCE).await?;
     Ok(())
@@ -445,7 +445,7 @@ async fn the_user_of_the_other_phase_is_refused_with_a_banner() -> Result<()> {
     ensure!(ended.stderr.contains("Permission denied ()"), "{}", ended.stderr);
     let vm = Vm::attestation().await?;
     let ended =
-        run(vm.nobody()?.identity_file(&vm.keys.node).command("kubernetes", &["-v", "-N"], &[])).await?;
+        run(vm.keyless()?.identity_file(&vm.keys.node).command("kubernetes", &["-v", "-N"], &[])).await?;
     ended.refused(&["Permission denied", "Secure Comms agent in the Attestation phase"])?;
     ensure!(ended.stderr.contains("Permission denied ()"), "{}", ended.stderr);
     Ok(())

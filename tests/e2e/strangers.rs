@@ -142,7 +142,7 @@ async fn strangers_that_answer_garbage_cost_an_attempt_each() -> Result<()> {
     }
     let adaptor = scene.adaptor()?;
     works(&scene, &adaptor).await.with_context(|| agent.log())?;
-    ensure!(scene.cdh.most_at_once() <= 1, "two fetches were under way at a time");
+    ensure!(scene.cdh.most_at_once() <= 1, "two fetches were concurrent");
     Ok(())
 }
 
@@ -161,12 +161,12 @@ async fn silent_strangers_lose_their_attempt_with_a_reason() -> Result<()> {
         let bye = stranger.hears(|message| matches!(message, Control::Bye(_))).await?;
         // Both limits are the same, so either may be reached first.
         let reasons = ["brings no answer", "took long, and another has come"];
-        let told =
+        let reason_logged =
             matches!(&bye, Control::Bye(bye) if reasons.iter().any(|reason| bye.reason.contains(reason)));
-        ensure!(told, "{bye:?}");
+        ensure!(reason_logged, "{bye:?}");
         stranger.ends().await?;
     }
-    ensure!(scene.cdh.most_at_once() <= 1, "two fetches were under way at a time");
+    ensure!(scene.cdh.most_at_once() <= 1, "two fetches were concurrent");
     Ok(())
 }
 

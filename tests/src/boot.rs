@@ -13,6 +13,6 @@ mod user_data;
 
 pub use artifacts::{Artifacts, artifacts};
 pub use firmware::{Certificate, test_certificate};
-pub use machine::{Boot, Machine, MachineOptions, Platform, Turn};
+pub use machine::{Boot, Machine, MachineOptions, MachinePermit, Platform};
 pub use pod::{AGENT, Pod, scene};
 pub use user_data::{UserData, apf_json};

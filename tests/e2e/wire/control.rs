@@ -59,14 +59,14 @@ async fn lines_that_are_no_messages_end_the_connection_with_a_reason() -> Result
         // Cut in the middle of a long line, the peer can't write all of it.
         drop(say(&mut raw, channel, line.as_bytes()).await);
         raw.ends().await.with_context(|| format!("{line:.80}"))?;
-        let told = attacked.agent.wait_from(
+        let logged = attacked.agent.wait_from(
             mark,
             |text| text.contains("control line") || text.contains(reason),
             PATIENCE,
         );
-        let told = told.await?;
-        ensure!(told.len() < 1000, "the log repeats it: {told}");
-        ensure!(told.contains(reason) || reason.starts_with("expected"), "{line:.80}: {told}");
+        let logged = logged.await?;
+        ensure!(logged.len() < 1000, "the log repeats it: {logged}");
+        ensure!(logged.contains(reason) || reason.starts_with("expected"), "{line:.80}: {logged}");
         attacked.holds()?;
     }
     for line in [b"\xff\xfe{}".as_slice(), b"{\"bye\":{\"reason\":\"\xff\"}}", b"{\"\xc3\x28\":1}"] {

@@ -290,6 +290,6 @@ async fn too_many_login_attempts_end_the_connection() -> Result<()> {
     let probing = async {
         while raw.send(&probe).await.is_ok() && raw.expect(&[message::USERAUTH_PK_OK]).await.is_ok() {}
     };
-    tokio::time::timeout(PATIENCE, probing).await.context("questions are answered for ever")?;
+    tokio::time::timeout(PATIENCE, probing).await.context("queries are answered without a limit")?;
     attacked.comes_up().await.map(drop)
 }

@@ -134,7 +134,7 @@ async fn nobody_lets_itself_in() -> Result<()> {
                 match answer[0] {
                     message::USERAUTH_BANNER => {}
                     message::USERAUTH_FAILURE => break,
-                    other => anyhow::bail!("{packet:?}: message {other} to nobody"),
+                    other => anyhow::bail!("{packet:?}: message {other} to an unknown user"),
                 }
             }
         }

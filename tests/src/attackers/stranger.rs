@@ -83,8 +83,8 @@ impl Stranger {
     pub async fn connect(agent: SocketAddr, answer: Answer) -> Result<Self> {
         let socket = TcpStream::connect(agent).await.context("stranger: connecting")?.into_std()?;
         let own = socket.try_clone().context("stranger: sharing the socket")?;
-        let (told, seen) = watch::channel(Seen::default());
-        let handler = Permissive { answer, told };
+        let (observed, seen) = watch::channel(Seen::default());
+        let handler = Permissive { answer, observed };
         let config = Arc::new(client::Config { nodelay: true, ..client::Config::default() });
         let session = client::connect_stream(config, TcpStream::from_std(socket)?, handler);
         let handle =
@@ -254,21 +254,21 @@ impl Stranger {
 #[derive(Debug)]
 pub struct Permissive {
     answer: Answer,
-    told: watch::Sender<Seen>,
+    observed: watch::Sender<Seen>,
 }
 
 impl Handler for Permissive {
     type Error = russh::Error;
 
     async fn auth_banner(&mut self, banner: &str, _: &mut Session) -> Result<(), russh::Error> {
-        self.told.send_modify(|seen| seen.banner.push_str(banner));
+        self.observed.send_modify(|seen| seen.banner.push_str(banner));
         Ok(())
     }
 
     async fn check_server_key(&mut self, key: &PublicKeyOrCertificate) -> Result<bool, russh::Error> {
         if let PublicKeyOrCertificate::PublicKey { key, .. } = key {
             let fingerprint = key.fingerprint(HashAlg::Sha256).to_string();
-            self.told.send_modify(|seen| seen.host_key = fingerprint);
+            self.observed.send_modify(|seen| seen.host_key = fingerprint);
         }
         Ok(true)
     }
@@ -289,7 +289,7 @@ impl Handler for Permissive {
     }
 
     async fn disconnected(&mut self, _: DisconnectReason<russh::Error>) -> Result<(), russh::Error> {
-        self.told.send_modify(|seen| seen.gone = true);
+        self.observed.send_modify(|seen| seen.gone = true);
         Ok(())
     }
 }

@@ -73,13 +73,13 @@ impl Tamper {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let (plan, plans) = watch::channel(None);
-        let (told, ended) = mpsc::unbounded_channel();
+        let (report, ended) = mpsc::unbounded_channel();
         let carried = Arc::new(AtomicU64::new(0));
         let counted = carried.clone();
         let serving = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 counted.fetch_add(1, Ordering::Relaxed);
-                tokio::spawn(carry(client, server, plans.clone(), told.clone()));
+                tokio::spawn(carry(client, server, plans.clone(), report.clone()));
             }
         });
         Ok(Self { address, plan, ended, carried, serving })
@@ -129,7 +129,7 @@ async fn carry(
     client: TcpStream,
     server: SocketAddr,
     plans: watch::Receiver<Option<Plan>>,
-    told: mpsc::UnboundedSender<Ended>,
+    report: mpsc::UnboundedSender<Ended>,
 ) {
     let Ok(server) = TcpStream::connect(server).await else { return };
     let ((client_read, client_write), (server_read, server_write)) =
@@ -145,7 +145,7 @@ async fn carry(
     let changed = *changed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if let Some(plan) = changed.filter(|plan| plan.change != Change::Delay) {
         // The receiver may be gone.
-        let _ = told.send(plan);
+        let _ = report.send(plan);
     }
 }
 

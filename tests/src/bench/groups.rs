@@ -93,12 +93,12 @@ const BULK: &[Row] = &[
 const LATENCY: &[Row] = &[
     row("alone p50", "alone, p50", "us", Goal::Most(1.0)),
     row("alone p99", "alone, p99", "us", Goal::Most(0.5)),
-    row("beside up p50", "beside a stream to the VM, p50", "us", Goal::Most(1.0)),
-    row("beside up p99", "beside a stream to the VM, p99", "us", Goal::Most(0.5)),
-    row("beside down p50", "beside a stream from the VM, p50", "us", Goal::Most(1.0)),
-    row("beside down p99", "beside a stream from the VM, p99", "us", Goal::Most(0.5)),
-    row("stalled p50", "beside a stalled reader, p50", "us", Goal::LessIsBetter),
-    row("stalled p99", "beside a stalled reader, p99", "us", Goal::LessIsBetter),
+    row("with up p50", "with a stream to the VM, p50", "us", Goal::Most(1.0)),
+    row("with up p99", "with a stream to the VM, p99", "us", Goal::Most(0.5)),
+    row("with down p50", "with a stream from the VM, p50", "us", Goal::Most(1.0)),
+    row("with down p99", "with a stream from the VM, p99", "us", Goal::Most(0.5)),
+    row("stalled p50", "with a stalled reader, p50", "us", Goal::LessIsBetter),
+    row("stalled p99", "with a stalled reader, p99", "us", Goal::LessIsBetter),
 ];
 
 const SETUP: &[Row] = &[
@@ -208,7 +208,7 @@ impl Group {
             for who in order {
                 let contender =
                     both.as_ref().map(|(ours, openssh)| if who == Who::Ours { ours } else { openssh });
-                let figures = self.turn(who, contender, &place, target, amount).await;
+                let figures = self.measure(who, contender, &place, target, amount).await;
                 let figures =
                     figures.with_context(|| format!("{}, {who:?}, round {}", self.name, round + 1))?;
                 *(if who == Who::Ours { &mut ours } else { &mut openssh }) = figures;
@@ -218,7 +218,7 @@ impl Group {
         Ok(rounds)
     }
 
-    async fn turn(
+    async fn measure(
         &self,
         who: Who,
         contender: Option<&Contender>,

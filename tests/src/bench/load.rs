@@ -155,7 +155,7 @@ impl Received {
 /// Connects for a load; nothing has been sent yet.
 ///
 /// # Errors
-/// If nobody listens.
+/// If the connection is refused.
 pub(super) fn open(address: SocketAddr, load: Load) -> Result<TcpStream> {
     begin(TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?, load)
 }

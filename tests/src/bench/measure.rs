@@ -71,7 +71,7 @@ pub(super) async fn latency(place: &Place, contender: &Contender, requests: u64)
     let mut figures = Figures::new();
     latency_of(place, contender, "alone p50", "alone p99", requests, &mut figures).await?;
     for (load, p50, p99) in
-        [(Load::Up, "beside up p50", "beside up p99"), (Load::Down, "beside down p50", "beside down p99")]
+        [(Load::Up, "with up p50", "with up p99"), (Load::Down, "with down p50", "with down p99")]
     {
         let neighbour = Neighbour::busy(place, contender, load).await?;
         latency_of(place, contender, p50, p99, requests, &mut figures).await?;

@@ -58,8 +58,8 @@ fn draw(file: &Path, group: &Group, summaries: &[Summary]) -> Result<(), Box<dyn
                 BLUE.stroke_width(3),
             ))?;
         }
-        let beside = x(summary.ratio.max(summary.range[1])) + 8;
-        area.draw(&Text::new(format!("{:.2}", summary.ratio), (beside, middle - 7), text(13)))?;
+        let label_x = x(summary.ratio.max(summary.range[1])) + 8;
+        area.draw(&Text::new(format!("{:.2}", summary.ratio), (label_x, middle - 7), text(13)))?;
     }
     for dash in (TOP - 4..bottom + 4).step_by(8) {
         area.draw(&PathElement::new(vec![(x(1.0), dash), (x(1.0), dash + 4)], BLACK))?;

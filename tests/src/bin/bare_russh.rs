@@ -46,27 +46,27 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let (mut tcp, mut ssh) = (Vec::new(), Vec::new());
-    for round in 0..ROUNDS {
+    for number in 0..ROUNDS {
         // The one that goes first in this round goes second in the next.
-        for kind in if round % 2 == 0 { [Kind::Tcp, Kind::Ssh] } else { [Kind::Ssh, Kind::Tcp] } {
-            let turn = turn(kind).with_context(|| format!("{kind:?}"))?;
-            if kind == Kind::Tcp { tcp.push(turn) } else { ssh.push(turn) }
+        for kind in if number % 2 == 0 { [Kind::Tcp, Kind::Ssh] } else { [Kind::Ssh, Kind::Tcp] } {
+            let round = measure_kind(kind).with_context(|| format!("{kind:?}"))?;
+            if kind == Kind::Tcp { tcp.push(round) } else { ssh.push(round) }
         }
     }
     println!("medians of {ROUNDS} rounds          TCP    russh");
     for (what, figure) in [
-        ("bulk data, MiB/s", (|turn| turn.speed) as fn(&Turn) -> f64),
-        ("sending, CPU s/GiB", |turn| turn.sending),
-        ("receiving, CPU s/GiB", |turn| turn.receiving),
-        ("200 bytes and back, p50 us", |turn| turn.p50),
-        ("200 bytes and back, p99 us", |turn| turn.p99),
+        ("bulk data, MiB/s", (|round| round.speed) as fn(&Round) -> f64),
+        ("sending, CPU s/GiB", |round| round.sending),
+        ("receiving, CPU s/GiB", |round| round.receiving),
+        ("200 bytes and back, p50 us", |round| round.p50),
+        ("200 bytes and back, p99 us", |round| round.p99),
     ] {
         println!("{what:27}{:9.2}{:9.2}", median(&tcp, figure), median(&ssh, figure));
     }
     Ok(())
 }
 
-fn median(turns: &[Turn], figure: fn(&Turn) -> f64) -> f64 {
+fn median(turns: &[Round], figure: fn(&Round) -> f64) -> f64 {
     let mut figures: Vec<f64> = turns.iter().map(figure).collect();
     figures.sort_unstable_by(f64::total_cmp);
     figures.get(figures.len() / 2).copied().unwrap_or_default()
@@ -79,7 +79,7 @@ enum Kind {
 }
 
 /// Figures of one round.
-struct Turn {
+struct Round {
     speed: f64,
     sending: f64,
     receiving: f64,
@@ -94,7 +94,7 @@ struct Received {
     cpu: Duration,
 }
 
-fn turn(kind: Kind) -> Result<Turn> {
+fn measure_kind(kind: Kind) -> Result<Round> {
     let (address, addressed) = oneshot::channel();
     let server = thread::spawn(move || {
         on_this_thread(async {
@@ -108,7 +108,7 @@ fn turn(kind: Kind) -> Result<Turn> {
             }
         })
     });
-    let turn = on_this_thread(async {
+    let round = on_this_thread(async {
         let socket = TcpStream::connect(addressed.await?).await?;
         socket.set_nodelay(true)?;
         match kind {
@@ -122,7 +122,7 @@ fn turn(kind: Kind) -> Result<Turn> {
         }
     })?;
     server.join().ok().context("the server panicked")??;
-    Ok(turn)
+    Ok(round)
 }
 
 fn on_this_thread<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
@@ -173,7 +173,7 @@ impl<S: From<(russh::ChannelId, ChannelMsg)> + Send + Sync + 'static> Pipe for C
     }
 }
 
-async fn measure(mut pipe: impl Pipe) -> Result<Turn> {
+async fn measure(mut pipe: impl Pipe) -> Result<Round> {
     let request = Bytes::from(vec![b'r'; REQUEST]);
     let mut times = Vec::new();
     for _ in 0..REQUESTS {
@@ -195,7 +195,7 @@ async fn measure(mut pipe: impl Pipe) -> Result<Turn> {
     let (took, cpu) = (began.elapsed(), self::cpu()? - cpu);
     ensure!(received.bytes == sent, "{} bytes of {sent} arrived", received.bytes);
     let gib = sent as f64 / GIB;
-    Ok(Turn {
+    Ok(Round {
         speed: sent as f64 / MIB / took.as_secs_f64(),
         sending: cpu.as_secs_f64() / gib,
         receiving: received.cpu.as_secs_f64() / gib,

@@ -157,7 +157,7 @@ async fn traffic(
         at(50),
         at(99)
     ));
-    let mut tell = |name: &str, time: Result<Duration>| {
+    let mut report = |name: &str, time: Result<Duration>| {
         let time = time.with_context(|| format!("tunnel {name}"))?;
         let rate = BULK as f64 / (1 << 20) as f64 / time.as_secs_f64();
         steps.done(format!(
@@ -167,10 +167,10 @@ async fn traffic(
         anyhow::Ok(())
     };
     let time = bulk_both_ways(kata_client(kata).await?, BULK, 7).await;
-    tell("KATAAGENT (worker node -> kata agent)", time)?;
+    report("KATAAGENT (worker node -> kata agent)", time)?;
     let time = bulk_both_ways(client(endpoint(adaptor, "VMSERVICE").await?).await?, BULK, 7).await;
-    tell("VMSERVICE (worker node -> VM)", time)?;
-    tell("NODESERVICE (VM -> worker node)", bulk_both_ways(node_client().await?, BULK, 7).await)
+    report("VMSERVICE (worker node -> VM)", time)?;
+    report("NODESERVICE (VM -> worker node)", bulk_both_ways(node_client().await?, BULK, 7).await)
 }
 
 async fn stop(steps: &mut Steps, agent: &mut Child, adaptor: &mut Child) -> Result<()> {

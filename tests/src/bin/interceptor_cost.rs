@@ -62,7 +62,7 @@ async fn run() -> Result<()> {
         };
         rounds.push(round);
     }
-    tell(&rounds);
+    print(&rounds);
     Ok(())
 }
 
@@ -288,7 +288,7 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 }
 
 /// Medians over the rounds; a ratio is the median of the rounds' ratios, since a slow round slows both paths.
-fn tell(rounds: &[Round]) {
+fn print(rounds: &[Round]) {
     let row = |name: &str, unit: &str, of: fn(&Times) -> f64| {
         let plain = median(rounds.iter().map(|round| of(&round.plain)));
         let intercepted = median(rounds.iter().map(|round| of(&round.intercepted)));

@@ -21,9 +21,9 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 /// Permission to run a machine. To be acquired before any process starts whose timeout would run while it waits.
 #[derive(Debug)]
-pub struct Turn(#[expect(dead_code, reason = "held")] MutexGuard<'static, ()>);
+pub struct MachinePermit(#[expect(dead_code, reason = "held")] MutexGuard<'static, ()>);
 
-impl Turn {
+impl MachinePermit {
     /// Waits until no other machine runs.
     pub async fn take() -> Self {
         Self(ONE_AT_A_TIME.lock().await)
@@ -85,7 +85,7 @@ pub struct Machine {
     pub console: Child,
     _tpm: Option<Child>,
     _directory: TempDir,
-    _turn: Turn,
+    _permit: MachinePermit,
 }
 
 impl Machine {
@@ -93,7 +93,7 @@ impl Machine {
     ///
     /// # Errors
     /// If something that it needs does not exist.
-    pub async fn start(turn: Turn, options: &MachineOptions) -> Result<Self> {
+    pub async fn start(permit: MachinePermit, options: &MachineOptions) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("secure-comms-boot-").tempdir()?;
         let mut command = Command::new("qemu-system-x86_64");
         let forward = format!("user,id=net,restrict=on,hostfwd=tcp:{}-:2222", options.ssh);
@@ -131,7 +131,7 @@ impl Machine {
             console,
             _tpm: tpm,
             _directory: directory,
-            _turn: turn,
+            _permit: permit,
         })
     }
 

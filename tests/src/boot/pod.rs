@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
-use super::{Boot, Machine, MachineOptions, Platform, Turn, UserData};
+use super::{Boot, Machine, MachineOptions, MachinePermit, Platform, UserData};
 use crate::harness::process::Child;
 use crate::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
 use crate::simulators::inspector::Request;
@@ -80,10 +80,10 @@ impl Pod {
         boot: Boot,
         user_data: UserData,
     ) -> Result<Self> {
-        let turn = Turn::take().await;
+        let permit = MachinePermit::take().await;
         let adaptor = scene.adaptor()?;
         let options = MachineOptions { name, boot, platform, ssh: scene.ssh, user_data, no_reboot: false };
-        let machine = Machine::start(turn, &options).await?;
+        let machine = Machine::start(permit, &options).await?;
         let started = async {
             up(&adaptor).await?;
             anyhow::Ok(Inspection(endpoint(&adaptor, "INSPECTOR").await?))

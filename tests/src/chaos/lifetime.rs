@@ -137,16 +137,16 @@ async fn run_faults(scene: &PodScene, script: &Script, outcome: &mut Outcome) ->
     let traffic = Traffic::start(&places, script.seed, script.request);
     let opened = Mutex::new(Vec::new());
     let faults = async {
-        let strikes = script.faults.iter().map(|planned| inject_fault(scene, *planned));
-        let (held, struck) = tokio::join!(hold(scene, script.hit), join_all(strikes));
-        struck.into_iter().fold(held, Result::and)
+        let injected = script.faults.iter().map(|planned| inject_fault(scene, *planned));
+        let (held, faults) = tokio::join!(hold(scene, script.hit), join_all(injected));
+        faults.into_iter().fold(held, Result::and)
     };
-    let struck = tokio::select! {
-        struck = faults => struck,
+    let faults = tokio::select! {
+        faults = faults => faults,
         error = attack(scene, script, &opened) => error,
     };
     let over = Instant::now();
-    struck?;
+    faults?;
     let recovered = async {
         for (name, address) in places {
             up(address, BOUND).await.with_context(|| format!("after all faults: {name}"))?;
@@ -187,8 +187,8 @@ async fn hold(scene: &PodScene, hit: Hit) -> Result<()> {
 /// Returns only if the attacker can't start.
 async fn attack(scene: &PodScene, script: &Script, opened: &Mutex<Vec<String>>) -> Result<()> {
     if let (true, Route::Proxy(_, agent)) = (script.attacker, &scene.route) {
-        let tell = |what| opened.lock().unwrap_or_else(PoisonError::into_inner).push(what);
-        return attacker::attack_agent(*agent, scene.directory(), tell).await;
+        let record = |what| opened.lock().unwrap_or_else(PoisonError::into_inner).push(what);
+        return attacker::attack_agent(*agent, scene.directory(), record).await;
     }
     std::future::pending().await
 }

@@ -171,7 +171,7 @@ mod tests {
         }
         assert!(!secrets.in_text(&[b"core", &seed[..], b"dump"].concat()).is_empty());
         assert!(secrets.in_text(public.as_bytes()).is_empty());
-        assert!(secrets.in_text(b"a line that tells nothing: eyJ").is_empty());
+        assert!(secrets.in_text(b"a line without a secret: eyJ").is_empty());
 
         let private = std::fs::Permissions::from_mode(0o600);
         std::fs::set_permissions(&file, private).unwrap();

@@ -273,7 +273,7 @@ mod tests {
     async fn what_breaks_when_all_is_calm_is_a_violation() {
         // A port that is not listened on.
         let address = crate::harness::scene::free_port().unwrap();
-        let traffic = Traffic::start(&[("NOBODY", address)], 1, 200);
+        let traffic = Traffic::start(&[("CLOSED", address)], 1, 200);
         while traffic.seen().broken == 0 {
             tokio::task::yield_now().await;
         }
@@ -283,6 +283,6 @@ mod tests {
             sleep(Duration::from_millis(1)).await;
         }
         let seen = traffic.end().await;
-        assert!(seen.violations[0].contains("NOBODY, when all was calm"), "{:?}", seen.violations);
+        assert!(seen.violations[0].contains("CLOSED, when all was calm"), "{:?}", seen.violations);
     }
 }

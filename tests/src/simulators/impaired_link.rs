@@ -19,7 +19,7 @@ use secure_comms_tunnel::netns::Namespace;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
 use crate::harness::test_namespace::TestNamespace;
-use forwarder::{Forwarder, Way};
+use forwarder::{Direction, Forwarder};
 pub use impairment::{Impairment, Rate};
 pub use traffic::Traffic;
 
@@ -84,20 +84,22 @@ impl ImpairedLink {
     /// # Errors
     /// As there, or if the kernel refuses the MTU.
     pub async fn with_mtu(seed: u64, impairment: Impairment, mtu: u16) -> Result<Self> {
-        let (a, device_a) = End::new("line-a", Ipv4Addr::new(10, 99, 0, 1), mtu).await?;
-        let (b, device_b) = End::new("line-b", Ipv4Addr::new(10, 99, 0, 2), mtu).await?;
+        let (a, device_a) = End::new("link-a", Ipv4Addr::new(10, 99, 0, 1), mtu).await?;
+        let (b, device_b) = End::new("link-b", Ipv4Addr::new(10, 99, 0, 2), mtu).await?;
         let (device_a, device_b) = (Arc::new(device_a), Arc::new(device_b));
         let (there, back) = (Arc::<Shared>::default(), Arc::<Shared>::default());
-        let (running, stop) = UnixStream::pair().context("line: a way to stop its thread")?;
-        let ways = [
-            Way::new(Arc::clone(&device_a), Arc::clone(&device_b), seed, Arc::clone(&there)),
+        let (running, stop) = UnixStream::pair().context("impaired link: a socket to stop its thread")?;
+        let directions = [
+            Direction::new(Arc::clone(&device_a), Arc::clone(&device_b), seed, Arc::clone(&there)),
             // Another random sequence, which the seed alone decides as well.
-            Way::new(device_b, device_a, !seed, Arc::clone(&back)),
+            Direction::new(device_b, device_a, !seed, Arc::clone(&back)),
         ];
         let mut line = Self { a, b, there, back, running: Some(running), thread: None };
         line.set_both(impairment);
         let thread = std::thread::Builder::new().name(DEVICE.into());
-        let thread = thread.spawn(move || Forwarder::new(ways, stop).run()).context("line: its thread")?;
+        let thread = thread
+            .spawn(move || Forwarder::new(directions, stop).run())
+            .context("impaired link: its thread")?;
         line.thread = Some(thread);
         Ok(line)
     }
@@ -126,8 +128,8 @@ impl Drop for ImpairedLink {
         // The thread owns the devices; the namespaces are removed after them.
         match self.thread.take().map(JoinHandle::join) {
             None | Some(Ok(Ok(()))) => {}
-            Some(Ok(Err(error))) => eprintln!("line: it had stopped: {error}"),
-            Some(Err(_)) => eprintln!("line: its thread had panicked"),
+            Some(Ok(Err(error))) => eprintln!("impaired link: it had stopped: {error}"),
+            Some(Err(_)) => eprintln!("impaired link: its thread had panicked"),
         }
     }
 }

@@ -27,14 +27,14 @@ const SPARE: usize = 512;
 
 /// Both directions.
 pub(super) struct Forwarder {
-    ways: [Way; 2],
+    directions: [Direction; 2],
     /// Readable once the link is to end.
     stop: UnixStream,
     buffers: Buffers,
 }
 
 /// One direction.
-pub(super) struct Way {
+pub(super) struct Direction {
     from: Arc<SyncDevice>,
     to: Arc<SyncDevice>,
     lane: Lane,
@@ -60,25 +60,26 @@ struct Buffers {
 }
 
 impl Forwarder {
-    pub(super) fn new(ways: [Way; 2], stop: UnixStream) -> Self {
+    pub(super) fn new(directions: [Direction; 2], stop: UnixStream) -> Self {
         let buffers = Buffers {
             whole: vec![0; VIRTIO_NET_HDR_LEN + LARGEST],
             pieces: vec![vec![0; VIRTIO_NET_HDR_LEN + LARGEST]; PIECES],
             sizes: vec![0; PIECES],
             spare: Vec::new(),
         };
-        Self { ways, stop, buffers }
+        Self { directions, stop, buffers }
     }
 
     /// Forwards until the link ends.
     pub(super) fn run(mut self) -> io::Result<()> {
         loop {
-            let next = self.ways.iter_mut().filter_map(|way| way.give(&mut self.buffers)).min();
+            let next =
+                self.directions.iter_mut().filter_map(|direction| direction.give(&mut self.buffers)).min();
             if self.wait(next)? {
                 return Ok(());
             }
-            for way in &mut self.ways {
-                way.take(&mut self.buffers)?;
+            for direction in &mut self.directions {
+                direction.take(&mut self.buffers)?;
             }
         }
     }
@@ -86,7 +87,7 @@ impl Forwarder {
     /// Sleeps until a packet arrives, or until `next`; true once the link is to end.
     fn wait(&self, next: Option<Instant>) -> io::Result<bool> {
         let timeout = next.map(|at| TimeSpec::from(at.saturating_duration_since(Instant::now())));
-        let [there, back] = &self.ways;
+        let [there, back] = &self.directions;
         let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
         let mut sources =
             [readable(self.stop.as_fd()), readable(there.from.as_fd()), readable(back.from.as_fd())];
@@ -99,7 +100,7 @@ impl Forwarder {
     }
 }
 
-impl Way {
+impl Direction {
     pub(super) fn new(from: Arc<SyncDevice>, to: Arc<SyncDevice>, seed: u64, shared: Arc<Shared>) -> Self {
         Self { from, to, lane: Lane::new(seed), shared, held: BinaryHeap::new(), next: 0 }
     }
