@@ -1,11 +1,11 @@
 //! Compares Secure Comms with stock OpenSSH: the same server and the same load, alternating, in one run.
 //!
-//! - [`load`]: the server and its clients, which check what they move;
-//! - [`place`]: where the two ends run: here, or at the ends of an [`impaired_link`](crate::simulators::impaired_link);
-//! - [`contender`]: Secure Comms or OpenSSH, connected, with a tunnel to the server;
-//! - [`measure`]: the measurements of one contender in one round;
-//! - [`groups`]: which measurements run at which place, and their goals;
-//! - [`tables`], [`plot`]: tables and pictures.
+//! - `load`: the server and its clients, which check what they move;
+//! - `place`: where the two ends run: here, or at the ends of an `impaired_link`(crate::simulators::impaired_link);
+//! - `contender`: Secure Comms or OpenSSH, connected, with a tunnel to the server;
+//! - `measure`: the measurements of one contender in one round;
+//! - `groups`: which measurements run at which place, and their goals;
+//! - `tables`, `plot`: tables and pictures.
 //!
 //! Every figure is a median over rounds, every ratio the median of the rounds' ratios: a slow round slows both
 //! contenders. No measurement fails because it is slow.

@@ -2,13 +2,13 @@
 //!
 //! In the order of a lifetime:
 //!
-//! - [`script`]: what is drawn from the seed: path, phase, faults and their times;
-//! - [`pod_scene`]: the pod and everything around it; [`program`]: its processes and their supervisor; [`disk`]: their disks;
-//! - [`traffic`]: clients at every inbound that check each byte; [`attacker`]: connects to the agent without keys;
-//! - [`fault`]: injects a fault, and removes it again;
-//! - [`lifetime`]: all of that in sequence; [`secrets`], [`resources`]: the checks at the end;
-//! - [`soak`]: one pod that reconnects many times; [`leftovers`]: what the run left on this machine;
-//! - [`summary`]: summary of many lifetimes.
+//! - `script`: what is drawn from the seed: path, phase, faults and their times;
+//! - `pod_scene`: the pod and everything around it; `program`: its processes and their supervisor; `disk`: their disks;
+//! - `traffic`: clients at every inbound that check each byte; `attacker`: connects to the agent without keys;
+//! - `fault`: injects a fault, and removes it again;
+//! - `lifetime`: all of that in sequence; `secrets`, `resources`: the checks at the end;
+//! - `soak`: one pod that reconnects many times; `leftovers`: what the run left on this machine;
+//! - `summary`: summary of many lifetimes.
 
 pub mod script;
 
