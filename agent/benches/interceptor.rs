@@ -10,14 +10,14 @@
     reason = "clippy.toml lets tests fail loudly; criterion's macros make the rest"
 )]
 
-#[path = "../src/interceptor/messages.rs"]
+#[path = "../src/kata/messages.rs"]
 #[allow(dead_code, reason = "the unit tests use the rest")]
 mod messages;
 
 use std::hint::black_box;
 
 // Where messages.rs looks for them.
-use agent_protocol_forwarder::interceptor::{KataAgent, edit, frame};
+use agent_protocol_forwarder::kata::{KataAgent, edit, frame};
 use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use frame::REQUEST;

@@ -1,57 +1,62 @@
-//! The validated configuration: flags and the daemon config (apf.json) together.
+//! The configuration: flags and the daemon config (apf.json), valid as a whole.
+//!
+//! In: the arguments of the process, the daemon config's file. Out: a [`Config`], or every fault with its fix.
 
-use std::fmt;
-use std::marker::PhantomData;
+pub mod flags;
+mod go_flags;
+
+pub mod file;
+
+pub mod daemon_config;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use secure_comms_keys::{KeyError, PodKeys, WorkerNodeKeys, base64};
 use secure_comms_protocol::tag::{self, InboundTag, OutboundTag, Tag, TagErrors};
 use secure_comms_tunnel::netns::Namespace;
-use serde::Deserialize;
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{DeserializeOwned, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use zeroize::Zeroizing;
 
-use crate::cli::Options;
-use crate::keys::{self, KeyError, PodKeys, WorkerNodeKeys};
 use crate::pod_network::PodNetwork;
-use crate::pod_network::spec::{Faults, InterfaceName, PodNetworkConfig};
+use crate::pod_network::spec::{Faults, InterfaceName};
+pub use daemon_config::DaemonConfig;
+use flags::Options;
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// Nobody asked for Secure Comms.
+    /// Secure Comms is not enabled.
     #[error(
         "starting: Secure Comms is off, and this forwarder speaks nothing else; set the flag -secure-comms, or \
          \"sc\": true with sc-pp-prv and sc-wn-pub in {0}"
     )]
     NotSecureComms(String),
-    /// Keys in the daemon config that don't add up. There is no way back to attestation from here.
+    /// The keys in the daemon config are incomplete or invalid. The agent does not fall back to attestation.
     #[error("reading the keys in {file}: {fault}")]
     UserData {
-        /// The daemon config.
+        /// Path of the daemon config.
         file: String,
-        /// What is wrong, and what to do.
+        /// The fault, and its fix.
         fault: String,
     },
-    /// Everything that is wrong with the tags.
+    /// All faults of all tags.
     #[error("reading the tunnels: {0}; correct the flags or apf.json")]
     Tags(String),
-    /// The kata agent's socket is not a socket's path.
+    /// The path of the kata agent's socket is invalid.
     #[error("reading -kata-agent-socket: {0}")]
     KataAgentSocket(String),
-    /// The interface for the pod network can't be one.
+    /// The name of the interface for the pod network is invalid.
     #[error("reading -host-interface: '{0}': expected {expected}", expected = InterfaceName::EXPECTED)]
     HostInterface(String),
-    /// Everything that is wrong with the pod network.
+    /// All faults of the pod network.
     #[error("reading 'pod-network' in {file}: {faults}; correct the VM's user data")]
     PodNetwork {
-        /// The daemon config.
+        /// Path of the daemon config.
         file: String,
-        /// What is wrong.
+        /// Every fault.
         faults: Faults,
     },
-    /// A pod network without a namespace for it.
+    /// There is a pod network, but no namespace for it.
     #[error(
         "setting up the pod network: 'pod-network' is in {0}, but -pod-namespace is empty; name the pod's network \
          namespace, or take 'pod-network' out"
@@ -60,7 +65,7 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
-    /// 2 where the command line is wrong, 1 where what it names is.
+    /// Exit code of the process: 2 if the command line is at fault, 1 if the daemon config is.
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::NotSecureComms(_) | Self::Tags(_) | Self::KataAgentSocket(_) | Self::HostInterface(_) => 2,
@@ -69,157 +74,47 @@ impl ConfigError {
     }
 }
 
-/// A text whose memory is wiped, and that Debug does not print.
-#[derive(Clone)]
-pub struct Secret(Zeroizing<String>);
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(secret)")
-    }
-}
-
-impl<'de> Deserialize<'de> for Secret {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer).map(|text| Self(Zeroizing::new(text)))
-    }
-}
-
-/// What apf.json says to us. Other keys are ignored.
-#[derive(Clone, Debug, Default)]
-pub struct DaemonConfig {
-    /// `pod-name`, for logs.
-    pub pod_name: Option<String>,
-    /// `pod-namespace` (Kubernetes' word, not the network's), for logs.
-    pub pod_namespace: Option<String>,
-    /// `sc`: the keys are in this file.
-    pub sc: Option<bool>,
-    /// `sc-pp-prv`: base64 of the pod's private key.
-    pub private_key: Option<Secret>,
-    /// `sc-wn-pub`: base64 of the worker node's authorized_keys lines.
-    pub worker_node: Option<String>,
-    /// `sc-inbounds`: tags.
-    pub inbounds: Option<String>,
-    /// `sc-outbounds`: tags.
-    pub outbounds: Option<String>,
-    /// `pod-network`.
-    pub pod_network: Option<PodNetworkConfig>,
-}
-
-impl<'de> Deserialize<'de> for DaemonConfig {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(ByKey)
-    }
-}
-
-/// By hand, for what the derived code leaves out: which key a value of the wrong type belongs to.
-struct ByKey;
-
-impl<'de> Visitor<'de> for ByKey {
-    type Value = DaemonConfig;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<DaemonConfig, A::Error> {
-        let mut config = DaemonConfig::default();
-        let mut seen = Vec::new();
-        while let Some(key) = map.next_key::<String>()? {
-            match key.as_str() {
-                "pod-name" => config.pod_name = value(&key, &mut map)?,
-                "pod-namespace" => config.pod_namespace = value(&key, &mut map)?,
-                "pod-network" => {
-                    config.pod_network = value(&key, &mut map)?.map(|Object(network)| network);
-                }
-                "sc" => config.sc = value(&key, &mut map)?,
-                "sc-pp-prv" => config.private_key = value(&key, &mut map)?,
-                "sc-wn-pub" => config.worker_node = value(&key, &mut map)?,
-                "sc-inbounds" => config.inbounds = value(&key, &mut map)?,
-                "sc-outbounds" => config.outbounds = value(&key, &mut map)?,
-                _ => {
-                    map.next_value::<IgnoredAny>()?;
-                    continue;
-                }
-            }
-            // Of two keys for one thing the reader and the writer may each mean another.
-            if seen.contains(&key) {
-                return Err(A::Error::custom(format!("key '{key}': given twice")));
-            }
-            seen.push(key);
-        }
-        Ok(config)
-    }
-}
-
-/// What an object says: the derived reader would take a list as the fields in their order, which nobody means.
-struct Object<T>(T);
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(Fields(PhantomData)).map(Self)
-    }
-}
-
-struct Fields<T>(PhantomData<T>);
-
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
-    type Value = T;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
-        T::deserialize(MapAccessDeserializer::new(map))
-    }
-}
-
-fn value<'de, A: MapAccess<'de>, T: DeserializeOwned>(key: &str, map: &mut A) -> Result<Option<T>, A::Error> {
-    map.next_value().map_err(|error| A::Error::custom(format!("key '{key}': {error}")))
-}
-
 /// Where the keys of the Kubernetes phase come from.
 #[derive(Clone, Debug)]
 pub enum KeySource {
-    /// From the KBS, after attestation.
+    /// The KBS, after attestation.
     Kbs {
-        /// If given, attestation users must hold one of these keys.
+        /// If present, clients of the Attestation phase must prove one of these keys.
         worker_node: Option<WorkerNodeKeys>,
     },
-    /// From the user data: no Attestation phase at all.
+    /// The user data: there is no Attestation phase.
     UserData(PodKeys),
 }
 
-/// What the agent runs with: valid as a whole.
+/// The configuration of the agent, valid as a whole.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where the SSH server listens.
+    /// Address that the SSH server listens on.
     pub listen: SocketAddr,
-    /// The kata agent's unix socket.
+    /// Path of the kata agent's unix socket.
     pub kata_agent_socket: PathBuf,
-    /// The pod's network namespace, a name or a path; none: our own.
+    /// The pod's network namespace, a name or a path; none for our own.
     pub pod_namespace: Option<String>,
-    /// Where `api-server-rest` is, in the pod's namespace.
+    /// Address of `api-server-rest` in the pod's network namespace.
     pub guest_api: SocketAddr,
-    /// Where the latched keys are kept for this boot.
+    /// Directory of the latched keys.
     pub state_dir: PathBuf,
-    /// Data after which new session keys are asked for, in bytes.
+    /// Bytes on a connection after which it is rekeyed.
     pub rekey_bytes: usize,
-    /// All inbounds, the built-in one too.
+    /// All inbounds, with the built-in one.
     pub inbounds: Vec<InboundTag>,
-    /// All outbounds, the built-in one too.
+    /// All outbounds, with the built-in one.
     pub outbounds: Vec<OutboundTag>,
-    /// Where the keys come from.
+    /// Source of the keys.
     pub source: KeySource,
     /// `namespace/name` of the pod, if known: for logs.
     pub pod: Option<String>,
-    /// The pod's network, if it is ours to make.
+    /// The pod's network, if the daemon config has one.
     pub pod_network: Option<PodNetwork>,
 }
 
 impl Config {
-    /// Finds the faults of the flags that no daemon config could mend.
+    /// Checks the flags alone, for faults that are the same with any daemon config.
     ///
     /// # Errors
     /// As [`Config::resolve`].
@@ -235,7 +130,7 @@ impl Config {
     /// Validates flags and daemon config together.
     ///
     /// # Errors
-    /// The first thing that is wrong; all faults of all tags count as one thing.
+    /// The first fault; all faults of all tags count as one.
     pub fn resolve(options: Options, daemon: Option<DaemonConfig>) -> Result<Self, ConfigError> {
         let daemon = daemon.unwrap_or_default();
         let source = key_source(&options, &daemon)?;
@@ -289,7 +184,7 @@ fn pod_network(options: &Options, daemon: &DaemonConfig) -> Result<Option<PodNet
     Ok(Some(PodNetwork::new(spec, Namespace::new(namespace), host_interface)))
 }
 
-/// What errors call the daemon config.
+/// The name of the daemon config in errors.
 fn file_of(options: &Options) -> String {
     match &options.config {
         Some(path) => path.display().to_string(),
@@ -349,13 +244,12 @@ fn key_source(options: &Options, daemon: &DaemonConfig) -> Result<KeySource, Con
 }
 
 fn key_fault(error: KeyError) -> String {
-    let key = if matches!(error, KeyError::WorkerNode(_)) { "sc-wn-pub" } else { "sc-pp-prv" };
+    let key = if matches!(error, KeyError::WorkerNodeKeys(_)) { "sc-wn-pub" } else { "sc-pp-prv" };
     format!("'{key}': {error}")
 }
 
 fn decode(key: &str, text: &str) -> Result<Zeroizing<Vec<u8>>, String> {
-    keys::decode_base64(text)
-        .ok_or_else(|| format!("'{key}': not base64; encode the key file with 'base64 -w0'"))
+    base64::decode(text).ok_or_else(|| format!("'{key}': not base64; encode the key file with 'base64 -w0'"))
 }
 
 #[cfg(test)]

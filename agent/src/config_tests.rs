@@ -5,11 +5,11 @@ use secure_comms_protocol::tag::Target;
 
 use super::*;
 
-const PRIVATE: &str = include_str!("../testdata/ed25519.openssh");
-const PUBLIC: &str = include_str!("../testdata/ed25519.pub");
+const PRIVATE: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../keys/testdata/ed25519.openssh"));
+const PUBLIC: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../keys/testdata/ed25519.pub"));
 
 fn options(args: &[&str]) -> Options {
-    crate::cli::parse(args.iter().map(OsString::from)).unwrap()
+    crate::config::flags::parse(args.iter().map(OsString::from)).unwrap()
 }
 
 fn base64(text: &str) -> String {
@@ -135,7 +135,7 @@ fn every_fault_of_all_tags_is_reported_together() {
 }
 
 #[test]
-fn a_pod_network_is_validated_and_one_that_says_nothing_is_none() {
+fn an_empty_pod_network_counts_as_none() {
     let whole = r#"{"pod-network":{"podip":"10.244.1.7/24","interface":"eth0","worker-node-ip":"10.0.0.9/24",
         "tunnel-type":"vxlan"}}"#;
     assert!(resolve(&["-secure-comms"], whole).unwrap().pod_network.is_some());
@@ -178,7 +178,7 @@ fn a_kata_agent_socket_that_no_socket_can_have_is_refused() {
 }
 
 #[test]
-fn faults_of_the_flags_are_found_before_there_is_a_daemon_config() {
+fn faults_of_flags_are_found_without_a_daemon_config() {
     for args in [&[][..], &["-secure-comms"]] {
         assert!(Config::check_flags(&options(args)).is_ok(), "{args:?}");
     }

@@ -1,27 +1,30 @@
-//! The Secure Comms agent in the pod VM, in the order data passes through.
+//! The Secure Comms agent in the pod VM: the map of its rooms, in the order data passes through them.
 //!
-//! Before the first connection: flags ([`cli`]), the daemon config ([`config_file`]), validated configuration
-//! ([`config`]), the life of the agent ([`run`]).
-//! A connection comes in ([`ssh`]) past the [`gate`], becomes one of the [`peers`] and gets a [`session`]. Through a
-//! peer of the [`attestation`] phase the [`guest`] components fetch the [`keys`] that open the [`kubernetes`] phase and
-//! are [`latch`]ed for this boot. In the tunnel to the kata agent stands the [`interceptor`]. Clients in the VM reach the
-//! peer whose turn it is by [`routes`]. Beside all that runs the [`pod_network`]. Operators see [`log`] and [`notify`].
+//! Flags and the daemon config become a [`config`], with which the agent [`run`]s. A `connection` passes the `access`
+//! policy and is served by the `server`. Its client becomes one of the `peers`, in the state of the `agent`. Through peers the
+//! [`phases`] fetch the keys, and route local clients to them. The interceptor in the tunnel to the [`kata`] agent edits
+//! requests. The [`pod_network`] is set up in parallel. Every room reports to the [`os`].
+//!
+//! tests/e2e/layering.rs has the order of the imports.
 
-pub mod attestation;
-pub mod cli;
 pub mod config;
-pub mod config_file;
-pub mod gate;
-pub mod guest;
-pub mod interceptor;
-pub mod keys;
-pub mod kubernetes;
-pub mod latch;
-pub mod log;
-pub mod notify;
-pub mod peers;
-pub mod pod_network;
-pub mod routes;
+
 pub mod run;
-pub mod session;
-pub mod ssh;
+
+mod connection;
+
+mod access;
+
+mod server;
+
+mod peers;
+
+mod agent;
+
+pub mod phases;
+
+pub mod kata;
+
+pub mod pod_network;
+
+pub mod os;

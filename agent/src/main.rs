@@ -4,16 +4,18 @@ use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
-use agent_protocol_forwarder::cli::{self, Exit, MissingNamespace, Options};
+use agent_protocol_forwarder::config::file;
+use agent_protocol_forwarder::config::flags::{self, Exit, MissingNamespace, Options};
 use agent_protocol_forwarder::config::{Config, ConfigError};
-use agent_protocol_forwarder::notify::Notifier;
-use agent_protocol_forwarder::{config_file, log as logging, pod_network, run};
+use agent_protocol_forwarder::os::logging;
+use agent_protocol_forwarder::os::systemd::Notifier;
+use agent_protocol_forwarder::{pod_network, run};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use secure_comms_tunnel::netns::Namespace;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Not musl's, which gives memory back to the kernel and asks for it again all the time.
+/// musl's own allocator returns memory to the kernel and requests it again for every large message.
 #[cfg(target_env = "musl")]
 #[global_allocator]
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
@@ -23,7 +25,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(exit) => {
             let text = exit.text.trim_end();
-            // Nobody may be listening; the exit code says it too.
+            // The output may be closed; the exit code reports the failure too.
             drop(if exit.to_stderr {
                 writeln!(io::stderr(), "{text}")
             } else {
@@ -34,7 +36,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// A connection may have as many streams open as the usual soft limit allows files, and each takes one.
+/// Raises the soft limit of open files to the hard limit: each stream takes a file, and one connection alone may have as
+/// many streams as the usual soft limit allows.
 fn raise_file_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
@@ -43,7 +46,7 @@ fn raise_file_limit() {
     }
 }
 
-/// A core would hold the keys, and be written to a disk or be read by whatever collects cores.
+/// Disables core dumps: a core would contain the keys.
 fn forbid_core_dumps() {
     if let Err(error) = nix::sys::prctl::set_dumpable(false) {
         log::warn!("forbidding core dumps: {error}; set LimitCORE=0 in the unit");
@@ -55,10 +58,10 @@ fn failed(error: impl std::fmt::Display) -> Exit {
 }
 
 fn start() -> Result<(), Exit> {
-    let options = cli::parse(std::env::args_os().skip(1))?;
+    let options = flags::parse(std::env::args_os().skip(1))?;
     logging::init().map_err(|error| Exit { code: 2, ..failed(error) })?;
     for flag in &options.unused {
-        log::info!("{flag} has no meaning over Secure Comms: unused");
+        log::info!("{flag} ignored: not used by Secure Comms");
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     if options.missing_namespace == MissingNamespace::MadeOnly {
@@ -77,7 +80,7 @@ fn config_fault(error: ConfigError) -> Exit {
     Exit { code: error.exit_code(), ..failed(error) }
 }
 
-/// The pod's namespace, with `lo` up, as whatever runs in it expects.
+/// Makes the pod's namespace if it is missing, and sets `lo` up in it.
 async fn make_namespace(options: &Options) -> Result<(), Exit> {
     let Some(namespace) = options.pod_namespace.as_deref().map(Namespace::new) else { return Ok(()) };
     if namespace.make().await.map_err(failed)? {
@@ -87,7 +90,7 @@ async fn make_namespace(options: &Options) -> Result<(), Exit> {
 }
 
 async fn serve(options: Options) -> Result<(), Exit> {
-    // First: a start that is stopped ends in good order too.
+    // First, so that a signal during the start is handled too.
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let notifier = Notifier::from_env().map_err(failed)?;
@@ -120,16 +123,16 @@ async fn serve(options: Options) -> Result<(), Exit> {
     run::run(config, listener, notifier, shutdown).await.map_err(failed)
 }
 
-/// Nothing begins before the daemon config is there: it says whether there is an Attestation phase at all.
+/// Waits for the daemon config before anything starts: it decides whether there is an Attestation phase.
 async fn configuration(options: Options, notifier: &Notifier) -> Result<Config, Exit> {
     let daemon = match &options.config {
-        Some(path) => Some(config_file::wait_for(path, notifier).await.map_err(failed)?),
+        Some(path) => Some(file::wait_for(path, notifier).await.map_err(failed)?),
         None => None,
     };
     Config::resolve(options, daemon).map_err(config_fault)
 }
 
-/// `[::]` takes IPv4 too; a VM whose kernel has IPv6 switched off gets IPv4 alone.
+/// Binds the listener. `[::]` accepts IPv4 too; where IPv6 is disabled in the kernel, falls back to IPv4.
 async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     match TcpListener::bind(address).await {
         Err(error) if address.is_ipv6() && address.ip().is_unspecified() && no_ipv6(&error) => {

@@ -1,203 +1,31 @@
-//! The pod's network: a VXLAN tunnel from the pod's namespace to the worker node, as apf.json's `pod-network` says.
+//! The pod's network: a VXLAN tunnel from the pod's namespace to the worker node, as `pod-network` in apf.json says.
 //!
-//! In the order in which it is made: what is wanted ([`spec`]); the VM's interface that the tunnel leaves by (`host`);
-//! the tunnel (`link`), its routes and neighbours (`route`), rules that keep it out of connection tracking (`notrack`);
-//! the VM's second interface, where the pod has it (`external`). `netlink` holds the sockets, `keep` the whole for the
-//! agent's life. Only these files name rtnetlink.
+//! In: a [`spec`]. Out: links, addresses, routes and rules in the kernel; a status text for systemd. Only these files name
+//! rtnetlink. In the order in which the network is made: the VM's interface that the tunnel's packets leave by
+//! (`underlay`), the tunnel (`vxlan`), its routes and neighbours (`ip_route`), rules that keep its packets out of connection
+//! tracking (`notrack`), the VM's second interface, where the pod gets it (`secondary`). `setup` does these steps and undoes
+//! them, `supervisor` retries them.
 //!
-//! Nothing is remembered for the undoing: what is ours is known by what the kernel says of it. So what an agent leaves
-//! that was killed, or a set-up that was cut short, is undone by the next as by itself.
+//! Nothing is remembered for the undo: the kernel's state shows what the agent made. So the next start also undoes what a
+//! killed agent, or a set-up that was interrupted, left behind.
 
-mod error;
-mod external;
-mod host;
-mod keep;
-mod link;
-mod netlink;
-mod notrack;
-mod route;
 pub mod spec;
 
-use std::fs::File;
-use std::io;
+mod supervisor;
 
-use nix::errno::Errno;
-use secure_comms_tunnel::netns::{Namespace, NamespaceError};
+mod setup;
+
+mod underlay;
+mod vxlan;
+
+mod ip_route;
+mod notrack;
+mod secondary;
+
+mod interface;
+mod netlink;
+
+mod error;
 
 pub use error::PodNetworkError;
-use error::Step;
-use external::Second;
-use netlink::Net;
-use spec::{InterfaceName, Spec};
-
-/// A network for the pod: what, where and over which interface.
-#[derive(Clone, Debug)]
-pub struct PodNetwork {
-    spec: Spec,
-    namespace: Namespace,
-    host_interface: Option<InterfaceName>,
-}
-
-/// The pod's namespace as the kernel sees it, and ours.
-struct Namespaces {
-    pod: Net,
-    pod_file: File,
-    host: Net,
-    host_file: File,
-}
-
-impl PodNetwork {
-    /// Over `host_interface`, or over that of the default route.
-    pub fn new(spec: Spec, namespace: Namespace, host_interface: Option<InterfaceName>) -> Self {
-        Self { spec, namespace, host_interface }
-    }
-
-    /// Makes the tunnel, in place of whatever an earlier life left. Waits until the VM has an address to leave by, at
-    /// most [`POD_NETWORK_WAIT`](secure_comms_protocol::limits::POD_NETWORK_WAIT).
-    ///
-    /// # Errors
-    /// A step failed; what was made before it is undone.
-    pub async fn set_up(&self) -> Result<(), PodNetworkError> {
-        let namespaces = self.open().await?;
-        self.clear(&namespaces).await?;
-        let made = self.make(&namespaces).await;
-        if made.is_err()
-            && let Err(error) = self.clear(&namespaces).await
-        {
-            log::warn!("pod network: {error}");
-        }
-        made
-    }
-
-    /// Moves the VM's second interface into the pod's namespace. If a step fails, the interface is the VM's again.
-    async fn give(&self, second: Second) -> Result<(), PodNetworkError> {
-        let Namespaces { pod, pod_file, host, host_file } = self.open().await?;
-        let given = external::give(&host, &pod, &pod_file, second).await;
-        if given.is_err() {
-            let undo = async {
-                external::take_back(&host, &pod, &host_file).await?;
-                match link::named(&pod, self.spec.interface.as_str()).await? {
-                    Some(tunnel) => route::add_defaults(&pod, &tunnel, &self.spec).await,
-                    None => Ok(()),
-                }
-            };
-            if let Err(error) = undo.await {
-                log::warn!("pod network: {error}");
-            }
-        }
-        given
-    }
-
-    /// Undoes everything, as far as it is there.
-    ///
-    /// # Errors
-    /// All that could not be undone.
-    pub async fn tear_down(&self) -> Result<(), PodNetworkError> {
-        match self.open().await {
-            Ok(namespaces) => self.clear(&namespaces).await,
-            // Nothing is in a namespace that is no more.
-            Err(PodNetworkError::Namespace(NamespaceError::Open { source, .. }))
-                if source.kind() == io::ErrorKind::NotFound =>
-            {
-                forget_rules()
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    async fn open(&self) -> Result<Namespaces, PodNetworkError> {
-        let path = self.namespace.path();
-        let file = |source| NamespaceError::Open { path: path.into(), source };
-        Ok(Namespaces {
-            pod: Net::inside(&self.namespace).await?,
-            pod_file: File::open(path).map_err(file)?,
-            host: Net::host().step(|| "opening a netlink socket".into(), "try again")?,
-            host_file: File::open("/proc/thread-self/ns/net")
-                .step(|| "opening our own namespace".into(), "see that /proc is mounted")?,
-        })
-    }
-
-    async fn make(&self, namespaces: &Namespaces) -> Result<(), PodNetworkError> {
-        let (spec, pod) = (&self.spec, &namespaces.pod);
-        if let Some(taken) = link::named(pod, spec.interface.as_str()).await? {
-            return Err(PodNetworkError::Taken(taken.name));
-        }
-        let over = host::find(self.host_interface.as_ref(), spec).await?;
-        let tunnel = link::make_tunnel(&namespaces.host, pod, &namespaces.pod_file, spec, &over).await?;
-        let mtu = link::set_mtu(pod, &tunnel, spec, &over).await?;
-        // The worker node says which of the networks around the pod are on the link, as its own pods have it.
-        link::add_address(pod, &tunnel, spec.pod, spec.pod.is_host()).await?;
-        // Before the first packet can be.
-        let rules = notrack::add(spec.worker_node, spec.port);
-        link::set_up(pod, &tunnel).await?;
-        route::add_all(pod, &tunnel, spec).await?;
-        if let Err(error) = rules {
-            log::warn!(
-                "pod network: the NOTRACK rules are left out: {}; connection tracking, where the VM has it on, tracks the \
-                 tunnel",
-                without_nftables(&error)
-            );
-        }
-        log::info!(
-            "pod network: '{}' {} in {}, VXLAN {} from {} ('{}') to {} port {}, MTU {mtu}",
-            spec.interface,
-            spec.pod,
-            self.namespace.path().display(),
-            spec.id,
-            over.address,
-            over.link.name,
-            spec.worker_node,
-            spec.port
-        );
-        Ok(())
-    }
-
-    /// Tries each part, whatever happens to the others.
-    async fn clear(&self, namespaces: &Namespaces) -> Result<(), PodNetworkError> {
-        let Namespaces { pod, host, host_file, .. } = namespaces;
-        let parts = [
-            external::take_back(host, pod, host_file).await,
-            route::remove_foreign(pod, &self.spec).await,
-            self.remove_tunnel(pod).await,
-            forget_rules(),
-        ];
-        let failed: Vec<_> = parts.into_iter().filter_map(Result::err).collect();
-        if failed.is_empty() { Ok(()) } else { Err(PodNetworkError::Undo(failed)) }
-    }
-
-    /// Ours is a VXLAN link with our name, or the one that keeps our id from being used.
-    async fn remove_tunnel(&self, pod: &Net) -> Result<(), PodNetworkError> {
-        for link in link::all(pod).await?.into_iter().filter(link::Link::is_vxlan) {
-            if link.name == self.spec.interface.as_str() || link.vxlan == (self.spec.id, self.spec.port) {
-                link::remove(pod, &link).await?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Sets `lo` up in a namespace.
-///
-/// # Errors
-/// The namespace can't be entered, or the kernel refuses.
-pub async fn set_loopback_up(namespace: &Namespace) -> Result<(), PodNetworkError> {
-    let net = Net::inside(namespace).await?;
-    match link::named(&net, "lo").await? {
-        Some(lo) => link::set_up(&net, &lo).await,
-        None => Ok(()),
-    }
-}
-
-fn forget_rules() -> Result<(), PodNetworkError> {
-    notrack::remove()
-        .step(|| "removing the NOTRACK rules".into(), "remove them with `nft delete table inet secure-comms`")
-}
-
-fn without_nftables(error: &io::Error) -> String {
-    match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::EPROTONOSUPPORT | Errno::EOPNOTSUPP | Errno::ENOENT) => {
-            format!("{error}: the kernel lacks nf_tables, or its notrack (nft_ct)")
-        }
-        _ => error.to_string(),
-    }
-}
+pub use setup::{PodNetwork, set_loopback_up};

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::io;
 use std::sync::Arc;
 
+use secure_comms_keys::{AttestationKey, KeyError};
 use secure_comms_protocol::PhaseName;
 use secure_comms_protocol::limits::{RETRY_MIN, SHUTDOWN_DRAIN};
 use secure_comms_tunnel::netns::Namespace;
@@ -13,27 +14,26 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{interval, sleep, timeout};
 
-use crate::attestation::{self, Guest};
+use crate::access::latch::{Latch, LatchError};
+use crate::access::policy::{AccessPolicy, Attesters, PersistKeys};
+use crate::agent::Agent;
 use crate::config::{Config, KeySource};
-use crate::gate::{Attesters, Gate, Keep};
-use crate::keys::{KeyError, new_host_key};
-use crate::kubernetes;
-use crate::latch::{Latch, LatchError};
-use crate::log::Repeated;
-use crate::notify::{Notifier, watchdog_interval};
-use crate::session::Agent;
-use crate::ssh::{self, Identity};
+use crate::os::log_limits::Repeated;
+use crate::os::systemd::{Notifier, watchdog_interval};
+use crate::phases::attestation::{self, GuestApi};
+use crate::phases::kubernetes;
+use crate::server::Server;
 
 /// Why the agent could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The keys of this boot are there and can't be used.
+    /// The latched keys exist and can't be used.
     #[error(transparent)]
     Latch(#[from] LatchError),
-    /// No host key could be made.
+    /// No host key could be generated.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// An inbound can't listen.
+    /// An inbound could not be bound.
     #[error(
         "{0}; end what is in its way, or correct its tag (-secure-comms-inbounds, or sc-inbounds in apf.json)"
     )]
@@ -46,46 +46,50 @@ pub enum RunError {
     Io(#[from] io::Error),
 }
 
-/// Runs the agent on a bound listener until `shutdown`, then lets its streams finish, at most [`SHUTDOWN_DRAIN`].
+/// Runs the agent on a bound listener until `shutdown`, then drains its streams for at most [`SHUTDOWN_DRAIN`].
 ///
 /// # Errors
-/// It could not start.
+/// The agent could not start.
 pub async fn run(
     config: Config,
     listener: TcpListener,
     notifier: Notifier,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), RunError> {
-    let (gate, start) = gate(&config)?;
-    let agent = Arc::new(Agent::new(&config, gate, instance()?));
+    let (policy, start) = access_policy(&config)?;
+    let agent = Arc::new(Agent::new(&config, policy, instance()?));
     let mut tasks = JoinSet::new();
     tokio::pin!(shutdown);
     let inbounds = tokio::select! {
         inbounds = bind_inbounds(&config) => inbounds?,
-        // A network namespace that does not come is waited for; whoever stops us is not made to wait as well.
+        // Binding may wait for a network namespace that is never made; a shutdown must not wait for it too.
         () = &mut shutdown => {
             notifier.stopping("stopping before the start was complete");
             return Ok(());
         }
     };
     for inbound in inbounds {
-        if let Some(route) = agent.routes.of(inbound.tag()) {
+        if let Some(route) = agent.tunnels.routes.subscribe(inbound.tag()) {
             tasks.spawn(inbound.serve(route));
         }
     }
-    let guest =
-        Guest { namespace: config.pod_namespace.as_deref().map(Namespace::new), address: config.guest_api };
+    let guest = GuestApi {
+        namespace: config.pod_namespace.as_deref().map(Namespace::new),
+        address: config.guest_api,
+    };
     let notifier = Arc::new(notifier);
-    let (trouble, told) = watch::channel(String::new());
+    let (status_sender, network_status) = watch::channel(String::new());
     let (stop, stopped) = oneshot::channel::<()>();
     let network = config.pod_network.clone().map(|network| {
-        // Not one of the tasks, which end when we do: it has things to undo. Dropping `stop` tells it.
-        tokio::spawn(network.keep(trouble.clone(), async { drop(stopped.await) }))
+        // Not in `tasks`, which are aborted when this function returns: the network must be undone first. Dropping `stop`
+        // starts that.
+        tokio::spawn(network.supervise(status_sender.clone(), async { drop(stopped.await) }))
     });
-    notifier.ready(&status(&agent, &told));
-    let accept = tasks.spawn(accept(agent.clone(), listener));
-    tasks.spawn(phases(agent.clone(), guest, start));
-    tasks.spawn(tell_systemd(agent.clone(), told, notifier.clone()));
+    notifier.ready(&status(&agent, &network_status));
+    let server = Arc::new(Server::new(agent.clone(), config.rekey_bytes));
+    let accept = tasks.spawn(accept(server, listener));
+    tasks.spawn(run_phases(agent.clone(), guest, start));
+    tasks.spawn(report_to_systemd(agent.clone(), network_status, notifier.clone()));
     shutdown.await;
     notifier.stopping("stopping: open streams may finish");
     accept.abort();
@@ -99,17 +103,17 @@ pub async fn run(
     Ok(())
 }
 
-/// Where the agent starts.
+/// The phase that the agent starts in.
 enum Start {
-    /// Without keys.
+    /// Attestation: there are no keys.
     Attestation(Attesters),
-    /// With keys that serve for the rest of this boot.
+    /// Kubernetes: the keys are final until the VM reboots.
     Latched,
 }
 
-fn gate(config: &Config) -> Result<(Gate, Start), RunError> {
+fn access_policy(config: &Config) -> Result<(AccessPolicy, Start), RunError> {
     let latch = Latch::new(&config.state_dir);
-    let keep: Keep = {
+    let persist: PersistKeys = {
         let latch = latch.clone();
         Box::new(move |keys| latch.store(keys))
     };
@@ -119,21 +123,18 @@ fn gate(config: &Config) -> Result<(Gate, Start), RunError> {
                 "Kubernetes phase: host key {} from the user data, no attestation",
                 keys.fingerprint()
             );
-            return Ok((Gate::kubernetes(keys.clone(), keep, config.rekey_bytes), Start::Latched));
+            return Ok((AccessPolicy::kubernetes(keys.clone(), persist), Start::Latched));
         }
         KeySource::Kbs { worker_node: Some(keys) } => Attesters::Holding(keys.clone()),
         KeySource::Kbs { worker_node: None } => Attesters::Anyone,
     };
     if let Some(keys) = latch.load()? {
         log::info!("Kubernetes phase, latched earlier in this boot: host key {}", keys.fingerprint());
-        return Ok((Gate::kubernetes(keys, keep, config.rekey_bytes), Start::Latched));
+        return Ok((AccessPolicy::kubernetes(keys, persist), Start::Latched));
     }
-    let identity = Identity::new(PhaseName::Attestation, new_host_key()?, config.rekey_bytes);
+    let policy = AccessPolicy::attestation(AttestationKey::generate()?.ssh(), attesters.clone(), persist);
     log::info!("Attestation phase: waiting for a worker node");
-    Ok((
-        Gate::attestation(identity, attesters.clone(), keep, config.rekey_bytes),
-        Start::Attestation(attesters),
-    ))
+    Ok((policy, Start::Attestation(attesters)))
 }
 
 /// Random hex that names this process to its peers.
@@ -153,27 +154,28 @@ async fn bind_inbounds(config: &Config) -> Result<Vec<Inbound>, RunError> {
     Ok(inbounds)
 }
 
-/// The phases, one after the other; never ends.
-async fn phases(agent: Arc<Agent>, guest: Guest, start: Start) {
+/// Runs the phases, one after the other. Never returns.
+async fn run_phases(agent: Arc<Agent>, guest: GuestApi, start: Start) {
     let latch = async {
         if let Start::Attestation(attesters) = start {
-            let keys = attestation::run(&agent, &guest).await;
-            kubernetes::latch(&agent, &guest, &attesters, keys).await;
+            let keys = attestation::get_keys(&agent, &guest).await;
+            kubernetes::until_latched(&agent, &guest, &attesters, keys).await;
         }
     };
-    tokio::join!(latch, kubernetes::serve(&agent));
+    tokio::join!(latch, kubernetes::route_to_worker_node(&agent));
 }
 
-async fn accept(agent: Arc<Agent>, listener: TcpListener) {
+async fn accept(server: Arc<Server>, listener: TcpListener) {
     let mut failure = Repeated::new("accepting a connection");
     for id in 0.. {
         match listener.accept().await {
             Ok((socket, address)) => {
                 failure.succeeded();
-                tokio::spawn(ssh::serve(agent.clone(), socket, id, address));
+                let server = server.clone();
+                tokio::spawn(async move { server.serve_connection(socket, id, address).await });
             }
             Err(error) => {
-                // Out of file descriptors, as a rule: connections that end make room.
+                // Mostly because there are no file descriptors left; connections that end free some.
                 failure.failed(&error);
                 sleep(RETRY_MIN).await;
             }
@@ -182,31 +184,37 @@ async fn accept(agent: Arc<Agent>, listener: TcpListener) {
 }
 
 /// The phase, and what the pod network lacks.
-fn status(agent: &Agent, trouble: &watch::Receiver<String>) -> String {
-    let phase = phase(agent);
-    match &*trouble.borrow() {
-        none if none.is_empty() => phase.to_owned(),
-        trouble => format!("{phase}; {trouble}"),
+fn status(agent: &Agent, network_status: &watch::Receiver<String>) -> String {
+    let phase = phase_status(agent);
+    match &*network_status.borrow() {
+        up if up.is_empty() => phase.to_owned(),
+        network => format!("{phase}; {network}"),
     }
 }
 
-fn phase(agent: &Agent) -> &'static str {
-    match agent.gate.phase() {
-        PhaseName::Attestation if agent.attestation.newest().is_some() => {
+fn phase_status(agent: &Agent) -> &'static str {
+    let peers = &agent.peers;
+    match agent.policy.phase() {
+        PhaseName::Attestation if peers.attestation.newest().is_some() => {
             "Attestation phase: getting the keys"
         }
         PhaseName::Attestation => "Attestation phase: waiting for a worker node",
-        PhaseName::Kubernetes if agent.kubernetes.newest().is_some() => {
+        PhaseName::Kubernetes if peers.kubernetes.newest().is_some() => {
             "Kubernetes phase: serving the worker node"
         }
         PhaseName::Kubernetes => "Kubernetes phase: waiting for the worker node",
     }
 }
 
-/// Keeps systemd's STATUS true and its watchdog quiet.
-async fn tell_systemd(agent: Arc<Agent>, mut trouble: watch::Receiver<String>, notifier: Arc<Notifier>) {
-    let (mut attestation, mut kubernetes) = (agent.attestation.changes(), agent.kubernetes.changes());
-    let mut told = status(&agent, &trouble);
+/// Keeps systemd's STATUS up to date, and sends its watchdog's pings.
+async fn report_to_systemd(
+    agent: Arc<Agent>,
+    mut network_status: watch::Receiver<String>,
+    notifier: Arc<Notifier>,
+) {
+    let mut attestation = agent.peers.attestation.changes();
+    let mut kubernetes = agent.peers.kubernetes.changes();
+    let mut reported = status(&agent, &network_status);
     let watchdog = async {
         let Some(period) = watchdog_interval() else { return std::future::pending().await };
         let mut ticks = interval(period);
@@ -220,39 +228,41 @@ async fn tell_systemd(agent: Arc<Agent>, mut trouble: watch::Receiver<String>, n
             tokio::select! {
                 changed = attestation.changed() => if changed.is_err() { return },
                 changed = kubernetes.changed() => if changed.is_err() { return },
-                changed = trouble.changed() => if changed.is_err() { return },
+                changed = network_status.changed() => if changed.is_err() { return },
             }
-            let now = status(&agent, &trouble);
-            if now != told {
+            let now = status(&agent, &network_status);
+            if now != reported {
                 notifier.status(&now);
-                told = now;
+                reported = now;
             }
         }
     };
     tokio::join!(watchdog, follow);
 }
 
-/// Nobody new is let in; streams that are open may finish.
+/// Closes the connections after their streams have ended, at most [`SHUTDOWN_DRAIN`] later.
 async fn drain(agent: &Agent) {
-    agent.unauthenticated.cut_all();
-    agent.dismiss_attestation("the agent stops");
-    agent.routes.hold();
-    let peers = agent.kubernetes.all();
+    let reason = "the agent stops";
+    agent.limits.unauthenticated.cut_all();
+    agent.peers.attestation.close_all(reason);
+    agent.tunnels.routes.clear();
+    let peers = agent.peers.kubernetes.all();
     let idle = async {
         for peer in &peers {
             peer.credits.idle().await;
         }
     };
-    // What does not finish in time is counted below.
+    // Streams that are still open then are counted below.
     drop(timeout(SHUTDOWN_DRAIN, idle).await);
     match peers.iter().map(|peer| peer.credits.open_streams()).sum::<usize>() {
         0 => log::info!("stopped"),
-        left => log::warn!("stopped with {left} streams open"),
+        open => log::warn!("stopped with {open} streams open"),
     }
     for peer in &peers {
-        peer.dismiss("the agent stops");
+        peer.close_gracefully(reason);
     }
-    // Every peer that has not left soon is cut; a session that hangs must not keep the process.
-    let left = async { tokio::join!(agent.kubernetes.none_left(), agent.attestation.none_left()) };
-    drop(timeout(SHUTDOWN_DRAIN, left).await);
+    // close_gracefully cuts peers that stay; the timeout is for a session that hangs in spite of that.
+    let closed =
+        async { tokio::join!(agent.peers.kubernetes.until_empty(), agent.peers.attestation.until_empty()) };
+    drop(timeout(SHUTDOWN_DRAIN, closed).await);
 }

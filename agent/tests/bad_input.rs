@@ -105,7 +105,7 @@ fn all_faults_of_all_tags_are_told_at_once() {
 }
 
 #[test]
-fn a_forwarder_that_nobody_asked_to_speak_secure_comms_says_how_to_ask() {
+fn without_secure_comms_the_error_names_the_flag() {
     usage(&[], &["Secure Comms is off", "set the flag -secure-comms", "\"sc\": true"]);
 }
 
@@ -138,12 +138,12 @@ fn a_broken_daemon_config_is_named_with_line_and_column() {
 }
 
 fn testdata(name: &str) -> String {
-    let bytes = fs::read(format!("{}/testdata/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let bytes = fs::read(format!("{}/../keys/testdata/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
     Base64::encode_string(&bytes)
 }
 
 #[test]
-fn keys_in_the_user_data_that_are_missing_or_broken_are_named_and_not_shown() {
+fn bad_keys_in_the_user_data_are_named_and_not_shown() {
     let place = Place::new();
     let good = (testdata("ed25519.openssh"), testdata("ed25519.pub"));
     let garbage = "%%%not-base64%%%";
@@ -174,7 +174,7 @@ fn keys_in_the_user_data_that_are_missing_or_broken_are_named_and_not_shown() {
 }
 
 #[test]
-fn latched_keys_that_others_could_have_written_or_that_are_broken_stop_the_start() {
+fn exposed_or_broken_latched_keys_stop_the_start() {
     let place = Place::new();
     let directory = |name: &str, mode: u32| {
         let path = place.path(name);
@@ -192,9 +192,9 @@ fn latched_keys_that_others_could_have_written_or_that_are_broken_stop_the_start
     write(&directory("exposed", 0o700).join("keys"), 0o644);
     for (name, part) in [
         ("file", "it is not a directory"),
-        ("open", "its mode is 0777"),
+        ("open", "others may access it (mode 0777)"),
         ("broken", "not written by this agent"),
-        ("exposed", "its mode is 0644"),
+        ("exposed", "others may access it (mode 0644)"),
     ] {
         let path = place.path(name);
         let args = ["-secure-comms-state-dir", path.to_str().unwrap()];

@@ -37,7 +37,7 @@ async fn attest(address: SocketAddr) -> Handle<Stranger> {
 const MANY: usize = 200;
 
 #[tokio::test]
-async fn a_session_channel_that_asks_for_nothing_does_not_hold_up_its_session() {
+async fn an_idle_session_channel_does_not_stall_its_session() {
     let place = Place::new();
     let mut agent = place.start(&FREE_PORTS, &[]);
     let stranger = attest(agent.address()).await;
@@ -50,7 +50,7 @@ async fn a_session_channel_that_asks_for_nothing_does_not_hold_up_its_session() 
 }
 
 #[tokio::test]
-async fn ends_of_file_before_the_control_channel_do_not_hold_up_the_session() {
+async fn eof_before_the_control_channel_does_not_stall_the_session() {
     let place = Place::new();
     let mut agent = place.start(&FREE_PORTS, &[]);
     let stranger = attest(agent.address()).await;
@@ -62,7 +62,7 @@ async fn ends_of_file_before_the_control_channel_do_not_hold_up_the_session() {
 }
 
 #[tokio::test]
-async fn as_many_variables_as_are_allowed_do_not_keep_the_control_channel_away() {
+async fn env_requests_up_to_the_limit_allow_the_control_channel() {
     let place = Place::new();
     let mut agent = place.start(&FREE_PORTS, &[]);
     let stranger = attest(agent.address()).await;
@@ -83,7 +83,7 @@ async fn as_many_variables_as_are_allowed_do_not_keep_the_control_channel_away()
 }
 
 #[tokio::test]
-async fn a_peer_that_is_refused_again_and_again_does_not_fill_the_log() {
+async fn repeated_refusals_do_not_fill_the_log() {
     let place = Place::new();
     let mut agent = place.start(&FREE_PORTS, &[]);
     let stranger = attest(agent.address()).await;

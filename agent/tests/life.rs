@@ -1,4 +1,4 @@
-//! The real binary under systemd: its signals, and what systemd is told.
+//! The real binary under systemd: its signals, and its notifications.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -13,7 +13,7 @@ use base64ct::{Base64, Encoding};
 use support::{FREE_PORTS, Place, Systemd};
 
 #[test]
-fn systemd_hears_that_it_is_ready_what_it_does_and_that_it_stops() {
+fn systemd_is_notified_of_ready_status_and_stopping() {
     let place = Place::new();
     let (systemd, notify) = (Systemd::new(&place), place.path("notify"));
     let mut agent = place.start(&FREE_PORTS, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
@@ -27,10 +27,10 @@ fn systemd_hears_that_it_is_ready_what_it_does_and_that_it_stops() {
 }
 
 #[test]
-fn with_keys_in_its_user_data_it_begins_in_the_kubernetes_phase() {
+fn keys_in_the_user_data_start_the_kubernetes_phase() {
     let place = Place::new();
     let key = |name: &str| {
-        let path = format!("{}/testdata/{name}", env!("CARGO_MANIFEST_DIR"));
+        let path = format!("{}/../keys/testdata/{name}", env!("CARGO_MANIFEST_DIR"));
         Base64::encode_string(&std::fs::read(path).unwrap())
     };
     place.write_config(&format!(
@@ -73,11 +73,11 @@ fn a_start_that_waits_for_a_namespace_can_be_stopped() {
 }
 
 #[test]
-fn a_daemon_config_that_comes_late_is_waited_for() {
+fn a_late_daemon_config_is_waited_for() {
     let place = Place::new();
     std::fs::remove_file(place.path("apf.json")).unwrap();
     let (systemd, notify) = (Systemd::new(&place), place.path("notify"));
-    // Not even Secure Comms is asked for yet.
+    // The flags alone do not enable Secure Comms.
     let args = ["-secure-comms-inbounds", "BOTH_PHASES:KBS:0"];
     let mut agent = place.start(&args, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
     let config = place.path("apf.json");
@@ -88,7 +88,7 @@ fn a_daemon_config_that_comes_late_is_waited_for() {
     let whole = place.path("whole");
     std::fs::write(&whole, r#"{"sc-outbounds": "", "pod-name": "late"}"#).unwrap();
     std::fs::rename(whole, config).unwrap();
-    agent.says("waiting for the daemon config");
+    agent.says("found after");
     assert!(agent.rest().contains("Secure Comms is off"));
 
     let mut agent = place.start(&FREE_PORTS, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);

@@ -1,6 +1,6 @@
 //! Properties of the agent's reading of any apf.json.
 
-use agent_protocol_forwarder::cli::{self, Options};
+use agent_protocol_forwarder::config::flags::{self, Options};
 use agent_protocol_forwarder::config::{Config, ConfigError, DaemonConfig, KeySource};
 use secure_comms_protocol::PhaseName;
 use secure_comms_protocol::tag::Tag;
@@ -110,7 +110,7 @@ fn options(flags: u8) -> Options {
         "-secure-comms-inbounds=BOTH_PHASES:kbs:1",
     ];
     let given = all.iter().enumerate().filter(|(bit, _)| flags >> bit & 1 == 1).map(|(_, flag)| flag.into());
-    cli::parse(given).expect("these are good")
+    flags::parse(given).expect("these are good")
 }
 
 fn says_the_same(config: &DaemonConfig, pairs: &Pairs) {

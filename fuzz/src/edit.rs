@@ -1,10 +1,8 @@
 //! Properties of the edit of any request: the request before and after is read by another decoder, and
 //! compared.
 
-use agent_protocol_forwarder::interceptor::edit::{
-    self, Edited, Mounts, SERVICE, VOLUMES, Verdict, recognise,
-};
-use agent_protocol_forwarder::interceptor::wire::put;
+use agent_protocol_forwarder::kata::edit::{self, Edited, Mounts, SERVICE, VOLUMES, Verdict, recognise};
+use agent_protocol_forwarder::kata::protobuf::put;
 use prost::Message;
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -1,6 +1,6 @@
 //! Properties of the parser of any command line.
 
-use agent_protocol_forwarder::cli::{self, Exit, MissingNamespace, Options};
+use agent_protocol_forwarder::config::flags::{self, Exit, MissingNamespace, Options};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
@@ -35,7 +35,7 @@ pub(crate) fn exercise(data: &[u8]) {
 }
 
 fn parse(args: &[&OsStr]) -> Result<Options, Exit> {
-    cli::parse(args.iter().map(OsString::from))
+    flags::parse(args.iter().map(OsString::from))
 }
 
 fn other_dashes(arg: &OsStr) -> OsString {

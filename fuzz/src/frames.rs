@@ -1,7 +1,7 @@
 //! Properties of the interceptor for any bytes towards the kata agent. Nothing here makes a directory.
 
-use agent_protocol_forwarder::interceptor::frame::{FrameError, HEADER, Header, RESPONSE, Scanner};
-use agent_protocol_forwarder::interceptor::requests::{Out, Requests};
+use agent_protocol_forwarder::kata::frame::{FrameError, HEADER, Header, RESPONSE, Scanner};
+use agent_protocol_forwarder::kata::requests::{Out, Requests};
 use bytes::Bytes;
 
 /// Result of a stream: bytes that pass, in one piece, and requests that are held back.
@@ -67,15 +67,15 @@ pub(crate) fn exercise(data: &[u8]) {
                 }
             }
             Outcome::Held(stream, frame) => {
-                assert!(scanner.between());
+                assert!(scanner.at_boundary());
                 assert_eq!(header(frame).stream, *stream);
                 assert_eq!(header(frame).length + HEADER, frame.len());
             }
-            Outcome::Refused(..) => assert!(scanner.between()),
+            Outcome::Refused(..) => assert!(scanner.at_boundary()),
         }
     }
     // After a complete stream no bytes remain.
     if requests.end().is_ok() {
-        assert!(scanner.between());
+        assert!(scanner.at_boundary());
     }
 }

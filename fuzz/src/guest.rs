@@ -1,6 +1,6 @@
 //! Properties of the reader of any answer in place of api-server-rest's.
 
-use agent_protocol_forwarder::guest::{FetchError, fetch};
+use agent_protocol_forwarder::phases::kbs_fetch::{FetchError, fetch};
 use secure_comms_protocol::limits::KEY_MAX;
 use std::io;
 use std::iter::repeat_n;

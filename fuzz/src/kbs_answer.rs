@@ -1,6 +1,6 @@
 //! Properties of the error text for any answer in place of the KBS's.
 
-use crate::said::Said;
+use crate::error_body::ErrorBody;
 use serde_json::Value;
 
 /// Characters shown of each of the two texts, and the longest escape of one (`\u{10ffff}`).
@@ -8,7 +8,7 @@ const SHOWN_MAX: usize = 200;
 const ESCAPED_MAX: usize = 10;
 
 pub(crate) fn exercise(body: &[u8]) {
-    let said = Said::read(body);
+    let said = ErrorBody::read(body);
     let shown = said.to_string();
     assert!(!shown.chars().any(char::is_control), "it forges a line: {shown:?}");
     assert!(shown.chars().count() <= 2 * (1 + SHOWN_MAX * ESCAPED_MAX));

@@ -201,7 +201,7 @@ async fn a_silent_connection_fails_over_to_another_address() -> Result<()> {
     for _ in 0..2 {
         let (mark, agent_mark) = (adaptor.mark(), agent.mark());
         used.freeze();
-        let anew = format!("channel down: nothing came from {} any more", used.address());
+        let anew = format!("channel down: connection to {} timed out", used.address());
         let line = adaptor.wait_from(mark, |line| line.contains(&anew), PATIENCE).await?;
         ensure!(line.contains(&other.address().to_string()), "{line}");
         says_after(&adaptor, mark, "kubernetes phase up").await?;
@@ -224,7 +224,7 @@ async fn an_attestation_that_falls_silent_goes_on_at_another_address() -> Result
     says(&adaptor, "keys: attempt").await?;
     let mark = adaptor.mark();
     used.freeze();
-    let anew = format!("attestation: connection ended: nothing came from {} any more", used.address());
+    let anew = format!("attestation: connection ended: connection to {} timed out", used.address());
     says_after(&adaptor, mark, &anew).await?;
     scene.kbs.set_fault(Fault::None);
     works(&scene, &adaptor).await
@@ -291,7 +291,7 @@ async fn a_kbs_that_is_down_when_the_adaptor_publishes_is_waited_for() -> Result
     let _agent = scene.agent().await?;
     scene.kbs.kill().await?;
     let adaptor = scene.adaptor()?;
-    says(&adaptor, "trying on").await?;
+    says(&adaptor, "retrying").await?;
     scene.kbs.restart().await?;
     works(&scene, &adaptor).await
 }

@@ -219,7 +219,7 @@ async fn the_adaptor_reports_at_once_a_vm_lost_to_a_stranger() -> Result<()> {
     ensure!(!log.contains("kubernetes phase up"), "{log}");
     // At once: long before the deadline of 110 s, which the adaptor would name.
     ensure!(!log.contains("within 110 s") && !log.contains("deadline"), "{log}");
-    ensure!(!agent.log().contains(&format!("drives pod {}", scene.pod)), "{}", agent.log());
+    ensure!(!agent.log().contains(&format!("adaptor identified; pod {}", scene.pod)), "{}", agent.log());
     Ok(())
 }
 

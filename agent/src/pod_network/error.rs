@@ -1,4 +1,4 @@
-//! Why the pod network is not up.
+//! Errors of the pod network.
 
 use std::io;
 
@@ -12,33 +12,33 @@ pub enum PodNetworkError {
     /// A step failed.
     #[error("{step}: {source}; {advice}")]
     Step {
-        /// What was being done, and with what.
+        /// The step, with its arguments.
         step: String,
-        /// The cause.
+        /// Error of the system.
         source: io::Error,
-        /// What to do.
+        /// How to fix it.
         advice: &'static str,
     },
     /// The pod's network namespace can't be entered.
     #[error(transparent)]
     Namespace(#[from] NamespaceError),
-    /// Something in the VM that was waited for did not come.
+    /// The VM's network did not become ready in time.
     #[error("waiting for the VM's network: {missing} after {seconds} s; {advice}")]
     Waited {
         /// What is missing.
         missing: String,
-        /// How long it was waited for.
+        /// Time waited, in seconds.
         seconds: u64,
-        /// What to do.
+        /// How to fix it.
         advice: &'static str,
     },
-    /// `dedicated`, and the tunnel's interface is not.
+    /// `dedicated` is set, and the tunnel's interface has the default route.
     #[error(
         "choosing the interface of the tunnel: pod-network says 'dedicated', but '{0}' has the VM's default route; give \
          -host-interface the name of another"
     )]
     NotDedicated(String),
-    /// Another link has the name.
+    /// Another interface has the tunnel's name.
     #[error(
         "making the VXLAN link: the pod's namespace has a '{0}' already that is no VXLAN link; remove it, or check \
          -pod-namespace"
@@ -49,9 +49,9 @@ pub enum PodNetworkError {
     Undo(Vec<Self>),
 }
 
-/// What a failed request of netlink is turned into.
+/// Turns a failed netlink request into an error of the pod network.
 pub(super) trait Step<T> {
-    /// Says what was being done; `advice` is for causes that don't speak for themselves.
+    /// Adds the step and advice. Permission errors get advice of their own.
     fn step(self, step: impl FnOnce() -> String, advice: &'static str) -> Result<T, PodNetworkError>;
 }
 
@@ -82,13 +82,13 @@ pub(super) fn cause(error: NetlinkError) -> io::Error {
     }
 }
 
-/// Whether a request failed because what it was about is not there (any more).
+/// Whether a request failed because its object does not exist.
 pub(super) fn is_gone(error: &NetlinkError) -> bool {
     matches!(errno(error), Some(Errno::ENOENT | Errno::ESRCH | Errno::ENODEV))
 }
 
-/// Whether a request failed because what it was to make is there.
-pub(super) fn is_there(error: &NetlinkError) -> bool {
+/// Whether a request failed because its object exists already.
+pub(super) fn already_exists(error: &NetlinkError) -> bool {
     errno(error) == Some(Errno::EEXIST)
 }
 

@@ -1,4 +1,4 @@
-//! A netlink socket, which belongs for life to the namespace it was made in.
+//! Netlink sockets. A socket stays in the namespace that it was made in.
 
 use std::io;
 
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-/// Whatever may make an interface fit for us.
+/// Changes after which an interface may have become usable.
 const GROUPS: [MulticastGroup; 5] = [
     MulticastGroup::Link,
     MulticastGroup::Ipv4Ifaddr,
@@ -22,7 +22,7 @@ const GROUPS: [MulticastGroup; 5] = [
 pub(super) struct Net {
     pub(super) handle: Handle,
     changed: Arc<Notify>,
-    /// What moves the messages; ends with this value.
+    /// The task that moves the messages; aborted on drop.
     _connection: JoinSet<()>,
 }
 
@@ -33,7 +33,7 @@ impl Net {
         Ok(Self::new(connection, handle, Arc::default()))
     }
 
-    /// In our own namespace, and told of changes.
+    /// In our own namespace, subscribed to changes.
     pub(super) fn host_watched() -> io::Result<Self> {
         let (connection, handle, mut messages) = new_multicast_connection(&GROUPS)?;
         let changed = Arc::new(Notify::new());
@@ -43,7 +43,7 @@ impl Net {
                 while messages.next().await.is_some() {
                     changed.notify_one();
                 }
-                // The socket is broken: who waits must ask once more, and hear it.
+                // The socket is broken: wake the waiter, whose next request then reports the error.
                 changed.notify_one();
             }
         };
@@ -58,7 +58,7 @@ impl Net {
         let runtime = tokio::runtime::Handle::current();
         let (connection, handle, _) = namespace
             .run(move || {
-                // The thread makes the socket, the runtime's own thread will serve it.
+                // This thread makes the socket, the runtime's own thread serves it.
                 let _runtime = runtime.enter();
                 new_connection()
             })
@@ -76,7 +76,7 @@ impl Net {
         Self { handle, changed, _connection: tasks }
     }
 
-    /// Waits for a change since the last call, if changes are told.
+    /// Waits for a change since the last call. Never returns on a socket without subscription.
     pub(super) async fn changed(&self) {
         self.changed.notified().await;
     }

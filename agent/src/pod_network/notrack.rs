@@ -1,8 +1,9 @@
 //! Keeps the tunnel's packets out of connection tracking: it would spend time and table space on them, and drop them
 //! when the table is full.
 //!
-//! Two rules of nftables, in a table of our own. The messages are built here: the crates that know nftables are GPL, or
-//! bind C libraries, or know neither this expression nor transactions. See the kernel's `nf_tables.h`, `nfnetlink.h`.
+//! Two rules of nftables, in a table of our own. The messages are built here: the crates for nftables are GPL, or bind
+//! C libraries, or support neither this expression nor transactions. The numbers are from the kernel's `netlink.h`,
+//! `nfnetlink.h` and `nf_tables.h`.
 
 use std::io;
 use std::net::IpAddr;
@@ -28,20 +29,20 @@ const NEW_RULE: u16 = NFTABLES << 8 | 6;
 const INET: u8 = 1;
 const NESTED: u16 = 1 << 15;
 
-/// Where a rule looks.
+/// The hook that a chain is attached to.
 #[derive(Clone, Copy)]
 enum Hook {
-    /// What comes from the worker node.
+    /// For packets from the worker node.
     Prerouting,
-    /// What goes to the worker node.
+    /// For packets to the worker node.
     Output,
 }
 
-/// Adds the rules, in place of what is there of ours.
+/// Adds the rules. Replaces our table, if it exists.
 pub(super) fn add(worker_node: IpAddr, port: u16) -> io::Result<()> {
     let mut batch = Batch::default();
-    batch.forget_table();
-    batch.put(NEW_TABLE, CREATE, &[attribute(1, TABLE)]);
+    batch.delete_table();
+    batch.put(NEW_TABLE, CREATE, &[attribute(attr::TABLE_NAME, TABLE)]);
     for hook in [Hook::Prerouting, Hook::Output] {
         batch.put(NEW_CHAIN, CREATE, &chain(hook));
         batch.put(NEW_RULE, CREATE | APPEND, &rule(hook, worker_node, port));
@@ -49,10 +50,10 @@ pub(super) fn add(worker_node: IpAddr, port: u16) -> io::Result<()> {
     batch.send()
 }
 
-/// Removes the rules, if they are there.
+/// Removes the rules, if they exist.
 pub(super) fn remove() -> io::Result<()> {
     let mut batch = Batch::default();
-    batch.forget_table();
+    batch.delete_table();
     match batch.send() {
         // Without nftables in the kernel there are no rules.
         Err(error) if matches!(error.raw_os_error(), Some(code) if ABSENT.contains(&code)) => Ok(()),
@@ -70,26 +71,28 @@ struct Batch {
 }
 
 impl Batch {
-    /// Whether the table is there or not: made, then deleted.
-    fn forget_table(&mut self) {
-        self.put(NEW_TABLE, CREATE, &[attribute(1, TABLE)]);
-        self.put(DELETE_TABLE, 0, &[attribute(1, TABLE)]);
+    /// Deletes the table. Makes it first, because deleting a missing one would fail the transaction.
+    fn delete_table(&mut self) {
+        self.put(NEW_TABLE, CREATE, &[attribute(attr::TABLE_NAME, TABLE)]);
+        self.put(DELETE_TABLE, 0, &[attribute(attr::TABLE_NAME, TABLE)]);
     }
 
     fn put(&mut self, kind: u16, flags: u16, attributes: &[Vec<u8>]) {
         self.requests += 1;
-        let request = message(kind, flags | ACK, self.requests, INET, 0, &attributes.concat());
-        self.bytes.extend(request);
+        let header = Header { kind, flags: flags | ACK, sequence: self.requests, family: INET, resource: 0 };
+        self.bytes.extend(message(&header, &attributes.concat()));
     }
 
-    /// The kernel does what it is asked, and has answered, by the time the request is sent.
+    /// Sends the transaction. The kernel executes and answers it before `send` returns, so that no answer is waited for.
     fn send(self) -> io::Result<()> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
         socket.set_non_blocking(true)?;
-        let begin = message(BATCH_BEGIN, 0, 0, 0, NFTABLES, &[]);
-        let end = message(BATCH_END, 0, self.requests + 1, 0, NFTABLES, &[]);
+        let mark = |kind, sequence| {
+            message(&Header { kind, flags: 0, sequence, family: 0, resource: NFTABLES }, &[])
+        };
+        let (begin, end) = (mark(BATCH_BEGIN, 0), mark(BATCH_END, self.requests + 1));
         socket.send(&[begin, self.bytes, end].concat(), 0)?;
         let mut done = 0;
         loop {
@@ -103,19 +106,25 @@ impl Batch {
         if done == self.requests {
             Ok(())
         } else {
-            Err(io::Error::other("the kernel did not answer all of it"))
+            Err(io::Error::other(format!(
+                "missing ACKs: {done} of {} requests were acknowledged",
+                self.requests
+            )))
         }
     }
 }
 
-/// How many requests succeeded; the first that failed is an error.
+/// Counts the requests that succeeded.
+///
+/// # Errors
+/// The first request that failed, or a malformed reply.
 fn acknowledged(mut answers: &[u8]) -> io::Result<u32> {
-    let strange = |_| io::Error::other("an answer of the kernel that is none");
+    let malformed = |_| io::Error::other("malformed netlink reply");
     let mut done = 0;
     while !answers.is_empty() {
-        let answer = NetlinkBuffer::new_checked(answers).map_err(strange)?;
+        let answer = NetlinkBuffer::new_checked(answers).map_err(malformed)?;
         if answer.message_type() == NLMSG_ERROR {
-            let error = ErrorBuffer::new_checked(answer.payload()).map_err(strange)?;
+            let error = ErrorBuffer::new_checked(answer.payload()).map_err(malformed)?;
             if let Some(code) = error.code() {
                 return Err(io::Error::from_raw_os_error(code.get().saturating_abs()));
             }
@@ -127,17 +136,30 @@ fn acknowledged(mut answers: &[u8]) -> io::Result<u32> {
     Ok(done)
 }
 
-fn message(kind: u16, flags: u16, sequence: u32, family: u8, resource: u16, attributes: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(20 + attributes.len()).unwrap_or(u32::MAX);
-    let mut bytes = Vec::with_capacity(20 + attributes.len());
+/// The variable parts of a netlink header and of the nfnetlink header behind it.
+struct Header {
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    family: u8,
+    /// The subsystem, in the messages that begin and end a batch.
+    resource: u16,
+}
+
+/// Bytes of both headers.
+const HEADERS: usize = 20;
+
+fn message(header: &Header, attributes: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(HEADERS + attributes.len()).unwrap_or(u32::MAX);
+    let mut bytes = Vec::with_capacity(HEADERS + attributes.len());
     bytes.extend(length.to_ne_bytes());
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend((flags | REQUEST).to_ne_bytes());
-    bytes.extend(sequence.to_ne_bytes());
-    // The kernel knows who we are.
+    bytes.extend(header.kind.to_ne_bytes());
+    bytes.extend((header.flags | REQUEST).to_ne_bytes());
+    bytes.extend(header.sequence.to_ne_bytes());
+    // The port id of the sender: the kernel fills it in.
     bytes.extend(0_u32.to_ne_bytes());
-    bytes.extend([family, 0]);
-    bytes.extend(resource.to_be_bytes());
+    bytes.extend([header.family, 0]);
+    bytes.extend(header.resource.to_be_bytes());
     bytes.extend(attributes);
     bytes
 }
@@ -178,51 +200,122 @@ impl Hook {
     }
 }
 
-/// A chain of type filter at the priority of iptables' table "raw" (-300): before connection tracking.
-fn chain(hook: Hook) -> [Vec<u8>; 4] {
-    let place = [number(1, hook.number()), attribute(2, &(-300_i32).to_be_bytes())];
-    [attribute(1, TABLE), attribute(3, hook.chain()), nested(4, &place), attribute(7, b"filter\0")]
+/// Attribute types: NFTA_*.
+mod attr {
+    pub(super) const TABLE_NAME: u16 = 1;
+    pub(super) const CHAIN_TABLE: u16 = 1;
+    pub(super) const CHAIN_NAME: u16 = 3;
+    pub(super) const CHAIN_HOOK: u16 = 4;
+    pub(super) const CHAIN_TYPE: u16 = 7;
+    pub(super) const HOOK_NUMBER: u16 = 1;
+    pub(super) const HOOK_PRIORITY: u16 = 2;
+    pub(super) const RULE_TABLE: u16 = 1;
+    pub(super) const RULE_CHAIN: u16 = 2;
+    pub(super) const RULE_EXPRESSIONS: u16 = 4;
+    pub(super) const LIST_ELEMENT: u16 = 1;
+    pub(super) const EXPRESSION_NAME: u16 = 1;
+    pub(super) const EXPRESSION_DATA: u16 = 2;
+    pub(super) const META_REGISTER: u16 = 1;
+    pub(super) const META_KEY: u16 = 2;
+    pub(super) const PAYLOAD_REGISTER: u16 = 1;
+    pub(super) const PAYLOAD_BASE: u16 = 2;
+    pub(super) const PAYLOAD_OFFSET: u16 = 3;
+    pub(super) const PAYLOAD_LENGTH: u16 = 4;
+    pub(super) const COMPARE_REGISTER: u16 = 1;
+    pub(super) const COMPARE_OPERATION: u16 = 2;
+    pub(super) const COMPARE_DATA: u16 = 3;
+    pub(super) const DATA_VALUE: u16 = 1;
 }
 
-/// UDP, the port, and the worker node's address where the packet comes from or goes to: no tracking.
+/// NFT_REG_1, the register that all expressions here use.
+const REGISTER: u32 = 1;
+/// NFT_META_NFPROTO: the packet's family.
+const META_FAMILY: u32 = 15;
+/// NFT_META_L4PROTO: the packet's transport protocol.
+const META_TRANSPORT: u32 = 16;
+/// NFT_PAYLOAD_NETWORK_HEADER.
+const NETWORK_HEADER: u32 = 1;
+/// NFT_PAYLOAD_TRANSPORT_HEADER.
+const TRANSPORT_HEADER: u32 = 2;
+/// NFT_CMP_EQ.
+const EQUAL: u32 = 0;
+/// NFPROTO_IPV4, with the offsets of source and destination in its header.
+const IPV4: (u8, u32, u32) = (2, 12, 16);
+/// NFPROTO_IPV6, with the offsets of source and destination in its header.
+const IPV6: (u8, u32, u32) = (10, 8, 24);
+/// IPPROTO_UDP.
+const UDP: u8 = 17;
+/// Offset and length of the destination port in a UDP header.
+const UDP_DESTINATION: (u32, u32) = (2, 2);
+
+/// A chain of type filter at the priority of iptables' table "raw" (-300): before connection tracking.
+fn chain(hook: Hook) -> [Vec<u8>; 4] {
+    let place =
+        [number(attr::HOOK_NUMBER, hook.number()), attribute(attr::HOOK_PRIORITY, &(-300_i32).to_be_bytes())];
+    [
+        attribute(attr::CHAIN_TABLE, TABLE),
+        attribute(attr::CHAIN_NAME, hook.chain()),
+        nested(attr::CHAIN_HOOK, &place),
+        attribute(attr::CHAIN_TYPE, b"filter\0"),
+    ]
+}
+
+/// A rule: no tracking for UDP packets to `port` that come from the worker node, or go to it.
 fn rule(hook: Hook, worker_node: IpAddr, port: u16) -> [Vec<u8>; 3] {
-    let (family, offset, address) = match (worker_node, hook) {
-        (IpAddr::V4(address), Hook::Prerouting) => (2, 12, address.octets().to_vec()),
-        (IpAddr::V4(address), Hook::Output) => (2, 16, address.octets().to_vec()),
-        (IpAddr::V6(address), Hook::Prerouting) => (10, 8, address.octets().to_vec()),
-        (IpAddr::V6(address), Hook::Output) => (10, 24, address.octets().to_vec()),
+    let ((family, source, destination), address) = match worker_node {
+        IpAddr::V4(address) => (IPV4, address.octets().to_vec()),
+        IpAddr::V6(address) => (IPV6, address.octets().to_vec()),
+    };
+    let offset = match hook {
+        Hook::Prerouting => source,
+        Hook::Output => destination,
     };
     let length = u32::try_from(address.len()).unwrap_or(0);
     let expressions = [
-        meta(15),
+        meta(META_FAMILY),
         equals(&[family]),
-        payload(1, offset, length),
+        payload(NETWORK_HEADER, offset, length),
         equals(&address),
-        meta(16),
-        equals(&[17]),
-        payload(2, 2, 2),
+        meta(META_TRANSPORT),
+        equals(&[UDP]),
+        payload(TRANSPORT_HEADER, UDP_DESTINATION.0, UDP_DESTINATION.1),
         equals(&port.to_be_bytes()),
         expression(b"notrack\0", &[]),
     ];
-    [attribute(1, TABLE), attribute(2, hook.chain()), nested(4, &expressions)]
+    [
+        attribute(attr::RULE_TABLE, TABLE),
+        attribute(attr::RULE_CHAIN, hook.chain()),
+        nested(attr::RULE_EXPRESSIONS, &expressions),
+    ]
 }
 
 fn expression(name: &[u8], data: &[Vec<u8>]) -> Vec<u8> {
-    let data = if data.is_empty() { Vec::new() } else { nested(2, data) };
-    nested(1, &[attribute(1, name), data])
+    let data = if data.is_empty() { Vec::new() } else { nested(attr::EXPRESSION_DATA, data) };
+    nested(attr::LIST_ELEMENT, &[attribute(attr::EXPRESSION_NAME, name), data])
 }
 
-/// Loads a fact about the packet into register 1: its family (15), its transport protocol (16).
+/// Loads a property of the packet into the register.
 fn meta(key: u32) -> Vec<u8> {
-    expression(b"meta\0", &[number(1, 1), number(2, key)])
+    expression(b"meta\0", &[number(attr::META_REGISTER, REGISTER), number(attr::META_KEY, key)])
 }
 
-/// Loads bytes of the network header (1) or the transport header (2) into register 1.
+/// Loads bytes of a header into the register.
 fn payload(base: u32, offset: u32, length: u32) -> Vec<u8> {
-    expression(b"payload\0", &[number(1, 1), number(2, base), number(3, offset), number(4, length)])
+    let data = [
+        number(attr::PAYLOAD_REGISTER, REGISTER),
+        number(attr::PAYLOAD_BASE, base),
+        number(attr::PAYLOAD_OFFSET, offset),
+        number(attr::PAYLOAD_LENGTH, length),
+    ];
+    expression(b"payload\0", &data)
 }
 
-/// Goes on if register 1 has this value.
+/// Continues with the next expression if the register has this value.
 fn equals(value: &[u8]) -> Vec<u8> {
-    expression(b"cmp\0", &[number(1, 1), number(2, 0), nested(3, &[attribute(1, value)])])
+    let data = [
+        number(attr::COMPARE_REGISTER, REGISTER),
+        number(attr::COMPARE_OPERATION, EQUAL),
+        nested(attr::COMPARE_DATA, &[attribute(attr::DATA_VALUE, value)]),
+    ];
+    expression(b"cmp\0", &data)
 }

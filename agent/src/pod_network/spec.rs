@@ -1,4 +1,4 @@
-//! `pod-network` of apf.json: what the worker node wants the pod's network to be, valid as a whole.
+//! `pod-network` of apf.json: the pod's network as the worker node describes it, valid as a whole.
 
 mod read;
 mod values;
@@ -9,23 +9,23 @@ use std::net::IpAddr;
 use serde::Deserialize;
 use serde_json::Value;
 
-use read::Reader;
+use read::FieldReader;
 pub use values::{HardwareAddress, InterfaceName, Prefix};
 
-/// The largest MTU: what a VXLAN header (50 bytes over IPv4) leaves of Ethernet's 1500.
+/// The largest MTU: Ethernet's 1500 bytes without the headers of VXLAN over IPv4 (50 bytes).
 const MTU_MAX: u32 = 1450;
 /// The smallest MTU of IPv4 (RFC 791) and of IPv6 (RFC 8200).
 const MTU_MIN: (u32, u32) = (68, 1280);
 /// The VXLAN port (RFC 7348), unless `vxlan-port` names another.
 const VXLAN_PORT: u16 = 4789;
-/// RTPROT_BOOT: what `ip route add` takes when nothing is said.
+/// RTPROT_BOOT: the default of `ip route add`.
 const PROTOCOL_BOOT: u8 = 3;
 /// RT_SCOPE_LINK: the destination is on the link itself.
 const SCOPE_LINK: u8 = 253;
 /// NUD_PERMANENT.
 const STATE_PERMANENT: u16 = 0x80;
 
-/// `pod-network` as it stands in the file. Other keys of it are ignored.
+/// `pod-network` as in the file. Unknown keys are ignored.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct PodNetworkConfig {
@@ -43,7 +43,7 @@ pub struct PodNetworkConfig {
     external_net_via_pod_vm: Value,
 }
 
-/// Everything that is wrong with a `pod-network`.
+/// All faults of a `pod-network`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Faults(Vec<String>);
 
@@ -57,28 +57,28 @@ impl fmt::Display for Faults {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spec {
     pub(super) pod: Prefix,
-    /// None: the kernel chooses one.
+    /// None if the kernel chooses one.
     pub(super) hardware_address: Option<HardwareAddress>,
     pub(super) interface: InterfaceName,
     pub(super) worker_node: IpAddr,
     pub(super) port: u16,
     pub(super) id: u32,
     pub(super) mtu: u32,
-    /// The tunnel has an interface of the VM to itself.
+    /// Whether the tunnel must not use the interface of the VM's default route.
     pub(super) dedicated: bool,
-    /// The pod reaches the outside by the VM's second interface.
+    /// Whether the pod's default route leaves by the VM's second interface.
     pub(super) external: bool,
-    /// Those without a gateway first: the gateways of the others are reached by them.
-    pub(super) routes: Vec<Route>,
+    /// Routes without a gateway first: the gateways of the others are reached by them.
+    pub(super) routes: Vec<IpRoute>,
     pub(super) neighbours: Vec<Neighbour>,
 }
 
 /// A route in the pod's network.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Route {
+pub(super) struct IpRoute {
     pub(super) destination: Prefix,
     pub(super) gateway: Option<IpAddr>,
-    /// None: the tunnel's interface.
+    /// None for the tunnel's interface.
     pub(super) device: Option<InterfaceName>,
     pub(super) protocol: u8,
     pub(super) scope: u8,
@@ -89,7 +89,7 @@ pub(super) struct Route {
 pub(super) struct Neighbour {
     pub(super) address: IpAddr,
     pub(super) hardware_address: Option<HardwareAddress>,
-    /// None: the tunnel's interface.
+    /// None for the tunnel's interface.
     pub(super) device: Option<InterfaceName>,
     pub(super) state: u16,
 }
@@ -114,19 +114,19 @@ struct NeighbourConfig {
 }
 
 impl PodNetworkConfig {
-    /// Whether it says nothing: a worker node without a pod network writes empty texts and zeros.
+    /// Whether there is no pod network: a worker node without one writes empty texts and zeros.
     pub fn is_empty(&self) -> bool {
         [&self.podip, &self.interface, &self.worker_node_ip, &self.tunnel_type]
             .iter()
             .all(|value| value.is_null() || value.as_str() == Some(""))
     }
 
-    /// Validates it.
+    /// Checks every value.
     ///
     /// # Errors
     /// Every fault.
     pub fn validate(&self) -> Result<Spec, Faults> {
-        let mut read = Reader::default();
+        let mut read = FieldReader::default();
         let pod: Option<Prefix> = read.required("podip", &self.podip, Prefix::EXPECTED);
         let hardware_address = read.parsed("pod-hw-addr", &self.pod_hw_addr, HardwareAddress::EXPECTED);
         let interface = read.required("interface", &self.interface, InterfaceName::EXPECTED);
@@ -152,7 +152,7 @@ impl PodNetworkConfig {
         let external = read.flag("external-net-via-pod-vm", &self.external_net_via_pod_vm);
         let family = pod.map(|pod| pod.address());
         let mut routes =
-            read.list("routes", &self.routes, |read, key, route| Route::read(read, key, &route, family));
+            read.list("routes", &self.routes, |read, key, route| IpRoute::read(read, key, &route, family));
         routes.sort_by_key(|route| route.gateway.is_some());
         let neighbours =
             read.list("neighbors", &self.neighbors, |read, key, entry| Neighbour::read(read, key, &entry));
@@ -165,7 +165,7 @@ impl PodNetworkConfig {
                 interface,
                 worker_node: worker_node.address(),
                 port: port.filter(|&port| port != 0).unwrap_or(VXLAN_PORT),
-                // Zero is an id too: the first pod's, where ids start at zero.
+                // Zero is a valid id: where ids start at zero, it is the first pod's.
                 id: id.unwrap_or(0),
                 mtu: mtu.filter(|&mtu| mtu != 0).unwrap_or(MTU_MAX).min(MTU_MAX),
                 dedicated,
@@ -178,8 +178,8 @@ impl PodNetworkConfig {
     }
 }
 
-impl Route {
-    fn read(read: &mut Reader, key: &str, config: &RouteConfig, pod: Option<IpAddr>) -> Option<Self> {
+impl IpRoute {
+    fn read(read: &mut FieldReader, key: &str, config: &RouteConfig, pod: Option<IpAddr>) -> Option<Self> {
         let destination: Option<Prefix> = read.parsed(&format!("{key}.dst"), &config.dst, Prefix::EXPECTED);
         let gateway: Option<IpAddr> = read.parsed(&format!("{key}.gw"), &config.gw, "an address");
         let device = read.parsed(&format!("{key}.dev"), &config.dev, InterfaceName::EXPECTED);
@@ -193,20 +193,20 @@ impl Route {
         }
         // Without a destination it is the default route.
         let destination = destination.or_else(|| gateway.or(pod).map(Prefix::default_of))?;
-        // A route without a gateway leads to the link; as a universal one it would not lead to any gateway.
-        let nearest = if gateway.is_none() && destination.address().is_ipv4() { SCOPE_LINK } else { 0 };
+        // A route without a gateway has link scope. With universe scope the kernel would not reach gateways by it.
+        let default_scope = if gateway.is_none() && destination.address().is_ipv4() { SCOPE_LINK } else { 0 };
         Some(Self {
             destination: destination.network(),
             gateway,
             device,
             protocol: protocol.filter(|&protocol| protocol != 0).unwrap_or(PROTOCOL_BOOT),
-            scope: scope.filter(|&scope| scope != 0).unwrap_or(nearest),
+            scope: scope.filter(|&scope| scope != 0).unwrap_or(default_scope),
         })
     }
 }
 
 impl Neighbour {
-    fn read(read: &mut Reader, key: &str, config: &NeighbourConfig) -> Option<Self> {
+    fn read(read: &mut FieldReader, key: &str, config: &NeighbourConfig) -> Option<Self> {
         let hardware_address =
             read.parsed(&format!("{key}.hw-addr"), &config.hw_addr, HardwareAddress::EXPECTED);
         let device = read.parsed(&format!("{key}.dev"), &config.dev, InterfaceName::EXPECTED);

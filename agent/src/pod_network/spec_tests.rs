@@ -33,7 +33,7 @@ fn prefix(text: &str) -> Prefix {
 }
 
 #[test]
-fn a_whole_spec_is_read_and_routes_without_a_gateway_come_first() {
+fn routes_without_a_gateway_come_first() {
     let spec = with(&[]).unwrap();
     assert_eq!((spec.pod.to_string().as_str(), spec.interface.as_str()), ("10.244.1.7/24", "eth0"));
     assert_eq!(spec.hardware_address.unwrap().bytes(), &[0x0a, 0x58, 0x0a, 0xf4, 1, 7]);
@@ -167,7 +167,7 @@ fn prefixes_have_networks_and_know_what_is_in_them() {
 }
 
 #[test]
-fn names_and_hardware_addresses_that_the_kernel_would_not_take_are_refused() {
+fn names_and_addresses_the_kernel_rejects_are_refused() {
     for name in ["", ".", "..", "a b", "a/b", "eth%d", "a:1", "sixteen-bytes-ab", "a\u{a0}"] {
         assert!(name.parse::<InterfaceName>().is_err(), "{name}");
     }

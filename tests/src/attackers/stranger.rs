@@ -13,8 +13,8 @@ use russh::client::{self, ChannelOpenHandle, DisconnectReason, Handle, Handler, 
 use russh::keys::{HashAlg, PrivateKey, PrivateKeyWithHashAlg, PublicKeyOrCertificate};
 use russh::{Channel, ChannelMsg, ChannelStream, ChannelWriteHalf};
 use secure_comms_protocol::Control;
+use secure_comms_protocol::Hello;
 use secure_comms_protocol::control::Lines;
-use secure_comms_protocol::hello::Hello;
 use secure_comms_protocol::limits::{CONTROL_SUBSYSTEM, PROTOCOL_VERSION};
 use tokio::io::copy_bidirectional;
 use tokio::net::TcpStream;

@@ -1,4 +1,4 @@
-//! Reads JSON values of wanted types, and collects what is wrong with them instead of ending at the first fault.
+//! Reads JSON values of given types, and collects all faults instead of ending at the first.
 
 use std::ops::RangeInclusive;
 use std::str::FromStr;
@@ -8,16 +8,16 @@ use serde_json::Value;
 
 /// The faults so far, each with its key.
 #[derive(Default)]
-pub(super) struct Reader {
+pub(super) struct FieldReader {
     pub(super) faults: Vec<String>,
 }
 
-impl Reader {
+impl FieldReader {
     pub(super) fn fault(&mut self, key: &str, fault: &str) {
         self.faults.push(format!("'{key}': {fault}"));
     }
 
-    /// A text; null and the empty text stand for none.
+    /// Reads a text; none for null and for the empty text.
     pub(super) fn text<'v>(&mut self, key: &str, value: &'v Value) -> Option<&'v str> {
         match value {
             Value::Null => None,
@@ -29,7 +29,7 @@ impl Reader {
         }
     }
 
-    /// What a text says, if there is one.
+    /// Reads and parses an optional text.
     pub(super) fn parsed<T: FromStr>(&mut self, key: &str, value: &Value, expected: &str) -> Option<T> {
         let text = self.text(key, value)?;
         let parsed = text.parse().ok();
@@ -39,20 +39,20 @@ impl Reader {
         parsed
     }
 
-    /// What a text says; a fault if there is none.
+    /// Reads and parses a text; its absence is a fault.
     pub(super) fn required<T: FromStr>(&mut self, key: &str, value: &Value, expected: &str) -> Option<T> {
         self.missing(key, value, expected);
         self.parsed(key, value, expected)
     }
 
-    /// A fault if there is no value.
+    /// Adds a fault if there is no value.
     pub(super) fn missing(&mut self, key: &str, value: &Value, expected: &str) {
         if value.is_null() || value.as_str() == Some("") {
             self.fault(key, &format!("missing; expected {expected}"));
         }
     }
 
-    /// A number in a range; null stands for none.
+    /// Reads a number in a range; none for null.
     pub(super) fn number<T>(&mut self, key: &str, value: &Value, range: RangeInclusive<T>) -> Option<T>
     where
         T: TryFrom<i64> + PartialOrd + std::fmt::Display,
@@ -69,7 +69,7 @@ impl Reader {
         number
     }
 
-    /// A boolean; null stands for false.
+    /// Reads a boolean; false for null.
     pub(super) fn flag(&mut self, key: &str, value: &Value) -> bool {
         if !value.is_null() && !value.is_boolean() {
             self.fault(key, "expected true or false");
@@ -77,7 +77,7 @@ impl Reader {
         value.as_bool().unwrap_or(false)
     }
 
-    /// A list of objects; null stands for an empty one. What `read` gives none for is left out: it said why.
+    /// Reads a list of objects; an empty one for null. Leaves out items for which `read` returns none after adding a fault.
     pub(super) fn list<C: DeserializeOwned, T>(
         &mut self,
         key: &str,
@@ -96,7 +96,7 @@ impl Reader {
         let mut list = Vec::with_capacity(items.len());
         for (index, item) in items.iter().enumerate() {
             let key = format!("{key}[{index}]");
-            // A sequence would be read as the fields in their order.
+            // Derived code would accept a JSON array as the fields in their order.
             if !item.is_object() {
                 self.fault(&key, "expected a JSON object");
                 continue;

@@ -22,7 +22,7 @@ impl Prefix {
         (length <= bits).then_some(Self { address, length })
     }
 
-    /// All of an address' family.
+    /// The prefix of the default route of an address' family.
     pub(crate) fn default_of(address: IpAddr) -> Self {
         let any = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
         Self { address: any, length: 0 }
@@ -38,12 +38,12 @@ impl Prefix {
         self.length
     }
 
-    /// Whether it is one address, without a network around it.
+    /// Whether the prefix is a single address.
     pub fn is_host(&self) -> bool {
         self.length == if self.address.is_ipv4() { 32 } else { 128 }
     }
 
-    /// The network alone.
+    /// The network, with the host's bits cleared.
     pub fn network(&self) -> Self {
         let address = match self.address {
             IpAddr::V4(address) => {
@@ -85,10 +85,10 @@ impl fmt::Display for Prefix {
 pub struct InterfaceName(String);
 
 impl InterfaceName {
-    /// What to say to who wrote another text.
+    /// The expected form, for errors.
     pub const EXPECTED: &str = "an interface's name: at most 15 bytes, no '/', ':', '%' or blank";
 
-    /// As the kernel takes it.
+    /// The name, as the kernel takes it.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -98,7 +98,7 @@ impl FromStr for InterfaceName {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
-        // The kernel would replace a '%d' by a number; the rest it refuses.
+        // The kernel would replace '%d' by a number, and refuses the others.
         let strange = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':' | '%');
         let valid =
             (1..=NAME_MAX).contains(&text.len()) && !matches!(text, "." | "..") && !text.contains(strange);
@@ -119,7 +119,7 @@ pub struct HardwareAddress([u8; 6]);
 impl HardwareAddress {
     pub(super) const EXPECTED: &str = "an Ethernet address, such as 0a:58:0a:f4:01:07";
 
-    /// Its bytes, in the order of the wire.
+    /// The bytes, in wire order.
     pub fn bytes(&self) -> &[u8; 6] {
         &self.0
     }
@@ -130,7 +130,7 @@ impl FromStr for HardwareAddress {
 
     fn from_str(text: &str) -> Result<Self, ()> {
         let byte = |text: &str| match text.len() {
-            // Else a sign would be taken.
+            // from_str_radix would accept a sign.
             2 if text.bytes().all(|c| c.is_ascii_hexdigit()) => u8::from_str_radix(text, 16).map_err(drop),
             _ => Err(()),
         };

@@ -1,0 +1,133 @@
+//! The state that all connections and phases share. No logic beyond keeping its parts consistent.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use secure_comms_protocol::control::{Empty, KeyProgress};
+use secure_comms_protocol::limits::{ATTESTATION_PEERS_MAX, UNAUTHENTICATED_MAX, WAITING_MAX};
+use secure_comms_protocol::{Attestation, Control, Kubernetes};
+use secure_comms_tunnel::Outbounds;
+use tokio::sync::watch;
+
+use crate::access::limiter::ConnectionLimiter;
+use crate::access::policy::AccessPolicy;
+use crate::config::Config;
+use crate::kata::{self, KataAgent};
+use crate::os::log_limits::Throttle;
+use crate::peers::peer::Peers;
+use crate::peers::routes::Routes;
+
+/// Lines a minute about connections that end without having authenticated.
+const UNAUTHENTICATED_LOGGED: u32 = 20;
+
+/// The shared state.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    /// Who may come in.
+    pub(crate) policy: AccessPolicy,
+    /// How many may come in.
+    pub(crate) limits: Limits,
+    /// Who is in.
+    pub(crate) peers: PhasePeers,
+    /// What peers and local clients can reach.
+    pub(crate) tunnels: Tunnels,
+    /// How getting the keys goes.
+    pub(crate) attempt: Attempt,
+    /// Random hex that names this process to its peers.
+    pub(crate) instance: String,
+}
+
+/// Limits on connections, and on log lines about strangers.
+#[derive(Debug)]
+pub(crate) struct Limits {
+    /// Connections whose client has sent nothing yet, or that wait for admission: they cost next to nothing.
+    pub(crate) waiting: Arc<ConnectionLimiter>,
+    /// Connections that have not authenticated.
+    pub(crate) unauthenticated: Arc<ConnectionLimiter>,
+    /// Peers of the Attestation phase.
+    pub(crate) attesting: Arc<ConnectionLimiter>,
+    /// Log lines about connections that ended without having authenticated.
+    pub(crate) unauthenticated_log: Throttle,
+}
+
+/// The authenticated peers by phase.
+#[derive(Debug, Default)]
+pub(crate) struct PhasePeers {
+    /// Peers of the Attestation phase.
+    pub(crate) attestation: Peers<Attestation>,
+    /// Peers of the Kubernetes phase: the newest, and older ones that are about to close.
+    pub(crate) kubernetes: Peers<Kubernetes>,
+}
+
+/// The tunnels of both phases.
+#[derive(Debug)]
+pub(crate) struct Tunnels {
+    /// Where the clients of inbounds are sent.
+    pub(crate) routes: Routes,
+    /// The outbounds of the Attestation phase.
+    pub(crate) attestation: Arc<Outbounds<Attestation>>,
+    /// The outbounds of the Kubernetes phase.
+    pub(crate) kubernetes: Arc<Outbounds<Kubernetes, KataAgent>>,
+}
+
+/// The attempt to get the keys: through whom, and with what result.
+#[derive(Debug)]
+pub(crate) struct Attempt {
+    peer: Mutex<Option<u64>>,
+    /// The result of the last attempt; none before the first has ended.
+    pub(crate) progress: watch::Sender<Option<KeyProgress>>,
+}
+
+impl Attempt {
+    /// Sets the connection id of the peer that serves the current attempt.
+    pub(crate) fn set_peer(&self, peer: Option<u64>) {
+        *self.peer.lock().unwrap_or_else(PoisonError::into_inner) = peer;
+    }
+
+    /// The connection id of the peer that serves the current attempt. New connections do not evict it.
+    pub(crate) fn peer(&self) -> Option<u64> {
+        *self.peer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Agent {
+    /// An agent without peers.
+    pub(crate) fn new(config: &Config, policy: AccessPolicy, instance: String) -> Self {
+        Self {
+            policy,
+            limits: Limits {
+                waiting: ConnectionLimiter::new(WAITING_MAX),
+                unauthenticated: ConnectionLimiter::new(UNAUTHENTICATED_MAX),
+                attesting: ConnectionLimiter::new(ATTESTATION_PEERS_MAX),
+                unauthenticated_log: Throttle::new(UNAUTHENTICATED_LOGGED),
+            },
+            peers: PhasePeers::default(),
+            tunnels: Tunnels {
+                routes: Routes::new(&config.inbounds),
+                attestation: Arc::new(Outbounds::new(&config.outbounds)),
+                kubernetes: Arc::new(kata::outbounds(&config.outbounds, config.pod_namespace.as_deref())),
+            },
+            attempt: Attempt { peer: Mutex::default(), progress: watch::Sender::new(None) },
+            instance,
+        }
+    }
+
+    /// Sends every attestation peer the result of the attempt and the invitation to come back as `kubernetes`.
+    pub(crate) fn announce_upgrade(&self) {
+        let progress = self.attempt.progress.borrow().clone();
+        for peer in self.peers.attestation.all() {
+            // In this order; the phase's own report may come too late.
+            if let Some(progress) = &progress {
+                peer.outbox.send(Control::Keys(progress.clone()));
+            }
+            peer.outbox.send(Control::Upgrade(Empty {}));
+        }
+    }
+}
+
+impl PhasePeers {
+    /// Removes the peer of a connection that has ended.
+    pub(crate) fn remove(&self, id: u64) {
+        self.attestation.remove(id);
+        self.kubernetes.remove(id);
+    }
+}

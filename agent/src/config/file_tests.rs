@@ -1,0 +1,128 @@
+use std::io::Write;
+use std::time::Duration;
+
+use tokio::task::yield_now;
+use tokio::time::timeout;
+
+use super::*;
+
+/// What ends a test that hangs.
+const HANG: Duration = Duration::from_secs(60);
+
+async fn read(path: &Path) -> Result<DaemonConfig, DaemonConfigError> {
+    timeout(HANG, wait_for(path, &Notifier::default())).await.expect("it waits")
+}
+
+async fn read_text(text: &[u8]) -> (PathBuf, Result<DaemonConfig, DaemonConfigError>) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("apf.json");
+    std::fs::write(&path, text).unwrap();
+    let result = read(&path).await;
+    (path, result)
+}
+
+#[tokio::test]
+async fn a_directory_in_its_place_is_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let text = read(directory.path()).await.unwrap_err().to_string();
+    assert!(
+        text.contains(&directory.path().display().to_string()) && text.contains("make it a file"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn a_broken_daemon_config_is_reported_with_its_place() {
+    for (json, parts) in [
+        (&b"[]"[..], &["expected an object", "line 1"][..]),
+        (b"{\n\"sc\": \"yes\"}", &["key 'sc'", "expected a boolean", "line 2"]),
+        (b"{\"sc-inbounds\": [1]}", &["key 'sc-inbounds'", "expected a string", "line 1"]),
+        (b"{\"sc-pp-prv\": 7}", &["key 'sc-pp-prv'", "expected a string"]),
+        (b"{\"sc\": true, \"sc\": false}", &["key 'sc': given twice"]),
+        (b"{} trailing", &["trailing characters at line 1"]),
+        (b"\xff", &["line 1"]),
+    ] {
+        let (path, result) = read_text(json).await;
+        let text = result.unwrap_err().to_string();
+        for part in parts.iter().copied().chain([path.to_str().unwrap(), "correct the VM's user data"]) {
+            assert!(text.contains(part), "{part:?} is not in {text:?}");
+        }
+        assert_eq!(text.matches(" at line ").count(), 1, "{text}");
+    }
+    let (_, result) = read_text(&vec![b' '; SIZE_MAX + 1]).await;
+    assert!(result.unwrap_err().to_string().contains("longer than 1048576 bytes"));
+}
+
+/// Each step is taken once the reader waits again.
+async fn steps(path: &Path, steps: Vec<Box<dyn FnOnce()>>) -> Result<DaemonConfig, DaemonConfigError> {
+    let script = async {
+        for step in steps {
+            // More often than it takes to see an event and look again.
+            for _ in 0..100 {
+                yield_now().await;
+            }
+            step();
+        }
+    };
+    tokio::join!(read(path), script).0
+}
+
+#[tokio::test]
+async fn a_file_in_a_missing_directory_is_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let parent = directory.path().join("run/peerpod");
+    let path = parent.join("apf.json");
+    let (file, run) = (path.clone(), directory.path().join("run"));
+    let config = steps(
+        &path,
+        vec![
+            Box::new(move || std::fs::create_dir(run).unwrap()),
+            Box::new(move || std::fs::create_dir(parent).unwrap()),
+            Box::new(move || std::fs::write(file, r#"{"pod-name":"late"}"#).unwrap()),
+        ],
+    );
+    assert_eq!(config.await.unwrap().pod_name.as_deref(), Some("late"));
+}
+
+#[tokio::test]
+async fn a_file_that_is_being_written_is_waited_for_to_its_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("apf.json");
+    let mut file = std::fs::File::create(&path).unwrap();
+    let config = steps(
+        &path,
+        vec![Box::new(move || {
+            file.write_all(b"{\"pod-name\":").unwrap();
+            file.write_all(b"\"slow\"}").unwrap();
+        })],
+    );
+    assert_eq!(config.await.unwrap().pod_name.as_deref(), Some("slow"));
+}
+
+#[tokio::test]
+async fn a_file_that_is_moved_into_place_is_seen() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, other) = (directory.path().join("apf.json"), directory.path().join("new"));
+    std::fs::write(&path, r#"{"pod-name":"#).unwrap();
+    let to = path.clone();
+    let config = steps(
+        &path,
+        vec![
+            Box::new({
+                let other = other.clone();
+                move || std::fs::write(other, r#"{"pod-name":"moved"}"#).unwrap()
+            }),
+            Box::new(move || std::fs::rename(other, to).unwrap()),
+        ],
+    );
+    assert_eq!(config.await.unwrap().pod_name.as_deref(), Some("moved"));
+}
+
+#[tokio::test]
+async fn a_file_that_turns_out_to_be_broken_ends_the_wait() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("apf.json");
+    let file = path.clone();
+    let config = steps(&path, vec![Box::new(move || std::fs::write(file, "{\n nonsense").unwrap())]);
+    assert!(config.await.unwrap_err().to_string().contains("line 2 column"));
+}

@@ -1,0 +1,254 @@
+//! The command line: Go-style flags, so that existing unit files work word for word.
+//!
+//! argh parses `--flag value` only. So `go_flags` reads the arguments by the rules of Go's `flag` package, and argh gets
+//! them in that one form.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use argh::FromArgs;
+use secure_comms_protocol::limits;
+
+use super::go_flags::{FLAGS, Stop, normalise};
+
+const NAME: &str = "agent-protocol-forwarder";
+/// The smallest `-secure-comms-rekey-bytes`: less would spend the connection on key exchanges.
+pub const REKEY_BYTES_MIN: usize = 1024 * 1024;
+
+/// The command line, parsed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Path of the daemon config (apf.json), which is waited for; none if there is none.
+    pub config: Option<PathBuf>,
+    /// Path of the kata agent's unix socket.
+    pub kata_agent_socket: PathBuf,
+    /// The pod's network namespace; none for our own.
+    pub pod_namespace: Option<String>,
+    /// What to do if the pod's network namespace is missing.
+    pub missing_namespace: MissingNamespace,
+    /// The interface for the pod network tunnel; none for the one with the default route.
+    pub host_interface: Option<String>,
+    /// Whether `-secure-comms` is set.
+    pub secure_comms: bool,
+    /// Inbound tags as written.
+    pub inbounds: String,
+    /// Outbound tags as written.
+    pub outbounds: String,
+    /// Address that the SSH server listens on.
+    pub listen: SocketAddr,
+    /// Address of `api-server-rest` in the pod's network namespace.
+    pub guest_api: SocketAddr,
+    /// Directory of the latched keys.
+    pub state_dir: PathBuf,
+    /// Bytes on a connection after which it is rekeyed.
+    pub rekey_bytes: usize,
+    /// Flags that were given and are ignored.
+    pub unused: Vec<&'static str>,
+}
+
+/// What to do if the pod's network namespace is missing at the start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MissingNamespace {
+    /// Wait for it: another program makes it.
+    Awaited,
+    /// Make it.
+    Made,
+    /// Make it, and exit.
+    MadeOnly,
+}
+
+/// An early end of the process: it prints `text` and exits with `code`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// 0 for help and version, 2 for a usage error.
+    pub code: i32,
+    /// Text to print, with its newline.
+    pub text: String,
+    /// Whether the text is printed to stderr.
+    pub to_stderr: bool,
+}
+
+impl Exit {
+    fn usage(fault: impl AsRef<str>) -> Self {
+        let fault: String = fault.as_ref().chars().flat_map(escape_control).collect();
+        Self { code: 2, text: format!("{NAME}: {fault} (-help lists the flags)\n"), to_stderr: true }
+    }
+
+    fn print(text: impl Into<String>) -> Self {
+        Self { code: 0, text: text.into(), to_stderr: false }
+    }
+}
+
+fn escape_control(c: char) -> impl Iterator<Item = char> {
+    let escaped = c.is_control().then(|| c.escape_default());
+    let plain = if escaped.is_some() { None } else { Some(c) };
+    escaped.into_iter().flatten().chain(plain)
+}
+
+/// The agent in a pod VM: serves the kata agent and named tunnels to the worker node over SSH.
+/// Flags may be written -flag value, -flag=value or with two dashes; if one is repeated, the last value wins.
+#[derive(FromArgs)]
+#[expect(dead_code, reason = "ignored flags are only accepted and listed in the help")]
+struct Flags {
+    /// print name and version
+    #[argh(switch)]
+    version: bool,
+    /// path of the daemon config, which is waited for; empty: none (default /run/peerpod/apf.json)
+    #[argh(option, default = "Some(\"/run/peerpod/apf.json\".into())", from_str_fn(path_or_none))]
+    config: Option<PathBuf>,
+    /// ignored; accepted for compatibility with the TLS mode
+    #[argh(option)]
+    listen: Option<String>,
+    /// unix socket of the kata agent (default /run/kata-containers/agent.sock)
+    #[argh(option, default = "PathBuf::from(\"/run/kata-containers/agent.sock\")", from_str_fn(path))]
+    kata_agent_socket: PathBuf,
+    /// network namespace of the pod, a name or a path; empty: our own (default /run/netns/podns)
+    #[argh(option)]
+    pod_namespace: Option<String>,
+    /// older name of -pod-namespace
+    #[argh(option)]
+    kata_agent_namespace: Option<String>,
+    /// create the pod's network namespace if missing
+    #[argh(switch)]
+    create_pod_namespace: bool,
+    /// create the pod's network namespace if missing, then exit
+    #[argh(switch)]
+    create_pod_namespace_only: bool,
+    /// interface for the pod network tunnel (default: the one with the default route)
+    #[argh(option)]
+    host_interface: Option<String>,
+    /// enable Secure Comms; "sc": true in the daemon config does too
+    #[argh(switch)]
+    secure_comms: bool,
+    /// inbound tags, comma separated, e.g. KUBERNETES_PHASE:NAME:8000
+    #[argh(option, default = "String::new()")]
+    secure_comms_inbounds: String,
+    /// outbound tags, comma separated, e.g. KUBERNETES_PHASE:NAME:127.0.0.1:8000
+    #[argh(option, default = "String::new()")]
+    secure_comms_outbounds: String,
+    /// address of the SSH server (default [::]:2222)
+    #[argh(option, default = "default_listen()", from_str_fn(listener))]
+    secure_comms_listen: SocketAddr,
+    /// address of api-server-rest in the pod's namespace (default 127.0.0.1:8006)
+    #[argh(option, default = "SocketAddr::from(([127, 0, 0, 1], 8006))", from_str_fn(server))]
+    secure_comms_guest_api: SocketAddr,
+    /// directory for this boot's keys, on a tmpfs (default /run/secure-comms)
+    #[argh(option, default = "PathBuf::from(\"/run/secure-comms\")", from_str_fn(path))]
+    secure_comms_state_dir: PathBuf,
+    /// bytes after which a connection is rekeyed (default 32 GiB, at least 1 MiB)
+    #[argh(option, default = "limits::REKEY_BYTES", from_str_fn(rekey_bytes))]
+    secure_comms_rekey_bytes: usize,
+    /// ignored; accepted for compatibility with the TLS mode
+    #[argh(option)]
+    ca_cert_file: Option<String>,
+    /// ignored; accepted for compatibility with the TLS mode
+    #[argh(option)]
+    cert_file: Option<String>,
+    /// ignored; accepted for compatibility with the TLS mode
+    #[argh(option)]
+    cert_key: Option<String>,
+    /// ignored; accepted for compatibility with the TLS mode
+    #[argh(switch)]
+    tls_skip_verify: bool,
+    /// ignored; accepted for compatibility with the TLS mode
+    #[argh(switch)]
+    disable_tls: bool,
+}
+
+fn default_listen() -> SocketAddr {
+    (std::net::Ipv6Addr::UNSPECIFIED, limits::SSH_PORT).into()
+}
+
+fn path(text: &str) -> Result<PathBuf, String> {
+    if text.starts_with('/') { Ok(text.into()) } else { Err("expected an absolute path".into()) }
+}
+
+fn path_or_none(text: &str) -> Result<Option<PathBuf>, String> {
+    if text.is_empty() { Ok(None) } else { path(text).map(Some) }
+}
+
+fn listener(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "expected an address and a port, such as [::]:2222 or 0.0.0.0:2222".into())
+}
+
+fn server(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .ok()
+        .filter(|address: &SocketAddr| address.port() != 0)
+        .ok_or_else(|| "expected an address and a port from 1 to 65535, such as 127.0.0.1:8006".into())
+}
+
+fn rekey_bytes(text: &str) -> Result<usize, String> {
+    text.parse()
+        .ok()
+        .filter(|&bytes| bytes >= REKEY_BYTES_MIN)
+        .ok_or_else(|| format!("expected a number of bytes, at least {REKEY_BYTES_MIN}"))
+}
+
+fn help() -> Exit {
+    match Flags::from_args(&[NAME], &["--help"]) {
+        Err(exit) => Exit::print(exit.output),
+        Ok(_) => Exit::print(format!("{NAME}\n")),
+    }
+}
+
+/// Reads the arguments, without the program's name.
+///
+/// # Errors
+/// An [`Exit`] for help, the version and every fault.
+pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Options, Exit> {
+    let given = normalise(args).map_err(|stop| match stop {
+        Stop::Help => help(),
+        Stop::Usage(fault) => Exit::usage(fault),
+    })?;
+    let argh_args = given.to_long_options();
+    let argh_args: Vec<&str> = argh_args.iter().map(String::as_str).collect();
+    let flags = Flags::from_args(&[NAME], &argh_args)
+        .map_err(|exit| Exit::usage(exit.output.trim_end().replace("option '--", "flag '-")))?;
+    if flags.version {
+        return Err(Exit::print(format!("{NAME} {}\n", env!("CARGO_PKG_VERSION"))));
+    }
+    let missing_namespace = match (flags.create_pod_namespace, flags.create_pod_namespace_only) {
+        (_, true) => MissingNamespace::MadeOnly,
+        (true, false) => MissingNamespace::Made,
+        (false, false) => MissingNamespace::Awaited,
+    };
+    let pod_namespace = pod_namespace(flags.pod_namespace, flags.kata_agent_namespace)?;
+    if pod_namespace.is_none() && missing_namespace != MissingNamespace::Awaited {
+        return Err(Exit::usage("flag -create-pod-namespace: -pod-namespace is empty; name the one to make"));
+    }
+    let unused = FLAGS.iter().filter(|flag| flag.unused && given.0.contains_key(flag.name));
+    Ok(Options {
+        config: flags.config,
+        kata_agent_socket: flags.kata_agent_socket,
+        pod_namespace,
+        missing_namespace,
+        host_interface: flags.host_interface.filter(|name| !name.is_empty()),
+        secure_comms: flags.secure_comms,
+        inbounds: flags.secure_comms_inbounds,
+        outbounds: flags.secure_comms_outbounds,
+        listen: flags.secure_comms_listen,
+        guest_api: flags.secure_comms_guest_api,
+        state_dir: flags.secure_comms_state_dir,
+        rekey_bytes: flags.secure_comms_rekey_bytes,
+        unused: unused.map(|flag| flag.name).collect(),
+    })
+}
+
+fn pod_namespace(name: Option<String>, older: Option<String>) -> Result<Option<String>, Exit> {
+    let namespace = match (name, older) {
+        (Some(name), Some(older)) if name != older => {
+            return Err(Exit::usage(format!(
+                "flags -pod-namespace '{name}' and -kata-agent-namespace '{older}': two names of one flag with \
+                 different values; keep -pod-namespace"
+            )));
+        }
+        (name, older) => name.or(older).unwrap_or_else(|| "/run/netns/podns".into()),
+    };
+    Ok(Some(namespace).filter(|namespace| !namespace.is_empty()))
+}
+
+#[cfg(test)]
+#[path = "flags_tests.rs"]
+mod tests;

@@ -1,0 +1,75 @@
+//! One connection: its source address, and the handle that ends it.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use secure_comms_ssh::guard::Guard;
+use secure_comms_tunnel::Credits;
+
+/// Refusals of one connection that are logged as warnings. Later ones are logged at debug level, so that a stranger can't
+/// fill the log.
+const REFUSALS_LOGGED: u32 = 16;
+
+/// The handle on a connection. Clones refer to the same connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Connection {
+    /// Unique in this process, growing.
+    pub(crate) id: u64,
+    /// Address of the other end.
+    pub(crate) address: SocketAddr,
+    guard: Guard,
+    /// Empty until the peer has authenticated: its limits depend on the phase.
+    credits: Arc<OnceLock<Credits>>,
+    refusals: Arc<AtomicU32>,
+}
+
+impl Connection {
+    /// A connection that was just accepted.
+    pub(crate) fn new(id: u64, address: SocketAddr, guard: Guard) -> Self {
+        Self { id, address, guard, credits: Arc::default(), refusals: Arc::default() }
+    }
+
+    /// Sets the flow control of a peer that has authenticated. At most `held_max` bytes are read ahead from now on.
+    pub(crate) fn set_authenticated(&self, credits: Credits, held_max: usize) {
+        self.guard.set_read_ahead_limit(held_max);
+        // A connection authenticates once.
+        drop(self.credits.set(credits));
+    }
+
+    /// Whether the peer has authenticated.
+    pub(crate) fn has_authenticated(&self) -> bool {
+        self.credits.get().is_some()
+    }
+
+    /// Counts a refused request; returns the level to log it at.
+    pub(crate) fn count_refusal(&self) -> log::Level {
+        match self.refusals.fetch_add(1, Ordering::Relaxed) {
+            0..REFUSALS_LOGGED => log::Level::Warn,
+            _ => log::Level::Debug,
+        }
+    }
+
+    /// Waits until flow control has ended, because the connection was cut or the peer exceeded its credit. Never returns
+    /// before the peer has authenticated.
+    pub(crate) async fn flow_control_ended(&self) {
+        match self.credits.get() {
+            Some(credits) => credits.gone().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Waits until the connection is cut. Only for the time before its SSH session starts.
+    pub(crate) async fn until_cut(&self) {
+        self.guard.until_cut().await;
+    }
+
+    /// Ends the connection, its session and its streams at once.
+    pub(crate) fn cut(&self) {
+        // The credits too: a stream whose reader has stalled would otherwise keep the session from ending.
+        if let Some(credits) = self.credits.get() {
+            credits.end();
+        }
+        self.guard.cut();
+    }
+}

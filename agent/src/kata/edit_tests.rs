@@ -1,0 +1,204 @@
+use std::path::PathBuf;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use prost::Message;
+
+use super::{Mounts, Verdict, create_container, create_sandbox, mounts, recognise, request};
+use crate::kata::frame::HEADER;
+use crate::kata::messages::{
+    self, CreateContainer, CreateSandbox, Linux, LinuxNamespace, Oci, Request, decode,
+};
+use crate::kata::protobuf::Malformed;
+
+const PATH: &str = "/run/netns/podns";
+
+fn hex(text: &str) -> Vec<u8> {
+    let digits: Vec<_> = text.split_whitespace().flat_map(str::bytes).collect();
+    digits.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
+}
+
+fn ours() -> LinuxNamespace {
+    LinuxNamespace { kind: "network".into(), path: PATH.into(), later: String::new() }
+}
+
+/// `before` as it should be after the edit.
+fn edited(mut before: CreateContainer) -> CreateContainer {
+    let linux = before.oci.get_or_insert_default().linux.get_or_insert_default();
+    linux.namespaces.retain(|namespace| namespace.kind != "network");
+    linux.namespaces.push(ours());
+    before
+}
+
+#[test]
+fn golden_bytes_of_a_container_without_a_network_namespace() {
+    // container_id "c", an unknown field 15, OCI { Linux { Namespaces { "mount" } } }
+    let before = hex("0a0163 7a0178 320b 4209 3207 0a056d6f756e74");
+    // The same, and in its Linux Namespaces { "network", "/run/netns/podns" }
+    let after = "0a0163 7a0178 3228 4226 3207 0a056d6f756e74 321b 0a076e6574776f726b 12102f72756e2f6e65746e732f706f646e73";
+    assert_eq!(create_container(&before, Some(PATH)).unwrap(), hex(after));
+}
+
+#[test]
+fn golden_bytes_of_a_container_with_two_network_namespaces() {
+    // OCI { unknown 14 "x", Linux { "network" "/a", unknown 13: 1, "pid" } }, unknown 15, OCI { Linux { "network" } }
+    let first = "321d 720178 4218 320d0a076e6574776f726b12022f61 6801 32050a03706964";
+    let before = hex(&format!("{first} 7a0178 320d 420b 32090a076e6574776f726b"));
+    let after = "320e 720178 4209 6801 32050a03706964 7a0178";
+    // In the last OCI: for a decoder that does not merge them it is the one that counts.
+    let ours = "321f 421d 321b 0a076e6574776f726b 12102f72756e2f6e65746e732f706f646e73";
+    assert_eq!(create_container(&before, Some(PATH)).unwrap(), [hex(after), hex(ours)].concat());
+}
+
+#[test]
+fn golden_bytes_of_a_sandbox() {
+    // hostname "h", dns "1", unknown 9, dns "", sandbox_id "s", dns "22"
+    let before = hex("0a0168 120131 4a0101 1200 2a0173 12023232");
+    assert_eq!(create_sandbox(&before).unwrap(), hex("0a0168 4a0101 2a0173"));
+    let without = hex("0a0168 2a0173");
+    assert!(matches!(create_sandbox(&without).unwrap(), std::borrow::Cow::Borrowed(_)), "nothing to do");
+}
+
+#[test]
+fn golden_bytes_of_a_request_whose_payload_comes_twice() {
+    // service, method, payload (not the one that counts), timeout, payload, unknown 12
+    let names = "0a11677270632e4167656e7453657276696365 120d43726561746553616e64626f78";
+    let before = hex(&format!("{names} 1a03120139 2005 1a06120131 0a0168 620179"));
+    let edited = request(&before, Some(PATH)).unwrap();
+    assert_eq!(edited.request, hex(&format!("{names} 2005 1a030a0168 620179")));
+    assert_eq!(edited.mounts, Mounts::default());
+}
+
+#[test]
+fn a_request_without_a_payload_gets_one() {
+    let before = Request {
+        service: "grpc.AgentService".into(),
+        method: "CreateContainer".into(),
+        timeout_nano: 5,
+        ..Request::default()
+    };
+    let bytes = before.encode_to_vec();
+    let after = Request::decode(&*request(&bytes, Some(PATH)).unwrap().request).unwrap();
+    let container = CreateContainer::decode(&*after.payload).unwrap();
+    assert_eq!(container, edited(CreateContainer::default()));
+    assert_eq!(Request { payload: Vec::new(), ..after }, before);
+}
+
+#[test]
+fn without_a_namespace_a_container_keeps_those_it_has() {
+    let linux = Linux { namespaces: vec![ours(), ours()], later: vec![1] };
+    let container = CreateContainer {
+        oci: Some(Oci { linux: Some(linux), ..Oci::default() }),
+        ..CreateContainer::default()
+    };
+    let bytes = messages::request(1, "CreateContainer", &container.encode_to_vec());
+    assert_eq!(request(&bytes[HEADER..], None).unwrap().request, &bytes[HEADER..]);
+}
+
+#[test]
+fn what_is_malformed_is_told_apart_only_where_it_is_touched() {
+    let malformed = [0x32, 0x05, 0x42]; // OCI of five bytes, with one
+    for method in ["CreateContainer", "CreateSandbox"] {
+        let bytes = messages::request(1, method, &malformed);
+        for namespace in [None, Some(PATH)] {
+            assert_eq!(request(&bytes[HEADER..], namespace), Err(Malformed::Truncated), "{method}");
+        }
+    }
+    let bytes = messages::request(1, "StartContainer", &malformed);
+    assert_eq!(request(&bytes[HEADER..], Some(PATH)).unwrap().request, &bytes[HEADER..]);
+    // Within the namespace.
+    let deep = hex("3207 4205 3203 0a0461");
+    assert_eq!(create_container(&deep, None), Err(Malformed::Truncated));
+}
+
+#[test]
+fn a_request_is_known_by_its_beginning() {
+    let full = messages::request(1, "CreateContainer", &[0x0a; 100]);
+    let data = &full[HEADER..];
+    // Service and method take 19 and 17 bytes.
+    for length in 0..36 {
+        assert_eq!(recognise(&data[..length], false), Verdict::More, "{length}");
+    }
+    assert_eq!(recognise(&data[..36], false), Verdict::Assemble);
+    let data = messages::request(1, "WriteStdin", &[0; 100]);
+    assert_eq!(recognise(&data[HEADER..HEADER + 31], false), Verdict::Pass);
+    let health =
+        Request { service: "grpc.Health".into(), method: "CreateSandbox".into(), ..Request::default() };
+    assert_eq!(recognise(&health.encode_to_vec(), false), Verdict::Pass);
+}
+
+#[test]
+fn a_request_in_odd_order_is_assembled_if_its_names_match() {
+    let mut odd = Request { payload: vec![0; 100], ..Request::default() }.encode_to_vec();
+    odd.truncate(64);
+    assert_eq!(recognise(&odd, false), Verdict::More);
+    assert_eq!(recognise(&odd, true), Verdict::Assemble);
+    let long = Request { service: "x".repeat(100), ..Request::default() }.encode_to_vec();
+    assert_eq!(recognise(&long[..64], true), Verdict::Pass);
+    assert_eq!(recognise(&[0x0c], false), Verdict::Pass, "no protobuf");
+    let (service, method) = ("grpc.AgentService".into(), "CreateSandbox".into());
+    let names = Request { service, method, ..Request::default() }.encode_to_vec();
+    let swapped = [&names[19..], &names[..19]].concat();
+    assert_eq!(recognise(&swapped, false), Verdict::Assemble);
+}
+
+#[test]
+fn bind_mounts_and_their_volumes_are_found() {
+    let mut container =
+        CreateContainer::with_mounts(&["/a/", "/b//c", "relative", "/", "/d"], "/x, /a ,/b/c/,/d/e,");
+    container.oci.as_mut().unwrap().mounts[4].kind = "tmpfs".into();
+    let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect::<Vec<_>>();
+    let expected = Mounts { sources: paths(&["/a", "/b/c", "/"]), volumes: paths(&["/a", "/b/c"]) };
+    assert_eq!(mounts(&container.encode_to_vec()), Ok(expected));
+    // An annotation in another part of the same message.
+    let split = [
+        CreateContainer::with_mounts(&["/a"], "/z").encode_to_vec(),
+        CreateContainer::with_mounts(&["/z"], "/a").encode_to_vec(),
+    ];
+    let expected = Mounts { sources: paths(&["/a", "/z"]), volumes: paths(&["/a"]) };
+    assert_eq!(mounts(&split.concat()), Ok(expected));
+}
+
+proptest! {
+    #[test]
+    fn a_container_changes_in_its_network_namespace_only(
+        parts in vec(messages::create_container(), 0..4), stream: u32,
+    ) {
+        // Protobuf merges them.
+        let payload: Vec<u8> = parts.iter().flat_map(Message::encode_to_vec).collect();
+        let before = CreateContainer::decode(&payload[..]).unwrap();
+        let bytes = messages::request(stream, "CreateContainer", &payload);
+        let edit = request(&bytes[HEADER..], Some(PATH)).unwrap();
+        let after = Request::decode(&edit.request[..]).unwrap();
+        prop_assert_eq!(CreateContainer::decode(&after.payload[..]).unwrap(), edited(before));
+        let outside = Request { payload: Vec::new(), ..after };
+        prop_assert_eq!(outside, Request { payload: Vec::new(), ..decode(&bytes) });
+    }
+
+    #[test]
+    fn a_sandbox_changes_in_its_dns_only(parts in vec(messages::create_sandbox(), 0..4)) {
+        let payload: Vec<u8> = parts.iter().flat_map(Message::encode_to_vec).collect();
+        let before = CreateSandbox::decode(&payload[..]).unwrap();
+        let after = CreateSandbox::decode(&create_sandbox(&payload).unwrap()[..]).unwrap();
+        prop_assert_eq!(after, CreateSandbox { dns: Vec::new(), ..before });
+    }
+
+    #[test]
+    fn the_sources_are_those_of_another_decoder(container in messages::create_container()) {
+        let bind = |oci: &Oci| -> Vec<PathBuf> {
+            let sources = oci.mounts.iter().filter(|mount| mount.kind == "bind").map(|mount| &mount.source);
+            sources.filter(|source| source.starts_with('/')).map(PathBuf::from).collect()
+        };
+        let expected = container.oci.as_ref().map(bind).unwrap_or_default();
+        prop_assert_eq!(mounts(&container.encode_to_vec()).unwrap().sources, expected);
+    }
+
+    #[test]
+    fn any_bytes_are_edited_or_refused(data in vec(any::<u8>(), 0..200)) {
+        for method in ["CreateContainer", "CreateSandbox"] {
+            let bytes = messages::request(1, method, &data);
+            drop(request(&bytes[HEADER..], Some(PATH)));
+        }
+        drop(request(&data, None));
+    }
+}

@@ -1,0 +1,137 @@
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tempfile::{TempDir, tempdir};
+
+use super::{MountTable, mount_point, mounted, prepare};
+use crate::kata::edit::Mounts;
+use crate::kata::reply::RequestRefusal;
+
+/// A tmpfs, gone when dropped.
+struct Volume(PathBuf);
+
+impl Volume {
+    fn new(path: impl Into<PathBuf>) -> Self {
+        let path = path.into();
+        mount(Some("tmpfs"), &path, Some("tmpfs"), MsFlags::empty(), None::<&str>)
+            .expect("this test needs root (CAP_SYS_ADMIN)");
+        Self(path)
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        umount2(&self.0, MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+/// By the name that the kernel has for it.
+fn directory() -> (TempDir, PathBuf) {
+    let directory = tempdir().unwrap();
+    let path = directory.path().canonicalize().unwrap();
+    (directory, path)
+}
+
+fn made(directory: &Path, name: &str) -> PathBuf {
+    let path = directory.join(name);
+    std::fs::create_dir(&path).unwrap();
+    path
+}
+
+#[test]
+fn mount_points_are_unescaped() {
+    let line = |point: &str| format!("36 35 98:0 / {point} rw,noatime master:1 - ext3 /dev/root rw");
+    for (point, path) in [
+        ("/", "/"),
+        ("/a\\040b\\011c\\012d\\134040", "/a b\tc\nd\\040"),
+        ("/a\\", "/a\\"),
+        ("/a\\9", "/a\\9"),
+    ] {
+        assert_eq!(mount_point(line(point).as_bytes()), Some(path.into()));
+    }
+    assert_eq!(mount_point(b"36 35 98:0 /"), None);
+    assert_eq!(mount_point(b""), None);
+}
+
+#[tokio::test]
+async fn the_kernel_reports_each_change_of_the_mounts() {
+    let (_directory, path) = directory();
+    let point = made(&path, "a b\\c");
+    let table = MountTable::open().unwrap();
+    assert!(!table.points().unwrap().contains(&point));
+    let volume = Volume::new(&point);
+    while !table.points().unwrap().contains(&point) {
+        table.changed().await.unwrap();
+    }
+    drop(volume);
+    while table.points().unwrap().contains(&point) {
+        table.changed().await.unwrap();
+    }
+    // It waits, and is woken.
+    let mounting = tokio::task::spawn_blocking(move || Volume::new(point));
+    table.changed().await.unwrap();
+    drop(mounting.await.unwrap());
+}
+
+#[tokio::test]
+async fn a_container_waits_for_all_of_its_volumes() {
+    let (_directory, path) = directory();
+    let (one, two) = (path.join("one"), path.join("deep/two"));
+    let other = made(&path, "other");
+    // The kernel does not know it by this name.
+    let alias = path.join("alias");
+    symlink(&two, &alias).unwrap();
+    std::fs::create_dir_all(&two).unwrap();
+    let sources = vec![one.clone(), alias.clone(), path.join("plain")];
+    let waiting = tokio::spawn(prepare(Mounts { sources, volumes: vec![one.clone(), alias] }));
+    let table = MountTable::open().unwrap();
+    while !one.exists() {
+        tokio::task::yield_now().await;
+    }
+    let _other = Volume::new(other);
+    let _one = Volume::new(one);
+    while !table.points().unwrap().contains(&path.join("one")) {
+        table.changed().await.unwrap();
+    }
+    assert!(!waiting.is_finished());
+    let _two = Volume::new(two);
+    waiting.await.unwrap().unwrap();
+    assert!(path.join("plain").is_dir());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_that_does_not_come_is_named() {
+    let (_directory, path) = directory();
+    let volume = made(&path, "never");
+    let refusal = mounted(std::slice::from_ref(&volume)).await.unwrap_err();
+    assert!(matches!(&refusal, RequestRefusal::Volume { path } if *path == volume), "{refusal}");
+    let text =
+        format!("waiting for the volume {}: nothing was mounted there within 180 s;", volume.display());
+    assert!(refusal.to_string().starts_with(&text), "{refusal}");
+}
+
+#[tokio::test]
+async fn sources_that_are_missing_are_made_and_the_others_left_alone() {
+    let (_directory, path) = directory();
+    let file = path.join("file");
+    std::fs::write(&file, "x").unwrap();
+    let private = made(&path, "private");
+    std::fs::set_permissions(&private, PermissionsExt::from_mode(0o700)).unwrap();
+    let missing = path.join("a/b c");
+    let sources = vec![file.clone(), private.clone(), missing.clone()];
+    prepare(Mounts { sources, volumes: vec![] }).await.unwrap();
+    assert_eq!(std::fs::read(file).unwrap(), b"x");
+    let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o7777;
+    assert_eq!((mode(&private), mode(&missing)), (0o700, 0o755));
+}
+
+#[tokio::test]
+async fn a_source_that_cannot_be_made_is_named() {
+    let (_directory, path) = directory();
+    std::fs::write(path.join("file"), "x").unwrap();
+    let source = path.join("file/below");
+    let refusal = prepare(Mounts { sources: vec![source.clone()], volumes: vec![] }).await.unwrap_err();
+    let text = format!("making {}, the source of a bind mount: Not a directory", source.display());
+    assert!(refusal.to_string().starts_with(&text), "{refusal}");
+}

@@ -1,0 +1,232 @@
+use std::ops::Range;
+
+use bytes::Bytes;
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::Index;
+use prost::Message;
+use secure_comms_protocol::limits::TTRPC_DATA_MAX;
+
+use super::{Held, Out, Requests};
+use crate::kata::edit::request as edit_request;
+use crate::kata::frame::{FrameError, HEADER, Header, RESPONSE};
+use crate::kata::messages::{CreateContainer, CreateSandbox, Oci, decode, frame, request};
+use crate::kata::reply::RequestRefusal;
+
+const PATH: &str = "/run/netns/podns";
+/// The type of a data frame.
+const DATA: u8 = 3;
+
+fn requests() -> Requests {
+    Requests::new(Some(PATH.into()))
+}
+
+/// What becomes of these messages.
+fn take(requests: &mut Requests, messages: &[Bytes]) -> Result<Vec<Out>, FrameError> {
+    let mut all = Vec::new();
+    for message in messages {
+        requests.take(message.clone(), &mut |out| all.push(out))?;
+    }
+    Ok(all)
+}
+
+/// All that passes, if nothing else becomes of them.
+fn passed(outs: Vec<Out>) -> Vec<Bytes> {
+    let piece = |out| match out {
+        Out::Pass(piece) => piece,
+        other => panic!("{other:?}"),
+    };
+    outs.into_iter().map(piece).collect()
+}
+
+fn sandbox(stream: u32) -> Vec<u8> {
+    let sandbox =
+        CreateSandbox { dns: vec!["10.0.0.1".into()], sandbox_id: "s".into(), ..Default::default() };
+    request(stream, "CreateSandbox", &sandbox.encode_to_vec())
+}
+
+fn range(bytes: &Bytes) -> Range<usize> {
+    let start = bytes.as_ptr() as usize;
+    start..start + bytes.len()
+}
+
+/// Cut at these places.
+fn split(stream: &[u8], cuts: &[Index]) -> Vec<Bytes> {
+    let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(stream.len() + 1)).collect();
+    cuts.extend([0, stream.len()]);
+    cuts.sort_unstable();
+    cuts.windows(2).map(|pair| Bytes::copy_from_slice(&stream[pair[0]..pair[1]])).collect()
+}
+
+fn untouched() -> impl Strategy<Value = Vec<u8>> {
+    let method = prop_oneof![Just("WriteStdin"), Just("CreateContainers"), Just("X"), Just("StartContainer")];
+    prop_oneof![
+        (any::<u32>(), vec(any::<u8>(), 0..200)).prop_map(|(stream, data)| frame(DATA, stream, &data)),
+        (any::<u32>(), vec(any::<u8>(), 0..20)).prop_map(|(stream, data)| frame(RESPONSE, stream, &data)),
+        (any::<u32>(), method, vec(any::<u8>(), 0..200))
+            .prop_map(|(stream, method, data)| request(stream, method, &data)),
+    ]
+}
+
+/// A frame, and what becomes of it.
+fn any_frame() -> impl Strategy<Value = (Vec<u8>, Vec<u8>)> {
+    let touched = any::<u32>().prop_map(|stream| {
+        let before = sandbox(stream);
+        let data = edit_request(&before[HEADER..], None).unwrap().request.into_owned();
+        (before, frame(1, stream, &data))
+    });
+    prop_oneof![3 => untouched().prop_map(|frame| (frame.clone(), frame)), 1 => touched]
+}
+
+proptest! {
+    #[test]
+    fn untouched_frames_pass_as_slices_of_what_came(
+        frames in vec(untouched(), 0..8), cuts in vec(any::<Index>(), 0..20),
+    ) {
+        let stream = frames.concat();
+        let messages = split(&stream, &cuts);
+        let mut requests = requests();
+        let pieces = passed(take(&mut requests, &messages).unwrap());
+        prop_assert_eq!(pieces.concat(), stream);
+        for piece in &pieces {
+            let piece = range(piece);
+            let within = |message: &Bytes| {
+                range(message).start <= piece.start && piece.end <= range(message).end
+            };
+            prop_assert!(messages.iter().any(within), "a copy");
+        }
+        prop_assert_eq!(requests.end(), Ok(()));
+    }
+
+    #[test]
+    fn it_does_not_matter_how_frames_are_split_into_messages(
+        frames in vec(any_frame(), 0..8), cuts in vec(any::<Index>(), 0..40),
+    ) {
+        let (before, after): (Vec<_>, Vec<_>) = frames.into_iter().unzip();
+        let pieces = passed(take(&mut requests(), &split(&before.concat(), &cuts)).unwrap());
+        prop_assert_eq!(pieces.concat(), after.concat());
+        prop_assert!(pieces.iter().all(|piece| !piece.is_empty()));
+    }
+
+    #[test]
+    fn what_is_released_goes_on_between_frames(
+        frames in vec(untouched(), 1..5), cut in any::<Index>(),
+    ) {
+        let stream = frames.concat();
+        let cut = cut.index(stream.len() + 1);
+        let mut requests = requests();
+        let mut got = passed(take(&mut requests, &[Bytes::copy_from_slice(&stream[..cut])]).unwrap());
+        requests.release("RELEASED".into());
+        got.extend(requests.due());
+        prop_assert!(requests.due().is_none());
+        got.extend(passed(take(&mut requests, &[Bytes::copy_from_slice(&stream[cut..])]).unwrap()));
+        prop_assert!(!requests.has_released());
+        let mut ends = vec![0];
+        for frame in &frames {
+            ends.push(ends.last().unwrap() + frame.len());
+        }
+        let place = ends.into_iter().find(|end| *end >= cut).unwrap();
+        prop_assert_eq!(got.concat(), [&stream[..place], b"RELEASED", &stream[place..]].concat());
+    }
+
+    #[test]
+    fn any_bytes_pass_or_end_the_stream(messages in vec(vec(any::<u8>(), 0..40), 0..10)) {
+        let messages: Vec<Bytes> = messages.into_iter().map(Bytes::from).collect();
+        drop(take(&mut requests(), &messages));
+    }
+}
+
+#[test]
+fn many_whole_frames_of_one_message_pass_as_one_piece() {
+    let stream = Bytes::from([request(1, "WriteStdin", &[7; 100]), frame(DATA, 3, b"x")].concat().repeat(50));
+    let pieces = passed(take(&mut requests(), std::slice::from_ref(&stream)).unwrap());
+    assert_eq!(pieces.len(), 1);
+    assert_eq!(range(&pieces[0]), range(&stream));
+}
+
+#[test]
+fn an_edited_frame_keeps_its_stream_and_flags() {
+    let container = CreateContainer { container_id: "c".into(), ..Default::default() }.encode_to_vec();
+    let before = request(0x0102_0305, "CreateContainer", &container);
+    let after = passed(take(&mut requests(), &[before.clone().into()]).unwrap()).concat();
+    let header = |frame: &[u8]| Header::parse(frame[..HEADER].try_into().unwrap()).unwrap();
+    assert_eq!(header(&after), Header { length: after.len() - HEADER, ..header(&before) });
+    let (before, after) = (decode(&before), decode(&after));
+    let namespaces = CreateContainer::decode(&*after.payload).unwrap().namespaces();
+    assert_eq!(namespaces.len(), 1);
+    assert_eq!((namespaces[0].kind.as_str(), namespaces[0].path.as_str()), ("network", PATH));
+    assert_eq!((after.timeout_nano, after.metadata, after.later), (before.timeout_nano, before.metadata, 3));
+}
+
+#[test]
+fn frames_around_an_edited_one_keep_their_order() {
+    let message = [frame(DATA, 1, b"before"), sandbox(3), frame(DATA, 5, b"after"), sandbox(7)].concat();
+    let pieces = passed(take(&mut requests(), &[message.into()]).unwrap());
+    let streams: Vec<u8> = pieces.iter().map(|piece| piece[7]).collect();
+    assert_eq!(streams, [1, 3, 5, 7]);
+}
+
+#[test]
+fn a_container_with_bind_mounts_is_held_and_others_pass() {
+    let container = CreateContainer::with_mounts(&["/a"], "/a").encode_to_vec();
+    let message = [request(9, "CreateContainer", &container), frame(DATA, 11, b"x")].concat();
+    let outs = take(&mut requests(), &[message.into()]).unwrap();
+    let [Out::Hold(Held { stream: 9, frame, mounts }), Out::Pass(_)] = &outs[..] else { panic!("{outs:?}") };
+    assert_eq!(mounts.volumes, mounts.sources);
+    assert_eq!(CreateContainer::decode(&*decode(frame).payload).unwrap().namespaces().len(), 1);
+}
+
+#[test]
+fn refusals_name_their_stream() {
+    let malformed = request(21, "CreateContainer", &[0x32, 9]);
+    let outs = take(&mut requests(), &[malformed.into()]).unwrap();
+    assert!(
+        matches!(&outs[..], [Out::Refuse { stream: 21, refusal: RequestRefusal::Malformed(_) }]),
+        "{outs:?}"
+    );
+    let fits = |later: usize| {
+        let oci = Oci { later: vec![0; later], ..Oci::default() };
+        let container = CreateContainer { oci: Some(oci), ..CreateContainer::default() };
+        request(23, "CreateContainer", &container.encode_to_vec())
+    };
+    let room = TTRPC_DATA_MAX + HEADER - fits(1 << 21).len() + (1 << 21);
+    let full = fits(room);
+    assert_eq!(full.len(), TTRPC_DATA_MAX + HEADER);
+    let outs = take(&mut requests(), &[full.into()]).unwrap();
+    assert!(
+        matches!(&outs[..], [Out::Refuse { stream: 23, refusal: RequestRefusal::TooLong(_) }]),
+        "{outs:?}"
+    );
+    let outs = take(&mut requests(), &[fits(room - 31).into()]).unwrap();
+    assert_eq!(passed(outs)[0].len(), TTRPC_DATA_MAX + HEADER, "the edit adds 31 bytes");
+}
+
+#[test]
+fn a_request_in_an_odd_order_is_edited_too() {
+    let bytes = sandbox(1);
+    // Service and method take 19 and 15 bytes of the data.
+    let (names, rest) = bytes[HEADER..].split_at(34);
+    let odd = frame(1, 1, &[rest, names].concat());
+    let after = passed(take(&mut requests(), &[odd.into()]).unwrap()).concat();
+    assert!(CreateSandbox::decode(&*decode(&after).payload).unwrap().dns.is_empty());
+}
+
+#[test]
+fn too_long_a_frame_and_an_end_within_one_are_errors() {
+    let longest = Header { length: TTRPC_DATA_MAX, stream: 1, kind: DATA, flags: 0 };
+    let mut requests = requests();
+    take(&mut requests, &[Bytes::copy_from_slice(&longest.to_bytes())]).unwrap();
+    assert_eq!(requests.end(), Err(FrameError::Truncated(TTRPC_DATA_MAX)));
+    let over = Header { length: TTRPC_DATA_MAX + 1, ..longest }.to_bytes();
+    let error = take(&mut self::requests(), &[Bytes::copy_from_slice(&over)]).unwrap_err();
+    assert_eq!(error, FrameError::TooLong(4_194_305));
+    let mut requests = self::requests();
+    take(&mut requests, &[Bytes::from_static(&[0, 0, 0])]).unwrap();
+    assert_eq!(requests.end(), Err(FrameError::Truncated(7)));
+    // Touched ones too.
+    let bytes = sandbox(1);
+    take(&mut self::requests(), &[Bytes::copy_from_slice(&bytes)]).unwrap();
+    let mut requests = self::requests();
+    take(&mut requests, &[Bytes::copy_from_slice(&bytes[..bytes.len() - 1])]).unwrap();
+    assert_eq!(requests.end(), Err(FrameError::Truncated(1)));
+}

@@ -1,0 +1,149 @@
+//! Deadlines of KBS streams: for the first byte, and for a pause after it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use secure_comms_protocol::TunnelName;
+use secure_comms_tunnel::link::Gone;
+use secure_comms_tunnel::{Event, Link, OpenError, Receiver, Sender, Stream};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, timeout_at};
+
+use super::link::{PeerLink, PeerReceiver, PeerSender};
+
+/// Timeouts of the KBS streams of an attempt, and who is notified of a missed deadline.
+#[derive(Clone, Debug)]
+pub(crate) struct KbsDeadlines {
+    /// Longest time from the open to the first byte.
+    pub(crate) first_byte: Duration,
+    /// Longest pause after that, in both directions.
+    pub(crate) pause: Duration,
+    /// Notified when a stream missed its first byte.
+    pub(crate) silent: Arc<Notify>,
+    /// Set when a stream was closed for a pause.
+    pub(crate) paused: Arc<AtomicBool>,
+}
+
+/// The deadline of a stream; both halves move it.
+type SharedDeadline = Arc<watch::Sender<Deadline>>;
+
+#[derive(Clone, Copy, Debug)]
+enum Deadline {
+    FirstByte(Instant),
+    NextByte(Instant),
+}
+
+impl Deadline {
+    fn at(self) -> Instant {
+        match self {
+            Self::FirstByte(at) | Self::NextByte(at) => at,
+        }
+    }
+}
+
+/// Waits until the deadline has passed without being moved.
+async fn deadline_elapsed(deadline: &SharedDeadline) -> Deadline {
+    let mut changes = deadline.subscribe();
+    loop {
+        let due = *changes.borrow_and_update();
+        // It can't be closed: the receiver holds a sender too.
+        if timeout_at(due.at(), changes.changed()).await.is_err() {
+            return due;
+        }
+    }
+}
+
+/// Opens a stream without deadlines.
+pub(super) async fn open(
+    link: &PeerLink,
+    name: &TunnelName,
+) -> Result<Stream<DeadlineReceiver, DeadlineSender>, OpenError> {
+    let Stream { receiver, sender, flow } = link.open(name).await?;
+    Ok(Stream {
+        receiver: DeadlineReceiver { receiver, deadlines: None },
+        sender: DeadlineSender { sender, pause: None },
+        flow,
+    })
+}
+
+/// Opens a stream with deadlines. The time that the open takes counts.
+pub(super) async fn open_with_deadlines(
+    link: &PeerLink,
+    name: &TunnelName,
+    deadlines: &KbsDeadlines,
+) -> Result<Stream<DeadlineReceiver, DeadlineSender>, OpenError> {
+    let first = Instant::now() + deadlines.first_byte;
+    let Stream { receiver, sender, flow } = match timeout_at(first, link.open(name)).await {
+        Ok(opened) => opened?,
+        Err(_) => {
+            deadlines.silent.notify_one();
+            return Err(OpenError::Refused("the attestation peer does not answer".into()));
+        }
+    };
+    let deadline = Arc::new(watch::Sender::new(Deadline::FirstByte(first)));
+    Ok(Stream {
+        receiver: DeadlineReceiver { receiver, deadlines: Some((deadline.clone(), deadlines.clone())) },
+        sender: DeadlineSender { sender, pause: Some((deadline, deadlines.pause)) },
+        flow,
+    })
+}
+
+/// Receives on a stream, and closes it when a deadline passes. The peer is to blame for a missing first byte. A later
+/// pause may also be the guest's: it finds a closed connection then, and asks again or fails at once.
+#[derive(Debug)]
+pub(crate) struct DeadlineReceiver {
+    receiver: PeerReceiver,
+    deadlines: Option<(SharedDeadline, KbsDeadlines)>,
+}
+
+impl Receiver for DeadlineReceiver {
+    async fn recv(&mut self) -> Option<Event> {
+        let Some((deadline, limits)) = &self.deadlines else { return self.receiver.recv().await };
+        tokio::select! {
+            biased;
+            event = self.receiver.recv() => {
+                deadline.send_replace(Deadline::NextByte(Instant::now() + limits.pause));
+                event
+            }
+            due = deadline_elapsed(deadline) => {
+                match due {
+                    Deadline::FirstByte(_) => limits.silent.notify_one(),
+                    Deadline::NextByte(_) => limits.paused.store(true, Ordering::Relaxed),
+                }
+                Some(Event::Close)
+            }
+        }
+    }
+}
+
+/// Sends on a stream. Sent data ends a pause, but does not count as the first byte.
+#[derive(Debug)]
+pub(crate) struct DeadlineSender {
+    sender: PeerSender,
+    pause: Option<(SharedDeadline, Duration)>,
+}
+
+impl Sender for DeadlineSender {
+    async fn send(&self, data: Bytes) -> Result<(), Gone> {
+        if let Some((deadline, pause)) = &self.pause {
+            deadline.send_if_modified(|due| match due {
+                Deadline::FirstByte(_) => false,
+                Deadline::NextByte(at) => {
+                    *at = Instant::now() + *pause;
+                    true
+                }
+            });
+        }
+        self.sender.send(data).await
+    }
+
+    async fn eof(&self) -> Result<(), Gone> {
+        self.sender.eof().await
+    }
+
+    async fn close(&self) -> Result<(), Gone> {
+        self.sender.close().await
+    }
+}

@@ -1,0 +1,154 @@
+//! A peer: an authenticated SSH connection, typed by its phase.
+
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use secure_comms_protocol::limits::UPGRADE_DRAIN;
+use secure_comms_protocol::{Phase, PodId, TunnelName};
+use secure_comms_ssh::control::Outbox;
+use secure_comms_tunnel::Credits;
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use crate::connection::Connection;
+use crate::peers::link::{Offers, PeerLink};
+
+/// An authenticated peer of a phase.
+#[derive(Debug)]
+pub(crate) struct Peer<P> {
+    /// Connection to the peer.
+    pub(crate) connection: Connection,
+    /// Opens streams to the peer.
+    pub(crate) link: PeerLink,
+    /// Tunnels that the peer serves.
+    pub(crate) offers: Arc<Offers>,
+    /// Control messages to the peer.
+    pub(crate) outbox: Outbox,
+    /// Streams on the connection.
+    pub(crate) credits: Credits,
+    /// The pod that the peer names in its hello.
+    pub(crate) pod: OnceLock<PodId>,
+    tried: AtomicBool,
+    closing: AtomicBool,
+    phase: PhantomData<P>,
+}
+
+impl<P: Phase> Peer<P> {
+    /// A peer that has just authenticated.
+    pub(crate) fn new(connection: Connection, credits: Credits, link: PeerLink, offers: Arc<Offers>) -> Self {
+        Self {
+            connection,
+            link,
+            offers,
+            outbox: Outbox::default(),
+            credits,
+            pod: OnceLock::new(),
+            tried: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            phase: PhantomData,
+        }
+    }
+
+    /// Sends `bye` with a reason, and cuts the connection if it is still open after [`UPGRADE_DRAIN`]. Only the first call
+    /// has an effect.
+    pub(crate) fn close_gracefully(&self, reason: &str) {
+        if self.closing.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        self.outbox.bye(reason);
+        let connection = self.connection.clone();
+        tokio::spawn(async move {
+            sleep(UPGRADE_DRAIN).await;
+            connection.cut();
+        });
+    }
+
+    /// Whether the connection is about to close: no new streams are sent to the peer.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+
+    /// Whether the peer serves this tunnel.
+    pub(crate) fn offers(&self, name: &TunnelName) -> bool {
+        self.offers.has(name)
+    }
+
+    /// Marks that an attempt was made through this peer; returns whether one was made before.
+    pub(crate) fn mark_tried(&self) -> bool {
+        self.tried.swap(true, Ordering::Relaxed)
+    }
+
+    /// Whether an attempt was made through this peer.
+    pub(crate) fn was_tried(&self) -> bool {
+        self.tried.load(Ordering::Relaxed)
+    }
+}
+
+/// The peers of a phase.
+#[derive(Debug)]
+pub(crate) struct Peers<P> {
+    list: Mutex<Vec<Arc<Peer<P>>>>,
+    changed: watch::Sender<u64>,
+}
+
+impl<P> Default for Peers<P> {
+    fn default() -> Self {
+        Self { list: Mutex::default(), changed: watch::Sender::new(0) }
+    }
+}
+
+impl<P: Phase> Peers<P> {
+    fn list(&self) -> MutexGuard<'_, Vec<Arc<Peer<P>>>> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a peer.
+    pub(crate) fn add(&self, peer: Arc<Peer<P>>) {
+        self.list().push(peer);
+        self.notify_changed();
+    }
+
+    /// Removes the peer of this connection, if it is one of this phase.
+    pub(crate) fn remove(&self, id: u64) {
+        self.list().retain(|peer| peer.connection.id != id);
+        self.notify_changed();
+    }
+
+    /// Notifies of a change in a peer's offers or in what it said.
+    pub(crate) fn notify_changed(&self) {
+        self.changed.send_modify(|version| *version += 1);
+    }
+
+    /// Receives a new value on every change.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// All current peers, oldest first.
+    pub(crate) fn all(&self) -> Vec<Arc<Peer<P>>> {
+        self.list().clone()
+    }
+
+    /// The peer that authenticated last and is not about to close.
+    pub(crate) fn newest(&self) -> Option<Arc<Peer<P>>> {
+        self.list().iter().rev().find(|peer| !peer.is_closing()).cloned()
+    }
+
+    /// Closes every peer gracefully.
+    pub(crate) fn close_all(&self, reason: &str) {
+        for peer in self.all() {
+            peer.close_gracefully(reason);
+        }
+    }
+
+    /// Waits until there are no peers.
+    pub(crate) async fn until_empty(&self) {
+        let mut changes = self.changes();
+        while !self.list().is_empty() {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}

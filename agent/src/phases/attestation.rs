@@ -1,0 +1,220 @@
+//! The Attestation phase: attempts to get this pod's keys from the KBS, one after the other, each through one peer.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use secure_comms_protocol::control::KeyProgress;
+use secure_comms_protocol::limits::{KBS_FIRST_BYTE, KBS_FIRST_BYTE_MIN, KBS_PAUSE_MIN, KEY_FETCH};
+use secure_comms_protocol::{Attestation, PodId, TunnelName, resource};
+use secure_comms_tunnel::Backoff;
+use secure_comms_tunnel::netns::{self, Namespace, NamespaceError};
+use tokio::time::{sleep, timeout};
+use zeroize::Zeroizing;
+
+use super::kbs_fetch::{self, FetchError};
+use crate::agent::Agent;
+use crate::os::log_limits::Repeated;
+use crate::peers::deadlines::KbsDeadlines;
+use crate::peers::peer::Peer;
+use secure_comms_keys::{KeyError, PodKeys};
+
+/// Why an attempt brought no keys.
+#[derive(Debug, thiserror::Error)]
+enum AttemptError {
+    /// `api-server-rest` could not be reached.
+    #[error("connecting to api-server-rest at {address}: {source}")]
+    Connect { address: SocketAddr, source: NamespaceError },
+    /// `api-server-rest` did not return the resource.
+    #[error("fetching {path} through api-server-rest: {source}")]
+    Fetch { path: String, source: FetchError },
+    /// `api-server-rest` did not answer within [`KEY_FETCH`].
+    #[error("fetching {path} through api-server-rest: no answer within {} s", KEY_FETCH.as_secs())]
+    TimedOut { path: String },
+    /// A resource is not a key.
+    #[error("the keys from the KBS: {0}")]
+    Keys(#[from] KeyError),
+    /// The peer of the attempt is to blame.
+    #[error("{0}")]
+    Peer(&'static str),
+}
+
+/// `api-server-rest`, the guest component that fetches resources from the KBS.
+#[derive(Clone, Debug)]
+pub(crate) struct GuestApi {
+    /// The network namespace it listens in; none for our own.
+    pub(crate) namespace: Option<Namespace>,
+    /// The address it listens on.
+    pub(crate) address: SocketAddr,
+}
+
+/// Why a peer whose KBS stream stays empty loses the attempt.
+const SILENT: &str = "the attestation peer offers the KBS and brings no answer from it";
+
+impl GuestApi {
+    /// Fetches a pod's keys, one after the other: each fetch is a full attestation.
+    async fn keys(&self, pod: &PodId) -> Result<PodKeys, AttemptError> {
+        let host = self.resource(resource::pod_private_key(pod)).await?;
+        let worker_node = self.resource(resource::WORKER_NODE_PUBLIC_KEY.to_owned()).await?;
+        Ok(PodKeys::parse(&host, &worker_node)?)
+    }
+
+    async fn resource(&self, path: String) -> Result<Zeroizing<Vec<u8>>, AttemptError> {
+        let fetch = async {
+            let connect = netns::connect(self.namespace.as_ref(), self.address).await;
+            let stream = connect.map_err(|source| AttemptError::Connect { address: self.address, source })?;
+            kbs_fetch::fetch(stream, &path)
+                .await
+                .map_err(|source| AttemptError::Fetch { path: path.clone(), source })
+        };
+        match timeout(KEY_FETCH, fetch).await {
+            Ok(result) => result,
+            Err(_) => Err(AttemptError::TimedOut { path }),
+        }
+    }
+}
+
+/// Makes attempts until one brings keys, with backoff between retries. Each attempt uses one peer that offers the KBS;
+/// peers without an attempt so far come first.
+///
+/// Cancellation: ends the current attempt; its routes and its peer's exemption from eviction stay for the caller to clear.
+pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
+    let mut backoff = Backoff::default();
+    let mut failure = Repeated::new("getting the keys from the KBS");
+    let mut last = 0;
+    // Short at first, so that a lost answer costs little; longer after each miss, so that a slow KBS can answer.
+    let mut deadlines = KbsDeadlines {
+        first_byte: KBS_FIRST_BYTE_MIN,
+        pause: KBS_PAUSE_MIN,
+        silent: Arc::default(),
+        paused: Arc::default(),
+    };
+    for attempt in 1.. {
+        let peer = candidate(agent, last).await;
+        last = peer.connection.id;
+        match try_peer(agent, guest, &peer, &deadlines).await {
+            Ok(keys) => {
+                failure.succeeded();
+                agent.attempt.progress.send_replace(Some(KeyProgress { attempt, error: None }));
+                return keys;
+            }
+            Err(error) => {
+                if matches!(error, AttemptError::Peer(SILENT)) {
+                    deadlines.first_byte = (deadlines.first_byte * 2).min(KBS_FIRST_BYTE);
+                }
+                if deadlines.paused.swap(false, Ordering::Relaxed) {
+                    deadlines.pause = (deadlines.pause * 2).min(KEY_FETCH);
+                }
+                // A late notification from a stream of this attempt must not end the next one.
+                deadlines.silent = Arc::default();
+                failure.failed(&error);
+                let progress = KeyProgress { attempt, error: Some(error.to_string()) };
+                agent.attempt.progress.send_replace(Some(progress));
+            }
+        }
+        tokio::select! {
+            () = backoff.pause() => {}
+            // A new peer need not wait for the failures of others.
+            () = wait_for_new_peer(agent) => backoff.reset(),
+        }
+    }
+    std::future::pending().await
+}
+
+fn is_eligible(peer: &Peer<Attestation>) -> bool {
+    peer.pod.get().is_some()
+        && peer.offers(&TunnelName::kbs())
+        && !peer.is_closing()
+        && !peer.credits.is_gone()
+}
+
+/// Waits for the peer of the next attempt.
+async fn candidate(agent: &Agent, last: u64) -> Arc<Peer<Attestation>> {
+    let mut changes = agent.peers.attestation.changes();
+    loop {
+        let peers: Vec<_> =
+            agent.peers.attestation.all().into_iter().filter(|peer| is_eligible(peer)).collect();
+        let next = peers
+            .iter()
+            .find(|peer| !peer.was_tried())
+            .or_else(|| peers.iter().find(|peer| peer.connection.id > last))
+            .or_else(|| peers.first());
+        if let Some(peer) = next {
+            if !peer.mark_tried()
+                && let Some(pod) = peer.pod.get()
+            {
+                // Once for each peer; results of its attempts are logged when they change.
+                log::info!("pod {pod}: getting the keys from the KBS through {}", peer.connection.address);
+            }
+            return peer.clone();
+        }
+        // The sender lives in the agent.
+        drop(changes.changed().await);
+    }
+}
+
+/// Waits for a peer through which no attempt was made.
+async fn wait_for_new_peer(agent: &Agent) {
+    let mut changes = agent.peers.attestation.changes();
+    while !agent.peers.attestation.all().iter().any(|peer| is_eligible(peer) && !peer.was_tried()) {
+        drop(changes.changed().await);
+    }
+}
+
+/// Makes one attempt. Always waits for the end of the fetch, because two must not run in parallel. When the peer fails,
+/// its streams are refused, so that the rest of the fetch fails fast.
+async fn try_peer(
+    agent: &Agent,
+    guest: &GuestApi,
+    peer: &Peer<Attestation>,
+    deadlines: &KbsDeadlines,
+) -> Result<PodKeys, AttemptError> {
+    let Some(pod) = peer.pod.get() else { return Err(AttemptError::Peer("the peer named no pod")) };
+    let routes = &agent.tunnels.routes;
+    agent.attempt.set_peer(Some(peer.connection.id));
+    routes.set_attestation(peer, deadlines);
+    let fetch = guest.keys(pod);
+    tokio::pin!(fetch);
+    let fetched = tokio::select! {
+        result = &mut fetch => Ok(result),
+        reason = watch_for_failure(agent, peer, deadlines) => Err(reason),
+    };
+    let result = match fetched {
+        Ok(result) => result,
+        Err(reason) => {
+            log::info!("connection from {}: {reason}", peer.connection.address);
+            routes.refuse_attestation();
+            agent.attempt.set_peer(None);
+            peer.close_gracefully(reason);
+            // The keys may have arrived before the peer left.
+            fetch.await.map_err(|_| AttemptError::Peer(reason))
+        }
+    };
+    agent.attempt.set_peer(None);
+    routes.clear();
+    result
+}
+
+/// Waits until the peer has failed the attempt; returns the reason. Keeps the routes up to date with its offers.
+async fn watch_for_failure(
+    agent: &Agent,
+    peer: &Peer<Attestation>,
+    deadlines: &KbsDeadlines,
+) -> &'static str {
+    let mut changes = agent.peers.attestation.changes();
+    let overtime = sleep(KBS_FIRST_BYTE);
+    tokio::pin!(overtime);
+    let mut late = false;
+    loop {
+        tokio::select! {
+            () = peer.credits.gone() => return "the attestation peer left in the middle of its attempt",
+            () = deadlines.silent.notified() => return SILENT,
+            () = &mut overtime, if !late => late = true,
+            _ = changes.changed() => agent.tunnels.routes.set_attestation(peer, deadlines),
+        }
+        let peers = || agent.peers.attestation.all();
+        if late && peers().iter().any(|other| is_eligible(other) && !other.was_tried()) {
+            return "the attestation peer took long, and another has come";
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! Setting the pod's network up, and undoing it.
+
+use std::fs::File;
+use std::io;
+
+use nix::errno::Errno;
+use secure_comms_tunnel::netns::{Namespace, NamespaceError};
+
+use super::error::{PodNetworkError, Step};
+use super::netlink::Net;
+use super::secondary::SecondaryInterface;
+use super::spec::{InterfaceName, Spec};
+use super::{interface, ip_route, notrack, secondary, underlay, vxlan};
+
+/// A network for one pod.
+#[derive(Clone, Debug)]
+pub struct PodNetwork {
+    pub(super) spec: Spec,
+    namespace: Namespace,
+    pub(super) host_interface: Option<InterfaceName>,
+}
+
+/// The pod's network namespace and our own (the host's): sockets in them, and files that refer to them.
+struct Namespaces {
+    pod: Net,
+    pod_file: File,
+    host: Net,
+    host_file: File,
+}
+
+impl PodNetwork {
+    /// The network of `spec` in `namespace`. Its tunnel leaves the VM by `host_interface`, or by the interface of the default
+    /// route.
+    pub fn new(spec: Spec, namespace: Namespace, host_interface: Option<InterfaceName>) -> Self {
+        Self { spec, namespace, host_interface }
+    }
+
+    /// Makes the tunnel, after removing the remains of an earlier process. Waits until the underlay has an address, at most
+    /// [`POD_NETWORK_WAIT`](secure_comms_protocol::limits::POD_NETWORK_WAIT).
+    ///
+    /// # Errors
+    /// A step failed; the steps before it were undone.
+    pub(super) async fn set_up(&self) -> Result<(), PodNetworkError> {
+        let namespaces = self.open().await?;
+        self.clear(&namespaces).await?;
+        let made = self.make(&namespaces).await;
+        if made.is_err()
+            && let Err(error) = self.clear(&namespaces).await
+        {
+            log::warn!("pod network: {error}");
+        }
+        made
+    }
+
+    /// Moves the VM's second interface into the pod's namespace. If a step fails, moves the interface back, with those
+    /// addresses and routes that the kernel still reports for it; the others are lost.
+    pub(super) async fn move_secondary(&self, second: SecondaryInterface) -> Result<(), PodNetworkError> {
+        let Namespaces { pod, pod_file, host, host_file } = self.open().await?;
+        let moved = secondary::move_to_pod(&host, &pod, &pod_file, second).await;
+        if moved.is_err() {
+            let undo = async {
+                secondary::return_to_host(&host, &pod, &host_file).await?;
+                match interface::named(&pod, self.spec.interface.as_str()).await? {
+                    Some(tunnel) => ip_route::add_defaults(&pod, &tunnel, &self.spec).await,
+                    None => Ok(()),
+                }
+            };
+            if let Err(error) = undo.await {
+                log::warn!("pod network: {error}");
+            }
+        }
+        moved
+    }
+
+    /// Undoes every part of the network that exists.
+    ///
+    /// # Errors
+    /// Every part that could not be undone.
+    pub(super) async fn tear_down(&self) -> Result<(), PodNetworkError> {
+        match self.open().await {
+            Ok(namespaces) => self.clear(&namespaces).await,
+            // A namespace that was removed took everything in it along.
+            Err(PodNetworkError::Namespace(NamespaceError::Open { source, .. }))
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                remove_rules()
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn open(&self) -> Result<Namespaces, PodNetworkError> {
+        let path = self.namespace.path();
+        let file = |source| NamespaceError::Open { path: path.into(), source };
+        Ok(Namespaces {
+            pod: Net::inside(&self.namespace).await?,
+            pod_file: File::open(path).map_err(file)?,
+            host: Net::host().step(|| "opening a netlink socket".into(), "try again")?,
+            host_file: File::open("/proc/thread-self/ns/net")
+                .step(|| "opening our own namespace".into(), "see that /proc is mounted")?,
+        })
+    }
+
+    async fn make(&self, namespaces: &Namespaces) -> Result<(), PodNetworkError> {
+        let (spec, pod) = (&self.spec, &namespaces.pod);
+        if let Some(taken) = interface::named(pod, spec.interface.as_str()).await? {
+            return Err(PodNetworkError::Taken(taken.name));
+        }
+        let over = underlay::find(self.host_interface.as_ref(), spec).await?;
+        let tunnel = vxlan::add(&namespaces.host, pod, &namespaces.pod_file, spec, &over).await?;
+        let mtu = vxlan::set_mtu(pod, &tunnel, spec, &over).await?;
+        // Connected only if it is a single host: which networks are on the link is for the worker node's routes to say.
+        interface::add_address(pod, &tunnel, spec.pod, spec.pod.is_host()).await?;
+        // Before the link is up, so before the first packet.
+        let rules = notrack::add(spec.worker_node, spec.port);
+        interface::set_up(pod, &tunnel).await?;
+        ip_route::add_all(pod, &tunnel, spec).await?;
+        if let Err(error) = rules {
+            log::warn!(
+                "pod network: the NOTRACK rules are left out: {}; connection tracking, where the VM has it on, tracks the \
+                 tunnel",
+                without_nftables(&error)
+            );
+        }
+        log::info!(
+            "pod network: '{}' {} in {}, VXLAN {} from {} ('{}') to {} port {}, MTU {mtu}",
+            spec.interface,
+            spec.pod,
+            self.namespace.path().display(),
+            spec.id,
+            over.address,
+            over.link.name,
+            spec.worker_node,
+            spec.port
+        );
+        Ok(())
+    }
+
+    /// Undoes each part, even if others fail.
+    async fn clear(&self, namespaces: &Namespaces) -> Result<(), PodNetworkError> {
+        let Namespaces { pod, host, host_file, .. } = namespaces;
+        let parts = [
+            secondary::return_to_host(host, pod, host_file).await,
+            ip_route::remove_foreign(pod, &self.spec).await,
+            self.remove_tunnel(pod).await,
+            remove_rules(),
+        ];
+        let failed: Vec<_> = parts.into_iter().filter_map(Result::err).collect();
+        if failed.is_empty() { Ok(()) } else { Err(PodNetworkError::Undo(failed)) }
+    }
+
+    /// Removes VXLAN links with our name, and one that has our id and port, which the kernel allows only once.
+    async fn remove_tunnel(&self, pod: &Net) -> Result<(), PodNetworkError> {
+        for link in interface::all(pod).await?.into_iter().filter(interface::Interface::is_vxlan) {
+            if link.name == self.spec.interface.as_str() || link.vxlan == (self.spec.id, self.spec.port) {
+                interface::remove(pod, &link).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sets the loopback interface of a namespace up.
+///
+/// # Errors
+/// The namespace can't be entered, or the kernel refuses.
+pub async fn set_loopback_up(namespace: &Namespace) -> Result<(), PodNetworkError> {
+    let net = Net::inside(namespace).await?;
+    match interface::named(&net, "lo").await? {
+        Some(lo) => interface::set_up(&net, &lo).await,
+        None => Ok(()),
+    }
+}
+
+fn remove_rules() -> Result<(), PodNetworkError> {
+    notrack::remove()
+        .step(|| "removing the NOTRACK rules".into(), "remove them with `nft delete table inet secure-comms`")
+}
+
+fn without_nftables(error: &io::Error) -> String {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EPROTONOSUPPORT | Errno::EOPNOTSUPP | Errno::ENOENT) => {
+            format!("{error}: the kernel lacks nf_tables, or its notrack (nft_ct)")
+        }
+        _ => error.to_string(),
+    }
+}

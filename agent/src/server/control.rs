@@ -1,0 +1,133 @@
+//! The control channel of a peer, from our hello to its end.
+
+use std::sync::Arc;
+
+use secure_comms_protocol::limits::HELLO;
+use secure_comms_protocol::{Control, Hello, MismatchKind, PhaseName, PodId, TunnelNames};
+use secure_comms_ssh::control::{self, ControlEnd};
+use secure_comms_tunnel::flow::PeerFlow;
+use secure_comms_tunnel::{Credits, Event, Receiver};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use super::phase::AgentPhase;
+use crate::agent::Agent;
+use crate::peers::link::{PeerReceiver, PeerSender};
+use crate::peers::peer::Peer;
+
+/// Names of a list in a hello that are compared with ours, for the log: a stranger may send thousands.
+const COMPARED_MAX: usize = 64;
+
+/// Discards what comes on a session channel before it becomes the control channel. Returns false if it never does, and
+/// true once `begun` was sent to.
+pub(super) async fn becomes_control_channel(
+    receiver: &mut PeerReceiver,
+    mut begun: oneshot::Receiver<()>,
+) -> bool {
+    loop {
+        tokio::select! {
+            // First, for data that comes after it belongs to the control channel.
+            biased;
+            begun = &mut begun => return begun.is_ok(),
+            event = receiver.recv() => if matches!(event, None | Some(Event::Close)) { return false },
+        }
+    }
+}
+
+/// Serves a peer without credits if it has sent no hello after [`HELLO`]: it has a session channel, but does not make it
+/// the control channel.
+pub(super) async fn settle_without_hello(credits: Credits) {
+    if timeout(HELLO, credits.peer()).await.is_err() {
+        credits.set_peer_mode(PeerFlow::WindowOnly);
+    }
+}
+
+/// Runs the control channel of a peer until it ends, the peer is closed, or its connection is.
+pub(super) async fn run_control_channel<P: AgentPhase>(
+    agent: Arc<Agent>,
+    peer: Arc<Peer<P>>,
+    mut receiver: PeerReceiver,
+    sender: PeerSender,
+) {
+    let tunnels = TunnelNames {
+        inbounds: agent.tunnels.routes.names(P::NAME),
+        outbounds: P::outbounds(&agent).names(),
+    };
+    let ours = Hello::from_agent(P::NAME, &agent.instance, peer.credits.initial(), tunnels);
+    peer.outbox.send(Control::Hello(ours.clone()));
+    let mut greeted = false;
+    let on_message = |message| {
+        if let Control::Hello(hello) = message
+            && !std::mem::replace(&mut greeted, true)
+        {
+            on_hello(&agent, &peer, &hello, &ours);
+        }
+    };
+    let background = async {
+        P::repeat_messages(&agent, &peer).await;
+        std::future::pending().await
+    };
+    let end = tokio::select! {
+        end = control::run(&mut receiver, &sender, &peer.credits, &peer.outbox, on_message) => Some(end),
+        end = background => Some(end),
+        () = peer.outbox.said_bye() => None,
+    };
+    match end {
+        Some(end) => finish(&peer, &end, greeted),
+        None => {
+            // Nothing reads the channel from here on: the session must not wait for us while we wait for it.
+            drop(receiver);
+            disconnect_after_bye(&peer).await;
+        }
+    }
+}
+
+/// Sends the disconnect message, behind the bye. `close_gracefully` cuts a connection on which that takes too long.
+async fn disconnect_after_bye<P>(peer: &Peer<P>) {
+    tokio::select! {
+        () = peer.link.opener().disconnect() => {}
+        () = peer.credits.gone() => {}
+    }
+}
+
+/// `ssh -s` may close the channel and go on with its tunnels; a peer with credits can't work without it.
+fn finish<P>(peer: &Peer<P>, end: &ControlEnd, greeted: bool) {
+    if greeted || *end != ControlEnd::Closed {
+        log::info!("connection from {}: {end}", peer.connection.address);
+        peer.connection.cut();
+    }
+    peer.credits.set_peer_mode(PeerFlow::WindowOnly);
+}
+
+/// Handles the first hello of a peer.
+fn on_hello<P: AgentPhase>(agent: &Agent, peer: &Peer<P>, hello: &Hello, ours: &Hello) {
+    let address = peer.connection.address;
+    match hello.pod_id.as_deref().map(str::parse::<PodId>) {
+        Some(Ok(pod)) => {
+            log::info!("connection from {address}: adaptor identified; pod {pod}");
+            // Set once: later hellos are not handled.
+            drop(peer.pod.set(pod));
+        }
+        Some(Err(error)) => {
+            log::warn!("connection from {address}: {error}");
+            peer.close_gracefully(&error.to_string());
+        }
+        None => {}
+    }
+    log_mismatches(P::NAME, ours, hello);
+    P::peers(agent).notify_changed();
+}
+
+/// Logs the tunnels that one end has and the other lacks. The peer's names are untrusted text.
+fn log_mismatches(phase: PhaseName, ours: &Hello, theirs: &Hello) {
+    for mismatch in ours.mismatches(theirs, COMPARED_MAX) {
+        let name = mismatch.name.escape_default();
+        let what = match mismatch.kind {
+            MismatchKind::OurInbound => "inbound here has no matching outbound on the peer",
+            MismatchKind::OurOutbound => "outbound here has no matching inbound on the peer",
+            MismatchKind::PeerInbound => "inbound on the peer has no matching outbound here",
+            MismatchKind::PeerOutbound => "outbound on the peer has no matching inbound here",
+        };
+        log::info!("tunnel {name:.80}, {phase} phase: {what}");
+    }
+}

@@ -1,0 +1,165 @@
+//! What an authenticated peer may do: open streams, offer tunnels, hold the control channel.
+
+use std::sync::Arc;
+
+use russh::server::Handle;
+use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, Refusal, RefusalReason, TunnelName};
+use secure_comms_tunnel::flow::{PeerFlow, Side};
+use secure_comms_tunnel::link::Incoming;
+use secure_comms_tunnel::{Credits, outbound};
+use tokio::sync::{Semaphore, oneshot};
+
+use super::control::{becomes_control_channel, run_control_channel, settle_without_hello};
+use super::phase::{AgentPhase, Reservation};
+use crate::agent::Agent;
+use crate::connection::Connection;
+use crate::peers::link::{ForwardOpener, Offers, PeerLink, PeerPending, PeerReceiver, PeerSender};
+use crate::peers::peer::Peer;
+
+/// Opens that may be in progress on a connection in addition to its streams; more are refused.
+const PENDING_OPENS: usize = 16;
+
+/// What an authenticated connection may do, in either phase. Dropped with its SSH session.
+pub(super) trait PeerActions: Send {
+    /// Takes the one session channel of the connection; false if it is taken.
+    fn take_session_channel(&mut self) -> bool;
+    /// Reads the session channel until the sender is used, and runs the control channel on it from then on. Drop the
+    /// sender if the channel will not become the control channel.
+    fn control(&self, receiver: PeerReceiver, sender: PeerSender) -> oneshot::Sender<()>;
+    /// Serves a stream that the peer asks for.
+    fn serve_stream(&self, name: &str, id: u32, pending: PeerPending);
+    /// Adds a tunnel that the peer serves; false if there is no inbound of this name.
+    fn add_forward(&self, name: &str, port: u32) -> bool;
+    /// Removes a tunnel that the peer serves; false if it did not serve it.
+    fn cancel_forward(&self, name: &str) -> bool;
+}
+
+/// Makes an authenticated connection a peer of `phase`; none if the agent has left that phase since.
+pub(super) fn join(
+    phase: PhaseName,
+    agent: &Arc<Agent>,
+    connection: &Connection,
+    generation: u64,
+    handle: Handle,
+) -> Option<Box<dyn PeerActions>> {
+    match phase {
+        PhaseName::Attestation => PeerSession::<Attestation>::join(agent, connection, generation, handle),
+        PhaseName::Kubernetes => PeerSession::<Kubernetes>::join(agent, connection, generation, handle),
+    }
+}
+
+struct PeerSession<P> {
+    agent: Arc<Agent>,
+    peer: Arc<Peer<P>>,
+    opens: Arc<Semaphore>,
+    has_session_channel: bool,
+    _reservation: Reservation,
+}
+
+impl<P: AgentPhase> PeerSession<P> {
+    fn join(
+        agent: &Arc<Agent>,
+        connection: &Connection,
+        generation: u64,
+        handle: Handle,
+    ) -> Option<Box<dyn PeerActions>> {
+        let reservation = P::reserve(agent, connection, generation)?;
+        let credits = Credits::new(Side::Agent, P::LIMITS);
+        let offers: Arc<Offers> = Arc::default();
+        connection.set_authenticated(credits.clone(), P::LIMITS.held_max());
+        let link = PeerLink::new(ForwardOpener::new(handle, offers.clone()), credits.clone());
+        let peer = Arc::new(Peer::new(connection.clone(), credits, link, offers));
+        log::info!("connection from {}: authenticated for the {} phase", connection.address, P::NAME);
+        P::peers(agent).add(peer.clone());
+        Some(Box::new(Self {
+            agent: agent.clone(),
+            peer,
+            opens: Arc::new(Semaphore::new(P::LIMITS.streams + PENDING_OPENS)),
+            has_session_channel: false,
+            _reservation: reservation,
+        }))
+    }
+
+    /// A peer that uses tunnels before it opens a session channel will send no hello: it gets no credits.
+    fn settle_without_session_channel(&self) {
+        if !self.has_session_channel {
+            self.peer.credits.set_peer_mode(PeerFlow::WindowOnly);
+        }
+    }
+
+    /// The inbound of this phase that `name` names.
+    fn inbound(&self, name: &str) -> Option<TunnelName> {
+        name.parse().ok().filter(|name| self.agent.tunnels.routes.has(P::NAME, name))
+    }
+}
+
+impl<P: AgentPhase> PeerActions for PeerSession<P> {
+    fn take_session_channel(&mut self) -> bool {
+        let first = !std::mem::replace(&mut self.has_session_channel, true);
+        if first {
+            tokio::spawn(settle_without_hello(self.peer.credits.clone()));
+        }
+        first
+    }
+
+    fn control(&self, mut receiver: PeerReceiver, sender: PeerSender) -> oneshot::Sender<()> {
+        let (begin, begun) = oneshot::channel();
+        let (agent, peer) = (self.agent.clone(), self.peer.clone());
+        tokio::spawn(async move {
+            if becomes_control_channel(&mut receiver, begun).await {
+                run_control_channel(agent, peer, receiver, sender).await;
+            }
+        });
+        begin
+    }
+
+    fn serve_stream(&self, name: &str, id: u32, pending: PeerPending) {
+        self.settle_without_session_channel();
+        let Ok(open) = self.opens.clone().try_acquire_owned() else {
+            tokio::spawn(pending.refuse(Refusal::new(name, P::NAME, &RefusalReason::TooManyOpens)));
+            return;
+        };
+        let permit = match P::outbounds(&self.agent).permit(name) {
+            Ok(permit) => permit,
+            Err(refusal) => {
+                let connection = &self.peer.connection;
+                log::log!(
+                    connection.count_refusal(),
+                    "refusing a stream of {}: {}",
+                    connection.address,
+                    refusal.reason
+                );
+                tokio::spawn(pending.refuse(refusal));
+                return;
+            }
+        };
+        let credits = self.peer.credits.clone();
+        tokio::spawn(async move {
+            outbound::serve(permit, &credits, id, pending).await;
+            drop(open);
+        });
+    }
+
+    fn add_forward(&self, name: &str, port: u32) -> bool {
+        self.settle_without_session_channel();
+        let Some(tunnel) = self.inbound(name) else {
+            let (name, connection) = (name.escape_default(), &self.peer.connection);
+            log::log!(
+                connection.count_refusal(),
+                "tunnel {name:.80}, {} phase: {} offered it, and there is no inbound of this name here",
+                P::NAME,
+                connection.address
+            );
+            return false;
+        };
+        self.peer.offers.add(tunnel, name, port);
+        P::peers(&self.agent).notify_changed();
+        true
+    }
+
+    fn cancel_forward(&self, name: &str) -> bool {
+        let cancelled = self.inbound(name).is_some_and(|tunnel| self.peer.offers.remove(&tunnel));
+        P::peers(&self.agent).notify_changed();
+        cancelled
+    }
+}
