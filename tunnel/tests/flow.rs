@@ -200,7 +200,7 @@ async fn a_peer_that_overruns_its_credit_loses_its_connection() {
         let mut sent = 0;
         while raw.sender.send(vec![1; 32 * 1024].into()).await.is_ok() {
             sent += 32 * 1024;
-            assert!(sent < KERNEL, "nobody stops it");
+            assert!(sent < KERNEL, "the sender is never stopped");
         }
         let id = raw.flow.id();
         assert!(matches!(relay.await.unwrap(), Err(RelayError::Overrun(Overrun(stream))) if stream == id));

@@ -14,7 +14,7 @@ use crate::simulators::impaired_link::{ImpairedLink, Impairment};
 /// One measurement of a group.
 #[derive(Clone, Copy, Debug)]
 pub struct Row {
-    /// Its key in the figures of a measurement.
+    /// Its key in `Figures`.
     pub key: &'static str,
     /// Its name in the table.
     pub name: &'static str,

@@ -40,7 +40,7 @@ impl TcpProxy {
         Self::with_delay(server, Duration::ZERO).await
     }
 
-    /// Starts a proxy to `server` that delivers each byte `delay` later; up to 4096 chunks are in flight.
+    /// Starts a proxy to `server` that delivers each byte `delay` later; up to `CHUNKS` chunks are in flight.
     ///  of its queue.
     ///
     /// # Errors
