@@ -28,14 +28,14 @@ const FILE_MAX: usize = 2 * KEY_MAX + HEADER.len();
 /// Why the latched keys can't be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum LatchError {
-    /// The system refused.
+    /// A system call failed.
     #[error("{doing} {}: {source}; check the directory, or reboot the VM to start over", path.display())]
     Io {
-        /// What was being done.
+        /// The action that failed.
         doing: &'static str,
-        /// The file or directory.
+        /// Path of the file or directory.
         path: PathBuf,
-        /// The cause.
+        /// Error of the system.
         source: std::io::Error,
     },
     /// Another user could have written or could read it.
@@ -43,17 +43,17 @@ pub enum LatchError {
         "checking the latched keys in {}: {fault}; it must be ours alone; reboot the VM to start over", path.display()
     )]
     Exposed {
-        /// The file or directory.
+        /// Path of the file or directory.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         fault: String,
     },
     /// The content is not what this agent wrote.
     #[error("reading the latched keys in {}: {fault}; reboot the VM to start over", path.display())]
     Broken {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         fault: String,
     },
     /// The keys have no text form.
@@ -61,7 +61,7 @@ pub enum LatchError {
     Encode(#[from] KeyError),
 }
 
-/// Where the latched keys are.
+/// The directory of the latched keys.
 #[derive(Clone, Debug)]
 pub(crate) struct Latch {
     directory: PathBuf,
@@ -73,10 +73,10 @@ impl Latch {
         Self { directory: directory.into() }
     }
 
-    /// The keys of this boot; `None` if none were stored.
+    /// Reads the keys of this boot; `None` if none were stored.
     ///
     /// # Errors
-    /// They are there and can't be trusted or read: the caller must not go on without them.
+    /// The keys exist and can't be trusted or read. The caller must not continue without them.
     pub(crate) fn load(&self) -> Result<Option<PodKeys>, LatchError> {
         let Some(directory) = self.open_directory()? else { return Ok(None) };
         let path = self.directory.join(FILE);
@@ -107,7 +107,7 @@ impl Latch {
         let directory =
             directory.ok_or_else(|| io_error("opening", &self.directory, ErrorKind::NotFound.into()))?;
         let path = self.directory.join(TEMPORARY);
-        // A leftover of a crash. O_EXCL below then makes sure that what we write to is new, and ours.
+        // Left behind by a crash. O_EXCL below then ensures that the file is new and ours.
         match unlinkat(&directory, TEMPORARY, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => {}
             Err(errno) => return Err(io_error("removing", &path, errno.into())),
@@ -163,7 +163,7 @@ enum Kind {
     Directory,
 }
 
-/// What is open must be ours alone; looked at through the descriptor, so that nobody can swap it meanwhile.
+/// Checks that only our user has access. Through the descriptor, so that the file can't be replaced in between.
 fn check(file: &File, path: &Path, kind: Kind) -> Result<(), LatchError> {
     let metadata = file.metadata().map_err(|error| io_error("checking", path, error))?;
     let right_kind = match kind {
