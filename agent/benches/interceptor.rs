@@ -16,7 +16,7 @@ mod messages;
 
 use std::hint::black_box;
 
-// Where messages.rs looks for them.
+// The modules that messages.rs imports.
 use agent_protocol_forwarder::kata::{KataAgent, edit, frame};
 use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -26,7 +26,7 @@ use prost::Message;
 use secure_comms_protocol::limits::MESSAGE_MAX;
 use secure_comms_tunnel::intercept::{Interceptor, ToServer};
 
-/// Takes the messages of a stream, and says how many bytes went on.
+/// Passes the messages of a stream through the interceptor; returns the number of bytes that passed.
 fn take(messages: &[Bytes]) -> usize {
     let (mut to, _from) = KataAgent::new(Some("/run/netns/podns")).begin();
     let mut passed = 0;
@@ -37,7 +37,7 @@ fn take(messages: &[Bytes]) -> usize {
     passed
 }
 
-/// As the relay has a stream: in messages, the last of which may be shorter.
+/// A stream as the relay receives it: in messages, the last of which may be shorter.
 fn messages_of(stream: &[u8]) -> Vec<Bytes> {
     let stream = Bytes::copy_from_slice(stream);
     (0..stream.len())
@@ -46,7 +46,7 @@ fn messages_of(stream: &[u8]) -> Vec<Bytes> {
         .collect()
 }
 
-/// A container as a runtime asks for it: some 8 KiB, and no bind mounts, which would wait for a file system.
+/// A typical container request: some 8 KiB, without bind mounts, which would wait for a file system.
 fn container() -> Vec<u8> {
     let namespace =
         |kind: &str| LinuxNamespace { kind: kind.into(), path: "/proc/1/ns".into(), later: String::new() };

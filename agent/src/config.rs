@@ -7,7 +7,7 @@ mod go_flags;
 
 pub mod file;
 
-pub mod daemon_config;
+mod daemon_config;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -5,14 +5,14 @@
 //! make directories for bind mounts, and read the VM's mounts.
 //!
 //! In the order data passes: [`requests`] splits the stream into [`frame`]s; [`edit`] changes requests, whose [`protobuf`] it
-//! reads field by field; [`mounts`] waits for what a container needs; [`reply`] builds refusals. docs/KATA-AGENT.md has the
+//! reads field by field; `mounts` waits for what a container needs; `reply` builds refusals. docs/KATA-AGENT.md has the
 //! reasons.
 
 pub mod edit;
 pub mod frame;
-pub mod mounts;
+mod mounts;
 pub mod protobuf;
-pub mod reply;
+mod reply;
 pub mod requests;
 
 use std::collections::VecDeque;

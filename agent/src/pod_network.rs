@@ -24,6 +24,7 @@ mod secondary;
 
 mod interface;
 mod netlink;
+mod nftables;
 
 mod error;
 

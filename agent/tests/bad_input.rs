@@ -1,4 +1,4 @@
-//! The real binary: what it says to bad input, with which exit code, and what it leaves behind.
+//! The real binary on bad input: its message, its exit code, and the state that it leaves behind.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -17,7 +17,7 @@ use base64ct::{Base64, Encoding};
 
 use support::{FREE_PORTS, Place};
 
-/// It ends with `code`, says one line that has all of `parts`, and leaves no state behind.
+/// Checks that the agent exits with `code`, prints one line with all of `parts`, and leaves no state behind.
 #[track_caller]
 fn fails_with(place: &Place, args: &[&str], env: &[(&str, &str)], code: i32, parts: &[&str]) {
     let output = place.run(args, env);
@@ -210,7 +210,7 @@ fn an_address_that_can_not_be_had_is_named_with_its_flag() {
     let address = taken.local_addr().unwrap();
     let text = address.to_string();
     runtime(&place, &["-secure-comms-listen", &text], &[&text, "in use", "-secure-comms-listen"]);
-    // RFC 5737: an address that no host has.
+    // RFC 5737: an address that no interface has.
     let foreign = ["-secure-comms-listen", "192.0.2.1:2222"];
     runtime(&place, &foreign, &["192.0.2.1:2222", "correct -secure-comms-listen"]);
     let tag = format!("BOTH_PHASES:KBS:{}", address.port());

@@ -1,4 +1,4 @@
-//! What the fuzz targets of this crate start from, and what they have found, through the same functions.
+//! Replays the corpora of this crate's fuzz targets: their seeds, and what they found.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,4 +1,4 @@
-//! The note on the agent's dependencies is about those that it has.
+//! docs/DEPENDENCIES.md lists exactly the agent's dependencies.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -14,7 +14,7 @@ use serde_json::Value;
 
 const NOTE: &str = include_str!("../../docs/DEPENDENCIES.md");
 const LOCK: &str = include_str!("../../Cargo.lock");
-/// Reviewed where all of our code is.
+/// Prefix of our own crates, which the note leaves out.
 const OURS: &str = "secure-comms-";
 
 /// The crates that are linked into the agent by its own manifest, and by those of our crates that it needs.
@@ -45,7 +45,7 @@ fn direct() -> Vec<String> {
     others.into_iter().collect()
 }
 
-/// Those of the note's table, with their versions.
+/// The crates in the note's table, with their versions.
 fn reviewed() -> BTreeMap<&'static str, &'static str> {
     let rows = NOTE.lines().filter_map(|line| line.strip_prefix("| `"));
     let rows = rows.map(|row| row.split_once("` | ").expect("a name and more"));

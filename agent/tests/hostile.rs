@@ -1,4 +1,4 @@
-//! The real binary against a peer that does what no honest client does.
+//! The real binary against a peer that breaks the rules.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -13,7 +13,7 @@ mod harness;
 #[allow(dead_code, reason = "the unit tests use the rest")]
 mod messages;
 
-// Where messages.rs looks for them.
+// The modules that messages.rs imports.
 use agent_protocol_forwarder::kata::{KataAgent, edit, frame};
 use frame::{HEADER, Header, REQUEST, RESPONSE};
 use harness::{Connection, FIXED, KERNEL, Raw, quiet, unix, within};
@@ -32,7 +32,7 @@ fn interceptor() -> KataAgent {
     KataAgent::new(Some("/run/netns/podns"))
 }
 
-/// Sends `data` in messages of so much, as credit allows.
+/// Sends `data` in messages of this length, as credit allows.
 async fn send(raw: &Raw, data: &[u8], step: usize) {
     for piece in data.chunks(step) {
         raw.flow.ready().await;

@@ -19,7 +19,7 @@ fn systemd_is_notified_of_ready_status_and_stopping() {
     let mut agent = place.start(&FREE_PORTS, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
     let ready = systemd.hears("READY=1");
     assert!(ready.contains("STATUS=Attestation phase: waiting for a worker node"), "{ready}");
-    // Ready says that it is bound.
+    // READY=1 is sent once the listener is bound.
     std::net::TcpStream::connect(agent.address()).unwrap();
     assert_eq!(agent.terminate().code(), Some(0));
     assert!(systemd.hears("STOPPING=1").contains("STATUS=stopping"));

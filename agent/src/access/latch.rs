@@ -19,14 +19,14 @@ const FILE_MAX: usize = 2 * KEY_MAX + HEADER.len();
 /// Why the latched keys can't be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum LatchError {
-    /// The system refused.
+    /// A system call failed.
     #[error("{doing} {}: {source}; check the directory, or reboot the VM to start over", path.display())]
     Io {
-        /// What was being done.
+        /// The action that failed.
         doing: &'static str,
-        /// The file or directory.
+        /// Path of the file or directory.
         path: PathBuf,
-        /// The cause.
+        /// Error of the system.
         source: std::io::Error,
     },
     /// Another user could have written or could read it.
@@ -34,7 +34,7 @@ pub enum LatchError {
         "checking the latched keys in {}: {fault}; it must be ours alone; reboot the VM to start over", path.display()
     )]
     Exposed {
-        /// The file or directory.
+        /// Path of the file or directory.
         path: PathBuf,
         /// What is wrong with it.
         fault: PrivacyFault,
@@ -42,9 +42,9 @@ pub enum LatchError {
     /// The content is not what this agent wrote.
     #[error("reading the latched keys in {}: {fault}; reboot the VM to start over", path.display())]
     Broken {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         fault: String,
     },
     /// The keys have no text form.
@@ -76,10 +76,10 @@ impl Latch {
         Self { directory: directory.into() }
     }
 
-    /// The keys of this boot; `None` if none were stored.
+    /// Reads the keys of this boot; `None` if none were stored.
     ///
     /// # Errors
-    /// They are there and can't be trusted or read: the caller must not go on without them.
+    /// The keys exist and can't be trusted or read. The caller must not continue without them.
     pub(crate) fn load(&self) -> Result<Option<PodKeys>, LatchError> {
         let Some(directory) = PrivateDirectory::open(&self.directory)? else { return Ok(None) };
         let bytes = match directory.read(FILE, FILE_MAX) {

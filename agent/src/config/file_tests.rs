@@ -6,7 +6,7 @@ use tokio::time::timeout;
 
 use super::*;
 
-/// What ends a test that hangs.
+/// Timeout of a test that hangs.
 const HANG: Duration = Duration::from_secs(60);
 
 async fn read(path: &Path) -> Result<DaemonConfig, DaemonConfigError> {
@@ -53,11 +53,11 @@ async fn a_broken_daemon_config_is_reported_with_its_place() {
     assert!(result.unwrap_err().to_string().contains("longer than 1048576 bytes"));
 }
 
-/// Each step is taken once the reader waits again.
+/// Takes each step once the reader waits again.
 async fn steps(path: &Path, steps: Vec<Box<dyn FnOnce()>>) -> Result<DaemonConfig, DaemonConfigError> {
     let script = async {
         for step in steps {
-            // More often than it takes to see an event and look again.
+            // More polls than the reader needs for an event and another read.
             for _ in 0..100 {
                 yield_now().await;
             }

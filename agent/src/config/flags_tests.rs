@@ -138,8 +138,8 @@ fn an_argument_that_is_not_utf_8_is_refused() {
     assert!(exit.text.contains("not UTF-8"), "{}", exit.text);
 }
 
-/// Go's `FlagSet.parseOne`, transliterated, with our two changes: empty arguments are skipped, and whatever
-/// would end the flags is a fault unless nothing but empty arguments follows.
+/// Go's `FlagSet.parseOne`, transliterated, with our two changes: empty arguments are skipped, and an argument that
+/// would end the flags is a fault, unless only empty arguments follow.
 fn model(mut args: &[String]) -> Option<BTreeMap<&'static str, String>> {
     let mut given = BTreeMap::new();
     while let [first, rest @ ..] = args {

@@ -22,7 +22,7 @@ fn ours() -> LinuxNamespace {
     LinuxNamespace { kind: "network".into(), path: PATH.into(), later: String::new() }
 }
 
-/// `before` as it should be after the edit.
+/// The expected edit of `before`.
 fn edited(mut before: CreateContainer) -> CreateContainer {
     let linux = before.oci.get_or_insert_default().linux.get_or_insert_default();
     linux.namespaces.retain(|namespace| namespace.kind != "network");
@@ -45,7 +45,7 @@ fn golden_bytes_of_a_container_with_two_network_namespaces() {
     let first = "321d 720178 4218 320d0a076e6574776f726b12022f61 6801 32050a03706964";
     let before = hex(&format!("{first} 7a0178 320d 420b 32090a076e6574776f726b"));
     let after = "320e 720178 4209 6801 32050a03706964 7a0178";
-    // In the last OCI: for a decoder that does not merge them it is the one that counts.
+    // In the last OCI: the only one that counts for a decoder that does not merge.
     let ours = "321f 421d 321b 0a076e6574776f726b 12102f72756e2f6e65746e732f706f646e73";
     assert_eq!(create_container(&before, Some(PATH)).unwrap(), [hex(after), hex(ours)].concat());
 }

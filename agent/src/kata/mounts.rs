@@ -23,7 +23,7 @@ const MOUNT_INFO: &str = "/proc/self/mountinfo";
 ///
 /// # Errors
 /// A source can't be made, or nothing is mounted on a volume for [`VOLUME_MOUNT`].
-pub async fn prepare(mounts: Mounts) -> Result<(), RequestRefusal> {
+pub(super) async fn prepare(mounts: Mounts) -> Result<(), RequestRefusal> {
     let (done, made) = oneshot::channel();
     // On a separate thread: a file system that hangs must not stall the agent.
     std::thread::Builder::new()

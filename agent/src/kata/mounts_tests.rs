@@ -8,7 +8,7 @@ use super::{MountTable, mount_point, mounted, prepare};
 use crate::kata::edit::Mounts;
 use crate::kata::reply::RequestRefusal;
 
-/// A tmpfs, gone when dropped.
+/// A tmpfs, unmounted on drop.
 struct Volume(PathBuf);
 
 impl Volume {
@@ -26,7 +26,7 @@ impl Drop for Volume {
     }
 }
 
-/// By the name that the kernel has for it.
+/// Its canonical path, as the mount table has it.
 fn directory() -> (TempDir, PathBuf) {
     let directory = tempdir().unwrap();
     let path = directory.path().canonicalize().unwrap();
@@ -68,7 +68,7 @@ async fn the_kernel_reports_each_change_of_the_mounts() {
     while table.points().unwrap().contains(&point) {
         table.changed().await.unwrap();
     }
-    // It waits, and is woken.
+    // The request waits until it is woken.
     let mounting = tokio::task::spawn_blocking(move || Volume::new(point));
     table.changed().await.unwrap();
     drop(mounting.await.unwrap());
@@ -79,7 +79,7 @@ async fn a_container_waits_for_all_of_its_volumes() {
     let (_directory, path) = directory();
     let (one, two) = (path.join("one"), path.join("deep/two"));
     let other = made(&path, "other");
-    // The kernel does not know it by this name.
+    // Not the canonical path of the volume.
     let alias = path.join("alias");
     symlink(&two, &alias).unwrap();
     std::fs::create_dir_all(&two).unwrap();

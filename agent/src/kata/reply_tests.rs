@@ -8,7 +8,7 @@ use crate::kata::frame::{HEADER, Header};
 use crate::kata::messages::{Response, Status};
 use crate::kata::protobuf::Malformed;
 
-/// What the client of a ttrpc server makes of it.
+/// The refusal, as a ttrpc client decodes it.
 fn heard(refusal: &RequestRefusal) -> Status {
     let frame = refusal.reply(0x0a0b_0c0d);
     let header = Header::parse(frame[..HEADER].try_into().unwrap()).unwrap();

@@ -21,7 +21,7 @@ fn requests() -> Requests {
     Requests::new(Some(PATH.into()))
 }
 
-/// What becomes of these messages.
+/// The results for these messages.
 fn take(requests: &mut Requests, messages: &[Bytes]) -> Result<Vec<Out>, FrameError> {
     let mut all = Vec::new();
     for message in messages {
@@ -30,7 +30,7 @@ fn take(requests: &mut Requests, messages: &[Bytes]) -> Result<Vec<Out>, FrameEr
     Ok(all)
 }
 
-/// All that passes, if nothing else becomes of them.
+/// The bytes that pass; panics on any other result.
 fn passed(outs: Vec<Out>) -> Vec<Bytes> {
     let piece = |out| match out {
         Out::Pass(piece) => piece,
@@ -50,7 +50,7 @@ fn range(bytes: &Bytes) -> Range<usize> {
     start..start + bytes.len()
 }
 
-/// Cut at these places.
+/// `data`, cut at these offsets.
 fn split(stream: &[u8], cuts: &[Index]) -> Vec<Bytes> {
     let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(stream.len() + 1)).collect();
     cuts.extend([0, stream.len()]);
@@ -68,7 +68,7 @@ fn untouched() -> impl Strategy<Value = Vec<u8>> {
     ]
 }
 
-/// A frame, and what becomes of it.
+/// A frame, and the expected result.
 fn any_frame() -> impl Strategy<Value = (Vec<u8>, Vec<u8>)> {
     let touched = any::<u32>().prop_map(|stream| {
         let before = sandbox(stream);
@@ -223,7 +223,7 @@ fn too_long_a_frame_and_an_end_within_one_are_errors() {
     let mut requests = self::requests();
     take(&mut requests, &[Bytes::from_static(&[0, 0, 0])]).unwrap();
     assert_eq!(requests.end(), Err(FrameError::Truncated(7)));
-    // Touched ones too.
+    // Edited ones too.
     let bytes = sandbox(1);
     take(&mut self::requests(), &[Bytes::copy_from_slice(&bytes)]).unwrap();
     let mut requests = self::requests();

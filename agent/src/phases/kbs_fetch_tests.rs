@@ -5,7 +5,7 @@ use super::*;
 
 const PATH: &str = "default/sshclient/publicKey";
 
-/// What `fetch` makes of `answer`, which comes in pieces of `piece` bytes before the end of the stream.
+/// The result of `fetch` for `answer`, which is sent in pieces of `piece` bytes before the end of the stream.
 fn answer(answer: &[u8], piece: usize) -> Result<Vec<u8>, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let (client, mut server) = duplex(64);
@@ -16,7 +16,7 @@ fn answer(answer: &[u8], piece: usize) -> Result<Vec<u8>, String> {
                 server.read_buf(&mut request).await.unwrap();
             }
             for piece in answer.chunks(piece) {
-                // A client that has seen enough hangs up.
+                // The client may close the connection early.
                 if server.write_all(piece).await.is_err() {
                     break;
                 }

@@ -31,7 +31,7 @@ struct Namespaces {
 impl PodNetwork {
     /// The network of `spec` in `namespace`. Its tunnel leaves the VM by `host_interface`, or by the interface of the default
     /// route.
-    pub fn new(spec: Spec, namespace: Namespace, host_interface: Option<InterfaceName>) -> Self {
+    pub(crate) fn new(spec: Spec, namespace: Namespace, host_interface: Option<InterfaceName>) -> Self {
         Self { spec, namespace, host_interface }
     }
 

@@ -19,10 +19,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// What ends a test that hangs; nothing is measured with it.
+/// Timeout of a test that hangs. Nothing is measured with it.
 pub const HANG: Duration = Duration::from_secs(60);
 
-/// Flags that bind no port of the machine's.
+/// Flags with which the agent binds no fixed port.
 pub const FREE_PORTS: [&str; 3] = ["-secure-comms", "-secure-comms-inbounds", "BOTH_PHASES:KBS:0"];
 
 /// A directory for apf.json and the latched keys.
@@ -45,7 +45,7 @@ impl Place {
         std::fs::write(self.path("apf.json"), text).unwrap();
     }
 
-    /// Our flags, before those of the test: the last one counts.
+    /// Default flags, before those of the test: the last one wins.
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_agent-protocol-forwarder"));
         command.arg("-config").arg(self.path("apf.json"));
@@ -56,12 +56,12 @@ impl Place {
         command
     }
 
-    /// Runs it to its end.
+    /// Runs the agent until it exits.
     pub fn run(&self, args: &[&str], env: &[(&str, &str)]) -> Output {
         self.command(args).envs(env.iter().copied()).output().unwrap()
     }
 
-    /// Starts it.
+    /// Starts the agent.
     pub fn start(&self, args: &[&str], env: &[(&str, &str)]) -> Agent {
         let mut command = self.command(args);
         command.envs(env.iter().copied()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -71,38 +71,38 @@ impl Place {
     }
 }
 
-/// A running agent; killed when dropped.
+/// A running agent, killed on drop.
 pub struct Agent {
     child: Child,
     log: BufReader<ChildStderr>,
 }
 
 impl Agent {
-    /// Reads its log up to a line that has `part`; what follows it there.
+    /// Reads the log up to a line with `part`; returns the rest of that line.
     pub fn says(&mut self, part: &str) -> String {
         let mut line = String::new();
         loop {
             line.clear();
-            assert!(self.log.read_line(&mut line).unwrap() > 0, "it ended without saying {part:?}");
+            assert!(self.log.read_line(&mut line).unwrap() > 0, "it ended without logging {part:?}");
             if let Some((_, rest)) = line.split_once(part) {
                 return rest.trim_end().to_owned();
             }
         }
     }
 
-    /// What it says until it ends.
+    /// The rest of the log, until the agent exits.
     pub fn rest(&mut self) -> String {
         let mut text = String::new();
         self.log.read_to_string(&mut text).unwrap();
         text
     }
 
-    /// Where its SSH server listens.
+    /// Address of its SSH server.
     pub fn address(&mut self) -> SocketAddr {
         self.says(">listens on ").parse().unwrap()
     }
 
-    /// Asks it to end, and waits for that.
+    /// Sends SIGTERM, and waits for the exit.
     pub fn terminate(&mut self) -> ExitStatus {
         kill(Pid::from_raw(self.child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
         let deadline = Instant::now() + HANG;
@@ -134,7 +134,7 @@ impl Systemd {
         Self(socket)
     }
 
-    /// Receives until a message has this assignment; the message.
+    /// Receives until a message has this assignment; returns the message.
     pub fn hears(&self, assignment: &str) -> String {
         let mut buffer = [0; 1024];
         loop {
