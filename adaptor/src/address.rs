@@ -1,4 +1,4 @@
-//! Where a pod VM's agent is reached.
+//! The address of a pod VM's agent.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -11,13 +11,13 @@ use secure_comms_protocol::{OutboundTag, Target};
 /// `HOST[:PORT]`: a name, an IPv4 address, or an IPv6 address with or without brackets; the port is 2222 unless given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Address {
-    /// The host.
+    /// Host name or IP address.
     pub host: Host,
-    /// The port, never 0.
+    /// TCP port, never 0.
     pub port: u16,
 }
 
-/// Why a text is not an address.
+/// The text is not an address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("expected HOST, HOST:PORT, an IPv6 address or [IPv6]:PORT (port 1 to 65535, {SSH_PORT} if left out)")]
 pub struct AddressError;
@@ -45,8 +45,9 @@ impl fmt::Display for Address {
     }
 }
 
-/// Reads `HOST:PORT` by the rules of an outbound tag, so that there is one definition of a host.
-pub(crate) fn host_port(text: &str) -> Option<(Host, u16)> {
+/// Parses `HOST:PORT` by the rules of an outbound tag, so that there is one definition of a host. `None` if it is
+/// invalid.
+pub fn host_port(text: &str) -> Option<(Host, u16)> {
     if !text.contains(':') || text.contains(char::is_whitespace) {
         return None;
     }
@@ -61,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_has_port_2222_unless_it_says_otherwise() {
+    fn the_default_port_of_an_address_is_2222() {
         for (text, shown) in [
             ("vm", "vm:2222"),
             ("vm.example:22", "vm.example:22"),
@@ -78,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_is_refused() {
+    fn a_text_that_is_not_an_address_is_refused() {
         for text in [
             "",
             ":22",
@@ -106,7 +107,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn any_text_is_refused_or_shown_so_that_it_parses_back(text in "\\PC{0,12}|[a-z0-9.:\\[\\]]{0,30}") {
+        fn an_accepted_text_parses_back_from_its_display(text in "\\PC{0,12}|[a-z0-9.:\\[\\]]{0,30}") {
             if let Ok(address) = text.parse::<Address>() {
                 proptest::prop_assert_eq!(address.to_string().parse(), Ok(address));
             }

@@ -1,7 +1,10 @@
-//! The KBS as its admin: publishes a resource, deletes one. Reading is for attested VMs alone.
+//! The KBS client: publishes and deletes resources as an admin of the KBS. Only attested VMs read resources.
+//!
+//! In: [`KbsSettings`]. Requests go out over HTTP or HTTPS and are retried with backoff until a time limit.
 
-mod answer;
-mod said;
+mod auth;
+mod error_body;
+mod response;
 mod tls;
 
 use std::error::Error as _;
@@ -11,85 +14,111 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use reqwest::header::{AUTHORIZATION, HeaderValue};
 use reqwest::{Client, Method, redirect};
-use secure_comms_protocol::limits::{RETRY_MAX, RETRY_MIN, TCP_CONNECT};
+use secure_comms_protocol::limits::{RETRY_MIN, TCP_CONNECT};
+use secure_comms_tunnel::Backoff;
 use tokio::time::{Instant, sleep};
+use url::Url;
 use zeroize::Zeroizing;
 
-use crate::settings::KbsSettings;
-use crate::token::{Admin, TokenError};
-use answer::Answer;
+use self::auth::Admin;
+pub use self::auth::TokenError;
+use self::response::KbsResponse;
 
-/// The largest resource the KBS takes, in bytes.
+/// The largest resource that the KBS accepts, in bytes.
 pub const RESOURCE_MAX: usize = 2 * 1024 * 1024;
-/// How long the first request may take, its answer included; each further one twice as long, up to [`REQUEST`].
-const FIRST_REQUEST: Duration = Duration::from_secs(5);
-/// How long any request may take, its answer included.
-const REQUEST: Duration = Duration::from_secs(30);
+/// Timeout of the first attempt, response included. It doubles with each attempt, up to [`REQUEST_TIMEOUT_MAX`].
+const REQUEST_TIMEOUT_MIN: Duration = Duration::from_secs(5);
+/// The longest timeout of an attempt, response included.
+const REQUEST_TIMEOUT_MAX: Duration = Duration::from_secs(30);
 
-/// Why a resource was not published or deleted.
+/// Error of publishing or deleting a resource. Its text names the flag to check.
 #[derive(Debug, thiserror::Error)]
 pub enum KbsError {
-    /// The admin's key is of no use.
+    /// The admin's key is unusable.
     #[error("KBS client")]
     Token(#[from] TokenError),
-    /// The CA file is of no use.
+    /// The CA file is unusable.
     #[error("KBS client: the CA {} (--kbs-ca): {cause}; name a PEM file with the CA's certificate", .path.display())]
     Ca {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault of the file.
         cause: String,
     },
-    /// The HTTP client could not be made.
+    /// The HTTP client could not be set up.
     #[error("KBS client: set up HTTP: {0}")]
     Setup(String),
-    /// The resource is larger than the KBS takes.
+    /// The resource is larger than the KBS accepts.
     #[error("KBS resource {path}: {len} bytes; at most {RESOURCE_MAX} can be published")]
     TooLarge {
-        /// The resource.
+        /// Path of the resource.
         path: String,
-        /// Its size, in bytes.
+        /// Size of the resource, in bytes.
         len: usize,
     },
-    /// The KBS said no.
-    #[error("KBS resource {path}: {method} refused with {answer}{advice}")]
+    /// The KBS refused the request.
+    #[error("KBS resource {path}: {method} refused with {response}{advice}")]
     Refused {
-        /// The resource.
+        /// Path of the resource.
         path: String,
-        /// What was asked for.
+        /// Method of the request.
         method: Method,
-        /// Status and error, escaped.
-        answer: String,
-        /// What to do about it, or nothing.
+        /// Status and error of the response, escaped.
+        response: String,
+        /// What to do; empty if there is no advice.
         advice: &'static str,
     },
-    /// The KBS's certificate does not stand.
+    /// The KBS's TLS certificate is not trusted.
     #[error(
         "KBS at {url}: its TLS certificate is refused: {cause}; give the CA that signed it with --kbs-ca, or correct --kbs-url"
     )]
     Certificate {
-        /// The KBS.
+        /// URL of the KBS.
         url: String,
-        /// Why.
+        /// Fault of the certificate.
         cause: String,
     },
-    /// The KBS was not reached, or failed, until the deadline.
+    /// Every attempt failed until the time limit.
     #[error(
         "KBS at {url}: gave up after {tries} tries in {seconds} s: {last}; check that it runs, --kbs-url, and the network"
     )]
     Unreachable {
-        /// The KBS.
+        /// URL of the KBS.
         url: String,
-        /// How often it was tried.
+        /// Number of attempts.
         tries: u32,
-        /// How long it was tried, in seconds.
+        /// Time since the first attempt, in seconds.
         seconds: u64,
-        /// What was last seen.
+        /// Error of the last attempt.
         last: String,
     },
 }
 
-/// Speaks to the KBS.
+/// The KBS, as its admin sees it.
+#[derive(Clone, Debug)]
+pub struct KbsSettings {
+    /// The KBS's URL, http or https, without `/kbs/v0`.
+    pub url: Url,
+    /// A PEM file with the CA that signed its certificate; `None`: the system's CAs.
+    pub ca: Option<PathBuf>,
+    /// How the adaptor identifies itself as an admin; `None`: it sends no admin token.
+    pub admin: Option<AdminSettings>,
+}
+
+/// The identity of a KBS admin.
+#[derive(Clone, Debug)]
+pub struct AdminSettings {
+    /// File with the admin's Ed25519 private key, PKCS#8 PEM.
+    pub key_file: PathBuf,
+    /// Claim `iss` of the token.
+    pub issuer: String,
+    /// Claim `role` of the token.
+    pub role: String,
+}
+
+/// Publishes and deletes resources of one KBS.
+///
+/// The async methods need a tokio runtime with I/O and time enabled. A client can be used from many tasks at a time.
 #[derive(Debug)]
 pub struct KbsClient {
     http: Client,
@@ -98,15 +127,15 @@ pub struct KbsClient {
     retry_for: Duration,
 }
 
-/// How one try ended, if not in an answer that settles it.
+/// Why an attempt failed.
 enum Failed {
-    /// The same again may succeed.
-    Passing(String),
-    Final(KbsError),
+    /// A retry may succeed.
+    Transient(String),
+    Permanent(KbsError),
 }
 
 impl KbsClient {
-    /// Reads keys and certificates; connects to nothing yet. Each call tries again for `retry_for`.
+    /// Reads the keys and certificates; opens no connection. Each later call is retried for at most `retry_for`.
     ///
     /// # Errors
     /// The admin's key or the CA cannot be read.
@@ -115,19 +144,19 @@ impl KbsClient {
             Some(admin) => Some(Admin::read(&admin.key_file, &admin.issuer, &admin.role)?),
             None => {
                 tracing::warn!(
-                    "KBS at {}: no --kbs-admin-key, so no admin token is sent: only a KBS that lets anyone publish takes that",
+                    "KBS at {}: no admin token is sent, because --kbs-admin-key is missing: only a KBS that lets anyone publish accepts that",
                     settings.url
                 );
                 None
             }
         };
         let mut http = Client::builder()
-            // A redirect or a proxy would carry the admin's token and the pod's key to someone else.
+            // A redirect or a proxy would send the admin token and the pod key to another host.
             .redirect(redirect::Policy::none())
             .no_proxy()
             .retry(reqwest::retry::never())
             .connect_timeout(TCP_CONNECT)
-            .timeout(REQUEST)
+            .timeout(REQUEST_TIMEOUT_MAX)
             .http1_only()
             // The KBS closes idle connections after 5 s; a pooled one may die under the next request.
             .pool_max_idle_per_host(0)
@@ -141,87 +170,103 @@ impl KbsClient {
     /// Creates or overwrites the resource at `path` (`<repository>/<type>/<tag>`).
     ///
     /// # Errors
-    /// It is too large, the KBS refuses, or was not reached in time.
+    /// The resource is too large, the KBS refuses it, or every attempt failed.
+    ///
+    /// # Cancellation
+    /// Dropping the future stops the retries. A request that was sent may still take effect.
     pub async fn publish(&self, path: &str, bytes: &[u8]) -> Result<(), KbsError> {
         if bytes.len() > RESOURCE_MAX {
             return Err(KbsError::TooLarge { path: path.to_owned(), len: bytes.len() });
         }
-        // Wiped once the last of the tries has let go of it.
+        // Wiped when the last attempt has dropped its copy of the handle.
         let body = Bytes::from_owner(Zeroizing::new(bytes.to_vec()));
-        let answer = self.until_answered(Method::POST, path, &body).await?;
-        if !answer.is_success() {
-            return Err(answer.refusal(path, Method::POST));
+        let response = self.retry(Method::POST, path, &body).await?;
+        if !response.is_success() {
+            return Err(response.refusal(path, Method::POST));
         }
         tracing::info!("KBS resource {path}: published");
         Ok(())
     }
 
-    /// Deletes the resource at `path`, or empties it where the KBS cannot delete. It may be gone already.
+    /// Deletes the resource at `path`, or empties it where the KBS cannot delete. A missing resource is not an error.
     ///
     /// # Errors
-    /// The KBS refuses, or was not reached in time.
+    /// The KBS refuses, or every attempt failed.
+    ///
+    /// # Cancellation
+    /// Dropping the future stops the retries. A request that was sent may still take effect.
     pub async fn delete(&self, path: &str) -> Result<(), KbsError> {
-        let answer = self.until_answered(Method::DELETE, path, &Bytes::new()).await?;
-        if answer.is_success() {
+        let response = self.retry(Method::DELETE, path, &Bytes::new()).await?;
+        if response.is_success() {
             tracing::info!("KBS resource {path}: deleted");
             return Ok(());
         }
-        if answer.is_missing_resource() {
-            tracing::info!("KBS resource {path}: was gone already");
+        if response.is_missing_resource() {
+            tracing::info!("KBS resource {path}: did not exist");
             return Ok(());
         }
         // Trustee before v0.20 cannot delete.
-        if answer.is_method_not_allowed() {
+        if response.is_method_not_allowed() {
             return self.publish(path, &[]).await;
         }
-        Err(answer.refusal(path, Method::DELETE))
+        Err(response.refusal(path, Method::DELETE))
     }
 
-    async fn until_answered(&self, method: Method, path: &str, body: &Bytes) -> Result<Answer, KbsError> {
+    /// Sends the request until there is a response that settles it, for at most `retry_for`.
+    async fn retry(&self, method: Method, path: &str, body: &Bytes) -> Result<KbsResponse, KbsError> {
         let start = Instant::now();
-        let mut pause = RETRY_MIN;
-        // One that the KBS has swallowed must not hold up the next for long; a KBS that is slow gets its time yet.
-        let mut patience = FIRST_REQUEST;
+        let mut backoff = Backoff::default();
+        // Short at first: an attempt that gets no response must not delay the next one. A slow KBS gets more each time.
+        let mut request_timeout = REQUEST_TIMEOUT_MIN;
         let mut tries = 0;
         let mut reported = String::new();
         loop {
             tries += 1;
-            // A try must not outlive the deadline either.
-            let left = self.retry_for.saturating_sub(start.elapsed()).clamp(RETRY_MIN, patience);
-            patience = (patience * 2).min(REQUEST);
-            let last = match self.once(method.clone(), path, body.clone(), left).await {
-                Ok(answer) => return Ok(answer),
-                Err(Failed::Final(error)) => return Err(error),
-                Err(Failed::Passing(cause)) => cause,
+            // An attempt must not outlast the time limit either.
+            let left = self.retry_for.saturating_sub(start.elapsed()).clamp(RETRY_MIN, request_timeout);
+            request_timeout = (request_timeout * 2).min(REQUEST_TIMEOUT_MAX);
+            let last = match self.attempt(method.clone(), path, body.clone(), left).await {
+                Ok(response) => return Ok(response),
+                Err(Failed::Permanent(error)) => return Err(error),
+                Err(Failed::Transient(cause)) => cause,
             };
-            let wait = jittered(pause);
-            if start.elapsed() + wait >= self.retry_for {
+            let pause = backoff.next_pause();
+            if start.elapsed() + pause >= self.retry_for {
                 let seconds = start.elapsed().as_secs();
                 return Err(KbsError::Unreachable { url: self.url.clone(), tries, seconds, last });
             }
             if last != reported {
-                tracing::warn!("KBS at {}: {last}; trying on", self.url);
+                tracing::warn!("KBS at {}: {last}; retrying", self.url);
                 reported = last;
             }
-            sleep(wait).await;
-            pause = (pause * 2).min(RETRY_MAX);
+            sleep(pause).await;
         }
     }
 
-    async fn once(&self, method: Method, path: &str, body: Bytes, limit: Duration) -> Result<Answer, Failed> {
+    async fn attempt(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+        limit: Duration,
+    ) -> Result<KbsResponse, Failed> {
         let url = format!("{}/kbs/v0/resource/{path}", self.url);
         let mut request = self.http.request(method, url).timeout(limit).body(body);
         if let Some(admin) = &self.admin {
-            request = request.header(AUTHORIZATION, bearer(admin).map_err(Failed::Final)?);
+            request = request.header(AUTHORIZATION, bearer(admin).map_err(Failed::Permanent)?);
         }
         let response = request.send().await.map_err(|error| match tls::refused_certificate(&error) {
-            Some(cause) => Failed::Final(KbsError::Certificate { url: self.url.clone(), cause }),
-            None if error.is_builder() => Failed::Final(KbsError::Setup(cause_of(&error))),
-            None => Failed::Passing(cause_of(&error)),
+            Some(cause) => Failed::Permanent(KbsError::Certificate { url: self.url.clone(), cause }),
+            None if error.is_builder() => Failed::Permanent(KbsError::Setup(cause_of(&error))),
+            None => Failed::Transient(cause_of(&error)),
         })?;
-        let answer = Answer::read(response).await;
-        // 408: the KBS has waited too long for our request; as good as no connection.
-        if answer.is_passing() { Err(Failed::Passing(format!("answered {answer}"))) } else { Ok(answer) }
+        let response = KbsResponse::read(response).await;
+        // 408 counts as transient: the KBS waited too long for the request.
+        if response.is_transient() {
+            Err(Failed::Transient(format!("answered {response}")))
+        } else {
+            Ok(response)
+        }
     }
 }
 
@@ -232,12 +277,7 @@ fn bearer(admin: &Admin) -> Result<HeaderValue, KbsError> {
     Ok(value)
 }
 
-/// Between half of `pause` and all of it, so that many adaptors do not come back at once.
-fn jittered(pause: Duration) -> Duration {
-    pause.mul_f64(rand::random_range(0.5..=1.0))
-}
-
-/// The chain of causes in one line. The error's own text would repeat the URL.
+/// The causes of the error in one line, without its own text, which repeats the URL.
 fn cause_of(error: &reqwest::Error) -> String {
     if error.is_timeout() {
         return "no answer in time".to_owned();

@@ -1,24 +1,70 @@
 //! The adaptor: the worker node's end of Secure Comms, as a library.
 //!
-//! In the order a pod comes up: the command line ([`cli`]) becomes [`settings`]; the [`keys`] are found or made
-//! in the [`store`]; they reach the VM through the KBS ([`kbs`], with a [`token`]) or in its [`user_data`];
-//! then the [`adaptor`] drives each [`pod`]'s channel: [`ssh`] connects to one of its addresses, a [`session`] talks to
-//! its agent, and local clients are routed to it. [`connect`] does that for one pod in the foreground. [`address`], [`log`] and [`private_file`] serve all of them.
+//! The blocks below follow a pod. Its keys come from the [`store`]. They reach the VM through the [`kbs`] or in its
+//! [`user_data`]. Then the [`registry`] runs a driver for each [`pod`], which connects over `transport`: SSH, a session
+//! with the agent, and routes for local clients.
+//!
+//! A caller uses [`Adaptor`]:
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use std::time::Duration;
+//!
+//! use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
+//! use secure_comms_adaptor::key_source::KeySource;
+//! use secure_comms_adaptor::store::DirectoryStore;
+//! use secure_comms_adaptor::{Adaptor, Config};
+//! use secure_comms_protocol::limits::REKEY_BYTES;
+//! use secure_comms_protocol::tag::parse_list;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let store = Arc::new(DirectoryStore::open("/var/lib/secure-comms-adaptor")?);
+//! let kbs = KbsSettings { url: "https://kbs.example:8080".parse()?, ca: None, admin: None };
+//! let kbs = KbsClient::new(&kbs, Duration::from_secs(60))?;
+//! let config = Config {
+//!     inbounds: parse_list("KUBERNETES_PHASE:KATAAGENT:0").map_err(|faults| format!("{faults:?}"))?,
+//!     outbounds: parse_list("BOTH_PHASES:KBS:kbs.example:8080").map_err(|faults| format!("{faults:?}"))?,
+//!     rekey_bytes: REKEY_BYTES,
+//!     observer: Arc::new(|pod, event| println!("pod {pod}: {event}")),
+//! };
+//! let adaptor = Adaptor::new(store, KeySource::Kbs(kbs), config);
+//! let pod = "sandbox-1".parse()?;
+//!
+//! // Before the VM starts: its keys are published, and local clients can connect.
+//! for endpoint in adaptor.prepare(&pod).await? {
+//!     println!("tunnel {} listens on {}", endpoint.name, endpoint.local);
+//! }
+//! // Once the VM has an address: returns when the Kubernetes phase is up.
+//! adaptor.start(&pod, &["10.0.0.7".parse()?], Duration::from_secs(300)).await?;
+//!
+//! // The channel is kept up; the state says how it is.
+//! if let Some(mut state) = adaptor.watch(&pod) {
+//!     state.changed().await?;
+//!     println!("pod {pod}: {:?}", *state.borrow());
+//! }
+//!
+//! adaptor.stop(&pod).await?;
+//! # Ok(())
+//! # }
+//! ```
 
-pub mod adaptor;
+pub mod registry;
+pub use registry::{Adaptor, AdaptorError, Config, Endpoint};
+
 pub mod address;
-pub mod cli;
-pub mod connect;
-pub mod kbs;
-pub mod keys;
-pub mod log;
-pub mod pod;
-pub mod private_file;
-mod race;
-mod routes;
-pub mod session;
-pub mod settings;
-pub mod ssh;
+pub mod key_source;
 pub mod store;
-pub mod token;
+
+pub mod kbs;
 pub mod user_data;
+
+pub mod pod;
+
+mod transport;
+
+mod text;
+
+// Unit tests share the simulated agent with the integration tests, which know this crate by its name.
+#[cfg(test)]
+extern crate self as secure_comms_adaptor;

@@ -1,4 +1,4 @@
-//! Where the adaptor keeps what must outlive it: its own key, and a record of each pod.
+//! The store: keeps the worker-node key, the pod keys and the pods' addresses over restarts of the adaptor.
 
 mod directory;
 
@@ -6,63 +6,92 @@ use std::fmt::Debug;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
+use secure_comms_keys::{FileError, KeyError, PodKey, WorkerNodeKey};
 use secure_comms_protocol::PodId;
 
 use crate::address::Address;
-use crate::keys::{KeyError, PodKey, WorkerNodeKey};
-use crate::private_file::FileError;
 pub use directory::DirectoryStore;
 
-/// Keeps keys and pod records. Every method may be called by several adaptors at a time.
+/// Keeps the worker-node key, and a record of each pod: its key and its addresses.
+///
+/// # Concurrency
+/// Tasks, adaptors and processes may use one store at the same time. Each method is atomic: it takes effect as a whole or
+/// not at all, also if its future is dropped or the process is killed. Callers that need an order of several calls for
+/// one pod make it themselves; the [`Adaptor`](crate::registry::Adaptor) does.
+///
+/// # Cancellation
+/// A dropped future may still take effect later, as a whole.
 #[async_trait]
 pub trait Store: Send + Sync + Debug {
-    /// The worker node's own key: finds it, or makes it.
+    /// The worker-node key; makes it if there is none. Callers that race for it get the same key.
+    ///
+    /// # Errors
+    /// The store cannot be read or written, or the stored key is unusable. An unusable key is never replaced.
     async fn worker_node_key(&self) -> Result<WorkerNodeKey, StoreError>;
 
-    /// The pod's key: finds it, or makes it. Of two that race both get the same.
+    /// The pod's key; makes it, and with it the pod's record, if there is none. Callers that race for it get the same key.
+    ///
+    /// # Errors
+    /// As for [`worker_node_key`](Self::worker_node_key).
     async fn pod_key(&self, pod: &PodId) -> Result<PodKey, StoreError>;
 
-    /// The pod's key, if the pod is known.
+    /// The pod's key; `None` if the pod has no record.
+    ///
+    /// # Errors
+    /// The store cannot be read, or the stored key is unusable.
     async fn known_pod_key(&self, pod: &PodId) -> Result<Option<PodKey>, StoreError>;
 
-    /// The pods that are known, to resume them after a restart.
+    /// The pods that have a record, in a stable order.
+    ///
+    /// # Errors
+    /// The store cannot be read.
     async fn pods(&self) -> Result<Vec<PodId>, StoreError>;
 
-    /// Forgets all about the pod; nothing to do if it is not known.
+    /// Deletes the pod's record. A pod without a record is not an error.
+    ///
+    /// # Errors
+    /// The store cannot be written.
     async fn forget(&self, pod: &PodId) -> Result<(), StoreError>;
 
-    /// Notes where the pod's agent is reached.
+    /// Saves the addresses of the pod's agent in place of earlier ones.
+    ///
+    /// # Errors
+    /// The pod has no record, or the store cannot be written. Saving the addresses that are stored already succeeds on a
+    /// read-only store.
     async fn save_addresses(&self, pod: &PodId, addresses: &[Address]) -> Result<(), StoreError>;
 
-    /// Where the pod's agent is reached; empty if that was never noted.
+    /// The saved addresses of the pod's agent; empty if none were saved.
+    ///
+    /// # Errors
+    /// The store cannot be read, or the stored addresses are damaged.
     async fn addresses(&self, pod: &PodId) -> Result<Vec<Address>, StoreError>;
 }
 
-/// Why the store has no answer.
+/// Error of the store. Its text names the file and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// A file is missing, open to others, or could not be written.
+    /// A file cannot be read or written, or others may access it.
     #[error("key store")]
     File(#[from] FileError),
-    /// A key file holds no key. A new one is never made in silence: the VM would no longer know us.
+    /// A key file holds no usable key. It is never replaced silently, because the VM would reject the new key.
     #[error("key store: {}: no usable key: restore the file from a backup, or delete it to have a new key made", .path.display())]
     BrokenKey {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault of the key.
         #[source]
         source: KeyError,
     },
-    /// A key could not be made or encoded.
+    /// A new key could not be made or encoded.
     #[error("key store")]
     Key(#[source] KeyError),
-    /// A file of addresses holds something else.
+    /// A file of addresses is damaged.
     #[error("key store: {}: not a JSON list of addresses: delete the file, and name the addresses with --address", .0.display())]
     BrokenAddresses(PathBuf),
-    /// Addresses of a pod that has no key.
+    /// The pod has no record.
     #[error("key store: pod {0} is not known: prepare it first")]
     UnknownPod(PodId),
-    /// The work on the disk was cut off: the process is ending.
-    #[error("key store: cut off while the process ends")]
+    /// The access to the disk was interrupted, because the runtime shuts down.
+    #[error("key store: interrupted while the process ends")]
     CutOff,
 }

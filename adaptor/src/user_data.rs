@@ -1,16 +1,14 @@
-//! The part of `apf.json` that carries the keys to a pod VM when there is no Trustee.
+//! The fragment of `apf.json` that gives a pod VM its keys where there is no Trustee.
 
 use std::fmt;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
+use base64ct::{Base64, Encoding};
+use secure_comms_keys::{KeyError, PodKey, WorkerNodePublic};
 use secure_comms_protocol::{InboundTag, OutboundTag};
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use crate::keys::{KeyError, PodKey, WorkerNodePublic};
-
-/// Why there is no fragment.
+/// Error of making the fragment.
 #[derive(Debug, thiserror::Error)]
 pub enum UserDataError {
     /// A key could not be encoded.
@@ -34,7 +32,7 @@ struct Fragment<'a> {
     outbounds: &'a str,
 }
 
-/// One JSON object and a newline. It is secret: it holds the pod's private key.
+/// The fragment: one JSON object and a newline. It is secret, because it holds the pod's private key; wiped on drop.
 ///
 /// # Errors
 /// A key could not be encoded.
@@ -44,16 +42,16 @@ pub fn fragment(
     inbounds: &[InboundTag],
     outbounds: &[OutboundTag],
 ) -> Result<Zeroizing<Vec<u8>>, UserDataError> {
-    let pod_private = Zeroizing::new(STANDARD.encode(pod.to_pem()?.as_bytes()));
+    let pod_private = Zeroizing::new(Base64::encode_string(pod.to_pem()?.as_bytes()));
     let (inbounds, outbounds) = (list(inbounds), list(outbounds));
     let fragment = Fragment {
         sc: true,
         pod_private: &pod_private,
-        worker_node_public: &STANDARD.encode(worker_node.authorized_keys_line()?),
+        worker_node_public: &Base64::encode_string(worker_node.authorized_keys_line()?.as_bytes()),
         inbounds: &inbounds,
         outbounds: &outbounds,
     };
-    // Room enough at once: a vector that grows leaves copies behind that nobody wipes. JSON escapes at most sixfold.
+    // The whole capacity at once: a vector that grows leaves copies behind that are not wiped. JSON escapes at most sixfold.
     let room = 4096 + pod_private.len() + 6 * (inbounds.len() + outbounds.len());
     let mut json = Zeroizing::new(Vec::with_capacity(room));
     serde_json::to_writer(&mut *json, &fragment)?;
@@ -68,7 +66,7 @@ fn list<T: fmt::Display>(tags: &[T]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::WorkerNodeKey;
+    use secure_comms_keys::WorkerNodeKey;
     use secure_comms_protocol::tag::parse_list;
 
     #[test]
@@ -82,7 +80,7 @@ mod tests {
         assert_eq!(value["sc"], true);
         assert_eq!(value["sc-inbounds"], "KUBERNETES_PHASE:LOG:podns:7000,KUBERNETES_PHASE:B:0");
         assert_eq!(value["sc-outbounds"], "");
-        let decode = |key: &str| STANDARD.decode(value[key].as_str().unwrap()).unwrap();
+        let decode = |key: &str| Base64::decode_vec(value[key].as_str().unwrap()).unwrap();
         assert_eq!(PodKey::from_pem(&decode("sc-pp-prv")).unwrap().public().unwrap(), pod.public().unwrap());
         assert_eq!(decode("sc-wn-pub"), node.authorized_keys_line().unwrap().into_bytes());
     }

@@ -1,4 +1,4 @@
-//! What the fuzz targets of this crate start from, and what they have found, through the same functions.
+//! Replays the seeds and findings of this crate's fuzz targets.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -11,9 +11,9 @@
 mod corpus;
 #[path = "../../fuzz/src/kbs_answer.rs"]
 mod kbs_answer;
-// Where kbs_answer.rs looks for it.
-#[path = "../src/kbs/said.rs"]
-mod said;
+// The path under which kbs_answer.rs finds it.
+#[path = "../src/kbs/error_body.rs"]
+mod error_body;
 
 #[test]
 fn the_corpus_of_kbs_answer_holds() {

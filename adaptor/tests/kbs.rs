@@ -1,4 +1,4 @@
-//! The KBS client against a server that answers as Trustee does, and as it should not.
+//! The KBS client against a simulated KBS that responds as Trustee does, and as it should not.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -17,18 +17,16 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64ct::{Base64UrlUnpadded, Encoding};
 use ed25519_dalek::pkcs8::EncodePrivateKey;
 use ed25519_dalek::{Signature, SigningKey, Verifier, VerifyingKey};
-use secure_comms_adaptor::kbs::{KbsClient, KbsError, RESOURCE_MAX};
-use secure_comms_adaptor::settings::{AdminSettings, KbsSettings};
+use secure_comms_adaptor::kbs::{AdminSettings, KbsClient, KbsError, KbsSettings, RESOURCE_MAX};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 const PATH: &str = "default/pp-p1/privateKey";
 
-/// What the server saw, and what it is to answer next; when nothing is scripted it does what Trustee does.
+/// The requests that the server received, and its next responses. Without a script it responds as Trustee does.
 #[derive(Default)]
 struct Seen {
     requests: Vec<(Method, String, Vec<u8>)>,
@@ -42,7 +40,7 @@ fn verify(admin: &VerifyingKey, headers: &HeaderMap) -> Option<()> {
     let token = headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")?;
     let (signed, signature) = token.rsplit_once('.')?;
     let (head, claims) = signed.split_once('.')?;
-    let decode = |part| URL_SAFE_NO_PAD.decode(part).ok();
+    let decode = |part| Base64UrlUnpadded::decode_vec(part).ok();
     admin.verify(signed.as_bytes(), &Signature::from_slice(&decode(signature)?).ok()?).ok()?;
     assert_eq!(decode(head)?, br#"{"alg":"EdDSA","typ":"JWT"}"#);
     let claims: serde_json::Value = serde_json::from_slice(&decode(claims)?).ok()?;
@@ -104,7 +102,7 @@ fn admin_key(dir: &Path, seed: u8) -> (SigningKey, AdminSettings) {
 }
 
 #[tokio::test]
-async fn a_resource_is_published_as_its_raw_bytes_with_an_admin_token() {
+async fn a_resource_is_published_raw_with_an_admin_token() {
     let dir = tempfile::tempdir().unwrap();
     let (key, admin) = admin_key(dir.path(), 1);
     let (kbs, address) = serve(&[]).await;
@@ -131,18 +129,18 @@ async fn a_wrong_admin_key_is_refused_at_once_with_advice() {
     let error = client.publish(PATH, b"secret").await.unwrap_err().to_string();
     assert_eq!(
         error,
-        "KBS resource default/pp-p1/privateKey: POST refused with 401 AdminAuthInitialization no\\nway; the KBS does not \
-         take our admin token: check that --kbs-admin-key is the private half of a key it trusts, that --kbs-admin-issuer \
+        "KBS resource default/pp-p1/privateKey: POST refused with 401 AdminAuthInitialization no\\nway; the KBS \
+         rejects the admin token: check that --kbs-admin-key is the private half of a key it trusts, that --kbs-admin-issuer \
          and --kbs-admin-role are what it expects, and both clocks"
     );
     assert_eq!(kbs.lock().unwrap().requests.len(), 1);
 }
 
 #[tokio::test]
-async fn a_refusal_is_said_with_its_status_and_what_to_do() {
+async fn a_refusal_has_its_status_and_advice() {
     let cases = [
-        (StatusCode::PAYLOAD_TOO_LARGE, "", "413; the KBS takes no resource of that size"),
-        (StatusCode::NOT_FOUND, "<html>", "404 <html>; is that a Trustee KBS? check --kbs-url"),
+        (StatusCode::PAYLOAD_TOO_LARGE, "", "413; the resource is larger than the KBS accepts"),
+        (StatusCode::NOT_FOUND, "<html>", "404 <html>; check that --kbs-url is a Trustee KBS"),
         (StatusCode::FOUND, "", "302; redirects are not followed: give its final address with --kbs-url"),
         (
             StatusCode::UNAUTHORIZED,
@@ -159,7 +157,7 @@ async fn a_refusal_is_said_with_its_status_and_what_to_do() {
 }
 
 #[tokio::test]
-async fn deleting_what_is_gone_is_no_fault() {
+async fn deleting_a_missing_resource_succeeds() {
     let (kbs, address) = serve(&[(StatusCode::UNAUTHORIZED, "!PluginInternalError")]).await;
     client(&format!("http://{address}")).delete(PATH).await.unwrap();
     assert_eq!(kbs.lock().unwrap().requests.len(), 1);
@@ -175,7 +173,7 @@ async fn a_kbs_that_cannot_delete_has_the_resource_emptied() {
 }
 
 #[tokio::test]
-async fn a_kbs_that_fails_for_a_while_is_tried_again() {
+async fn a_kbs_that_fails_for_a_while_is_retried() {
     let (kbs, address) =
         serve(&[(StatusCode::SERVICE_UNAVAILABLE, ""), (StatusCode::REQUEST_TIMEOUT, "")]).await;
     client(&format!("http://{address}")).publish(PATH, b"x").await.unwrap();
@@ -183,7 +181,7 @@ async fn a_kbs_that_fails_for_a_while_is_tried_again() {
 }
 
 #[tokio::test]
-async fn a_kbs_that_is_not_there_is_given_up_at_the_deadline() {
+async fn an_unreachable_kbs_fails_at_the_deadline() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
@@ -200,7 +198,7 @@ async fn a_kbs_that_is_not_there_is_given_up_at_the_deadline() {
 }
 
 #[tokio::test]
-async fn a_kbs_that_never_answers_is_given_up_at_the_deadline() {
+async fn a_silent_kbs_fails_at_the_deadline() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let client = KbsClient::new(&settings(&url), Duration::from_millis(600)).unwrap();
@@ -211,7 +209,7 @@ async fn a_kbs_that_never_answers_is_given_up_at_the_deadline() {
 }
 
 #[tokio::test]
-async fn an_answer_without_end_is_cut_off() {
+async fn a_response_without_end_is_truncated() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     tokio::spawn(async move {

@@ -1,15 +1,15 @@
-//! One pod, from prepared to stopped, against a stand-in agent.
+//! One pod, from prepared to stopped, against a simulated agent.
 #![allow(clippy::unwrap_used)]
 
 mod support;
 
 use std::time::{Duration, Instant};
 
-use secure_comms_adaptor::adaptor::AdaptorError;
+use secure_comms_adaptor::AdaptorError;
 use secure_comms_adaptor::address::Address;
-use secure_comms_adaptor::keys::{PodKey, WorkerNodeKey};
 use secure_comms_adaptor::pod::{LOST, PodState};
 use secure_comms_adaptor::store::Store;
+use secure_comms_keys::{PodKey, WorkerNodeKey};
 use support::agent::{Agent, Mode};
 use support::{PATIENCE, World, addresses, echoes, pod};
 use tokio::net::TcpListener;
@@ -27,7 +27,7 @@ impl World {
 }
 
 #[tokio::test]
-async fn a_new_pod_attests_and_comes_back_with_one_handshake_a_phase() {
+async fn a_new_pod_needs_one_handshake_in_each_phase() {
     let world = World::new("BOTH_PHASES:KBS:127.0.0.1:9").await;
     let agent = Agent::start(Mode::attestation()).await;
     let local = world.prepare().await;
@@ -56,9 +56,9 @@ async fn a_new_pod_attests_and_comes_back_with_one_handshake_a_phase() {
         world.events.all(),
         [
             format!("attestation: connected to {address}"),
-            "tunnel KATAAGENT, Attestation phase: the agent's outbound has no inbound here".to_owned(),
+            "tunnel KATAAGENT, Attestation phase: the agent serves it, but no --inbounds tag here listens for it".to_owned(),
             "keys: attempt 1: api-server-rest: \\u{1b}[31mconnection refused".to_owned(),
-            "attestation: done, coming back as kubernetes".to_owned(),
+            "attestation done; reconnecting for the Kubernetes phase".to_owned(),
             format!("kubernetes phase up at {address}"),
         ]
     );
@@ -71,7 +71,7 @@ async fn a_new_pod_attests_and_comes_back_with_one_handshake_a_phase() {
 #[tokio::test]
 async fn a_dead_first_address_does_not_hold_up_the_second() {
     let world = World::new("").await;
-    // It takes connections, and never says a word.
+    // It accepts connections and sends nothing.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     world.prepare().await;
     let agent = Agent::start(world.latched().await).await;
@@ -82,7 +82,7 @@ async fn a_dead_first_address_does_not_hold_up_the_second() {
 }
 
 #[tokio::test]
-async fn a_start_that_takes_too_long_tells_what_was_last_seen() {
+async fn a_start_past_its_deadline_reports_the_last_error() {
     let world = World::new("").await;
     world.prepare().await;
     let agent = Agent::start(Mode::attestation()).await;
@@ -94,21 +94,21 @@ async fn a_start_that_takes_too_long_tells_what_was_last_seen() {
     let (started, ()) = tokio::join!(world.start(&at, SOON), guest);
     assert_eq!(
         started.unwrap_err().to_string(),
-        "start pod pod-1: not up within 2 s; last seen: keys: attempt 7: the KBS says no; see that the VM runs and its \
-         agent is reached, or give it more time"
+        "start pod pod-1: not up within 2 s; last seen: keys: attempt 7: the KBS says no; check that the VM runs and its \
+         agent can be reached, or allow more time (--deadline)"
     );
     agent.seen.wait("gone", 1).await;
-    // Nobody there at all: the address and the cause.
-    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let error = world.start(&addresses(&[nobody]), Duration::from_secs(1)).await.unwrap_err().to_string();
+    // An address where nothing listens: the error has the address and the cause.
+    let unused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let error = world.start(&addresses(&[unused]), Duration::from_secs(1)).await.unwrap_err().to_string();
     assert!(
-        error.contains(&format!("connecting: {nobody}: attestation: TCP connect: Connection refused")),
+        error.contains(&format!("connecting: {unused}: attestation: TCP connect: Connection refused")),
         "{error}"
     );
     assert_eq!(
         world.events.count("TCP connect"),
         1,
-        "a failure that repeats is told once: {:?}",
+        "a failure that repeats is reported once: {:?}",
         world.events.all()
     );
 }
@@ -147,24 +147,24 @@ async fn an_agent_that_gets_its_keys_between_two_tries_is_not_lost() {
 }
 
 #[tokio::test]
-async fn a_rejected_worker_node_key_is_told_with_advice() {
+async fn a_rejected_worker_node_key_is_reported_with_advice() {
     let world = World::new("").await;
     world.prepare().await;
     let other = WorkerNodeKey::generate().unwrap().public().unwrap();
     let agent = Agent::start(Mode::kubernetes(world.pod_key().await, other)).await;
     let error = world.start(&addresses(&[agent.address]), SOON).await.unwrap_err().to_string();
     assert!(error.contains("rejects this worker node's (SHA256:"), "{error}");
-    assert!(error.contains("see that default/sshclient/publicKey in the KBS is this node's"), "{error}");
+    assert!(error.contains("check that default/sshclient/publicKey in the KBS is this node's"), "{error}");
 }
 
 #[tokio::test]
-async fn a_connection_that_dies_comes_back_and_local_clients_wait_for_it() {
+async fn local_clients_wait_while_the_pod_reconnects() {
     let world = World::new("").await;
     let local = world.prepare().await;
     let latched = world.latched().await;
     let agent = Agent::start(latched.clone()).await;
     world.start(&addresses(&[agent.address]), PATIENCE).await.unwrap();
-    // While nobody at the address is the pod, a client is held, and handed to nobody.
+    // While the agent at the address attests, clients of KATAAGENT wait.
     agent.become_(Mode::attestation());
     agent.cut();
     world.events.wait("channel down: ", 1).await;
@@ -180,7 +180,7 @@ async fn a_connection_that_dies_comes_back_and_local_clients_wait_for_it() {
 }
 
 #[tokio::test]
-async fn a_lost_vm_later_on_is_told_and_waited_for() {
+async fn a_vm_lost_after_the_start_is_reported_and_retried() {
     let world = World::new("").await;
     world.prepare().await;
     let latched = world.latched().await;
@@ -220,7 +220,7 @@ async fn a_new_process_resumes_its_pods_without_new_keys() {
     let published = world.published.all().len();
     let world = world.restart("");
     let before = agent.seen.count("auth attestation");
-    assert_eq!(world.adaptor.resume().await.unwrap(), [pod()]);
+    assert_eq!(world.adaptor.resume_all().await.unwrap(), [pod()]);
     world.events.wait("kubernetes phase up", 1).await;
     assert_eq!(agent.seen.count("auth attestation"), before, "Kubernetes comes first");
     assert_eq!(world.pod_key().await.public().unwrap(), key);
@@ -245,7 +245,7 @@ async fn without_trustee_there_is_no_attestation() {
     echoes(&local).await;
     assert_eq!(agent.seen.count("attestation"), 0);
     assert_eq!(world.published.all().len(), 0);
-    assert_eq!(world.events.count("see that the VM got this pod's user data"), 1);
+    assert_eq!(world.events.count("check that the VM got this pod's user data"), 1);
 }
 
 #[tokio::test]
@@ -287,5 +287,5 @@ async fn a_pod_can_be_started_again_after_a_failed_start() {
     agent.become_(latched);
     world.start(&at, PATIENCE).await.unwrap();
     let again = world.start(&at, PATIENCE).await.unwrap_err().to_string();
-    assert_eq!(again, "pod pod-1: it is started already: stop it first");
+    assert_eq!(again, "pod pod-1: already started: stop it first");
 }

@@ -1,4 +1,4 @@
-//! The directory store: found or made once, never in silence, nothing left behind.
+//! The directory store: keys are made once and never replaced silently, and nothing is left behind.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -34,7 +34,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 #[tokio::test]
-async fn a_key_is_made_once_and_found_ever_after() {
+async fn a_key_is_made_once_and_found_again() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("store");
     let store = open(&root);
@@ -53,7 +53,7 @@ async fn a_key_is_made_once_and_found_ever_after() {
 }
 
 #[tokio::test]
-async fn all_that_race_for_a_key_get_the_same() {
+async fn callers_that_race_for_a_key_get_the_same() {
     let dir = tempfile::tempdir().unwrap();
     for round in 0..20 {
         let pod = pod(&format!("pod{round}"));
@@ -75,7 +75,7 @@ async fn all_that_race_for_a_key_get_the_same() {
 }
 
 #[tokio::test]
-async fn a_forgotten_pod_is_gone_and_forgetting_twice_is_no_fault() {
+async fn a_pod_can_be_forgotten_twice() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     let key = store.pod_key(&pod("a")).await.unwrap();
@@ -110,7 +110,7 @@ async fn addresses_are_kept_for_a_known_pod_and_no_other() {
 }
 
 #[tokio::test]
-async fn what_a_crash_left_is_ignored_and_cleared_away() {
+async fn leftovers_of_a_crash_are_ignored_and_removed() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     store.pod_key(&pod("a")).await.unwrap();
@@ -134,32 +134,36 @@ async fn what_a_crash_left_is_ignored_and_cleared_away() {
 }
 
 #[tokio::test]
-async fn a_broken_key_is_an_error_that_names_the_file_and_is_never_replaced() {
+async fn a_broken_key_is_reported_and_never_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
     store.pod_key(&pod("a")).await.unwrap();
     store.worker_node_key().await.unwrap();
     let files = [dir.path().join("pods/a/key"), dir.path().join("worker-node.key")];
-    for broken in ["", "garbage"] {
+    for (broken, fault) in [("", "it is empty"), ("garbage", "not PEM: no '-----BEGIN' line")] {
         for file in &files {
             fs::write(file, broken).unwrap();
         }
-        let expected = |file: &Path| {
+        let expected = |file: &Path, role: &str| {
             format!(
                 "key store: {}: no usable key: restore the file from a backup, or delete it to have a new key made: \
-                 read a key: not a private key in OpenSSH or PKCS#8 PEM",
+                 reading {role}: {fault}; give an unencrypted Ed25519 key (ssh-keygen -t ed25519 -N '')",
                 file.display()
             )
         };
-        assert_eq!(chain(&store.pod_key(&pod("a")).await.unwrap_err()), expected(&files[0]));
-        assert_eq!(chain(&store.known_pod_key(&pod("a")).await.unwrap_err()), expected(&files[0]));
-        assert_eq!(chain(&store.worker_node_key().await.unwrap_err()), expected(&files[1]));
+        let pod_key = "the pod's private key";
+        assert_eq!(chain(&store.pod_key(&pod("a")).await.unwrap_err()), expected(&files[0], pod_key));
+        assert_eq!(chain(&store.known_pod_key(&pod("a")).await.unwrap_err()), expected(&files[0], pod_key));
+        assert_eq!(
+            chain(&store.worker_node_key().await.unwrap_err()),
+            expected(&files[1], "the worker node's private key")
+        );
         assert_eq!(fs::read_to_string(&files[0]).unwrap(), broken);
     }
 }
 
 #[tokio::test]
-async fn keys_and_directories_that_others_may_touch_are_refused_with_advice() {
+async fn files_that_others_may_access_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("store");
     let store = open(&root);

@@ -12,11 +12,11 @@ mod daemon_config;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use secure_comms_keys::{KeyError, PodKeys, WorkerNodeKeys, base64};
 use secure_comms_protocol::tag::{self, InboundTag, OutboundTag, Tag, TagErrors};
 use secure_comms_tunnel::netns::Namespace;
 use zeroize::Zeroizing;
 
-use crate::keys::{self, KeyError, PodKeys, WorkerNodeKeys};
 use crate::pod_network::PodNetwork;
 use crate::pod_network::spec::{Faults, InterfaceName};
 pub use daemon_config::DaemonConfig;
@@ -244,13 +244,12 @@ fn key_source(options: &Options, daemon: &DaemonConfig) -> Result<KeySource, Con
 }
 
 fn key_fault(error: KeyError) -> String {
-    let key = if matches!(error, KeyError::WorkerNode(_)) { "sc-wn-pub" } else { "sc-pp-prv" };
+    let key = if matches!(error, KeyError::WorkerNodeKeys(_)) { "sc-wn-pub" } else { "sc-pp-prv" };
     format!("'{key}': {error}")
 }
 
 fn decode(key: &str, text: &str) -> Result<Zeroizing<Vec<u8>>, String> {
-    keys::decode_base64(text)
-        .ok_or_else(|| format!("'{key}': not base64; encode the key file with 'base64 -w0'"))
+    base64::decode(text).ok_or_else(|| format!("'{key}': not base64; encode the key file with 'base64 -w0'"))
 }
 
 #[cfg(test)]

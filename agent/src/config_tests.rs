@@ -5,8 +5,8 @@ use secure_comms_protocol::tag::Target;
 
 use super::*;
 
-const PRIVATE: &str = include_str!("../testdata/ed25519.openssh");
-const PUBLIC: &str = include_str!("../testdata/ed25519.pub");
+const PRIVATE: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../keys/testdata/ed25519.openssh"));
+const PUBLIC: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../keys/testdata/ed25519.pub"));
 
 fn options(args: &[&str]) -> Options {
     crate::config::flags::parse(args.iter().map(OsString::from)).unwrap()

@@ -2,10 +2,10 @@
 //!
 //! Flags and the daemon config become a [`config`], with which the agent [`run`]s. A `connection` passes the `access`
 //! policy and is served by the `server`. Its client becomes one of the `peers`, in the state of the `agent`. Through peers the
-//! [`phases`] fetch the [`keys`], and route local clients to them. The interceptor in the tunnel to the [`kata`] agent edits
+//! [`phases`] fetch the keys, and route local clients to them. The interceptor in the tunnel to the [`kata`] agent edits
 //! requests. The [`pod_network`] is set up in parallel. Every room reports to the [`os`].
 //!
-//! tests/tests/layering.rs has the order of the imports.
+//! tests/e2e/layering.rs has the order of the imports.
 
 pub mod config;
 
@@ -22,8 +22,6 @@ mod peers;
 mod agent;
 
 pub mod phases;
-
-pub mod keys;
 
 pub mod kata;
 

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::io;
 use std::sync::Arc;
 
+use secure_comms_keys::{AttestationKey, KeyError};
 use secure_comms_protocol::PhaseName;
 use secure_comms_protocol::limits::{RETRY_MIN, SHUTDOWN_DRAIN};
 use secure_comms_tunnel::netns::Namespace;
@@ -17,7 +18,6 @@ use crate::access::latch::{Latch, LatchError};
 use crate::access::policy::{AccessPolicy, Attesters, PersistKeys};
 use crate::agent::Agent;
 use crate::config::{Config, KeySource};
-use crate::keys::{KeyError, new_host_key};
 use crate::os::log_limits::Repeated;
 use crate::os::systemd::{Notifier, watchdog_interval};
 use crate::phases::attestation::{self, GuestApi};
@@ -132,7 +132,7 @@ fn access_policy(config: &Config) -> Result<(AccessPolicy, Start), RunError> {
         log::info!("Kubernetes phase, latched earlier in this boot: host key {}", keys.fingerprint());
         return Ok((AccessPolicy::kubernetes(keys, persist), Start::Latched));
     }
-    let policy = AccessPolicy::attestation(new_host_key()?, attesters.clone(), persist);
+    let policy = AccessPolicy::attestation(AttestationKey::generate()?.ssh(), attesters.clone(), persist);
     log::info!("Attestation phase: waiting for a worker node");
     Ok((policy, Start::Attestation(attesters)))
 }

@@ -138,7 +138,7 @@ fn a_broken_daemon_config_is_named_with_line_and_column() {
 }
 
 fn testdata(name: &str) -> String {
-    let bytes = fs::read(format!("{}/testdata/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let bytes = fs::read(format!("{}/../keys/testdata/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
     Base64::encode_string(&bytes)
 }
 
@@ -192,9 +192,9 @@ fn exposed_or_broken_latched_keys_stop_the_start() {
     write(&directory("exposed", 0o700).join("keys"), 0o644);
     for (name, part) in [
         ("file", "it is not a directory"),
-        ("open", "its mode is 0777"),
+        ("open", "others may access it (mode 0777)"),
         ("broken", "not written by this agent"),
-        ("exposed", "its mode is 0644"),
+        ("exposed", "others may access it (mode 0644)"),
     ] {
         let path = place.path(name);
         let args = ["-secure-comms-state-dir", path.to_str().unwrap()];
@@ -210,7 +210,7 @@ fn an_address_that_can_not_be_had_is_named_with_its_flag() {
     let address = taken.local_addr().unwrap();
     let text = address.to_string();
     runtime(&place, &["-secure-comms-listen", &text], &[&text, "in use", "-secure-comms-listen"]);
-    // RFC 5737: an address that no interface has.
+    // RFC 5737: an address that no host has.
     let foreign = ["-secure-comms-listen", "192.0.2.1:2222"];
     runtime(&place, &foreign, &["192.0.2.1:2222", "correct -secure-comms-listen"]);
     let tag = format!("BOTH_PHASES:KBS:{}", address.port());

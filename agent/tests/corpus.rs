@@ -19,8 +19,6 @@ mod flags;
 mod frames;
 #[path = "../../fuzz/src/guest.rs"]
 mod guest;
-#[path = "../../fuzz/src/keys.rs"]
-mod keys;
 #[path = "../../fuzz/src/pod_network.rs"]
 mod pod_network;
 
@@ -37,11 +35,6 @@ fn the_corpus_of_config_holds() {
 #[test]
 fn the_corpus_of_pod_network_holds() {
     corpus::replay("pod_network", pod_network::exercise);
-}
-
-#[test]
-fn the_corpus_of_keys_holds() {
-    corpus::replay("keys", keys::exercise);
 }
 
 #[test]

@@ -94,7 +94,7 @@ async fn a_request_larger_than_the_window_returns_its_credit_once() {
         assert_eq!(container.oci.unwrap().later.len(), 4_000_000);
         assert!(CreateSandbox::decode(&*decode(&frames[2]).payload).unwrap().dns.is_empty());
         assert_eq!(frames[3], request(7, "WriteStdin", &[2; 1 << 20]));
-        // Credit comes back in batches of half a window: at one of so many small messages none is withheld.
+        // Credit comes back in batches of half a window: after this many small messages none is withheld.
         let initial = i64::from(FIXED.initial);
         let mut available = 0;
         for _ in 0..FIXED.initial / 512 {

@@ -30,7 +30,7 @@ fn systemd_is_notified_of_ready_status_and_stopping() {
 fn keys_in_the_user_data_start_the_kubernetes_phase() {
     let place = Place::new();
     let key = |name: &str| {
-        let path = format!("{}/testdata/{name}", env!("CARGO_MANIFEST_DIR"));
+        let path = format!("{}/../keys/testdata/{name}", env!("CARGO_MANIFEST_DIR"));
         Base64::encode_string(&std::fs::read(path).unwrap())
     };
     place.write_config(&format!(

@@ -1,4 +1,4 @@
-//! What must hold for whatever is in apf.json.
+//! Properties of the agent's reading of any apf.json.
 
 use agent_protocol_forwarder::config::flags::{self, Options};
 use agent_protocol_forwarder::config::{Config, ConfigError, DaemonConfig, KeySource};
@@ -8,12 +8,12 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use std::fmt;
 
-/// What the base64 of a PEM text begins with. Another key may be a text of our own, which the fuzzer sees compared.
+/// Start of the base64 of a PEM text. Other values may contain the agent's own words: the fuzzer sees comparisons.
 const PEM: &str = "LS0tLS1CRUdJTi";
 
 type Is = fn(&Value) -> bool;
 
-/// An object as it is written: a key may be there twice.
+/// A JSON object as written: a key may occur twice.
 struct Pairs(Vec<(String, Value)>);
 
 impl<'de> Deserialize<'de> for Pairs {
@@ -47,7 +47,7 @@ impl Pairs {
         self.get(key).and_then(Value::as_str)
     }
 
-    /// Whether the agent must refuse it: a value of the wrong type, or a key twice that may be there once.
+    /// Whether the agent must refuse it: a value of the wrong type, or a single key that occurs twice.
     fn is_wrong(&self) -> bool {
         let types: [(&str, Is); 8] = [
             ("pod-name", Value::is_string),
@@ -67,7 +67,7 @@ impl Pairs {
     }
 }
 
-/// The first byte says which flags there are.
+/// The first byte selects the flags.
 pub(crate) fn exercise(data: &[u8]) {
     let Some((flags, text)) = data.split_first() else { return };
     let read = serde_json::from_slice::<DaemonConfig>(text);
@@ -77,11 +77,11 @@ pub(crate) fn exercise(data: &[u8]) {
             says_the_same(&config, pairs);
             config
         }
-        // What is ignored is looked at less closely: it may be nested too deep, or not quite text.
+        // Ignored values are checked less closely: they may be nested too deep, or not be text.
         (Ok(config), Err(_)) => config,
         (Err(_), Err(_)) => return,
         (Err(error), Ok(pairs)) => {
-            // The pod's network has keys of its own.
+            // `pod-network` has keys of its own.
             assert!(pairs.is_wrong() || error.to_string().contains("duplicate field"), "refused: {error}");
             return hides(text, pairs, &error.to_string());
         }
@@ -125,7 +125,7 @@ fn says_the_same(config: &DaemonConfig, pairs: &Pairs) {
     assert_eq!(config.pod_network.is_some(), pairs.get("pod-network").is_some());
 }
 
-/// The private key is not in what is shown, unless it is something else too.
+/// The private key does not appear in the output, unless another value has the same text.
 fn hides(text: &[u8], pairs: &Pairs, shown: &str) {
     let Some(key) = pairs.text("sc-pp-prv") else { return };
     let once = std::str::from_utf8(text).is_ok_and(|text| text.matches(key).count() == 1);
@@ -144,7 +144,7 @@ fn is_sound(resolved: &Config, config: &DaemonConfig) {
         .iter()
         .filter(|tag| tag.phases.includes(PhaseName::Kubernetes) && is(*tag, "kataagent"));
     assert_eq!(kata.count(), 1, "{:?}", resolved.outbounds);
-    // What was given must count: its absence would open a door.
+    // A given key must not be ignored: without it, the agent would accept peers that it must refuse.
     match &resolved.source {
         KeySource::UserData(_) => assert!(config.sc == Some(true) && config.private_key.is_some()),
         KeySource::Kbs { worker_node } => {

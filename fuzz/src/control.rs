@@ -1,17 +1,17 @@
-//! What must hold for whatever comes on a control channel.
+//! Properties of the control channel's reader for any input.
 
 use secure_comms_protocol::Control;
 use secure_comms_protocol::control::{ControlError, Lines};
 use secure_comms_protocol::limits::CONTROL_LINE_MAX;
 use std::iter::repeat_n;
 
-/// Two of them fill a line.
+/// Two of these fill a line.
 const STRETCH: usize = CONTROL_LINE_MAX / 2;
 
 type Outcome = (Vec<Control>, Result<(), ControlError>);
 
-/// The first byte says how the rest is split. No JSON text has a byte 0xff: here it stands for many blanks, since lines as
-/// long as the longest are out of a fuzzer's reach.
+/// The first byte decides how the rest is split. JSON text has no byte 0xff: here it stands for many blanks, because a
+/// fuzzer does not reach the length of the longest lines.
 pub(crate) fn exercise(data: &[u8]) {
     let Some((step, rest)) = data.split_first() else { return };
     if rest.iter().filter(|byte| **byte == 0xff).count() > 6 {
@@ -21,7 +21,7 @@ pub(crate) fn exercise(data: &[u8]) {
     let stream: Vec<u8> = rest.iter().flat_map(stretched).collect();
     let expected = model(&stream);
     assert_eq!(fed(&stream, stream.len().max(1)), expected);
-    // Tiny pieces of a long stream would take their time.
+    // Small pieces of a long stream would take too long.
     let step = if stream.len() > STRETCH { usize::from(*step) * 256 } else { usize::from(*step) };
     assert_eq!(fed(&stream, step.max(1)), expected, "it matters how the bytes are split: {step}");
     expected.0.iter().for_each(comes_back);
@@ -34,7 +34,7 @@ fn fed(stream: &[u8], step: usize) -> Outcome {
     (messages, result)
 }
 
-/// The same, said in other words.
+/// The same message, written differently.
 fn model(stream: &[u8]) -> Outcome {
     let mut messages = Vec::new();
     let mut lines = stream.split(|byte| *byte == b'\n').peekable();
@@ -42,7 +42,7 @@ fn model(stream: &[u8]) -> Outcome {
         if line.len() > CONTROL_LINE_MAX {
             return (messages, Err(ControlError::TooLong));
         }
-        // What follows the last newline is no line yet.
+        // Bytes after the last newline are no line yet.
         if lines.peek().is_none() || line.trim_ascii().is_empty() {
             continue;
         }
@@ -58,7 +58,7 @@ fn comes_back(message: &Control) {
     let mut line = Vec::new();
     message.write_line(&mut line);
     assert_eq!(line.iter().position(|byte| *byte == b'\n'), Some(line.len() - 1), "one line");
-    // What was left out on the way in is written out, so that one near the limit may pass it.
+    // Fields that were omitted in the input are written, so a line near the limit may exceed it.
     if line.len() <= CONTROL_LINE_MAX {
         assert_eq!(Control::parse(&line).as_ref(), Ok(&Some(message.clone())));
     }

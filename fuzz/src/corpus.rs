@@ -1,4 +1,4 @@
-//! What a fuzz target starts from and what it has found, replayed by ordinary tests.
+//! Replays the corpus of a fuzz target, and what fuzzing has found, in ordinary tests.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ pub(crate) fn replay(target: &str, exercise: impl Fn(&[u8])) {
     let mut seen = 0;
     for entry in std::fs::read_dir(&directory).unwrap() {
         let path = entry.unwrap().path();
-        // The last one that a failed test shows is the one.
+        // The last input that a failed test prints is the one that failed.
         eprintln!("{}", path.display());
         exercise(&std::fs::read(path).unwrap());
         seen += 1;

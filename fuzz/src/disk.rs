@@ -1,4 +1,4 @@
-//! What must hold for whatever a host puts on the disk or on the kernel's command line.
+//! Properties of init's parsers for any disk and kernel command line of a host.
 
 use podvm_init::cmdline::{self, BadCmdline};
 use podvm_init::gpt::{BadGpt, Header};
@@ -8,7 +8,7 @@ use podvm_init::table;
 
 const BLOCK: usize = 512;
 
-/// The first byte says what the rest is.
+/// The first byte selects the parser of the rest.
 pub(crate) fn exercise(data: &[u8]) {
     let Some((what, data)) = data.split_first() else { return };
     match what {
@@ -58,7 +58,7 @@ fn gpt(disk: &[u8]) -> Option<Header> {
     Some(header)
 }
 
-/// The same with checksums that are right, at which the fuzzer would take for ever.
+/// The same with correct checksums, which the fuzzer would not find.
 fn sealed_gpt(disk: &[u8]) {
     let mut disk = disk.to_vec();
     if disk.len() < BLOCK {
@@ -83,7 +83,7 @@ fn sealed_gpt(disk: &[u8]) {
     for (partition, entry) in partitions.iter().zip(disk[BLOCK..].chunks(entry)) {
         assert_eq!(partition.is_some(), entry[..16] != [0; 16]);
     }
-    // One bit of either is noticed.
+    // A flipped bit of either is detected.
     let mut other = disk[BLOCK..].to_vec();
     other[bytes / 2] ^= 4;
     assert_eq!(header.partitions(&other), Err(BadGpt::EntriesChecksum));
@@ -100,7 +100,7 @@ fn crc32(bytes: &[u8]) -> u32 {
 }
 
 fn command_line(line: &str) {
-    // Blanks within double quotes are none.
+    // Blanks within double quotes do not separate arguments.
     let (mut words, mut quoted) = (vec![String::new()], false);
     for c in line.chars() {
         quoted ^= c == '"';

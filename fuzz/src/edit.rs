@@ -1,5 +1,5 @@
-//! What must hold for the edit of a request, whatever is in it: compared with what somebody else's decoder reads, before
-//! and after.
+//! Properties of the edit of any request: the request before and after is read by another decoder, and
+//! compared.
 
 use agent_protocol_forwarder::kata::edit::{self, Edited, Mounts, SERVICE, VOLUMES, Verdict, recognise};
 use agent_protocol_forwarder::kata::protobuf::put;
@@ -88,7 +88,7 @@ struct Request {
     timeout_nano: i64,
 }
 
-/// The first byte says which request, and whether there is a namespace to join; the rest is its payload, or all of it.
+/// The first byte selects the request, and whether there is a namespace to join; the rest is its payload, or all of it.
 pub(crate) fn exercise(data: &[u8]) {
     let Some((what, data)) = data.split_first() else { return };
     let namespace = Some(PATH).filter(|_| what & 4 == 0);
@@ -136,10 +136,10 @@ fn container(payload: &[u8], namespace: Option<&str>) {
     assert_eq!(edited(&after, namespace).request, after, "there is nothing left to edit");
 }
 
-/// Sources of bind mounts, and those of them that are annotated as volumes.
+/// Sources of bind mounts, and the ones that are annotated as volumes.
 fn wanted(container: &Container) -> Mounts {
     let Some(oci) = &container.oci else { return Mounts::default() };
-    // The last of several with one key counts.
+    // Of several entries with one key the last one applies.
     let annotations: BTreeMap<_, _> =
         oci.annotations.iter().map(|entry| (&*entry.key, &*entry.value)).collect();
     let listed = annotations.get(VOLUMES.as_bytes()).copied().unwrap_or_default();
@@ -169,7 +169,7 @@ fn sandbox(payload: &[u8], namespace: Option<&str>) {
     assert_eq!(Sandbox::decode(&*payload).expect("it is still one"), Sandbox { dns: Vec::new(), ..before });
 }
 
-/// Not only the payload, but all of a request is the fuzzer's.
+/// The fuzzer provides the whole request here, not only the payload.
 fn raw(request: &[u8], namespace: Option<&str>) {
     let after = edit::request(request, namespace);
     let Ok(before) = Request::decode(request) else { return };

@@ -1,4 +1,4 @@
-//! What must hold for whatever is on the command line.
+//! Properties of the parser of any command line.
 
 use agent_protocol_forwarder::config::flags::{self, Exit, MissingNamespace, Options};
 use std::ffi::{OsStr, OsString};
@@ -48,7 +48,7 @@ fn other_dashes(arg: &OsStr) -> OsString {
     [OsStr::new(dashes), OsStr::from_bytes(rest)].into_iter().collect()
 }
 
-/// Flags that say what these options are.
+/// Flags that must appear in the options.
 fn write(options: &Options) -> Vec<String> {
     let path = |path: &std::path::Path| path.to_str().expect("flags are UTF-8").to_owned();
     let (made, only) = match options.missing_namespace {

@@ -1,10 +1,10 @@
-//! What must hold for whatever a client sends towards the kata agent. Nothing here makes a directory.
+//! Properties of the interceptor for any bytes towards the kata agent. Nothing here makes a directory.
 
 use agent_protocol_forwarder::kata::frame::{FrameError, HEADER, Header, RESPONSE, Scanner};
 use agent_protocol_forwarder::kata::requests::{Out, Requests};
 use bytes::Bytes;
 
-/// What becomes of a stream: bytes that pass in one piece, however they were split, and requests that do not.
+/// Result of a stream: bytes that pass, in one piece, and requests that are held back.
 #[derive(Debug, PartialEq, Eq)]
 enum Outcome {
     Passed(Vec<u8>),
@@ -12,7 +12,7 @@ enum Outcome {
     Refused(u32, String),
 }
 
-/// Sends the stream in messages of so much.
+/// Sends the stream in messages of this size.
 fn run(stream: &[u8], step: usize) -> Result<(Vec<Outcome>, Requests), FrameError> {
     let mut requests = Requests::new(Some("/run/netns/podns".into()));
     let mut outcomes = Vec::new();
@@ -44,7 +44,7 @@ fn header(frame: &[u8]) -> Header {
     Header::parse(*header).expect("a frame of ours is not too long")
 }
 
-/// The first byte says how the rest, a stream of frames, is split into messages.
+/// The first byte decides how the rest, a stream of frames, is split into messages.
 pub(crate) fn exercise(data: &[u8]) {
     let Some((step, stream)) = data.split_first() else { return };
     let split = run(stream, usize::from(*step).max(1));
@@ -74,7 +74,7 @@ pub(crate) fn exercise(data: &[u8]) {
             Outcome::Refused(..) => assert!(scanner.at_boundary()),
         }
     }
-    // Where a stream ends well, nothing is left behind.
+    // After a complete stream no bytes remain.
     if requests.end().is_ok() {
         assert!(scanner.at_boundary());
     }

@@ -1,5 +1,5 @@
-//! What must hold for a guarded socket, whatever the peer sends and however reads, writes and arrivals mix: what is read
-//! is what was sent, no more is read ahead than may be, and no peer without strict key exchange gets through.
+//! Properties of a guarded socket for any bytes of the peer and any order of reads, writes and arrivals: reads return
+//! the bytes that were sent, read-ahead keeps its limit, and only peers with strict key exchange pass.
 
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
 use std::cell::RefCell;
@@ -9,23 +9,23 @@ use std::sync::LazyLock;
 use std::task::{Context, Poll, Waker};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// What may be held for a peer that has not authenticated; for one that has, what is held besides what credits count; and
-/// what one read may bring beyond either.
+/// Limits in bytes: read-ahead for an unauthenticated peer, read-ahead in addition to credit for an authenticated one, and
+///  the excess of a single read over either.
 const UNAUTHENTICATED: usize = 256 * 1024;
 const SLACK: usize = 1024 * 1024;
 const READ: usize = 64 * 1024;
-/// So much is looked at for the first packet.
+/// Bytes that are inspected for the first packet.
 const FIRST_MAX: usize = 64 * 1024;
-/// By one move.
+/// Most bytes of one move.
 const ARRIVES_MAX: usize = 310_000;
-/// The moves of a script; the rest of it is what the peer sends.
+/// Moves of a script; the rest of the input is what the peer sends.
 const MOVES: usize = 24;
 
-/// A peer that has sent so much, of which so much was taken.
+/// A peer, with the bytes that it sent and that were taken so far.
 struct Sent<'a> {
-    /// The fuzzer's.
+    /// Bytes from the fuzzer.
     data: &'a [u8],
-    /// What comes after it, each byte at its place: of no matter, but that the places can be told apart.
+    /// Bytes after those; each differs from its neighbours, so that positions can be told apart.
     filler: &'static [u8],
     arrived: usize,
     taken: usize,
@@ -33,7 +33,7 @@ struct Sent<'a> {
 }
 
 impl Sent<'_> {
-    /// Of the bytes from here to there, those that are in one piece.
+    /// The part of this range that is in one piece.
     fn piece(&self, from: usize, to: usize) -> &[u8] {
         match self.data.get(from..to.min(self.data.len())) {
             Some(piece) if !piece.is_empty() => piece,
@@ -73,7 +73,7 @@ impl AsyncWrite for Socket<'_> {
     }
 }
 
-/// The first byte says which end the peer is, the next are moves, the rest is what it sends.
+/// The first byte selects the peer's role, moves follow, the rest is what the peer sends.
 pub(crate) fn exercise(data: &[u8]) {
     let Some((which, rest)) = data.split_first() else { return };
     let Some((moves, data)) = rest.split_at_checked(MOVES) else { return };
@@ -108,7 +108,7 @@ pub(crate) fn exercise(data: &[u8]) {
     assert!(matches!(cut, Poll::Ready(Err(_))), "a connection that is cut goes on");
 }
 
-/// Three bits say what is done, the others how much of it.
+/// Three bits select the move, the others its size.
 fn make(
     step: u8,
     sent: &RefCell<Sent<'_>>,
@@ -121,7 +121,7 @@ fn make(
     match step & 7 {
         0..=2 => sent.borrow_mut().arrived += arrives(step),
         3 => {
-            // What may be held never shrinks.
+            // The read-ahead limit never shrinks.
             *bound = (*bound).max(much * 10_000 + SLACK);
             guard.set_read_ahead_limit(*bound - SLACK);
         }
@@ -152,7 +152,7 @@ fn make(
     Ok(())
 }
 
-/// How much arrives by a move.
+/// Bytes that arrive in one move.
 fn arrives(step: u8) -> usize {
     let much = usize::from(step >> 3);
     match step & 7 {
@@ -171,8 +171,8 @@ fn context() -> Context<'static> {
     Context::from_waker(Waker::noop())
 }
 
-/// Whether the peer's first packet offers the marker, if it is there: by RFC 4253 4.2, 5.1, 6 and 7.1, in other words than
-/// the guard's. Lines before it that may be read in two ways are no offer.
+/// Whether the peer's first packet, if complete, has the marker of strict key exchange: RFC 4253 4.2, 5.1, 6 and 7.1,
+///  implemented independently of the guard. Ambiguous lines before the packet count as no offer.
 fn strict(seen: &[u8], marker: &[u8]) -> Option<bool> {
     let mut packet = &[][..];
     let lines = seen.split_inclusive(|byte| *byte == b'\n').filter(|line| line.ends_with(b"\n"));
@@ -190,7 +190,7 @@ fn strict(seen: &[u8], marker: &[u8]) -> Option<bool> {
         packet = &seen[used..];
         break;
     }
-    // Length, padding, message, cookie, length of the first list of names, and it.
+    // Length, padding, message number, cookie, length of the first name list, and the list.
     let (_, packet) = packet.split_at_checked(5)?;
     let (message, packet) = packet.split_first()?;
     if *message != 20 {

@@ -1,4 +1,4 @@
-//! What must hold for whatever answers in place of api-server-rest.
+//! Properties of the reader of any answer in place of api-server-rest's.
 
 use agent_protocol_forwarder::phases::kbs_fetch::{FetchError, fetch};
 use secure_comms_protocol::limits::KEY_MAX;
@@ -8,10 +8,10 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// The most that is ever wanted of an answer: its longest head, and one byte more than the longest key.
+/// Most bytes that are ever read of an answer: the longest head, and one byte more than the longest key.
 const WANTED_MAX: usize = 16 * 1024 + KEY_MAX + 1;
 
-/// An answer that comes in pieces of a size, at once.
+/// An answer that arrives in pieces of this size, without delay.
 struct Answer<'a> {
     data: &'a [u8],
     step: usize,
@@ -44,7 +44,7 @@ impl AsyncWrite for Answer<'_> {
     }
 }
 
-/// The first byte says in what pieces the rest comes. A byte 0xff stands for many: the limits are out of a fuzzer's reach.
+/// The first byte decides the size of pieces. A byte 0xff stands for many: a fuzzer does not reach the limits.
 pub(crate) fn exercise(data: &[u8]) {
     let Some((step, rest)) = data.split_first() else { return };
     if rest.iter().filter(|byte| **byte == 0xff).count() > 9 {
@@ -54,7 +54,7 @@ pub(crate) fn exercise(data: &[u8]) {
     let answer: Vec<u8> = rest.iter().flat_map(stretched).collect();
     let (whole, used) = get(&answer, answer.len().max(1));
     assert!(used <= WANTED_MAX, "it read {used} bytes");
-    // A head is looked at again with every piece of it.
+    // Each further piece makes the reader parse the head again.
     let least = if answer.len() > 4096 { 1024 } else { 1 };
     let (split, _) = get(&answer, usize::from(*step).max(least));
     assert_eq!(shown(&whole), shown(&split), "it matters in what pieces it comes");
@@ -81,7 +81,7 @@ fn shown(fetched: &Result<Vec<u8>, FetchError>) -> Result<&[u8], String> {
     fetched.as_deref().map_err(ToString::to_string)
 }
 
-/// The body of a good answer, by a reader that knows no more than what RFC 9112 says of those.
+/// The body of a valid answer, by a reader that implements RFC 9112 only for those.
 fn expected(answer: &[u8]) -> Option<&[u8]> {
     let begin = answer.iter().position(|byte| !b"\r\n".contains(byte))?;
     let mut length = None;

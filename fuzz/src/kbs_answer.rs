@@ -1,14 +1,14 @@
-//! What must hold for whatever answers in place of the KBS.
+//! Properties of the error text for any answer in place of the KBS's.
 
-use crate::said::Said;
+use crate::error_body::ErrorBody;
 use serde_json::Value;
 
-/// Of each of the two texts so many characters are shown; what one becomes when it is escaped (`\u{10ffff}`).
+/// Characters shown of each of the two texts, and the longest escape of one (`\u{10ffff}`).
 const SHOWN_MAX: usize = 200;
 const ESCAPED_MAX: usize = 10;
 
 pub(crate) fn exercise(body: &[u8]) {
-    let said = Said::read(body);
+    let said = ErrorBody::read(body);
     let shown = said.to_string();
     assert!(!shown.chars().any(char::is_control), "it forges a line: {shown:?}");
     assert!(shown.chars().count() <= 2 * (1 + SHOWN_MAX * ESCAPED_MAX));
@@ -18,7 +18,7 @@ pub(crate) fn exercise(body: &[u8]) {
     let (kind, detail) = (object.get("type"), object.get("detail"));
     if [kind, detail].iter().flatten().all(|value| value.is_string()) {
         let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or_default().to_owned();
-        // With a key that is given twice it is not understood, and shown as it is.
+        // An answer with a key given twice is not parsed, but shown unchanged.
         let body = String::from_utf8_lossy(body).trim().chars().take(SHOWN_MAX).collect::<String>();
         if shown == format!(" {}", body.escape_debug()) {
             return;

@@ -1,22 +1,24 @@
-//! What must hold for whatever is given as a key.
+//! Properties of the key parsers for any input.
 
-use agent_protocol_forwarder::keys::{KeyError, PodKeys, PublicKey, WorkerNodeKeys, parse_host_key};
 use base64ct::{Base64, Encoding};
+use secure_comms_keys::{
+    AdminKey, KeyError, PodKey, PodKeys, PrivateKeyRole, PublicKey, WorkerNodeKey, WorkerNodeKeys,
+};
 use secure_comms_protocol::limits::KEY_MAX;
 
-/// Of the corpus, and of nobody else.
-const HOST: &str = include_str!("../corpus/keys/host-openssh");
+/// A key that only the corpus uses.
+const POD: &str = include_str!("../corpus/keys/host-openssh");
 const WORKER_NODE: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAINdamAGCsQq31Uv+08lkBzoO4XLz2qYjJa8CGmj3B1Ea";
-/// So much of a text, shown again, is no accident.
+/// Length of a repeated text that can't be a coincidence, in bytes.
 const SECRET_MIN: usize = 24;
 
-/// The first byte says what the rest is: a text, or the binary that a text wraps, which a fuzzer does not get at.
+/// The first byte says whether the rest is a text, or the binary that a text wraps, which a fuzzer would not find.
 pub(crate) fn exercise(data: &[u8]) {
     let Some((what, data)) = data.split_first() else { return };
     match what {
-        b'h' | b'-' => host(&[&[*what][..], data].concat()),
-        0 => host(pem("OPENSSH PRIVATE KEY", data).as_bytes()),
-        1 => host(pem("PRIVATE KEY", data).as_bytes()),
+        b'h' | b'-' => private(&[&[*what][..], data].concat()),
+        0 => private(pem("OPENSSH PRIVATE KEY", data).as_bytes()),
+        1 => private(pem("PRIVATE KEY", data).as_bytes()),
         2 => worker_node(format!("ssh-ed25519 {}", Base64::encode_string(data)).as_bytes()),
         3 => {
             let blob = [b"\0\0\0\x0bssh-ed25519\0\0\0\x20", data].concat();
@@ -31,20 +33,29 @@ fn pem(label: &str, binary: &[u8]) -> String {
     format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", Base64::encode_string(binary))
 }
 
-fn host(text: &[u8]) {
-    let error = match parse_host_key(text) {
+/// All roles share one reader: the agent reads pod keys, the adaptor pod, worker-node and admin keys.
+fn private(text: &[u8]) {
+    let (node, admin) = (WorkerNodeKey::from_pem(text), AdminKey::from_pem(text));
+    let error = match PodKey::from_pem(text) {
         Ok(key) => {
+            let ssh = key.ssh();
             assert!(
-                text.len() <= KEY_MAX && key.algorithm().as_str() == "ssh-ed25519" && !key.is_encrypted()
+                text.len() <= KEY_MAX && ssh.algorithm().as_str() == "ssh-ed25519" && !ssh.is_encrypted()
             );
+            let (node, admin) = (node.expect("the same reader"), admin.expect("the same reader"));
+            assert_eq!(node.fingerprint(), key.fingerprint());
+            assert_eq!(format!("{admin:?}"), format!("AdminKey({})", key.fingerprint()));
+            let again = key.to_pem().and_then(|pem| PodKey::from_pem(pem.as_bytes()));
+            assert_eq!(again.expect("what was written can be read").fingerprint(), key.fingerprint());
             return both(PodKeys::parse(text, WORKER_NODE.as_bytes()));
         }
         Err(error) => error,
     };
+    assert!(node.is_err() && admin.is_err(), "one reader");
     says_why(&error);
-    assert!(matches!(error, KeyError::Host(_)));
+    assert!(matches!(error, KeyError::PrivateKey { role: PrivateKeyRole::Pod, .. }));
     let text = String::from_utf8_lossy(text);
-    // The label is shown; the key comes after it.
+    // The label is printed; the key follows it.
     let body =
         text.split_once("-----BEGIN ").and_then(|(_, rest)| rest.split_once("-----")).map(|(_, body)| body);
     let shown = error.to_string();
@@ -56,7 +67,7 @@ fn worker_node(text: &[u8]) {
     let keys = match WorkerNodeKeys::parse(text) {
         Ok(keys) => keys,
         Err(error) => {
-            assert!(matches!(error, KeyError::WorkerNode(_)));
+            assert!(matches!(error, KeyError::WorkerNodeKeys(_)));
             return says_why(&error);
         }
     };
@@ -79,7 +90,7 @@ fn worker_node(text: &[u8]) {
     if twice.len() <= KEY_MAX {
         assert_eq!(WorkerNodeKeys::parse(&twice), Ok(keys));
     }
-    both(PodKeys::parse(HOST.as_bytes(), text));
+    both(PodKeys::parse(POD.as_bytes(), text));
 }
 
 fn both(keys: Result<PodKeys, KeyError>) {
@@ -90,7 +101,7 @@ fn both(keys: Result<PodKeys, KeyError>) {
     let text = keys.to_text().expect("what was read can be written");
     let again = PodKeys::from_text(&text).expect("what was written can be read");
     assert_eq!(again.fingerprint(), keys.fingerprint());
-    assert_eq!(again.worker_node(), keys.worker_node());
+    assert_eq!(again.worker_node_keys(), keys.worker_node_keys());
     assert_eq!(*again.to_text().expect("and written again"), *text);
 }
 

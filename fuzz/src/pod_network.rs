@@ -1,4 +1,4 @@
-//! What must hold for whatever a worker node wants the pod's network to be.
+//! Properties of the parser of any `pod-network` of a worker node.
 
 use agent_protocol_forwarder::pod_network::spec::{
     Faults, HardwareAddress, InterfaceName, PodNetworkConfig, Prefix, Spec,
@@ -6,7 +6,7 @@ use agent_protocol_forwarder::pod_network::spec::{
 use serde_json::{Map, Value, json};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// The keys, and whether an empty text is an absence for them.
+/// The keys, and whether an empty text counts as absent.
 const KEYS: [(&str, bool); 12] = [
     ("podip", true),
     ("pod-hw-addr", true),
@@ -22,14 +22,14 @@ const KEYS: [(&str, bool); 12] = [
     ("external-net-via-pod-vm", false),
 ];
 
-/// The first byte says which key is looked at, the rest is JSON.
+/// The first byte selects the key, the rest is its JSON value.
 pub(crate) fn exercise(data: &[u8]) {
     let Some((which, text)) = data.split_first() else { return };
     if let Ok(text) = std::str::from_utf8(text) {
         values(text);
     }
     let Ok(Value::Object(object)) = serde_json::from_slice(text) else { return };
-    // Given twice is a fault for the reader of the file, which sees both.
+    // A key given twice is refused by the reader of the file, which sees both.
     let Ok(config) = read(&object) else { return };
     let result = config.validate();
     let said = KEYS.iter().take(5).filter(|(key, _)| *key != "pod-hw-addr" && !absent(&object, key, true));

@@ -1,4 +1,4 @@
-//! What must hold for whatever an operator, or who writes the user data, takes for tags.
+//! Properties of the tag parser for any text of an operator or of the user data.
 
 use secure_comms_protocol::tag::{self, InboundTag, OutboundTag, Tag};
 use secure_comms_protocol::{PhaseName, PodId, TunnelName};
@@ -41,7 +41,7 @@ fn list<T: Tag + Clone + Debug + PartialEq>(text: &str, built_in: &str) {
     }
 }
 
-/// A name leads to one tunnel in a phase.
+/// In a phase, a name leads to one tunnel.
 fn unique<T: Tag + Debug>(tags: &[T]) {
     for phase in PHASES {
         let mut names: Vec<String> = tags

@@ -1,4 +1,4 @@
-//! The control channel: one JSON object with one key a line, both ways.
+//! Messages of the control channel: in both directions, each line is one JSON object with one key.
 
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -9,28 +9,28 @@ use serde::{Deserialize, Serialize};
 use crate::hello::Hello;
 use crate::limits::CONTROL_LINE_MAX;
 
-/// How the agent's attempts to get its keys go.
+/// Progress of the agent's attempts to get its keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyProgress {
-    /// The number of attempts so far, from 1.
+    /// Number of attempts so far, from 1.
     pub attempt: u64,
-    /// Why the last attempt failed; none once the keys are here.
+    /// Error of the last attempt; none once the agent has its keys.
     pub error: Option<String>,
 }
 
-/// Credit that goes back to the sender of a stream.
+/// Message that gives credit back to the sender of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Credit {
-    /// The stream: the originator port of its channel open.
+    /// Stream id: the originator port of the channel open.
     pub stream: u32,
-    /// The cost of what the receiver's socket has taken, in bytes.
+    /// Cost of the messages that the receiver's socket has taken, in bytes.
     pub bytes: u32,
 }
 
-/// Why a side ends the connection.
+/// Message before an end closes the connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bye {
-    /// For the log of the other side.
+    /// Reason, for the log of the other end.
     pub reason: String,
 }
 
@@ -42,23 +42,23 @@ pub struct Empty {}
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Control {
-    /// The first message each way.
+    /// First message of each end.
     Hello(Hello),
-    /// Agent to adaptor: how getting the keys goes.
+    /// Agent to adaptor: progress of getting the keys.
     Keys(KeyProgress),
-    /// Agent to adaptor: the keys are here; this connection ends, come back as `kubernetes`.
+    /// Agent to adaptor: the agent has its keys. This connection ends; the adaptor must reconnect as `kubernetes`.
     Upgrade(Empty),
     /// Credit for a stream.
     Credit(Credit),
-    /// A probe, to be answered by a pong with the same number.
+    /// Liveness probe; the answer is a pong with the same number.
     Ping(u64),
-    /// The answer to a ping.
+    /// Answer to the ping with this number.
     Pong(u64),
-    /// The connection ends.
+    /// The sender closes the connection.
     Bye(Bye),
 }
 
-/// The shape of a line on the way in: keys we do not know are ignored, so that versions can differ.
+/// Received line. Unknown keys are ignored, so that versions can differ.
 #[derive(Deserialize)]
 struct Line {
     hello: Option<Hello>,
@@ -70,12 +70,12 @@ struct Line {
     bye: Option<Bye>,
 }
 
-/// Why a line is not a control message.
+/// A line is not a control message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ControlError {
-    /// Longer than [`CONTROL_LINE_MAX`].
+    /// The line is longer than [`CONTROL_LINE_MAX`].
     TooLong,
-    /// Not a JSON object of the expected shape.
+    /// The line is not a JSON object of the expected shape; with the parser's error.
     Malformed(String),
 }
 
@@ -91,12 +91,15 @@ impl fmt::Display for ControlError {
 impl core::error::Error for ControlError {}
 
 impl Control {
-    /// Reads one line (without or with its newline). `None`: a message of a later version, to be ignored.
+    /// Reads one line, with or without its newline. Returns none for a message of a later version, which is ignored.
+    ///
+    /// # Errors
+    /// The line is too long or malformed.
     pub fn parse(line: &[u8]) -> Result<Option<Self>, ControlError> {
         if line.len() > CONTROL_LINE_MAX + usize::from(line.ends_with(b"\n")) {
             return Err(ControlError::TooLong);
         }
-        // serde would take an array of the fields in order as well; the protocol does not.
+        // serde would also accept an array of the fields in order; the protocol does not allow it.
         if !line.trim_ascii_start().starts_with(b"{") {
             return Err(ControlError::Malformed("expected a JSON object".to_string()));
         }
@@ -115,8 +118,7 @@ impl Control {
 
     /// Appends the message and its newline to `out`.
     pub fn write_line(&self, out: &mut Vec<u8>) {
-        // Serialising these types into memory has no way to fail; were one added, the line would be left out
-        // whole, never half written.
+        // Serialising these types into memory can't fail. If that changes, the whole line is left out, never a part.
         if let Ok(mut line) = serde_json::to_vec(self) {
             out.append(&mut line);
             out.push(b'\n');
@@ -124,17 +126,17 @@ impl Control {
     }
 }
 
-/// Cuts a byte stream into lines of bounded length.
+/// Splits a byte stream into control messages, with bounded memory.
 #[derive(Debug, Default)]
 pub struct Lines {
     partial: Vec<u8>,
 }
 
 impl Lines {
-    /// Takes what arrived and calls `each` for every message that is complete.
+    /// Takes received bytes, and calls `each` for every complete message.
     ///
     /// # Errors
-    /// A line that is too long or malformed: the connection has no way to recover and should end.
+    /// A line is too long or malformed. The stream can't recover, so the connection must end.
     pub fn feed(&mut self, mut data: &[u8], mut each: impl FnMut(Control)) -> Result<(), ControlError> {
         while let Some(end) = data.iter().position(|&byte| byte == b'\n') {
             let (line, rest) = data.split_at(end);
@@ -164,7 +166,7 @@ impl Lines {
 }
 
 fn parse_line(line: &[u8]) -> Result<Option<Control>, ControlError> {
-    // Before the blanks go, so that how the bytes were split never decides whether a line is too long.
+    // Checked before trimming, so that the result does not depend on how the bytes were split.
     if line.len() > CONTROL_LINE_MAX {
         return Err(ControlError::TooLong);
     }

@@ -6,21 +6,21 @@
 
 extern crate alloc;
 
-pub mod phase;
+mod phase;
 
-pub mod name;
+mod name;
 
 pub mod tag;
 
 pub mod resource;
 
-pub mod banner;
+mod banner;
 
-pub mod hello;
+mod hello;
 
 pub mod control;
 
-pub mod refusal;
+mod refusal;
 
 pub mod limits;
 

@@ -1,45 +1,47 @@
-//! Every wait and every bound of the protocol, in one place.
+//! Every timeout and every limit of the protocol, in one place.
 
 use core::time::Duration;
 
-/// The TCP port the agent listens on unless told otherwise.
+/// Default TCP port of the agent.
 pub const SSH_PORT: u16 = 2222;
-/// The version of the control protocol in `hello`.
+/// Version of the control protocol in `hello`.
 pub const PROTOCOL_VERSION: u32 = 1;
-/// The name of the SSH subsystem that carries the control messages.
+/// Name of the SSH subsystem that carries the control messages.
 pub const CONTROL_SUBSYSTEM: &str = "secure-comms";
 
-/// The longest control line, in bytes, without its newline.
+/// Longest control line, in bytes, without its newline.
 pub const CONTROL_LINE_MAX: usize = 64 * 1024;
-/// The largest message on a stream, in bytes: russh's `maximum_packet_size`, so that it never splits one.
+/// Largest message on a stream, in bytes: russh's `maximum_packet_size`, so that it never splits one.
 pub const MESSAGE_MAX: usize = 32 * 1024;
-/// What the shortest message costs, in bytes of credit, so that a flood of small messages is bounded too.
+/// Cost of the shortest message, in bytes of credit, so that credit limits a flood of small messages too.
 pub const MESSAGE_COST_MIN: u32 = 512;
-/// The SSH channel window of a connection, in bytes. Credits govern; this only has to be larger than twice
-/// any stream's credit, and half of the most that may be in flight while we rekey.
+/// SSH window of a channel, in bytes. Credits are the real limit. The window must be more than twice any stream's
+/// credit, and more than half of the bytes that may be in flight during a rekey.
 pub const SSH_WINDOW: u32 = 64 * 1024 * 1024;
-/// Data in either direction after which a side asks for new keys, in bytes.
+/// Data in either direction after which an end starts a rekey, in bytes.
 pub const REKEY_BYTES: usize = 32 * 1024 * 1024 * 1024;
-/// Time after which a side asks for new keys.
+/// Time after which an end starts a rekey.
 pub const REKEY_TIME: Duration = Duration::from_secs(24 * 3600);
 
-/// How much a connection may hold for streams whose readers are slow.
+/// Limits of the memory that a connection may hold for streams whose readers are slow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CreditLimits {
-    /// What each stream is granted when it opens, in bytes; the value in `hello`.
+    /// Credit of each new stream, in bytes; the value in `hello`.
     pub initial: u32,
-    /// What a stream that is used grows to, whatever the line is like, in bytes.
+    /// Size to which any stream in use may grow its window, in bytes. Beyond it a window grows only if it limits the
+    /// throughput of its stream.
     pub stream_soft_max: u32,
-    /// What one may grow to that uses its window up as fast as the round trip allows, in bytes.
+    /// Largest window of a stream, in bytes. Only a stream that uses its window up within about a round trip grows to
+    /// it.
     pub stream_max: u32,
-    /// What all streams together may have grown by, in bytes.
+    /// Growth of all windows together, beyond their initial credit, in bytes.
     pub growth_pool: u32,
-    /// How many streams may be open at a time.
+    /// Number of streams that may be open at a time.
     pub streams: usize,
 }
 
 impl CreditLimits {
-    /// Nobody yet: at most 640 KiB are held for all streams of the connection.
+    /// Attestation phase, where the peer is unproven: at most 640 KiB for all streams of a connection.
     pub const ATTESTATION: Self = Self {
         initial: 32 * 1024,
         stream_soft_max: 160 * 1024,
@@ -47,7 +49,7 @@ impl CreditLimits {
         growth_pool: 128 * 1024,
         streams: 16,
     };
-    /// Proven: at most 64 MiB is held for all streams of the connection.
+    /// Kubernetes phase: at most 64 MiB for all streams of a connection.
     pub const KUBERNETES: Self = Self {
         initial: 32 * 1024,
         stream_soft_max: 512 * 1024,
@@ -56,89 +58,92 @@ impl CreditLimits {
         streams: 1024,
     };
 
-    /// The most that may be in flight towards us on one connection, in bytes.
+    /// Most bytes that may be in flight to us on one connection.
     pub const fn held_max(&self) -> usize {
         self.streams * self.initial as usize + self.growth_pool as usize
     }
 }
 
-/// A stream that needs longer than this to use its window up gives half back of what it has beyond the usual.
+/// A stream that needs longer than this to use its window up gives back half of its window beyond the soft maximum.
 pub const WINDOW_UNUSED: Duration = Duration::from_secs(10);
 
-/// A new TCP connection is given up after this long.
+/// Timeout of a TCP connect.
 pub const TCP_CONNECT: Duration = Duration::from_secs(5);
-/// How long a peer may take to authenticate, from its TCP connect on.
+/// Timeout of the handshake, from the TCP connect to the end of authentication.
 pub const AUTHENTICATE: Duration = Duration::from_secs(10);
-/// Authentication tries of one connection.
+/// Authentication attempts of one connection.
 pub const AUTH_TRIES: usize = 6;
-/// Connections that have not authenticated yet; at the limit a random one makes room.
+/// Connections that have not authenticated yet. At the limit one from the source with the most connections is evicted.
 pub const UNAUTHENTICATED_MAX: usize = 16;
-/// Connections that wait for a place among these, or have not said their first line; at the limit a random one makes room.
+/// Connections that wait for one of these places, or have not sent their first line. At the limit one from the source
+/// with the most connections is evicted.
 pub const WAITING_MAX: usize = 256;
-/// A connection that has said nothing for this long is taken for one that waits for our first line.
+/// A client that has sent nothing for this long is assumed to wait for our first line.
 pub const FIRST_LINE: Duration = Duration::from_secs(2);
-/// While there is no place, those that wait push one another out this often, so that each has time for a handshake.
+/// Interval of evictions among the connections that wait for a place, so that each admitted one has time for a
+/// handshake.
 pub const ADMISSION_PACE: Duration = Duration::from_millis(5);
-/// Authenticated attestation peers; at the limit a random one makes room.
+/// Peers in the Attestation phase. At the limit one from the source with the most connections is evicted.
 pub const ATTESTATION_PEERS_MAX: usize = 8;
-/// An idle connection is probed this often.
+/// Interval of liveness probes on an idle connection.
 pub const KEEPALIVE: Duration = Duration::from_secs(5);
-/// Probes without any answer after which a connection is dead.
+/// Number of unanswered probes after which a connection is dead.
 pub const KEEPALIVE_TRIES: usize = 3;
-/// A connection on which nothing arrives, or no write proceeds, for this long is dead.
+/// A connection is dead if nothing arrives, or no write proceeds, for this long.
 pub const SILENCE: Duration = Duration::from_secs(20);
-/// How long a peer whose control channel is open may take to say `hello`.
+/// Timeout of the peer's `hello`, from the opening of its control channel.
 pub const HELLO: Duration = Duration::from_secs(5);
-/// How long a client of an inbound waits for a peer before it is closed.
+/// Time that a client of an inbound waits for a peer before it is closed.
 pub const INBOUND_WAIT: Duration = Duration::from_secs(30);
-/// How long an outbound tries its server.
+/// Timeout of connecting to the server of an outbound.
 pub const OUTBOUND_CONNECT: Duration = Duration::from_secs(10);
-/// How long the agent tries the kata agent's socket, which may come up after it.
+/// Time for which the agent retries the kata agent's socket, which may appear after the agent starts.
 pub const KATA_AGENT_CONNECT: Duration = Duration::from_secs(150);
-/// The longest data of a ttrpc frame, in bytes, without the header.
+/// Longest data of a ttrpc frame, in bytes, without the header.
 pub const TTRPC_DATA_MAX: usize = 4 * 1024 * 1024;
-/// Requests to the kata agent that one tunnel may hold back at a time.
+/// Requests to the kata agent that one stream may hold back at a time.
 pub const HELD_REQUESTS_MAX: usize = 64;
-/// What the requests that one tunnel holds back may take up together, in bytes.
+/// Total size of the requests that one stream holds back, in bytes.
 pub const HELD_BYTES_MAX: usize = 8 * 1024 * 1024;
-/// Answers of our own that may wait on one tunnel until its client takes them.
+/// Replies of the interceptor that may wait on one stream until its client takes them.
 pub const REPLIES_MAX: usize = 64;
-/// How long a container waits until its annotated volumes are mounted.
+/// Time that a container waits for its annotated volumes to be mounted.
 pub const VOLUME_MOUNT: Duration = Duration::from_secs(180);
-/// A channel open that is not answered within this long is given up.
+/// Timeout of a channel open.
 pub const CHANNEL_OPEN: Duration = Duration::from_secs(160);
-/// A stream that the other end has closed is dropped when its local reader takes nothing for this long.
+/// A stream that the other end has closed is dropped when its local reader takes no bytes for this long.
 pub const FLUSH: Duration = Duration::from_secs(30);
 /// Clients of one inbound that may wait or be served at a time.
 pub const INBOUND_CLIENTS_MAX: usize = 1024;
 
-/// The first pause between tries that repeat; it doubles up to [`RETRY_MAX`], with jitter.
+/// First backoff between retries; it doubles up to [`RETRY_MAX`], with jitter.
 pub const RETRY_MIN: Duration = Duration::from_millis(100);
-/// The longest pause between tries that repeat.
+/// Longest backoff between retries.
 pub const RETRY_MAX: Duration = Duration::from_secs(5);
 
-/// A fetch of one resource through `api-server-rest`.
+/// Timeout of fetching one resource through `api-server-rest`.
 pub const KEY_FETCH: Duration = Duration::from_secs(75);
-/// A KBS stream that gets no first byte from its attestation peer within this long is closed, in the first attempts.
+/// Timeout of the first byte of a KBS stream from its attestation peer, in the first attempts.
 pub const KBS_FIRST_BYTE_MIN: Duration = Duration::from_secs(5);
-/// The same after attempts that ended so: each gives the next one twice as long, up to this.
+/// Longest timeout of the first byte of a KBS stream: each attempt that ends with that timeout doubles it, up to this.
 pub const KBS_FIRST_BYTE: Duration = Duration::from_secs(20);
-/// A KBS stream on which nothing moves for this long after its first byte is closed, so that a question that got lost is asked
-/// again; after attempts in which that was so the next one has twice as long, up to [`KEY_FETCH`].
+/// Idle timeout of a KBS stream after its first byte, so that a lost request is retried. Each attempt that ends with
+/// that timeout doubles it, up to [`KEY_FETCH`].
 pub const KBS_PAUSE_MIN: Duration = Duration::from_secs(10);
-/// `keys` messages are repeated at least this often while keys are awaited.
+/// Longest interval of `keys` messages while the agent waits for its keys.
 pub const KEYS_REPORT: Duration = Duration::from_secs(15);
-/// Attestation peers get this long to take `upgrade` and leave.
+/// Time that attestation peers have to close their connections after `upgrade`.
 pub const UPGRADE_DRAIN: Duration = Duration::from_secs(1);
-/// Without an authenticated worker node for this long, a fresh agent lets attestation peers in again.
+/// A fresh agent admits attestation peers again if no worker node has logged in for this long.
 pub const FIRST_LOGIN_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a try to set up the pod network waits for the VM's own: DHCP may be late.
+/// Time for which an attempt to set up the pod network waits for the VM's own network: DHCP may be late.
 pub const POD_NETWORK_WAIT: Duration = Duration::from_secs(180);
-/// The pod network is undone within this long after SIGTERM, or by the next start.
+/// Timeout of removing the pod network after SIGTERM; the next start removes the rest.
 pub const POD_NETWORK_UNDO: Duration = Duration::from_secs(5);
-/// Streams get this long to finish after SIGTERM.
+/// Drain timeout of open streams after SIGTERM.
 pub const SHUTDOWN_DRAIN: Duration = Duration::from_secs(3);
-/// While the agent waits for its daemon config, systemd is asked for this much more time, twice as often.
+/// Extension of systemd's start timeout while the agent waits for its daemon config. It is requested twice within each
+/// extension.
 pub const START_EXTENSION: Duration = Duration::from_secs(60);
-/// The largest key resource, in bytes.
+/// Largest key resource, in bytes.
 pub const KEY_MAX: usize = 64 * 1024;

@@ -1,4 +1,4 @@
-//! Names that exist only if they are valid.
+//! Names of tunnels and ids of pods: types whose values are always valid.
 
 use alloc::borrow::ToOwned;
 use alloc::string::String;
@@ -6,35 +6,35 @@ use core::fmt;
 use core::hash::{Hash, Hasher};
 use core::str::FromStr;
 
-/// The longest tunnel name, in bytes.
-pub const TUNNEL_NAME_MAX: usize = 64;
-/// The longest pod id, in bytes.
-pub const POD_ID_MAX: usize = 128;
+/// Longest tunnel name, in bytes.
+pub(crate) const TUNNEL_NAME_MAX: usize = 64;
+/// Longest pod id, in bytes.
+const POD_ID_MAX: usize = 128;
 
-/// The name of a tunnel: `[A-Za-z0-9._-]{1,64}`, compared without regard to ASCII case, kept as written.
+/// Name of a tunnel: `[A-Za-z0-9._-]{1,64}`. Comparison ignores ASCII case; the spelling is kept.
 ///
-/// It travels as an SSH host name, and some SSH libraries lower-case those.
+/// The name is sent as an SSH host name, and some SSH libraries convert those to lower case.
 #[derive(Clone, Debug)]
 pub struct TunnelName(String);
 
 impl TunnelName {
-    /// The tunnel on which the VM's attestation traffic reaches the KBS.
+    /// Tunnel on which the VM's attestation traffic reaches the KBS.
     pub fn kbs() -> Self {
         Self("KBS".to_owned())
     }
 
-    /// The tunnel on which the runtime reaches the kata agent.
+    /// Tunnel on which the runtime reaches the kata agent.
     pub fn kata_agent() -> Self {
         Self("KATAAGENT".to_owned())
     }
 
-    /// The name as it was written.
+    /// Name as it was written.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Why a text is not a tunnel name.
+/// The text is not a tunnel name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NameError(String);
 
@@ -86,7 +86,7 @@ impl Hash for TunnelName {
     }
 }
 
-/// The id of a pod, as the container runtime names its sandbox (64 hex digits as a rule).
+/// Id of a pod: the container runtime's id of its sandbox, usually 64 hex digits.
 ///
 /// `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`, so that `pp-<id>` is a valid KBS path segment
 /// (Trustee: `[A-Za-z0-9_-]+[A-Za-z0-9_.-]*`) and a file name.
@@ -94,13 +94,13 @@ impl Hash for TunnelName {
 pub struct PodId(String);
 
 impl PodId {
-    /// The id as it was written.
+    /// Id as it was written.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Why a text is not a pod id.
+/// The text is not a pod id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodIdError(String);
 

@@ -4,18 +4,18 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The phase a connection or a tunnel belongs to, as a value: for logs, user names and messages.
+/// Phase of a connection or a tunnel as a value, for logs, user names and messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PhaseName {
-    /// Neither side has proven itself; only the KBS's own protocol is trusted.
+    /// Neither end is authenticated; only the KBS's own protocol is trusted.
     Attestation,
-    /// Both sides have proven themselves with the keys from the KBS or the user data.
+    /// Both ends are authenticated with the keys from the KBS or the user data.
     Kubernetes,
 }
 
 impl PhaseName {
-    /// The SSH user name that asks for this phase.
+    /// SSH user name of this phase.
     pub const fn user(self) -> &'static str {
         match self {
             Self::Attestation => "attestation",
@@ -23,7 +23,7 @@ impl PhaseName {
         }
     }
 
-    /// The phase that an SSH user name asks for.
+    /// Phase of an SSH user name; none for any other name.
     pub fn from_user(user: &str) -> Option<Self> {
         [Self::Attestation, Self::Kubernetes].into_iter().find(|phase| phase.user() == user)
     }
@@ -44,9 +44,9 @@ mod sealed {
     impl Sealed for super::Kubernetes {}
 }
 
-/// A phase as a type: what may happen in one phase does not compile in the other.
+/// Phase as a type, so that code of one phase does not compile with objects of the other.
 pub trait Phase: sealed::Sealed + Copy + fmt::Debug + Send + Sync + 'static {
-    /// The same phase as a value.
+    /// This phase as a value.
     const NAME: PhaseName;
 }
 
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_user_name_asks_for_exactly_one_phase() {
+    fn a_user_name_selects_exactly_one_phase() {
         assert_eq!(PhaseName::from_user("attestation"), Some(PhaseName::Attestation));
         assert_eq!(PhaseName::from_user("kubernetes"), Some(PhaseName::Kubernetes));
         for other in ["", "Kubernetes", "root", "kubernetes "] {

@@ -5,10 +5,10 @@ use alloc::string::String;
 
 use crate::PodId;
 
-/// Where the worker node's public keys are: `authorized_keys` lines.
+/// Path of the worker node's public keys: `authorized_keys` lines.
 pub const WORKER_NODE_PUBLIC_KEY: &str = "default/sshclient/publicKey";
 
-/// Where a pod's SSH host key is: an OpenSSH or PKCS#8 private key in PEM.
+/// Path of a pod's SSH host key: an OpenSSH or PKCS#8 private key in PEM.
 pub fn pod_private_key(pod: &PodId) -> String {
     format!("default/pp-{pod}/privateKey")
 }

@@ -1,4 +1,4 @@
-//! Tags: how operators write tunnels down.
+//! Tags: the syntax in which operators configure tunnels.
 //!
 //! ```text
 //! Inbound  = Phase:Name:Port | Phase:Name:Namespace:Port | Phase:Name:/unix/path
@@ -16,10 +16,10 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::{PhaseName, TunnelName};
 
-/// The longest unix socket path Linux takes, in bytes (`sun_path` less its NUL).
+/// Longest unix socket path of Linux, in bytes (`sun_path` without its NUL).
 pub const UNIX_PATH_MAX: usize = 107;
 
-/// The phases a tunnel exists in.
+/// Phases in which a tunnel exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PhaseSet {
     /// `ATTESTATION_PHASE`
@@ -66,17 +66,17 @@ impl fmt::Display for PhaseSet {
     }
 }
 
-/// Where an inbound listens.
+/// Address on which an inbound listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Bind {
     /// 127.0.0.1 in a network namespace (a name under /run/netns, or a path), or in our own.
     Tcp {
-        /// The network namespace; none for our own.
+        /// Network namespace; none for our own.
         namespace: Option<String>,
-        /// The port; 0 is any free one.
+        /// Port; 0 means any free port.
         port: u16,
     },
-    /// A unix socket.
+    /// Path of a unix socket.
     Unix(String),
 }
 
@@ -90,26 +90,26 @@ impl fmt::Display for Bind {
     }
 }
 
-/// The host part of an outbound.
+/// Host of an outbound's server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Host {
-    /// An address.
+    /// IP address.
     Ip(IpAddr),
-    /// A name, looked up at every connect.
+    /// Host name, looked up at every connect.
     Name(String),
 }
 
-/// Where an outbound connects to.
+/// Server to which an outbound connects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
     /// A TCP server.
     Tcp {
-        /// Its host.
+        /// Host of the server.
         host: Host,
-        /// Its port, never 0.
+        /// Port of the server, never 0.
         port: u16,
     },
-    /// A unix socket.
+    /// Path of a unix socket.
     Unix(String),
 }
 
@@ -127,22 +127,22 @@ impl fmt::Display for Target {
 /// One inbound: its phases, its name, and where it listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InboundTag {
-    /// The phases it exists in.
+    /// Phases in which the tunnel exists.
     pub phases: PhaseSet,
-    /// The tunnel.
+    /// Name of the tunnel.
     pub name: TunnelName,
-    /// Where it listens.
+    /// Address on which it listens.
     pub bind: Bind,
 }
 
 /// One outbound: its phases, its name, and the server it connects to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OutboundTag {
-    /// The phases it exists in.
+    /// Phases in which the tunnel exists.
     pub phases: PhaseSet,
-    /// The tunnel.
+    /// Name of the tunnel.
     pub name: TunnelName,
-    /// The server.
+    /// Server to which it connects.
     pub target: Target,
 }
 
@@ -158,7 +158,7 @@ impl fmt::Display for OutboundTag {
     }
 }
 
-/// What is wrong with one tag.
+/// Fault of one tag.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TagError {
     tag: String,
@@ -172,12 +172,12 @@ impl fmt::Display for TagError {
     }
 }
 
-/// Everything that is wrong with a list of tags; never empty.
+/// All faults of a list of tags; never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TagErrors(Vec<TagError>);
 
 impl TagErrors {
-    /// The faults, in the order of the tags.
+    /// Faults, in the order of the tags.
     pub fn iter(&self) -> impl Iterator<Item = &TagError> {
         self.0.iter()
     }
@@ -197,15 +197,18 @@ impl fmt::Display for TagErrors {
 
 impl core::error::Error for TagErrors {}
 
-/// What inbound and outbound tags have in common: a name, phases, and a syntax for the rest.
+/// Common part of inbound and outbound tags: a name, phases, and a syntax for the rest.
 pub trait Tag: Sized + fmt::Display {
-    /// The phases the tunnel exists in.
+    /// Phases in which the tunnel exists.
     fn phases(&self) -> PhaseSet;
-    /// The tunnel.
+    /// Name of the tunnel.
     fn name(&self) -> &TunnelName;
-    /// The same tunnel in other phases.
+    /// This tunnel in other phases.
     fn in_phases(self, phases: PhaseSet) -> Self;
     /// Reads one tag.
+    ///
+    /// # Errors
+    /// The first fault of the tag.
     fn parse(text: &str) -> Result<Self, TagError>;
 }
 
@@ -302,7 +305,7 @@ fn is_number(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|c| c.is_ascii_digit())
 }
 
-/// A name under /run/netns must not lead out of it, and neither form may forge a line of the log.
+/// A name must not lead out of /run/netns, and neither a name nor a path may forge a log line.
 fn is_namespace(text: &str) -> bool {
     let name_ok = !matches!(text, "" | "." | "..") && !text.contains(['/', ':']);
     (text.starts_with('/') || name_ok) && !text.chars().any(char::is_control)
@@ -334,7 +337,7 @@ fn parse_host(tag: &str, text: &str) -> Result<Host, TagError> {
     if let Ok(ip) = text.parse::<Ipv4Addr>() {
         return Ok(Host::Ip(ip.into()));
     }
-    // RFC 1123 2.1 host names, and underscores, which cluster DNS knows.
+    // RFC 1123 2.1 host names, and underscores, which cluster DNS uses.
     let label_ok = |label: &str| {
         (1..=63).contains(&label.len())
             && !label.starts_with('-')
@@ -342,7 +345,7 @@ fn parse_host(tag: &str, text: &str) -> Result<Host, TagError> {
             && label.bytes().all(|c| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_'))
     };
     let name = text.strip_suffix('.').unwrap_or(text);
-    // All digits and dots is a mistyped address, not a name.
+    // Only digits and dots: a mistyped address, not a name.
     let numeric = name.bytes().all(|c| c.is_ascii_digit() || c == b'.');
     if name.len() <= 253 && !numeric && name.split('.').all(label_ok) {
         Ok(Host::Name(text.to_owned()))
@@ -351,15 +354,15 @@ fn parse_host(tag: &str, text: &str) -> Result<Host, TagError> {
     }
 }
 
-/// Reads a comma separated list; every fault of the list is reported, a name given twice in a phase too.
+/// Reads a comma-separated list. A name that occurs twice in a phase is a fault.
 ///
 /// # Errors
-/// All faults together.
+/// All faults of the list together.
 pub fn parse_list<T: Tag>(list: &str) -> Result<Vec<T>, TagErrors> {
     parse_lists([list])
 }
 
-/// Reads several lists (a flag and a file, say) as one.
+/// Reads several lists, for example of a flag and of a file, as one.
 ///
 /// # Errors
 /// All faults of all lists together.
@@ -390,13 +393,14 @@ pub fn parse_lists<'a, T: Tag>(lists: impl IntoIterator<Item = &'a str>) -> Resu
     if errors.is_empty() { Ok(tags) } else { Err(TagErrors(errors)) }
 }
 
-/// Adds what is built in, for the phases in which the operator's tags do not name the same tunnel: there theirs wins.
+/// Adds a built-in tunnel in the phases in which the operator's tags do not name it. The operator's tag replaces it in
+/// the others.
 pub fn with_built_in<T: Tag>(mut tags: Vec<T>, built_in: T) -> Vec<T> {
-    let left = |phase: PhaseName| {
+    let is_free = |phase: PhaseName| {
         built_in.phases().includes(phase)
             && !tags.iter().any(|tag| tag.name() == built_in.name() && tag.phases().includes(phase))
     };
-    let phases = match (left(PhaseName::Attestation), left(PhaseName::Kubernetes)) {
+    let phases = match (is_free(PhaseName::Attestation), is_free(PhaseName::Kubernetes)) {
         (true, true) => PhaseSet::Both,
         (true, false) => PhaseSet::Attestation,
         (false, true) => PhaseSet::Kubernetes,

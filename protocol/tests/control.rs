@@ -1,4 +1,4 @@
-//! The control channel: every message of the protocol, both ways, whole and in pieces.
+//! The control channel: every message of the protocol, read and written, whole and in pieces.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -29,7 +29,7 @@ fn feed(lines: &mut Lines, data: &[u8]) -> Result<Vec<Control>, ControlError> {
 }
 
 #[test]
-fn each_line_of_the_protocol_goes_in_and_comes_out_the_same() {
+fn each_line_of_the_protocol_survives_a_round_trip() {
     let adaptor_hello = Hello {
         version: 1,
         credit: Some(524_288),
@@ -127,7 +127,7 @@ fn a_deeply_nested_line_does_not_overflow_the_stack() {
 }
 
 #[test]
-fn a_line_may_be_64_kib_long_and_no_longer() {
+fn a_line_may_have_at_most_64_kib() {
     let line = |len: usize| format!("{{\"ping\":1{}}}", " ".repeat(len - 10));
     let (longest, too_long) = (line(CONTROL_LINE_MAX), line(CONTROL_LINE_MAX + 1));
     assert_eq!(parse(&longest), Control::Ping(1));
@@ -147,7 +147,7 @@ fn a_line_without_an_end_is_refused_before_it_fills_memory() {
 }
 
 #[test]
-fn blanks_too_count_towards_the_length_however_they_arrive() {
+fn blanks_count_towards_the_length_in_any_split() {
     let line = [vec![b' '; CONTROL_LINE_MAX], b"{\"ping\":1}\n".to_vec()].concat();
     assert_eq!(feed(&mut Lines::default(), &line), Err(ControlError::TooLong));
     let mut lines = Lines::default();

@@ -1,4 +1,4 @@
-//! Names that exist only if they are valid.
+//! Names of tunnels and ids of pods.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -24,7 +24,7 @@ fn a_pod_id_is_a_kbs_path_segment_and_a_file_name() {
 }
 
 #[test]
-fn a_text_that_is_no_pod_id_is_named_with_what_was_expected() {
+fn a_bad_pod_id_is_an_error_with_the_expected_form() {
     for bad in ["", ".", "..", ".tmp", "-a", "_a", "a/b", "a b", "a\n", "\u{e4}", "a\0", &"x".repeat(129)] {
         let expected = format!(
             "pod id '{}': expected 1 to 128 characters out of A-Z a-z 0-9 . _ -, the first a letter or digit \
@@ -36,7 +36,7 @@ fn a_text_that_is_no_pod_id_is_named_with_what_was_expected() {
 }
 
 #[test]
-fn a_text_that_is_no_tunnel_name_is_named_with_what_was_expected() {
+fn a_bad_tunnel_name_is_an_error_with_the_expected_form() {
     for bad in ["", "a b", "a:b", "a/b", "\u{212a}BS", "a\r", &"x".repeat(65)] {
         let expected = format!(
             "tunnel name '{}': expected 1 to 64 characters out of A-Z a-z 0-9 . _ -",

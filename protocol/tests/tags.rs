@@ -1,4 +1,4 @@
-//! Every form of a tag, every fault of one, and what holds for any text.
+//! Every form and every fault of a tag, and properties of any text.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -32,7 +32,7 @@ fn tcp(host: Host, port: u16) -> Target {
 }
 
 #[test]
-fn an_inbound_is_a_port_a_namespace_with_a_port_or_a_unix_path() {
+fn an_inbound_is_a_port_a_namespace_and_port_or_a_path() {
     let cases = [
         ("0", Bind::Tcp { namespace: None, port: 0 }),
         ("8080", Bind::Tcp { namespace: None, port: 8080 }),
@@ -49,7 +49,7 @@ fn an_inbound_is_a_port_a_namespace_with_a_port_or_a_unix_path() {
 }
 
 #[test]
-fn an_outbound_is_a_port_a_host_with_a_port_or_a_unix_path() {
+fn an_outbound_is_a_port_a_host_and_port_or_a_path() {
     let name = |text: &str| Host::Name(text.into());
     let ip = |text: &str| Host::Ip(text.parse().unwrap());
     let cases = [
@@ -153,7 +153,7 @@ fn a_namespace_never_leads_out_of_run_netns_by_accident() {
 }
 
 #[test]
-fn a_host_is_a_name_an_ipv4_address_or_an_ipv6_address_in_brackets() {
+fn a_host_is_a_name_or_an_address() {
     let long_label = "a".repeat(64);
     let long_name = ["a".repeat(63).as_str(); 4].join(".");
     for host in [
@@ -226,7 +226,7 @@ fn all_faults_of_a_list_are_reported_at_once() {
 }
 
 #[test]
-fn a_name_may_be_there_once_in_each_phase_over_all_lists() {
+fn a_name_may_occur_once_in_each_phase_over_all_lists() {
     let both = "ATTESTATION_PHASE:KBS:1,KUBERNETES_PHASE:KBS:2";
     assert_eq!(parse_list::<OutboundTag>(both).unwrap().len(), 2);
     let error = parse_lists::<OutboundTag>([both, "BOTH_PHASES:kbs:3"]).unwrap_err();
@@ -237,13 +237,13 @@ fn a_name_may_be_there_once_in_each_phase_over_all_lists() {
 }
 
 #[test]
-fn the_operators_tag_wins_over_a_built_in_of_the_same_name_and_phase() {
+fn the_operators_tag_replaces_a_built_in_one_in_its_phases() {
     let built_in = || inbound("KUBERNETES_PHASE:KATAAGENT:0");
     let mine = vec![inbound("BOTH_PHASES:kataagent:7000")];
     assert_eq!(with_built_in(mine.clone(), built_in()), mine);
     let other = vec![inbound("ATTESTATION_PHASE:KATAAGENT:7000")];
     assert_eq!(with_built_in(other.clone(), built_in()), [other[0].clone(), built_in()]);
-    // In the phase that the operator left alone, the built-in one stays.
+    // The built-in tag stays in the phase that the operator did not configure.
     let mine = vec![inbound("KUBERNETES_PHASE:KBS:9090")];
     let left = inbound("ATTESTATION_PHASE:KBS:8080");
     assert_eq!(with_built_in(mine.clone(), inbound("BOTH_PHASES:KBS:8080")), [mine[0].clone(), left]);
@@ -300,7 +300,7 @@ proptest! {
         let faults = alone.filter(|tag| InboundTag::parse(tag).is_err()).count();
         match parse_list::<InboundTag>(&list) {
             Ok(_) => prop_assert_eq!(faults, 0),
-            // Names given twice add to the faults of the tags themselves.
+            // Repeated names are faults in addition to those of single tags.
             Err(errors) => prop_assert!(errors.iter().count() >= faults),
         }
     }

@@ -1,4 +1,4 @@
-//! SSH channels as the tunnel crate's streams, for either end.
+//! SSH channels as streams of the tunnel crate, for both ends.
 
 use bytes::Bytes;
 use russh::{
@@ -9,16 +9,16 @@ use secure_comms_protocol::Refusal;
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::{Event, Incoming, Receiver, Sender};
 
-/// What either end's session takes as messages of a channel.
+/// Message of a channel to the session of a client or of a server.
 pub trait Message: From<(ChannelId, ChannelMsg)> + Send + Sync + 'static {}
 
 impl<M: From<(ChannelId, ChannelMsg)> + Send + Sync + 'static> Message for M {}
 
-/// The receiving half of a channel.
+/// Receiving half of a channel.
 #[derive(Debug)]
 pub struct ChannelReceiver(ChannelReadHalf);
 
-/// The sending half of a channel.
+/// Sending half of a channel.
 #[derive(Debug)]
 pub struct ChannelSender<M: Message>(ChannelWriteHalf<M>);
 
@@ -35,7 +35,7 @@ impl Receiver for ChannelReceiver {
                 ChannelMsg::Data { data } => return Some(Event::Data(data)),
                 ChannelMsg::Eof => return Some(Event::Eof),
                 ChannelMsg::Close => return Some(Event::Close),
-                // Requests are answered by the handler; extended data has no meaning on a tunnel.
+                // The handler answers requests; extended data has no meaning on a tunnel.
                 _ => {}
             }
         }
@@ -69,7 +69,7 @@ impl<M: Message> std::fmt::Debug for PendingChannel<M> {
 }
 
 impl<M: Message> PendingChannel<M> {
-    /// What a handler was given.
+    /// Takes the channel and the reply handle that russh gave to the handler.
     pub fn new(channel: Channel<M>, reply: ChannelOpenHandleInner<M>) -> Self {
         Self { channel, reply }
     }

@@ -1,4 +1,4 @@
-//! The control channel of a connection: credits, liveness, and what the two ends tell each other.
+//! The control channel of a connection: credits, liveness, and the other control messages.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,21 +14,21 @@ use secure_comms_tunnel::{Credits, Event, Receiver, Sender};
 use tokio::sync::Notify;
 use tokio::time::{Instant, interval, sleep_until};
 
-/// Messages that may wait to be sent; a peer that makes us answer more than it reads loses the oldest.
+/// Messages that may wait to be sent. If a peer causes more answers than it reads, the oldest are dropped.
 const OUTBOX: usize = 64;
 
-/// Why a control channel ended.
+/// How a control channel ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum ControlEnd {
     /// The peer closed it, or its connection is gone.
     Closed,
-    /// The peer said why it ends the connection.
+    /// The peer sent `bye`; with its reason.
     Bye(String),
-    /// The peer sent something that is no control message.
+    /// The peer sent bytes that are not a control message.
     Malformed(ControlError),
-    /// The peer speaks credits and said so too late, or grants less than a message costs: its streams would never move.
+    /// The peer announced credits too late, or grants less than a message costs, so that its streams would never move.
     BadCredit,
-    /// The peer has not answered a ping for [`SILENCE`]: it is frozen, cut off, or keeps a rekey pending (D3).
+    /// The peer has not answered a ping for [`SILENCE`]. It is frozen or unreachable, or keeps a rekey pending (D3).
     Silent,
 }
 
@@ -46,7 +46,7 @@ impl std::fmt::Display for ControlEnd {
     }
 }
 
-/// Where messages to the peer go in.
+/// Queue of the messages to the peer.
 #[derive(Clone, Debug, Default)]
 pub struct Outbox(Arc<OutboxState>);
 
@@ -59,7 +59,7 @@ struct OutboxState {
 }
 
 impl Outbox {
-    /// Queues a message.
+    /// Queues a message. The oldest message is dropped if the queue is full.
     pub fn send(&self, message: Control) {
         let mut messages = self.0.messages.lock().unwrap_or_else(PoisonError::into_inner);
         if messages.len() >= OUTBOX {
@@ -75,17 +75,17 @@ impl Outbox {
         self.send(Control::Bye(Bye { reason: reason.to_owned() }));
     }
 
-    /// Sends a ping soon, not only when it is time for one; none while one is unanswered.
+    /// Requests a ping before the next regular one. No ping is sent while one is unanswered.
     pub fn probe(&self) {
         self.0.probe.notify_one();
     }
 
-    /// Waits until a `bye` is on its way, with all that came before it.
+    /// Waits until a `bye`, and all messages before it, were passed to the session. Cancellation safe.
     pub async fn said_bye(&self) {
         self.0.said_bye.notified().await;
     }
 
-    /// Takes what is there; whether a `bye` was among it.
+    /// Waits for messages and appends them to `lines`; returns whether one was a `bye`.
     async fn take(&self, lines: &mut Vec<u8>) -> bool {
         loop {
             let messages =
@@ -99,21 +99,24 @@ impl Outbox {
     }
 }
 
-/// Liveness, as the pings see it.
+/// Liveness of the peer, by pings.
 #[derive(Debug, Default)]
 struct Pings {
-    /// When the oldest unanswered ping went out; none before the peer's hello: `ssh -s` answers none.
+    /// Time of the oldest unanswered ping.
     waiting: Option<Instant>,
+    /// Whether the peer's hello announced credits. A person at `ssh -s` answers no pings.
     enabled: bool,
     sent: u64,
     answered: u64,
 }
 
-/// Runs the control channel until it ends: sends what is in `outbox` and what `credits` give back, answers pings,
-/// and calls `each` for the messages that are not flow control.
+/// Runs the control channel until it ends. Sends the messages of `outbox` and the credit that `credits` give back,
+/// answers pings, and calls `each` for the messages that are not flow control.
 ///
-/// Reading and writing are two futures: while one waits for the session, the other goes on. The session may wait
-/// for us to read, so we must never wait to write first.
+/// Reading and writing are two futures, so that one continues while the other waits for the session. The session may
+/// wait for us to read (D1), so a pending write must never block reading.
+///
+/// Dropping the future loses the messages that were taken from `outbox` and not sent; the channel can't be run again.
 pub async fn run<R: Receiver, S: Sender>(
     receiver: &mut R,
     sender: &S,
@@ -141,34 +144,17 @@ async fn read<R: Receiver>(
     loop {
         let data = match receiver.recv().await {
             Some(Event::Data(data)) => data,
-            // `ssh -s < /dev/null` still wants to read.
+            // `ssh -s < /dev/null` still reads.
             Some(Event::Eof) => continue,
             Some(Event::Close) | None => return ControlEnd::Closed,
         };
-        let fed = lines.feed(&data, |message| match message {
-            Control::Credit(credit) => credits.granted(credit),
-            Control::Ping(number) => outbox.send(Control::Pong(number)),
-            Control::Pong(number) => {
-                lock(pings).pong(number).into_iter().for_each(|took| credits.round_trip(took))
+        let fed = lines.feed(&data, |message| {
+            if let Some(message_end) = on_message(&message, credits, outbox, pings) {
+                end = Some(message_end);
             }
-            Control::Bye(message) => end = Some(ControlEnd::Bye(message.reason)),
-            Control::Hello(hello) => {
-                let peer = hello.credit.map_or(PeerFlow::WindowOnly, PeerFlow::Credits);
-                credits.set_peer_mode(peer);
-                if hello.credit.is_some_and(|credit| credit < MESSAGE_COST_MIN || !credits.peer_mode_is(peer))
-                {
-                    end = Some(ControlEnd::BadCredit);
-                }
-                // A person at the other end of `ssh -s` answers none.
-                if hello.credit.is_some() {
-                    // The first at once: how far away the peer is decides how windows grow.
-                    let mut pings = lock(pings);
-                    pings.enabled = true;
-                    pings.tick().0.into_iter().for_each(|number| outbox.send(Control::Ping(number)));
-                }
-                each(Control::Hello(hello));
+            if is_for_caller(&message) {
+                each(message);
             }
-            other => each(other),
         });
         if let Err(error) = fed {
             return ControlEnd::Malformed(error);
@@ -177,6 +163,55 @@ async fn read<R: Receiver>(
             return end;
         }
     }
+}
+
+/// Whether the caller of [`run`] handles the message; flow control, liveness and `bye` end here.
+fn is_for_caller(message: &Control) -> bool {
+    matches!(message, Control::Hello(_) | Control::Keys(_) | Control::Upgrade(_))
+}
+
+/// Handles flow control and liveness; returns an end if the message ends the channel.
+fn on_message(
+    message: &Control,
+    credits: &Credits,
+    outbox: &Outbox,
+    pings: &Mutex<Pings>,
+) -> Option<ControlEnd> {
+    match message {
+        Control::Credit(credit) => credits.granted(*credit),
+        Control::Ping(number) => outbox.send(Control::Pong(*number)),
+        Control::Pong(number) => {
+            if let Some(took) = lock(pings).pong(*number) {
+                credits.round_trip(took);
+            }
+        }
+        Control::Bye(message) => return Some(ControlEnd::Bye(message.reason.clone())),
+        Control::Hello(hello) => return on_hello(hello.credit, credits, outbox, pings),
+        Control::Keys(_) | Control::Upgrade(_) => {}
+    }
+    None
+}
+
+/// Sets the peer's flow control from the `credit` of its hello, and starts pings if it has one.
+fn on_hello(
+    credit: Option<u32>,
+    credits: &Credits,
+    outbox: &Outbox,
+    pings: &Mutex<Pings>,
+) -> Option<ControlEnd> {
+    let peer = credit.map_or(PeerFlow::WindowOnly, PeerFlow::Credits);
+    credits.set_peer_mode(peer);
+    // A person at the other end of `ssh -s` announces no credit, and answers no pings.
+    let credit = credit?;
+    {
+        // The first ping at once: windows grow by the measured round trip.
+        let mut pings = lock(pings);
+        pings.enabled = true;
+        if let Some(number) = pings.tick().0 {
+            outbox.send(Control::Ping(number));
+        }
+    }
+    (credit < MESSAGE_COST_MIN || !credits.peer_mode_is(peer)).then_some(ControlEnd::BadCredit)
 }
 
 async fn write<S: Sender>(sender: &S, credits: &Credits, outbox: &Outbox) -> Gone {
@@ -202,7 +237,7 @@ async fn write<S: Sender>(sender: &S, credits: &Credits, outbox: &Outbox) -> Gon
     }
 }
 
-/// Sends pings; ends once one has gone unanswered for too long.
+/// Sends pings; returns once one was unanswered for [`SILENCE`].
 async fn probe(outbox: &Outbox, pings: &Mutex<Pings>) {
     let mut ticks = interval(KEEPALIVE);
     loop {
@@ -215,7 +250,7 @@ async fn probe(outbox: &Outbox, pings: &Mutex<Pings>) {
             outbox.send(Control::Ping(number));
         }
         if waiting.is_some_and(|since| since.elapsed() + KEEPALIVE > SILENCE) {
-            // One more interval for the answer, then look again.
+            // One more interval for the answer, then check again.
             sleep_until(Instant::now() + KEEPALIVE).await;
             if lock(pings).waiting.is_some_and(|since| since.elapsed() >= SILENCE) {
                 return;
@@ -225,6 +260,7 @@ async fn probe(outbox: &Outbox, pings: &Mutex<Pings>) {
 }
 
 impl Pings {
+    /// Number of the ping to send now, if one is due; otherwise the time of the unanswered one.
     fn tick(&mut self) -> (Option<u64>, Option<Instant>) {
         if !self.enabled || self.waiting.is_some() {
             return (None, self.waiting);
@@ -234,7 +270,7 @@ impl Pings {
         (Some(self.sent), None)
     }
 
-    /// How long the answer took, if it is the one that was waited for.
+    /// Time from the ping to this pong, if it answers the latest ping.
     fn pong(&mut self, number: u64) -> Option<Duration> {
         if number != self.sent || number <= self.answered {
             return None;

@@ -1,10 +1,10 @@
-//! The socket that a russh session gets: it keeps reading while a write is pending, insists on strict key
-//! exchange, and can be cut.
+//! The socket of a russh session: it reads ahead while a write is pending, requires strict key exchange, and can be
+//! cut.
 //!
-//! A session does not read while it writes (D2), so two busy sessions can wait for each other for ever. The guard
-//! reads ahead into a bounded buffer then; the bound is what the peer may have in flight, so an honest peer's
-//! writes always proceed. And a session can't be stopped from outside (its task outlives every handle): cutting
-//! its socket ends it.
+//! A session does not read while it writes (D2), so two busy sessions can deadlock. While a write is pending, the
+//! guarded socket reads ahead into a bounded buffer. The bound is the number of bytes that the peer may have in
+//! flight, so the writes of an honest peer always proceed. A session can't be stopped from outside, because its task
+//! outlives every handle; cutting its socket ends it.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -24,23 +24,23 @@ use self::strict::StrictKex;
 
 mod strict;
 
-/// Read-ahead of a connection whose peer has not authenticated yet, in bytes.
+/// Read-ahead limit before the peer has authenticated, in bytes.
 const UNAUTHENTICATED_READ_AHEAD: usize = 256 * 1024;
-/// The most that framing and channel messages may take besides the data that credits count, in bytes; a quarter of that
-/// data where it is less: eight strangers that never read must not take 8 MiB for it.
+/// Most bytes of framing and channel messages, in addition to the data that credits count. A smaller limit gets a
+/// quarter of its data instead, so that eight unproven peers that never read do not take 8 MiB.
 const READ_AHEAD_SLACK: usize = 1024 * 1024;
-/// An identification is shorter (RFC 4253 4.2), in bytes.
+/// Longest identification line (RFC 4253 4.2), in bytes.
 const LINE: usize = 256;
-/// A piece of what has been read ahead, in bytes.
+/// Size of a piece of the read-ahead, in bytes.
 const READ: usize = 64 * 1024;
-/// What is read along with the length of a packet, in bytes.
+/// Size of a read that starts with the length of a packet, in bytes.
 const SMALL: usize = 2048;
-/// Reads of at most so many bytes are for the length of a packet, or for what the ciphers need to know it (RFC 4253 6).
+/// Largest read of a session that asks only for the length of a packet (RFC 4253 6), in bytes.
 const LENGTH: usize = 16;
-/// Room for pieces that an empty read-ahead keeps.
+/// Capacity that an empty read-ahead keeps, in pieces.
 const KEEP: usize = 8;
 
-/// The handle on a guarded socket.
+/// Handle of a guarded socket.
 #[derive(Clone, Debug)]
 pub struct Guard(Arc<Shared>);
 
@@ -50,7 +50,7 @@ struct Shared {
     read_ahead: AtomicUsize,
     waker: Mutex<Option<Waker>>,
     since: Instant,
-    /// When something was written after which nothing has arrived: in milliseconds from `since`, and one more; 0 is never.
+    /// Time of the oldest write after which nothing has arrived: 1 + milliseconds from `since`; 0 if there is none.
     unanswered: AtomicU64,
 }
 
@@ -85,13 +85,13 @@ impl Default for Guard {
 }
 
 impl Guard {
-    /// How long ago something was written after which nothing has arrived; none if something has.
+    /// Age of the oldest write after which nothing has arrived; none if bytes have arrived since.
     pub fn unanswered(&self) -> Option<Duration> {
         let written = self.0.unanswered.load(Ordering::Relaxed).checked_sub(1)?;
         Some(Duration::from_millis(self.0.now().saturating_sub(written)))
     }
 
-    /// Cuts the connection: the session ends with an I/O error at once.
+    /// Cuts the connection: the session ends at once with an I/O error.
     pub fn cut(&self) {
         self.0.cut.store(true, Ordering::Release);
         let waker = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -100,7 +100,10 @@ impl Guard {
         }
     }
 
-    /// Waits until it is cut. Only while nobody reads or writes: they are woken instead.
+    /// Waits until the connection is cut. Cancellation safe.
+    ///
+    /// Call it only while no session or other task reads or writes the socket: all share one waker, so a reader or
+    /// writer that polls later takes the wake-up. This is not enforced.
     pub async fn until_cut(&self) {
         poll_fn(|cx| {
             *self.0.waker.lock().unwrap_or_else(PoisonError::into_inner) = Some(cx.waker().clone());
@@ -109,13 +112,13 @@ impl Guard {
         .await;
     }
 
-    /// The peer has authenticated and may have this much in flight towards us.
+    /// Sets the read-ahead limit from the number of bytes that the peer, now authenticated, may have in flight to us.
     pub fn set_read_ahead_limit(&self, bytes: usize) {
         self.0.read_ahead.store(bytes + READ_AHEAD_SLACK.min(bytes / 4), Ordering::Relaxed);
     }
 }
 
-/// A socket under guard.
+/// A guarded socket, for a russh session.
 #[derive(Debug)]
 pub struct Guarded<S> {
     socket: S,
@@ -124,8 +127,8 @@ pub struct Guarded<S> {
     strict: StrictKex,
 }
 
-/// What has been read ahead: in pieces, for one buffer that grows would be copied again and again, and take up to three
-/// times the memory.
+/// Bytes that have been read ahead, in pieces: one growing buffer would be copied each time it grows, and take up to
+/// three times the memory.
 #[derive(Debug, Default)]
 struct ReadAhead {
     pieces: VecDeque<BytesMut>,
@@ -133,8 +136,8 @@ struct ReadAhead {
 }
 
 impl ReadAhead {
-    /// Reads once, into memory that nobody has to clear first; what was read, and none where nothing is there. `size` is
-    /// that of a new piece.
+    /// Reads once, into memory that needs no zeroing. Returns the bytes, or none if no bytes have arrived. `size` is
+    /// the size of a new piece, in bytes.
     fn read_from<S: AsyncRead + Unpin>(
         &mut self,
         size: usize,
@@ -155,7 +158,7 @@ impl ReadAhead {
         }
     }
 
-    /// The same for a few bytes, which take no more memory than they are.
+    /// Appends a few bytes in a piece of their own size.
     fn push_line(&mut self, data: &[u8]) {
         self.len += data.len();
         self.pieces.push_back(data.into());
@@ -174,14 +177,14 @@ impl ReadAhead {
             }
         }
         if self.len == 0 && self.pieces.capacity() > KEEP {
-            // Gives the memory of a burst back.
+            // Frees the memory of a burst.
             self.pieces = VecDeque::new();
         }
     }
 }
 
 impl<S> Guarded<S> {
-    /// Puts `socket` under guard; `peer` is what the other side is.
+    /// Guards `socket`; `peer` is the role of the other end.
     pub fn new(socket: S, peer: Peer) -> (Self, Guard) {
         let guard = Guard::default();
         let guarded =
@@ -189,7 +192,7 @@ impl<S> Guarded<S> {
         (guarded, guard)
     }
 
-    /// Takes note of what has arrived.
+    /// Inspects bytes that have arrived.
     fn inspect(strict: &mut StrictKex, guard: &Guard, data: &[u8]) -> io::Result<()> {
         if !data.is_empty() {
             guard.0.arrived();
@@ -204,8 +207,8 @@ impl<S> Guarded<S> {
         Ok(())
     }
 
-    /// Remembers whom to wake for a cut. Called when a poll is about to be pending.
-    fn watch(&self, cx: &Context<'_>) {
+    /// Registers the waker for a cut. Called when a poll is about to return pending.
+    fn wake_on_cut(&self, cx: &Context<'_>) {
         let mut waker = self.guard.0.waker.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *waker {
             Some(waker) if waker.will_wake(cx.waker()) => {}
@@ -215,10 +218,11 @@ impl<S> Guarded<S> {
 }
 
 impl<S: AsyncRead + Unpin> Guarded<S> {
-    /// Waits until the peer has said its first line, or as much as one takes. It is read again by the session.
+    /// Waits until the peer has sent its first line, or as many bytes as one may have. The session reads them again.
+    /// Cancellation safe.
     ///
     /// # Errors
-    /// The peer has left, or has been cut.
+    /// The peer closed the connection, or it was cut.
     pub async fn first_line(&mut self) -> io::Result<()> {
         poll_fn(|cx| self.poll_first_line(cx)).await
     }
@@ -230,7 +234,7 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
             self.check()?;
             match Pin::new(&mut self.socket).poll_read(cx, &mut buffer)? {
                 Poll::Pending => {
-                    self.watch(cx);
+                    self.wake_on_cut(cx);
                     self.check()?;
                     return Poll::Pending;
                 }
@@ -248,13 +252,13 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
         }
     }
 
-    /// Reads what is there while a write is pending, as far as the bound allows.
+    /// Reads the bytes that have arrived, up to the limit.
     fn read_ahead(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let bound = self.guard.0.read_ahead.load(Ordering::Relaxed);
         while self.ahead.len < bound {
             match self.ahead.read_from(READ, &mut self.socket, cx) {
                 Ok(Some(data)) if !data.is_empty() => Self::inspect(&mut self.strict, &self.guard, data)?,
-                // Nothing there; the end of file or an error, which the next ordinary read meets again.
+                // No bytes, the end of file, or an error, which the next ordinary read meets again.
                 Ok(_) | Err(_) => break,
             }
         }
@@ -274,8 +278,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
             this.ahead.take(out);
             return Poll::Ready(Ok(()));
         }
-        // A session reads the four bytes of a packet's length, then the packet. With what may follow taken along, a small
-        // packet costs one system call; a large one still goes where it belongs without a copy.
+        // A session reads the length of a packet (four bytes), then the packet. Reading more with the length makes a
+        // small packet cost one system call. Most of a large packet is still read without a copy.
         if out.remaining() <= LENGTH {
             return match this.ahead.read_from(SMALL, &mut this.socket, cx) {
                 Ok(Some(data)) => {
@@ -284,7 +288,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
                     Poll::Ready(Ok(()))
                 }
                 Ok(None) => {
-                    this.watch(cx);
+                    this.wake_on_cut(cx);
                     this.check()?;
                     Poll::Pending
                 }
@@ -294,7 +298,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
         let old = out.filled().len();
         match Pin::new(&mut this.socket).poll_read(cx, out) {
             Poll::Pending => {
-                this.watch(cx);
+                this.wake_on_cut(cx);
                 this.check()?;
                 Poll::Pending
             }
@@ -313,7 +317,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
         let poll = Pin::new(&mut this.socket).poll_write(cx, data);
         if poll.is_pending() {
             this.read_ahead(cx)?;
-            this.watch(cx);
+            this.wake_on_cut(cx);
             this.check()?;
         } else {
             this.guard.0.wrote();
@@ -336,7 +340,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_first_line_is_waited_for_and_then_read_by_the_session_with_what_followed() {
+    async fn the_session_reads_the_first_line_and_the_bytes_behind_it() {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let (mut peer, socket) = tokio::io::duplex(64);
         let (mut guarded, _guard) = Guarded::new(socket, Peer::Client);
@@ -354,7 +358,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_first_line_that_never_comes_ends_with_the_peer_and_with_a_cut() {
+    async fn waiting_for_a_first_line_ends_with_the_peer_and_a_cut() {
         let (peer, socket) = tokio::io::duplex(64);
         let (mut guarded, _guard) = Guarded::new(socket, Peer::Client);
         drop(peer);
@@ -369,7 +373,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_written_is_unanswered_until_something_arrives() {
+    async fn a_write_is_unanswered_until_bytes_arrive() {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let second = Duration::from_secs(1);
         let (mut peer, socket) = tokio::io::duplex(64);
@@ -380,7 +384,7 @@ mod tests {
             guarded.write_all(b"a").await.unwrap();
             tokio::time::sleep(second).await;
         }
-        assert_eq!(guard.unanswered(), Some(2 * second), "since the first of them");
+        assert_eq!(guard.unanswered(), Some(2 * second), "since the first write");
         peer.write_all(b"S").await.unwrap();
         assert_eq!(guarded.read_u8().await.unwrap(), b'S');
         assert_eq!(guard.unanswered(), None);
@@ -389,12 +393,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_ahead_comes_out_whole_and_in_order_and_leaves_no_memory() {
+    fn the_read_ahead_keeps_every_byte_in_order_and_frees_memory() {
         let data: Vec<u8> = (0..5 * READ + 17).map(|at| (at % 251) as u8).collect();
         let mut ahead = ReadAhead::default();
         let mut out = Vec::new();
         let mut buffer = [0; 40_000];
-        // Pieces of other sizes than those that go in and come out, and never all of it at once.
+        // Chunk sizes that match neither the pieces nor the reads, and never all bytes at once.
         let mut context = Context::from_waker(Waker::noop());
         for mut pushed in data.chunks(50_001) {
             while ahead

@@ -1,4 +1,4 @@
-//! A connection as the tunnel crate's link.
+//! A connection as a link of the tunnel crate.
 
 use std::future::Future;
 
@@ -12,11 +12,14 @@ use tokio::time::timeout;
 
 use crate::channel::{ChannelReceiver, ChannelSender, Message, split};
 
-/// How an end opens the channel of a named stream.
+/// Opens the channel of a named stream; each end has its own implementation.
 pub trait Opener: Clone + Send + Sync + 'static {
-    /// The messages of its session.
+    /// Message type of its session.
     type Message: Message;
-    /// Opens the channel; `id` goes in as the originator port.
+    /// Opens the channel, with the stream id as the originator port.
+    ///
+    /// # Errors
+    /// The peer refuses the channel, or the connection is gone.
     fn open(
         &self,
         name: &TunnelName,
@@ -32,12 +35,12 @@ pub struct SshLink<O> {
 }
 
 impl<O: Opener> SshLink<O> {
-    /// A link over a connection with this flow control.
+    /// Makes the link of a connection with this flow control.
     pub fn new(opener: O, credits: Credits) -> Self {
         Self { opener, credits }
     }
 
-    /// What it opens channels with.
+    /// Opener of its channels.
     pub fn opener(&self) -> &O {
         &self.opener
     }
@@ -58,12 +61,12 @@ impl<O: Opener> Link for SshLink<O> {
         let (done, opened) = oneshot::channel();
         let open = self.opener.open(name, flow.id());
         let credits = self.credits.clone();
-        // On a task of its own, so that it runs to its end: a server session that gets the answer to an open
-        // that nobody waits for any more dies of a refusal and leaks a confirmation.
+        // A task of its own runs to the end even if our future is dropped. Otherwise a server session that receives
+        // the answer to a dropped open would end after a refusal, and leak the channel after a confirmation.
         tokio::spawn(async move {
             if let Err(Ok(late)) = done.send(open.await) {
-                // The client of the inbound has left meanwhile. The session may be gone too, or wait for us to take
-                // what arrives before it takes our close (D1): neither cut nor end would ever reach it then.
+                // The client of the inbound has left. The session may wait for us to take messages before it takes our
+                // close (D1), and then neither a cut nor the end of the connection would reach it. Or it may be gone.
                 let (mut receiver, sender) = split(late);
                 tokio::select! {
                     _ = sender.close() => {}

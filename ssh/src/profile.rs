@@ -1,4 +1,4 @@
-//! The SSH profile: plain RFC 4253 and 4254, few algorithms.
+//! The SSH profile: RFC 4253 and 4254 with few algorithms.
 
 use std::borrow::Cow;
 
@@ -9,21 +9,20 @@ use secure_comms_protocol::limits::{
     AUTH_TRIES, KEEPALIVE, KEEPALIVE_TRIES, MESSAGE_MAX, REKEY_TIME, SILENCE, SSH_WINDOW,
 };
 
-/// Messages of one channel that may wait for its task. With credits the task takes them at once; a peer without
-/// can fill this, for each of its streams.
+/// Messages of one channel that may wait for its task, in the Kubernetes phase. With credits the task takes them at
+/// once; a peer without credits can fill the queue of each stream.
 const CHANNEL_QUEUE: usize = 32;
-/// The same while strangers are let in.
+/// Messages of one channel that may wait for its task, in the Attestation phase, where peers are unproven.
 const UNAUTHENTICATED_CHANNEL_QUEUE: usize = 4;
 
-/// Messages of all channels together that wait for the session (russh's client has 10, and no way to say otherwise). More
-/// than it takes to keep it busy only makes a small message wait behind bulk data, and spoils the caches.
+/// Messages of all channels together that may wait for the session. (russh's client has a fixed 10.) A longer queue
+/// only makes small messages wait behind bulk data, and pollutes the caches.
 const SESSION_QUEUE: usize = 4;
 
-/// The first line that both ends send (RFC 4253 4.2).
+/// First line that both ends send (RFC 4253 4.2).
 const IDENTIFICATION: &str = concat!("SSH-2.0-SecureComms_", env!("CARGO_PKG_VERSION"));
 
-/// The algorithms. The four extension names must be in the list: without them russh turns strict key exchange
-/// off without a word.
+/// Algorithms of both ends. Without the four extension names in the list, russh silently turns strict key exchange off.
 fn preferred() -> Preferred {
     const KEX: &[kex::Name] = &[
         kex::MLKEM768X25519_SHA256,
@@ -38,7 +37,7 @@ fn preferred() -> Preferred {
         key: Cow::Borrowed(&[Algorithm::Ed25519]),
         host_key_certificates: Cow::Borrowed(&[]),
         cipher: Cow::Borrowed(&[cipher::AES_256_GCM, cipher::CHACHA20_POLY1305]),
-        // Both ciphers authenticate by themselves.
+        // Both ciphers are AEADs: they need no MAC.
         mac: Cow::Borrowed(&[]),
         compression: Cow::Borrowed(&[compression::NONE]),
     }
@@ -48,13 +47,13 @@ fn limits(rekey_bytes: usize) -> Limits {
     Limits { rekey_write_limit: rekey_bytes, rekey_read_limit: rekey_bytes, rekey_time_limit: REKEY_TIME }
 }
 
-/// The agent's side in a phase; `host_key` is what it proves itself with.
+/// Configuration of the agent's server in a phase. `rekey_bytes` is the limit in each direction, in bytes.
 pub fn server(phase: PhaseName, host_key: PrivateKey, rekey_bytes: usize) -> server::Config {
     let methods: &[MethodKind] = &[MethodKind::None, MethodKind::PublicKey];
     server::Config {
         server_id: SshId::Standard(Cow::Borrowed(IDENTIFICATION)),
         methods: MethodSet::from(methods),
-        // The answer depends on public keys alone, compared in constant time: no delay hides anything.
+        // No delay is needed: the answer depends on public keys only, which are compared in constant time.
         auth_rejection_time: std::time::Duration::ZERO,
         auth_rejection_time_initial: None,
         keys: vec![host_key],
@@ -76,7 +75,7 @@ pub fn server(phase: PhaseName, host_key: PrivateKey, rekey_bytes: usize) -> ser
     }
 }
 
-/// The adaptor's side.
+/// Configuration of the adaptor's client. `rekey_bytes` is the limit in each direction, in bytes.
 pub fn client(rekey_bytes: usize) -> client::Config {
     client::Config {
         client_id: SshId::Standard(Cow::Borrowed(IDENTIFICATION)),

@@ -1,11 +1,11 @@
-//! Makes the messages, the client and the server from the proto files.
+//! Generates messages, client and server from the proto files.
 
 use std::error::Error;
 use std::path::Path;
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
-/// A file each; their inner attributes rule out `include!`, so one that may be included names them.
+/// One file each; their inner attributes rule out `include!`, so a file that can be included names them.
 const MODULES: &str = "pub mod agent;\npub mod agent_ttrpc;\npub mod oci;\n";
 
 fn main() -> Result<(), Box<dyn Error>> {

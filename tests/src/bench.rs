@@ -1,19 +1,23 @@
-//! Secure Comms beside stock OpenSSH: the same server, the same load, in turns, in one run.
+//! Compares Secure Comms with stock OpenSSH: the same server and the same load, alternating, in one run.
 //!
-//! - [`load`]: the server and its clients, which check what they move;
-//! - [`place`]: where the two ends run: here, or at the ends of a [`crate::line`];
-//! - [`contender`]: ours or OpenSSH, connected, with a tunnel to the server;
-//! - [`measure`]: what is measured of one contender in one turn;
-//! - [`groups`]: which measurements, at which place, and what we want to reach;
-//! - [`report`], [`plot`]: tables and pictures.
+//! - `load`: the server and its clients, which check what they move;
+//! - `place`: where the two ends run: here, or at the ends of an `impaired_link`(crate::simulators::impaired_link);
+//! - `contender`: Secure Comms or OpenSSH, connected, with a tunnel to the server;
+//! - `measure`: the measurements of one contender in one round;
+//! - `groups`: which measurements run at which place, and their goals;
+//! - `tables`, `plot`: tables and pictures.
 //!
-//! Every figure is a median over rounds, every ratio the median of the rounds' ratios: what slows a round down slows
-//! both. Nothing here fails because something was slow.
+//! Every figure is a median over rounds, every ratio the median of the rounds' ratios: a slow round slows both
+//! contenders. No measurement fails because it is slow.
 
-pub mod contender;
+mod load;
+
+mod contender;
+mod place;
+
+mod measure;
+
 pub mod groups;
-pub mod load;
-pub mod measure;
-pub mod place;
-pub mod plot;
-pub mod report;
+
+mod plot;
+pub mod tables;

@@ -1,8 +1,8 @@
-//! Pod VMs under qemu: the machine, what it boots, and how user data gets in. The worker node's side is a
-//! [`Scene`](crate::scene::Scene), as everywhere.
+//! Pod VMs under qemu: the machine, what it boots, and the source of its user data. At the worker node's side is a
+//! [`Scene`](crate::harness::scene::Scene), as in other tests.
 //!
-//! The machine's network is qemu's user network, closed but for one port of the host's loopback, which leads to port 2222
-//! of the guest. So the VM reaches the KBS through the agent's tunnel or not at all.
+//! The machine's network is qemu's user network, closed except for one port of the host's loopback, which is forwarded to
+//! port 2222 of the guest. So the VM reaches the KBS through the agent's tunnel only.
 
 mod artifacts;
 mod firmware;
@@ -13,6 +13,6 @@ mod user_data;
 
 pub use artifacts::{Artifacts, artifacts};
 pub use firmware::{Certificate, test_certificate};
-pub use machine::{Boot, Machine, MachineOptions, Platform, Turn};
+pub use machine::{Boot, Machine, MachineOptions, MachinePermit, Platform};
 pub use pod::{AGENT, Pod, scene};
 pub use user_data::{UserData, apf_json};

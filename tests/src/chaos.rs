@@ -1,25 +1,31 @@
-//! Pod lives under faults: each is drawn from a seed, run over the real binaries, and held against what must always be true.
+//! Pod lifetimes under faults: each is drawn from a seed, runs the real binaries, and is checked against the requirements.
 //!
-//! In the order of a life:
+//! In the order of a lifetime:
 //!
-//! - [`script`]: what is drawn: the path, the phase that is hit, the faults and when; from the seed only;
-//! - [`site`]: the pod with all around it; [`program`]: its processes, started again when they end; [`disk`]: their disks;
-//! - [`traffic`]: clients at every inbound, all the time, that check each byte; [`stranger`]: one that tries every door;
-//! - [`strike`]: how a fault is done, and undone;
-//! - [`life`]: all of that, one after the other; [`secrets`], [`resources`]: what is looked for once it is over;
-//! - [`soak`]: one pod that reconnects many times, and what that leaves behind; [`leftovers`]: what all of it has left behind here;
-//! - [`report`]: what many lives come to.
+//! - `script`: what is drawn from the seed: path, phase, faults and their times;
+//! - `pod_scene`: the pod and everything around it; `program`: its processes and their supervisor; `disk`: their disks;
+//! - `traffic`: clients at every inbound that check each byte; `attacker`: connects to the agent without keys;
+//! - `fault`: injects a fault, and removes it again;
+//! - `lifetime`: all of that in sequence; `secrets`, `resources`: the checks at the end;
+//! - `soak`: one pod that reconnects many times; `leftovers`: what the run left on this machine;
+//! - `summary`: summary of many lifetimes.
+
+pub mod script;
 
 pub mod disk;
+mod pod_scene;
+mod program;
+
+mod attacker;
+mod fault;
+mod traffic;
+
+pub mod lifetime;
+
+mod resources;
+mod secrets;
+
 pub mod leftovers;
-pub mod life;
-pub mod program;
-pub mod report;
-pub mod resources;
-pub mod script;
-pub mod secrets;
-pub mod site;
 pub mod soak;
-pub mod stranger;
-pub mod strike;
-pub mod traffic;
+
+pub mod summary;

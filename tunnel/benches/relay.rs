@@ -1,5 +1,5 @@
-//! What the relay itself costs: over streams in memory, so that no transport stands between its two ends. Both ends and the
-//! programs beyond them share one thread, as in the agent.
+//! Cost of the relay itself, over streams in memory without a transport. Both ends and their programs share one thread,
+//! as in the agent.
 //!
 //! `cargo bench -p secure-comms-tunnel --bench relay`
 #![allow(
@@ -22,16 +22,16 @@ use secure_comms_protocol::limits::CreditLimits;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::{Builder, Runtime};
 
-/// What one round of the bulk benchmark moves.
+/// Bytes of one round of the bulk benchmark.
 const BULK: usize = 16 * 1024 * 1024;
-/// A request, and its answer.
+/// Bytes of a request and of its answer.
 const MESSAGE: usize = 200;
 
 fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// Two programs, joined by a tunnel between their sockets: `kind` 0 is TCP, 1 is unix.
+/// Two programs joined by a tunnel between their sockets; `kind` 0 is TCP, 1 is unix.
 async fn tunnel(kind: usize) -> (Connection, Box<dyn Io>, Box<dyn Io>) {
     let (client, near) = both_kinds().await.swap_remove(kind);
     let (server, far) = both_kinds().await.swap_remove(kind);
@@ -40,7 +40,7 @@ async fn tunnel(kind: usize) -> (Connection, Box<dyn Io>, Box<dyn Io>) {
     (connection, client, server)
 }
 
-/// How long it takes to move the bulk one way, so often.
+/// Time of this number of bulk transfers in one direction.
 async fn bulk(rounds: u64, kind: usize) -> Duration {
     let (_connection, mut client, mut server) = tunnel(kind).await;
     let data = vec![7; 64 * 1024];
@@ -65,7 +65,7 @@ async fn bulk(rounds: u64, kind: usize) -> Duration {
     start.elapsed()
 }
 
-/// How long so many requests take, each after the answer to the one before.
+/// Time of this number of requests, each sent after the previous answer.
 async fn ping_pong(rounds: u64, kind: usize) -> Duration {
     let (_connection, mut client, mut server) = tunnel(kind).await;
     let (mut request, mut answer) = ([1; MESSAGE], [2; MESSAGE]);

@@ -1,9 +1,17 @@
-//! Flow control by credits: what a peer may have on its way to us on each stream.
+//! Flow control by credits: limits the bytes that a peer may have in flight to us on each stream.
 //!
-//! An SSH window is re-opened by the library as soon as a message has arrived, not when it has been consumed
-//! (RUSSH_NOTES D1), so it bounds nothing. Credits do: a sender spends them, and gets them back over the control
-//! channel once the receiver's socket has taken the bytes. A message costs its length, at least
-//! [`MESSAGE_COST_MIN`]. A peer that does not speak credits gets plain channels.
+//! The SSH library reopens its window as soon as a message has arrived, not when it has been consumed (D1 in
+//! docs/PROTOCOL.md, section 12), so the SSH window bounds nothing. Credits do. A sender spends credit with each
+//! message, and receives it back over the control channel once the receiver's socket has taken the bytes. A message
+//! costs its length, at least [`MESSAGE_COST_MIN`]. A peer that does not use credits gets channels with SSH windows
+//! only.
+//!
+//! [`Credits`] is the flow control of a connection, [`Flow`] that of one stream. [`Credit`] is the control message
+//! that gives credit back.
+//!
+//! Locks: the table of a connection and the window of a stream are both locked by [`Flow::consumed`] (window, then
+//! table) and by the drop of a [`Flow`] (table, then window). The opposite orders can't deadlock: a window belongs to
+//! one flow, and while that flow is dropped no other borrow of it exists.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering::Relaxed};
@@ -19,21 +27,22 @@ use self::window::Window;
 
 mod window;
 
-/// Below this much credit a sender waits until a good deal has come back, rather than send splinters.
+/// Low watermark of a sender, in bytes of credit: below it the sender waits for its high watermark, so that it does not
+/// send many small messages.
 const LOW_WATER: i64 = 4096;
-/// More than any honest peer ever grants one stream, in bytes.
+/// Most credit that a stream keeps, in bytes. No honest peer grants this much.
 const GRANT_MAX: i64 = 1 << 30;
 
-/// How the peer of a connection does flow control.
+/// Flow control that the peer of a connection uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerFlow {
-    /// By credits; what it grants each stream to begin with, in bytes.
+    /// Credits; with the initial credit of each stream, in bytes.
     Credits(u32),
-    /// By SSH windows alone (stock OpenSSH).
+    /// SSH windows only (stock OpenSSH).
     WindowOnly,
 }
 
-/// Which end of the connection numbers its streams how.
+/// The end of the connection that we are. It decides which stream ids we use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     /// The adaptor: odd stream ids.
@@ -42,13 +51,13 @@ pub enum Side {
     Agent,
 }
 
-/// Why a stream can't be had.
+/// Why a stream can't be registered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StreamError {
-    /// The limit of the connection.
+    /// The connection has as many streams as it may have.
     #[error("{}", RefusalReason::TooManyStreams)]
     TooMany,
-    /// The peer used a stream id that is in use, or not its own to give.
+    /// The peer used a stream id that is in use, or that belongs to our range.
     #[error("{}", RefusalReason::BadStreamId(*.0))]
     BadId(u32),
     /// The connection is gone.
@@ -66,7 +75,7 @@ impl From<StreamError> for RefusalReason {
     }
 }
 
-/// The peer sent more than it was granted: it must not be trusted to stop.
+/// The peer sent more than its credit on this stream. The connection must end: nothing makes such a peer stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the peer overran the credit of stream {0}")]
 pub struct Overrun(pub u32);
@@ -89,18 +98,20 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Table {
-    /// Those with credits.
+    /// Streams with credits, by stream id.
     streams: HashMap<u32, Arc<SendState>>,
     next_id: u32,
-    /// All streams, those too that wait for the peer's hello.
+    /// Number of streams, with those that wait for the peer's hello.
     slots: usize,
+    /// Credit to give back, in bytes, by stream id.
     grants: HashMap<u32, u32>,
+    /// Bytes of the growth pool that windows have taken.
     pool_used: u32,
-    /// The shortest seen; the others have waited in our own queues.
+    /// Shortest round trip seen; longer ones include time in our own queues.
     round_trip: Option<Duration>,
 }
 
-/// What the peer lets us send on a stream.
+/// Credit that we may spend on a stream.
 #[derive(Debug)]
 struct SendState {
     available: AtomicI64,
@@ -108,7 +119,7 @@ struct SendState {
 }
 
 impl Credits {
-    /// The flow control of a new connection.
+    /// Makes the flow control of a new connection.
     pub fn new(side: Side, limits: CreditLimits) -> Self {
         let next_id = if side == Side::Adaptor { 1 } else { 2 };
         let table = Table { next_id, ..Table::default() };
@@ -124,12 +135,13 @@ impl Credits {
         }))
     }
 
-    /// What we grant each stream to begin with: the `credit` of our hello.
+    /// Credit that we grant each new stream, in bytes: the `credit` of our hello.
     pub fn initial(&self) -> u32 {
         self.0.limits.initial
     }
 
-    /// The peer has said, or will never say, what it grants. The first word counts.
+    /// Sets the flow control that the peer uses: that of its hello, or [`PeerFlow::WindowOnly`] if it will send none.
+    /// Streams wait for it. Only the first call has an effect.
     pub fn set_peer_mode(&self, peer: PeerFlow) {
         self.0.peer.send_if_modified(|current| {
             let first = current.is_none();
@@ -138,12 +150,12 @@ impl Credits {
         });
     }
 
-    /// Whether the peer's flow control was settled as this.
+    /// Whether the peer's flow control is known, and is this.
     pub fn peer_mode_is(&self, peer: PeerFlow) -> bool {
         *self.0.peer.borrow() == Some(peer)
     }
 
-    /// Waits until the peer's flow control is known.
+    /// Waits until the peer's flow control is known. Cancellation safe.
     ///
     /// # Errors
     /// The connection ends first.
@@ -157,23 +169,23 @@ impl Credits {
         }
     }
 
-    /// A message to the peer and its answer took this long.
+    /// Records the time from a ping to its pong.
     pub fn round_trip(&self, took: Duration) {
         let mut table = self.table();
         table.round_trip = Some(table.round_trip.map_or(took, |shortest| shortest.min(took)));
     }
 
-    /// The shortest round trip of which we were told.
+    /// Shortest round trip recorded; none before the first.
     pub fn shortest_round_trip(&self) -> Option<Duration> {
         self.table().round_trip
     }
 
-    /// The connection has ended, or must: nobody will grant anything any more.
+    /// Ends the connection for its streams: waits for credit or for room end.
     pub fn end(&self) {
         self.0.gone.send_replace(true);
     }
 
-    /// Waits until no stream is open. For one caller at a time.
+    /// Waits until no stream is open. Only one task may wait. Cancellation safe.
     pub async fn idle(&self) {
         while self.open_streams() > 0 {
             self.0.slot_free.notified().await;
@@ -185,16 +197,17 @@ impl Credits {
         *self.0.gone.borrow()
     }
 
-    /// Waits until the connection has ended.
+    /// Waits until the connection has ended. Cancellation safe.
     pub async fn gone(&self) {
-        // The sender lives in self, so this only ends by the value.
+        // The sender lives in self, so the wait ends only with the value.
         drop(self.0.gone.subscribe().wait_for(|gone| *gone).await);
     }
 
-    /// Registers a stream that we are about to open.
+    /// Registers a stream that we are about to open, and gives it a stream id. Waits for the peer's flow control;
+    /// cancellation safe.
     ///
     /// # Errors
-    /// Too many are open, or the connection ended before the peer said hello.
+    /// Too many streams are open, or the connection ended before the peer's flow control was known.
     pub async fn open(&self) -> Result<Flow, StreamError> {
         let slot = self.slot()?;
         let peer = self.peer().await?;
@@ -207,10 +220,11 @@ impl Credits {
         Ok(self.register(table, slot, id, peer))
     }
 
-    /// Registers a stream that the peer asks for.
+    /// Registers a stream that the peer opens with this stream id. Waits for the peer's flow control; cancellation
+    /// safe.
     ///
     /// # Errors
-    /// Too many are open, or the id is not one it may use.
+    /// Too many streams are open, the peer may not use the id, or the connection ended.
     pub async fn accept(&self, id: u32) -> Result<Flow, StreamError> {
         let slot = self.slot()?;
         let peer = self.peer().await?;
@@ -224,7 +238,8 @@ impl Credits {
         Ok(self.register(table, slot, id, peer))
     }
 
-    /// Room for one stream. Taken before the peer has said hello: a peer that never does can't pile up opens.
+    /// Takes room for one stream. It is taken before the peer's hello, so that a peer without a hello can't pile up
+    /// opens.
     fn slot(&self) -> Result<Slot, StreamError> {
         let mut table = self.table();
         if table.slots >= self.0.limits.streams {
@@ -247,7 +262,7 @@ impl Credits {
         Flow { id, slot, credit, window_only_held: AtomicU32::new(0) }
     }
 
-    /// The peer has granted more; for streams that are gone it means nothing.
+    /// Adds credit that the peer gave back. Credit for a stream that is gone is ignored.
     pub fn granted(&self, credit: Credit) {
         let send = self.table().streams.get(&credit.stream).cloned();
         if let Some(send) = send {
@@ -259,7 +274,8 @@ impl Credits {
         }
     }
 
-    /// Waits for credit to give back, coalesced by stream.
+    /// Waits for credit to give back, and takes it: one entry for each stream. Only one task may wait. Cancellation
+    /// safe.
     pub async fn grants(&self) -> Vec<Credit> {
         loop {
             let grants = std::mem::take(&mut self.table().grants);
@@ -270,7 +286,7 @@ impl Credits {
         }
     }
 
-    /// How many streams are open, or wait for the peer's hello.
+    /// Number of streams that are open or wait for the peer's flow control.
     pub fn open_streams(&self) -> usize {
         self.table().slots
     }
@@ -280,12 +296,12 @@ impl Credits {
     }
 }
 
-/// Ids go up in steps of two and start over before they leave u32; 0 is nobody's.
+/// Next stream id: ids go up in steps of two, and restart before they exceed u32. No stream has id 0.
 fn next_id(id: u32, side: Side) -> u32 {
     id.checked_add(2).unwrap_or(if side == Side::Adaptor { 1 } else { 2 })
 }
 
-/// The room that one stream takes up on its connection.
+/// Place of one stream among those of its connection.
 #[derive(Debug)]
 struct Slot(Credits);
 
@@ -296,24 +312,24 @@ impl Drop for Slot {
     }
 }
 
-/// The flow control of one stream; gives everything back when it is dropped.
+/// Flow control of one stream. Dropping it gives its place and its window back to the connection.
 #[derive(Debug)]
 pub struct Flow {
     id: u32,
     slot: Slot,
     credit: Option<StreamCredit>,
-    /// What a stream without credits holds, in bytes; changed only with the table locked.
+    /// Bytes that a stream without credits holds; changed only with the table locked.
     window_only_held: AtomicU32,
 }
 
 #[derive(Debug)]
 struct StreamCredit {
     send: Arc<SendState>,
-    /// A sender that has run dry waits for this much.
+    /// High watermark of the sender, in bytes: a sender below [`LOW_WATER`] waits for this much credit.
     high_water: i64,
-    /// What the peer may still send us.
+    /// Credit that the peer may still spend, in bytes.
     outstanding: AtomicI64,
-    /// What the peer may have on its way to us at a time; never contended, and locked for no await.
+    /// Bytes that the peer may have in flight to us. Never contended, and not locked across an await.
     window: Mutex<Window>,
 }
 
@@ -321,8 +337,8 @@ impl StreamCredit {
     fn new(send: Arc<SendState>, theirs: u32, ours: u32) -> Self {
         Self {
             send,
-            // Nobody waits for ever: once the peer's socket has taken all we sent, the peer withholds less than half
-            // of the window (a batch), the window never shrinks below `theirs`, so more than this has come back.
+            // The wait always ends. Once the peer's socket has taken all we sent, the peer withholds less than one
+            // batch (half of the window). The window never shrinks below `theirs`, so more than this has come back.
             high_water: i64::from(theirs / 2).clamp(MESSAGE_COST_MIN.into(), MESSAGE_MAX as i64),
             outstanding: AtomicI64::new(ours.into()),
             window: Mutex::new(Window::new(ours)),
@@ -334,7 +350,7 @@ impl StreamCredit {
     }
 }
 
-/// What a message of `len` bytes costs.
+/// Cost of a message of `len` bytes, in bytes of credit.
 pub fn cost(len: usize) -> u32 {
     u32::try_from(len).unwrap_or(u32::MAX).max(MESSAGE_COST_MIN)
 }
@@ -346,13 +362,13 @@ impl Flow {
     }
 
     /// Whether the stream has credits.
-    pub fn has_credit(&self) -> bool {
+    pub(crate) fn has_credit(&self) -> bool {
         self.credit.is_some()
     }
 
-    /// Waits until more may be taken from a stream without credits: it may hold what one with credits is granted to begin
-    /// with, and beyond that what is left of the pool that those grow from. A peer that says no hello must not cost more
-    /// than one that does; and a two-way stream needs room, for a connection that is held up takes what we send no more.
+    /// Waits until a stream without credits may take another message. It may hold as much as the initial credit of a
+    /// stream with credits, and beyond that the rest of the growth pool. So a peer without a hello costs no more than
+    /// one with a hello. A two-way stream needs this room: a connection that is held up does not take our bytes either.
     pub(crate) async fn window_only_room(&self) {
         let shared = &self.slot.0.0;
         loop {
@@ -369,7 +385,7 @@ impl Flow {
         }
     }
 
-    /// A stream without credits holds this much now.
+    /// Changes the number of bytes that a stream without credits holds.
     fn hold_window_only(&self, change: impl Fn(u32) -> u32) {
         let initial = self.slot.0.0.limits.initial;
         let mut table = self.slot.0.table();
@@ -384,7 +400,8 @@ impl Flow {
         }
     }
 
-    /// Waits until something may be sent; how much, at most [`MESSAGE_MAX`] bytes. One task only may wait.
+    /// Waits until a message may be sent, and returns its largest size: at most [`MESSAGE_MAX`] bytes. Only one task
+    /// may wait. Cancellation safe: credit is spent by [`Flow::spend`] only.
     pub async fn ready(&self) -> usize {
         let Some(credit) = &self.credit else { return MESSAGE_MAX };
         let mut available = credit.send.available.load(Relaxed);
@@ -397,17 +414,17 @@ impl Flow {
         usize::try_from(available).unwrap_or(0).min(MESSAGE_MAX)
     }
 
-    /// A message of `len` bytes is about to be sent.
+    /// Spends credit for a message of `len` bytes that is about to be sent.
     pub fn spend(&self, len: usize) {
         if let Some(credit) = &self.credit {
             credit.send.available.fetch_sub(cost(len).into(), Relaxed);
         }
     }
 
-    /// A message of `len` bytes has arrived; what it cost the peer.
+    /// Counts a message of `len` bytes that has arrived, and returns its cost.
     ///
     /// # Errors
-    /// The peer had no credit for it, one message of slack aside: then the connection is ended too.
+    /// The peer exceeded its credit by more than one message. The connection is ended too.
     pub fn arrived(&self, len: usize) -> Result<u32, Overrun> {
         let cost = cost(len);
         let Some(credit) = &self.credit else {
@@ -422,7 +439,7 @@ impl Flow {
         Ok(cost)
     }
 
-    /// The socket has taken messages that cost this much.
+    /// Counts messages of this cost that the socket has taken; gives credit back when a batch is full.
     pub fn consumed(&self, cost: u32) {
         let Some(credit) = &self.credit else {
             return self.hold_window_only(|held| held.saturating_sub(cost));
@@ -444,7 +461,7 @@ impl Flow {
         self.slot.0.0.grants_waiting.notify_one();
     }
 
-    /// Waits until the connection has ended.
+    /// Waits until the connection has ended. Cancellation safe.
     pub async fn gone(&self) {
         self.slot.0.gone().await;
     }

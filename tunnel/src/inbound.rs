@@ -1,4 +1,4 @@
-//! Inbounds: where local clients of a tunnel connect.
+//! Inbounds: the listening side of tunnels, to which local clients connect.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -19,12 +19,12 @@ use crate::netns::{self, Namespace, NamespaceError};
 use crate::relay::{relay, report};
 use crate::socket::Socket;
 
-/// How long an inbound waits for its network namespace, which another service makes at boot.
+/// Timeout for an inbound's network namespace, which another service makes at boot.
 const NAMESPACE_WAIT: Duration = Duration::from_secs(30);
-/// Clients of a unix socket that may wait to be accepted, as std has it for TCP.
+/// Clients of a unix socket that may wait to be accepted; std uses the same number for TCP.
 const BACKLOG: u32 = 128;
 
-/// Why an inbound can't listen.
+/// An inbound can't listen.
 #[derive(Debug, thiserror::Error)]
 #[error("inbound {tag}: listening: {source}")]
 pub struct BindError {
@@ -32,7 +32,7 @@ pub struct BindError {
     source: NamespaceError,
 }
 
-/// An inbound that listens; its clients are served by [`Inbound::serve`].
+/// A listening inbound; [`Inbound::serve`] serves its clients.
 #[derive(Debug)]
 pub struct Inbound {
     tag: InboundTag,
@@ -43,7 +43,8 @@ pub struct Inbound {
 #[derive(Debug)]
 enum Listener {
     Tcp(TcpListener),
-    /// The path goes before the listener: then no other process takes it for left over, and loses its own to us.
+    /// Dropped in this order. While the listener exists, no other process takes the path for a stale socket; otherwise
+    /// we could remove the new socket of another process.
     Unix {
         _unlink: UnlinkOnDrop,
         listener: UnixListener,
@@ -62,10 +63,12 @@ impl Drop for UnlinkOnDrop {
 }
 
 impl Inbound {
-    /// Listens where the tag says. A network namespace that is not there yet is waited for.
+    /// Listens at the address of the tag. Waits up to 30 s for a network namespace that does not exist yet.
+    ///
+    /// Dropping the future closes the listener.
     ///
     /// # Errors
-    /// The address is taken, or the namespace can't be entered.
+    /// The address is in use, or the namespace can't be entered.
     pub async fn bind(tag: &InboundTag) -> Result<Self, BindError> {
         let error = |source| BindError { tag: tag.to_string(), source };
         let (listener, local) = match &tag.bind {
@@ -77,22 +80,22 @@ impl Inbound {
         Ok(Self { tag: tag.clone(), listener, local })
     }
 
-    /// The tag it was made from.
+    /// Tag of the inbound.
     pub fn tag(&self) -> &InboundTag {
         &self.tag
     }
 
-    /// Where it listens: `127.0.0.1:<port>` with the real port, or the path of a unix socket.
+    /// Address of the listener: `127.0.0.1:<port>` with the port in use, or the path of a unix socket.
     pub fn local(&self) -> &str {
         &self.local
     }
 
-    /// Serves clients for ever: each waits for a link (at most [`INBOUND_WAIT`]), then gets a stream on it.
+    /// Serves clients; never returns. Each client waits up to [`INBOUND_WAIT`] for a link, then gets a stream on it.
     /// Dropping the future closes the listener and every client.
     pub async fn serve<L: Link>(self, links: watch::Receiver<Option<L>>) {
         let name = &self.tag.name;
         let mut clients = JoinSet::new();
-        // What goes wrong is logged when it starts, changes and ends, not for every client.
+        // A fault is logged when it starts, changes and ends, not for every client.
         let (mut unserved, mut failing) = (String::new(), None);
         loop {
             let room = clients.len() < INBOUND_CLIENTS_MAX;
@@ -105,7 +108,7 @@ impl Inbound {
                     };
                     if now != unserved {
                         match now.as_str() {
-                            "" => log::info!("inbound {name}: clients are served again"),
+                            "" => log::info!("inbound {name}: recovered, clients are served"),
                             reason => log::warn!("inbound {name}: closing a client: {reason}"),
                         }
                         unserved = now;
@@ -116,10 +119,10 @@ impl Inbound {
                         failing = None;
                         clients.spawn(serve_client(name.clone(), socket, links.clone()));
                     }
-                    // The client's doing, and only its own.
+                    // The client reset its connection; other clients are not affected.
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                     Err(error) => {
-                        // Out of file descriptors, as a rule: clients that leave make room.
+                        // Usually out of file descriptors; clients that leave free some.
                         if failing.replace(error.kind()) != Some(error.kind()) {
                             log::warn!("inbound {name}: accepting a client: {error}");
                         }
@@ -158,8 +161,8 @@ async fn bind_tcp(namespace: Option<Namespace>, port: u16) -> Result<(Listener, 
     }
 }
 
-/// Whether a namespace is still being made: no file yet, a file on which nothing is mounted yet (`ip netns add` does
-/// it in two steps), or other interfaces up and `lo` not yet.
+/// Whether a namespace is still being made: its file does not exist, nothing is mounted on its file (`ip netns add`
+/// takes two steps), or its `lo` is not up.
 fn not_yet(error: &NamespaceError) -> bool {
     match error {
         NamespaceError::Open { source, .. } => source.kind() == io::ErrorKind::NotFound,
@@ -171,7 +174,7 @@ fn not_yet(error: &NamespaceError) -> bool {
 async fn bind_unix(path: &Path) -> io::Result<(Listener, String)> {
     let mut socket = UnixSocket::new_stream()?;
     if let Err(error) = socket.bind(path) {
-        if error.kind() != io::ErrorKind::AddrInUse || !left_over(path).await {
+        if error.kind() != io::ErrorKind::AddrInUse || !is_stale(path).await {
             return Err(error);
         }
         std::fs::remove_file(path)?;
@@ -179,31 +182,31 @@ async fn bind_unix(path: &Path) -> io::Result<(Listener, String)> {
         socket.bind(path)?;
     }
     let unlink = UnlinkOnDrop(path.into());
-    // Before it listens: nobody else gets in between.
+    // Before the socket listens, so that no other user can connect first.
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     let listener = socket.listen(BACKLOG)?;
     Ok((Listener::Unix { _unlink: unlink, listener }, path.display().to_string()))
 }
 
-/// Whether `path` is the socket of a process that was killed: nothing else may be removed.
-async fn left_over(path: &Path) -> bool {
+/// Whether `path` is the socket of a process that was killed. No other file may be removed.
+async fn is_stale(path: &Path) -> bool {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
-    // Any other error (a full backlog, no permission) says that somebody listens.
+    // Any other error (a full backlog, no permission) means that a process listens.
     let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
     is_socket && UnixStream::connect(path).await.is_err_and(refused)
 }
 
-/// How a client went.
+/// How serving a client ended.
 enum Ended {
-    /// It had a stream.
+    /// The client had a stream.
     Served,
-    /// It left before it had one.
+    /// The client left before it had a stream.
     Left,
-    /// It was closed without one, and why.
+    /// The client was closed without a stream; with the reason.
     Unserved(String),
 }
 
-/// Serves one client.
+/// Serves one client: waits for a link, opens a stream, relays. A lost link is retried until the deadline.
 async fn serve_client<L: Link>(
     name: TunnelName,
     socket: Socket,
@@ -216,13 +219,13 @@ async fn serve_client<L: Link>(
         let link = tokio::select! {
             biased;
             link = links.wait_for(usable) => link.ok().and_then(|link| link.clone()),
-            // Its slot is somebody else's now.
+            // A client that has left frees its place among the clients.
             () = socket.client_gone() => return Ended::Left,
             () = sleep_until(deadline) => {
                 return Ended::Unserved(format!("no peer within {} s", INBOUND_WAIT.as_secs()));
             }
         };
-        // None: nobody will ever bring a link.
+        // None: the sender of links is gone, so no link will arrive.
         let Some(link) = link else { return Ended::Unserved("shutting down".into()) };
         let opened = tokio::select! {
             biased;
@@ -240,7 +243,7 @@ async fn serve_client<L: Link>(
             Err(OpenError::LinkGone) if Instant::now() >= deadline => {
                 return Ended::Unserved("the connection to the peer was lost".into());
             }
-            // A newer link, or this one a little later: it may not know yet that it is gone.
+            // Retry on a newer link, or on this one after a pause: it may not have noticed yet that it is gone.
             Err(OpenError::LinkGone) => tokio::select! {
                 Ok(()) = links.changed() => {}
                 () = backoff.pause() => {}

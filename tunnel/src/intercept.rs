@@ -1,7 +1,8 @@
-//! What stands in a tunnel and looks at its bytes, where a server's protocol asks for it.
+//! Interceptors: inspect and change the bytes of a tunnel, where the protocol of its server asks for it.
 //!
-//! Two halves, one for each direction, as the relay has two ends. What they know of the protocol is theirs: here are
-//! only pieces that pass, pieces that are held back until they may pass, and pieces of their own.
+//! An interceptor has two halves, one for each direction, as the relay has two ends. The trait knows nothing of the
+//! protocol: it knows only pieces that pass, pieces that are held back and released later, and pieces that the
+//! interceptor injects.
 
 use std::error::Error;
 use std::fmt::Debug;
@@ -9,60 +10,71 @@ use std::future::Future;
 
 use bytes::Bytes;
 
-/// Why an interceptor can't let a tunnel go on.
+/// Error of an interceptor after which its stream must end.
 pub type InterceptError = Box<dyn Error + Send + Sync>;
 
 /// Makes the two halves for each stream of a tunnel.
 pub trait Interceptor: Clone + Debug + Send + Sync + 'static {
-    /// Stands between the stream and the server.
+    /// Half that sees the bytes from the stream to the server.
     type ToServer: ToServer;
-    /// Stands between the server and the stream.
+    /// Half that sees the bytes from the server to the stream.
     type FromServer: FromServer;
-    /// The halves for a new stream.
+    /// Makes the halves for a new stream.
     fn begin(&self) -> (Self::ToServer, Self::FromServer);
 }
 
-/// Sees what goes to the server.
+/// Inspects and changes the bytes that go to the server.
 pub trait ToServer: Send {
-    /// A message has arrived. What goes on now is handed to `out`, in order; what is kept counts as consumed once all
-    /// before it has left, so the interceptor must bound what it keeps.
+    /// Handles one message of the stream.
+    ///
+    /// Passes to `out`, in order, every piece that may go to the server now. The interceptor may keep the rest. The
+    /// message's credit goes back to the peer once the server has taken all pieces passed so far, so the
+    /// interceptor itself must bound the bytes that it keeps.
     ///
     /// # Errors
-    /// The tunnel must end.
+    /// The stream must end.
     fn on_message(&mut self, message: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), InterceptError>;
-    /// No more will arrive.
+    /// Handles the end of the stream: no more messages arrive.
     ///
     /// # Errors
-    /// This is no place to end.
+    /// The stream ended inside a unit of the protocol.
     fn ended(&mut self) -> Result<(), InterceptError>;
-    /// Whether something is held back, so that the server must not hear an end yet.
+    /// Whether the interceptor holds a piece back. The server sees the end of the stream only when it holds none.
     fn has_pending(&self) -> bool;
-    /// Waits until a piece that was held back may go on, and this is the place for it; nothing if it never will. Asked
-    /// only while something is held; the future may be dropped and asked for again.
+    /// Waits until a piece that was held back may go to the server, at this point of the byte stream. Returns none if
+    /// a held piece was dropped. Called only while [`ToServer::has_pending`].
+    ///
+    /// Cancellation safe: no piece is lost when the future is dropped.
+    ///
+    /// # Errors
+    /// The stream must end.
     fn next_released(&mut self) -> impl Future<Output = Result<Option<Bytes>, InterceptError>> + Send;
 }
 
-/// Sees what the server sends.
+/// Inspects the bytes that the server sends, and injects pieces of its own between them.
 pub trait FromServer: Send {
-    /// This is about to go on.
+    /// Inspects bytes that are about to be sent on the stream.
     ///
     /// # Errors
-    /// The tunnel must end.
+    /// The stream must end.
     fn inspect(&mut self, data: &[u8]) -> Result<(), InterceptError>;
-    /// The server sends no more.
+    /// Handles the end of the server's bytes.
     ///
     /// # Errors
-    /// This is no place to end.
+    /// The server ended inside a unit of the protocol.
     fn ended(&mut self) -> Result<(), InterceptError>;
-    /// How many bytes may be read next, at least one: fewer where a place for a piece of its own must not be missed.
+    /// Most bytes that may be read from the server next, at least one. It is less than the rest of the stream when a
+    /// piece waits to be injected at a boundary.
     fn read_limit(&self) -> usize;
-    /// A piece of its own, if there is one and this is the place for it.
+    /// Next piece to inject, if one waits and the byte stream is at a boundary.
     fn next_injected(&mut self) -> Option<Bytes>;
-    /// Waits until there may be one. The future may be dropped and asked for again.
+    /// Waits until there may be a piece to inject.
+    ///
+    /// Cancellation safe: the piece stays for [`FromServer::next_injected`].
     fn injection_ready(&mut self) -> impl Future<Output = ()> + Send;
 }
 
-/// No interceptor: everything passes as it comes.
+/// Interceptor that passes every byte unchanged; it compiles to nothing.
 #[derive(Clone, Copy, Debug)]
 pub struct PassThrough;
 

@@ -1,20 +1,32 @@
 //! Named byte streams over any link: `client -> Inbound(name) == link ==> Outbound(name) -> server`.
 //!
-//! In the order data passes through: an [`inbound`] listens and holds its clients until there is a
-//! [`link`] to open a stream on; the [`mod@relay`] moves bytes between a [`socket`] and the stream, governed by
-//! the [`flow`] control of the connection; an [`outbound`] connects to the server at the other end, and may have
-//! them looked at on their way ([`intercept`]). A socket may live in another network namespace ([`netns`]). This crate knows names, phases and bytes, not SSH.
+//! The modules are in the order in which bytes pass through them. An [`inbound`] listens, and holds its clients until
+//! there is a [`link`] on which a stream can be opened. An [`outbound`] connects to the server at the other end. The
+//! [`mod@relay`] moves bytes between a [`Socket`] and the stream, within the [`flow`] control of the connection, and may
+//! pass them through an interceptor ([`intercept`]). A socket may live in another network namespace ([`netns`]).
+//!
+//! This crate knows names, phases and bytes; it does not know SSH. All of it runs in a tokio runtime of any flavour,
+//! with time and I/O enabled.
 
-pub mod backoff;
-pub mod flow;
 pub mod inbound;
-pub mod intercept;
+
 pub mod link;
-pub mod netns;
+
 pub mod outbound;
-mod queue;
+
 pub mod relay;
-pub mod socket;
+
+pub mod intercept;
+
+mod queue;
+
+pub mod flow;
+
+mod socket;
+
+pub mod netns;
+
+mod backoff;
 
 pub use backoff::Backoff;
 pub use flow::{Credits, Flow};

@@ -1,4 +1,4 @@
-//! What stands between tunnels and the transport: a link opens named streams and is asked for them.
+//! The interface between tunnels and the transport: a link opens named streams, and delivers those of the peer.
 
 use std::future::Future;
 
@@ -7,12 +7,12 @@ use secure_comms_protocol::{Refusal, TunnelName};
 
 use crate::flow::Flow;
 
-/// What arrives on a stream.
+/// Event on the receiving half of a stream.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Event {
-    /// Bytes, in order.
+    /// Bytes, in the order in which the peer sent them.
     Data(Bytes),
-    /// The other end sends no more; it may still receive.
+    /// The other end sends no more bytes; it may still receive.
     Eof,
     /// The other end has closed the stream.
     Close,
@@ -20,53 +20,67 @@ pub enum Event {
 
 /// The receiving half of a stream.
 pub trait Receiver: Send + 'static {
-    /// The next event; none once the stream or its connection is gone.
+    /// Waits for the next event; none once the stream or its connection is gone. Cancellation safe.
     fn recv(&mut self) -> impl Future<Output = Option<Event>> + Send;
 }
 
-/// The connection of a stream is gone.
+/// Error: the connection of the stream is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gone;
 
-/// The sending half of a stream. No method may be awaited alone: a peer that stops reading holds them up for
-/// as long as it lives. Dropped without a [`Sender::close`] (its task was cancelled), it closes the stream too.
+/// The sending half of a stream.
+///
+/// A peer that stops reading can block every method for as long as the connection lives, so await them together with
+/// the stream's end or a timeout. Dropping the sender without [`Sender::close`] closes the stream too.
 pub trait Sender: Send + Sync + 'static {
-    /// Sends bytes, at most [`secure_comms_protocol::limits::MESSAGE_MAX`].
+    /// Sends one message of at most [`secure_comms_protocol::limits::MESSAGE_MAX`] bytes.
+    ///
+    /// # Errors
+    /// The connection is gone.
     fn send(&self, data: Bytes) -> impl Future<Output = Result<(), Gone>> + Send;
-    /// Says that we send no more.
+    /// Ends our direction of the stream: we send no more.
+    ///
+    /// # Errors
+    /// The connection is gone.
     fn eof(&self) -> impl Future<Output = Result<(), Gone>> + Send;
-    /// Closes the stream both ways.
+    /// Closes the stream in both directions.
+    ///
+    /// # Errors
+    /// The connection is gone.
     fn close(&self) -> impl Future<Output = Result<(), Gone>> + Send;
 }
 
 /// A stream that both ends have agreed on.
 #[derive(Debug)]
 pub struct Stream<R, S> {
-    /// What arrives.
+    /// Receiving half.
     pub receiver: R,
-    /// What we send.
+    /// Sending half.
     pub sender: S,
-    /// Its share of the connection's flow control.
+    /// Flow control of the stream.
     pub flow: Flow,
 }
 
 /// Why a stream was not opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum OpenError {
-    /// The other end said no; trying again will not help.
+    /// The other end refused the stream; a retry will not help.
     Refused(String),
-    /// The connection is gone; another may come.
+    /// The connection is gone; a new one may be opened.
     LinkGone,
 }
 
-/// A connection to the other end on which named streams can be opened.
+/// A connection on which named streams can be opened.
 pub trait Link: Clone + Send + Sync + 'static {
-    /// The receiving half of its streams.
+    /// Receiving half of its streams.
     type Receiver: Receiver;
-    /// The sending half of its streams.
+    /// Sending half of its streams.
     type Sender: Sender;
-    /// Opens a stream to the other end's outbound `name`. Dropping the future gives up: a stream that is confirmed
-    /// later is closed.
+    /// Opens a stream to the other end's outbound `name`. If the future is dropped, a stream that the other end
+    /// confirms later is closed.
+    ///
+    /// # Errors
+    /// The other end refused, or the connection is gone.
     fn open(
         &self,
         name: &TunnelName,
@@ -75,14 +89,14 @@ pub trait Link: Clone + Send + Sync + 'static {
     fn is_gone(&self) -> bool;
 }
 
-/// A stream that the other end asks for.
+/// A stream that the other end asks to open.
 pub trait Incoming: Send + 'static {
-    /// The receiving half of the stream.
+    /// Receiving half of the stream.
     type Receiver: Receiver;
-    /// The sending half of the stream.
+    /// Sending half of the stream.
     type Sender: Sender;
-    /// Confirms the stream.
+    /// Confirms the stream, and returns its halves.
     fn accept(self) -> impl Future<Output = (Self::Receiver, Self::Sender)> + Send;
-    /// Refuses it.
+    /// Refuses the stream.
     fn refuse(self, refusal: Refusal) -> impl Future<Output = ()> + Send;
 }

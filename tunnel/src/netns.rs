@@ -1,7 +1,7 @@
 //! Sockets in another network namespace.
 //!
-//! A socket stays in the namespace it was made in, whoever uses it. So a thread of its own enters the
-//! namespace (setns(2) moves one thread only), makes the socket, hands it over and ends: no other thread moves.
+//! A socket stays in the namespace in which it was made, whichever thread uses it. setns(2) moves one thread only. So a
+//! short-lived thread enters the namespace, makes the socket and ends; no other thread moves.
 
 use std::fs::File;
 use std::io;
@@ -16,49 +16,50 @@ mod make;
 
 pub use make::MakeError;
 
-/// Where `ip netns` keeps its named namespaces.
+/// Directory of the named namespaces of `ip netns`.
 pub const NAMED: &str = "/run/netns";
 
 /// A network namespace: a name under [`NAMED`], or a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespace(PathBuf);
 
-/// Why something could not be done in a namespace.
+/// Why an operation in a namespace failed.
 #[derive(Debug, thiserror::Error)]
 pub enum NamespaceError {
-    /// The namespace is not there, or not ours to open.
+    /// The namespace does not exist, or we may not open it.
     #[error("opening network namespace {path}: {source}; is netns@podns.service running?", path = path.display())]
     Open {
-        /// Its path.
+        /// Path of the namespace.
         path: PathBuf,
-        /// The cause.
+        /// Error that caused it.
         source: io::Error,
     },
-    /// The thread could not enter it.
+    /// The thread could not enter the namespace.
     #[error("entering network namespace {path}: {source}; this needs CAP_SYS_ADMIN", path = path.display())]
     Enter {
-        /// Its path.
+        /// Path of the namespace.
         path: PathBuf,
-        /// The cause.
+        /// Error that caused it.
         source: io::Error,
     },
-    /// What was to be done there failed.
+    /// The operation inside the namespace failed.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
 impl Namespace {
-    /// The namespace that `text` names: a name, or a path if it has a slash.
+    /// Namespace of this name, or at this path if `text` has a slash.
     pub fn new(text: &str) -> Self {
         Self(if text.contains('/') { PathBuf::from(text) } else { Path::new(NAMED).join(text) })
     }
 
-    /// Its path.
+    /// Path of the namespace.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// Runs `make` on a thread of its own inside the namespace.
+    /// Runs `make` on a thread of its own inside the namespace. If the future is dropped, `make` still runs and its
+    /// result is dropped.
     ///
     /// # Errors
     /// The namespace can't be entered, or `make` failed.
@@ -71,7 +72,7 @@ impl Namespace {
     }
 }
 
-/// Runs `job` on a thread of its own, which it may move to another namespace.
+/// Runs `job` on a thread of its own, which `job` may move to another namespace.
 async fn on_own_thread<T, E>(job: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
 where
     T: Send + 'static,
@@ -79,7 +80,7 @@ where
 {
     let (done, result) = oneshot::channel();
     std::thread::Builder::new().name("netns".into()).spawn(move || {
-        // The caller may have given up; then nobody wants the result.
+        // The caller may have dropped its future; then the result is dropped too.
         drop(done.send(job()));
     })?;
     result.await.map_err(|_| io::Error::other("the namespace thread ended early"))?
@@ -91,10 +92,10 @@ fn enter(path: &Path) -> Result<(), NamespaceError> {
         .map_err(|errno| NamespaceError::Enter { path: path.into(), source: errno.into() })
 }
 
-/// Listens on `address`, in `namespace` if there is one.
+/// Listens on `address`, in `namespace` if there is one. Dropping the future closes the listener.
 ///
 /// # Errors
-/// The namespace can't be entered, or the address is taken.
+/// The namespace can't be entered, or the address is in use.
 pub async fn listen(
     namespace: Option<&Namespace>,
     address: SocketAddr,
@@ -112,7 +113,7 @@ pub async fn listen(
     Ok(TcpListener::from_std(listener)?)
 }
 
-/// Connects to `address`, from `namespace` if there is one.
+/// Connects to `address`, from `namespace` if there is one. Dropping the future stops the attempt.
 ///
 /// # Errors
 /// The namespace can't be entered, or the connect failed.

@@ -1,4 +1,5 @@
-//! Outbounds: the servers that streams of the other end may reach, by name.
+//! Outbounds: the servers that streams of the other end may reach, by name. A server that is not listed here can't be
+//! dialled.
 
 use std::collections::HashMap;
 use std::io;
@@ -18,7 +19,7 @@ use crate::link::{Incoming, Stream};
 use crate::relay::{relay, relay_through, report};
 use crate::socket::Socket;
 
-/// The outbounds of one phase, one of which may have an interceptor. What is not in here can't be dialled.
+/// The outbounds of one phase, one of which may have an interceptor.
 #[derive(Clone, Debug)]
 pub struct Outbounds<P, I = PassThrough> {
     servers: HashMap<TunnelName, Server>,
@@ -41,7 +42,7 @@ pub struct Permit<P, I = PassThrough> {
     phase: PhantomData<P>,
 }
 
-/// Why a server was not reached.
+/// The server of an outbound could not be reached.
 #[derive(Debug, thiserror::Error)]
 #[error("connecting to {target}: {source}")]
 pub struct ConnectError {
@@ -50,7 +51,7 @@ pub struct ConnectError {
 }
 
 impl<P: Phase> Outbounds<P> {
-    /// Those of `tags` that exist in the phase.
+    /// Takes the tags that exist in the phase.
     pub fn new<'a>(tags: impl IntoIterator<Item = &'a OutboundTag>) -> Self {
         let servers = tags
             .into_iter()
@@ -64,12 +65,12 @@ impl<P: Phase> Outbounds<P> {
 }
 
 impl<P: Phase, I: Interceptor> Outbounds<P, I> {
-    /// Puts an interceptor before the server of this name, whatever its target; it takes the place of another one.
+    /// Sets the interceptor of the tunnel `name`, and removes that of any other tunnel.
     pub fn with_interceptor<J: Interceptor>(self, name: TunnelName, interceptor: J) -> Outbounds<P, J> {
         Outbounds { servers: self.servers, intercepted: Some((name, interceptor)), phase: PhantomData }
     }
 
-    /// Lets one server come up later than its clients: connecting is tried for this long.
+    /// Sets how long connecting to the server of `name` is retried, for a server that may start after its clients.
     pub fn with_connect_timeout(mut self, name: &TunnelName, connect_timeout: Duration) -> Self {
         if let Some(server) = self.servers.get_mut(name) {
             server.connect_timeout = connect_timeout;
@@ -77,7 +78,7 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
         self
     }
 
-    /// Their names, for `hello`.
+    /// Names of the outbounds, for `hello`.
     pub fn names(&self) -> Vec<String> {
         self.servers.keys().map(ToString::to_string).collect()
     }
@@ -99,10 +100,10 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
 }
 
 impl<P, I> Permit<P, I> {
-    /// Connects to the server.
+    /// Connects to the server, with retries and backoff. Dropping the future stops the attempt.
     ///
     /// # Errors
-    /// It can't be reached within [`OUTBOUND_CONNECT`], or within its connect_timeout.
+    /// The server can't be reached within [`OUTBOUND_CONNECT`], or within its own connect timeout if that is longer.
     pub async fn connect(&self) -> Result<Socket, ConnectError> {
         let Server { target, connect_timeout } = &self.server;
         let start = Instant::now();
@@ -115,7 +116,7 @@ impl<P, I> Permit<P, I> {
                 Ok(socket) => return Ok(socket),
                 Err(error) => error,
             };
-            // A unix server whose backlog is full is there, and busy; unix sockets don't wait for it.
+            // WouldBlock: the backlog of a running unix server is full, and a unix connect does not wait for room.
             let last =
                 if source.kind() == io::ErrorKind::WouldBlock { end } else { start + *connect_timeout };
             let next = Instant::now() + backoff.next_pause();
@@ -133,7 +134,7 @@ async fn dial(target: &Target) -> io::Result<Socket> {
         Target::Tcp { host: Host::Ip(ip), port } => Socket::tcp(TcpStream::connect((*ip, *port)).await?),
         Target::Tcp { host: Host::Name(name), port } => {
             let mut failed = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
-            // Each for a while only: the first may be unreachable and the next not.
+            // A timeout for each address: the first may be unreachable and the next not.
             for address in lookup_host((name.as_str(), *port)).await? {
                 match timeout(TCP_CONNECT, TcpStream::connect(address)).await {
                     Ok(Ok(stream)) => return Socket::tcp(stream),

@@ -1,4 +1,4 @@
-//! What has arrived on a stream and not yet left through its socket.
+//! Queue of the messages that have arrived on a stream and were not yet written to its socket.
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,12 +10,12 @@ use tokio::sync::Notify;
 
 use crate::socket::Socket;
 
-/// Messages that go out in one system call.
+/// Most messages written in one system call.
 const BATCH: usize = 16;
-/// Room for messages that an empty queue keeps; a flood of small ones takes more for as long as it lasts.
+/// Capacity that an empty queue keeps, in messages; a larger capacity is freed.
 const KEEP: usize = 4 * BATCH;
 
-/// Shared by the two futures of one relay task: never contended, and locked for no await.
+/// Shared by two futures of one relay task. The lock is never contended, and not held across an await.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
     state: Mutex<State>,
@@ -35,22 +35,22 @@ struct Message {
     cost: u32,
 }
 
-/// How the incoming half of a stream ended.
+/// How the receiving half of a stream ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// With an EOF: all of it is here.
+    /// With an EOF: all bytes have arrived.
     Complete,
-    /// Without: the other end was reset, or the connection is gone.
+    /// Without an EOF: the other end reset the stream, or the connection is gone.
     Cut,
 }
 
-/// What the queue has for the socket.
+/// Result of one write to the socket.
 pub(crate) enum Next {
-    /// Nothing yet.
+    /// The queue is empty; more may arrive.
     Wait,
-    /// This much credit has left through the socket; there may be more.
+    /// The socket took messages of this cost; more may be queued.
     Wrote(u32),
-    /// All of it has left.
+    /// The queue is empty and has ended.
     End(Ending),
 }
 
@@ -67,13 +67,13 @@ impl Queue {
         self.changed.notify_one();
     }
 
-    /// Marks the end; the first mark counts: a close after an EOF takes nothing back.
+    /// Marks the end. The first mark counts, so a close after an EOF changes nothing.
     pub(crate) fn end(&self, ending: Ending) {
         self.state().end.get_or_insert(ending);
         self.changed.notify_one();
     }
 
-    /// Waits until something was pushed, or the end marked.
+    /// Waits until a message was pushed, or the end marked. Cancellation safe.
     pub(crate) async fn changed(&self) {
         self.changed.notified().await;
     }
@@ -86,7 +86,7 @@ impl Queue {
         self.state().bytes
     }
 
-    /// Hands the socket what it takes.
+    /// Writes as much to the socket as it takes.
     pub(crate) fn write_to(&self, socket: &Socket) -> io::Result<Next> {
         let mut state = self.state();
         if state.messages.is_empty() {
@@ -99,7 +99,7 @@ impl Queue {
             count += 1;
             offered += message.data.len();
         }
-        // SSH allows messages without bytes: they cost, and need no system call.
+        // SSH allows messages without bytes. They have a cost, and need no system call.
         let mut wrote = 0;
         if offered > 0 {
             wrote = socket.try_write_vectored(slices.get(..count).unwrap_or_default())?;
@@ -113,7 +113,7 @@ impl Queue {
 }
 
 impl State {
-    /// Drops what was written; returns what the messages that are gone whole cost.
+    /// Removes the written bytes; returns the cost of the messages that were written whole.
     fn advance(&mut self, mut wrote: usize) -> u32 {
         self.bytes -= wrote;
         let mut cost = 0;

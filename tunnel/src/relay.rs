@@ -1,11 +1,13 @@
-//! The relay: one task a stream, three futures in it.
+//! The relay: one task for each stream, with three futures in it.
 //!
-//! *drain* takes what arrives off the stream at once and queues it, so that one slow socket never holds up the
-//! connection; *deliver* moves the queue into the socket and gives credit back; *collect* waits for credit, then
-//! reads the socket and sends. A close seen by *drain* ends *collect* wherever it waits. An interceptor, where a tunnel
-//! has one, stands in *drain* and in *collect*.
+//! *receive* takes every message off the stream at once and queues it, so that a slow socket never holds up the
+//! connection. *write_local* writes the queue to the socket and gives credit back. *read_local* waits for credit, then
+//! reads the socket and sends. When *receive* sees the stream closed, it ends *read_local* wherever that waits. An
+//! interceptor, where a tunnel has one, works in *receive* and in *read_local*.
 
+use std::future::pending;
 use std::io;
+use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -20,7 +22,7 @@ use crate::link::{Event, Receiver, Sender, Stream};
 use crate::queue::{Ending, Next, Queue};
 use crate::socket::Socket;
 
-/// The first read of an idle socket, in bytes; reads grow with what they find.
+/// Size of the first read of an idle socket, in bytes; later reads grow with the bytes they find.
 const READ_MIN: usize = 2048;
 
 /// Why a stream did not end in good order.
@@ -29,42 +31,43 @@ pub enum RelayError {
     /// The local socket failed.
     #[error("the local socket: {0}")]
     Socket(#[from] io::Error),
-    /// The other end closed the stream before it was done, or the connection is gone.
+    /// The other end closed the stream before its end, or the connection is gone.
     #[error("the other end closed the stream before its end")]
     Cut,
-    /// The other end closed the stream, and our socket's reader took nothing more for [`FLUSH`].
+    /// The other end closed the stream, and the local reader took nothing for [`FLUSH`].
     #[error("the local reader took nothing for {0:?} after the other end had closed")]
     Stalled(Duration),
     /// The peer broke flow control; its connection must end.
     #[error(transparent)]
     Overrun(#[from] Overrun),
-    /// The interceptor can't go on with what it has seen.
+    /// The interceptor can't continue after the bytes it has seen.
     #[error("{0}")]
     Intercept(InterceptError),
 }
 
-/// Moves bytes both ways until both ends are done; then socket and stream are closed.
+/// Moves bytes both ways until both ends are done; then closes socket and stream.
+///
+/// Dropping the future ends both sides as an error does.
 ///
 /// # Errors
-/// Why it ended otherwise. The local side then sees a reset, the other end a close without EOF; so it is too if the
-/// future is dropped.
+/// The stream did not end in good order. The local side then sees a reset, and the other end a close without EOF.
 pub async fn relay<R: Receiver, S: Sender>(socket: Socket, stream: Stream<R, S>) -> Result<(), RelayError> {
     relay_through(&PassThrough, socket, stream).await
 }
 
-/// The same, with an interceptor between the stream and the server at the other side of `socket`.
+/// Moves bytes as [`relay`] does, with an interceptor between the stream and the server behind `socket`.
 ///
 /// # Errors
-/// As [`relay`], and where the interceptor can't go on.
+/// As [`relay`]; also if the interceptor can't continue.
 pub async fn relay_through<I: Interceptor, R: Receiver, S: Sender>(
     interceptor: &I,
     socket: Socket,
-    stream: Stream<R, S>,
+    Stream { mut receiver, sender, flow }: Stream<R, S>,
 ) -> Result<(), RelayError> {
-    let Stream { mut receiver, sender, flow } = stream;
     let queue = Queue::default();
-    let result = run(interceptor, &socket, &mut receiver, &sender, &flow, &queue).await;
-    // First the local side: it must not wait until the connection has room for our close.
+    let ends = Ends { socket: &socket, sender: &sender, flow: &flow, queue: &queue };
+    let result = ends.run(interceptor, &mut receiver).await;
+    // The local side first: it must not wait until the connection has room for our close.
     match &result {
         Ok(()) => socket.finish(),
         Err(_) => socket.abort(),
@@ -72,193 +75,17 @@ pub async fn relay_through<I: Interceptor, R: Receiver, S: Sender>(
     drop(queue);
     tokio::select! {
         _ = sender.close() => {}
-        // The connection may wait for us to take what still arrives, before it takes our close (D1).
+        // The connection may wait for us to take messages that still arrive, before it takes our close (D1).
         () = discard(&mut receiver) => {}
         () = flow.gone() => {}
     }
     result
 }
 
-/// Takes what nobody wants any more, for ever.
+/// Takes and drops every message that still arrives; never returns.
 async fn discard<R: Receiver>(receiver: &mut R) {
     while receiver.recv().await.is_some() {}
-    std::future::pending().await
-}
-
-async fn run<I: Interceptor, R: Receiver, S: Sender>(
-    interceptor: &I,
-    socket: &Socket,
-    receiver: &mut R,
-    sender: &S,
-    flow: &Flow,
-    queue: &Queue,
-) -> Result<(), RelayError> {
-    let (mut to_server, mut from_server) = interceptor.begin();
-    let drain = drain(receiver, flow, queue, &mut to_server);
-    let deliver = deliver(socket, flow, queue);
-    let collect = collect(socket, sender, flow, &mut from_server);
-    tokio::pin!(drain, deliver, collect);
-    let (mut delivered, mut collected) = (false, false);
-    while !(delivered && collected) {
-        tokio::select! {
-            closed = &mut drain => {
-                closed?;
-                // Nothing we could still send would arrive; what has arrived still goes out.
-                if !delivered {
-                    flush(deliver, queue).await?;
-                }
-                return if queue.ending() == Some(Ending::Complete) { Ok(()) } else { Err(RelayError::Cut) };
-            }
-            done = &mut deliver, if !delivered => {
-                done?;
-                delivered = true;
-            }
-            done = &mut collect, if !collected => {
-                done?;
-                collected = true;
-            }
-            // Nobody reads or writes then, to see it.
-            error = socket.failed(), if collected => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
-/// Lets *deliver* finish, as long as the local reader takes something now and then.
-async fn flush(
-    mut deliver: std::pin::Pin<&mut impl Future<Output = Result<(), RelayError>>>,
-    queue: &Queue,
-) -> Result<(), RelayError> {
-    loop {
-        let before = queue.bytes();
-        match timeout(FLUSH, deliver.as_mut()).await {
-            Ok(done) => return done,
-            Err(_) if queue.bytes() < before => {}
-            Err(_) => return Err(RelayError::Stalled(FLUSH)),
-        }
-    }
-}
-
-/// Ends once the other end has closed the stream, or the connection is gone.
-async fn drain<R: Receiver>(
-    receiver: &mut R,
-    flow: &Flow,
-    queue: &Queue,
-    to_server: &mut impl ToServer,
-) -> Result<(), RelayError> {
-    let mut ended = false;
-    loop {
-        if ended && !to_server.has_pending() {
-            queue.end(Ending::Complete);
-        }
-        if !flow.has_credit() {
-            // Without credits all we can do is to stop taking, which holds up that peer's connection.
-            tokio::select! {
-                biased;
-                () = flow.window_only_room() => {}
-                () = flow.gone() => {}
-            }
-        }
-        let holds = to_server.has_pending();
-        let event = tokio::select! {
-            biased;
-            released = to_server.next_released(), if holds => {
-                if let Some(piece) = released.map_err(RelayError::Intercept)? {
-                    queue.push(piece, 0);
-                }
-                continue;
-            }
-            event = receiver.recv() => event,
-        };
-        match event {
-            Some(Event::Data(data)) => {
-                let cost = flow.arrived(data.len())?;
-                // All that the message costs leaves with its last piece; a place in the queue is left by one kept whole.
-                let mut last = None;
-                let mut out = |piece| {
-                    if let Some(before) = last.replace(piece) {
-                        queue.push(before, 0);
-                    }
-                };
-                to_server.on_message(data, &mut out).map_err(RelayError::Intercept)?;
-                queue.push(last.unwrap_or_default(), cost);
-            }
-            Some(Event::Eof) => {
-                to_server.ended().map_err(RelayError::Intercept)?;
-                ended = true;
-            }
-            Some(Event::Close) | None => break,
-        }
-    }
-    // After an EOF this changes nothing: all of it is here.
-    queue.end(Ending::Cut);
-    Ok(())
-}
-
-async fn deliver(socket: &Socket, flow: &Flow, queue: &Queue) -> Result<(), RelayError> {
-    loop {
-        match queue.write_to(socket) {
-            Ok(Next::Wrote(cost)) => flow.consumed(cost),
-            Ok(Next::Wait) => queue.changed().await,
-            Ok(Next::End(Ending::Complete)) => return Ok(socket.shutdown_write()?),
-            // The caller closes the socket so that the local side sees that this was not all.
-            Ok(Next::End(Ending::Cut)) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-async fn collect<S: Sender>(
-    socket: &Socket,
-    sender: &S,
-    flow: &Flow,
-    from_server: &mut impl FromServer,
-) -> Result<(), RelayError> {
-    let mut size = READ_MIN;
-    let mut inserted = Bytes::new();
-    loop {
-        let credit = tokio::select! {
-            biased;
-            credit = flow.ready() => credit,
-            error = socket.failed() => return Err(error.into()),
-        };
-        if inserted.is_empty() {
-            inserted = from_server.next_injected().unwrap_or_default();
-        }
-        let data = if inserted.is_empty() {
-            tokio::select! {
-                biased;
-                readable = socket.readable() => readable?,
-                () = from_server.injection_ready() => continue,
-            }
-            let max = size.min(credit).min(from_server.read_limit());
-            // Allocated only now: an idle stream holds no buffer.
-            let mut data = BytesMut::with_capacity(max);
-            match socket.try_read(&mut data, max) {
-                Ok(0) => {
-                    from_server.ended().map_err(RelayError::Intercept)?;
-                    // A connection that is gone is drain's to report.
-                    return sender.eof().await.or(Ok(()));
-                }
-                Ok(len) if len == size => size = (size * 2).min(MESSAGE_MAX),
-                Ok(len) => size = len.next_power_of_two().clamp(READ_MIN, size),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-                Err(error) => return Err(error.into()),
-            }
-            from_server.inspect(&data).map_err(RelayError::Intercept)?;
-            data.freeze()
-        } else {
-            inserted.split_to(credit.min(inserted.len()))
-        };
-        flow.spend(data.len());
-        if sender.send(data).await.is_err() {
-            // Drain's to report.
-            return std::future::pending().await;
-        }
-        // A socket that always has more, and a link that always has room, would keep the thread.
-        consume_budget().await;
-    }
+    pending().await
 }
 
 /// Logs how a stream ended, unless it ended in good order.
@@ -269,4 +96,213 @@ pub(crate) fn report(name: &TunnelName, result: Result<(), RelayError>) {
         Err(error @ RelayError::Intercept(_)) => log::warn!("tunnel {name}: {error}"),
         Err(error) => log::debug!("tunnel {name}: {error}"),
     }
+}
+
+/// Both ends of one relayed stream, but for the stream's receiving half, which *receive* alone uses.
+struct Ends<'a, S> {
+    socket: &'a Socket,
+    sender: &'a S,
+    flow: &'a Flow,
+    /// Messages that were received and not yet written to the socket.
+    queue: &'a Queue,
+}
+
+impl<S: Sender> Ends<'_, S> {
+    async fn run<I: Interceptor, R: Receiver>(
+        &self,
+        interceptor: &I,
+        receiver: &mut R,
+    ) -> Result<(), RelayError> {
+        let (mut to_server, mut from_server) = interceptor.begin();
+        let receive = self.receive(receiver, &mut to_server);
+        let write_local = self.write_local();
+        let read_local = self.read_local(&mut from_server);
+        tokio::pin!(receive, write_local, read_local);
+        let (mut all_written, mut all_read) = (false, false);
+        while !(all_written && all_read) {
+            tokio::select! {
+                closed = &mut receive => {
+                    closed?;
+                    // The other end takes no more from us. Messages that have arrived still go to the socket.
+                    if !all_written {
+                        self.flush(write_local).await?;
+                    }
+                    let complete = self.queue.ending() == Some(Ending::Complete);
+                    return if complete { Ok(()) } else { Err(RelayError::Cut) };
+                }
+                done = &mut write_local, if !all_written => {
+                    done?;
+                    all_written = true;
+                }
+                done = &mut read_local, if !all_read => {
+                    done?;
+                    all_read = true;
+                }
+                // Once read_local has ended, no read would meet the socket's error.
+                error = self.socket.failed(), if all_read => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets *write_local* finish, as long as the local reader takes bytes within each [`FLUSH`].
+    async fn flush(
+        &self,
+        mut write_local: Pin<&mut impl Future<Output = Result<(), RelayError>>>,
+    ) -> Result<(), RelayError> {
+        loop {
+            let before = self.queue.bytes();
+            match timeout(FLUSH, write_local.as_mut()).await {
+                Ok(done) => return done,
+                Err(_) if self.queue.bytes() < before => {}
+                Err(_) => return Err(RelayError::Stalled(FLUSH)),
+            }
+        }
+    }
+
+    /// Queues messages of the stream. Ends once the other end has closed the stream, or the connection is gone.
+    async fn receive<R: Receiver>(
+        &self,
+        receiver: &mut R,
+        to_server: &mut impl ToServer,
+    ) -> Result<(), RelayError> {
+        let mut ended = false;
+        loop {
+            if ended && !to_server.has_pending() {
+                self.queue.end(Ending::Complete);
+            }
+            if !self.flow.has_credit() {
+                // Without credits the only limit is to stop taking messages, which holds up that peer's connection.
+                tokio::select! {
+                    biased;
+                    () = self.flow.window_only_room() => {}
+                    () = self.flow.gone() => {}
+                }
+            }
+            let has_pending = to_server.has_pending();
+            let event = tokio::select! {
+                biased;
+                released = to_server.next_released(), if has_pending => {
+                    if let Some(piece) = released.map_err(RelayError::Intercept)? {
+                        self.queue.push(piece, 0);
+                    }
+                    continue;
+                }
+                event = receiver.recv() => event,
+            };
+            match event {
+                Some(Event::Data(data)) => self.on_data(data, to_server)?,
+                Some(Event::Eof) => {
+                    to_server.ended().map_err(RelayError::Intercept)?;
+                    ended = true;
+                }
+                Some(Event::Close) | None => break,
+            }
+        }
+        // No effect after an EOF: the first ending counts.
+        self.queue.end(Ending::Cut);
+        Ok(())
+    }
+
+    /// Queues the pieces that the interceptor makes of one message. The last piece carries the message's whole cost; a
+    /// message that the interceptor keeps leaves an empty piece, so that its cost has a place in the queue.
+    fn on_data(&self, data: Bytes, to_server: &mut impl ToServer) -> Result<(), RelayError> {
+        let cost = self.flow.arrived(data.len())?;
+        let mut last = None;
+        let mut out = |piece| {
+            if let Some(before) = last.replace(piece) {
+                self.queue.push(before, 0);
+            }
+        };
+        to_server.on_message(data, &mut out).map_err(RelayError::Intercept)?;
+        self.queue.push(last.unwrap_or_default(), cost);
+        Ok(())
+    }
+
+    /// Writes the queue to the socket. Ends once everything before the queue's end is written.
+    async fn write_local(&self) -> Result<(), RelayError> {
+        loop {
+            match self.queue.write_to(self.socket) {
+                Ok(Next::Wrote(cost)) => self.flow.consumed(cost),
+                Ok(Next::Wait) => self.queue.changed().await,
+                Ok(Next::End(Ending::Complete)) => return Ok(self.socket.shutdown_write()?),
+                // The caller resets the socket, so that the local side sees that bytes are missing.
+                Ok(Next::End(Ending::Cut)) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.socket.writable().await?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Sends the bytes of the socket and the pieces that the interceptor injects. Ends with the socket's end of file.
+    async fn read_local(&self, from_server: &mut impl FromServer) -> Result<(), RelayError> {
+        let mut read_size = READ_MIN;
+        let mut injected = Bytes::new();
+        loop {
+            let credit = tokio::select! {
+                biased;
+                credit = self.flow.ready() => credit,
+                error = self.socket.failed() => return Err(error.into()),
+            };
+            if injected.is_empty() {
+                injected = from_server.next_injected().unwrap_or_default();
+            }
+            let data = if injected.is_empty() {
+                match self.read_server(credit, &mut read_size, from_server).await? {
+                    Read::Data(data) => data,
+                    Read::Nothing => continue,
+                    Read::End => {
+                        from_server.ended().map_err(RelayError::Intercept)?;
+                        // receive reports a connection that is gone.
+                        return self.sender.eof().await.or(Ok(()));
+                    }
+                }
+            } else {
+                injected.split_to(credit.min(injected.len()))
+            };
+            self.flow.spend(data.len());
+            if self.sender.send(data).await.is_err() {
+                // receive reports a connection that is gone.
+                return pending().await;
+            }
+            // Otherwise a socket that always has bytes and a link that always has room would keep the thread.
+            consume_budget().await;
+        }
+    }
+
+    /// Reads the socket once, at most `credit` bytes, when it is readable.
+    async fn read_server(
+        &self,
+        credit: usize,
+        read_size: &mut usize,
+        from_server: &mut impl FromServer,
+    ) -> Result<Read, RelayError> {
+        tokio::select! {
+            biased;
+            readable = self.socket.readable() => readable?,
+            () = from_server.injection_ready() => return Ok(Read::Nothing),
+        }
+        let max = (*read_size).min(credit).min(from_server.read_limit());
+        // Allocated only now: an idle stream holds no buffer.
+        let mut data = BytesMut::with_capacity(max);
+        match self.socket.try_read(&mut data, max) {
+            Ok(0) => return Ok(Read::End),
+            Ok(len) if len == *read_size => *read_size = (*read_size * 2).min(MESSAGE_MAX),
+            Ok(len) => *read_size = len.next_power_of_two().clamp(READ_MIN, *read_size),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Read::Nothing),
+            Err(error) => return Err(error.into()),
+        }
+        from_server.inspect(&data).map_err(RelayError::Intercept)?;
+        Ok(Read::Data(data.freeze()))
+    }
+}
+
+/// Result of one read of the socket.
+enum Read {
+    /// Bytes to send.
+    Data(Bytes),
+    /// No bytes yet, or a piece to inject may be ready.
+    Nothing,
+    /// End of file.
+    End,
 }

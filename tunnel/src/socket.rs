@@ -1,4 +1,4 @@
-//! A connected TCP or unix socket, read and written without holding buffers while it is idle.
+//! A connected TCP or unix socket that holds no buffer while it is idle.
 
 use std::io;
 use std::io::IoSlice;
@@ -11,13 +11,14 @@ use nix::sys::socket::{MsgFlags, Shutdown, recv, setsockopt};
 use tokio::io::Interest;
 use tokio::net::{TcpStream, UnixStream};
 
-/// A read of no more than this is a small one, in bytes.
+/// Largest size of a small read, in bytes.
 const SMALL: usize = 4096;
 
 /// The local end of a tunnel: a client of an inbound, or the server of an outbound.
 ///
-/// Dropping it resets a TCP connection, whoever was cancelled or has crashed: only [`Socket::finish`] closes in good
-/// order. A unix socket knows no reset: its other side reads an end of file, and can't write.
+/// Dropping it resets a TCP connection, so that a cancelled or crashed task never looks like an orderly end: only
+/// `finish` closes in good order. Unix sockets have no reset: the other side reads an end of file, and can't
+/// write.
 #[derive(Debug)]
 pub enum Socket {
     /// TCP over IPv4 or IPv6, from [`Socket::tcp`].
@@ -27,41 +28,42 @@ pub enum Socket {
 }
 
 impl Socket {
-    /// A TCP socket, with Nagle's algorithm off: what a client wrote must not wait for an acknowledgement. From here
+    /// Takes a TCP connection. Turns Nagle's algorithm off, so that bytes do not wait for an acknowledgement. From now
     /// on a close is a reset.
     ///
     /// # Errors
-    /// The socket is already dead.
+    /// The connection has already failed.
     pub fn tcp(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         stream.set_zero_linger()?;
         Ok(Self::Tcp(stream))
     }
 
-    /// Waits until a read would not block.
+    /// Waits until a read would not block. Cancellation safe.
     ///
     /// # Errors
-    /// The event loop is gone.
-    pub async fn readable(&self) -> io::Result<()> {
+    /// The runtime is shutting down.
+    pub(crate) async fn readable(&self) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.readable().await,
             Self::Unix(stream) => stream.readable().await,
         }
     }
 
-    /// Waits until a write would not block.
+    /// Waits until a write would not block. Cancellation safe.
     ///
     /// # Errors
-    /// The event loop is gone.
-    pub async fn writable(&self) -> io::Result<()> {
+    /// The runtime is shutting down.
+    pub(crate) async fn writable(&self) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.writable().await,
             Self::Unix(stream) => stream.writable().await,
         }
     }
 
-    /// Waits until the connection has failed, and says how: a reset, as a rule. Reads nothing.
-    pub async fn failed(&self) -> io::Error {
+    /// Waits until the connection has failed, and returns the error, usually a reset. Reads no bytes. Cancellation
+    /// safe.
+    pub(crate) async fn failed(&self) -> io::Error {
         let ready = match self {
             Self::Tcp(stream) => stream.ready(Interest::ERROR).await.and_then(|_| stream.take_error()),
             Self::Unix(stream) => stream.ready(Interest::ERROR).await.and_then(|_| stream.take_error()),
@@ -69,9 +71,9 @@ impl Socket {
         ready.unwrap_or_else(Some).unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())
     }
 
-    /// Waits until whoever is at the other side has left without a word: failed, or ended having sent nothing. One
-    /// that has sent something and then ended may still wait for an answer. Takes no bytes.
-    pub async fn client_gone(&self) {
+    /// Waits until the client is gone: its connection has failed, or it ended without sending a byte. A client that
+    /// ended after sending bytes may still wait for an answer, and does not count. Reads no bytes. Cancellation safe.
+    pub(crate) async fn client_gone(&self) {
         loop {
             if self.readable().await.is_err() {
                 return;
@@ -94,11 +96,11 @@ impl Socket {
         }
     }
 
-    /// Reads what is there, at most `max` bytes. 0 is end of file.
+    /// Reads the bytes that have arrived, at most `max`; returns their number, 0 at the end of file.
     ///
     /// # Errors
-    /// `WouldBlock` where nothing is there; else the socket's error.
-    pub fn try_read(&self, buffer: &mut BytesMut, max: usize) -> io::Result<usize> {
+    /// `WouldBlock` if no bytes have arrived; otherwise the socket's error.
+    pub(crate) fn try_read(&self, buffer: &mut BytesMut, max: usize) -> io::Result<usize> {
         if max <= SMALL {
             return self.try_read_small(buffer, max);
         }
@@ -109,8 +111,8 @@ impl Socket {
         }
     }
 
-    /// The same for little: less than there was room for means that the socket is empty now, so the next read waits
-    /// without asking it first. Clearing the memory costs less than that system call.
+    /// Small read. Fewer bytes than `max` mean that the socket is empty, so readiness is cleared and the next read
+    /// waits without a system call. Zeroing the memory costs less than that system call.
     fn try_read_small(&self, buffer: &mut BytesMut, max: usize) -> io::Result<usize> {
         let old = buffer.len();
         buffer.resize(old + max, 0);
@@ -119,7 +121,7 @@ impl Socket {
             result =
                 recv(self.as_fd().as_raw_fd(), buffer.get_mut(old..).unwrap_or_default(), MsgFlags::empty())
                     .map_err(io::Error::from);
-            // What tokio's own reads do: had more come in between, it would be a new event, and this not touch it.
+            // As tokio's own reads do: bytes that arrive in between raise a new event, which this does not clear.
             match &result {
                 Ok(read) if (1..max).contains(read) => Err(io::ErrorKind::WouldBlock.into()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -128,7 +130,7 @@ impl Socket {
                 _ => Ok(()),
             }
         };
-        // Says whether the socket was ready; the result of the read, if there was one, is what counts.
+        // This result only says whether the socket was ready. `result` holds that of the read.
         let _ = match self {
             Self::Tcp(stream) => stream.try_io(Interest::READABLE, read),
             Self::Unix(stream) => stream.try_io(Interest::READABLE, read),
@@ -137,32 +139,32 @@ impl Socket {
         result
     }
 
-    /// Writes what fits.
+    /// Writes as many bytes as fit into the send buffer; returns their number.
     ///
     /// # Errors
-    /// `WouldBlock` where nothing fits; else the socket's error.
-    pub fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+    /// `WouldBlock` if no bytes fit; otherwise the socket's error.
+    pub(crate) fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
             Self::Tcp(stream) => stream.try_write_vectored(slices),
             Self::Unix(stream) => stream.try_write_vectored(slices),
         }
     }
 
-    /// Sends FIN: we write no more, but still read.
+    /// Sends FIN: we write no more bytes, but still read.
     ///
     /// # Errors
-    /// The socket's error, `NotConnected` where the other side has reset it.
-    pub fn shutdown_write(&self) -> io::Result<()> {
+    /// The socket's error; `NotConnected` if the other side has reset it.
+    pub(crate) fn shutdown_write(&self) -> io::Result<()> {
         nix::sys::socket::shutdown(self.as_fd().as_raw_fd(), Shutdown::Write).map_err(Into::into)
     }
 
-    /// Closes so that the other side sees a reset, not an orderly end: what it has received is not all there was.
-    pub fn abort(self) {
+    /// Closes with a reset, so that the other side knows that bytes are missing.
+    pub(crate) fn abort(self) {
         drop(self);
     }
 
-    /// Closes in good order: what was written still goes out.
-    pub fn finish(self) {
+    /// Closes in good order: bytes that were written are still sent.
+    pub(crate) fn finish(self) {
         if let Self::Tcp(stream) = self
             && let Err(error) = setsockopt(&stream, Linger, &linger { l_onoff: 0, l_linger: 0 })
         {

@@ -1,4 +1,4 @@
-//! Memory is bounded by windows, a stalled stream is alone with its stall, and nothing is lost.
+//! Flow control: windows bound memory, a stalled stream affects no other stream, and no byte is lost.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod harness;
@@ -16,7 +16,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::task::JoinSet;
 
 #[tokio::test]
-async fn a_stalled_reader_holds_its_window_at_most_its_neighbours_go_on_and_it_resumes_without_loss() {
+async fn a_stalled_reader_holds_one_window_and_loses_nothing() {
     within(async {
         let connection = Connection::new(FIXED);
         let ((mut client, near), (mut server, far)) = (unix(), unix());
@@ -83,28 +83,28 @@ async fn bulk(connection: Connection, tcp_streams: bool, len: usize) {
     for meter in connection.meters() {
         assert_eq!(meter.bytes, len as u64);
     }
-    // The relays are a step behind what their clients see.
+    // The relays finish shortly after their clients.
     quiet(|| connection.adaptor.credits.open_streams() + connection.agent.credits.open_streams()).await;
     assert_eq!(connection.adaptor.credits.open_streams() + connection.agent.credits.open_streams(), 0);
 }
 
 #[tokio::test]
-async fn thirty_two_two_way_bulk_streams_finish_with_every_byte_in_place() {
+async fn thirty_two_bulk_streams_finish_with_every_byte() {
     within(bulk(Connection::new(FIXED), false, 1 << 20)).await;
 }
 
 #[tokio::test]
-async fn thirty_two_two_way_bulk_streams_finish_while_their_windows_grow() {
+async fn thirty_two_bulk_streams_finish_with_growing_windows() {
     within(bulk(Connection::new(CreditLimits::KUBERNETES), true, 1 << 20)).await;
 }
 
 #[tokio::test]
-async fn thirty_two_two_way_bulk_streams_finish_without_credits() {
+async fn thirty_two_bulk_streams_finish_without_credits() {
     within(bulk(Connection::plain(FIXED), false, 1 << 20)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn thirty_two_two_way_bulk_streams_finish_on_several_threads() {
+async fn thirty_two_bulk_streams_finish_on_several_threads() {
     within(bulk(Connection::new(FIXED), true, 1 << 20)).await;
 }
 
@@ -114,7 +114,7 @@ async fn a_flood_of_small_messages_is_bounded_and_finishes() {
         let connection = Connection::new(FIXED);
         let (client, socket) = unix();
         let (_relay, raw) = connection.raw(socket).await;
-        // Honest, and one byte a message: it may have 64 of them unread, whatever they weigh.
+        // An honest peer with one byte in each message may have 64 messages unread: each has the minimum cost.
         let id = raw.flow.id();
         let len = 200_000;
         let sender = tokio::spawn(async move {
@@ -154,7 +154,7 @@ async fn one_byte_writes_of_a_client_arrive() {
     .await;
 }
 
-/// Moves a lot over a new stream, then says what its window has become: more than half of it is back.
+/// Moves many bytes over a new stream, and returns its window: more than half of it has been given back.
 async fn grow(connection: &Connection) -> (i64, Box<dyn std::any::Any>) {
     let ((mut client, near), (mut server, far)) = (unix(), unix());
     let (id, ..) = connection.join(near, far).await;
@@ -166,7 +166,7 @@ async fn grow(connection: &Connection) -> (i64, Box<dyn std::any::Any>) {
 }
 
 #[tokio::test]
-async fn a_used_window_grows_out_of_the_pool_and_the_pool_gets_it_back() {
+async fn a_window_takes_its_growth_from_the_pool_and_returns_it() {
     within(async {
         let limits = CreditLimits {
             initial: 32 << 10,
@@ -196,11 +196,11 @@ async fn a_peer_that_overruns_its_credit_loses_its_connection() {
         let connection = Connection::new(FIXED);
         let (client, socket) = unix();
         let (relay, raw) = connection.raw(socket).await;
-        // The client reads nothing; what we may hold is what its kernel takes, the window, and the slack.
+        // The client reads nothing. We may hold the kernel buffers, the window, and one message of slack.
         let mut sent = 0;
         while raw.sender.send(vec![1; 32 * 1024].into()).await.is_ok() {
             sent += 32 * 1024;
-            assert!(sent < KERNEL, "nobody stops it");
+            assert!(sent < KERNEL, "the sender is never stopped");
         }
         let id = raw.flow.id();
         assert!(matches!(relay.await.unwrap(), Err(RelayError::Overrun(Overrun(stream))) if stream == id));
@@ -212,7 +212,7 @@ async fn a_peer_that_overruns_its_credit_loses_its_connection() {
 }
 
 #[tokio::test]
-async fn a_peer_without_credits_is_held_up_once_a_reader_stalls_and_loses_nothing() {
+async fn a_stalled_reader_holds_up_a_peer_without_credits() {
     within(async {
         let connection = Connection::plain(FIXED);
         let ((mut client, near), (mut server, far)) = (unix(), unix());
@@ -236,7 +236,7 @@ async fn a_peer_without_credits_is_held_up_once_a_reader_stalls_and_loses_nothin
 }
 
 #[tokio::test]
-async fn a_plain_stream_whose_reader_stalls_ends_with_its_connection() {
+async fn a_stalled_window_only_stream_ends_with_its_connection() {
     within(async {
         let connection = Connection::plain(FIXED);
         let (client, socket) = unix();
@@ -256,7 +256,7 @@ async fn a_plain_stream_whose_reader_stalls_ends_with_its_connection() {
 }
 
 #[tokio::test]
-async fn streams_are_counted_both_ways_and_with_those_that_wait_for_hello() {
+async fn waiting_streams_of_both_directions_are_counted() {
     within(async {
         let credits = Credits::new(Side::Agent, CreditLimits { streams: 3, ..FIXED });
         let waiting: Vec<_> = [1, 3, 5]
@@ -281,7 +281,7 @@ async fn streams_are_counted_both_ways_and_with_those_that_wait_for_hello() {
 }
 
 #[tokio::test]
-async fn an_open_that_gives_up_before_hello_gives_its_room_back() {
+async fn a_dropped_open_before_hello_frees_its_room() {
     let credits = Credits::new(Side::Adaptor, CreditLimits { streams: 1, ..FIXED });
     let waiting = tokio::spawn({
         let credits = credits.clone();
@@ -295,7 +295,7 @@ async fn an_open_that_gives_up_before_hello_gives_its_room_back() {
 }
 
 #[tokio::test]
-async fn stream_ids_belong_to_their_side_and_are_in_use_once() {
+async fn a_stream_id_belongs_to_one_side_and_is_used_once() {
     within(async {
         let agent = Credits::new(Side::Agent, FIXED);
         agent.set_peer_mode(PeerFlow::Credits(32 << 10));
@@ -316,7 +316,7 @@ async fn stream_ids_belong_to_their_side_and_are_in_use_once() {
 }
 
 #[tokio::test]
-async fn credit_for_unknown_streams_and_too_much_of_it_do_no_harm() {
+async fn unknown_or_excessive_credit_does_no_harm() {
     within(async {
         let credits = Credits::new(Side::Adaptor, FIXED);
         credits.set_peer_mode(PeerFlow::Credits(32 << 10));
@@ -355,7 +355,7 @@ async fn every_window_from_the_smallest_on_keeps_moving() {
 }
 
 #[tokio::test]
-async fn whoever_waits_for_hello_hears_that_the_connection_is_gone() {
+async fn waiting_for_hello_ends_with_the_connection() {
     within(async {
         let credits = Credits::new(Side::Adaptor, FIXED);
         let waiting = tokio::spawn({
@@ -370,7 +370,7 @@ async fn whoever_waits_for_hello_hears_that_the_connection_is_gone() {
 }
 
 #[tokio::test]
-async fn plain_streams_share_the_growth_pool_and_give_it_back() {
+async fn window_only_streams_share_the_growth_pool() {
     within(async {
         let pool = BULK / 2;
         let limits = CreditLimits { growth_pool: u32::try_from(pool).unwrap(), ..FIXED };

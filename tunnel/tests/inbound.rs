@@ -1,4 +1,4 @@
-//! Inbounds hold their clients until there is a link, and let go of those that leave.
+//! Inbounds hold their clients until there is a link, and drop clients that leave.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod harness;
@@ -25,7 +25,7 @@ fn outbounds(list: &str) -> Outbounds<Kubernetes> {
     Outbounds::new(&parse_list::<OutboundTag>(list).unwrap())
 }
 
-/// An inbound `T` on any port, at work.
+/// A serving inbound `T` on any port.
 struct Served {
     local: String,
     links: watch::Sender<Option<MemLink>>,
@@ -43,7 +43,7 @@ impl Served {
         TcpStream::connect(&self.local).await.unwrap()
     }
 
-    /// Every clone of the watch is a client's, but one.
+    /// Number of clients: each holds a clone of the watch, and the inbound holds one.
     fn clients(&self) -> usize {
         self.links.receiver_count() - 1
     }
@@ -56,7 +56,7 @@ impl Served {
     }
 }
 
-/// A server that answers what it read to the end with the same, and its address.
+/// Starts a server that reads to the end and sends the same bytes back; returns its address.
 async fn echo() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -74,7 +74,7 @@ async fn echo() -> String {
 }
 
 #[tokio::test]
-async fn a_client_waits_for_a_link_and_even_a_half_closed_one_is_served() {
+async fn a_client_waits_for_a_link_even_after_a_half_close() {
     within(async {
         let served = Served::new("0").await;
         let mut connection = Connection::new(FIXED);
@@ -138,7 +138,7 @@ async fn a_client_that_leaves_while_it_waits_frees_its_place() {
 }
 
 #[tokio::test]
-async fn a_client_that_resets_while_the_other_end_connects_frees_its_place() {
+async fn a_client_that_resets_during_the_open_frees_its_place() {
     within(async {
         let served = Served::new("0").await;
         let mut connection = Connection::new(FIXED);
@@ -179,11 +179,11 @@ async fn a_link_that_dies_before_it_answers_is_followed_by_the_next() {
 }
 
 #[tokio::test]
-async fn a_link_that_is_gone_and_does_not_know_it_does_not_keep_the_thread() {
+async fn a_dead_link_that_looks_alive_does_not_keep_the_thread() {
     within(async {
         let served = Served::new("0").await;
         let mut connection = Connection::new(FIXED);
-        // Every open fails at once, and the link never says that it is gone.
+        // Every open fails at once, and the link never reports that it is gone.
         drop(connection.take_asks());
         served.links.send_replace(Some(connection.adaptor.clone()));
         let client = served.connect().await;
@@ -209,7 +209,7 @@ async fn a_client_that_is_refused_sees_a_reset() {
 }
 
 #[tokio::test]
-async fn a_client_without_a_link_is_closed_after_its_wait_and_not_before() {
+async fn a_client_without_a_link_is_closed_after_its_timeout() {
     let _watchdog = Watchdog::new();
     let served = Served::new("0").await;
     let mut client = served.connect().await;
@@ -223,7 +223,7 @@ async fn a_client_without_a_link_is_closed_after_its_wait_and_not_before() {
 }
 
 #[tokio::test]
-async fn dropping_the_service_closes_the_listener_and_resets_its_clients() {
+async fn a_dropped_inbound_closes_its_listener_and_its_clients() {
     within(async {
         let served = Served::new("0").await;
         let mut connection = Connection::new(FIXED);
@@ -244,7 +244,7 @@ async fn dropping_the_service_closes_the_listener_and_resets_its_clients() {
 }
 
 #[tokio::test]
-async fn a_port_that_is_taken_is_an_error_that_names_the_tag() {
+async fn a_port_in_use_is_an_error_that_names_the_tag() {
     within(async {
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let text = format!("KUBERNETES_PHASE:T:{}", taken.local_addr().unwrap().port());
@@ -255,7 +255,7 @@ async fn a_port_that_is_taken_is_an_error_that_names_the_tag() {
 }
 
 #[tokio::test]
-async fn a_unix_inbound_serves_is_private_and_is_gone_when_dropped() {
+async fn a_unix_inbound_is_private_and_removed_when_dropped() {
     within(async {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
@@ -279,7 +279,7 @@ async fn a_unix_inbound_serves_is_private_and_is_gone_when_dropped() {
 }
 
 #[tokio::test]
-async fn a_unix_inbound_replaces_a_socket_left_over_and_nothing_else() {
+async fn a_unix_inbound_replaces_only_a_stale_socket() {
     within(async {
         let dir = tempfile::tempdir().unwrap();
         let bind = |name: &str| {
@@ -310,7 +310,7 @@ async fn a_unix_inbound_replaces_a_socket_left_over_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_unix_listener_whose_backlog_is_full_is_not_taken_for_left_over() {
+async fn a_unix_listener_with_a_full_backlog_is_not_stale() {
     within(async {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("busy");

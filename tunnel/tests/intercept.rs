@@ -1,4 +1,4 @@
-//! An interceptor sees what passes, holds pieces back, adds its own, and costs a peer no credit.
+//! Interceptors inspect bytes, hold pieces back, inject their own, and cost a peer no credit.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod harness;
@@ -18,8 +18,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
-/// Cuts messages at `|`, keeps a part without one; holds a part back that is `hold`, until told to let it go; breaks at
-/// a part that is `break`. From the server it only counts lines, and says `wake` between two of them when told to.
+/// Splits messages at `|`, and keeps a part without one. Holds the part `hold` back until `go` is notified, and fails at
+/// the part `break`. In the other direction it injects `wake` between two lines when `wake` is notified.
 #[derive(Clone, Debug, Default)]
 struct Parts {
     go: Arc<Notify>,
@@ -105,13 +105,13 @@ impl FromServer for From {
 }
 
 #[tokio::test]
-async fn what_is_kept_gives_its_credit_back_once_and_what_is_held_goes_on_before_the_end() {
+async fn kept_bytes_return_credit_once_and_held_ones_precede_eof() {
     within(async {
         let (connection, parts) = (Connection::new(FIXED), Parts::default());
         let (mut server, socket) = tcp().await;
         let (relay, raw) = connection.raw_through(parts.clone(), socket).await;
         let id = raw.flow.id();
-        // Batches of credit are half a window: so many messages of so much leave nothing withheld.
+        // A batch of credit is half a window: this number of messages leaves no credit withheld.
         let messages = FIXED.initial as usize / 512;
         for round in 0..messages {
             raw.flow.ready().await;
@@ -138,7 +138,7 @@ async fn what_is_kept_gives_its_credit_back_once_and_what_is_held_goes_on_before
 }
 
 #[tokio::test]
-async fn a_piece_of_its_own_waits_for_its_place_and_wakes_a_server_that_is_silent() {
+async fn an_injected_piece_waits_for_a_boundary() {
     within(async {
         let (connection, parts) = (Connection::new(FIXED), Parts::default());
         let (mut server, socket) = tcp().await;
@@ -163,7 +163,7 @@ async fn a_piece_of_its_own_waits_for_its_place_and_wakes_a_server_that_is_silen
 }
 
 #[tokio::test]
-async fn what_it_can_not_go_on_with_resets_the_server_and_closes_the_stream_without_an_end() {
+async fn an_intercept_error_resets_the_server_and_closes() {
     within(async {
         for (from_server, text) in [
             (None, "reading parts: this one breaks"),
@@ -198,7 +198,7 @@ async fn what_it_can_not_go_on_with_resets_the_server_and_closes_the_stream_with
 }
 
 #[tokio::test]
-async fn it_stands_in_the_tunnel_that_it_was_put_into_and_in_no_other() {
+async fn an_interceptor_sees_only_the_bytes_of_its_tunnel() {
     within(async {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();

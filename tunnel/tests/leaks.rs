@@ -1,4 +1,4 @@
-//! Nothing is left of a stream, however it ended. A binary of its own: it counts the process's descriptors.
+//! No end of a stream leaks a resource. This is a binary of its own, because it counts the descriptors of the process.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod harness;
@@ -12,7 +12,7 @@ fn descriptors() -> usize {
 }
 
 #[tokio::test]
-async fn no_descriptor_and_no_room_is_left_however_a_stream_ends() {
+async fn every_end_of_a_stream_frees_descriptors_and_room() {
     within(async {
         let connection = Connection::new(FIXED);
         let dies = Connection::new(FIXED);

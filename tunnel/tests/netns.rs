@@ -1,4 +1,4 @@
-//! Sockets in a network namespace, with no thread of the process moved.
+//! Sockets in another network namespace; no other thread of the process moves.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod harness;
@@ -26,7 +26,7 @@ fn ip(arguments: &[&str]) {
 
 const LOOPBACK: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0));
 
-/// A namespace of our own, gone when dropped.
+/// A temporary namespace, removed when dropped.
 struct Made(String);
 
 impl Made {
@@ -51,10 +51,10 @@ impl Drop for Made {
     }
 }
 
-/// The namespaces of all threads but those that exist to enter one.
+/// Namespaces of all threads, except the threads that enter one.
 fn namespaces() -> Vec<PathBuf> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
-    // A thread may end while we look.
+    // A thread may end during the listing.
     let seen = tasks.filter_map(|task| {
         let name = std::fs::read_to_string(task.join("comm")).ok()?;
         (name.trim() != "netns").then(|| std::fs::read_link(task.join("ns/net")).ok())?
@@ -68,7 +68,7 @@ fn nobody_moved(home: &PathBuf) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_inbound_serves_inside_its_namespace_by_name_and_by_path_and_no_thread_moves() {
+async fn an_inbound_serves_in_its_namespace_and_no_thread_moves() {
     within(async {
         let home = std::fs::read_link("/proc/self/ns/net").unwrap();
         let made = Made::new("in");
@@ -115,7 +115,7 @@ async fn an_inbound_waits_until_its_namespace_is_made_and_up() {
             async move { Inbound::bind(&tag).await }
         });
         tokio::task::yield_now().await;
-        // `ip netns add` makes the file, then mounts the namespace on it: first a file that is none yet.
+        // `ip netns add` makes the file, then mounts the namespace on it: so the first step is an ordinary file.
         std::fs::create_dir_all(netns::NAMED).unwrap();
         let path = format!("{}/{name}", netns::NAMED);
         std::fs::write(&path, "").unwrap();
@@ -125,7 +125,7 @@ async fn an_inbound_waits_until_its_namespace_is_made_and_up() {
         let made = Made::new("late");
         drop(binding.await.unwrap().unwrap());
 
-        // A namespace with an interface that is up, as podns has, lets nobody bind 127.0.0.1 before `lo` is up.
+        // In a namespace with an interface that is up, like podns, no bind of 127.0.0.1 succeeds before `lo` is up.
         ip(&["-n", &name, "link", "add", "name", "v0", "type", "veth", "peer", "name", "v1"]);
         ip(&["-n", &name, "addr", "add", "192.0.2.1/24", "dev", "v0"]);
         ip(&["-n", &name, "link", "set", "v0", "up"]);
@@ -144,7 +144,7 @@ async fn an_inbound_waits_until_its_namespace_is_made_and_up() {
 }
 
 #[tokio::test]
-async fn a_namespace_that_is_not_there_or_none_is_an_error_that_names_it() {
+async fn a_missing_or_invalid_namespace_is_an_error_with_its_path() {
     within(async {
         let error = netns::listen(Some(&Namespace::new("no-such-namespace")), LOOPBACK).await.unwrap_err();
         let expected = "opening network namespace /run/netns/no-such-namespace: No such file";

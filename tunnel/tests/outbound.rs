@@ -1,4 +1,4 @@
-//! Outbounds reach the servers of their phase, refuse all else, and say why.
+//! Outbounds reach the servers of their phase, and refuse all other names with the reason.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod harness;
@@ -21,7 +21,7 @@ fn tags(list: &str) -> Vec<OutboundTag> {
     parse_list(list).unwrap()
 }
 
-/// A port of loopback where nobody listens, for as long as the socket lives.
+/// A loopback port without a listener; the socket reserves it.
 fn closed_port() -> (TcpSocket, u16) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -37,7 +37,7 @@ async fn refusal(connection: &Connection, asked: &str) -> String {
 }
 
 #[test]
-fn what_is_not_an_outbound_of_the_phase_is_prohibited() {
+fn other_names_than_outbounds_of_the_phase_are_prohibited() {
     let tags = tags("KUBERNETES_PHASE:KATAAGENT:/run/kata, BOTH_PHASES:KBS:8080, ATTESTATION_PHASE:ONLY:1");
     let attestation = Outbounds::<Attestation>::new(&tags);
     let kubernetes = Outbounds::<Kubernetes>::new(&tags);
@@ -66,7 +66,7 @@ fn what_is_not_an_outbound_of_the_phase_is_prohibited() {
 }
 
 #[tokio::test]
-async fn the_other_end_hears_why_it_was_refused() {
+async fn the_other_end_receives_the_reason_of_a_refusal() {
     within(async {
         let (_socket, port) = closed_port();
         let mut connection = Connection::new(CreditLimits { streams: 2, ..FIXED });
@@ -147,7 +147,7 @@ async fn a_server_is_reached_by_address_by_name_and_by_path() {
 }
 
 #[tokio::test]
-async fn a_patient_outbound_waits_for_its_server() {
+async fn an_outbound_with_a_connect_timeout_retries() {
     within(async {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("late");
@@ -168,7 +168,7 @@ async fn a_patient_outbound_waits_for_its_server() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn patience_ends_with_the_servers_own_error() {
+async fn the_connect_timeout_ends_with_the_last_error() {
     let _watchdog = harness::Watchdog::new();
     let patience = Duration::from_secs(150);
     let outbounds = Outbounds::<Kubernetes>::new(&tags("KUBERNETES_PHASE:KATAAGENT:/nonexistent/socket"))
@@ -181,7 +181,7 @@ async fn patience_ends_with_the_servers_own_error() {
 }
 
 #[tokio::test]
-async fn a_unix_server_whose_backlog_is_full_is_waited_for() {
+async fn a_unix_server_with_a_full_backlog_is_retried() {
     within(async {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("busy");

@@ -1,4 +1,4 @@
-//! What happens on one side of a tunnel happens on the other: half-close, reset, cut.
+//! Half-close, reset and cut on one side of a tunnel have the same effect on the other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod harness;
@@ -18,7 +18,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const ANSWER: usize = 1 << 20;
 
-/// `first` says all it has to say, and hears all of the answer after its half-close.
+/// `first` sends all its bytes, and receives the whole answer after its half-close.
 async fn ask(first: &mut Box<dyn Io>, second: &mut Box<dyn Io>) {
     write_pattern(first, 1, 100_000, 7_000).await;
     first.shutdown().await.unwrap();
@@ -36,7 +36,7 @@ async fn ask(first: &mut Box<dyn Io>, second: &mut Box<dyn Io>) {
 }
 
 #[tokio::test]
-async fn a_half_close_passes_both_ways_and_data_goes_on_the_other_way_after_it() {
+async fn a_half_close_passes_both_ways_and_ends_one_direction() {
     for (opener_first, plain) in [(true, false), (false, false), (true, true), (false, true)] {
         for ((mut client, near), (mut server, far)) in both_kinds().await.into_iter().zip(both_kinds().await)
         {
@@ -59,7 +59,7 @@ async fn a_half_close_passes_both_ways_and_data_goes_on_the_other_way_after_it()
 }
 
 #[tokio::test]
-async fn a_reset_on_one_side_is_a_reset_on_the_other_and_closes_the_stream() {
+async fn a_reset_on_one_side_is_a_reset_on_the_other() {
     within(async {
         for adaptor_resets in [true, false] {
             let connection = Connection::new(FIXED);
@@ -87,7 +87,7 @@ async fn a_reset_on_one_side_is_a_reset_on_the_other_and_closes_the_stream() {
 }
 
 #[tokio::test]
-async fn a_close_without_eof_delivers_what_came_and_then_resets() {
+async fn a_close_without_eof_delivers_the_bytes_and_resets() {
     within(async {
         let connection = Connection::new(FIXED);
         let (mut client, socket) = tcp().await;
@@ -123,7 +123,7 @@ async fn a_close_after_eof_takes_nothing_back() {
 }
 
 #[tokio::test]
-async fn a_relay_that_is_cancelled_resets_its_socket_and_closes_its_stream() {
+async fn a_cancelled_relay_resets_its_socket_and_closes() {
     within(async {
         let connection = Connection::new(FIXED);
         let (mut client, socket) = tcp().await;
@@ -156,7 +156,7 @@ async fn a_dead_connection_resets_every_local_side() {
     .await;
 }
 
-/// A relay whose local side has sent more than its peer takes, and that waits for credit.
+/// A relay that waits for credit: its local side has sent more than the peer takes.
 async fn stuck(
     connection: &Connection,
     socket: Socket,
@@ -165,7 +165,7 @@ async fn stuck(
     let (relay, mut raw) = connection.raw(socket).await;
     let id = raw.flow.id();
     client.write_all(&vec![7; 60_000]).await.unwrap();
-    // Takes what arrives, and gives no credit back.
+    // Takes messages, and gives no credit back.
     tokio::spawn(async move {
         while raw.receiver.recv().await.is_some_and(|event| event != Event::Close) {}
         // Neither EOF nor close until the connection is gone.
@@ -194,7 +194,7 @@ async fn a_local_reset_is_noticed_while_the_sender_waits_for_credit() {
 }
 
 #[tokio::test]
-async fn a_sender_that_waits_for_credit_wakes_when_the_connection_dies() {
+async fn a_sender_without_credit_wakes_when_the_connection_dies() {
     within(async {
         let connection = Connection::new(FIXED);
         let (mut client, socket) = tcp().await;
@@ -207,7 +207,7 @@ async fn a_sender_that_waits_for_credit_wakes_when_the_connection_dies() {
 }
 
 #[tokio::test]
-async fn a_sender_that_waits_for_credit_wakes_when_the_stream_closes() {
+async fn a_sender_without_credit_wakes_when_the_stream_closes() {
     within(async {
         let connection = Connection::new(FIXED);
         let (mut client, socket) = tcp().await;
@@ -229,7 +229,7 @@ async fn a_sender_that_waits_for_credit_wakes_when_the_stream_closes() {
 }
 
 #[tokio::test]
-async fn a_local_reset_after_its_half_close_is_noticed_while_the_server_is_silent() {
+async fn a_reset_after_a_half_close_is_noticed_without_traffic() {
     within(async {
         let connection = Connection::new(FIXED);
         let (mut client, socket) = tcp().await;
@@ -245,12 +245,12 @@ async fn a_local_reset_after_its_half_close_is_noticed_while_the_server_is_silen
 }
 
 #[tokio::test]
-async fn the_local_reset_does_not_wait_until_the_connection_takes_the_close() {
+async fn the_local_reset_does_not_wait_for_room_for_the_close() {
     within(async {
         let connection = Connection::new(FIXED);
         let (mut client, socket) = tcp().await;
         let (relay, raw) = connection.raw(socket).await;
-        // Nobody takes what the relay sends: the channel is full and its close has no room.
+        // The test takes none of the relay's messages, so the channel is full and the close has no room.
         let id = raw.flow.id();
         for _ in 0..8 {
             client.write_all(b"x").await.unwrap();
@@ -266,7 +266,7 @@ async fn the_local_reset_does_not_wait_until_the_connection_takes_the_close() {
 }
 
 #[tokio::test]
-async fn what_arrives_is_taken_while_the_close_waits_for_room() {
+async fn messages_are_taken_while_the_close_waits_for_room() {
     within(async {
         let connection = Connection::new(FIXED);
         let (mut client, socket) = tcp().await;
@@ -275,7 +275,7 @@ async fn what_arrives_is_taken_while_the_close_waits_for_room() {
             client.write_all(b"x").await.unwrap();
             quiet(|| connection.meter(Side::Adaptor, raw.flow.id()).bytes).await;
         }
-        // The relay can't send its close, for we take nothing; yet it takes what we send, as russh would need.
+        // The relay can't send its close, because the test takes nothing. It must still take our messages (D1).
         client.set_zero_linger().unwrap();
         drop(client);
         for _ in 0..40 {
@@ -309,7 +309,7 @@ async fn messages_without_bytes_do_no_harm() {
 }
 
 #[tokio::test]
-async fn messages_are_no_larger_than_the_limit_and_not_splinters() {
+async fn messages_are_large_but_within_the_limit() {
     within(async {
         let connection = Connection::new(FIXED);
         let ((mut client, near), (mut server, far)) = (unix(), unix());

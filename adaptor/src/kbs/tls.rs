@@ -1,4 +1,4 @@
-//! TLS to the KBS: with *ring*, against the operator's CA alone or else the system's.
+//! TLS to the KBS, with *ring*. It trusts the operator's CA alone, or else the system's CAs.
 
 use std::error::Error;
 use std::path::Path;
@@ -9,7 +9,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
 
 use super::KbsError;
-use crate::settings::KbsSettings;
+use super::KbsSettings;
 
 pub(super) fn config(settings: &KbsSettings) -> Result<ClientConfig, KbsError> {
     let roots = match &settings.ca {
@@ -35,18 +35,18 @@ fn ca_roots(path: &Path) -> Result<RootCertStore, KbsError> {
     if roots.is_empty() { Err(failed("no certificate in it".to_owned())) } else { Ok(roots) }
 }
 
-/// None found is no fault here: the handshake will say that the certificate is not trusted, and what to do.
+/// The system's CAs. If there are none, the handshake fails with an error that says what to do.
 fn system_roots() -> RootCertStore {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     roots
 }
 
-/// Why the server's certificate was refused, if it was: trying again does not help then.
+/// Why the server's certificate was refused, if it was. A retry does not help then.
 pub(super) fn refused_certificate(error: &reqwest::Error) -> Option<String> {
     let mut next = error.source();
     while let Some(cause) = next {
-        // An I/O error shows the causes of what it holds, but not what it holds.
+        // `source` of an I/O error skips the error that it wraps.
         let held = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
         let tls = held.and_then(|held| held.downcast_ref()).or_else(|| cause.downcast_ref());
         if let Some(error @ rustls::Error::InvalidCertificate(_)) = tls {

@@ -1,47 +1,51 @@
 //! The store in a directory: `worker-node.key`, and `pods/<pod id>/` with `key` and `addresses.json`.
 //!
-//! A lock orders processes that write, so that whatever unfinished file its holder finds is a crash's leftover.
+//! Writers of all processes hold a lock, so an unfinished file that a lock holder finds was left by a crash.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
+use secure_comms_keys::private_directory::own_directory;
+use secure_comms_keys::private_file::{self, TEMP_PREFIX};
+use secure_comms_keys::{FileError, KeyError, PodKey, WorkerNodeKey};
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::limits::KEY_MAX;
 use zeroize::Zeroizing;
 
 use super::{Store, StoreError};
 use crate::address::Address;
-use crate::keys::{KeyError, PodKey, WorkerNodeKey};
-use crate::private_file::{self, FileError, TEMP_PREFIX};
 
+/// Name prefix of the directory of a pod that is being deleted.
 const GONE_PREFIX: &str = ".gone-";
 
-/// The store in a directory that only we may write.
+/// The store in a directory that only the adaptor's user may access. Needs a tokio runtime for its async methods.
 #[derive(Clone, Debug)]
 pub struct DirectoryStore {
     root: PathBuf,
 }
 
-/// The right to change the store, until dropped.
+/// The lock for changing the store, held until dropped.
 struct Locked {
     _file: File,
 }
 
 impl DirectoryStore {
-    /// Opens the store, makes its directories if need be, and clears away what a crash has left. On a disk that is
-    /// read-only the keys that are there still serve.
+    /// Opens the store, makes its directories if they are missing, and removes what a crash left behind. On a read-only
+    /// disk the existing keys can still be read.
+    ///
+    /// Blocks on the disk and on the lock of the store.
     ///
     /// # Errors
-    /// The directory cannot be made, or others may write it.
+    /// The directory cannot be made, or others may access it.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
         let store = Self { root: root.into() };
-        private_file::own_directory(&store.root)?;
-        private_file::own_directory(&store.pods_directory())?;
+        own_directory(&store.root)?;
+        own_directory(&store.pods_directory())?;
         match store.lock().and_then(|_locked| store.tidy()) {
             Err(error) if error.is_read_only() => tracing::warn!(
-                "key store: {}: read-only: the keys in it serve, new ones can't be made",
+                "key store: {}: the disk is read-only: existing keys can be used, new ones can't be made",
                 store.root.display()
             ),
             tidied => tidied?,
@@ -67,7 +71,7 @@ impl DirectoryStore {
 
     fn lock(&self) -> Result<Locked, FileError> {
         let path = self.root.join(".lock");
-        let failed = || FileError::io("lock", &path);
+        let failed = || FileError::io("locking", &path);
         let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
         let file = file.map_err(failed())?;
         file.lock().map_err(failed())?;
@@ -99,7 +103,7 @@ impl DirectoryStore {
         let path = self.key_file(pod);
         find_or_make(&path, PodKey::from_pem, || {
             let _locked = self.lock()?;
-            private_file::own_directory(&self.pod_directory(pod))?;
+            own_directory(&self.pod_directory(pod))?;
             private_file::sync_directory(&self.pods_directory())?;
             let pem = PodKey::generate().and_then(|key| key.to_pem()).map_err(StoreError::Key)?;
             Ok(private_file::create(&path, pem.as_bytes())?)
@@ -113,14 +117,15 @@ impl DirectoryStore {
         Ok(pods)
     }
 
-    /// One rename forgets all of it at once; the rest is tidying, and a crash in it leaves no pod behind.
+    /// Renames the pod's directory, which deletes its record atomically, and then removes the files. A crash in between
+    /// leaves no pod behind.
     fn forget_pod(&self, pod: &PodId) -> Result<(), StoreError> {
         let _locked = self.lock()?;
         let pods = self.pods_directory();
         let gone = pods.join(format!("{GONE_PREFIX}{:032x}", rand::random::<u128>()));
         match fs::rename(self.pod_directory(pod), &gone) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            renamed => renamed.map_err(FileError::io("forget", &self.pod_directory(pod)))?,
+            renamed => renamed.map_err(FileError::io("forgetting", &self.pod_directory(pod)))?,
         }
         private_file::sync_directory(&pods)?;
         remove_leftovers(&pods)?;
@@ -128,7 +133,7 @@ impl DirectoryStore {
     }
 
     fn write_addresses(&self, pod: &PodId, addresses: &[Address]) -> Result<(), StoreError> {
-        // What is there already must not need room, or a disk that can be written, for a restart.
+        // A restart saves the same addresses: that must work on a full or read-only disk.
         if self.read_addresses(pod).is_ok_and(|there| there == addresses) && self.key_file(pod).exists() {
             return Ok(());
         }
@@ -152,7 +157,7 @@ impl DirectoryStore {
         addresses.ok_or(StoreError::BrokenAddresses(path))
     }
 
-    /// Disks can be slow; the tasks of other pods must not wait for them.
+    /// Runs blocking work on tokio's blocking threads: a slow disk must not delay the tasks of other pods.
     async fn on_disk<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Self) -> Result<T, StoreError> + Send + 'static,
@@ -162,7 +167,7 @@ impl DirectoryStore {
     }
 }
 
-/// Reads the key; if there is none, lets one be made and reads again: what is on the disk is what all get.
+/// Reads the key. If there is none, makes one and reads it back, so that all callers get the key that is on the disk.
 fn find_or_make<K>(
     path: &Path,
     decode: fn(&[u8]) -> Result<K, KeyError>,
@@ -187,10 +192,10 @@ fn decoded<K>(
 }
 
 fn names(directory: &Path) -> Result<Vec<String>, FileError> {
-    let failed = || FileError::io("list", directory);
+    let failed = || FileError::io("listing", directory);
     let mut names = Vec::new();
     for entry in fs::read_dir(directory).map_err(failed())? {
-        // A name that is not UTF-8 is none of ours.
+        // The store makes no names that are not UTF-8.
         names.extend(entry.map_err(failed())?.file_name().into_string());
     }
     Ok(names)
@@ -200,9 +205,9 @@ fn remove_leftovers(directory: &Path) -> Result<(), FileError> {
     for name in names(directory)? {
         let path = directory.join(&name);
         if name.starts_with(GONE_PREFIX) {
-            fs::remove_dir_all(&path).map_err(FileError::io("remove", &path))?;
+            fs::remove_dir_all(&path).map_err(FileError::io("removing", &path))?;
         } else if name.starts_with(TEMP_PREFIX) {
-            fs::remove_file(&path).map_err(FileError::io("remove", &path))?;
+            fs::remove_file(&path).map_err(FileError::io("removing", &path))?;
         }
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! The stand-in agent: an SSH server with our profile, that behaves as a test tells it.
+//! A simulated agent: an SSH server with the agent's profile, scripted by a test.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -9,12 +9,11 @@ use russh::server::{
     Auth, ChannelOpenHandle, Handle, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey,
 };
 use russh::{Channel, ChannelId, MethodKind, MethodSet};
-use secure_comms_adaptor::keys::{PodKey, WorkerNodePublic};
+use secure_comms_keys::{PodKey, WorkerNodePublic};
 use secure_comms_protocol::control::{Empty, KeyProgress};
-use secure_comms_protocol::hello::Hello;
 use secure_comms_protocol::limits::{CreditLimits, REKEY_BYTES};
 use secure_comms_protocol::tag::parse_list;
-use secure_comms_protocol::{Control, Kubernetes, PhaseName};
+use secure_comms_protocol::{Control, Hello, Kubernetes, PhaseName};
 use secure_comms_ssh::channel::{PendingChannel, split};
 use secure_comms_ssh::control::{self, Outbox};
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
@@ -25,16 +24,16 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::Lines;
 
-/// How the agent meets a connection.
+/// How the agent treats a connection.
 #[derive(Clone, Debug)]
 pub struct Mode {
     pub phase: PhaseName,
     pub host: PodKey,
-    /// The worker node it lets in.
+    /// The worker node that it accepts; `None`: any.
     pub worker: Option<WorkerNodePublic>,
-    /// Whether it says hello.
+    /// Whether it sends a hello.
     pub hello: bool,
-    /// Whether it hangs up instead of answering an authentication.
+    /// Whether it disconnects instead of answering an authentication.
     pub hangs_up: bool,
 }
 
@@ -56,15 +55,15 @@ pub struct Live {
     pub credits: Credits,
 }
 
-/// The agent; what it sees is in `seen`.
+/// The agent; `seen` records what it observes.
 #[derive(Clone)]
 pub struct Agent {
     pub address: SocketAddr,
     pub seen: Lines,
-    /// One for each connection to come; the last one stays.
+    /// One for each future connection; the last one is kept.
     modes: Arc<Mutex<VecDeque<Mode>>>,
     live: Arc<Mutex<Vec<Live>>>,
-    /// Where its KATAAGENT outbound leads.
+    /// Target of its KATAAGENT outbound.
     kata: SocketAddr,
 }
 
@@ -92,7 +91,7 @@ impl Agent {
         self.script([mode]);
     }
 
-    /// Each connection to come meets the next of these, the last one all that follow.
+    /// Each future connection gets the next of these modes, and all further ones get the last.
     pub fn script(&self, modes: impl Into<VecDeque<Mode>>) {
         *self.modes.lock().unwrap() = modes.into();
     }
@@ -102,7 +101,7 @@ impl Agent {
         if modes.len() > 1 { modes.pop_front().unwrap() } else { modes[0].clone() }
     }
 
-    /// Moves on to the Kubernetes phase as an agent does.
+    /// Enters the Kubernetes phase as an agent does.
     pub fn upgrade(&self, mode: Mode) {
         self.become_(mode);
         self.say(&Control::Upgrade(Empty {}));
@@ -116,7 +115,7 @@ impl Agent {
         self.live.lock().unwrap().iter().for_each(|live| live.outbox.send(message.clone()));
     }
 
-    /// Every connection breaks.
+    /// Breaks every connection.
     pub fn cut(&self) {
         self.live.lock().unwrap().drain(..).for_each(|live| live.guard.cut());
     }

@@ -1,4 +1,4 @@
-//! A stand-in agent, on the other side of a real SSH connection, and what else a pod needs around it.
+//! A simulated agent behind a real SSH connection, a simulated KBS, and the adaptor of a test.
 #![allow(missing_docs, unreachable_pub, dead_code)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -7,12 +7,12 @@ pub mod agent;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use secure_comms_adaptor::adaptor::{Adaptor, Config, KeySource};
 use secure_comms_adaptor::address::Address;
-use secure_comms_adaptor::kbs::KbsClient;
-use secure_comms_adaptor::keys::{PodKey, WorkerNodePublic};
-use secure_comms_adaptor::settings::KbsSettings;
+use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
+use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::store::{DirectoryStore, Store};
+use secure_comms_adaptor::{Adaptor, Config};
+use secure_comms_keys::{PodKey, WorkerNodePublic};
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
@@ -21,7 +21,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-/// No test waits longer for one thing.
+/// The longest that a test waits for one event.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub fn pod() -> PodId {
@@ -32,7 +32,7 @@ pub fn addresses(sockets: &[std::net::SocketAddr]) -> Vec<Address> {
     sockets.iter().map(|socket| socket.to_string().parse().unwrap()).collect()
 }
 
-/// A list that grows, and that can be waited for.
+/// A growing list that a test can wait for.
 #[derive(Clone, Debug, Default)]
 pub struct Lines(Arc<(Mutex<Vec<String>>, Notify)>);
 
@@ -67,12 +67,12 @@ impl Lines {
     }
 }
 
-/// A KBS that takes everything, and says what it was asked.
+/// A KBS that accepts every request and records it.
 pub async fn kbs() -> (url::Url, Lines) {
     let lines = Lines::default();
-    let asked = lines.clone();
+    let requests = lines.clone();
     let app = axum::Router::new().fallback(move |request: axum::extract::Request| {
-        asked.push(format!("{} {}", request.method(), request.uri().path()));
+        requests.push(format!("{} {}", request.method(), request.uri().path()));
         async { "" }
     });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -81,7 +81,7 @@ pub async fn kbs() -> (url::Url, Lines) {
     (url, lines)
 }
 
-/// A server that sends everything back.
+/// An echo server.
 pub async fn echo() -> std::net::SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -97,7 +97,7 @@ pub async fn echo() -> std::net::SocketAddr {
     address
 }
 
-/// Sends a word through, and sees it come back.
+/// Sends a word through a tunnel to the echo server, and checks that it returns.
 pub async fn echoes(address: &str) {
     let echoed = timeout(PATIENCE, async {
         let mut socket = TcpStream::connect(address).await.unwrap();
@@ -109,7 +109,7 @@ pub async fn echoes(address: &str) {
     assert_eq!(echoed.await.unwrap().unwrap(), b"hello");
 }
 
-/// An adaptor and all it needs.
+/// An adaptor, its store and its KBS.
 pub struct World {
     pub adaptor: Adaptor,
     pub events: Lines,
@@ -127,7 +127,7 @@ impl World {
         Self { adaptor, events, published, store, directory, kbs }
     }
 
-    /// What a new process finds.
+    /// The adaptor of a new process with the same store and KBS.
     pub fn restart(self, outbounds: &str) -> Self {
         let (adaptor, events, store) = build(&self.directory, Some(&self.kbs), outbounds);
         Self { adaptor, events, store, ..self }
@@ -148,7 +148,7 @@ impl World {
         self.store.pod_key(&pod()).await.unwrap()
     }
 
-    /// Prepares the pod; where its KATAAGENT inbound listens.
+    /// Prepares the pod, and returns the address of its KATAAGENT inbound.
     pub async fn prepare(&self) -> String {
         let endpoints = self.adaptor.prepare(&pod()).await.unwrap();
         endpoints.iter().find(|endpoint| endpoint.name.as_str() == "KATAAGENT").unwrap().local.clone()
@@ -162,16 +162,16 @@ fn build(
 ) -> (Adaptor, Lines, Arc<DirectoryStore>) {
     let store = Arc::new(DirectoryStore::open(directory.path().join("store")).unwrap());
     let events = Lines::default();
-    let told = events.clone();
+    let recorded = events.clone();
     let keys = kbs.map_or(KeySource::UserData, |url| {
         let settings = KbsSettings { url: url.clone(), ca: None, admin: None };
-        KeySource::Kbs(Box::new(KbsClient::new(&settings, Duration::from_secs(5)).unwrap()))
+        KeySource::Kbs(KbsClient::new(&settings, Duration::from_secs(5)).unwrap())
     });
     let config = Config {
         inbounds: parse_list("KUBERNETES_PHASE:KATAAGENT:0").unwrap(),
         outbounds: parse_list(outbounds).unwrap(),
         rekey_bytes: REKEY_BYTES,
-        observer: Arc::new(move |_, event| told.push(event.to_string())),
+        observer: Arc::new(move |_, event| recorded.push(event.to_string())),
     };
     (Adaptor::new(store.clone(), keys, config), events, store)
 }

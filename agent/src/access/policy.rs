@@ -6,11 +6,12 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use secure_comms_keys::PrivateKey;
+use secure_comms_keys::{PodKeys, PublicKey, WorkerNodeKeys};
 use secure_comms_protocol::{Banner, LoginState, PhaseName};
 use tokio::sync::watch;
 
 use super::latch::LatchError;
-use crate::keys::{PodKeys, PrivateKey, PublicKey, WorkerNodeKeys};
 
 /// Who may connect for attestation.
 #[derive(Clone, Debug)]
@@ -74,22 +75,22 @@ impl std::fmt::Debug for AccessPolicy {
 
 impl AccessPolicy {
     /// The policy of the Attestation phase; `host_key` was made for this process.
-    pub(crate) fn attestation(host_key: PrivateKey, attesters: Attesters, persist: PersistKeys) -> Self {
+    pub(crate) fn attestation(host_key: Arc<PrivateKey>, attesters: Attesters, persist: PersistKeys) -> Self {
         Self::new(State::Attestation { attesters }, PhaseName::Attestation, host_key, persist)
     }
 
     /// The policy of an agent that starts in the Kubernetes phase: the keys were latched earlier in this boot, or are in
     /// the user data.
     pub(crate) fn kubernetes(keys: PodKeys, persist: PersistKeys) -> Self {
-        let host_key = keys.host().clone();
+        let host_key = keys.pod_key().ssh();
         let state = State::Kubernetes { keys, login: Login::Latched };
         let policy = Self::new(state, PhaseName::Kubernetes, host_key, persist);
         policy.latched.send_replace(true);
         policy
     }
 
-    fn new(state: State, phase: PhaseName, host_key: PrivateKey, persist: PersistKeys) -> Self {
-        let admission = Admission { generation: 0, phase, host_key: Arc::new(host_key) };
+    fn new(state: State, phase: PhaseName, host_key: Arc<PrivateKey>, persist: PersistKeys) -> Self {
+        let admission = Admission { generation: 0, phase, host_key };
         let inner = Mutex::new(Inner { state, admission });
         Self { inner, latched: watch::Sender::new(false), persist }
     }
@@ -146,7 +147,7 @@ impl AccessPolicy {
     pub(crate) fn allows_login_with(&self, generation: u64, key: &PublicKey) -> bool {
         let inner = self.inner();
         inner.admission.generation == generation
-            && matches!(&inner.state, State::Kubernetes { keys, .. } if keys.worker_node().matches(key))
+            && matches!(&inner.state, State::Kubernetes { keys, .. } if keys.worker_node_keys().matches(key))
     }
 
     /// Logs the holder of this key in to the Kubernetes phase. The first login latches the keys. `Ok(false)`: the key is
@@ -161,7 +162,7 @@ impl AccessPolicy {
             return Ok(false);
         }
         let State::Kubernetes { keys, login } = &mut inner.state else { return Ok(false) };
-        if !keys.worker_node().matches(key) {
+        if !keys.worker_node_keys().matches(key) {
             return Ok(false);
         }
         if matches!(login, Login::Fresh { .. }) {
@@ -185,7 +186,7 @@ impl AccessPolicy {
         inner.admission = Admission {
             generation: inner.admission.generation + 1,
             phase: PhaseName::Kubernetes,
-            host_key: Arc::new(keys.host().clone()),
+            host_key: keys.pod_key().ssh(),
         };
         inner.state = State::Kubernetes { keys, login: Login::Fresh { reopened: None } };
         Ok(())

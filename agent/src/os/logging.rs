@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use secure_comms_keys::text::one_line;
 use syslog::{Facility, Formatter3164, LoggerBackend};
 
 /// The environment variable that sets the level.
@@ -46,7 +47,7 @@ fn level(text: Option<&str>) -> Result<LevelFilter, LogError> {
         "debug" => Ok(LevelFilter::Debug),
         "warn" => Ok(LevelFilter::Warn),
         "error" => Ok(LevelFilter::Error),
-        other => Err(LogError::Level(one_line(other))),
+        other => Err(LogError::Level(one_line(other, LINE_MAX))),
     }
 }
 
@@ -169,30 +170,11 @@ impl Log for Logger {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            self.sink.write(record.level(), &one_line(&record.args().to_string()));
+            self.sink.write(record.level(), &one_line(&record.args().to_string(), LINE_MAX));
         }
     }
 
     fn flush(&self) {}
-}
-
-/// `text` as one printable line of bounded length.
-fn one_line(text: &str) -> String {
-    let mut line = String::with_capacity(text.len().min(LINE_MAX));
-    for (index, c) in text.char_indices() {
-        if line.len() >= LINE_MAX {
-            line.push_str(&format!("... ({} bytes more)", text.len() - index));
-            break;
-        }
-        // Line separators, and the marks that reorder text on a screen, forge lines as well as newlines do.
-        let forges = matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        if c.is_control() || forges {
-            line.extend(c.escape_default());
-        } else {
-            line.push(c);
-        }
-    }
-    line
 }
 
 #[cfg(test)]

@@ -14,10 +14,10 @@ use zeroize::Zeroizing;
 
 use super::kbs_fetch::{self, FetchError};
 use crate::agent::Agent;
-use crate::keys::{KeyError, PodKeys};
 use crate::os::log_limits::Repeated;
 use crate::peers::deadlines::KbsDeadlines;
 use crate::peers::peer::Peer;
+use secure_comms_keys::{KeyError, PodKeys};
 
 /// Why an attempt brought no keys.
 #[derive(Debug, thiserror::Error)]

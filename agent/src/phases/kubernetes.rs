@@ -7,7 +7,7 @@ use tokio::time::{sleep, timeout};
 use super::attestation::{self, GuestApi};
 use crate::access::policy::Attesters;
 use crate::agent::Agent;
-use crate::keys::PodKeys;
+use secure_comms_keys::PodKeys;
 
 /// Enters the phase with `keys`, and returns once a worker node has logged in. If none does within [`FIRST_LOGIN_TIMEOUT`], attestation
 /// goes on in parallel: keys that a stranger supplied are replaced, unless the stranger logs in with them.

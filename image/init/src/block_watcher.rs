@@ -1,9 +1,9 @@
 //! A process that outlives `init` and powers the machine off when the root turns out to be tampered with.
 //!
-//! Blocks are verified when they are read, hours after the start too. `table` says why an I/O error alone is not
-//! enough. The kernel sends its event before the reader gets its error, so that the machine stops before much can be made of that. If the
-//! reader is PID 1 in its first moments, it may die of the error before the power is off: a kernel panic, which stops the machine
-//! as well, or starts it again if the command line has panic=. What does not match is never handed out in any case.
+//! Blocks are verified at every read, also hours after the boot. `table` explains why an I/O error alone is not enough.
+//! The kernel sends its event before the reader gets its error, so the machine stops before the error can be exploited.
+//! PID 1 may meet a bad block early and end before the power is off. Then the kernel panics, which stops the machine as
+//! well, or restarts it if the command line has panic=. Bytes that do not match are never delivered in any case.
 
 use std::fs;
 use std::io;
@@ -17,14 +17,18 @@ use crate::failure::{Context, Failure};
 use crate::power;
 use crate::uevents::{Uevents, wait_for_verity_error};
 
-/// The argument that makes the program a guard.
+/// Argument with which this program runs as the block watcher.
 pub const ARGUMENT: &str = "guard";
 
-/// Starts the guard. It takes all that it needs along as input, output and errors, for its old root becomes empty: the events since the
-/// start of `init`, the kernel's log for the console, and the device mapper.
+/// Starts the block watcher. Its root becomes empty, so it receives all it needs as standard input (the events since
+/// the start of `init`), output (the kernel's log) and error (the device mapper).
+///
+/// # Errors
+/// The process can't be started or protected from the OOM killer.
 pub fn start(events: Uevents, verity: Verity) -> Result<(), Failure> {
-    let guard = Command::new("/proc/self/exe")
-        // systemd leaves processes of root alone that start with this sign (systemd.io, "Storage Daemons for the Root File System").
+    let watcher = Command::new("/proc/self/exe")
+        // systemd does not kill root's processes whose name starts with "@" (systemd.io, "Storage Daemons for the Root
+        // File System").
         .arg0("@init")
         .arg(ARGUMENT)
         .env_clear()
@@ -32,12 +36,12 @@ pub fn start(events: Uevents, verity: Verity) -> Result<(), Failure> {
         .stdout(Stdio::from(console::open_log()?))
         .stderr(Stdio::from(verity.into_control()))
         .spawn()
-        .context(|| "starting the guard of the root")?;
-    let score = format!("/proc/{}/oom_score_adj", guard.id());
+        .context(|| "starting the block watcher of the root")?;
+    let score = format!("/proc/{}/oom_score_adj", watcher.id());
     fs::write(&score, "-1000").context(|| format!("writing {score}"))
 }
 
-/// The guard itself.
+/// Runs the block watcher; powers the machine off at the first bad block.
 pub fn run() -> ! {
     let why = match watch() {
         Ok(()) => Failure::new(
@@ -46,12 +50,12 @@ pub fn run() -> ! {
         ),
         Err(failure) => failure,
     };
-    // "<0>": an emergency, shown on the console at every log level.
+    // "<0>" is the level of an emergency, shown on the console at every log level.
     console::write(format_args!("<0>init: FATAL: {why}"));
     power::off()
 }
 
-/// Until the root is found bad.
+/// Waits until a block does not match the root hash.
 fn watch() -> Result<(), Failure> {
     let control = io::stderr().as_fd().try_clone_to_owned().context(|| "taking over the device mapper")?;
     let verity = Verity::inherited(control);

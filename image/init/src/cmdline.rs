@@ -2,21 +2,24 @@
 
 use crate::root_hash::{BadRootHash, RootHash};
 
-/// Why a command line names no root.
+/// The command line names no root.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BadCmdline {
-    /// Nothing to verify the root with.
+    /// No `roothash=`.
     #[error("no roothash=: the image's build puts it there, a kernel started by hand needs it appended")]
     Missing,
-    /// Which one would be meant is anybody's guess.
+    /// More than one `roothash=`.
     #[error("more than one roothash=")]
     Repeated,
-    /// Not a SHA-256 in hex.
+    /// The value is not a SHA-256 in hex.
     #[error("roothash=: {0}")]
     Malformed(#[from] BadRootHash),
 }
 
-/// The value of `roothash=`, which must be there exactly once.
+/// Value of `roothash=`, which must occur exactly once.
+///
+/// # Errors
+/// The parameter is missing, repeated or malformed.
 pub fn root_hash(cmdline: &str) -> Result<RootHash, BadCmdline> {
     let mut quoted = false;
     // As the kernel splits (lib/cmdline.c, next_arg): blanks within double quotes belong to the parameter.
@@ -49,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_repeated_and_malformed_are_refused() {
+    fn a_missing_repeated_or_malformed_root_hash_is_refused() {
         let hash = hash();
         for (line, error) in [
             (String::new(), BadCmdline::Missing),

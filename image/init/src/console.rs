@@ -10,9 +10,12 @@ use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use crate::failure::{Context, Failure};
 
-/// Takes /dev/console for input, output and errors. The kernel does so before PID 1 starts, but only if the initramfs brings the
-/// node; so once more when devtmpfs is mounted. A machine without the console that its command line names (a cloud without a serial
-/// port) boots all the same: then the lines go to the kernel's log.
+/// Opens /dev/console for input, output and errors. The kernel does so before PID 1 starts, but only if the initramfs
+/// has the node; so this is called when devtmpfs is mounted. If the console of the command line does not exist (a
+/// cloud without a serial port), the lines go to the kernel's log.
+///
+/// # Errors
+/// Neither can be opened.
 pub fn open() -> Result<(), Failure> {
     let terminal = OpenOptions::new().read(true).write(true).open("/dev/console");
     let (what, file) = match terminal {
@@ -25,25 +28,25 @@ pub fn open() -> Result<(), Failure> {
         .context(|| format!("using {what} for the console"))
 }
 
-/// The kernel's log, to write to: it reaches whatever console the kernel has, whoever owns that.
+/// Opens the kernel's log for writing; the kernel copies it to its console.
 pub(crate) fn open_log() -> Result<File, Failure> {
     OpenOptions::new().write(true).open("/dev/kmsg").context(|| "opening /dev/kmsg")
 }
 
-/// A line.
+/// Prints a line with the prefix "init: ".
 pub fn say(line: impl Display) {
     write(format_args!("init: {line}"));
 }
 
-/// A line as it is, in one piece. Nobody can be told that the console does not take it.
+/// Prints a line without a prefix, in one write. A failure is ignored, because there is no other output.
 pub(crate) fn write(line: impl Display) {
     let mut out = io::stdout().lock();
     drop(out.write_all(format!("{line}\n").as_bytes()).and_then(|()| out.flush()));
 }
 
-/// Waits until the console has sent everything.
+/// Waits until the console has sent all lines.
 pub(crate) fn drain() {
-    // Fails where the console is no terminal, and then there is nothing to wait for.
+    // Fails if the console is not a terminal; then no wait is needed.
     let _no_terminal = tcdrain(io::stdout());
 }
 

@@ -1,4 +1,4 @@
-//! The disk with the root, found by the UUIDs of its partitions on whatever bus it is.
+//! The disk with the root, found by the UUIDs of its partitions on any bus.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,30 +12,34 @@ use crate::root_hash::{RootHash, Uuid};
 use crate::superblock::{self, Superblock};
 use crate::uevents::Uevents;
 
-/// How long a disk may take to appear: an emulated machine under load takes a few seconds, a cloud's disk hardly one.
+/// Timeout for the disk to appear: it takes a few seconds on an emulated machine under load, and less than one in a
+/// cloud.
 pub const DEADLINE: Duration = Duration::from_secs(30);
-/// Whole disks, as the kernel knows them.
+/// Directory of the whole disks in sysfs.
 const DISKS: &str = "/sys/block";
 
 /// The two partitions of a root.
 pub struct RootDisk {
-    /// The file system.
+    /// Partition with the file system.
     pub data: Partition,
-    /// The hash tree.
+    /// Partition with the hash tree.
     pub hash: Partition,
 }
 
-/// A partition that the kernel has made.
+/// A partition, as the kernel found it.
 pub struct Partition {
-    /// As in /dev and /sys/class/block.
+    /// Name in /dev and /sys/class/block.
     pub name: String,
-    /// "major:minor".
+    /// Device number as "major:minor".
     pub device: String,
-    /// Its size as the disk has it, not as the table says.
+    /// Size in bytes according to the kernel, not to the partition table.
     pub bytes: u64,
 }
 
-/// Waits for the disk; events must have been listened to since before the drivers were loaded.
+/// Waits for the disk. `events` must have been opened before the drivers were loaded.
+///
+/// # Errors
+/// The disk did not appear within [`DEADLINE`].
 pub fn wait(root_hash: &RootHash, events: &Uevents) -> Result<RootDisk, Failure> {
     let (data, hash) = (root_hash.data_partition(), root_hash.hash_partition());
     let deadline = Instant::now() + DEADLINE;
@@ -57,7 +61,7 @@ pub fn wait(root_hash: &RootHash, events: &Uevents) -> Result<RootDisk, Failure>
     }
 }
 
-/// Looks at every disk; those that are not it go to `seen`, with the reason.
+/// Checks every disk; adds each rejected disk and the reason to `seen`.
 fn scan(data: &Uuid, hash: &Uuid, seen: &mut Vec<String>) -> Result<Option<RootDisk>, Failure> {
     let mut disks: Vec<String> = fs::read_dir(DISKS)
         .and_then(|entries| {
@@ -71,7 +75,7 @@ fn scan(data: &Uuid, hash: &Uuid, seen: &mut Vec<String>) -> Result<Option<RootD
     });
     for disk in disks {
         match partitions(&disk) {
-            // Empty, still being read, or with a table that the kernel rejects: a truncated disk.
+            // The disk is empty, the kernel still reads it, or the kernel rejects its table (a truncated disk).
             Ok(found) if found.is_empty() => {
                 seen.push(format!("{disk} has no partitions that the kernel takes"))
             }
@@ -79,7 +83,7 @@ fn scan(data: &Uuid, hash: &Uuid, seen: &mut Vec<String>) -> Result<Option<RootD
                 let mut take =
                     |uuid| found.iter().position(|(u, _)| u == uuid).map(|at| found.swap_remove(at).1);
                 match (take(data), take(hash)) {
-                    // The kernel shows a partition a moment before it can be opened; an event follows when it can.
+                    // The kernel lists a partition before it can be opened, and sends an event when it can.
                     (Some(data), Some(hash)) => match open(&data.name).and_then(|_| open(&hash.name)) {
                         Ok(_) => return Ok(Some(RootDisk { data, hash })),
                         Err(error) => seen.push(format!("opening {} and {}: {error}", data.name, hash.name)),
@@ -89,14 +93,14 @@ fn scan(data: &Uuid, hash: &Uuid, seen: &mut Vec<String>) -> Result<Option<RootD
                     (None, Some(_)) => seen.push(format!("{disk} has no root partition")),
                 }
             }
-            // It may be gone again, or bad: another one may be good.
+            // The disk may be gone or bad; another may be good.
             Err(failure) => seen.push(failure.to_string()),
         }
     }
     Ok(None)
 }
 
-/// The kernel's partitions of a disk, with the UUIDs that the disk's table gives them.
+/// Partitions of a disk according to the kernel, with the UUIDs of the disk's table.
 fn partitions(disk: &str) -> Result<Vec<(Uuid, Partition)>, Failure> {
     let sysfs = Path::new(DISKS).join(disk);
     let mut numbered = Vec::new();
@@ -119,7 +123,7 @@ fn partitions(disk: &str) -> Result<Vec<(Uuid, Partition)>, Failure> {
             let device = read("dev").context(listing)?.trim().to_owned();
             let sectors: u64 = read("size").and_then(|size| parse(&size)).context(listing)?;
             let name = name.to_string_lossy().into_owned();
-            // sysfs counts in 512 bytes whatever the disk's block size.
+            // sysfs counts units of 512 bytes for every block size.
             found.push((uuid, Partition { name, device, bytes: sectors.saturating_mul(512) }));
         }
     }
@@ -144,7 +148,10 @@ fn read_gpt(disk: &str, sysfs: &Path) -> Result<Vec<Option<Uuid>>, Failure> {
     header.partitions(&entries).context(reading)
 }
 
-/// The superblock at the start of the partition with the hashes, if both partitions are as large as it says.
+/// Superblock at the start of the hash partition.
+///
+/// # Errors
+/// It can't be read or is malformed, or a partition is smaller than it requires.
 pub fn superblock(disk: &RootDisk) -> Result<Superblock, Failure> {
     let RootDisk { data, hash } = disk;
     let reading = || format!("reading the verity superblock of {}", hash.name);
@@ -165,7 +172,7 @@ pub fn superblock(disk: &RootDisk) -> Result<Superblock, Failure> {
     Ok(superblock)
 }
 
-/// A block device by the name it has in sysfs, where '!' stands for '/'.
+/// Opens a block device by its name in sysfs, where '!' stands for '/'.
 fn open(name: &str) -> io::Result<File> {
     File::open(Path::new("/dev").join(name.replace('!', "/")))
 }

@@ -1,6 +1,6 @@
 //! The verity device, made by the kernel's device mapper.
 
-#[expect(unsafe_code, reason = "the device mapper is spoken to by an ioctl that nix does not wrap")]
+#[expect(unsafe_code, reason = "nix does not wrap the ioctl of the device mapper")]
 mod ioctl;
 mod message;
 
@@ -11,18 +11,21 @@ use std::path::PathBuf;
 use crate::failure::{Context, Failure};
 use message::{Command, Message};
 
-/// Its name in the device mapper, /dev/mapper/root if udev makes links.
+/// Name of the device in the device mapper; udev links it as /dev/mapper/root.
 const NAME: &str = "root";
-/// The device mapper's door.
+/// Control device of the device mapper.
 const CONTROL: &str = "/dev/mapper/control";
 
-/// The verified root.
+/// The verity device of the root.
 pub struct Verity {
     control: File,
 }
 
 impl Verity {
-    /// Makes the device from its table (see `table`), over that many bytes; its node.
+    /// Makes the device from its table (see [`crate::table`]) over `bytes` bytes; returns it and the path of its node.
+    ///
+    /// # Errors
+    /// The device mapper refuses a step.
     pub fn create(table: &str, bytes: u64) -> Result<(Self, PathBuf), Failure> {
         let control = OpenOptions::new()
             .read(true)
@@ -41,12 +44,16 @@ impl Verity {
         Ok((Self { control }, PathBuf::from(format!("/dev/dm-{}", created.minor()))))
     }
 
-    /// The device that an open /dev/mapper/control leads to, in another process.
+    /// Takes an open /dev/mapper/control that another process passed on.
     pub fn inherited(control: OwnedFd) -> Self {
         Self { control: control.into() }
     }
 
-    /// Has a block been read that does not match the root hash? (`V` is verified so far, `C` is corruption found.)
+    /// Whether every block read so far matched the root hash. (The kernel reports `V` for verified, `C` for
+    /// corruption.)
+    ///
+    /// # Errors
+    /// The device mapper does not answer.
     pub fn is_intact(&self) -> Result<bool, Failure> {
         let mut status = Message::new(NAME);
         ioctl::call(&self.control, Command::Status, &mut status)
@@ -54,7 +61,7 @@ impl Verity {
         Ok(status.status() == Some(b'V'))
     }
 
-    /// To hand to another process.
+    /// The control device, to pass to another process.
     pub fn into_control(self) -> OwnedFd {
         self.control.into()
     }

@@ -1,8 +1,8 @@
-//! Why a boot ends.
+//! Failures that end a boot.
 
 use std::fmt;
 
-/// One line: what was being done, and why it failed.
+/// Failure of a step, printed as one line: the step and the cause.
 #[derive(Debug)]
 pub struct Failure {
     doing: String,
@@ -10,7 +10,8 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// `doing` in the form "reading /proc/cmdline"; `why` may be an error or a text.
+    /// Makes a failure of the step `doing` (in the form "reading /proc/cmdline") with the cause `why`: an error or a
+    /// text.
     pub fn new(doing: impl Into<String>, why: impl fmt::Display) -> Self {
         Self { doing: doing.into(), why: why.to_string() }
     }
@@ -18,7 +19,7 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // What comes from a disk or a command line must not break the line.
+        // Texts from a disk or a command line must not break the line.
         let one_line = |text: &str| text.replace(|c: char| c.is_control(), " ");
         write!(f, "{}: {}", one_line(&self.doing), one_line(&self.why))
     }
@@ -26,9 +27,9 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// Says what was being done when something failed.
+/// Adds the failed step to an error.
 pub trait Context<T> {
-    /// The error becomes a [`Failure`] with this description.
+    /// Turns the error into a [`Failure`] of this step.
     fn context<D: Into<String>>(self, doing: impl FnOnce() -> D) -> Result<T, Failure>;
 }
 

@@ -1,15 +1,15 @@
-//! The GUID partition table (UEFI specification, chapter 5), as far as it says which partition has which UUID.
+//! The GUID partition table (UEFI specification, chapter 5): the UUIDs of partitions.
 //!
-//! Not every kernel tells a partition's UUID in sysfs (6.1 does not), so the table is read here, for all kernels in the same way.
-//! Only the primary one: the kernel makes no partitions from the backup either, unless told to. Untrusted, like all of
-//! the disk; a wrong answer leads to a root that does not verify.
+//! Not every kernel shows a partition's UUID in sysfs (6.1 does not), so the table is read here, for all kernels alike.
+//! Only the primary table is read, because the kernel ignores the backup by default. The table is untrusted like the
+//! whole disk; a wrong UUID leads to a root that does not verify.
 
 use crate::root_hash::Uuid;
 
-/// 128 entries of 128 bytes are usual.
+/// Limit of the size of all entries, in bytes; usual are 128 entries of 128 bytes.
 const MAX_ENTRIES_BYTES: u64 = 1 << 20;
 
-/// The header: where the entries are, and their checksum.
+/// Header of the table: position, size and checksum of the entries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Header {
     first_block: u64,
@@ -18,13 +18,13 @@ pub struct Header {
     crc: u32,
 }
 
-/// Why a table is not taken.
+/// The table is not valid.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BadGpt {
-    /// Something else is on the disk.
+    /// The disk has no GPT.
     #[error("no GPT (signature)")]
     Signature,
-    /// Fields that contradict each other or reason.
+    /// A field of the header has an invalid value; with the field.
     #[error("GPT header: bad {0}")]
     Field(&'static str),
     /// The header is damaged.
@@ -36,7 +36,10 @@ pub enum BadGpt {
 }
 
 impl Header {
-    /// From the disk's second logical block.
+    /// Reads the header from the disk's second logical block.
+    ///
+    /// # Errors
+    /// The header is not valid.
     pub fn parse(block: &[u8]) -> Result<Self, BadGpt> {
         if field::<8>(block, 0)? != *b"EFI PART" {
             return Err(BadGpt::Signature);
@@ -45,7 +48,7 @@ impl Header {
         let u64_at = |at| Ok(u64::from_le_bytes(field(block, at)?));
         let size = usize::try_from(u32_at(12)?).map_err(|_| BadGpt::Field("size"))?;
         let header = block.get(..size).filter(|_| size >= 92).ok_or(BadGpt::Field("size"))?;
-        // The checksum's own field counts as zero.
+        // The field of the checksum counts as zero.
         let zeroed =
             header.iter().enumerate().map(|(at, byte)| if (16..20).contains(&at) { 0 } else { *byte });
         if crc32(zeroed) != u32_at(16)? {
@@ -70,18 +73,21 @@ impl Header {
         }
     }
 
-    /// The logical block where the entries start.
+    /// Logical block in which the entries start.
     pub fn first_block(&self) -> u64 {
         self.first_block
     }
 
-    /// Bytes of all entries, 1 MiB at most.
+    /// Size of all entries, in bytes, at most 1 MiB.
     pub fn bytes(&self) -> usize {
         // 1 MiB fits.
         usize::try_from(self.bytes).unwrap_or(usize::MAX)
     }
 
-    /// The UUIDs of partitions 1, 2…; `None` for an unused entry. Takes [`Header::bytes`] bytes.
+    /// UUIDs of the partitions 1, 2, ...; none for an unused entry. `entries` has [`Header::bytes`] bytes.
+    ///
+    /// # Errors
+    /// The number of bytes or the checksum is wrong.
     pub fn partitions(&self, entries: &[u8]) -> Result<Vec<Option<Uuid>>, BadGpt> {
         if entries.len() != self.bytes() || crc32(entries.iter().copied()) != self.crc {
             return Err(BadGpt::EntriesChecksum);
@@ -97,12 +103,12 @@ impl Header {
     }
 }
 
-/// The `N` bytes at an offset.
+/// `N` bytes at the offset `at`.
 fn field<const N: usize>(raw: &[u8], at: usize) -> Result<[u8; N], BadGpt> {
     raw.get(at..).and_then(|rest| rest.first_chunk()).copied().ok_or(BadGpt::Field("length"))
 }
 
-/// CRC-32 of IEEE 802.3; bit by bit is fast enough for one table.
+/// CRC-32 of IEEE 802.3, bit by bit: fast enough for one table.
 fn crc32(bytes: impl Iterator<Item = u8>) -> u32 {
     !bytes.fold(!0, |crc, byte| {
         (0..8).fold(
@@ -139,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn the_checksum_is_the_usual_one() {
+    fn the_checksum_is_crc_32() {
         assert_eq!(crc32(b"123456789".iter().copied()), 0xcbf4_3926);
     }
 
@@ -154,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_noticed() {
+    fn damage_is_detected() {
         let (mut block, mut entries) = table(|_| ());
         let header = Header::parse(&block).unwrap();
         entries[300] ^= 1;

@@ -1,5 +1,6 @@
-//! `init`: PID 1 of the pod VM's initrd. Verifies the root that the kernel command line names and becomes its systemd; or says why
-//! not, in one line, and powers off. Never a shell, never an unverified root.
+//! `init`: PID 1 of the pod VM's initrd. Verifies the root that the kernel command line names, and executes its
+//! systemd. On a failure it prints the cause in one line and powers off. It never starts a shell or an unverified
+//! root.
 
 use std::convert::Infallible;
 use std::fs;
@@ -11,9 +12,9 @@ use podvm_init::failure::{Context, Failure};
 use podvm_init::uevents::Uevents;
 use podvm_init::{block_watcher, cmdline, console, disk, modules, mounts, power, table};
 
-/// Where the root is mounted before it becomes the root.
+/// Mount point of the root before it becomes the root.
 const NEW_ROOT: &str = "/sysroot";
-/// The root's own PID 1: the first of these that exists.
+/// Paths of the root's own PID 1; the first that exists is executed.
 const NEXT: [&str; 2] = ["/usr/lib/systemd/systemd", "/sbin/init"];
 
 fn main() {
@@ -51,8 +52,8 @@ fn boot() -> Result<Infallible, Failure> {
     Err(exec_real_init())
 }
 
-/// Replaces this program; comes back only if that fails. The environment is what the kernel made of its command line: not taken along
-/// but for the terminal's type.
+/// Executes the root's own PID 1 in place of this program; returns only if that fails. Passes on only TERM, because the
+/// kernel makes the environment from its command line.
 fn exec_real_init() -> Failure {
     let next = NEXT.into_iter().find(|path| fs::exists(path).unwrap_or(true));
     let Some(next) = next else {

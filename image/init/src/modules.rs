@@ -1,4 +1,4 @@
-//! Kernel modules, in the order that `pack-initramfs` wrote down.
+//! Kernel modules, loaded in the order of the list that `pack-initramfs` wrote.
 
 use std::ffi::CStr;
 use std::fs::{self, File};
@@ -10,36 +10,39 @@ use nix::kmod::{ModuleInitFlags, finit_module};
 use crate::console;
 use crate::failure::{Context, Failure};
 
-/// Where the list is.
+/// Path of the list.
 pub const LIST: &str = "/lib/modules/load";
 
-/// The paths of a list: one a line, empty lines do not count.
+/// Paths of a list: one in each line; empty lines are ignored.
 pub fn parse(list: &str) -> impl Iterator<Item = &str> {
     list.lines().map(str::trim).filter(|line| !line.is_empty())
 }
 
-/// Loads every module of the list, in its order; how many were loaded. A driver that finds nothing of its kind here (ENODEV: Hyper-V's
-/// on another hypervisor) is told and passed over, with what depends on it; whether it was needed shows later. Anything
-/// else is an error.
+/// Loads every module of the list in its order; returns how many were loaded. A driver without its device (ENODEV, for
+/// example that of Hyper-V on another hypervisor) is logged and skipped, with the modules that depend on it. If it was
+/// needed, a later step fails.
+///
+/// # Errors
+/// The list or a module can't be read or loaded.
 pub fn load_all(list: impl AsRef<Path>) -> Result<usize, Failure> {
     let list = list.as_ref();
     let text = fs::read_to_string(list).context(|| format!("reading {}", list.display()))?;
     let mut loaded = 0;
-    let mut passed_over = Vec::new();
+    let mut skipped = Vec::new();
     for path in parse(&text) {
         let module = File::open(path).context(|| format!("opening the module {path}"))?;
         match finit_module(&module, NO_PARAMETERS, ModuleInitFlags::empty()) {
             Ok(()) => loaded += 1,
-            // There already.
+            // The module is loaded already.
             Err(Errno::EEXIST) => {}
-            Err(Errno::ENODEV) => passed_over.push(path),
-            // Unknown symbol: those of a module that was passed over.
-            Err(Errno::ENOENT) if !passed_over.is_empty() => passed_over.push(path),
+            Err(Errno::ENODEV) => skipped.push(path),
+            // Unknown symbol: of a module that was skipped.
+            Err(Errno::ENOENT) if !skipped.is_empty() => skipped.push(path),
             Err(error) => return Err(Failure::new(format!("loading the module {path}"), error)),
         }
     }
-    if !passed_over.is_empty() {
-        console::say(format_args!("no device here for {}", passed_over.join(", ")));
+    if !skipped.is_empty() {
+        console::say(format_args!("no device here for {}", skipped.join(", ")));
     }
     Ok(loaded)
 }

@@ -1,4 +1,4 @@
-//! File systems: the kernel's own, the root, and the step from one root to the other.
+//! File systems: those of the kernel, the root, and the switch from the initramfs to the root.
 
 use std::fs;
 use std::os::unix::fs::chroot;
@@ -16,9 +16,12 @@ fn attach(what: &str, fs_type: &str, at: &str, flags: MsFlags, options: Option<&
         .context(|| format!("mounting {what} ({fs_type}) on {at}"))
 }
 
-/// Mounts /proc, /sys and /dev: what `switch_root` takes along.
+/// Mounts /proc, /sys and /dev, which [`switch_root`] moves into the root.
+///
+/// # Errors
+/// A mount fails.
 pub fn kernel_file_systems() -> Result<(), Failure> {
-    // As systemd does, which takes over what is mounted.
+    // The flags that systemd uses; it keeps existing mounts.
     let data = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NODEV;
     attach("devtmpfs", "devtmpfs", "/dev", MsFlags::MS_NOSUID, Some("mode=0755"))?;
     attach("proc", "proc", "/proc", data, None)?;
@@ -26,17 +29,26 @@ pub fn kernel_file_systems() -> Result<(), Failure> {
 }
 
 /// Mounts an empty /run, for a PID 1 that stays in the initramfs.
+///
+/// # Errors
+/// The mount fails.
 pub fn run() -> Result<(), Failure> {
     attach("tmpfs", "tmpfs", "/run", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755"))
 }
 
-/// Mounts an erofs read-only.
+/// Mounts the erofs of `device` read-only at `at`.
+///
+/// # Errors
+/// The mount fails.
 pub fn root(device: &Path, at: &str) -> Result<(), Failure> {
     attach(&device.to_string_lossy(), "erofs", at, MsFlags::MS_RDONLY, None)
 }
 
-/// Makes the file system at `to` the root, with /dev, /proc and /sys moved into it. The initramfs' own files are
-/// removed first: nothing would free their memory later.
+/// Makes the file system at `to` the root, and moves /dev, /proc and /sys into it. Removes the files of the initramfs
+/// first, because nothing would free their memory later.
+///
+/// # Errors
+/// A step fails.
 pub fn switch_root(to: &str) -> Result<(), Failure> {
     for dir in ["/dev", "/proc", "/sys"] {
         let target = format!("{to}{dir}");

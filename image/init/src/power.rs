@@ -1,4 +1,4 @@
-//! The ends of a machine.
+//! Power off and restart.
 
 use std::convert::Infallible;
 use std::fmt::Display;
@@ -8,19 +8,19 @@ use nix::sys::reboot::{RebootMode, reboot};
 
 use crate::console;
 
-/// Says why in one line, and powers the machine off.
+/// Prints the cause in one line, and powers the machine off.
 pub fn fatal(why: impl Display) -> ! {
     console::say(format_args!("FATAL: {why}"));
     off()
 }
 
-/// Powers the machine off, for a reason that has been told.
+/// Powers the machine off. The caller has printed the cause.
 pub fn off() -> ! {
     console::drain();
     end(reboot(RebootMode::RB_POWER_OFF))
 }
 
-/// Starts the machine again.
+/// Restarts the machine.
 pub fn restart() -> ! {
     console::drain();
     end(reboot(RebootMode::RB_AUTOBOOT))
@@ -29,11 +29,11 @@ pub fn restart() -> ! {
 fn end(refused: Result<Infallible, Errno>) -> ! {
     let Err(error) = refused;
     console::say(format_args!("powering off: {error}"));
-    // The kernel panics when PID 1 ends: the last way to stop.
+    // The kernel panics when PID 1 ends, which stops the machine as well.
     std::process::exit(1)
 }
 
-/// A defect of the program itself ends the machine in the same way.
+/// Makes a panic of this program print one line and power the machine off.
 pub fn off_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
         fatal(format_args!("a defect: {}", panic.to_string().replace('\n', " ")))

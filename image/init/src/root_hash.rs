@@ -2,17 +2,20 @@
 
 use std::fmt;
 
-/// SHA-256 over the top of the hash tree.
+/// SHA-256 of the top of the hash tree.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RootHash([u8; 32]);
 
-/// Why a text is no root hash.
+/// The text is not a root hash.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("a root hash has 64 hex digits (SHA-256)")]
 pub struct BadRootHash;
 
 impl RootHash {
-    /// Takes exactly 64 hex digits of either case.
+    /// Reads exactly 64 hex digits of either case.
+    ///
+    /// # Errors
+    /// The text is anything else.
     pub fn parse(text: &str) -> Result<Self, BadRootHash> {
         let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return Err(BadRootHash) };
         if pairs.len() != 32 {
@@ -57,7 +60,7 @@ impl fmt::Display for RootHash {
 pub struct Uuid([u8; 16]);
 
 impl Uuid {
-    /// From a GPT entry: the first three fields are little-endian there (UEFI specification, appendix A).
+    /// Reads a UUID of a GPT entry, where the first three fields are little-endian (UEFI specification, appendix A).
     pub fn from_gpt(disk: [u8; 16]) -> Self {
         let [a, b, c, d, e, f, g, h, rest @ ..] = disk;
         let [i, j, k, l, m, n, o, p] = rest;
@@ -85,7 +88,7 @@ mod tests {
     const HASH: &str = "00112233445566778899aabbccddeeff0123456789abcdeffedcba9876543210";
 
     #[test]
-    fn its_halves_name_the_partitions() {
+    fn the_halves_of_a_root_hash_name_the_partitions() {
         let hash = RootHash::parse(HASH).unwrap();
         assert_eq!(hash.data_partition().to_string(), "00112233-4455-6677-8899-aabbccddeeff");
         assert_eq!(hash.hash_partition().to_string(), "01234567-89ab-cdef-fedc-ba9876543210");

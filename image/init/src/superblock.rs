@@ -1,19 +1,19 @@
 //! The superblock at the start of a dm-verity hash partition, as veritysetup and systemd-repart write it
-//! (cryptsetup, `lib/verity/verity.c`). Untrusted: only the root hash vouches for anything.
+//! (cryptsetup, `lib/verity/verity.c`). It is untrusted: dm-verity checks everything against the root hash.
 
-/// Bytes of a superblock.
+/// Size of a superblock, in bytes.
 pub const SIZE: usize = 512;
-/// Block sizes in bytes that the kernel takes, for data and hashes alike: from a sector to a page. veritysetup writes 4096,
+/// Block sizes that the kernel accepts for data and hashes, in bytes: from a sector to a page. veritysetup writes 4096,
 /// systemd-repart the disk's sector size.
 const BLOCK_SIZES: [u32; 4] = [512, 1024, 2048, 4096];
-/// Bytes of a SHA-256 hash.
+/// Size of a SHA-256 hash, in bytes.
 const HASH: u64 = 32;
-/// The most that a superblock has room for.
+/// Longest salt of a superblock, in bytes.
 const MAX_SALT: usize = 256;
-/// Up to 4 PiB: no sum below overflows.
+/// Limit of the number of data blocks, up to 4 PiB, so that no sum below overflows.
 const MAX_DATA_BLOCKS: u64 = 1 << 40;
 
-/// What the kernel must be told to check the data.
+/// Parameters with which the kernel checks the data.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Superblock {
     data_block: u32,
@@ -22,39 +22,42 @@ pub struct Superblock {
     salt: Vec<u8>,
 }
 
-/// Why a superblock is not taken.
+/// The superblock is not accepted.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BadSuperblock {
-    /// Something else is in the partition.
+    /// The partition has no superblock.
     #[error("no verity superblock (signature)")]
     Signature,
-    /// Of a later day.
+    /// The version is not 1.
     #[error("superblock version {0}, not 1")]
     Version(u32),
-    /// Chrome OS has its own layout.
+    /// The hash type is not 1 (0 is the layout of Chrome OS).
     #[error("hash type {0}, not 1")]
     HashType(u32),
-    /// The root hash is a SHA-256.
+    /// The hash algorithm is not SHA-256.
     #[error("hash algorithm is not sha256")]
     Algorithm,
-    /// Neither a sector nor a page, nor between.
+    /// A block size that the kernel does not accept.
     #[error("blocks of {data} (data) and {hash} (hashes) bytes, not of {BLOCK_SIZES:?}")]
     BlockSize {
-        /// Bytes of a block of data.
+        /// Size of a data block, in bytes.
         data: u32,
-        /// Bytes of a block of hashes.
+        /// Size of a hash block, in bytes.
         hash: u32,
     },
-    /// None, or beyond reason.
+    /// No data blocks, or too many.
     #[error("{0} data blocks")]
     DataBlocks(u64),
-    /// Longer than its field.
+    /// The salt is longer than its field.
     #[error("salt of {0} bytes, more than {MAX_SALT}")]
     Salt(u16),
 }
 
 impl Superblock {
-    /// Checks every field.
+    /// Reads a superblock and checks every field.
+    ///
+    /// # Errors
+    /// The first field that is not accepted.
     pub fn parse(raw: &[u8; SIZE]) -> Result<Self, BadSuperblock> {
         if field::<8>(raw, 0) != *b"verity\0\0" {
             return Err(BadSuperblock::Signature);
@@ -88,32 +91,32 @@ impl Superblock {
         Ok(Self { data_block: data, hash_block: hash, data_blocks, salt })
     }
 
-    /// Bytes of a block of data.
+    /// Size of a data block, in bytes.
     pub fn data_block(&self) -> u32 {
         self.data_block
     }
 
-    /// Bytes of a block of hashes.
+    /// Size of a hash block, in bytes.
     pub fn hash_block(&self) -> u32 {
         self.hash_block
     }
 
-    /// Blocks of data under the tree.
+    /// Number of data blocks.
     pub fn data_blocks(&self) -> u64 {
         self.data_blocks
     }
 
-    /// Goes into each hash.
+    /// Salt of every hash.
     pub fn salt(&self) -> &[u8] {
         &self.salt
     }
 
-    /// Bytes that the partition with the data has at least.
+    /// Smallest size of the data partition, in bytes.
     pub fn data_bytes(&self) -> u64 {
         self.data_blocks * u64::from(self.data_block)
     }
 
-    /// Bytes that the partition with the hashes has at least: the superblock's block, and every level of the tree.
+    /// Smallest size of the hash partition, in bytes: the superblock's block and every level of the tree.
     pub fn hash_bytes(&self) -> u64 {
         let block = u64::from(self.hash_block);
         let (mut blocks, mut level) = (1, self.data_blocks);
@@ -127,7 +130,7 @@ impl Superblock {
     }
 }
 
-/// The `N` bytes at an offset.
+/// `N` bytes at the offset `at`.
 fn field<const N: usize>(raw: &[u8; SIZE], at: usize) -> [u8; N] {
     let mut field = [0; N];
     for (to, byte) in field.iter_mut().zip(raw.iter().skip(at)) {
@@ -155,14 +158,14 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_good_one_is_taken() {
+    fn a_good_superblock_is_accepted() {
         let sb = Superblock::parse(&raw(1000, &[7; 32])).unwrap();
         assert_eq!((sb.data_blocks(), sb.salt()), (1000, &[7; 32][..]));
         assert_eq!(sb.data_bytes(), 4_096_000);
     }
 
     #[test]
-    fn a_tree_takes_what_its_levels_take() {
+    fn the_size_of_a_tree_is_the_sum_of_its_levels() {
         for (data, hash) in
             [(1, 2), (128, 2), (129, 1 + 2 + 1), (128 * 128, 1 + 128 + 1), (128 * 128 + 1, 1 + 129 + 2 + 1)]
         {

@@ -3,14 +3,14 @@
 use crate::root_hash::RootHash;
 use crate::superblock::Superblock;
 
-/// The table's text. Devices are given as "major:minor": that needs no node and no name.
+/// Text of the table. Devices are given as "major:minor", which needs no device node.
 ///
-/// There is no option about corruption, so that a bad block is an I/O error. That alone would let an attacker make files
-/// of his choice unreadable, which may open what a missing file leaves open; therefore `block_watcher` powers the machine
-/// off at the first one. `panic_on_corruption` and `restart_on_corruption` would do it within the kernel, but then the
-/// machine boots again, from the same disk, for ever; or with `panic=0` it hangs.
-/// None of these covers a host that answers reads with errors; kernels from 6.13 on have `panic_on_error` for that.
-/// Nor `check_at_most_once`: a block is checked each time it is read, for the disk belongs to the host.
+/// The table has no option about corruption, so a bad block is an I/O error. That alone would let an attacker make
+/// chosen files unreadable, and a program may be less strict if a file is missing. Therefore `block_watcher` powers
+/// the machine off at the first bad block. `panic_on_corruption` and `restart_on_corruption` act within the kernel,
+/// but then the machine boots from the same disk again and again, or hangs with `panic=0`. None of them covers a host
+/// that answers reads with errors; kernels from 6.13 on have `panic_on_error` for that. `check_at_most_once` is left
+/// out too: a block is checked at every read, because the disk belongs to the host.
 pub fn verity(superblock: &Superblock, root_hash: &RootHash, data: &str, hash: &str) -> String {
     let salt = match superblock.salt() {
         [] => "-".into(),
@@ -29,7 +29,7 @@ mod tests {
     use crate::superblock::{Superblock, tests::raw};
 
     #[test]
-    fn is_what_the_kernel_documents() {
+    fn the_table_is_as_the_kernel_documents() {
         let root = "5a".repeat(32);
         let hash = RootHash::parse(&root).unwrap();
         let table =

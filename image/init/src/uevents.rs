@@ -1,4 +1,4 @@
-//! The kernel's events about devices.
+//! Events of the kernel about devices.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -13,20 +13,23 @@ use nix::sys::socket::{
 
 use crate::failure::{Context, Failure};
 
-/// The multicast group of the kernel itself; 2 is udev's.
+/// Multicast group of the kernel; udev uses 2.
 const KERNEL: u32 = 1;
-/// Bytes that wait to be read; the bursts of a start stay well below.
+/// Size of the receive buffer, in bytes; the bursts of a boot are much smaller.
 const BACKLOG: usize = 4 << 20;
-/// The kernel's events are 2 KiB at most.
+/// Size of a read, in bytes; events of the kernel have at most 2 KiB.
 const EVENT: usize = 8192;
 
-/// A socket that hears every event from now on.
+/// A socket that receives every event from its opening on.
 pub struct Uevents {
     socket: OwnedFd,
 }
 
 impl Uevents {
-    /// Listens.
+    /// Opens the socket.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
     pub fn listen() -> Result<Self, Failure> {
         let socket = socket(
             AddressFamily::Netlink,
@@ -41,14 +44,17 @@ impl Uevents {
         Ok(Self { socket })
     }
 
-    /// Waits for an event, then takes all that are there. False when the deadline has passed.
+    /// Waits for an event, then reads all that have arrived. Returns false once the deadline has passed.
+    ///
+    /// # Errors
+    /// The socket failed.
     pub fn wait_until(&self, deadline: Instant) -> Result<bool, Failure> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(false);
             }
-            // Rounded up, or the last millisecond would be spun away.
+            // Rounded up: a timeout of 0 would spin through the last millisecond.
             let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
             match poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], timeout) {
                 Ok(0) | Err(Errno::EINTR) => {}
@@ -59,7 +65,7 @@ impl Uevents {
         let mut event = [0; EVENT];
         loop {
             match recv(self.socket.as_raw_fd(), &mut event, MsgFlags::MSG_DONTWAIT) {
-                // Some were lost; whoever waits looks anyway.
+                // Lost events (ENOBUFS) do no harm: the caller checks every disk after any event.
                 Ok(_) | Err(Errno::EINTR | Errno::ENOBUFS) => {}
                 Err(Errno::EAGAIN) => return Ok(true),
                 Err(error) => return Err(Failure::new("reading the kernel's events", error)),
@@ -67,13 +73,17 @@ impl Uevents {
         }
     }
 
-    /// To hand to another process.
+    /// The socket, to pass to another process.
     pub fn into_socket(self) -> OwnedFd {
         self.socket
     }
 }
 
-/// Waits on an inherited socket until dm-verity reports a bad block, or until events were lost, which may have been such reports.
+/// Waits on an inherited socket until dm-verity reports a bad block, or until events were lost, which may have been
+/// such reports.
+///
+/// # Errors
+/// The socket failed.
 pub fn wait_for_verity_error(socket: &impl AsRawFd) -> io::Result<()> {
     let mut event = [0; EVENT];
     loop {
@@ -86,7 +96,7 @@ pub fn wait_for_verity_error(socket: &impl AsRawFd) -> io::Result<()> {
     }
 }
 
-/// As verity_handle_err of drivers/md/dm-verity-target.c reports it.
+/// Whether the event reports a bad block (verity_handle_err in drivers/md/dm-verity-target.c).
 fn is_verity_error(event: &[u8]) -> bool {
     event.split(|byte| *byte == 0).any(|variable| variable.starts_with(b"DM_VERITY_ERR_BLOCK_NR="))
 }
@@ -96,7 +106,7 @@ mod tests {
     use super::is_verity_error;
 
     #[test]
-    fn only_a_verity_error_is_one() {
+    fn only_a_verity_event_counts_as_an_error() {
         assert!(is_verity_error(
             b"change@/devices/virtual/block/dm-0\0ACTION=change\0DM_VERITY_ERR_BLOCK_NR=0,3\0"
         ));

@@ -1,4 +1,4 @@
-//! What the fuzz targets of this crate start from, and what they have found, through the same functions.
+//! Replays the fuzzing corpora of this crate: the seeds and the inputs that the fuzzers found.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

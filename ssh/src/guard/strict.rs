@@ -1,11 +1,11 @@
-//! Strict key exchange is required (OpenSSH PROTOCOL 1.10, the answer to CVE-2023-48795), and russh only prefers it.
+//! Requires strict key exchange (OpenSSH PROTOCOL 1.10, the fix of CVE-2023-48795), which russh only prefers.
 //!
-//! The peer's first packet is in the clear and part of the exchange hash, so looking at it on its way in is enough:
-//! it must be a KEXINIT whose first name-list (RFC 4253 7.1) has the peer's strict marker.
+//! The peer's first packet is sent in the clear and is part of the exchange hash, so inspecting it on arrival is
+//! enough: it must be a KEXINIT whose first name-list (RFC 4253 7.1) has the peer's strict marker.
 
 use std::io;
 
-/// Which end the peer is.
+/// Role of the peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
     /// The peer connected to us.
@@ -14,16 +14,16 @@ pub enum Peer {
     Server,
 }
 
-/// A peer's identification and first packet may take this much; ours takes about 1 KiB.
+/// Limit of the peer's identification and first packet, in bytes; ours take about 1 KiB.
 const MAX: usize = 64 * 1024;
-/// The message number of KEXINIT (RFC 4253 12).
+/// Message number of KEXINIT (RFC 4253 12).
 const KEXINIT: u8 = 20;
 
-/// Looks for the marker until it has seen the peer's first packet.
+/// Checks the peer's first packet for the marker.
 #[derive(Debug)]
 pub(super) struct StrictKex {
     marker: &'static [u8],
-    /// What has arrived; none once the check is over.
+    /// Bytes that have arrived; none once the check has passed.
     seen: Option<Vec<u8>>,
 }
 
@@ -36,11 +36,14 @@ impl StrictKex {
         Self { marker, seen: Some(Vec::new()) }
     }
 
-    /// Looks at what has arrived.
+    /// Checks bytes that have arrived.
+    ///
+    /// # Errors
+    /// The peer does not offer strict key exchange.
     pub(super) fn feed(&mut self, data: &[u8]) -> io::Result<()> {
         let Some(seen) = &mut self.seen else { return Ok(()) };
         if seen.len() + data.len() > MAX {
-            // russh has consumed as much without being satisfied, or the first read was huge: look at the front only.
+            // Too many bytes without a first packet, or a huge first read: only the first bytes count.
             seen.extend_from_slice(data.get(..MAX.saturating_sub(seen.len())).unwrap_or_default());
         } else {
             seen.extend_from_slice(data);
@@ -63,10 +66,10 @@ fn refusal(marker: &[u8]) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, text)
 }
 
-/// Whether the peer's first packet offers the marker; none while it has not arrived whole.
+/// Whether the peer's first packet offers the marker; none until the whole list has arrived.
 fn offers(mut seen: &[u8], marker: &[u8]) -> Option<bool> {
-    // A server may send other lines before its identification (RFC 4253 4.2). They are not part of the exchange hash, so
-    // one that russh reads otherwise than we do must not pass: we would take for the first packet what is none.
+    // A server may send other lines before its identification (RFC 4253 4.2). They are not part of the exchange hash. A
+    // line that russh could read differently must not pass, or we would check other bytes than its first packet.
     loop {
         let end = seen.iter().position(|&byte| byte == b'\n')?;
         let (line, rest) = seen.split_at(end);
@@ -118,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_offers_strict_kex_passes_however_its_bytes_arrive() {
+    fn a_peer_with_strict_kex_passes_in_chunks_of_any_size() {
         let bytes = hello("curve25519-sha256,kex-strict-c-v00@openssh.com");
         for chunk in [1, 2, 7, bytes.len()] {
             assert!(feed(&bytes, chunk).unwrap(), "{chunk}");
@@ -136,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_may_be_read_in_two_ways_are_refused_before_an_identification() {
+    fn an_ambiguous_line_before_the_identification_is_refused() {
         let fake = hello("kex-strict-c-v00@openssh.com").split_off(14);
         for line in
             ["SSH-1.0-x", "SSH-", "SSH-2.0", "SSH-1.99x", "", "\r", "SSH-2.0-\u{e9}", "a\u{0}b", "a\rb", "\t"]
@@ -154,14 +157,14 @@ mod tests {
     }
 
     #[test]
-    fn a_first_packet_that_is_no_kexinit_is_refused() {
+    fn a_first_packet_other_than_kexinit_is_refused() {
         let mut bytes = hello("kex-strict-c-v00@openssh.com");
         bytes[14 + 5] = 2;
         assert!(feed(&bytes, 64).is_err());
     }
 
     #[test]
-    fn a_peer_that_never_says_kexinit_is_refused_in_the_end() {
+    fn a_peer_that_never_sends_kexinit_is_refused() {
         assert!(feed(&vec![b'x'; 2 * MAX], 1000).is_err());
     }
 }

@@ -10,8 +10,8 @@ use crate::api::agent::{
 };
 use crate::api::agent_ttrpc::{AgentServiceClient, HealthClient};
 
-/// A connection; its clones share it, and any number of calls may be under way at a time. No call has a deadline of its own:
-/// the kata agent's runtime has them, and so have the tests.
+/// A connection; its clones share it, and calls may be concurrent. Calls have no deadline; the tests set their own, as
+/// the kata agent's runtime does.
 #[derive(Clone)]
 pub struct Runtime {
     agent: AgentServiceClient,
@@ -19,7 +19,7 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// Speaks ttrpc over this socket from now on; within a tokio runtime.
+    /// Uses ttrpc over this socket from now on; within a tokio runtime.
     #[must_use]
     pub fn new(stream: TcpStream) -> Self {
         let client = Client::new(Socket::from(stream));
@@ -29,7 +29,7 @@ impl Runtime {
     /// `grpc.AgentService/CreateSandbox`.
     ///
     /// # Errors
-    /// It is refused, or the connection ends.
+    /// If it is refused, or the connection ends.
     pub async fn create_sandbox(&self, request: &CreateSandboxRequest) -> ttrpc::Result<()> {
         self.agent.create_sandbox(Context::default(), request).await.map(drop)
     }
@@ -37,7 +37,7 @@ impl Runtime {
     /// `grpc.AgentService/CreateContainer`.
     ///
     /// # Errors
-    /// It is refused, or the connection ends.
+    /// If it is refused, or the connection ends.
     pub async fn create_container(&self, request: &CreateContainerRequest) -> ttrpc::Result<()> {
         self.agent.create_container(Context::default(), request).await.map(drop)
     }
@@ -45,16 +45,16 @@ impl Runtime {
     /// `grpc.AgentService/StatsContainer`.
     ///
     /// # Errors
-    /// It is refused, or the connection ends.
+    /// If it is refused, or the connection ends.
     pub async fn stats_container(&self, container_id: &str) -> ttrpc::Result<()> {
         let request = StatsContainerRequest { container_id: container_id.to_owned(), ..Default::default() };
         self.agent.stats_container(Context::default(), &request).await.map(drop)
     }
 
-    /// `grpc.AgentService/WriteStdin`; answers how many bytes were taken.
+    /// `grpc.AgentService/WriteStdin`; returns how many bytes were taken.
     ///
     /// # Errors
-    /// It is refused, or the connection ends.
+    /// If it is refused, or the connection ends.
     pub async fn write_stdin(&self, container_id: &str, data: Vec<u8>) -> ttrpc::Result<u32> {
         let container_id = container_id.to_owned();
         let request = WriteStreamRequest { container_id, data, ..Default::default() };
@@ -64,7 +64,7 @@ impl Runtime {
     /// `grpc.AgentService/ReadStdout`, of `len` bytes.
     ///
     /// # Errors
-    /// It is refused, or the connection ends.
+    /// If it is refused, or the connection ends.
     pub async fn read_stdout(&self, container_id: &str, len: u32) -> ttrpc::Result<Vec<u8>> {
         let container_id = container_id.to_owned();
         let request = ReadStreamRequest { container_id, len, ..Default::default() };
@@ -74,7 +74,7 @@ impl Runtime {
     /// `grpc.Health/Check`.
     ///
     /// # Errors
-    /// It is refused, or the connection ends.
+    /// If it is refused, or the connection ends.
     pub async fn check(&self) -> ttrpc::Result<HealthCheckResponse> {
         self.health.check(Context::default(), &CheckRequest::new()).await
     }

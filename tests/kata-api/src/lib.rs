@@ -1,12 +1,12 @@
-//! The kata agent's API, as far as the tests speak it, over the `ttrpc` crate that kata uses itself.
+//! The part of the kata agent's API that the tests use, over the `ttrpc` crate that kata itself uses.
 //!
 //! - [`api`]: messages, client and server, generated from `proto/` with the field numbers of the kata agent;
-//! - [`client`]: the runtime's side; [`server`]: the kata agent's, which remembers what arrived.
+//! - [`client`]: the runtime's side; [`server`]: the kata agent's, which records its requests.
 
 pub mod client;
 pub mod server;
 
-/// Generated: see `proto/`.
+/// Generated from `proto/`.
 #[allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 pub mod api {
     include!(concat!(env!("OUT_DIR"), "/api.rs"));
@@ -28,10 +28,10 @@ mod tests {
         CreateContainerRequest { OCI: MessageField::some(spec), ..Default::default() }
     }
 
-    /// Protobuf says that a singular message which occurs twice is merged. The kata agent decodes with this crate, and this
-    /// crate replaces the first by the second: who appends a namespace to a request loses all mounts.
+    /// Protobuf merges a singular message that occurs twice. This crate, with which the kata agent decodes, replaces the
+    /// first by the second: appending a namespace to a request would lose all mounts.
     #[test]
-    fn the_kata_agents_decoder_replaces_a_message_that_occurs_twice() {
+    fn the_kata_agents_decoder_replaces_a_repeated_message() {
         let mounts = Spec { Mounts: vec![Mount::new()], ..Spec::default() };
         let linux = Linux { Namespaces: vec![LinuxNamespace::new()], ..Linux::default() };
         let namespaces = Spec { Linux: MessageField::some(linux), ..Spec::default() };

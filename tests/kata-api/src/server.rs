@@ -1,4 +1,4 @@
-//! A kata agent that does nothing but remember what arrived, and answer.
+//! A kata agent that records its requests and answers them.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -30,21 +30,21 @@ pub enum Request {
     Check(CheckRequest),
 }
 
-/// A running server; its socket is removed when it is dropped. Connections end with [`KataServer::stop`].
+/// A running server; its socket is removed when it is dropped. [`KataServer::stop`] ends its connections.
 pub struct KataServer {
     server: Server,
     path: PathBuf,
     arrived: Arc<Arrived>,
 }
 
-/// In the order of arrival.
+/// Requests in the order of arrival.
 struct Arrived(watch::Sender<Vec<Request>>);
 
 impl KataServer {
-    /// Listens on a unix socket; a stale one at `path` is replaced, as the kata agent does.
+    /// Listens on a unix socket; a stale socket at `path` is replaced, as the kata agent does.
     ///
     /// # Errors
-    /// The socket can't be bound.
+    /// If the socket can't be bound.
     pub async fn start(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         match std::fs::remove_file(&path) {
@@ -64,26 +64,26 @@ impl KataServer {
         Ok(Self { server, path, arrived })
     }
 
-    /// Where it listens.
+    /// Path of the socket.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What has arrived so far.
+    /// Requests so far.
     #[must_use]
     pub fn requests(&self) -> Vec<Request> {
         self.arrived.0.borrow().clone()
     }
 
-    /// The first request that `wanted` makes something of, past or coming. The caller says how long is too long.
+    /// Waits for the first request, past or coming, for which `wanted` returns a value. There is no timeout.
     pub async fn wait_for<T>(&self, wanted: impl Fn(&Request) -> Option<T>) -> Option<T> {
         let mut arrived = self.arrived.0.subscribe();
         let all = arrived.wait_for(|all| all.iter().any(|request| wanted(request).is_some())).await;
         all.ok().and_then(|all| all.iter().find_map(wanted))
     }
 
-    /// The request that made this container, past or coming.
+    /// Waits for the request that made this container.
     pub async fn container(&self, id: &str) -> Option<CreateContainerRequest> {
         self.wait_for(|request| match request {
             Request::CreateContainer(request) if request.container_id == id => Some(request.clone()),
@@ -100,10 +100,10 @@ impl KataServer {
         self.arrived.0.borrow().iter().any(is)
     }
 
-    /// Ends every connection and stops listening: from here on the socket's path is free.
+    /// Ends every connection and stops listening; the socket's path is free then.
     ///
     /// # Errors
-    /// It can't be stopped.
+    /// If it can't be stopped.
     pub async fn stop(mut self) -> Result<()> {
         self.server.shutdown().await.context("kata server: stopping")
     }
@@ -111,7 +111,7 @@ impl KataServer {
 
 impl Drop for KataServer {
     fn drop(&mut self) {
-        // Already gone is as good.
+        // The socket may have been removed.
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -122,11 +122,11 @@ impl std::fmt::Debug for KataServer {
     }
 }
 
-/// What a container writes: known at each position, and unlike what another writes.
+/// Output of a container: known at each position, and different from that of other containers.
 #[must_use]
 pub fn output(container_id: &str, length: usize) -> Vec<u8> {
     let id = container_id.bytes().cycle().zip(0_usize..);
-    // The low bytes of the position and of its 251st part: blocks that change places show.
+    // The low bytes of the position and of its 251st part, so that swapped blocks are detected.
     id.map(|(byte, at)| byte ^ at.to_le_bytes()[0] ^ (at / 251).to_le_bytes()[0]).take(length).collect()
 }
 

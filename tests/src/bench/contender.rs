@@ -11,30 +11,30 @@ use tokio::process::Command;
 
 use super::load::{self, Load};
 use super::place::Place;
-use crate::openssh::OpenSsh;
-use crate::pod_keys::PodKeys;
-use crate::process::{Binaries, Child, ensure_built};
-use crate::scene::{PATIENCE, free_port, pod_id};
+use crate::harness::pod_keys::PodKeys;
+use crate::harness::process::{Binaries, Child, ensure_built};
+use crate::harness::scene::{PATIENCE, free_port, pod_id};
+use crate::simulators::openssh::OpenSsh;
 
-/// What both use, so that none has the faster cipher: the first that ours would choose.
+/// Cipher of both contenders, so that neither has the faster one: the first choice of Secure Comms.
 const CIPHER: &str = "aes256-gcm@openssh.com";
-/// By its path: it starts itself again for each connection.
+/// An absolute path: sshd executes itself for each connection.
 const SSHD: &str = "/usr/sbin/sshd";
-/// Between tries to reach a tunnel that is not there yet: short beside what is measured.
+/// Pause between attempts to reach a tunnel that is not up yet: short compared with what is measured.
 const AGAIN: Duration = Duration::from_micros(500);
 
-/// Who.
+/// The two contenders.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Who {
+pub(super) enum Who {
     /// Secure Comms: the adaptor and the agent.
     Ours,
     /// `ssh` and `sshd`.
     OpenSsh,
 }
 
-/// The two programs of a contender, ready to be connected.
+/// The two programs of a contender, ready to connect.
 #[derive(Debug)]
-pub struct Prepared {
+pub(super) struct Prepared {
     who: Who,
     directory: TempDir,
     keys: PodKeys,
@@ -46,18 +46,16 @@ pub struct Prepared {
     pod: String,
 }
 
-/// A contender whose tunnel carries.
+/// A contender with a working tunnel.
 #[derive(Debug)]
-pub struct Contender {
-    /// Who it is.
-    pub who: Who,
-    /// Where clients on the worker node go in.
+pub(super) struct Contender {
+    /// Address that clients on the worker node connect to.
     pub inbound: SocketAddr,
-    /// The process at the worker node's end.
+    /// Process at the worker node's end.
     pub node: End,
-    /// The process at the VM's end that serves this connection.
+    /// Process at the VM's end that serves this connection.
     pub vm: End,
-    // Killed with it.
+    // Killed when this is dropped.
     _client: Child,
     _openssh: OpenSsh,
     _prepared: Prepared,
@@ -65,14 +63,14 @@ pub struct Contender {
 
 /// A process at one end.
 #[derive(Clone, Copy, Debug)]
-pub struct End(i32);
+pub(super) struct End(i32);
 
 impl Prepared {
-    /// Makes keys and starts the server's side in the VM; `target` is where the tunnel leads, in the VM.
+    /// Makes keys and starts the server's side in the VM; `target` is the end of the tunnel in the VM.
     ///
     /// # Errors
-    /// A program is missing or does not start.
-    pub async fn new(who: Who, place: &Place, target: SocketAddr) -> Result<Self> {
+    /// If a program is not installed or does not start.
+    pub(super) async fn new(who: Who, place: &Place, target: SocketAddr) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("secure-comms-bench-").tempdir()?;
         let (inbound, ssh) = (free_port()?, SocketAddr::new(place.vm(), free_port()?.port()));
         let pod = pod_id()?;
@@ -84,18 +82,18 @@ impl Prepared {
         Ok(Self { who, directory, keys, server, ssh, inbound, target, pod })
     }
 
-    /// Where its server listens.
+    /// Address that its server listens on.
     #[must_use]
-    pub fn ssh(&self) -> SocketAddr {
+    pub(super) fn ssh(&self) -> SocketAddr {
         self.ssh
     }
 
-    /// Starts the client, at an address that leads to the server, and waits until the tunnel carries. Answers also
-    /// when its process started and when the first answer came.
+    /// Starts the client with an address of the server, and waits until the tunnel works. Returns also when the process
+    /// started and when the first answer came.
     ///
     /// # Errors
-    /// It does not carry in the end.
-    pub async fn connect(self, place: &Place, ssh: SocketAddr) -> Result<(Contender, Range<Instant>)> {
+    /// If the tunnel does not work in time.
+    pub(super) async fn connect(self, place: &Place, ssh: SocketAddr) -> Result<(Contender, Range<Instant>)> {
         let openssh = self.openssh(ssh)?;
         let command = match self.who {
             Who::Ours => self.adaptor(ssh).await?,
@@ -114,15 +112,7 @@ impl Prepared {
             Who::Ours => End(self.server.pid()),
             Who::OpenSsh => End(only_child(self.server.pid())?),
         };
-        let contender = Contender {
-            who: self.who,
-            inbound,
-            node,
-            vm,
-            _client: client,
-            _openssh: openssh,
-            _prepared: self,
-        };
+        let contender = Contender { inbound, node, vm, _client: client, _openssh: openssh, _prepared: self };
         Ok((contender, began..carried))
     }
 
@@ -147,7 +137,7 @@ impl Prepared {
     }
 }
 
-/// Our agent, with the keys in its user data.
+/// The agent of Secure Comms, with the keys in its user data.
 async fn agent(
     place: &Place,
     directory: &Path,
@@ -159,7 +149,7 @@ async fn agent(
     let (user_data, store) = (directory.join("apf.json"), directory.join("store"));
     let mut command = Command::new(adaptor);
     command.args(["user-data", "--pod-id", pod]).arg("--store").arg(store).arg("--output").arg(&user_data);
-    // Any port: several run at a time, and nobody uses it.
+    // Any port: several agents run at a time, and none uses this inbound.
     command.args(["--pp-inbounds", "BOTH_PHASES:KBS:0"]);
     command.args(["--pp-outbounds", &format!("KUBERNETES_PHASE:BENCH:{target}")]);
     let output = command.output().await?;
@@ -174,9 +164,9 @@ async fn agent(
     Ok(agent)
 }
 
-/// A stock sshd that lets root in by key and forwards, and nothing else that is not its own default.
+/// A stock sshd that lets root log in by key and forward; all other settings are its defaults.
 async fn sshd(place: &Place, directory: &Path, ssh: SocketAddr, keys: &PodKeys) -> Result<Child> {
-    // Where it puts its unprivileged child; Debian's unit makes it.
+    // Directory for its unprivileged child, which Debian's unit makes.
     std::fs::create_dir_all("/run/sshd").context("making /run/sshd, as root")?;
     let (config, authorized) = (directory.join("sshd_config"), directory.join("authorized_keys"));
     std::fs::write(&authorized, &keys.node_public)?;
@@ -194,11 +184,11 @@ async fn sshd(place: &Place, directory: &Path, ssh: SocketAddr, keys: &PodKeys) 
     Ok(sshd)
 }
 
-/// Tries until the tunnel answers; when it did.
+/// Retries until the tunnel answers; returns when it did.
 fn first_answer(inbound: SocketAddr) -> Result<Instant> {
     let until = Instant::now() + PATIENCE;
     loop {
-        // ssh listens only once it is logged in; ours holds the client until then.
+        // ssh listens only once it is logged in; the adaptor holds the client until then.
         let answered = load::open(inbound, Load::Echo).and_then(|mut stream| load::echo(&mut stream, 0));
         match answered {
             Ok(_) => return Ok(Instant::now()),
@@ -208,7 +198,7 @@ fn first_answer(inbound: SocketAddr) -> Result<Instant> {
     }
 }
 
-/// The one process that `sshd` serves a connection with. (Root's sessions are not split in two.)
+/// The one process that serves a connection of `sshd`. (Root's sessions are not split in two.)
 fn only_child(pid: i32) -> Result<i32> {
     let path = format!("/proc/{pid}/task/{pid}/children");
     let children = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
@@ -220,11 +210,11 @@ fn only_child(pid: i32) -> Result<i32> {
 }
 
 impl End {
-    /// Processor time so far, of all its threads.
+    /// Processor time of all its threads so far.
     ///
     /// # Errors
-    /// It is gone.
-    pub fn cpu(self) -> Result<Duration> {
+    /// If it has ended.
+    pub(super) fn cpu(self) -> Result<Duration> {
         let mut nanoseconds = 0;
         for task in std::fs::read_dir(format!("/proc/{}/task", self.0))? {
             // proc(5): time on the processor, time waiting for one, time slices.
@@ -235,11 +225,11 @@ impl End {
         Ok(Duration::from_nanos(nanoseconds))
     }
 
-    /// A size of `/proc/PID/status`, in KiB: `VmRSS`, or `VmHWM`, the most it was.
+    /// A size of `/proc/PID/status` in KiB: `VmRSS`, or `VmHWM`, its peak.
     ///
     /// # Errors
-    /// It is gone.
-    pub fn memory(self, field: &str) -> Result<u64> {
+    /// If it has ended.
+    pub(super) fn memory(self, field: &str) -> Result<u64> {
         let text = std::fs::read_to_string(format!("/proc/{}/status", self.0))?;
         let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
         let value = line.with_context(|| format!("no {field}"))?.trim().trim_end_matches(" kB");

@@ -1,4 +1,4 @@
-//! The groups of measurements: what belongs together in a table and a picture, and what we want to reach.
+//! Groups of measurements: one table and one picture each, and their goals.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -9,36 +9,36 @@ use super::contender::{Contender, Prepared, Who};
 use super::load::{self, Span};
 use super::measure::{self, Figures};
 use super::place::Place;
-use crate::line::{Impairment, Line};
+use crate::simulators::impaired_link::{ImpairedLink, Impairment};
 
 /// One measurement of a group.
 #[derive(Clone, Copy, Debug)]
 pub struct Row {
-    /// Its key in [`Figures`].
+    /// Its key in `Figures`.
     pub key: &'static str,
-    /// What a reader calls it.
+    /// Its name in the table.
     pub name: &'static str,
     /// The unit of its figures.
     pub unit: &'static str,
-    /// The ratio, ours to OpenSSH's, that we want.
+    /// Goal for the ratio, ours to OpenSSH's.
     pub goal: Goal,
 }
 
-/// Which ratio is good.
+/// Goal for a ratio.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Goal {
     /// At least this.
     Least(f64),
     /// At most this.
     Most(f64),
-    /// Told, without a goal; more is better.
+    /// No goal; higher is better.
     MoreIsBetter,
-    /// Told, without a goal; less is better.
+    /// No goal; lower is better.
     LessIsBetter,
 }
 
 impl Goal {
-    /// Whether a ratio reaches it; none where there is no goal.
+    /// Whether a ratio reaches the goal; `None` without a goal.
     #[must_use]
     pub fn reached(self, ratio: f64) -> Option<bool> {
         match self {
@@ -52,7 +52,7 @@ impl Goal {
 /// A group.
 #[derive(Clone, Copy, Debug)]
 pub struct Group {
-    /// What the command line calls it, and its picture's file.
+    /// Name on the command line, and of its picture's file.
     pub name: &'static str,
     /// Its heading.
     pub title: &'static str,
@@ -67,11 +67,11 @@ enum Kind {
     Latency,
     Setup,
     Memory,
-    /// Over a line with this round trip in milliseconds, that loses so many of a thousand packets.
+    /// A link with this round trip in milliseconds, and a loss of so many packets in a thousand.
     Distance(u64, u32),
 }
 
-/// The packets that a line loses are the same in every run of the same packets.
+/// Seed of the link: the same packets are lost in every run that sends the same packets.
 const SEED: u64 = 5;
 
 const fn row(key: &'static str, name: &'static str, unit: &'static str, goal: Goal) -> Row {
@@ -93,12 +93,12 @@ const BULK: &[Row] = &[
 const LATENCY: &[Row] = &[
     row("alone p50", "alone, p50", "us", Goal::Most(1.0)),
     row("alone p99", "alone, p99", "us", Goal::Most(0.5)),
-    row("beside up p50", "beside a stream to the VM, p50", "us", Goal::Most(1.0)),
-    row("beside up p99", "beside a stream to the VM, p99", "us", Goal::Most(0.5)),
-    row("beside down p50", "beside a stream from the VM, p50", "us", Goal::Most(1.0)),
-    row("beside down p99", "beside a stream from the VM, p99", "us", Goal::Most(0.5)),
-    row("stalled p50", "beside a stalled reader, p50", "us", Goal::LessIsBetter),
-    row("stalled p99", "beside a stalled reader, p99", "us", Goal::LessIsBetter),
+    row("with up p50", "with a stream to the VM, p50", "us", Goal::Most(1.0)),
+    row("with up p99", "with a stream to the VM, p99", "us", Goal::Most(0.5)),
+    row("with down p50", "with a stream from the VM, p50", "us", Goal::Most(1.0)),
+    row("with down p99", "with a stream from the VM, p99", "us", Goal::Most(0.5)),
+    row("stalled p50", "with a stalled reader, p50", "us", Goal::LessIsBetter),
+    row("stalled p99", "with a stalled reader, p99", "us", Goal::LessIsBetter),
 ];
 
 const SETUP: &[Row] = &[
@@ -130,7 +130,7 @@ const FAR: &[Row] = &[
     row("p99", "200 bytes, p99", "us", Goal::LessIsBetter),
 ];
 
-/// All of them.
+/// All groups.
 pub const GROUPS: [Group; 8] = [
     Group { name: "bulk", title: "Bulk data, loopback", rows: BULK, kind: Kind::Bulk },
     Group {
@@ -152,18 +152,18 @@ pub const GROUPS: [Group; 8] = [
     },
 ];
 
-/// How much of everything.
+/// Amounts of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Amount {
-    /// Turns of each contender.
+    /// Rounds.
     pub rounds: usize,
-    /// How long each bulk measurement counts.
+    /// Duration of each bulk measurement.
     pub counted: Duration,
     /// Requests of each latency measurement.
     pub requests: u64,
 }
 
-/// What the contenders did in one round.
+/// Figures of both contenders in one round.
 #[derive(Debug)]
 pub struct Round {
     /// Ours.
@@ -173,10 +173,10 @@ pub struct Round {
 }
 
 impl Group {
-    /// Measures both contenders in turns.
+    /// Measures both contenders, alternating.
     ///
     /// # Errors
-    /// A contender does not come up, or moves a wrong byte.
+    /// If a contender does not come up, or delivers a wrong byte.
     pub async fn run(&self, amount: Amount) -> Result<Vec<Round>> {
         let place = match self.kind {
             Kind::Distance(rtt, loss) => {
@@ -184,7 +184,7 @@ impl Group {
                     loss: f64::from(loss) / 1000.0,
                     ..Impairment::round_trip(Duration::from_millis(rtt))
                 };
-                Place::Apart(Box::new(Line::new(SEED, line).await?))
+                Place::Apart(Box::new(ImpairedLink::new(SEED, line).await?))
             }
             _ => Place::Here,
         };
@@ -192,7 +192,7 @@ impl Group {
         let target = listener.local_addr()?;
         load::serve(listener);
         let both = match self.kind {
-            // These begin with fresh processes each time.
+            // These measurements need fresh processes in each round.
             Kind::Setup | Kind::Memory => None,
             _ => Some((
                 connected(Who::Ours, &place, target).await?,
@@ -201,14 +201,14 @@ impl Group {
         };
         let mut rounds = Vec::new();
         for round in 0..amount.rounds {
-            // The one that goes first in this round goes second in the next.
+            // The contender that goes first in this round goes second in the next.
             let mut order = [Who::Ours, Who::OpenSsh];
             order.rotate_left(round % 2);
             let (mut ours, mut openssh) = (Figures::new(), Figures::new());
             for who in order {
                 let contender =
                     both.as_ref().map(|(ours, openssh)| if who == Who::Ours { ours } else { openssh });
-                let figures = self.turn(who, contender, &place, target, amount).await;
+                let figures = self.measure(who, contender, &place, target, amount).await;
                 let figures =
                     figures.with_context(|| format!("{}, {who:?}, round {}", self.name, round + 1))?;
                 *(if who == Who::Ours { &mut ours } else { &mut openssh }) = figures;
@@ -218,7 +218,7 @@ impl Group {
         Ok(rounds)
     }
 
-    async fn turn(
+    async fn measure(
         &self,
         who: Who,
         contender: Option<&Contender>,
@@ -226,7 +226,7 @@ impl Group {
         target: SocketAddr,
         amount: Amount,
     ) -> Result<Figures> {
-        let there = || contender.context("nobody is connected");
+        let there = || contender.context("no contender is connected");
         let short = Span { warm_up: Duration::from_millis(200), counted: amount.counted };
         match self.kind {
             Kind::Bulk => measure::bulk(place, there()?, short).await,
@@ -234,7 +234,7 @@ impl Group {
             Kind::Setup => measure::setup(who, target).await,
             Kind::Memory => measure::memory(who, target, short).await,
             Kind::Distance(rtt, _) => {
-                // Windows grow by the round trip, and so does what TCP may have on its way.
+                // Windows grow with the round trip, and so do TCP's buffers.
                 let span =
                     Span { warm_up: Duration::from_millis(200 + 50 * rtt), counted: amount.counted * 3 };
                 measure::distance(place, there()?, span, (amount.requests / (1 + rtt)).max(100)).await

@@ -1,7 +1,7 @@
-//! The server behind the tunnels and the clients before them, in plain threads: nothing in between costs what is measured.
+//! The server behind the tunnels and its clients, in plain threads, so that they cost little compared with what is measured.
 //!
-//! A connection begins with one byte that says what it is for. All bulk data are the same block again and again, and
-//! whoever reads compares it.
+//! A connection begins with a byte that names the load. Bulk data repeat one block, and the reader compares every
+//! byte.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -11,20 +11,20 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 /// Bytes of a small request, and of its answer.
-pub const SMALL: usize = 200;
-/// Bytes a write and a read of bulk data.
+pub(super) const SMALL: usize = 200;
+/// Bytes of one write or read of bulk data.
 const CHUNK: usize = 256 * 1024;
-/// A connection that makes no progress for this long has failed.
+/// A connection without progress for this long has failed.
 const STUCK: Duration = Duration::from_secs(60);
 
-/// What a connection is for.
+/// Load of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Load {
-    /// The client sends bulk data; at its end the server says how much arrived.
+pub(super) enum Load {
+    /// The client sends bulk data; at the end the server answers how much arrived.
     Up,
     /// The server sends bulk data until the client has enough.
     Down,
-    /// Both at once.
+    /// Both directions at once.
     Both,
     /// Small requests and answers, one after the other.
     Echo,
@@ -46,9 +46,9 @@ impl Load {
 }
 
 /// Serves the listener until the process ends.
-pub fn serve(listener: TcpListener) {
+pub(super) fn serve(listener: TcpListener) {
     thread::spawn(move || {
-        // Ends with the process; a listener that fails shows at the clients.
+        // Runs as long as the process; the clients notice if the listener fails.
         while let Ok((stream, _)) = listener.accept() {
             thread::spawn(move || {
                 if let Err(error) = answer(stream)
@@ -61,7 +61,7 @@ pub fn serve(listener: TcpListener) {
     });
 }
 
-/// A client that has what it wants leaves, and so may what carried it.
+/// A client leaves once it has enough, and so may the tunnel.
 fn gone(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof)
 }
@@ -79,7 +79,7 @@ fn answer(mut stream: TcpStream) -> io::Result<()> {
         Some(Load::Down) => send(&mut stream, || true).map(drop),
         Some(Load::Both) => {
             let mut back = stream.try_clone()?;
-            // Its end shows here too: the client closes both ways.
+            // The end shows here too: the client closes both directions.
             thread::spawn(move || send(&mut back, || true));
             let mut received = Received::default();
             while received.some(&mut stream)? > 0 {}
@@ -96,11 +96,11 @@ fn answer(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
-/// The block that bulk data repeat: no two places in it look alike for long.
+/// The block that bulk data repeat; it has no long repetition in itself.
 fn block() -> &'static [u8] {
     static BLOCK: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
     BLOCK.get_or_init(|| {
-        // xorshift64 (Marsaglia 2003): what matters is only that it does not repeat.
+        // xorshift64 (Marsaglia 2003), used only because it does not repeat.
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         let words = std::iter::repeat_with(|| {
             state ^= state << 13;
@@ -112,7 +112,7 @@ fn block() -> &'static [u8] {
     })
 }
 
-/// Sends the block again and again while `more` says so; how much.
+/// Sends the block repeatedly while `more` returns true; returns the number of bytes.
 fn send(stream: &mut impl Write, mut more: impl FnMut() -> bool) -> io::Result<u64> {
     let mut total = 0;
     for chunk in block().chunks(CHUNK).cycle() {
@@ -125,7 +125,7 @@ fn send(stream: &mut impl Write, mut more: impl FnMut() -> bool) -> io::Result<u
     Ok(total)
 }
 
-/// What has arrived, each byte of it compared.
+/// Bytes that have arrived, each compared.
 #[derive(Debug, Default)]
 struct Received {
     total: u64,
@@ -133,7 +133,7 @@ struct Received {
 }
 
 impl Received {
-    /// Reads what is there; how much, 0 at the end.
+    /// Reads what is available; returns the number of bytes, 0 at the end.
     fn some(&mut self, stream: &mut impl Read) -> io::Result<usize> {
         self.buffer.resize(CHUNK, 0);
         let read = stream.read(&mut self.buffer)?;
@@ -152,19 +152,19 @@ impl Received {
     }
 }
 
-/// Connects for a load; the stream has moved nothing yet.
+/// Connects for a load; nothing has been sent yet.
 ///
 /// # Errors
-/// Nobody listens.
-pub fn open(address: SocketAddr, load: Load) -> Result<TcpStream> {
+/// If the connection is refused.
+pub(super) fn open(address: SocketAddr, load: Load) -> Result<TcpStream> {
     begin(TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?, load)
 }
 
-/// Says on a connected stream what it is for.
+/// Sends the byte that names the load.
 ///
 /// # Errors
-/// The connection is gone.
-pub fn begin(mut stream: TcpStream, load: Load) -> Result<TcpStream> {
+/// If the connection is gone.
+pub(super) fn begin(mut stream: TcpStream, load: Load) -> Result<TcpStream> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(STUCK))?;
     stream.set_write_timeout(Some(STUCK))?;
@@ -172,25 +172,25 @@ pub fn begin(mut stream: TcpStream, load: Load) -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// For how long bulk data are moved, and from when on they count: windows grow with use.
+/// Durations of a bulk transfer: warm-up, because windows grow with use, then the time that counts.
 #[derive(Clone, Copy, Debug)]
-pub struct Span {
-    /// Moved and not counted.
+pub(super) struct Span {
+    /// Warm-up.
     pub warm_up: Duration,
-    /// Counted.
+    /// Time that counts.
     pub counted: Duration,
 }
 
-/// Bytes that were moved.
+/// Bytes of a bulk transfer.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Moved {
+pub(super) struct Moved {
     /// In the time that counts.
     pub counted: u64,
-    /// In all.
+    /// In total.
     pub total: u64,
 }
 
-/// When bytes begin to count, and when they have done so for long enough.
+/// Times at which counting begins and ends.
 struct Clock {
     span: Span,
     began: Instant,
@@ -202,7 +202,7 @@ impl Clock {
         Self { span, began: Instant::now(), before: 0 }
     }
 
-    /// `total` bytes have been moved so far; whether more are wanted.
+    /// Records that `total` bytes have been moved; returns whether to continue.
     fn more(&mut self, total: u64) -> bool {
         let elapsed = self.began.elapsed();
         if elapsed < self.span.warm_up {
@@ -215,8 +215,8 @@ impl Clock {
 /// Moves bulk data over a stream that was opened for it; in both directions for [`Load::Both`].
 ///
 /// # Errors
-/// A byte is wrong or missing, or nothing moves.
-pub fn bulk(mut stream: TcpStream, load: Load, span: Span) -> Result<Moved> {
+/// If a byte is wrong or missing, or there is no progress.
+pub(super) fn bulk(mut stream: TcpStream, load: Load, span: Span) -> Result<Moved> {
     let mut clock = Clock::start(span);
     match load {
         Load::Up => {
@@ -258,11 +258,11 @@ fn down(stream: &mut TcpStream, mut clock: Clock) -> Result<Moved> {
     Ok(Moved { counted: received.total - clock.before, total: received.total })
 }
 
-/// Makes a small request and reads its answer; how long that took.
+/// Sends a small request and reads its answer; returns the time that took.
 ///
 /// # Errors
-/// The answer is wrong, or none comes.
-pub fn echo(stream: &mut TcpStream, number: u64) -> Result<Duration> {
+/// If the answer is wrong, or none comes.
+pub(super) fn echo(stream: &mut TcpStream, number: u64) -> Result<Duration> {
     let mut message = [0x5a; SMALL];
     if let Some(head) = message.first_chunk_mut() {
         *head = number.to_be_bytes();

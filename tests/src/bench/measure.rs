@@ -1,4 +1,4 @@
-//! What is measured of one contender in one turn.
+//! The measurements of one contender in one round.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -12,21 +12,21 @@ use super::contender::{Contender, Prepared, Who};
 use super::load::{self, Load, Moved, Span};
 use super::place::Place;
 
-/// Figures of one turn, by the names that [`super::groups`] gives them.
-pub type Figures = BTreeMap<&'static str, f64>;
+/// Figures of one round, by the names that [`super::groups`] gives them.
+pub(super) type Figures = BTreeMap<&'static str, f64>;
 
 const GIB: f64 = (1_u64 << 30) as f64;
 const MIB: f64 = (1_u64 << 20) as f64;
-/// Streams of the measurements with many.
+/// Streams of the measurements with many streams.
 const MANY: usize = 16;
 /// Open streams of the memory measurement.
 const OPEN: u64 = 1000;
 
-/// Bulk data in MiB/s, and what it costs at each end.
+/// Bulk data in MiB/s, and their cost at each end.
 ///
 /// # Errors
-/// A byte is wrong, or nothing moves.
-pub async fn bulk(place: &Place, contender: &Contender, span: Span) -> Result<Figures> {
+/// If a byte is wrong, or there is no progress.
+pub(super) async fn bulk(place: &Place, contender: &Contender, span: Span) -> Result<Figures> {
     let mut figures = Figures::new();
     for (load, speed, vm, node) in [
         (Load::Up, "up 1", "up vm cpu", "up node cpu"),
@@ -45,11 +45,16 @@ pub async fn bulk(place: &Place, contender: &Contender, span: Span) -> Result<Fi
     Ok(figures)
 }
 
-/// Bulk data over one stream, in MiB/s, where the line is long.
+/// Bulk data over one stream, in MiB/s, over a link with a long round trip.
 ///
 /// # Errors
 /// As [`bulk`].
-pub async fn distance(place: &Place, contender: &Contender, span: Span, requests: u64) -> Result<Figures> {
+pub(super) async fn distance(
+    place: &Place,
+    contender: &Contender,
+    span: Span,
+    requests: u64,
+) -> Result<Figures> {
     let mut figures = Figures::new();
     for (load, name) in [(Load::Up, "up 1"), (Load::Down, "down 1")] {
         figures.insert(name, rate(streams(place, contender, load, 1, span).await?, span));
@@ -58,34 +63,34 @@ pub async fn distance(place: &Place, contender: &Contender, span: Span, requests
     Ok(figures)
 }
 
-/// Small requests in microseconds: alone, beside bulk data in either direction, beside a stalled reader.
+/// Small requests in microseconds: alone, during bulk data in either direction, with a stalled reader.
 ///
 /// # Errors
-/// An answer is wrong, or none comes.
-pub async fn latency(place: &Place, contender: &Contender, requests: u64) -> Result<Figures> {
+/// If an answer is wrong, or none comes.
+pub(super) async fn latency(place: &Place, contender: &Contender, requests: u64) -> Result<Figures> {
     let mut figures = Figures::new();
     latency_of(place, contender, "alone p50", "alone p99", requests, &mut figures).await?;
     for (load, p50, p99) in
-        [(Load::Up, "beside up p50", "beside up p99"), (Load::Down, "beside down p50", "beside down p99")]
+        [(Load::Up, "with up p50", "with up p99"), (Load::Down, "with down p50", "with down p99")]
     {
         let neighbour = Neighbour::busy(place, contender, load).await?;
         latency_of(place, contender, p50, p99, requests, &mut figures).await?;
         neighbour.end()?;
     }
     let inbound = contender.inbound;
-    // Nobody reads it; it is full by the time that the requests begin, or they fill it up.
+    // A stream that is not read; it is full when the requests begin, or they fill it up.
     let stalled = place.at_node(move || load::open(inbound, Load::Down)).await?;
     latency_of(place, contender, "stalled p50", "stalled p99", requests, &mut figures).await?;
     drop(stalled);
     Ok(figures)
 }
 
-/// From the start of the client's process, and from its TCP connect, to the first byte through a tunnel, and from a new
-/// client of a tunnel to its first answer; in milliseconds.
+/// Time from the start of the client's process, and from its TCP connect, to the first byte through a tunnel, and
+///  from a new client of a tunnel to its first answer; in milliseconds.
 ///
 /// # Errors
-/// It does not come up.
-pub async fn setup(who: Who, target: SocketAddr) -> Result<Figures> {
+/// If it does not come up.
+pub(super) async fn setup(who: Who, target: SocketAddr) -> Result<Figures> {
     let place = Place::Here;
     let prepared = Prepared::new(who, &place, target).await?;
     let (address, accepted) = witness(prepared.ssh())?;
@@ -106,11 +111,11 @@ pub async fn setup(who: Who, target: SocketAddr) -> Result<Figures> {
     ]))
 }
 
-/// Resident memory in KiB, of fresh processes: connected, with many streams open, and at most during bulk data.
+/// Resident memory in KiB, of fresh processes: connected, with many streams open, and its peak during bulk data.
 ///
 /// # Errors
-/// As the measurements that it makes.
-pub async fn memory(who: Who, target: SocketAddr, span: Span) -> Result<Figures> {
+/// As the other measurements.
+pub(super) async fn memory(who: Who, target: SocketAddr, span: Span) -> Result<Figures> {
     let place = Place::Here;
     let mut figures = Figures::new();
     let prepared = Prepared::new(who, &place, target).await?;
@@ -149,7 +154,7 @@ fn rate(moved: Moved, span: Span) -> f64 {
     moved.counted as f64 / MIB / span.counted.as_secs_f64()
 }
 
-/// Moves bulk data over so many streams at once.
+/// Moves bulk data over several streams at once.
 async fn streams(
     place: &Place,
     contender: &Contender,
@@ -197,14 +202,14 @@ async fn latency_of(
     Ok(())
 }
 
-/// A stream that moves bulk data until it is told to end.
+/// A stream that moves bulk data until it is stopped.
 struct Neighbour {
     stream: TcpStream,
     running: thread::JoinHandle<Result<Moved>>,
 }
 
 impl Neighbour {
-    /// Starts it, and lets its windows grow.
+    /// Starts it, and waits until its windows have grown.
     async fn busy(place: &Place, contender: &Contender, load: Load) -> Result<Self> {
         let inbound = contender.inbound;
         let stream = place.at_node(move || load::open(inbound, load)).await?;
@@ -215,32 +220,32 @@ impl Neighbour {
         Ok(Self { stream, running })
     }
 
-    /// Ends it by force; that it has moved data until then is checked by there being no other end.
+    /// Resets the connection; that it has moved data until then is proven by its still being open.
     fn end(self) -> Result<()> {
         if self.running.is_finished() {
             let ended = self.running.join().map_err(|_| anyhow!("the neighbour died"))?;
             return Err(ended.err().unwrap_or_else(|| anyhow!("it ended"))).context("the busy neighbour");
         }
         self.stream.shutdown(Shutdown::Both)?;
-        // That it fails now is what we made it do.
+        // The error is the expected result of the reset.
         drop(self.running.join().map_err(|_| anyhow!("the neighbour died"))?);
         Ok(())
     }
 }
 
-/// An address that leads to `server` for one connection, and tells when that came.
+/// An address that is relayed to `server` for one connection, and the time of that connection.
 fn witness(server: SocketAddr) -> Result<(SocketAddr, thread::JoinHandle<Result<Instant>>)> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let address = listener.local_addr()?;
     let waiting = thread::spawn(move || {
-        let (client, _) = listener.accept().context("nobody came")?;
+        let (client, _) = listener.accept().context("no client connected")?;
         let accepted = Instant::now();
         let server = TcpStream::connect(server)?;
         for stream in [&client, &server] {
             stream.set_nodelay(true)?;
         }
         for (mut from, mut to) in [(client.try_clone()?, server.try_clone()?), (server, client)] {
-            // Either end closes when it is done; what is measured is over by then.
+            // Either end closes when it is done; the measurement is complete by then.
             thread::spawn(move || std::io::copy(&mut from, &mut to).and_then(|_| to.flush()));
         }
         Ok(accepted)

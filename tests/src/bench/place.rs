@@ -6,39 +6,39 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use anyhow::{Context, Result};
 use tokio::process::Command;
 
-use crate::line::Line;
+use crate::simulators::impaired_link::ImpairedLink;
 
-/// The worker node and the VM, and what lies between.
+/// The worker node, the VM, and the path between them.
 #[derive(Debug)]
-pub enum Place {
+pub(super) enum Place {
     /// Both on this machine's loopback.
     Here,
-    /// Each in a namespace of its own, at the ends of a line.
-    Apart(Box<Line>),
+    /// Each in its own namespace, at the ends of an impaired link.
+    Apart(Box<ImpairedLink>),
 }
 
 impl Place {
-    /// Where the worker node reaches the VM.
+    /// Address of the VM, for the worker node.
     #[must_use]
-    pub fn vm(&self) -> IpAddr {
+    pub(super) fn vm(&self) -> IpAddr {
         match self {
             Self::Here => IpAddr::V4(Ipv4Addr::LOCALHOST),
             Self::Apart(line) => line.b.address,
         }
     }
 
-    /// Lets a command run in the VM; its process keeps the pid.
+    /// Makes a command run in the VM; its process keeps the pid.
     #[must_use]
-    pub fn in_vm(&self, command: Command) -> Command {
+    pub(super) fn in_vm(&self, command: Command) -> Command {
         match self {
             Self::Here => command,
             Self::Apart(line) => inside(line.b.netns.command(command.as_std().get_program()), &command),
         }
     }
 
-    /// Lets a command run on the worker node; its process keeps the pid.
+    /// Makes a command run on the worker node; its process keeps the pid.
     #[must_use]
-    pub fn on_node(&self, command: Command) -> Command {
+    pub(super) fn on_node(&self, command: Command) -> Command {
         match self {
             Self::Here => command,
             Self::Apart(line) => inside(line.a.netns.command(command.as_std().get_program()), &command),
@@ -48,8 +48,8 @@ impl Place {
     /// Listens in the VM, on its loopback.
     ///
     /// # Errors
-    /// The namespace can't be entered.
-    pub async fn listen_in_vm(&self) -> Result<TcpListener> {
+    /// If the namespace can't be entered.
+    pub(super) async fn listen_in_vm(&self) -> Result<TcpListener> {
         let bind = || TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
         match self {
             Self::Here => Ok(bind()?),
@@ -57,11 +57,11 @@ impl Place {
         }
     }
 
-    /// Runs a job on a thread at the worker node; the threads that it starts are there too.
+    /// Runs a job on a thread at the worker node; threads that it starts are there, too.
     ///
     /// # Errors
-    /// The job's, or the namespace can't be entered.
-    pub async fn at_node<T: Send + 'static>(
+    /// The job's error, or if the namespace can't be entered.
+    pub(super) async fn at_node<T: Send + 'static>(
         &self,
         job: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
@@ -70,7 +70,7 @@ impl Place {
                 tokio::task::spawn_blocking(job).await.context("the thread at the worker node died")?
             }
             Self::Apart(line) => {
-                // As a value: an error of the job is none of the namespace.
+                // The job's result is a value here, to tell its errors from those of the namespace.
                 line.a.namespace().run(move || io::Result::Ok(job())).await?
             }
         }

@@ -1,4 +1,4 @@
-//! A picture of a group: a bar for each ratio, ours to OpenSSH's, a line where both are alike, a mark at the goal.
+//! Draws a group: a bar for each ratio, ours to OpenSSH's, a line at 1, and a mark at the goal.
 
 use std::path::Path;
 
@@ -6,25 +6,25 @@ use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
 use super::groups::{Goal, Group};
-use super::report::Summary;
+use super::tables::Summary;
 
-/// Pixels: the picture, where bars begin, what they may take, and a bar with what is around it.
+/// Pixels: width of the picture, start of the bars, longest bar, height of a bar with its margin.
 const WIDTH: u32 = 880;
 const LEFT: i32 = 340;
 const LENGTH: f64 = 420.0;
 const TOP: i32 = 64;
 const BAR: i32 = 30;
-/// Ratios beyond this go no further; their figure stands beside the bar.
+/// Bars end at this ratio; the figure next to the bar shows the true one.
 const MOST: f64 = 4.0;
 const MET: RGBColor = RGBColor(46, 125, 50);
 const MISSED: RGBColor = RGBColor(198, 40, 40);
 const NO_GOAL: RGBColor = RGBColor(120, 144, 156);
 
-/// Draws it.
+/// Draws the picture.
 ///
 /// # Errors
-/// The file can't be written.
-pub fn write(file: &Path, group: &Group, summaries: &[Summary]) -> Result<()> {
+/// If the file can't be written.
+pub(super) fn write(file: &Path, group: &Group, summaries: &[Summary]) -> Result<()> {
     draw(file, group, summaries).map_err(|error| anyhow!("drawing {}: {error}", file.display()))
 }
 
@@ -58,8 +58,8 @@ fn draw(file: &Path, group: &Group, summaries: &[Summary]) -> Result<(), Box<dyn
                 BLUE.stroke_width(3),
             ))?;
         }
-        let beside = x(summary.ratio.max(summary.range[1])) + 8;
-        area.draw(&Text::new(format!("{:.2}", summary.ratio), (beside, middle - 7), text(13)))?;
+        let label_x = x(summary.ratio.max(summary.range[1])) + 8;
+        area.draw(&Text::new(format!("{:.2}", summary.ratio), (label_x, middle - 7), text(13)))?;
     }
     for dash in (TOP - 4..bottom + 4).step_by(8) {
         area.draw(&PathElement::new(vec![(x(1.0), dash), (x(1.0), dash + 4)], BLACK))?;

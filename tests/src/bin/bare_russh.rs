@@ -1,7 +1,8 @@
-//! What of the time is russh's: a client and a server with nothing around them, and TCP without SSH, in turns, in one run. About 20 s.
+//! Measures russh without Secure Comms: a client and a server, compared with TCP without SSH, alternating, in one run of
+//!  about 20 s.
 //!
-//! `cargo run --release --bin bare_russh`; docs/BENCHMARKS.md says what follows from it. The configuration is that of the agent and the
-//! adaptor; each end has one thread, as they have.
+//! `cargo run --release --bin bare_russh`; docs/BENCHMARKS.md discusses the result. The configuration is that of agent
+//!  and adaptor, with one thread per end.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -22,13 +23,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 
-/// How long bulk data is sent for in a turn.
+/// Duration of bulk data in a round.
 const BULK: Duration = Duration::from_millis(1500);
 const ROUNDS: usize = 5;
-/// Requests in a turn, one after the other, and the size of each and of its answer, in bytes.
+/// Requests in a round, one after the other, and the size in bytes of a request and of its answer.
 const REQUESTS: u32 = 3000;
 const REQUEST: usize = 200;
-/// Ends bulk data: a message, or write, of one byte.
+/// Marks the end of bulk data: a message, or write, of one byte.
 const END: u8 = b'.';
 const GIB: f64 = (1_u64 << 30) as f64;
 const MIB: f64 = (1_u64 << 20) as f64;
@@ -45,27 +46,27 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let (mut tcp, mut ssh) = (Vec::new(), Vec::new());
-    for round in 0..ROUNDS {
+    for number in 0..ROUNDS {
         // The one that goes first in this round goes second in the next.
-        for kind in if round % 2 == 0 { [Kind::Tcp, Kind::Ssh] } else { [Kind::Ssh, Kind::Tcp] } {
-            let turn = turn(kind).with_context(|| format!("{kind:?}"))?;
-            if kind == Kind::Tcp { tcp.push(turn) } else { ssh.push(turn) }
+        for kind in if number % 2 == 0 { [Kind::Tcp, Kind::Ssh] } else { [Kind::Ssh, Kind::Tcp] } {
+            let round = measure_kind(kind).with_context(|| format!("{kind:?}"))?;
+            if kind == Kind::Tcp { tcp.push(round) } else { ssh.push(round) }
         }
     }
     println!("medians of {ROUNDS} rounds          TCP    russh");
     for (what, figure) in [
-        ("bulk data, MiB/s", (|turn| turn.speed) as fn(&Turn) -> f64),
-        ("sending, CPU s/GiB", |turn| turn.sending),
-        ("receiving, CPU s/GiB", |turn| turn.receiving),
-        ("200 bytes and back, p50 us", |turn| turn.p50),
-        ("200 bytes and back, p99 us", |turn| turn.p99),
+        ("bulk data, MiB/s", (|round| round.speed) as fn(&Round) -> f64),
+        ("sending, CPU s/GiB", |round| round.sending),
+        ("receiving, CPU s/GiB", |round| round.receiving),
+        ("200 bytes and back, p50 us", |round| round.p50),
+        ("200 bytes and back, p99 us", |round| round.p99),
     ] {
         println!("{what:27}{:9.2}{:9.2}", median(&tcp, figure), median(&ssh, figure));
     }
     Ok(())
 }
 
-fn median(turns: &[Turn], figure: fn(&Turn) -> f64) -> f64 {
+fn median(turns: &[Round], figure: fn(&Round) -> f64) -> f64 {
     let mut figures: Vec<f64> = turns.iter().map(figure).collect();
     figures.sort_unstable_by(f64::total_cmp);
     figures.get(figures.len() / 2).copied().unwrap_or_default()
@@ -77,8 +78,8 @@ enum Kind {
     Ssh,
 }
 
-/// Figures of one turn.
-struct Turn {
+/// Figures of one round.
+struct Round {
     speed: f64,
     sending: f64,
     receiving: f64,
@@ -86,19 +87,19 @@ struct Turn {
     p99: f64,
 }
 
-/// What the server has received of bulk data, and the time on the processor that it took.
+/// Bytes of bulk data that the server has received, and the processor time it took.
 #[derive(Clone, Copy)]
 struct Received {
     bytes: u64,
     cpu: Duration,
 }
 
-fn turn(kind: Kind) -> Result<Turn> {
+fn measure_kind(kind: Kind) -> Result<Round> {
     let (address, addressed) = oneshot::channel();
     let server = thread::spawn(move || {
         on_this_thread(async {
             let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
-            address.send(listener.local_addr()?).ok().context("nobody connects")?;
+            address.send(listener.local_addr()?).ok().context("no client connected")?;
             let (socket, _) = listener.accept().await?;
             socket.set_nodelay(true)?;
             match kind {
@@ -107,7 +108,7 @@ fn turn(kind: Kind) -> Result<Turn> {
             }
         })
     });
-    let turn = on_this_thread(async {
+    let round = on_this_thread(async {
         let socket = TcpStream::connect(addressed.await?).await?;
         socket.set_nodelay(true)?;
         match kind {
@@ -121,14 +122,14 @@ fn turn(kind: Kind) -> Result<Turn> {
         }
     })?;
     server.join().ok().context("the server panicked")??;
-    Ok(turn)
+    Ok(round)
 }
 
 fn on_this_thread<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
-/// Messages both ways: those of a channel, or what a socket takes and gives at a time.
+/// Messages in both directions: those of a channel, or the reads and writes of a socket.
 trait Pipe {
     async fn send(&mut self, data: Bytes) -> Result<()>;
     async fn receive(&mut self) -> Result<Bytes>;
@@ -172,7 +173,7 @@ impl<S: From<(russh::ChannelId, ChannelMsg)> + Send + Sync + 'static> Pipe for C
     }
 }
 
-async fn measure(mut pipe: impl Pipe) -> Result<Turn> {
+async fn measure(mut pipe: impl Pipe) -> Result<Round> {
     let request = Bytes::from(vec![b'r'; REQUEST]);
     let mut times = Vec::new();
     for _ in 0..REQUESTS {
@@ -194,7 +195,7 @@ async fn measure(mut pipe: impl Pipe) -> Result<Turn> {
     let (took, cpu) = (began.elapsed(), self::cpu()? - cpu);
     ensure!(received.bytes == sent, "{} bytes of {sent} arrived", received.bytes);
     let gib = sent as f64 / GIB;
-    Ok(Turn {
+    Ok(Round {
         speed: sent as f64 / MIB / took.as_secs_f64(),
         sending: cpu.as_secs_f64() / gib,
         receiving: received.cpu.as_secs_f64() / gib,
@@ -207,7 +208,7 @@ fn micros(time: &Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }
 
-/// Answers the requests, then counts bulk data and says how much it was.
+/// Answers the requests, then counts bulk data and reports how much it was.
 async fn serve(mut pipe: impl Pipe) -> Result<()> {
     for _ in 0..REQUESTS {
         let request = pipe.receive_exactly(REQUEST).await?;
@@ -224,7 +225,7 @@ async fn serve(mut pipe: impl Pipe) -> Result<()> {
     received.bytes -= 1;
     received.cpu = cpu()? - received.cpu;
     pipe.send(received.write()).await?;
-    // The other end leaves once it has read that.
+    // The other end closes once it has read that.
     drop(pipe.receive().await);
     Ok(())
 }
@@ -244,7 +245,7 @@ impl Received {
     }
 }
 
-/// The time that the scheduler gave to this thread: the first figure of its schedstat (proc(5)).
+/// Processor time of this thread: the first figure of its schedstat (proc(5)).
 fn cpu() -> Result<Duration> {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat")?;
     Ok(Duration::from_nanos(text.split_whitespace().next().context("an empty schedstat")?.parse()?))
@@ -261,7 +262,7 @@ async fn serve_ssh(socket: TcpStream) -> Result<()> {
     Ok(())
 }
 
-/// Lets everybody in, and hands on the one channel that is opened.
+/// Accepts any client, and hands on the one channel that it opens.
 struct AnyClient(Option<oneshot::Sender<Channel<Msg>>>);
 
 impl server::Handler for AnyClient {

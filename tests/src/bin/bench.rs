@@ -1,7 +1,7 @@
-//! Secure Comms beside stock OpenSSH, in turns, in one run: `tests/bench` builds what this needs and calls it.
+//! Compares Secure Comms with stock OpenSSH in one run; `tests/bench` builds what this needs and calls it.
 //!
-//! `bench [--short] [--write DOCUMENT] [GROUP...]`. The agent is that of `SECURE_COMMS_BIN_DIR`, as for the tests. Every
-//! byte that is moved is compared, and a wrong one is an error; a slow one never is.
+//! `bench [--short] [--write DOCUMENT] [GROUP...]`. The agent is that of `SECURE_COMMS_BIN_DIR`, as in the tests. Every
+//! byte is compared; a wrong byte is an error, a slow one is not.
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use secure_comms_tests::bench::groups::{Amount, GROUPS, Group};
-use secure_comms_tests::bench::report;
-use secure_comms_tests::process::ensure_built;
+use secure_comms_tests::bench::tables;
+use secure_comms_tests::harness::process::ensure_built;
 
 const USAGE: &str = "usage: bench [--short] [--write DOCUMENT] [GROUP...]";
 const FULL: Amount = Amount { rounds: 5, counted: Duration::from_millis(1500), requests: 3000 };
-/// Enough to see that everything works; its figures say little.
+/// Enough to check that every measurement works; the figures mean little.
 const SHORT: Amount = Amount { rounds: 1, counted: Duration::from_millis(300), requests: 200 };
 
 struct Arguments {
@@ -71,17 +71,17 @@ async fn run(arguments: Arguments) -> Result<()> {
     let mut measured = Vec::new();
     for group in arguments.groups {
         let rounds = group.run(arguments.amount).await?;
-        let summaries = report::summarize(&group, &rounds);
-        println!("{}", report::table(&group, &summaries));
+        let summaries = tables::summarize(&group, &rounds);
+        println!("{}", tables::table(&group, &summaries));
         measured.push((group, summaries));
     }
     match arguments.document {
-        Some(document) => report::write(&document, &about, &measured),
+        Some(document) => tables::write(&document, &about, &measured),
         None => Ok(()),
     }
 }
 
-/// Machine, versions, amounts: without them figures say nothing.
+/// Machine, versions and amounts, without which the figures mean nothing.
 async fn about(amount: Amount) -> Result<String> {
     let binaries = ensure_built().await?;
     let size = std::fs::metadata(&binaries.agent)?.len();
@@ -90,7 +90,7 @@ async fn about(amount: Amount) -> Result<String> {
     let (cpu, cores) =
         (cpu.map_or("unknown processor", |(_, name)| name), std::thread::available_parallelism()?);
     let (kernel, date) = (said("uname", &["-sr"])?, said("date", &["-u", "+%F %R UTC"])?);
-    // To standard error, with a version before the words.
+    // ssh prints its version to standard error, with other words before it.
     let openssh = said("ssh", &["-V"])?;
     let agent = said(&binaries.agent.display().to_string(), &["-version"])?;
     Ok(format!(
@@ -102,7 +102,7 @@ async fn about(amount: Amount) -> Result<String> {
     ))
 }
 
-/// The first line that a program prints, wherever it prints it.
+/// First line that a program prints, on either output.
 fn said(program: &str, arguments: &[&str]) -> Result<String> {
     let output =
         Command::new(program).args(arguments).output().with_context(|| format!("running {program}"))?;

@@ -1,24 +1,24 @@
-//! `chaos [LIVES] [--seed N] [--at-once N]`: pod lives under faults, one seed after the other; ends with 1 if one of them
-//! was not as it must be. Needs root.
+//! `chaos [LIFETIMES] [--seed N] [--at-once N]`: runs pod lifetimes under faults, one per seed; exits with 1 if a
+//!  requirement was violated. Needs root.
 
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use secure_comms_tests::args::until_told;
+use secure_comms_simulators::args::until_signal;
 use secure_comms_tests::chaos::leftovers::Leftovers;
-use secure_comms_tests::chaos::life::live;
-use secure_comms_tests::chaos::report::Report;
+use secure_comms_tests::chaos::lifetime::live;
 use secure_comms_tests::chaos::script::Script;
 use secure_comms_tests::chaos::soak::soak;
-use secure_comms_tests::process::ensure_built;
+use secure_comms_tests::chaos::summary::Report;
+use secure_comms_tests::harness::process::ensure_built;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-/// What is asked for.
+/// Command line.
 struct Asked {
-    lives: u64,
+    lifetimes: u64,
     seed: u64,
     at_once: usize,
 }
@@ -28,14 +28,14 @@ async fn main() -> ExitCode {
     let asked = match Asked::read(std::env::args().skip(1)) {
         Ok(asked) => asked,
         Err(error) => {
-            eprintln!("chaos: {error:#}; usage: chaos [LIVES] [--seed N] [--at-once N]");
+            eprintln!("chaos: {error:#}; usage: chaos [LIFETIMES] [--seed N] [--at-once N]");
             return ExitCode::from(2);
         }
     };
     let ran = tokio::select! {
         ran = run(&asked) => ran,
-        // So that everything is taken away again that was made.
-        told = until_told() => told.and_then(|()| bail!("told to end")),
+        // A panic would skip the clean-up of namespaces and mounts.
+        signal = until_signal() => signal.and_then(|()| bail!("ended by a signal")),
     };
     match ran {
         Ok(true) => ExitCode::SUCCESS,
@@ -49,18 +49,18 @@ async fn main() -> ExitCode {
 
 impl Asked {
     fn read(mut words: impl Iterator<Item = String>) -> Result<Self> {
-        // Another one each time, and told: what one run misses another may find.
+        // Another seed in each run, and printed: one run may find what another misses.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock")?.as_secs();
-        let mut asked = Self { lives: 100, seed: now, at_once: 6 };
+        let mut asked = Self { lifetimes: 100, seed: now, at_once: 6 };
         while let Some(word) = words.next() {
             let mut value = || words.next().with_context(|| format!("{word} needs a number"));
             match word.as_str() {
                 "--seed" => asked.seed = value()?.parse().context("--seed")?,
                 "--at-once" => asked.at_once = value()?.parse().context("--at-once")?,
-                lives => asked.lives = lives.parse().with_context(|| format!("{lives:?}"))?,
+                lifetimes => asked.lifetimes = lifetimes.parse().with_context(|| format!("{lifetimes:?}"))?,
             }
         }
-        if asked.lives == 0 || asked.at_once == 0 {
+        if asked.lifetimes == 0 || asked.at_once == 0 {
             bail!("nothing to do");
         }
         Ok(asked)
@@ -70,23 +70,23 @@ impl Asked {
 async fn run(asked: &Asked) -> Result<bool> {
     ensure_built().await?;
     let (began, before) = (Instant::now(), Leftovers::now()?);
-    println!("{} lives from seed {}, {} at a time", asked.lives, asked.seed, asked.at_once);
-    let (room, mut lives) = (Arc::new(Semaphore::new(asked.at_once)), JoinSet::new());
-    for number in 0..asked.lives {
+    println!("{} lifetimes from seed {}, {} at a time", asked.lifetimes, asked.seed, asked.at_once);
+    let (room, mut lifetimes) = (Arc::new(Semaphore::new(asked.at_once)), JoinSet::new());
+    for number in 0..asked.lifetimes {
         let (room, script) = (Arc::clone(&room), Script::draw(asked.seed.wrapping_add(number)));
-        lives.spawn(async move {
+        lifetimes.spawn(async move {
             let _place = room.acquire().await;
             live(script).await
         });
     }
-    let soaked = tokio::spawn(soak(usize::try_from(asked.lives)?.clamp(10, 100)));
+    let soaked = tokio::spawn(soak(usize::try_from(asked.lifetimes)?.clamp(10, 100)));
     let mut report = Report::default();
-    while let Some(outcome) = lives.join_next().await {
+    while let Some(outcome) = lifetimes.join_next().await {
         println!("{}", report.add(&outcome?));
     }
     let soaked = soaked.await?;
     match &soaked {
-        Ok(told) => println!("{told}"),
+        Ok(soaked) => println!("{soaked}"),
         Err(error) => println!("FAILED: one pod that reconnects: {error:#}"),
     }
     let left = Leftovers::now()?.beyond(&before);

@@ -1,5 +1,5 @@
-//! The main job, whole, to be watched: a pod goes from nothing to a kata agent that is reachable through the
-//! Kubernetes phase. Agent and adaptor are the real binaries, as processes; everything around them is embedded.
+//! Demo: a pod from nothing to a kata agent that answers through the Kubernetes phase, step by step. Agent and adaptor
+//! are the real binaries, as processes; everything around them is simulated in this process.
 //!
 //! `cargo run --release --bin double [-- --netns]`
 
@@ -7,21 +7,21 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use secure_comms_tests::kata::client::{EchoSession, bulk_both_ways};
-use secure_comms_tests::kbs::Kbs;
-use secure_comms_tests::process::{Child, Signal, ensure_built};
-use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
-use secure_comms_tests::vm::Vm;
+use secure_comms_tests::harness::process::{Child, Signal, ensure_built};
+use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
+use secure_comms_tests::harness::vm::Vm;
+use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
+use secure_comms_tests::simulators::kbs::Kbs;
 use secure_comms_tunnel::netns;
 use tokio::net::TcpStream;
 
-/// Bytes that go each way through a tunnel, and are checked one by one.
+/// Bytes that go each way through a tunnel, each of which is checked.
 const BULK: u64 = 32 * 1024 * 1024;
 /// Requests of [`SMALL`] bytes, answered one after the other.
 const REQUESTS: u64 = 1000;
 const SMALL: u64 = 200;
 
-/// Prints what has happened, and how long it took.
+/// Prints each step, and how long it took.
 struct Steps {
     began: Instant,
     last: Instant,
@@ -44,15 +44,15 @@ async fn main() -> ExitCode {
     let netns = match std::env::args().skip(1).collect::<Vec<_>>().as_slice() {
         [] => false,
         [flag] if flag == "--netns" => true,
-        other => {
+        _ => {
             eprintln!(
-                "double: {other:?}: expected nothing, or --netns (the VM in network namespaces; needs root)"
+                "double: unknown arguments; expected none, or --netns (the VM in network namespaces; needs root)"
             );
             return ExitCode::from(2);
         }
     };
     println!(
-        "Building agent-protocol-forwarder and secure-comms-adaptor, if they are not there: minutes, the first time."
+        "Building agent-protocol-forwarder and secure-comms-adaptor, if needed: this takes minutes the first time."
     );
     println!("{:>13} {:>13}  what happened", "since start", "this step");
     let result = if netns { in_namespaces().await } else { in_one_namespace().await };
@@ -70,7 +70,10 @@ async fn in_one_namespace() -> Result<()> {
     ensure_built().await?;
     steps.done("agent-protocol-forwarder and secure-comms-adaptor are built");
     let scene = Scene::new(SceneOptions::default()).await?;
-    steps.done(format!("KBS, guest components and kata agent stand in; the KBS is at {}", scene.kbs.url()));
+    steps.done(format!(
+        "KBS, guest components and kata agent are simulated; the KBS is at {}",
+        scene.kbs.url()
+    ));
     let mut agent = scene.agent().await?;
     steps.done(format!("the VM is up: its agent (process {}) listens on {}", agent.pid(), scene.ssh));
     let adaptor = scene.adaptor()?;
@@ -94,7 +97,7 @@ async fn in_namespaces() -> Result<()> {
     play(&mut steps, &scene, &mut vm.agent, adaptor, node_client).await
 }
 
-/// Both phases, real traffic, and a clean end.
+/// Both phases, real traffic, and an orderly end.
 async fn play(
     steps: &mut Steps,
     scene: &Scene,
@@ -122,7 +125,7 @@ async fn phases(steps: &mut Steps, kbs: &Kbs, pod: &str, adaptor: &Child) -> Res
     ensure!(kbs.resource(&resource).is_some(), "the pod's private key is not at the KBS");
     steps.done("prepare: the adaptor made the pod's keys and put them at the KBS");
     adaptor.wait_for_text("attestation: connected", PATIENCE).await?;
-    steps.done("Attestation: the adaptor is connected, nobody has proven anything");
+    steps.done("Attestation: the adaptor is connected; neither end is authenticated");
     kbs.wait_for_request(|request| request.method == "GET" && request.path.contains("sshclient"), PATIENCE)
         .await?;
     ensure!(kbs.attestations() >= 2, "the guest got keys without attesting");
@@ -131,7 +134,7 @@ async fn phases(steps: &mut Steps, kbs: &Kbs, pod: &str, adaptor: &Child) -> Res
         kbs.attestations()
     ));
     up(adaptor).await?;
-    steps.done("Kubernetes: both sides have proven themselves with those keys");
+    steps.done("Kubernetes: both ends are authenticated with those keys");
     Ok(())
 }
 
@@ -154,7 +157,7 @@ async fn traffic(
         at(50),
         at(99)
     ));
-    let mut tell = |name: &str, time: Result<Duration>| {
+    let mut report = |name: &str, time: Result<Duration>| {
         let time = time.with_context(|| format!("tunnel {name}"))?;
         let rate = BULK as f64 / (1 << 20) as f64 / time.as_secs_f64();
         steps.done(format!(
@@ -164,10 +167,10 @@ async fn traffic(
         anyhow::Ok(())
     };
     let time = bulk_both_ways(kata_client(kata).await?, BULK, 7).await;
-    tell("KATAAGENT (worker node -> kata agent)", time)?;
+    report("KATAAGENT (worker node -> kata agent)", time)?;
     let time = bulk_both_ways(client(endpoint(adaptor, "VMSERVICE").await?).await?, BULK, 7).await;
-    tell("VMSERVICE (worker node -> VM)", time)?;
-    tell("NODESERVICE (VM -> worker node)", bulk_both_ways(node_client().await?, BULK, 7).await)
+    report("VMSERVICE (worker node -> VM)", time)?;
+    report("NODESERVICE (VM -> worker node)", bulk_both_ways(node_client().await?, BULK, 7).await)
 }
 
 async fn stop(steps: &mut Steps, agent: &mut Child, adaptor: &mut Child) -> Result<()> {

@@ -1,26 +1,26 @@
-//! What the agent costs a pod VM, held against a budget: `footprint BUDGET-FILE` ends with 1 if anything is over it.
+//! Measures the agent's resources against a budget: `footprint BUDGET-FILE` exits with 1 if any figure is over it.
 //!
-//! Each figure is of a fresh agent process; `SECURE_COMMS_BIN_DIR` says which agent, as for the tests. `cargo run` builds
-//! the ordinary one; the one that ships is image/build-agent's, and `tests/run footprint` measures that.
+//! Each figure is of a fresh agent process; `SECURE_COMMS_BIN_DIR` selects the agent, as in the tests. `cargo run` builds
+//! an ordinary one; image/build-agent builds the one that ships, which `tests/run footprint` measures.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
-use secure_comms_tests::kata::client::{EchoSession, bulk_both_ways};
-use secure_comms_tests::kata::framed::Framed;
-use secure_comms_tests::process::{Child, ensure_built};
-use secure_comms_tests::scene::{Scene, SceneOptions, endpoint, kata_client, up};
+use secure_comms_tests::harness::process::{Child, ensure_built};
+use secure_comms_tests::harness::scene::{Scene, SceneOptions, endpoint, kata_client, up};
+use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
+use secure_comms_tests::simulators::kata::framed::Framed;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 const STREAMS: u64 = 1000;
 const BULK_STREAMS: u64 = 16;
-/// What each bulk stream moves in either direction: enough that every window has grown.
+/// Bytes that each bulk stream moves in either direction: enough that every window has grown.
 const BULK: u64 = 16 << 20;
 
-/// The figures by name, in the words of the budget file.
+/// The figures, by their names in the budget file.
 type Figures = BTreeMap<String, u64>;
 
 #[tokio::main]
@@ -34,7 +34,7 @@ async fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => {
             eprintln!(
-                "footprint: over the budget: make it smaller, or change {} and say why",
+                "footprint: over the budget: make the agent smaller, or raise the budget in {} with a reason",
                 budget.display()
             );
             ExitCode::FAILURE
@@ -77,7 +77,7 @@ fn parse(text: &str) -> Result<Figures> {
         let (name, value) = line.split_once(' ').with_context(|| format!("{line:?} is not 'name number'"))?;
         let value = value.trim().parse().with_context(|| format!("{line:?}: not a number"))?;
         if figures.insert(name.to_owned(), value).is_some() {
-            bail!("{name} stands twice");
+            bail!("{name} is listed twice");
         }
     }
     Ok(figures)
@@ -118,12 +118,12 @@ impl Pod {
         let adaptor = scene.adaptor()?;
         up(&adaptor).await?;
         let pod = Self { agent, adaptor, _scene: scene };
-        // "Connected" is when traffic passes.
+        // Connected means that traffic passes.
         drop(pod.streams(1).await?);
         Ok(pod)
     }
 
-    /// Opens streams to the kata agent, each of which has answered once.
+    /// Opens streams to the kata agent, each of which has been answered once.
     async fn streams(&self, count: u64) -> Result<Vec<EchoSession<Framed<TcpStream>>>> {
         let kata = endpoint(&self.adaptor, "KATAAGENT").await?;
         let mut streams = Vec::new();

@@ -1,33 +1,33 @@
-//! What it costs that the agent reads the frames that go to the kata agent: the same server, reached through `KATAAGENT`
-//! and through a tunnel of plain bytes, in turns, in one run of the real agent and adaptor. About 20 s.
+//! Measures the cost of the interceptor: the same server, reached through `KATAAGENT` and through a tunnel of plain
+//! bytes, alternating, in one run of the real agent and adaptor. About 20 s.
 //!
-//! `cargo run --release --bin interceptor_cost`; `SECURE_COMMS_BIN_DIR` says which agent, as for the tests. Every byte
-//! of every request and answer is compared; the times are only told.
+//! `cargo run --release --bin interceptor_cost`; `SECURE_COMMS_BIN_DIR` selects the agent, as in the tests. Every byte
+//! of every request and answer is compared; times are reported without a limit.
 
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use secure_comms_stand_ins::accept::Serving;
-use secure_comms_tests::kata_api::api::agent::{
+use secure_comms_simulators::accept::Serving;
+use secure_comms_tests::harness::process::Child;
+use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
+use secure_comms_tests::simulators::kata_api::api::agent::{
     ReadStreamRequest, ReadStreamResponse, StatsContainerRequest, WriteStreamRequest, WriteStreamResponse,
 };
-use secure_comms_tests::kata_api::protobuf::Message;
-use secure_comms_tests::kata_api::server::output;
-use secure_comms_tests::kata_api::ttrpc;
-use secure_comms_tests::process::Child;
-use secure_comms_tests::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
+use secure_comms_tests::simulators::kata_api::protobuf::Message;
+use secure_comms_tests::simulators::kata_api::server::output;
+use secure_comms_tests::simulators::kata_api::ttrpc;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, BufWriter};
 use tokio::net::{TcpStream, UnixListener};
 use tokio::time::timeout;
 
 const MIB: usize = 1 << 20;
-/// How long rounds are begun for.
+/// Time in which rounds begin.
 const RUN: Duration = Duration::from_secs(18);
-/// Small requests a round, one after the other.
+/// Small requests per round, one after the other.
 const SMALL: u32 = 400;
-/// Frames of 1 MiB a round, each way.
+/// Frames of 1 MiB per round, each way.
 const LARGE: u32 = 32;
 /// Length, stream, type, flags.
 const HEADER: usize = 10;
@@ -62,7 +62,7 @@ async fn run() -> Result<()> {
         };
         rounds.push(round);
     }
-    tell(&rounds);
+    print(&rounds);
     Ok(())
 }
 
@@ -90,7 +90,7 @@ impl Pod {
             let calls = calls.clone();
             async move {
                 if let Err(error) = calls.serve(stream).await {
-                    // The other side of it ends, and with that the run.
+                    // The client notices the end of the connection, and fails.
                     eprintln!("interceptor_cost: the server: {error:#}");
                 }
             }
@@ -107,7 +107,7 @@ struct Call {
     response: Vec<u8>,
 }
 
-/// All that is ever said.
+/// All the calls that are made.
 struct Calls {
     /// Some 200 bytes each way.
     small: Call,
@@ -133,12 +133,12 @@ impl Calls {
         })
     }
 
-    /// Answers one connection, as long as it says what is ever said.
+    /// Answers the calls of one connection, which must be among those above.
     async fn serve(&self, stream: impl AsyncRead + AsyncWrite) -> Result<()> {
         let (read, write) = tokio::io::split(stream);
         let (mut read, mut write) = (BufReader::new(read), BufWriter::new(write));
         let (mut frame, mut answer) = (Vec::new(), Vec::new());
-        // Ends between two frames, where nothing more comes.
+        // Ends between two frames, when the client has closed.
         while !read.fill_buf().await?.is_empty() {
             let stream = read_frame(&mut read, &mut frame).await?;
             let mut calls = [&self.small, &self.write, &self.read].into_iter();
@@ -180,12 +180,12 @@ fn set_stream(frame: &mut [u8], stream: u32) {
     }
 }
 
-/// Whether two frames are the same but for their stream.
+/// Whether two frames are equal except for their stream.
 fn same(frame: &[u8], other: &[u8]) -> bool {
     frame.get(..4) == other.get(..4) && frame.get(8..) == other.get(8..)
 }
 
-/// Reads a frame whole; answers its stream.
+/// Reads a whole frame; returns its stream.
 async fn read_frame(read: &mut (impl AsyncRead + Unpin), frame: &mut Vec<u8>) -> Result<u32> {
     frame.resize(HEADER, 0);
     read.read_exact(frame).await.context("reading a header")?;
@@ -198,18 +198,18 @@ async fn read_frame(read: &mut (impl AsyncRead + Unpin), frame: &mut Vec<u8>) ->
     Ok(stream)
 }
 
-/// One of the two ways to the server.
+/// One of the two paths to the server.
 struct Path {
     name: &'static str,
     read: BufReader<tokio::net::tcp::OwnedReadHalf>,
     write: tokio::net::tcp::OwnedWriteHalf,
     calls: Arc<Calls>,
-    /// The stream of the next call.
+    /// Stream of the next call.
     next: u32,
     frame: Vec<u8>,
 }
 
-/// What one round over one path took.
+/// Times of one round over one path.
 struct Times {
     p50: f64,
     p99: f64,
@@ -223,7 +223,7 @@ struct Round {
 }
 
 impl Path {
-    /// Connects, and makes one round that nobody counts: windows grow with use.
+    /// Connects, and makes one round that does not count: windows grow with use.
     async fn open(name: &'static str, pod: &Pod, calls: &Arc<Calls>) -> Result<Self> {
         let stream: TcpStream = client(endpoint(&pod.adaptor, name).await?).await?;
         stream.set_nodelay(true)?;
@@ -254,7 +254,7 @@ impl Path {
         timeout(PATIENCE, round).await.with_context(|| format!("{name} hangs"))?.context(name)
     }
 
-    /// Makes this call so many times, and the next before the last is answered; the seconds until all are.
+    /// Makes this call so many times, each before the last one is answered; returns the seconds until all are.
     async fn calls(&mut self, call: &Call, count: u32) -> Result<f64> {
         let first = self.next;
         self.next += 2 * count;
@@ -280,15 +280,15 @@ impl Path {
     }
 }
 
-/// The middle one.
+/// The median.
 fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<_> = values.collect();
     values.sort_unstable_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Medians over the rounds; a ratio is the median of the rounds' ratios, for what slows one round down slows both paths.
-fn tell(rounds: &[Round]) {
+/// Medians over the rounds; a ratio is the median of the rounds' ratios, since a slow round slows both paths.
+fn print(rounds: &[Round]) {
     let row = |name: &str, unit: &str, of: fn(&Times) -> f64| {
         let plain = median(rounds.iter().map(|round| of(&round.plain)));
         let intercepted = median(rounds.iter().map(|round| of(&round.intercepted)));

@@ -1,10 +1,10 @@
-//! What the test VMs are made of, from `tests/build-test-vm`.
+//! The files that test VMs boot, built by `tests/build-test-vm`.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-/// Names another directory that has it.
+/// Names another directory with the artifacts.
 const TEST_VM_DIR: &str = "SECURE_COMMS_TEST_VM_DIR";
 
 /// The files of `out/test-vm`.
@@ -13,10 +13,10 @@ pub struct Artifacts {
     directory: PathBuf,
 }
 
-/// Where they are; that each is there is checked when it is used.
+/// Finds the directory; each file is checked when it is used.
 ///
 /// # Errors
-/// The source tree is not where it was built.
+/// If the source tree has been moved since the build.
 pub fn artifacts() -> Result<Artifacts> {
     if let Some(directory) = std::env::var_os(TEST_VM_DIR) {
         return Ok(Artifacts { directory: directory.into() });
@@ -26,10 +26,10 @@ pub fn artifacts() -> Result<Artifacts> {
 }
 
 impl Artifacts {
-    /// A file that must be there.
+    /// A file that must exist.
     ///
     /// # Errors
-    /// It is not; says what makes it.
+    /// If it does not; the error says what builds it.
     pub fn file(&self, name: &str) -> Result<PathBuf> {
         let path = self.directory.join(name);
         if !path.is_file() {
@@ -44,12 +44,12 @@ impl Artifacts {
     /// The root hash of the disk.
     ///
     /// # Errors
-    /// It is not there.
+    /// If it is not there.
     pub fn root_hash(&self) -> Result<String> {
         self.line("podvm.roothash")
     }
 
-    /// The kernel's command line as it is in the UKI, but for the root hash: this one, or none.
+    /// The kernel's command line in the UKI, with another root hash, or none.
     pub(super) fn command_line(&self, root_hash: Option<&str>) -> Result<String> {
         let line = self.line("podvm.cmdline")?;
         let words = line.split_whitespace().filter(|word| !word.starts_with("roothash="));

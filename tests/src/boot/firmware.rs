@@ -9,11 +9,11 @@ use super::Platform;
 const CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
 const VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 const SECURE_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd";
-/// With [`test_certificate`] in its db.
+/// OVMF with [`test_certificate`] in its db.
 const SECURE_VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd";
 const SECURE_KEY: &str = "/usr/share/ovmf/PkKek-1-snakeoil.key";
 const SECURE_CERTIFICATE: &str = "/usr/share/ovmf/PkKek-1-snakeoil.pem";
-/// Debian's own, in its README: the key is public, and for tests.
+/// The passphrase is in Debian's README: the key is public, and for tests.
 const SECURE_PASSPHRASE: &str = "pass:snakeoil";
 
 /// A certificate and its key, PEM files.
@@ -25,10 +25,10 @@ pub struct Certificate {
     pub key: PathBuf,
 }
 
-/// What the firmware of [`Platform::SecureBoot`] trusts; the key goes into `directory`.
+/// Certificate that the firmware of [`Platform::SecureBoot`] trusts; its key is written to `directory`.
 ///
 /// # Errors
-/// OVMF or openssl is not installed.
+/// If OVMF or openssl is not installed.
 pub fn test_certificate(directory: &Path) -> Result<Certificate> {
     let key = directory.join("test.key");
     let mut command = std::process::Command::new("openssl");
@@ -42,7 +42,7 @@ pub fn test_certificate(directory: &Path) -> Result<Certificate> {
     Ok(Certificate { certificate: SECURE_CERTIFICATE.into(), key })
 }
 
-/// qemu's arguments for it; its variables, which it writes, go to `directory`.
+/// qemu's arguments for the firmware; its variables are written to `directory`.
 pub(super) fn arguments(platform: Platform, directory: &Path) -> Result<Vec<String>> {
     let (code, template) = match platform {
         Platform::Plain | Platform::Tpm => (CODE, VARIABLES),

@@ -1,4 +1,4 @@
-//! One qemu.
+//! A virtual machine under qemu.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -13,24 +13,24 @@ use tokio::process::Command;
 use tokio::sync::{Mutex, MutexGuard};
 
 use super::{Artifacts, UserData, artifacts, firmware, tpm};
-use crate::process::Child;
-use crate::scene::PATIENCE;
+use crate::harness::process::Child;
+use crate::harness::scene::PATIENCE;
 
-/// qemu emulates, and takes all the processors that there are: two at a time would only be slower.
+/// qemu emulates on all processors: two machines at a time would not be faster.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
-/// Leave to run a machine. To be had before anything is started that waits for it, and whose patience may end.
+/// Permission to run a machine. To be acquired before any process starts whose timeout would run while it waits.
 #[derive(Debug)]
-pub struct Turn(#[expect(dead_code, reason = "held")] MutexGuard<'static, ()>);
+pub struct MachinePermit(#[expect(dead_code, reason = "held")] MutexGuard<'static, ()>);
 
-impl Turn {
+impl MachinePermit {
     /// Waits until no other machine runs.
     pub async fn take() -> Self {
         Self(ONE_AT_A_TIME.lock().await)
     }
 }
 
-/// What a machine starts from.
+/// What a machine boots.
 #[derive(Clone, Debug)]
 pub enum Boot {
     /// The initramfs without systemd.
@@ -39,17 +39,17 @@ pub enum Boot {
     Fast,
     /// The disk (the artifact, or a changed copy), by OVMF and the UKI on it.
     Disk(Option<PathBuf>),
-    /// The disk with kernel and initrd beside it, and this root hash.
+    /// Kernel and initrd given to qemu, with the disk and this root hash.
     Direct {
-        /// What the kernel is told.
+        /// Command line of the kernel.
         root_hash: String,
     },
 }
 
-/// What a machine has besides, where it boots its disk by firmware.
+/// Platform of a machine that boots its disk by firmware.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Platform {
-    /// Nothing.
+    /// Neither Secure Boot nor a TPM.
     #[default]
     Plain,
     /// Secure Boot, with the public test key of Debian's OVMF in its db.
@@ -58,46 +58,46 @@ pub enum Platform {
     Tpm,
 }
 
-/// What a machine is like.
+/// Options of a machine.
 #[derive(Clone, Debug)]
 pub struct MachineOptions {
-    /// Names its log.
+    /// Name of its log.
     pub name: &'static str,
-    /// What it starts from.
+    /// What it boots.
     pub boot: Boot,
-    /// What it has besides.
+    /// Its platform.
     pub platform: Platform,
-    /// The port of the host that leads to its port 2222.
+    /// Port of the host that is forwarded to the guest's port 2222.
     pub ssh: SocketAddr,
-    /// Its apf.json.
+    /// Source of its apf.json.
     pub user_data: UserData,
-    /// A reboot ends it instead.
+    /// A reboot ends the machine.
     pub no_reboot: bool,
 }
 
-/// A running machine. Killed when dropped; what its console said is then kept, unless it [`Machine::passed`].
+/// A running machine; killed when dropped. Its console log is kept unless [`Machine::passed`] was called.
 #[derive(Debug)]
 pub struct Machine {
     name: &'static str,
     ssh: SocketAddr,
     passed: bool,
-    /// What it says on its console.
+    /// Its console.
     pub console: Child,
     _tpm: Option<Child>,
     _directory: TempDir,
-    _turn: Turn,
+    _permit: MachinePermit,
 }
 
 impl Machine {
-    /// Starts it.
+    /// Starts a machine.
     ///
     /// # Errors
-    /// Something that it needs is not there.
-    pub async fn start(turn: Turn, options: &MachineOptions) -> Result<Self> {
+    /// If something that it needs does not exist.
+    pub async fn start(permit: MachinePermit, options: &MachineOptions) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("secure-comms-boot-").tempdir()?;
         let mut command = Command::new("qemu-system-x86_64");
         let forward = format!("user,id=net,restrict=on,hostfwd=tcp:{}-:2222", options.ssh);
-        // No option ROM on the network card: nothing boots from there.
+        // Without an option ROM: the network card is not booted from.
         command
             .args([
                 "-accel",
@@ -131,32 +131,32 @@ impl Machine {
             console,
             _tpm: tpm,
             _directory: directory,
-            _turn: turn,
+            _permit: permit,
         })
     }
 
-    /// Waits until the console says `text`, in a line after the first `mark` ones.
+    /// Waits until the console prints `text`, after the first `mark` lines.
     ///
     /// # Errors
-    /// It does not, or the machine ends.
+    /// If it does not, or the machine ends.
     pub async fn says_after(&self, mark: usize, text: &str) -> Result<String> {
         let said = self.console.wait_from(mark, |line| line.contains(text), PATIENCE).await;
         said.with_context(|| format!("{}: waiting for {text:?} on the console", self.name))
     }
 
-    /// Waits until the machine ends by itself; whether anybody served SSH in the meantime.
+    /// Waits until the machine ends; returns whether an SSH server answered before.
     ///
     /// # Errors
-    /// It does not end.
+    /// If it does not end.
     pub async fn ends_without_serving(&mut self) -> Result<(ExitStatus, bool)> {
         let ssh = self.ssh;
         let served = tokio::spawn(async move {
-            // qemu itself accepts the connection: only what comes from within counts.
+            // qemu accepts the connection; only bytes from the guest prove a server.
             loop {
                 if greeting(ssh).await.is_ok_and(|greeting| greeting.starts_with(b"SSH-")) {
                     return;
                 }
-                // Nothing tells when the guest begins to listen; aborted once the machine has ended.
+                // No event shows when the guest begins to listen; aborted once the machine has ended.
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         });
@@ -166,7 +166,7 @@ impl Machine {
         Ok((ended?, answered))
     }
 
-    /// All is well: its log is not needed.
+    /// Marks the test as passed: the log is not kept.
     pub fn passed(mut self) {
         self.passed = true;
     }
@@ -203,7 +203,7 @@ async fn greeting(ssh: SocketAddr) -> Result<Vec<u8>> {
 
 fn machine(platform: Platform) -> &'static str {
     match platform {
-        // Only system management mode may write what the firmware trusts.
+        // Only system management mode may change the keys of the firmware.
         Platform::SecureBoot => "q35,smm=on",
         Platform::Plain | Platform::Tpm => "q35",
     }

@@ -1,4 +1,4 @@
-//! A pod whose VM runs, and what a test asks of it.
+//! A pod in a running VM, and the checks that boot tests make.
 
 use std::time::Duration;
 
@@ -6,38 +6,38 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
-use super::{Boot, Machine, MachineOptions, Platform, Turn, UserData};
-use crate::inspector::Request;
-use crate::inspector::client::Inspection;
-use crate::kata::client::bulk_both_ways;
-use crate::kata_api::VOLUMES;
-use crate::kata_api::api::agent::CreateContainerRequest;
-use crate::kata_api::api::oci::{Mount, Spec};
-use crate::kata_api::client::Runtime;
-use crate::kata_api::protobuf::MessageField;
-use crate::process::Child;
-use crate::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
+use super::{Boot, Machine, MachineOptions, MachinePermit, Platform, UserData};
+use crate::harness::process::Child;
+use crate::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
+use crate::simulators::inspector::Request;
+use crate::simulators::inspector::client::Inspection;
+use crate::simulators::kata::client::bulk_both_ways;
+use crate::simulators::kata_api::VOLUMES;
+use crate::simulators::kata_api::api::agent::CreateContainerRequest;
+use crate::simulators::kata_api::api::oci::{Mount, Spec};
+use crate::simulators::kata_api::client::Runtime;
+use crate::simulators::kata_api::protobuf::MessageField;
 
 const MIB: u64 = 1024 * 1024;
 const SIGKILL: i32 = 9;
-/// As the kernel cuts names.
+/// As the kernel truncates names.
 const AGENT_COMM: &str = "agent-protocol-";
 /// The agent's program.
 pub const AGENT: &str = "agent-protocol-forwarder";
 
-/// The worker node of a pod VM; with `user_data` its keys go in there.
+/// The scene of the worker node; with `user_data`, the pod's keys go there.
 ///
 /// # Errors
-/// Something of it can't be started.
+/// If a part of it can't be started.
 pub async fn scene(user_data: bool) -> Result<Scene> {
     let mut scene = Scene::new(SceneOptions { user_data, ..SceneOptions::default() }).await?;
     scene.inbounds = "KUBERNETES_PHASE:INSPECTOR:0".to_owned();
-    // A VM boots first, emulated.
+    // An emulated VM boots first.
     scene.deadline = 280;
     Ok(scene)
 }
 
-/// A request for a container with one bind mount, from a source that is a volume or not.
+/// A request for a container with one bind mount, whose source is a volume or not.
 fn container(source: &str, volume: bool) -> CreateContainerRequest {
     let mount = Mount { source: source.into(), type_: "bind".into(), ..Mount::default() };
     let mut spec = Spec { Mounts: vec![mount], ..Spec::default() };
@@ -48,28 +48,28 @@ fn container(source: &str, volume: bool) -> CreateContainerRequest {
     CreateContainerRequest { container_id, OCI: MessageField::some(spec), ..Default::default() }
 }
 
-/// A pod whose VM runs, and its adaptor.
+/// A pod in a running VM, and its adaptor.
 #[derive(Debug)]
 pub struct Pod {
-    /// The worker node.
+    /// The scene of the worker node.
     pub scene: Scene,
     /// The VM.
     pub machine: Machine,
     adaptor: Child,
-    /// What is going on in the VM.
+    /// Inspector of the VM.
     pub inspection: Inspection,
 }
 
 impl Pod {
-    /// The adaptor is there first, as in real life: it is what waits for a VM.
+    /// Starts the adaptor, which waits for a VM as in production, then the VM.
     ///
     /// # Errors
-    /// It does not come up; the error has the console's log.
+    /// If the pod does not come up; the error has the console's log.
     pub async fn start(scene: Scene, name: &'static str, boot: Boot, user_data: UserData) -> Result<Self> {
         Self::start_on(Platform::default(), scene, name, boot, user_data).await
     }
 
-    /// The same on another platform.
+    /// As [`Pod::start`], on another platform.
     ///
     /// # Errors
     /// As [`Pod::start`].
@@ -80,10 +80,10 @@ impl Pod {
         boot: Boot,
         user_data: UserData,
     ) -> Result<Self> {
-        let turn = Turn::take().await;
+        let permit = MachinePermit::take().await;
         let adaptor = scene.adaptor()?;
         let options = MachineOptions { name, boot, platform, ssh: scene.ssh, user_data, no_reboot: false };
-        let machine = Machine::start(turn, &options).await?;
+        let machine = Machine::start(permit, &options).await?;
         let started = async {
             up(&adaptor).await?;
             anyhow::Ok(Inspection(endpoint(&adaptor, "INSPECTOR").await?))
@@ -94,10 +94,10 @@ impl Pod {
         }
     }
 
-    /// The kata agent answers through the Kubernetes phase, and a client in podns reaches the worker node.
+    /// Checks that the kata agent answers through the Kubernetes phase, and that a client in podns reaches the worker node.
     ///
     /// # Errors
-    /// It is not so.
+    /// If it is not so.
     pub async fn works(&self) -> Result<()> {
         let kata = endpoint(&self.adaptor, "KATAAGENT").await?;
         let bulk = async { bulk_both_ways(kata_client(kata).await?, MIB, 11).await };
@@ -112,7 +112,7 @@ impl Pod {
         Ok(())
     }
 
-    /// What has happened since `mark`: the connection was lost, and then the pod is back.
+    /// Waits until, since `mark`, the connection was lost and the pod came back.
     async fn is_back(&self, mark: usize) -> Result<()> {
         for text in ["channel down", "kubernetes phase up"] {
             self.adaptor.wait_from(mark, |line| line.contains(text), PATIENCE).await?;
@@ -120,10 +120,10 @@ impl Pod {
         self.works().await
     }
 
-    /// A killed agent goes on with the keys of this boot.
+    /// Checks that a killed agent continues with the keys of this boot.
     ///
     /// # Errors
-    /// It is not so.
+    /// If it is not so.
     pub async fn agent_killed(&self) -> Result<()> {
         let (attestations, mark) = (self.scene.kbs.attestations(), self.adaptor.mark());
         let before = self.inspection.process(AGENT).await?.pid;
@@ -135,10 +135,10 @@ impl Pod {
         Ok(())
     }
 
-    /// A VM that has started anew attests anew.
+    /// Checks that a rebooted VM attests again.
     ///
     /// # Errors
-    /// It is not so.
+    /// If it is not so.
     pub async fn rebooted(&self) -> Result<()> {
         let (attestations, mark) = (self.scene.kbs.attestations(), self.adaptor.mark());
         let boot_id = "/proc/sys/kernel/random/boot_id";
@@ -150,10 +150,10 @@ impl Pod {
         Ok(())
     }
 
-    /// Who listens where: from outside there is port 2222 alone, and podns is another world with `lo` in it.
+    /// Checks the listening sockets: only port 2222 is open to the outside, and podns has no `lo` but its own.
     ///
     /// # Errors
-    /// It is not so.
+    /// If it is not so.
     pub async fn listeners(&self) -> Result<()> {
         let (agent, rest) =
             (self.inspection.process(AGENT).await?, self.inspection.process("api-server-rest").await?);
@@ -168,11 +168,11 @@ impl Pod {
         Ok(())
     }
 
-    /// The agent does for containers what it must, confined as it is: it makes the sources of their bind mounts, sees what
-    /// others mount in the VM, and says what it can't do.
+    /// Checks that the sandboxed agent serves containers: it makes the sources of bind mounts, sees mounts of others in the
+    /// VM, and reports what it can't do.
     ///
     /// # Errors
-    /// It is not so.
+    /// If it is not so.
     pub async fn containers(&self) -> Result<()> {
         let runtime = Runtime::new(client(endpoint(&self.adaptor, "KATAAGENT").await?).await?);
         let refused = runtime.create_container(&container("/usr/no-such-source", false)).await;
@@ -184,36 +184,36 @@ impl Pod {
         let waiting = tokio::spawn(async move { runtime.create_container(&request).await });
         let made = async {
             while self.inspection.run(&["stat", volume]).await.is_err() {
-                // Nothing tells when a directory of the VM is made.
+                // No event shows when a directory of the VM is made.
                 sleep(Duration::from_millis(100)).await;
             }
         };
         timeout(PATIENCE, made).await.context("the source of a bind mount was not made")?;
         ensure!(!waiting.is_finished(), "the request did not wait for its volume");
         let _ = self.inspection.run(&["mount", "-t", "tmpfs", "tmpfs", volume]).await?;
-        // The stand-in knows no such request, and hangs up: so it has arrived there.
+        // The simulator does not know the request and closes the connection, so the request has arrived.
         let ended = timeout(PATIENCE, waiting).await.context("the mounted volume is not seen")??;
-        let ended = ended.err().context("the stand-in answered a request")?.to_string();
+        let ended = ended.err().context("the simulator answered a request")?.to_string();
         ensure!(!ended.contains("volume"), "the request was refused: {ended}");
         Ok(())
     }
 
-    /// The pod's namespace has the interface of its network, and a route over it.
+    /// Checks that the pod's namespace has the interface of its network, and a route over it.
     ///
     /// # Errors
-    /// It does not get there.
+    /// If it does not get there.
     pub async fn network(&self, interface: &str) -> Result<()> {
         let pid = self.inspection.process("api-server-rest").await?.pid;
         let file = |name: &str| format!("/proc/{pid}/net/{name}");
         let set_up = async {
             loop {
                 let routes = self.inspection.read(&file("route")).await?;
-                // The lines of the kernel: interface, destination, ...
+                // The kernel's lines: interface, destination, ...
                 let route = routes.lines().any(|line| line.starts_with(&format!("{interface}\t00000000\t")));
                 if route {
                     return self.inspection.read(&file("dev")).await;
                 }
-                // The agent sets it up beside everything else.
+                // The agent sets up the network concurrently.
                 sleep(Duration::from_millis(100)).await;
             }
         };
@@ -222,10 +222,10 @@ impl Pod {
         Ok(())
     }
 
-    /// apf.json is what was given, and for root alone.
+    /// Checks that apf.json has the given content, and is readable by root only.
     ///
     /// # Errors
-    /// It is not so.
+    /// If it is not so.
     pub async fn has(&self, apf: &Value) -> Result<()> {
         let text = self.inspection.read("/run/peerpod/apf.json").await?;
         ensure!(&serde_json::from_str::<Value>(&text)? == apf, "another apf.json: {text}");

@@ -7,10 +7,10 @@ use anyhow::{Context, Result};
 use tokio::process::Command;
 use tokio::time::{Instant, sleep};
 
-use crate::process::Child;
-use crate::scene::PATIENCE;
+use crate::harness::process::Child;
+use crate::harness::scene::PATIENCE;
 
-/// Starts one with its state in `directory`, and tells the machine of `command` about it.
+/// Starts a TPM with its state in `directory`, and adds it to the machine of `command`.
 pub(super) async fn start(directory: &Path, command: &mut Command) -> Result<Child> {
     let socket = directory.join("tpm.sock");
     let mut swtpm = Command::new("swtpm");
@@ -22,7 +22,7 @@ pub(super) async fn start(directory: &Path, command: &mut Command) -> Result<Chi
     let mut swtpm = Child::spawn("swtpm", swtpm).context("is swtpm installed?")?;
     let start = Instant::now();
     while !socket.exists() {
-        // It says nothing once it listens.
+        // swtpm prints nothing once it listens.
         if let Ok(status) = swtpm.wait_exit(Duration::from_millis(20)).await {
             anyhow::bail!("swtpm ended with {status}: {}", swtpm.log());
         }

@@ -1,4 +1,4 @@
-//! The ways in which apf.json gets into a VM.
+//! The sources of apf.json in a VM.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,21 +7,21 @@ use anyhow::{Context, Result, bail};
 use base64ct::{Base64, Encoding};
 use serde_json::{Value, json};
 
-/// How a machine gets its apf.json.
+/// Source of a machine's apf.json.
 #[derive(Clone, Debug)]
 pub enum UserData {
-    /// On a disk labelled `cidata`, as clouds without a metadata service give it.
+    /// A disk labelled `cidata`, as in clouds without a metadata service.
     NoCloud(Value),
-    /// As a system credential in an SMBIOS string.
+    /// A system credential in an SMBIOS string.
     Smbios(Value),
-    /// As a system credential in qemu's fw_cfg.
+    /// A system credential in qemu's fw_cfg.
     FwCfg(Value),
 }
 
-/// An apf.json of a test VM: with what `keys` has, and the tunnels to its inspector and from its podns.
+/// The apf.json of a test VM: the content of `keys`, and the tunnels to its inspector and from its podns.
 ///
 /// # Errors
-/// `keys` is no object.
+/// If `keys` is no object.
 pub fn apf_json(keys: &Value) -> Result<Value> {
     let mut apf = keys.as_object().context("apf.json is an object")?.clone();
     for (key, value) in [
@@ -36,7 +36,7 @@ pub fn apf_json(keys: &Value) -> Result<Value> {
 }
 
 impl UserData {
-    /// qemu's arguments for it; files that they need go to `directory`.
+    /// qemu's arguments for it; the files they need are written to `directory`.
     pub(super) fn arguments(&self, directory: &Path) -> Result<Vec<String>> {
         Ok(match self {
             Self::NoCloud(apf) => {

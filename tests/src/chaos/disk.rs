@@ -1,4 +1,4 @@
-//! A small disk of its own for a process: one that can be full, or read-only.
+//! A small disk for one process, which can be full or read-only.
 
 use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -8,10 +8,10 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-/// Enough for the keys of a pod.
+/// Enough for the keys of a pod, in bytes.
 const OPTIONS: &str = "size=128k,mode=0700";
 const BALLAST: &str = "ballast";
-/// A file that is being written keeps the disk from becoming read-only, for as long as that takes.
+/// Retries while a file on the disk is being written: until then it can't become read-only.
 const BUSY_TRIES: usize = 500;
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
@@ -25,7 +25,7 @@ impl Disk {
     /// Mounts it on a new directory.
     ///
     /// # Errors
-    /// We are not root.
+    /// If this process is not root.
     pub fn mount(path: PathBuf) -> Result<Self> {
         std::fs::DirBuilder::new().mode(0o700).create(&path)?;
         mount(Some("tmpfs"), &path, Some("tmpfs"), MsFlags::empty(), Some(OPTIONS))
@@ -33,16 +33,16 @@ impl Disk {
         Ok(Self { path })
     }
 
-    /// Where it is.
+    /// The directory it is mounted on.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Leaves no room.
+    /// Fills the disk.
     ///
     /// # Errors
-    /// It can't be written for another reason than that it is full.
+    /// If writing fails for another reason than a full disk.
     pub fn fill(&self) -> Result<()> {
         let mut ballast = std::fs::File::create(self.path.join(BALLAST))?;
         loop {
@@ -54,22 +54,22 @@ impl Disk {
         }
     }
 
-    /// Makes room again.
+    /// Removes what [`Disk::fill`] wrote.
     ///
     /// # Errors
-    /// It was not filled.
+    /// If the disk was not filled.
     pub fn empty(&self) -> Result<()> {
         std::fs::remove_file(self.path.join(BALLAST)).context("making room on a disk")
     }
 
-    /// Forgets everything.
+    /// Removes every file, except what fills the disk.
     ///
     /// # Errors
-    /// Something can't be removed.
+    /// If a file can't be removed.
     pub fn wipe(&self) -> Result<()> {
         for entry in std::fs::read_dir(&self.path)? {
             let path = entry?.path();
-            // What fills the disk stays, until it is taken away.
+            // The file that fills the disk stays.
             if path.file_name().is_some_and(|name| name != BALLAST) {
                 if path.is_dir() { std::fs::remove_dir_all(path)? } else { std::fs::remove_file(path)? }
             }
@@ -77,16 +77,16 @@ impl Disk {
         Ok(())
     }
 
-    /// Allows writing, or does not.
+    /// Makes the disk writable or read-only.
     ///
     /// # Errors
-    /// A file on it is being written all the time.
+    /// If a file on it is open for writing all the time.
     pub async fn writable(&self, yes: bool) -> Result<()> {
         let flags = MsFlags::MS_REMOUNT | if yes { MsFlags::empty() } else { MsFlags::MS_RDONLY };
         for _ in 0..BUSY_TRIES {
             match mount(None::<&str>, &self.path, None::<&str>, flags, None::<&str>) {
                 Err(nix::errno::Errno::EBUSY) => tokio::time::sleep(BUSY_PAUSE).await,
-                done => return done.context("mounting a disk anew"),
+                done => return done.context("remounting a disk"),
             }
         }
         anyhow::bail!("{}: busy", self.path.display())
@@ -95,7 +95,7 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // The directory it is on can't be removed then, and that is told.
+        // The directory can't be removed while it is mounted; the test reports that.
         let _ = umount2(&self.path, MntFlags::MNT_DETACH);
     }
 }

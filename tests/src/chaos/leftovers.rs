@@ -1,4 +1,4 @@
-//! What this process has made and not taken away again.
+//! Finds what this process created and did not remove.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use super::resources::Resources;
 
-/// What there is of ours now.
+/// Namespaces, mounts, directories, processes and files of this process.
 #[derive(Clone, Debug)]
 pub struct Leftovers {
     namespaces: Vec<String>,
@@ -15,14 +15,14 @@ pub struct Leftovers {
     own: Resources,
 }
 
-/// What the runtime may have opened since, or a thread of its pool that is idle.
+/// Files that the runtime or an idle pool thread may have opened since.
 const SLACK: usize = 8;
 
 impl Leftovers {
-    /// Looks for it.
+    /// Lists them.
     ///
     /// # Errors
-    /// `ip` or /proc can't be read.
+    /// If `ip` or /proc can't be read.
     pub fn now() -> Result<Self> {
         let listed = Command::new("ip").args(["netns", "list"]).output().context("ip netns list")?;
         let ours = format!("-{:x}x", std::process::id());
@@ -31,19 +31,19 @@ impl Leftovers {
         };
         let mut children = Vec::new();
         for task in std::fs::read_dir("/proc/self/task")? {
-            // A thread may end meanwhile.
+            // A thread may end while it is read.
             let of_task = std::fs::read_to_string(task?.path().join("children")).unwrap_or_default();
             children.extend(of_task.split_whitespace().map(str::to_owned));
         }
         Ok(Self {
             namespaces: words(&String::from_utf8_lossy(&listed.stdout), &ours),
-            mounts: words(&std::fs::read_to_string("/proc/self/mounts")?, &super::site::prefix()),
+            mounts: words(&std::fs::read_to_string("/proc/self/mounts")?, &super::pod_scene::prefix()),
             children,
             own: Resources::of(i32::try_from(std::process::id())?)?,
         })
     }
 
-    /// What there was not before.
+    /// What exists now and did not exist at `before`.
     #[must_use]
     pub fn beyond(&self, before: &Self) -> Vec<String> {
         let new = |what: &str, now: &[String], then: &[String]| {
@@ -67,14 +67,15 @@ impl Leftovers {
 mod tests {
     use super::*;
     use crate::chaos::disk::Disk;
-    use crate::netns::Netns;
+    use crate::harness::test_namespace::TestNamespace;
 
     #[test]
-    fn a_namespace_a_mount_a_process_and_files_that_stay_are_told() {
+    fn leftover_namespaces_mounts_processes_and_files_are_reported() {
         let before = Leftovers::now().unwrap();
-        let directory = tempfile::Builder::new().prefix(&super::super::site::prefix()).tempdir().unwrap();
+        let directory =
+            tempfile::Builder::new().prefix(&super::super::pod_scene::prefix()).tempdir().unwrap();
         let _disk = Disk::mount(directory.path().join("disk")).unwrap();
-        let _netns = Netns::new("left").unwrap();
+        let _netns = TestNamespace::new("left").unwrap();
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let files: Vec<_> = (0..50).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
         let left = Leftovers::now().unwrap().beyond(&before);

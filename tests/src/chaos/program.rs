@@ -1,4 +1,4 @@
-//! A process under test, started again when it ends: as systemd and the node's daemon set do.
+//! A process under test and its supervisor, which restarts it as systemd and the node's daemon set do.
 
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,18 +10,18 @@ use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
-use crate::process::Child;
-use crate::scene::PATIENCE;
+use crate::harness::process::Child;
+use crate::harness::scene::PATIENCE;
 
-/// How long after an end of its own it is started again.
+/// Pause before a process that ended unexpectedly is restarted.
 const RESTART: Duration = Duration::from_millis(200);
 
-/// Makes its command line.
-pub type Make = Box<dyn Fn() -> Result<Command> + Send>;
+/// Builds the command line.
+pub(super) type Make = Box<dyn Fn() -> Result<Command> + Send>;
 
-/// A process and its successors. Killed when dropped.
+/// A process and its successors; killed when dropped.
 #[derive(Debug)]
-pub struct Program {
+pub(super) struct Program {
     name: &'static str,
     orders: mpsc::Sender<(Order, oneshot::Sender<Result<()>>)>,
     pid: watch::Receiver<Option<i32>>,
@@ -29,26 +29,26 @@ pub struct Program {
     task: JoinHandle<Result<()>>,
 }
 
-/// What is left of those that have ended.
+/// Record of the processes that have ended.
 #[derive(Clone, Debug, Default)]
-pub struct Past {
-    /// What each said.
+pub(super) struct Past {
+    /// Their logs.
     pub logs: Vec<String>,
-    /// How those ended that nobody ended.
+    /// Exit statuses of those that ended unexpectedly.
     pub own_ends: Vec<ExitStatus>,
 }
 
 #[derive(Debug)]
 enum Order {
-    /// End it by a signal; the next one starts so much later.
+    /// Ends the process by a signal; the next one starts after a pause.
     End(Signal, Duration),
-    /// Send a signal that does not end it.
+    /// Sends a signal that does not end the process.
     Signal(Signal),
-    /// End it for good, in good order.
+    /// Stops the process for good, in good order.
     Stop,
 }
 
-/// What ends the life of one process.
+/// Why a process ended.
 enum Ended {
     ByItself(ExitStatus),
     Restart(Duration),
@@ -59,52 +59,46 @@ impl Program {
     /// Starts it.
     ///
     /// # Errors
-    /// It can't be started.
-    pub fn start(name: &'static str, make: Make) -> Result<Self> {
+    /// If it can't be started.
+    pub(super) fn start(name: &'static str, make: Make) -> Result<Self> {
         let (orders, taken) = mpsc::channel(8);
-        let (told, pid) = watch::channel(None);
+        let (started, pid) = watch::channel(None);
         let past = Arc::<Mutex<Past>>::default();
         let first = Child::spawn(name, make()?)?;
-        told.send_replace(Some(first.pid()));
-        let task = tokio::spawn(keep(name, first, make, taken, told, Arc::clone(&past)));
+        started.send_replace(Some(first.pid()));
+        let task = tokio::spawn(keep(name, first, make, taken, started, Arc::clone(&past)));
         Ok(Self { name, orders, pid, past, task })
     }
 
-    /// Its process id, if it runs.
+    /// Process id, if it runs.
     #[must_use]
-    pub fn pid(&self) -> Option<i32> {
+    pub(super) fn pid(&self) -> Option<i32> {
         *self.pid.borrow()
     }
 
-    /// Ends it by a signal, and lets the next one start after a pause; returns once that one runs.
+    /// Ends the process by a signal, and starts the next one after a pause; returns once that one runs.
     ///
     /// # Errors
-    /// The next one can't be started.
-    pub async fn end(&self, signal: Signal, pause: Duration) -> Result<()> {
+    /// If the next one can't be started.
+    pub(super) async fn end(&self, signal: Signal, pause: Duration) -> Result<()> {
         self.order(Order::End(signal, pause)).await
     }
 
     /// Sends a signal that does not end it.
     ///
     /// # Errors
-    /// It does not run.
-    pub async fn signal(&self, signal: Signal) -> Result<()> {
+    /// If the process does not run.
+    pub(super) async fn signal(&self, signal: Signal) -> Result<()> {
         self.order(Order::Signal(signal)).await
     }
 
-    /// Ends it for good, in good order, and answers what there was.
+    /// Stops the process for good, in good order; returns the record of all of them.
     ///
     /// # Errors
-    /// It does not end.
-    pub async fn stop(self) -> Result<Past> {
+    /// If the process does not end.
+    pub(super) async fn stop(self) -> Result<Past> {
         self.order(Order::Stop).await?;
         Ok(self.past().clone())
-    }
-
-    /// What those said that have ended, and how.
-    #[must_use]
-    pub fn history(&self) -> Past {
-        self.past().clone()
     }
 
     fn past(&self) -> MutexGuard<'_, Past> {
@@ -113,7 +107,7 @@ impl Program {
 
     async fn order(&self, order: Order) -> Result<()> {
         let (done, result) = oneshot::channel();
-        let gone = || anyhow!("{}: nobody keeps it running", self.name);
+        let gone = || anyhow!("{}: its supervisor has ended", self.name);
         self.orders.send((order, done)).await.map_err(|_| gone())?;
         result.await.map_err(|_| gone())?
     }
@@ -158,7 +152,7 @@ async fn keep(
     }
 }
 
-/// One process, to its end, and who is to be told once there is another one.
+/// Runs one process to its end; `started` is notified once its successor runs.
 async fn live(
     child: &mut Child,
     orders: &mut mpsc::Receiver<(Order, oneshot::Sender<Result<()>>)>,
@@ -166,12 +160,12 @@ async fn live(
     loop {
         let (order, done) = tokio::select! {
             status = child.wait_exit(PATIENCE) => return Ok((Ended::ByItself(status?), None)),
-            order = orders.recv() => order.context("nobody wants it any more")?,
+            order = orders.recv() => order.context("its supervisor was dropped")?,
         };
         match order {
             Order::Signal(signal) => drop(done.send(child.signal(signal))),
             Order::End(signal, pause) => {
-                // One that has been stopped would not take it.
+                // A stopped process (SIGSTOP) does not handle SIGTERM.
                 child.signal(signal)?;
                 child.signal(Signal::SIGCONT)?;
                 child.wait_exit(PATIENCE).await?;
@@ -192,7 +186,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_ends_is_started_again_and_only_its_own_ends_are_told() {
+    async fn ended_processes_restart_and_unexpected_ends_are_reported() {
         let make = || {
             let mut command = Command::new("sh");
             command.args(["-c", "echo here; exec sleep 1000"]);
@@ -203,10 +197,10 @@ mod tests {
         program.end(Signal::SIGKILL, Duration::ZERO).await.unwrap();
         let second = program.pid().unwrap();
         assert_ne!(first, second);
-        assert!(program.history().own_ends.is_empty());
+        assert!(program.past().own_ends.is_empty());
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(second), Signal::SIGKILL).unwrap();
         let other = |pid: &Option<i32>| pid.is_some_and(|pid| pid != second);
         tokio::time::timeout(PATIENCE, program.pid.clone().wait_for(other)).await.unwrap().unwrap();
-        assert_eq!(program.history().own_ends.len(), 1);
+        assert_eq!(program.past().own_ends.len(), 1);
     }
 }

@@ -1,10 +1,10 @@
-//! What a process holds: files, threads, memory.
+//! Resources of a process: files, threads, memory.
 
 use std::fmt;
 
 use anyhow::{Context, Result};
 
-/// What a process holds now.
+/// Resources that a process holds now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Resources {
     /// Open file descriptors.
@@ -19,7 +19,7 @@ impl Resources {
     /// Reads them from /proc.
     ///
     /// # Errors
-    /// There is no such process.
+    /// If there is no such process.
     pub fn of(pid: i32) -> Result<Self> {
         let files = std::fs::read_dir(format!("/proc/{pid}/fd")).context("its files")?.count();
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).context("its status")?;
@@ -31,14 +31,14 @@ impl Resources {
         Ok(Self { files, threads: number("Threads")?, rss_kib: number("VmRSS")? })
     }
 
-    /// What exceeds `most`, if anything.
+    /// Describes what exceeds `most`, if anything.
     #[must_use]
     pub fn over(&self, most: &Self) -> Option<String> {
         let within = self.files <= most.files && self.threads <= most.threads && self.rss_kib <= most.rss_kib;
         (!within).then(|| format!("{self}; at most {most}"))
     }
 
-    /// The larger of each.
+    /// The larger value of each.
     #[must_use]
     pub fn max(self, other: Self) -> Self {
         Self {

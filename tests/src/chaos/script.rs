@@ -1,4 +1,4 @@
-//! What befalls a pod in one life: drawn from its seed, and from nothing else.
+//! The script of one pod lifetime: everything in it is drawn from the seed.
 
 use std::fmt;
 use std::time::Duration;
@@ -7,59 +7,59 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::seq::{IndexedRandom as _, SliceRandom as _};
 use rand::{RngExt as _, SeedableRng as _};
 
-/// How long after the start of the faults the last one begins, at most.
+/// Time in which the faults begin, counted from the first.
 const SPREAD: Duration = Duration::from_millis(2500);
-/// How long a fault lasts.
+/// Duration of a fault.
 const SHORTEST: Duration = Duration::from_millis(200);
 const LONGEST: Duration = Duration::from_millis(2500);
-/// In one life of ten they last longer: then timers of the protocol run out.
+/// One lifetime in ten has longer faults, so that timers of the protocol expire.
 const LONG: Duration = Duration::from_secs(8);
-/// Faults of a life.
+/// Number of faults in a lifetime.
 const MOST: usize = 4;
 
-/// One life.
+/// Script of one lifetime.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Script {
-    /// What it was drawn from.
+    /// Seed of the random generator.
     pub seed: u64,
-    /// What lies between worker node and VM.
+    /// Path between worker node and VM.
     pub path: Path,
-    /// When the faults begin.
+    /// Phase in which the faults hit.
     pub hit: Hit,
     /// The KBS speaks HTTPS.
     pub https: bool,
-    /// Somebody else tries every door of the agent all the time; over a cable only.
-    pub stranger: bool,
-    /// Bytes of a request of the clients that stay.
+    /// An attacker connects to the agent all the time; over a TCP proxy only.
+    pub attacker: bool,
+    /// Bytes of a request of the long-lived clients.
     pub request: u64,
     /// The faults, in the order in which they begin.
     pub faults: Vec<Planned>,
 }
 
-/// What lies between worker node and VM.
+/// Path between worker node and VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
-    /// Loopback, with a [`crate::cable::Cable`].
-    Cable,
-    /// Two network namespaces, with a [`crate::line::Line`].
-    Line,
+    /// Loopback, through a [`TcpProxy`](crate::simulators::tcp_proxy::TcpProxy).
+    Proxy,
+    /// Two network namespaces, joined by an [`ImpairedLink`](crate::simulators::impaired_link::ImpairedLink).
+    ImpairedLink,
 }
 
-/// In which phase the faults hit.
+/// Phase in which the faults hit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hit {
-    /// From the start on; the KBS refuses the VM its keys for so long, so that it stays in Attestation.
+    /// From the start on: the KBS refuses the keys until the faults are over, so the pod stays in Attestation.
     Attestation(Duration),
     /// Once the pod is up.
     Kubernetes,
 }
 
-/// A fault and its time, counted from the first moment at which one may come.
+/// A fault and its time, counted from the first moment at which one may begin.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Planned {
-    /// When it begins.
+    /// Time at which it begins.
     pub at: Duration,
-    /// How long it lasts; of a killed process, how long it is gone.
+    /// Its duration; for a killed process, the time until the next one starts.
     pub lasts: Duration,
     /// What it is.
     pub fault: Fault,
@@ -74,81 +74,81 @@ pub enum Side {
     Adaptor,
 }
 
-/// What goes wrong.
+/// A fault.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fault {
     /// kill -9.
     Kill(Side),
-    /// SIGABRT, with core dumps allowed: as a bug would end it.
+    /// SIGABRT, with core dumps allowed, as a crash would end the process.
     Abort(Side),
-    /// SIGSTOP, SIGCONT.
+    /// SIGSTOP, then SIGCONT.
     Freeze(Side),
-    /// Killed and started with a monotonic clock that is so many seconds ahead.
+    /// Killed, and started with a monotonic clock this many seconds ahead.
     Clock(Side, u32),
-    /// No file descriptors beyond those that are open, and a few.
+    /// The limit of file descriptors is what the process has open, plus a few.
     NoFiles(Side, u8),
-    /// The VM starts over: the agent's state is gone.
+    /// The VM reboots: the agent's state is gone.
     Reboot,
-    /// Its TCP connections are reset.
+    /// The TCP connections are reset.
     Reset,
-    /// Nothing goes through, and nobody is told.
+    /// All packets are dropped silently.
     Blackhole,
-    /// Packets get lost, so many in a thousand.
+    /// Packets are lost, this many in a thousand.
     Loss(u16),
-    /// Packets are late, by so many milliseconds.
+    /// Packets are delayed, by this many milliseconds.
     Delay(u16),
-    /// Packets overtake each other, so many in a thousand.
+    /// Packets are reordered, this many in a thousand.
     Reorder(u16),
-    /// Packets come twice, so many in a thousand.
+    /// Packets are duplicated, this many in a thousand.
     Duplicate(u16),
-    /// The VM's network device is down.
+    /// The network device of the VM is down.
     LinkDown,
     /// The VM gets another address, and keeps it.
     Move,
-    /// The KBS is gone.
+    /// The KBS is down.
     KbsDown,
-    /// Each answer of the KBS takes so many milliseconds.
+    /// Each answer of the KBS takes this many milliseconds.
     KbsSlow(u16),
-    /// The KBS takes connections and says nothing.
+    /// The KBS accepts connections and does not answer.
     KbsSilent,
-    /// The KBS answers with what is no key.
+    /// The KBS answers with bytes that are no key.
     KbsGarbage,
     /// The KBS closes every connection.
     KbsRefuses,
     /// The KBS answers 500.
     KbsBroken,
-    /// The clock of the KBS is an hour off.
+    /// The clock of the KBS is wrong by an hour.
     KbsClock(bool),
-    /// `api-server-rest` is gone.
+    /// `api-server-rest` is down.
     RestDown,
-    /// The kata agent is gone.
+    /// The kata agent is down.
     KataDown,
-    /// The adaptor's key store is full; it is killed meanwhile.
+    /// The adaptor's key store is full, and the adaptor is killed.
     StoreFull,
-    /// The adaptor's key store is read-only; it is killed meanwhile.
+    /// The adaptor's key store is read-only, and the adaptor is killed.
     StoreReadOnly,
-    /// Where the agent keeps its latched keys there is no room; it is killed meanwhile.
+    /// The disk of the agent's latched keys is full, and the agent is killed.
     StateFull,
 }
 
 impl Script {
-    /// Draws a life.
+    /// Draws the script of one lifetime.
     #[must_use]
     pub fn draw(seed: u64) -> Self {
         let random = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
-        let path = if random.random_bool(0.5) { Path::Line } else { Path::Cable };
+        let path = if random.random_bool(0.5) { Path::ImpairedLink } else { Path::Proxy };
         let hit = if random.random_bool(0.5) {
             Hit::Attestation(between(random, Duration::from_millis(500), SPREAD))
         } else {
             Hit::Kubernetes
         };
-        let (https, stranger) = (random.random_bool(0.25), random.random_bool(0.5));
+        let (https, attacker) = (random.random_bool(0.25), random.random_bool(0.5));
         let request = [200, 8 * 1024, 256 * 1024].choose(random).copied().unwrap_or(200);
         let longest = if random.random_bool(0.1) { LONG } else { LONGEST };
         let mut possible = possible(random, path);
         possible.shuffle(random);
         possible.truncate(random.random_range(1..=MOST));
-        // A disk that is read-only can't be filled.
+        // A read-only disk can't be filled.
         if possible.contains(&Fault::StoreReadOnly) {
             possible.retain(|fault| *fault != Fault::StoreFull);
         }
@@ -161,20 +161,20 @@ impl Script {
             })
             .collect();
         faults.sort_by_key(|planned| planned.at);
-        Self { seed, path, hit, https, stranger: stranger && path == Path::Cable, request, faults }
+        Self { seed, path, hit, https, attacker: attacker && path == Path::Proxy, request, faults }
     }
 
-    /// Whether one of the faults is such.
+    /// Whether one of the faults satisfies `wanted`.
     pub fn has(&self, wanted: impl Fn(&Fault) -> bool) -> bool {
         self.faults.iter().any(|planned| wanted(&planned.fault))
     }
 }
 
-/// Everything that can go wrong on such a path, each once, with its numbers drawn.
+/// Every fault that is possible on a path, each once, with its numbers drawn.
 fn possible(random: &mut Xoshiro256PlusPlus, path: Path) -> Vec<Fault> {
     let mut all = vec![Fault::Reboot, Fault::Reset, Fault::Blackhole];
     for side in [Side::Agent, Side::Adaptor] {
-        // Ahead only: before its boot no clock can be.
+        // Ahead only: a monotonic clock can't be before the boot.
         let seconds = random.random_range(3600..1_000_000);
         all.extend([Fault::Kill(side), Fault::Abort(side), Fault::Freeze(side), Fault::Clock(side, seconds)]);
         all.push(Fault::NoFiles(side, random.random_range(0..4)));
@@ -186,7 +186,7 @@ fn possible(random: &mut Xoshiro256PlusPlus, path: Path) -> Vec<Fault> {
     all.extend([Fault::StoreFull, Fault::StoreReadOnly, Fault::StateFull]);
     let lossy = [random.random_range(5..200), random.random_range(10..300), random.random_range(10..300)];
     let late = random.random_range(5..150);
-    if path == Path::Line {
+    if path == Path::ImpairedLink {
         let [loss, reorder, twice] = lossy;
         all.extend([Fault::Loss(loss), Fault::Delay(late), Fault::Reorder(reorder), Fault::Duplicate(twice)]);
         all.extend([Fault::LinkDown, Fault::Move]);
@@ -201,13 +201,13 @@ fn between(random: &mut Xoshiro256PlusPlus, least: Duration, most: Duration) -> 
 
 impl fmt::Display for Script {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let path = if self.path == Path::Cable { "cable" } else { "line" };
+        let path = if self.path == Path::Proxy { "proxy" } else { "link" };
         write!(f, "{path}")?;
         match self.hit {
             Hit::Attestation(held) => write!(f, ", Attestation held {:.1} s", held.as_secs_f64())?,
             Hit::Kubernetes => f.write_str(", Kubernetes")?,
         }
-        for (wanted, word) in [(self.https, "https"), (self.stranger, "stranger")] {
+        for (wanted, word) in [(self.https, "https"), (self.attacker, "attacker")] {
             if wanted {
                 write!(f, ", {word}")?;
             }
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn in_a_few_hundred_lives_every_fault_hits_each_phase() {
+    fn in_a_few_hundred_lifetimes_every_fault_hits_each_phase() {
         let (mut attestation, mut kubernetes) = (HashSet::new(), HashSet::new());
         for script in (0..600).map(Script::draw) {
             let seen = if script.hit == Hit::Kubernetes { &mut kubernetes } else { &mut attestation };
@@ -250,7 +250,7 @@ mod tests {
             }
             assert!(!script.faults.is_empty());
         }
-        // 26 kinds, of which five come for either side.
+        // 26 kinds, five of which exist for either side.
         assert_eq!((attestation.len(), kubernetes.len()), (31, 31), "{attestation:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! Is a secret where others could read it: in a log, a command line, an environment, a core, a file that is not private?
+//! Looks for secrets where others could read them: logs, command lines, environments, cores, files that are not private.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -6,14 +6,14 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use base64ct::{Base64, Encoding};
 
-/// An Ed25519 private key, in bytes.
+/// Length of an Ed25519 private key in bytes.
 const SEED: usize = 32;
-/// The least length of a part of a token, in bytes: what is shorter may be a word.
+/// Least length of a part of a token in bytes: a shorter part may be a word.
 const TOKEN_PART: usize = 10;
 
-/// What must not be seen, in every form that it might have.
+/// The secrets, in every form in which they might appear.
 #[derive(Debug, Default)]
-pub struct Secrets {
+pub(super) struct Secrets {
     needles: Vec<(String, Vec<u8>)>,
 }
 
@@ -21,8 +21,8 @@ impl Secrets {
     /// Adds the private key in this PEM text, OpenSSH's or PKCS#8.
     ///
     /// # Errors
-    /// There is none in it.
-    pub fn add_key(&mut self, name: &str, pem: &str) -> Result<()> {
+    /// If the text has no private key.
+    pub(super) fn add_key(&mut self, name: &str, pem: &str) -> Result<()> {
         let lines: Vec<_> = pem.lines().filter(|line| !line.starts_with("-----")).collect();
         let der = Base64::decode_vec(&lines.concat()).map_err(|_| anyhow::anyhow!("{name}: not base64"))?;
         // OpenSSH: private and public key as one string of 64 bytes. PKCS#8 (RFC 8410 7): an octet string of 32 in one of 34.
@@ -39,14 +39,14 @@ impl Secrets {
         self.add(name, "in upper case hex", hex.to_uppercase().into());
         self.add(name, "in hex", hex.into());
         for ahead in 0..3 {
-            // Where it stands in what is encoded shifts its letters; those at the ends depend on its neighbours.
+            // The offset in the encoded data shifts the base64 letters; the first and last ones depend on neighbouring bytes.
             let shifted = [vec![0; ahead], seed.to_vec()].concat();
             let text = Base64::encode_string(&shifted);
             let inner: String = text.chars().skip(4).take(36).collect();
             self.add(name, "in base64url", inner.replace('+', "-").replace('/', "_").into());
             self.add(name, "in base64", inner.into());
         }
-        // Its own lines, where the key may be broken in two; the first half of an OpenSSH key is public.
+        // The lines of the PEM text, which may split the key; the first half of an OpenSSH key is public.
         for line in lines.iter().skip(lines.len() / 2) {
             self.add(name, "as a line of PEM", (*line).as_bytes().to_vec());
         }
@@ -61,7 +61,7 @@ impl Secrets {
 
     /// The secrets in `text`.
     #[must_use]
-    pub fn in_text(&self, text: &[u8]) -> Vec<String> {
+    pub(super) fn in_text(&self, text: &[u8]) -> Vec<String> {
         let found = self.needles.iter().filter(|(_, needle)| contains(text, needle));
         let mut found: Vec<_> = found.map(|(name, _)| name.clone()).collect();
         if has_token(text) {
@@ -70,23 +70,23 @@ impl Secrets {
         found
     }
 
-    /// What is wrong with a running process: its command line, its environment.
+    /// What a running process exposes: secrets in its command line or environment.
     #[must_use]
-    pub fn in_process(&self, pid: i32) -> Vec<String> {
+    pub(super) fn in_process(&self, pid: i32) -> Vec<String> {
         let mut found = Vec::new();
         for file in ["cmdline", "environ"] {
-            // It may have ended meanwhile.
+            // The process may have ended.
             let Ok(text) = std::fs::read(format!("/proc/{pid}/{file}")) else { continue };
             found.extend(self.in_text(&text).into_iter().map(|secret| format!("{secret} in its {file}")));
         }
         found
     }
 
-    /// The files below `directory` that hold a secret and are not private, or not where secrets belong.
+    /// Files below `directory` with a secret that are not private, or not where secrets belong.
     ///
     /// # Errors
-    /// They can't be read.
-    pub fn in_files(&self, directory: &Path, allowed: &[&Path]) -> Result<Vec<String>> {
+    /// If they can't be read.
+    pub(super) fn in_files(&self, directory: &Path, allowed: &[&Path]) -> Result<Vec<String>> {
         let mut found = Vec::new();
         for entry in std::fs::read_dir(directory).with_context(|| directory.display().to_string())? {
             let path = entry?.path();
@@ -97,18 +97,18 @@ impl Secrets {
                 let private = metadata.mode() & 0o077 == 0 && allowed.iter().any(|at| path.starts_with(at));
                 let secrets = if private { Vec::new() } else { self.in_text(&std::fs::read(&path)?) };
                 let mode = metadata.mode() & 0o7777;
-                let told = |secret| format!("{secret} in {}, mode {mode:04o}", path.display());
-                found.extend(secrets.into_iter().map(told));
+                let exposed = |secret| format!("{secret} in {}, mode {mode:04o}", path.display());
+                found.extend(secrets.into_iter().map(exposed));
             }
         }
         Ok(found)
     }
 
-    /// Fails if nothing is looked for.
+    /// Checks that at least one secret was added.
     ///
     /// # Errors
-    /// No secret was added.
-    pub fn check_any(&self) -> Result<()> {
+    /// If none was.
+    pub(super) fn check_any(&self) -> Result<()> {
         if self.needles.is_empty() {
             bail!("there is no secret to look for");
         }
@@ -129,7 +129,7 @@ fn contains(text: &[u8], needle: &[u8]) -> bool {
     false
 }
 
-/// Whether there is what looks like a JWT: three parts of base64url, the first of which begins a JSON object.
+/// Whether the text has what looks like a JWT: three parts of base64url, the first of which begins a JSON object.
 fn has_token(text: &[u8]) -> bool {
     let word = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     text.split(|byte| !word(byte)).any(|word| {
@@ -146,8 +146,8 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
-    use crate::kbs::{Kbs, KbsOptions};
-    use crate::openssh::OpenSsh;
+    use crate::simulators::kbs::{Kbs, KbsOptions};
+    use crate::simulators::openssh::OpenSsh;
 
     #[tokio::test]
     async fn a_key_is_found_in_every_form() {
@@ -171,7 +171,7 @@ mod tests {
         }
         assert!(!secrets.in_text(&[b"core", &seed[..], b"dump"].concat()).is_empty());
         assert!(secrets.in_text(public.as_bytes()).is_empty());
-        assert!(secrets.in_text(b"a line that tells nothing: eyJ").is_empty());
+        assert!(secrets.in_text(b"a line without a secret: eyJ").is_empty());
 
         let private = std::fs::Permissions::from_mode(0o600);
         std::fs::set_permissions(&file, private).unwrap();
@@ -200,7 +200,7 @@ mod tests {
         command.arg("1000").env("KEY", kbs.admin_key_pem());
         let mut sleep = command.spawn().unwrap();
         let pid = i32::try_from(sleep.id()).unwrap();
-        // It is there a moment before its environment is.
+        // A process exists a moment before its environment does.
         let looks = (0..1000).map(|_| {
             std::thread::sleep(std::time::Duration::from_millis(5));
             secrets.in_process(pid)

@@ -1,7 +1,7 @@
-//! Clients at an inbound, all the time: bytes that are known at each position go there and come back, and each is checked.
+//! Clients that send known bytes through an inbound all the time, and check what comes back.
 //!
-//! A connection may end at any moment, for that is what faults do. What it may not is to go on with other bytes than those
-//! that were sent, or to hang.
+//! Faults may end a connection at any moment. A connection must neither deliver other bytes than those that were
+//! sent, nor hang.
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -15,47 +15,47 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::kata::client::{EchoSession, Surplus};
-use crate::kata::framed::Framed;
-use crate::kata::pattern::Mismatch;
+use crate::simulators::kata::client::{EchoSession, Surplus};
+use crate::simulators::kata::framed::Framed;
+use crate::simulators::kata::pattern::Mismatch;
 
 /// Bytes of a short request.
 const SHORT: u64 = 200;
-/// Pauses, so that many lives have room on a small machine.
+/// Pauses between connections, so that many lifetimes fit on a small machine.
 const SHORT_PAUSE: Duration = Duration::from_millis(100);
 const LONG_PAUSE: Duration = Duration::from_millis(20);
-/// The longest that a client may hang: for a peer (30 s), then for a connection that is dead (20 s), and the machine is slow.
+/// Longest time for which a client may hang: for a peer (30 s), for a dead connection (20 s), plus some for a slow machine.
 const HANG: Duration = Duration::from_secs(75);
 
-/// What the clients of a life have seen.
+/// What the clients of a lifetime have seen.
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
-    /// Connections that did all they were for.
+    /// Connections that completed.
     pub finished: u64,
-    /// Connections that ended before.
+    /// Connections that ended early.
     pub broken: u64,
-    /// Bytes that went there and came back.
+    /// Bytes that were sent and came back.
     pub bytes: u64,
-    /// What must not be.
+    /// Violated requirements.
     pub violations: Vec<String>,
 }
 
-/// Clients at work.
+/// Running clients.
 #[derive(Debug)]
-pub struct Traffic {
+pub(super) struct Traffic {
     seen: Arc<Mutex<Seen>>,
     calm: watch::Sender<Calm>,
     clients: JoinSet<()>,
 }
 
-/// What is going on.
+/// What connections may do now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Calm {
-    /// Anything may break.
+    /// Any connection may break.
     No,
-    /// Nothing that begins now may break.
+    /// No connection that begins now may break.
     Yes,
-    /// Clients finish what they do, and leave.
+    /// Clients complete their requests and leave.
     Over,
 }
 
@@ -69,9 +69,9 @@ struct Place {
 }
 
 impl Traffic {
-    /// Sends clients to each of these inbounds, short ones and one that stays and sends `request` bytes at a time.
+    /// Starts clients at each of these inbounds: short ones, and a long-lived one with requests of `request` bytes.
     #[must_use]
-    pub fn start(places: &[(&'static str, SocketAddr)], seed: u64, request: u64) -> Self {
+    pub(super) fn start(places: &[(&'static str, SocketAddr)], seed: u64, request: u64) -> Self {
         let (calm, _) = watch::channel(Calm::No);
         let mut traffic = Self { seen: Arc::default(), calm, clients: JoinSet::new() };
         for &(name, address) in places {
@@ -83,13 +83,13 @@ impl Traffic {
         traffic
     }
 
-    /// From here on no connection that is made may break.
-    pub fn calm(&self) {
+    /// From now on, no new connection may break.
+    pub(super) fn calm(&self) {
         self.calm.send_replace(Calm::Yes);
     }
 
-    /// Lets the clients finish and leave; what they have seen.
-    pub async fn end(mut self) -> Seen {
+    /// Lets the clients complete and leave; returns what they have seen.
+    pub(super) async fn end(mut self) -> Seen {
         self.calm.send_replace(Calm::Over);
         while let Some(ended) = self.clients.join_next().await {
             if let Err(error) = ended {
@@ -101,13 +101,13 @@ impl Traffic {
 
     /// What they have seen so far.
     #[must_use]
-    pub fn seen(&self) -> Seen {
+    pub(super) fn seen(&self) -> Seen {
         lock(&self.seen).clone()
     }
 }
 
 impl Place {
-    /// Connections, one after the other, of at most so many requests each.
+    /// Opens connections, one after the other, each with at most `requests` requests.
     async fn again_and_again(self, seed: u64, bytes: u64, requests: u64, pause: Duration) {
         let mut number = seed;
         while *self.calm.borrow() != Calm::Over {
@@ -153,7 +153,7 @@ async fn in_time<T>(limit: Duration, what: impl Future<Output = Result<T>>) -> R
     timeout(limit, what).await.map_err(|_| anyhow!(Hang(limit)))?
 }
 
-/// Neither an answer nor an end for so long.
+/// Error of a client that got neither an answer nor an end in time.
 #[derive(Debug)]
 struct Hang(Duration);
 
@@ -168,8 +168,8 @@ impl std::error::Error for Hang {}
 /// One request through an inbound.
 ///
 /// # Errors
-/// It was not answered, or not with what was sent.
-pub async fn request(address: SocketAddr, seed: u64) -> Result<()> {
+/// If the answer does not come, or differs from the request.
+pub(super) async fn request(address: SocketAddr, seed: u64) -> Result<()> {
     let stream = TcpStream::connect(address).await.context("connecting to the inbound")?;
     request_over(Framed::new(stream), seed).await
 }
@@ -180,9 +180,9 @@ async fn request_over(stream: impl AsyncRead + AsyncWrite + Unpin, seed: u64) ->
     session.finish().await
 }
 
-/// Whether bytes were wrong, or a client hung: whatever else happens to a connection is its end.
+/// Whether bytes were wrong or a client hung; any other error only ends its connection.
 #[must_use]
-pub fn is_violation(error: &anyhow::Error) -> bool {
+pub(super) fn is_violation(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.is::<Mismatch>()
             || cause.is::<Surplus>()
@@ -201,7 +201,7 @@ mod tests {
 
     use super::*;
 
-    /// A request of which the answer is what `spoil` makes of it.
+    /// Sends a request to a server whose answer `spoil` changes.
     async fn answered(spoil: fn(Vec<u8>) -> Vec<u8>) -> anyhow::Error {
         let (client, mut server) = duplex(64 * 1024);
         let server = async move {
@@ -271,9 +271,9 @@ mod tests {
 
     #[tokio::test]
     async fn what_breaks_when_all_is_calm_is_a_violation() {
-        // Nobody listens there.
-        let address = crate::scene::free_port().unwrap();
-        let traffic = Traffic::start(&[("NOBODY", address)], 1, 200);
+        // A port that is not listened on.
+        let address = crate::harness::scene::free_port().unwrap();
+        let traffic = Traffic::start(&[("CLOSED", address)], 1, 200);
         while traffic.seen().broken == 0 {
             tokio::task::yield_now().await;
         }
@@ -283,6 +283,6 @@ mod tests {
             sleep(Duration::from_millis(1)).await;
         }
         let seen = traffic.end().await;
-        assert!(seen.violations[0].contains("NOBODY, when all was calm"), "{:?}", seen.violations);
+        assert!(seen.violations[0].contains("CLOSED, when all was calm"), "{:?}", seen.violations);
     }
 }

@@ -1,21 +1,22 @@
-//! What the peer may have on its way to us on one stream, and how that follows the stream's use.
+//! The window of a stream: the bytes that the peer may have in flight to us, and how they follow the stream's use.
 
 use std::time::Duration;
 
 use secure_comms_protocol::limits::{CreditLimits, WINDOW_UNUSED};
 use tokio::time::Instant;
 
-/// A round trip from here on is a long one: more than what waits in a machine, less than what lies between two cities.
+/// From here on a round trip counts as long: longer than a delay inside one machine, shorter than one between cities.
 const LONG: Duration = Duration::from_millis(2);
 
 /// The window of a stream.
 #[derive(Debug)]
 pub(super) struct Window {
     size: u32,
-    /// Consumed, and not yet given back.
+    /// Credit consumed and not yet given back, in bytes.
     pending: u32,
-    /// Since when, and how much of the window has been used since.
+    /// Start of the current measurement.
     since: Instant,
+    /// Bytes used since then.
     used: u32,
 }
 
@@ -24,25 +25,25 @@ impl Window {
         Self { size, pending: 0, since: Instant::now(), used: 0 }
     }
 
-    /// What it has grown by.
+    /// Bytes by which the window has grown.
     pub(super) fn grown(&self, limits: &CreditLimits) -> u32 {
         self.size - limits.initial
     }
 
-    /// So much has been consumed; whether it is time to give some back.
+    /// Counts consumed credit; returns whether a batch is full.
     pub(super) fn consumed(&mut self, cost: u32) -> bool {
         self.pending += cost;
         self.pending >= self.size / 2
     }
 
-    /// What is given back now: what has been consumed, and what the window grows by; less if it shrinks.
+    /// Credit to give back now, in bytes: the consumed credit plus the growth of the window, less its shrinkage.
     ///
-    /// A window that is used up within one and a half of the shortest round trip is what holds its stream up: one that is
-    /// large enough is not used up before its first part is granted anew. (With the round trip itself it would never grow.)
-    /// On a long line it may take three: a packet that is lost takes a round trip or two more, with all that is behind it,
-    /// and what waits there is little beside the way. On a short one that would let small messages wait behind large ones.
-    /// There windows would be so small, though, that a sender that loses its processor for a moment leaves the line idle:
-    /// up to `stream_soft_max` use is enough.
+    /// A window limits its stream if it is used up within one and a half of the shortest round trip. A window that is
+    /// large enough is not used up before its first part is granted again. (With one round trip as the limit, a window
+    /// would never grow.) A long round trip allows three, because a lost packet delays everything behind it by one or
+    /// two round trips, and the bytes that queue there add little delay. With a short round trip, that would let small
+    /// messages wait behind large ones. Windows would then be so small that a sender that loses its processor for a
+    /// moment leaves the line idle; so any use grows a window up to `stream_soft_max`.
     pub(super) fn batch(&mut self, limits: &CreditLimits, pool: u32, round_trip: Option<Duration>) -> u32 {
         self.used += self.pending;
         let elapsed = self.since.elapsed();
@@ -57,7 +58,7 @@ impl Window {
         } else if used_up && soon {
             grant += self.grow(limits.stream_max, pool);
         } else if used_up && elapsed > WINDOW_UNUSED {
-            // The peer sees it only as credit that does not come back.
+            // The peer notices only that less credit comes back.
             let back = (self.size.saturating_sub(limits.stream_soft_max) / 2).min(self.pending);
             self.size -= back;
             grant -= back;
@@ -70,7 +71,7 @@ impl Window {
         grant
     }
 
-    /// Doubles, up to `most`, out of the pool; by how much.
+    /// Doubles the window, up to `most` and within the pool; returns the growth in bytes.
     fn grow(&mut self, most: u32, pool: u32) -> u32 {
         let growth = self.size.min(most.saturating_sub(self.size)).min(pool);
         self.size += growth;
@@ -93,7 +94,7 @@ mod tests {
     };
     const ROUND_TRIP: Duration = Duration::from_millis(80);
 
-    /// A sender that always has more: what it was granted arrives a round trip later, at the earliest.
+    /// Simulates a sender that always has bytes to send; credit reaches it one round trip later at the earliest.
     async fn use_up(window: &mut Window, pool: u32, took: Duration) -> u32 {
         let mut granted = 0;
         for _ in 0..2 {
@@ -105,9 +106,9 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_window_that_holds_its_stream_up_grows_to_the_most_and_one_that_does_not_stays() {
+    async fn a_window_that_limits_its_stream_grows_to_the_maximum() {
         let mut window = Window::new(LIMITS.initial);
-        // Whatever the line: up to the usual, and no further, for nothing is used up within a round trip.
+        // Any line: up to the soft maximum and no further, because the window outlasts the round trip.
         for _ in 0..10 {
             use_up(&mut window, LIMITS.growth_pool, ROUND_TRIP * 4).await;
         }
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn without_a_known_round_trip_a_window_keeps_the_usual_size() {
+    async fn without_a_round_trip_a_window_keeps_the_soft_maximum() {
         let mut window = Window::new(LIMITS.initial);
         for _ in 0..10 {
             assert!(window.consumed(window.size));
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_window_that_is_hardly_used_gives_back_what_is_beyond_the_usual() {
+    async fn a_window_with_little_use_shrinks_to_the_soft_maximum() {
         let mut window = Window::new(LIMITS.initial);
         for _ in 0..12 {
             use_up(&mut window, LIMITS.growth_pool, ROUND_TRIP).await;
@@ -155,9 +156,9 @@ mod tests {
     async fn growth_ends_with_the_pool() {
         let mut window = Window::new(LIMITS.initial);
         let granted = use_up(&mut window, 1000, ROUND_TRIP).await;
-        // Each batch asks anew: the connection keeps count of its pool.
+        // The connection counts the pool, so here each batch may take 1000.
         assert_eq!(window.grown(&LIMITS), 2000);
-        // Two halves, the second of a window that was larger by what the first brought.
+        // Two halves; the second is larger because the first batch grew the window.
         assert_eq!(granted, LIMITS.initial + 500 + 2000);
     }
 }

@@ -1,6 +1,6 @@
-//! Makes a namespace that is missing, as `ip netns add` does, so that `ip netns exec` and units find it.
+//! Makes a missing namespace as `ip netns add` does, so that `ip netns exec` and units find it.
 //!
-//! A namespace lives as long as something holds it: here a bind mount of `/proc/thread-self/ns/net` on a file.
+//! A namespace exists as long as a reference holds it: here a bind mount of `/proc/thread-self/ns/net` on a file.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,13 +17,13 @@ use super::{NAMED, Namespace, on_own_thread};
 /// Why a namespace could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum MakeError {
-    /// Something else is in its place.
+    /// The path is occupied by another file.
     #[error(
-        "making network namespace {}: it is there, is no namespace and is not an empty file; remove it, or name another path",
+        "making network namespace {}: the path is neither a namespace nor an empty file; remove it, or name another path",
         path.display()
     )]
     Occupied {
-        /// Its path.
+        /// Path of the namespace.
         path: PathBuf,
     },
     /// A step failed.
@@ -32,36 +32,37 @@ pub enum MakeError {
         path.display()
     )]
     Step {
-        /// Its path.
+        /// Path of the namespace.
         path: PathBuf,
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
-        /// The cause.
+        /// Error that caused it.
         source: io::Error,
     },
-    /// No thread could be started for it.
+    /// No thread could be started.
     #[error("making a network namespace: {0}; check the limits on threads")]
     Thread(#[from] io::Error),
 }
 
 impl Namespace {
-    /// Makes the namespace if it is missing, and says whether it was. An empty file without a mount, which a making
-    /// that was cut short leaves behind, is repaired. `lo` is left down, as the kernel makes it.
+    /// Makes the namespace if it is missing, and returns whether it was missing. Repairs an empty file without a mount,
+    /// which an interrupted call leaves behind. `lo` stays down, as the kernel makes it. If the future is dropped, the
+    /// namespace is still made.
     ///
     /// # Errors
-    /// It can't be made; something else is in its place.
+    /// A step fails, or another file occupies the path.
     pub async fn make(&self) -> Result<bool, MakeError> {
         let path = self.0.clone();
         on_own_thread(move || make(&path)).await
     }
 }
 
-/// To be called on a thread that nobody needs afterwards: it ends in the namespace.
+/// Must run on a thread that ends afterwards, because the thread stays in the new namespace.
 fn make(path: &Path) -> Result<bool, MakeError> {
     let failed = |step| move |source| MakeError::Step { path: path.to_owned(), step, source };
     let directory = path.parent().unwrap_or(Path::new("/"));
     std::fs::create_dir_all(directory).map_err(failed("making its directory"))?;
-    // `ip netns add` holds the same lock: of two makers the second finds what the first made.
+    // `ip netns add` takes the same lock, so the second of two makers finds the namespace of the first.
     let lock = File::open(directory).map_err(failed("opening its directory"))?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive)
         .map_err(|(_, errno)| failed("locking its directory")(errno.into()))?;
@@ -79,7 +80,7 @@ fn make(path: &Path) -> Result<bool, MakeError> {
     Ok(true)
 }
 
-/// Whether `path` is a network namespace; if it is not, there is an empty file to mount one on.
+/// Whether `path` is a network namespace. If it is not, an empty file exists there, on which one can be mounted.
 fn is_there(path: &Path) -> Result<bool, MakeError> {
     let failed = |step| move |source| MakeError::Step { path: path.to_owned(), step, source };
     let created = OpenOptions::new().write(true).create_new(true).mode(0o000).open(path);
@@ -88,27 +89,28 @@ fn is_there(path: &Path) -> Result<bool, MakeError> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(failed("making its file")(error)),
     }
-    let file = File::open(path).map_err(failed("opening what is in its place"))?;
+    let file = File::open(path).map_err(failed("opening the existing file"))?;
     match setns(&file, CloneFlags::CLONE_NEWNET) {
         Ok(()) => return Ok(true),
         // Not a namespace, or not one of this kind.
         Err(Errno::EINVAL) => {}
-        Err(errno) => return Err(failed("entering what is in its place")(errno.into())),
+        Err(errno) => return Err(failed("entering the existing file")(errno.into())),
     }
-    let found = path.symlink_metadata().map_err(failed("looking at what is in its place"))?;
+    let found = path.symlink_metadata().map_err(failed("inspecting the existing file"))?;
     if found.is_file() && found.len() == 0 {
-        log::warn!("network namespace {}: its file was there without a mount, repaired", path.display());
+        log::warn!("network namespace {}: its file had no mount, repaired", path.display());
         return Ok(false);
     }
     Err(MakeError::Occupied { path: path.to_owned() })
 }
 
-/// A mount made here shows in the mount namespaces of services that run already, and its end does too.
+/// Makes the mount at `directory` shared, so that running services with mount namespaces of their own see a new
+/// namespace appear and disappear.
 fn share(directory: &Path) -> nix::Result<()> {
     let none = None::<&str>;
     let shared = || mount(none, directory, none, MsFlags::MS_SHARED | MsFlags::MS_REC, none);
     match shared() {
-        // It is no mount point yet.
+        // The directory is not a mount point yet.
         Err(Errno::EINVAL) => {
             mount(Some(directory), directory, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)?;
             shared()

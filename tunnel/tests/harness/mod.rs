@@ -1,4 +1,4 @@
-//! A link in memory: two ends joined by channels, with credits carried by tasks as the control channel would.
+//! A link in memory: two ends joined by channels, and tasks that carry credit like the control channel.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::collections::HashMap;
@@ -22,7 +22,7 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
-/// No growth, so that a window is exactly what it was to begin with.
+/// Limits without growth, so that a window keeps its initial size.
 pub(crate) const FIXED: CreditLimits = CreditLimits {
     initial: 32 * 1024,
     stream_soft_max: 32 * 1024,
@@ -36,12 +36,12 @@ pub(crate) const BULK: usize = 16 * 1024 * 1024;
 /// More than a local socket pair holds in its kernel buffers, far less than [`BULK`], in bytes.
 pub(crate) const KERNEL: u64 = 8 * 1024 * 1024;
 
-/// What one end has sent on one stream.
+/// State of what one end has sent on one stream.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Meter {
     /// Credit left.
     pub(crate) available: i64,
-    /// The least there ever was.
+    /// Smallest credit seen.
     pub(crate) least: i64,
     pub(crate) bytes: u64,
     pub(crate) messages: u64,
@@ -73,7 +73,7 @@ pub(crate) struct Connection {
     asks: Option<mpsc::UnboundedReceiver<Ask>>,
 }
 
-/// One end of a connection; as a link it asks the other end for streams.
+/// One end of a connection; as a link it opens streams to the other end.
 #[derive(Clone, Debug)]
 pub(crate) struct MemLink {
     pub(crate) credits: Credits,
@@ -96,7 +96,7 @@ pub(crate) struct MemReceiver {
     dead: watch::Receiver<bool>,
 }
 
-/// The other end of a stream, in the hands of the test.
+/// The other end of a stream, driven by the test.
 pub(crate) struct Raw {
     pub(crate) sender: MemSender,
     pub(crate) receiver: MemReceiver,
@@ -108,7 +108,7 @@ impl Raw {
         self.sender.send(data.into()).await.unwrap();
     }
 
-    /// Receives until there is something other than data; returns both.
+    /// Receives data until another event arrives; returns both.
     pub(crate) async fn receive(&mut self) -> (Vec<u8>, Option<Event>) {
         let mut all = Vec::new();
         loop {
@@ -136,21 +136,21 @@ pub(crate) struct MemIncoming {
 pub(crate) type Relay = JoinHandle<Result<(), RelayError>>;
 
 impl Connection {
-    /// With credits.
+    /// Makes a connection with credits.
     pub(crate) fn new(limits: CreditLimits) -> Self {
         let connection = Self::silent(limits);
         connection.set_peer_mode(PeerFlow::Credits(limits.initial));
         connection
     }
 
-    /// Without.
+    /// Makes a connection without credits.
     pub(crate) fn plain(limits: CreditLimits) -> Self {
         let connection = Self::silent(limits);
         connection.set_peer_mode(PeerFlow::WindowOnly);
         connection
     }
 
-    /// Neither end has said hello.
+    /// Makes a connection before any hello.
     pub(crate) fn silent(limits: CreditLimits) -> Self {
         let wire = Arc::new(Wire {
             dead: watch::Sender::new(false),
@@ -193,12 +193,12 @@ impl Connection {
         halves(&self.wire, id)
     }
 
-    /// Relays between `socket` and a stream of the adaptor, whose agent end the test holds.
+    /// Relays between `socket` and a stream of the adaptor; the test holds the agent end.
     pub(crate) async fn raw(&self, socket: Socket) -> (Relay, Raw) {
         self.raw_through(PassThrough, socket).await
     }
 
-    /// The same, with an interceptor.
+    /// Relays as above, with an interceptor.
     pub(crate) async fn raw_through<I: Interceptor>(&self, interceptor: I, socket: Socket) -> (Relay, Raw)
     where
         I::ToServer: 'static,
@@ -223,7 +223,7 @@ impl Connection {
         (id, near, far)
     }
 
-    /// Lets the agent's outbounds answer what the adaptor asks for.
+    /// Lets the agent's outbounds serve the streams that the adaptor opens.
     pub(crate) fn serve<P: Phase, I: Interceptor>(&mut self, outbounds: Outbounds<P, I>) {
         let (mut asks, credits) = (self.take_asks(), self.agent.credits.clone());
         tokio::spawn(async move {
@@ -239,7 +239,7 @@ impl Connection {
         });
     }
 
-    /// What the adaptor asks for, for the test to answer.
+    /// Streams that the adaptor opens, for the test to answer.
     pub(crate) fn take_asks(&mut self) -> mpsc::UnboundedReceiver<Ask> {
         self.asks.take().unwrap()
     }
@@ -257,7 +257,7 @@ fn halves(wire: &Arc<Wire>, id: u32) -> [(MemReceiver, MemSender); 2] {
     [(at_adaptor, of_adaptor), (at_agent, of_agent)]
 }
 
-/// The control channel, one way.
+/// The control channel in one direction.
 async fn carry(from: Credits, to: Credits, sender: Side, wire: Arc<Wire>) {
     loop {
         for credit in from.grants().await {
@@ -267,7 +267,7 @@ async fn carry(from: Credits, to: Credits, sender: Side, wire: Arc<Wire>) {
     }
 }
 
-/// What an end of a connection does when its flow control ends, and the reverse.
+/// Closes the connection when its flow control ends, and the reverse.
 async fn reap(credits: Credits, wire: Arc<Wire>) {
     let mut dead = wire.dead.subscribe();
     tokio::select! {
@@ -356,7 +356,7 @@ impl Incoming for MemIncoming {
     }
 
     async fn refuse(self, refusal: Refusal) {
-        // Nothing travels on a dead connection.
+        // A dead connection carries no answer.
         if *self.halves.0.dead.borrow() {
             return;
         }
@@ -364,12 +364,12 @@ impl Incoming for MemIncoming {
     }
 }
 
-/// A connected local socket as a program holds it.
+/// A connected local socket, as a program uses it.
 pub(crate) trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Io for T {}
 
-/// A TCP connection over loopback: the program's end, and ours.
+/// A TCP connection over loopback: the program's end and ours.
 pub(crate) async fn tcp() -> (TcpStream, Socket) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
@@ -389,12 +389,12 @@ pub(crate) async fn both_kinds() -> Vec<(Box<dyn Io>, Socket)> {
     vec![(Box::new(tcp), tcp_socket), (Box::new(unix), unix_socket)]
 }
 
-/// The bound of every wait: only what would never happen takes this long.
+/// Timeout of every wait, much longer than any success.
 pub(crate) async fn within<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(120), future).await.expect("it should have happened by now")
 }
 
-/// Goes round the event loop until `state` has stayed the same for long: what could happen has happened.
+/// Yields until `state` has stayed the same for many rounds of the event loop, so that every task is idle.
 pub(crate) async fn quiet<T: PartialEq>(mut state: impl FnMut() -> T) {
     let (mut last, mut same) = (state(), 0);
     while same < 2000 {
@@ -405,7 +405,7 @@ pub(crate) async fn quiet<T: PartialEq>(mut state: impl FnMut() -> T) {
     }
 }
 
-/// Byte `at` of the pattern `seed`: no period that a lost or doubled block could hide in.
+/// Byte `at` of the pattern `seed`, without a period that could hide a lost or doubled block.
 fn pattern(seed: u64, at: u64) -> u8 {
     let mixed = (at ^ (seed << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     u8::try_from(mixed >> 56).unwrap()

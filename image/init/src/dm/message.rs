@@ -4,26 +4,26 @@
 pub(super) const HEADER: usize = 312;
 /// Bytes of `struct dm_target_spec`.
 const TARGET: usize = 40;
-/// Room for the header, one target and its table or status.
+/// Size of a message: the header, one target and its table or status.
 const SIZE: usize = 4096;
 /// `DM_READONLY_FLAG`.
 const READ_ONLY: u32 = 1;
 
-/// What is asked of the device mapper.
+/// Command to the device mapper.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Command {
-    /// A new device, without a table.
+    /// Makes a device without a table.
     Create,
-    /// Without the suspend flag: makes the loaded table the live one.
+    /// Makes the loaded table the live one (the suspend flag is not set).
     Resume,
-    /// A table for the device.
+    /// Loads a table for the device.
     LoadTable,
-    /// What the targets of the live table report.
+    /// Reads the status of the targets of the live table.
     Status,
 }
 
 impl Command {
-    /// The number of the ioctl.
+    /// Number of the ioctl.
     pub(super) fn number(self) -> u8 {
         match self {
             Self::Create => 3,
@@ -34,22 +34,22 @@ impl Command {
     }
 }
 
-/// A message, and afterwards its answer.
+/// A message; after the call, its answer.
 pub(super) struct Message([u8; SIZE]);
 
 impl Message {
-    /// About a read-only device.
+    /// Makes a message about the read-only device of this name.
     pub(super) fn new(device: &str) -> Self {
         let mut message = Self([0; SIZE]);
         for (at, word) in [(0, 4), (12, SIZE as u32), (16, HEADER as u32), (28, READ_ONLY)] {
             message.put(at, &word.to_ne_bytes());
         }
-        // 128 bytes with a zero at the end.
+        // The field has 128 bytes, and ends with a zero.
         message.put(48, device.as_bytes().get(..127).unwrap_or(device.as_bytes()));
         message
     }
 
-    /// With one target of this type over that many sectors. `None` if the table is too long.
+    /// Adds one target of this type over `sectors` sectors; none if the table is too long.
     pub(super) fn with_target(mut self, target_type: &str, sectors: u64, table: &str) -> Option<Self> {
         if TARGET + HEADER + table.len() >= SIZE || target_type.len() >= 16 {
             return None;
@@ -68,12 +68,12 @@ impl Message {
         }
     }
 
-    /// All of it; its length is the header's data_size.
+    /// All bytes of the message; their number is the header's data_size.
     pub(super) fn as_mut_bytes(&mut self) -> &mut [u8; SIZE] {
         &mut self.0
     }
 
-    /// Minor number of the device that the answer is about (`huge_encode_dev` of the kernel).
+    /// Minor number of the device in the answer (`huge_encode_dev` of the kernel).
     pub(super) fn minor(&self) -> u32 {
         let mut device = [0; 4];
         for (to, byte) in device.iter_mut().zip(self.0.iter().skip(40)) {
@@ -83,7 +83,7 @@ impl Message {
         device & 0xff | device >> 12 & 0xf_ff00
     }
 
-    /// The first byte of the first target's status.
+    /// First byte of the first target's status.
     pub(super) fn status(&self) -> Option<u8> {
         let mut start = [0; 4];
         for (to, byte) in start.iter_mut().zip(self.0.iter().skip(16)) {
@@ -99,7 +99,7 @@ mod tests {
     use super::Message;
 
     #[test]
-    fn a_table_is_where_the_kernel_looks() {
+    fn a_table_is_at_the_offset_that_the_kernel_reads() {
         let mut message = Message::new("root").with_target("verity", 80, "1 2 3").unwrap();
         let bytes = message.as_mut_bytes();
         assert_eq!(bytes[..4], 4u32.to_ne_bytes());

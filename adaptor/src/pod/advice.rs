@@ -1,0 +1,36 @@
+//! What an operator reads when no address of a pod could be connected to, and what to do about it.
+
+use super::connect::Failure;
+use super::plan::Plan;
+use crate::transport::ssh::ConnectError;
+
+/// The text for a VM that is lost to its pod.
+pub const LOST: &str = "the VM answers with a host key that is not this pod's and refuses attestation: it is lost to \
+    this pod (a stranger posed as the KBS, or the address belongs to another VM); make a new VM, and use HTTPS to the KBS \
+    to prevent it";
+
+/// The causes of the failures in one line, and the remedy if there is one.
+pub(super) fn explain(plan: &Plan, failures: &[Failure]) -> String {
+    if failures.is_empty() {
+        return "the pod's host names resolve to no address".to_owned();
+    }
+    failures.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ") + &remedy(plan, failures)
+}
+
+fn remedy(plan: &Plan, failures: &[Failure]) -> String {
+    let attests = plan.attestation.attests();
+    let kubernetes = || failures.iter().filter_map(|failure| failure.kubernetes.as_ref());
+    if kubernetes().any(|error| matches!(error, ConnectError::Refused { .. })) {
+        let node = plan.node_key.public().map(|key| key.to_string()).unwrap_or_default();
+        let source =
+            if attests { "default/sshclient/publicKey in the KBS" } else { "sc-wn-pub in its user data" };
+        return format!(
+            "; the agent has this pod's key and rejects this worker node's ({node}): check that {source} is this \
+             node's, and start a new VM"
+        );
+    }
+    if !attests && kubernetes().any(|error| matches!(error, ConnectError::WrongHostKey { .. })) {
+        return "; check that the VM got this pod's user data, and that the address is the VM's".into();
+    }
+    String::new()
+}

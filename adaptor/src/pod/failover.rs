@@ -1,0 +1,121 @@
+//! Failover: replaces a silent connection by a new one, opened while the old one still exists.
+//!
+//! A connection falls silent when the VM's address changes, and when the network pauses. After an address change only a
+//! new connection helps. After a pause the old connection recovers, and replacing it would reset all its streams.
+//! So the old connection is replaced only if a new one is ready and the old one had the time to recover, too.
+
+use std::future::pending;
+use std::time::Duration;
+
+use secure_comms_protocol::PhaseName;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::connect::{Connected, connect_any};
+use super::plan::Plan;
+use crate::transport::session::Liveness;
+use crate::transport::ssh::AuthHold;
+
+/// The interval at which unanswered traffic is checked for, and the pause between failed attempts.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// A connection is silent if nothing arrives for this long although the agent owes an answer.
+const SILENCE_MIN: Duration = Duration::from_millis(750);
+/// The same in round trips; the longer of the two counts.
+const SILENCE_ROUND_TRIPS: u32 = 3;
+/// The interval at which a silent connection is checked for recovery.
+const RECOVERY_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+/// The longest that a new connection can be held before authentication. After `KEEPALIVE` (5 s) the agent's russh sends
+/// a keepalive, and ours ends an unauthenticated connection that receives one.
+const HOLD_MAX: Duration = Duration::from_secs(4);
+/// The timeout of the first attempt's handshake; it doubles with each attempt. An attempt that takes longer is repeated,
+/// because one address may still refuse connections while another drops packets.
+const HANDSHAKE_TIMEOUT_MIN: Duration = Duration::from_secs(2);
+
+/// Waits until the connection is silent and a new one has replaced it.
+///
+/// `first` is the phase to try first. Dropping the future drops the new connection.
+pub(super) async fn await_failover(plan: &Plan, liveness: &Liveness, first: PhaseName) -> Connected {
+    loop {
+        until_silent(liveness).await;
+        tracing::debug!("pod {}: failover: the agent is silent; opening a new connection", plan.id);
+        let (mut deadline, mut handshake_timeout) = (None, HANDSHAKE_TIMEOUT_MIN);
+        while is_silent(liveness) {
+            let hold = AuthHold::closed();
+            let result = tokio::select! {
+                result = connect_any(plan, first, &hold) => result,
+                () = hold_until_primary_is_dead(liveness, &hold, handshake_timeout, &mut deadline) => {
+                    handshake_timeout *= 2;
+                    continue;
+                }
+            };
+            match result {
+                Ok(connected) => return connected,
+                Err(failures) => {
+                    failures
+                        .iter()
+                        .for_each(|failure| tracing::debug!("pod {}: failover: {failure}", plan.id));
+                    sleep(CHECK_INTERVAL).await;
+                }
+            }
+        }
+    }
+}
+
+/// Holds the new connection before authentication until the old (primary) connection had its chance to recover: until
+/// `deadline`, which is set when the first handshake completes. Then lets it authenticate, and never returns, because
+/// the agent may have replaced the old connection already.
+///
+/// Returns if the old connection recovers, if no handshake completes within `handshake_timeout`, or if the deadline is
+/// further away than a connection can be held.
+async fn hold_until_primary_is_dead(
+    liveness: &Liveness,
+    hold: &AuthHold,
+    handshake_timeout: Duration,
+    deadline: &mut Option<Instant>,
+) {
+    let primary_had_its_chance = async {
+        if timeout(handshake_timeout, hold.handshake_done()).await.is_err() {
+            return false;
+        }
+        // TCP doubles its retransmission interval (RFC 6298 5.5): a packet that has been unanswered for some time is sent
+        // again within that time. A third of the threshold is added for the first interval and the reply's travel time.
+        let chance = liveness.unanswered().unwrap_or_default() + silence_threshold(liveness) / 3;
+        let deadline = *deadline.get_or_insert_with(|| Instant::now() + chance);
+        timeout(HOLD_MAX, sleep_until(deadline)).await.is_ok()
+    };
+    let dead = tokio::select! {
+        biased;
+        () = until_responsive(liveness) => return,
+        dead = primary_had_its_chance => dead,
+    };
+    if dead && is_silent(liveness) {
+        hold.open();
+        pending().await
+    }
+}
+
+async fn until_silent(liveness: &Liveness) {
+    loop {
+        sleep(CHECK_INTERVAL).await;
+        if liveness.unanswered().is_some() {
+            liveness.probe();
+            sleep(silence_threshold(liveness)).await;
+            if is_silent(liveness) {
+                return;
+            }
+        }
+    }
+}
+
+async fn until_responsive(liveness: &Liveness) {
+    while is_silent(liveness) {
+        sleep(RECOVERY_CHECK_INTERVAL).await;
+    }
+}
+
+fn is_silent(liveness: &Liveness) -> bool {
+    liveness.unanswered().is_some_and(|silence| silence >= silence_threshold(liveness))
+}
+
+fn silence_threshold(liveness: &Liveness) -> Duration {
+    SILENCE_MIN.max(liveness.round_trip() * SILENCE_ROUND_TRIPS)
+}

@@ -1,0 +1,54 @@
+//! Errors of the operations on a pod.
+
+use secure_comms_keys::KeyError;
+use secure_comms_protocol::PodId;
+use secure_comms_tunnel::inbound::BindError;
+
+use crate::kbs::KbsError;
+use crate::store::StoreError;
+
+/// Error of an operation on a pod. Its text says what to do next.
+#[derive(Debug, thiserror::Error)]
+pub enum AdaptorError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The KBS failed.
+    #[error(transparent)]
+    Kbs(#[from] KbsError),
+    /// An inbound cannot listen.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// A key of the store is invalid.
+    #[error("use a key of the store")]
+    Key(#[from] KeyError),
+    /// The pod is not prepared.
+    #[error("pod {0}: not prepared: prepare it first")]
+    NotPrepared(PodId),
+    /// The pod is started already.
+    #[error("pod {0}: already started: stop it first")]
+    AlreadyStarted(PodId),
+    /// The call names no address.
+    #[error("start pod {0}: no address: give at least one")]
+    NoAddress(PodId),
+    /// The start failed before its deadline.
+    #[error("start pod {pod}: {reason}")]
+    StartFailed {
+        /// Id of the pod.
+        pod: PodId,
+        /// Cause of the failure, and what to do.
+        reason: String,
+    },
+    /// The Kubernetes phase was not up at the deadline.
+    #[error(
+        "start pod {pod}: not up within {seconds} s; last seen: {last_seen}; check that the VM runs and its agent can be reached, or allow more time (--deadline)"
+    )]
+    Deadline {
+        /// Id of the pod.
+        pod: PodId,
+        /// Length of the deadline, in seconds.
+        seconds: u64,
+        /// The last error of each kind.
+        last_seen: String,
+    },
+}

@@ -1,0 +1,223 @@
+//! One connection to a simulated agent: whom it trusts, what it refuses, and that its end frees everything.
+
+#[path = "../../tests/support/mod.rs"]
+mod support;
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use self::support::agent::{Agent, Mode};
+use self::support::{PATIENCE, pod};
+use crate::transport::session::{Session, Tunnels};
+use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial};
+use secure_comms_keys::{PodKey, WorkerNodeKey};
+use secure_comms_protocol::limits::REKEY_BYTES;
+use secure_comms_protocol::tag::parse_list;
+use secure_comms_protocol::{Attestation, Kubernetes, Phase, PhaseName};
+use secure_comms_tunnel::Link;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio::time::timeout;
+
+fn dial(address: SocketAddr, node_key: &WorkerNodeKey) -> Dial {
+    Dial { address, node_key: node_key.clone(), rekey_bytes: REKEY_BYTES, hold: AuthHold::default() }
+}
+
+fn tunnels<P: Phase>(outbounds: &str) -> Tunnels<P> {
+    Tunnels::new(&parse_list("KUBERNETES_PHASE:KATAAGENT:0").unwrap(), &parse_list(outbounds).unwrap())
+}
+
+async fn kubernetes_agent() -> (Agent, WorkerNodeKey, PodKey) {
+    let (node, host) = (WorkerNodeKey::generate().unwrap(), PodKey::generate().unwrap());
+    (Agent::start(Mode::kubernetes(host.clone(), node.public().unwrap())).await, node, host)
+}
+
+async fn session(outbounds: &str) -> (Agent, Session<Kubernetes>) {
+    let (agent, node, host) = kubernetes_agent().await;
+    let tunnels = tunnels(outbounds);
+    let (dial, host) = (dial(agent.address, &node), host.public().unwrap());
+    let connection =
+        ssh::connect_kubernetes(&dial, host, AuthLock::default(), tunnels.outbounds()).await.unwrap();
+    let session = Session::establish(connection, &pod(), &tunnels).await.unwrap();
+    (agent, session)
+}
+
+#[tokio::test]
+async fn a_wrong_host_key_is_an_error_and_nothing_more_is_sent() {
+    let (agent, node, _) = kubernetes_agent().await;
+    let other = PodKey::generate().unwrap().public().unwrap();
+    let error = ssh::connect_kubernetes(
+        &dial(agent.address, &node),
+        other,
+        AuthLock::default(),
+        tunnels("").outbounds(),
+    )
+    .await
+    .unwrap_err();
+    assert!(
+        matches!(&error, ConnectError::WrongHostKey { shown } if shown.starts_with("SHA256:")),
+        "{error}"
+    );
+    agent.seen.wait("gone", 1).await;
+    // Not even the service that a user would authenticate to was asked for.
+    assert_eq!(agent.seen.all(), ["connection", "gone"]);
+}
+
+#[tokio::test]
+async fn the_attestation_phase_is_entered_without_proof() {
+    let agent = Agent::start(Mode::attestation()).await;
+    let tunnels = tunnels::<Attestation>("");
+    let node = WorkerNodeKey::generate().unwrap();
+    let connection =
+        ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
+    let session = Session::establish(connection, &pod(), &tunnels).await.unwrap();
+    assert_eq!(session.agent().phase, Some(PhaseName::Attestation));
+    assert_eq!(agent.seen.all(), ["connection", "service", "auth attestation none", "hello pod-1 out []"]);
+}
+
+#[tokio::test]
+async fn an_agent_that_insists_on_a_key_gets_the_worker_nodes() {
+    let node = WorkerNodeKey::generate().unwrap();
+    let mode = Mode { worker: Some(node.public().unwrap()), ..Mode::attestation() };
+    let agent = Agent::start(mode).await;
+    ssh::connect_attestation(&dial(agent.address, &node), tunnels("").outbounds()).await.unwrap();
+    assert_eq!(agent.seen.count("auth attestation proves a key"), 1);
+}
+
+#[tokio::test]
+async fn a_refusal_names_the_phase_of_the_agent() {
+    let (agent, node, _) = kubernetes_agent().await;
+    let error =
+        ssh::connect_attestation(&dial(agent.address, &node), tunnels("").outbounds()).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "user 'attestation' refused (it says: Secure Comms agent in the Kubernetes phase)"
+    );
+    assert_eq!(error.hint(), Some(PhaseName::Kubernetes));
+}
+
+#[tokio::test]
+async fn a_rejected_key_is_a_refusal_and_a_break_is_not() {
+    let (agent, node, host) = kubernetes_agent().await;
+    let other = WorkerNodeKey::generate().unwrap();
+    let connect = |node| {
+        let (dial, host) = (dial(agent.address, node), host.public().unwrap());
+        async move {
+            ssh::connect_kubernetes(&dial, host, AuthLock::default(), tunnels("").outbounds())
+                .await
+                .unwrap_err()
+        }
+    };
+    assert!(matches!(connect(&other).await, ConnectError::Refused { phase: PhaseName::Kubernetes, .. }));
+    let mode = Mode { hangs_up: true, ..Mode::kubernetes(host.clone(), node.public().unwrap()) };
+    agent.become_(mode);
+    let error = connect(&node).await;
+    assert!(matches!(error, ConnectError::Protocol("authenticate", _)), "{error}");
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_ssh_fails_the_handshake() {
+    let node = WorkerNodeKey::generate().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let connect = || async {
+        ssh::connect_attestation(&dial(address, &node), tunnels("").outbounds()).await.unwrap_err()
+    };
+    let server = async {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        socket.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
+    };
+    let (error, ()) = tokio::join!(connect(), server);
+    assert!(error.to_string().starts_with("SSH handshake: "), "{error}");
+    drop(listener);
+    let error = connect().await;
+    assert!(
+        matches!(error, ConnectError::Unreachable(_)) && error.to_string().contains("refused"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn an_agent_without_a_hello_times_out() {
+    let node = WorkerNodeKey::generate().unwrap();
+    let agent = Agent::start(Mode { hello: false, ..Mode::attestation() }).await;
+    let tunnels = tunnels::<Attestation>("");
+    let connection =
+        ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
+    let start = Instant::now();
+    let error = Session::establish(connection, &pod(), &tunnels).await.unwrap_err();
+    assert_eq!(error.to_string(), "no answer within 5 s while waiting for the agent's hello");
+    assert!(start.elapsed() < Duration::from_secs(7));
+    agent.seen.wait("gone", 1).await;
+}
+
+#[tokio::test]
+async fn only_requested_streams_are_served() {
+    let echo = support::echo().await;
+    let (agent, session) = session(&format!(
+        "KUBERNETES_PHASE:up:{echo},KUBERNETES_PHASE:refused:{echo},ATTESTATION_PHASE:early:{echo}"
+    ))
+    .await;
+    assert_eq!(agent.seen.count("forward "), 2);
+    assert!(
+        session.tunnel_mismatches().contains(
+            &"tunnel refused, Kubernetes phase: the agent refuses to forward its streams".to_owned()
+        )
+    );
+    let (handle, credits) = agent.newest();
+    for name in ["early", "other", "refused", "", "127.0.0.1", "a\nb"] {
+        let flow = credits.open().await.unwrap();
+        let opened = handle.channel_open_forwarded_tcpip(name, 1, "127.0.0.1", flow.id()).await;
+        assert!(matches!(opened, Err(russh::Error::ChannelOpenFailure(_))), "{name:?}");
+    }
+    let flow = credits.open().await.unwrap();
+    let mut channel = handle.channel_open_forwarded_tcpip("UP", 1, "127.0.0.1", flow.id()).await.unwrap();
+    channel.data_bytes("hello").await.unwrap();
+    let back = timeout(PATIENCE, channel.wait()).await.unwrap();
+    assert!(matches!(&back, Some(russh::ChannelMsg::Data { data }) if &data[..] == b"hello"), "{back:?}");
+}
+
+#[tokio::test]
+async fn every_other_channel_of_the_agent_is_refused() {
+    let (agent, session) = session("").await;
+    let (handle, _) = agent.newest();
+    let refused = |opened: Result<_, _>| matches!(opened, Err(russh::Error::ChannelOpenFailure(_)));
+    assert!(refused(handle.channel_open_session().await), "session");
+    assert!(refused(handle.channel_open_agent().await), "agent");
+    assert!(refused(handle.channel_open_x11("127.0.0.1", 1).await), "x11");
+    assert!(refused(handle.channel_open_direct_tcpip("KATAAGENT", 1, "127.0.0.1", 2).await), "direct-tcpip");
+    assert!(refused(handle.channel_open_direct_streamlocal("/run/x").await), "direct-streamlocal");
+    assert!(refused(handle.channel_open_forwarded_streamlocal("/run/x").await), "forwarded-streamlocal");
+    assert!(!session.link().is_gone());
+}
+
+#[tokio::test]
+async fn a_dropped_session_frees_everything() {
+    let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (agent, session) = session(&format!("KUBERNETES_PHASE:up:{}", server.local_addr().unwrap())).await;
+    let (handle, credits) = agent.newest();
+    let flow = credits.open().await.unwrap();
+    let opened = handle.channel_open_forwarded_tcpip("up", 1, "127.0.0.1", flow.id());
+    let (channel, accepted) = tokio::join!(opened, server.accept());
+    let (_channel, (mut socket, _)) = (channel.unwrap(), accepted.unwrap());
+    let link = session.link();
+    drop(session);
+    // Half a stream must not look like a whole one.
+    let mut rest = Vec::new();
+    let end = timeout(PATIENCE, socket.read_to_end(&mut rest)).await.unwrap();
+    assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+    assert!(link.is_gone());
+    agent.seen.wait("gone", 1).await;
+}
+
+#[tokio::test]
+async fn a_bye_ends_the_session_with_its_reason() {
+    let (agent, mut session) = session("").await;
+    agent.say(&secure_comms_protocol::Control::Bye(secure_comms_protocol::control::Bye {
+        reason: "tired\n".into(),
+    }));
+    let why = timeout(PATIENCE, session.ended()).await.unwrap().to_string();
+    assert_eq!(why, "the agent said bye: tired\\n");
+    session.close("bye").await;
+    agent.seen.wait("gone", 1).await;
+}

@@ -1,0 +1,304 @@
+//! A session: an authenticated connection on which both ends have exchanged hellos over the control channel.
+
+mod tunnels;
+
+use std::fmt;
+use std::time::Duration;
+
+use secure_comms_protocol::Hello;
+use secure_comms_protocol::limits::{HELLO, UPGRADE_DRAIN};
+use secure_comms_protocol::{Attestation, Control, KeyProgress, Phase, PodId, TunnelName};
+use secure_comms_ssh::control::{self, ControlEnd, Outbox};
+use secure_comms_ssh::guard::Guard;
+use secure_comms_tunnel::{Credits, Receiver, Sender};
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+
+pub(crate) use self::tunnels::Tunnels;
+use self::tunnels::mismatches;
+use crate::text::quote;
+use crate::transport::ssh::{AgentLink, ClientPhase, ConnectError, SshConnection, TransportEnd};
+
+/// Why a session ended, as one line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SessionEnd(String);
+
+impl fmt::Display for SessionEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<TransportEnd> for SessionEnd {
+    fn from(end: TransportEnd) -> Self {
+        Self(match end {
+            TransportEnd::Refused => "the agent refused the connection".into(),
+            TransportEnd::Disconnected(why) => format!("the agent disconnected: {why}"),
+            TransportEnd::Broken(why) => why,
+        })
+    }
+}
+
+/// What the agent's control messages have reported. A later message replaces an earlier one, so that any number of
+/// messages takes bounded memory.
+#[derive(Clone, Debug, Default)]
+struct PeerState {
+    hello: Option<Hello>,
+    keys: Option<KeyProgress>,
+    upgrade: bool,
+    end: Option<SessionEnd>,
+}
+
+/// An established session. Dropping it cuts the connection, and ends its streams and its control task.
+#[derive(Debug)]
+pub(crate) struct Session<P: ClientPhase> {
+    connection: SshConnection<P>,
+    outbox: Outbox,
+    peer: watch::Receiver<PeerState>,
+    agent: Hello,
+    tunnel_mismatches: Vec<String>,
+    last_keys: Option<KeyProgress>,
+    control: AbortHandle,
+}
+
+impl<P: ClientPhase> Drop for Session<P> {
+    fn drop(&mut self) {
+        self.control.abort();
+    }
+}
+
+impl<P: ClientPhase> Session<P> {
+    /// Opens the control channel, requests the forwards, and exchanges hellos within `HELLO` (5 s).
+    ///
+    /// Dropping the future cuts the connection.
+    ///
+    /// # Errors
+    /// The other end is not an agent in this phase, or does not answer in time.
+    pub(crate) async fn establish(
+        connection: SshConnection<P>,
+        pod: &PodId,
+        tunnels: &Tunnels<P>,
+    ) -> Result<Self, ConnectError> {
+        match timeout(HELLO, Self::exchange(connection, pod, tunnels)).await {
+            Ok(session) => session,
+            Err(_) => Err(ConnectError::Timeout(HELLO.as_secs(), "waiting for the agent's hello")),
+        }
+    }
+
+    async fn exchange(
+        connection: SshConnection<P>,
+        pod: &PodId,
+        tunnels: &Tunnels<P>,
+    ) -> Result<Self, ConnectError> {
+        // The forward requests go out with the control channel's, and cost no round trip of their own.
+        let (channel, refused) =
+            tokio::join!(connection.open_control(), request_forwards(&connection, tunnels));
+        let (receiver, sender) = channel?;
+        let outbox = Outbox::default();
+        let credits = connection.credits().clone();
+        let ours = tunnels.hello(pod, credits.initial());
+        outbox.send(Control::Hello(ours.clone()));
+        let (state, mut peer) = watch::channel(PeerState::default());
+        let ended = connection.ended();
+        let control = ControlTask { receiver, sender, credits, outbox: outbox.clone(), ended, state };
+        let control = tokio::spawn(control.run()).abort_handle();
+        let mut session = Self {
+            connection,
+            outbox,
+            peer: peer.clone(),
+            agent: Hello::default(),
+            tunnel_mismatches: Vec::new(),
+            last_keys: None,
+            control,
+        };
+        let first = peer.wait_for(|state| state.hello.is_some() || state.end.is_some()).await;
+        let first = first.map(|state| state.clone()).unwrap_or_default();
+        session.agent = checked_hello::<P>(first)?;
+        session.tunnel_mismatches = mismatches::<P>(&ours, &session.agent, &refused?);
+        Ok(session)
+    }
+
+    /// Opens streams to the agent's outbounds.
+    pub(crate) fn link(&self) -> AgentLink<P> {
+        self.connection.link()
+    }
+
+    /// The agent's hello.
+    pub(crate) fn agent(&self) -> &Hello {
+        &self.agent
+    }
+
+    /// One line for each tunnel that only one end has.
+    pub(crate) fn tunnel_mismatches(&self) -> &[String] {
+        &self.tunnel_mismatches
+    }
+
+    /// Observes whether the agent answers.
+    pub(crate) fn liveness(&self) -> Liveness {
+        Liveness {
+            outbox: self.outbox.clone(),
+            guard: self.connection.guard(),
+            credits: self.connection.credits().clone(),
+        }
+    }
+
+    /// Waits until no stream is open.
+    pub(crate) async fn idle(&self) {
+        self.connection.credits().idle().await;
+    }
+
+    /// The number of open streams.
+    pub(crate) fn open_streams(&self) -> usize {
+        self.connection.credits().open_streams()
+    }
+
+    /// Waits for the end of the session.
+    pub(crate) async fn ended(&mut self) -> SessionEnd {
+        let end = self.peer.wait_for(|state| state.end.is_some()).await;
+        end.ok().and_then(|state| state.end.clone()).unwrap_or_else(gone)
+    }
+
+    /// Sends a bye with the reason, and waits for the agent to end the connection, for at most [`CLOSE_TIMEOUT`].
+    pub(crate) async fn close(mut self, reason: &str) {
+        self.outbox.bye(reason);
+        drop(timeout(CLOSE_TIMEOUT, self.ended()).await);
+    }
+}
+
+/// Evidence that the agent at the other end of a session answers.
+#[derive(Debug)]
+pub(crate) struct Liveness {
+    outbox: Outbox,
+    guard: Guard,
+    credits: Credits,
+}
+
+impl Liveness {
+    /// Sends a ping.
+    pub(crate) fn probe(&self) {
+        self.outbox.probe();
+    }
+
+    /// The age of the oldest sent data that nothing has arrived after; `None` if something has.
+    pub(crate) fn unanswered(&self) -> Option<Duration> {
+        self.guard.unanswered()
+    }
+
+    /// The shortest round trip seen; zero before the first.
+    pub(crate) fn round_trip(&self) -> Duration {
+        self.credits.shortest_round_trip().unwrap_or_default()
+    }
+}
+
+/// The time that an agent gets to end a connection after a bye.
+const CLOSE_TIMEOUT: Duration = UPGRADE_DRAIN;
+
+/// What a session in the Attestation phase reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum AttestationEvent {
+    /// An attempt of the agent to get its keys ended.
+    Keys(KeyProgress),
+    /// The agent has its keys, and expects a connection in the Kubernetes phase.
+    Upgrade,
+    /// The session ended.
+    Ended(SessionEnd),
+}
+
+impl Session<Attestation> {
+    /// Waits for the next event. Dropping the future loses no event.
+    pub(crate) async fn next_event(&mut self) -> AttestationEvent {
+        loop {
+            let state = self.peer.borrow_and_update().clone();
+            // The agent sends its last progress more than once.
+            if let Some(keys) = state.keys.filter(|keys| self.last_keys.as_ref() != Some(keys)) {
+                self.last_keys = Some(keys.clone());
+                return AttestationEvent::Keys(keys);
+            }
+            if state.upgrade {
+                return AttestationEvent::Upgrade;
+            }
+            if let Some(end) = state.end {
+                return AttestationEvent::Ended(end);
+            }
+            if self.peer.changed().await.is_err() {
+                return AttestationEvent::Ended(gone());
+            }
+        }
+    }
+}
+
+fn gone() -> SessionEnd {
+    SessionEnd("the connection is gone".into())
+}
+
+/// Runs the control channel, and records what it reports and how it ends.
+struct ControlTask<R, S, E> {
+    receiver: R,
+    sender: S,
+    credits: Credits,
+    outbox: Outbox,
+    /// Completes when the connection ends.
+    ended: E,
+    state: watch::Sender<PeerState>,
+}
+
+impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S, E> {
+    async fn run(mut self) {
+        let (credits, outbox, state) = (&self.credits, &self.outbox, &self.state);
+        let on_message = |message| record(state, message);
+        let end = tokio::select! {
+            // The connection knows the cause of its end; the channel only sees that it ended.
+            biased;
+            end = self.ended => end.into(),
+            end = control::run(&mut self.receiver, &self.sender, credits, outbox, on_message) => {
+                SessionEnd(match end {
+                    ControlEnd::Bye(reason) => format!("the agent said bye: {}", quote(&reason)),
+                    other => quote(&other.to_string()),
+                })
+            }
+            () = credits.gone() => SessionEnd("the agent sent more than it was granted".into()),
+        };
+        credits.end();
+        state.send_modify(|state| state.end = Some(end));
+    }
+}
+
+fn record(state: &watch::Sender<PeerState>, message: Control) {
+    state.send_modify(|state| match message {
+        // Only the first one is kept: it is the one that was checked.
+        Control::Hello(hello) => _ = state.hello.get_or_insert(hello),
+        Control::Keys(keys) => {
+            let error = keys.error.as_deref().map(quote);
+            state.keys = Some(KeyProgress { error, ..keys });
+        }
+        Control::Upgrade(_) => state.upgrade = true,
+        Control::Credit(_) | Control::Ping(_) | Control::Pong(_) | Control::Bye(_) => {}
+    });
+}
+
+fn checked_hello<P: Phase>(state: PeerState) -> Result<Hello, ConnectError> {
+    let fault = |why: String| ConnectError::Protocol("exchange hellos", why);
+    match (state.hello, state.end) {
+        (Some(hello), _) if hello.phase.is_some_and(|phase| phase != P::NAME) => Err(fault(format!(
+            "the agent authenticated '{}', and its hello names another phase",
+            P::NAME.user()
+        ))),
+        (Some(hello), _) => Ok(Hello { instance: hello.instance.as_deref().map(quote), ..hello }),
+        (None, end) => Err(fault(end.unwrap_or_else(gone).0)),
+    }
+}
+
+/// Requests a forward for each local outbound; returns the names that the agent refuses.
+async fn request_forwards<P: ClientPhase>(
+    connection: &SshConnection<P>,
+    tunnels: &Tunnels<P>,
+) -> Result<Vec<TunnelName>, ConnectError> {
+    let mut refused = Vec::new();
+    for (name, port) in &tunnels.forwards {
+        if !connection.request_forward(name, *port).await? {
+            refused.push(name.clone());
+        }
+    }
+    Ok(refused)
+}

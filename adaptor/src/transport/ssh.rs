@@ -1,0 +1,18 @@
+//! The SSH client: one connection, from TCP to authentication. With the keys, the only room of the adaptor that names
+//! russh.
+
+mod phase;
+
+mod auth_hold;
+
+mod error;
+
+mod handler;
+
+mod client;
+
+pub(crate) use self::auth_hold::{AuthHold, AuthLock};
+pub(crate) use self::client::{AgentLink, Dial, SshConnection, connect_attestation, connect_kubernetes};
+pub(crate) use self::error::ConnectError;
+pub(crate) use self::handler::TransportEnd;
+pub(crate) use self::phase::ClientPhase;

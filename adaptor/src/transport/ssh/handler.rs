@@ -1,0 +1,294 @@
+//! What russh calls during a connection: the host key check, the banner, the agent's streams, the end.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use russh::client::{self, ChannelOpenHandle, DisconnectReason, Handler, Msg};
+use russh::keys::{HashAlg, PublicKeyOrCertificate};
+use russh::{Channel, ChannelId, ChannelOpenFailure};
+use secure_comms_protocol::{Refusal, RefusalReason, TunnelName};
+use secure_comms_ssh::channel::PendingChannel;
+use secure_comms_tunnel::flow::Side;
+use secure_comms_tunnel::outbound::{self, Permit};
+use secure_comms_tunnel::{Credits, Incoming, Outbounds};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use super::client::cause;
+use super::error::ConnectError;
+use super::phase::ClientPhase;
+use crate::text::quote;
+
+/// Refusals of one connection that are logged as warnings; the rest are logged as debug lines.
+const REFUSAL_WARNINGS_MAX: u32 = 16;
+
+/// How a connection ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum TransportEnd {
+    /// The agent offers no authentication method for this user.
+    Refused,
+    /// The agent disconnected, with this reason.
+    Disconnected(String),
+    /// The connection broke, for this reason.
+    Broken(String),
+}
+
+/// State that a connection and its handler share.
+pub(super) struct Shared<P: ClientPhase> {
+    host: P::Host,
+    outbounds: Arc<Outbounds<P>>,
+    pub(super) credits: Credits,
+    /// The tunnel names that the agent was asked to forward.
+    pub(super) requested: Mutex<HashSet<TunnelName>>,
+    refusals: AtomicU32,
+    /// One permit for each stream of the agent that is open or being opened.
+    streams: Arc<Semaphore>,
+    banner: Mutex<Option<String>>,
+    pub(super) wrong_key: Mutex<Option<String>>,
+    end: watch::Sender<Option<TransportEnd>>,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<P: ClientPhase> Shared<P> {
+    pub(super) fn new(host: P::Host, outbounds: Arc<Outbounds<P>>) -> Arc<Self> {
+        Arc::new(Self {
+            host,
+            outbounds,
+            credits: Credits::new(Side::Adaptor, P::CREDIT),
+            requested: Mutex::default(),
+            refusals: AtomicU32::new(0),
+            streams: Arc::new(Semaphore::new(P::CREDIT.streams)),
+            banner: Mutex::default(),
+            wrong_key: Mutex::default(),
+            end: watch::Sender::new(None),
+        })
+    }
+
+    /// Ends the connection's streams. Only the first reason is kept: later ones follow from it.
+    pub(super) fn end(&self, reason: TransportEnd) {
+        self.end.send_if_modified(|end| {
+            let first = end.is_none();
+            end.get_or_insert(reason);
+            first
+        });
+        self.credits.end();
+    }
+
+    pub(super) async fn ended(&self) -> TransportEnd {
+        let mut end = self.end.subscribe();
+        let end = end.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
+        end.unwrap_or_else(|| TransportEnd::Broken("the connection is gone".into()))
+    }
+
+    /// Logs a refusal. Throttled, because the agent may be a stranger that wants to fill the log.
+    fn log_refusal(&self, event: &str, what: &str) {
+        let what = quote(what);
+        if self.refusals.fetch_add(1, Ordering::Relaxed) < REFUSAL_WARNINGS_MAX {
+            tracing::warn!("{event}: {what}");
+        } else {
+            tracing::debug!("{event}: {what}");
+        }
+    }
+
+    pub(super) fn refused(&self) -> ConnectError {
+        ConnectError::Refused { phase: P::NAME, banner: lock(&self.banner).clone() }
+    }
+
+    /// The permit for a stream of the agent, and its place among the connection's streams.
+    fn admit(&self, name: &str) -> Result<(Permit<P>, OwnedSemaphorePermit), Refusal> {
+        let refusal = |reason| Refusal::new(name, P::NAME, &reason);
+        if !name.parse().is_ok_and(|name| lock(&self.requested).contains(&name)) {
+            return Err(refusal(RefusalReason::NotRequested));
+        }
+        let place = self.streams.clone().try_acquire_owned();
+        let place = place.map_err(|_| refusal(RefusalReason::TooManyStreams))?;
+        Ok((self.outbounds.permit(name)?, place))
+    }
+
+    /// Serves a stream of the agent in a task of its own, because the caller is russh's session loop.
+    fn serve_stream(self: Arc<Self>, name: &str, id: u32, pending: PendingChannel<Msg>) {
+        let admitted = self.admit(name);
+        tokio::spawn(async move {
+            match admitted {
+                Ok((permit, _place)) => outbound::serve(permit, &self.credits, id, pending).await,
+                Err(refusal) => {
+                    self.log_refusal("refused the agent", &refusal.reason);
+                    pending.refuse(refusal).await;
+                }
+            }
+        });
+    }
+}
+
+/// The callbacks of russh. They run in its session loop and must not block.
+pub(super) struct Callbacks<P: ClientPhase>(pub(super) Arc<Shared<P>>);
+
+impl<P: ClientPhase> Drop for Callbacks<P> {
+    fn drop(&mut self) {
+        // russh does not call `disconnected` if closing the socket fails.
+        self.0.end(TransportEnd::Broken("the connection was closed".into()));
+    }
+}
+
+impl<P: ClientPhase> Callbacks<P> {
+    async fn refuse(&self, reply: ChannelOpenHandle, what: &str) -> Result<(), russh::Error> {
+        let what = format!("a channel of type {what}: only forwarded-tcpip is served");
+        self.0.log_refusal("refused the agent", &what);
+        reply.reject(ChannelOpenFailure::AdministrativelyProhibited).await;
+        Ok(())
+    }
+}
+
+impl<P: ClientPhase> Handler for Callbacks<P> {
+    type Error = russh::Error;
+
+    async fn auth_banner(&mut self, banner: &str, _: &mut client::Session) -> Result<(), russh::Error> {
+        // Only the first one is kept: a stranger could send any number.
+        lock(&self.0.banner).get_or_insert_with(|| quote(banner.trim()));
+        Ok(())
+    }
+
+    async fn check_server_key(&mut self, shown: &PublicKeyOrCertificate) -> Result<bool, russh::Error> {
+        let fingerprint = match shown {
+            PublicKeyOrCertificate::PublicKey { key, .. } if P::trusts(&self.0.host, key) => return Ok(true),
+            PublicKeyOrCertificate::PublicKey { key, .. } => key.fingerprint(HashAlg::Sha256).to_string(),
+            PublicKeyOrCertificate::Certificate(_) => "a certificate".to_owned(),
+        };
+        *lock(&self.0.wrong_key) = Some(fingerprint);
+        Ok(false)
+    }
+
+    async fn kex_done(
+        &mut self,
+        _: Option<&[u8]>,
+        _: &russh::Names,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        tracing::debug!("{}: new session keys", P::NAME.user());
+        Ok(())
+    }
+
+    async fn server_channel_open_forwarded_tcpip(
+        &mut self,
+        channel: Channel<Msg>,
+        connected_address: &str,
+        _: u32,
+        _: &str,
+        originator_port: u32,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        let pending = PendingChannel::new(channel, reply);
+        self.0.clone().serve_stream(connected_address, originator_port, pending);
+        Ok(())
+    }
+
+    // russh's defaults for the following callbacks accept.
+
+    async fn server_channel_open_session(
+        &mut self,
+        _: Channel<Msg>,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        self.refuse(reply, "session").await
+    }
+
+    async fn server_channel_open_direct_tcpip(
+        &mut self,
+        _: Channel<Msg>,
+        _: &str,
+        _: u32,
+        _: &str,
+        _: u32,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        self.refuse(reply, "direct-tcpip").await
+    }
+
+    async fn server_channel_open_direct_streamlocal(
+        &mut self,
+        _: Channel<Msg>,
+        _: &str,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        self.refuse(reply, "direct-streamlocal").await
+    }
+
+    async fn server_channel_open_forwarded_streamlocal(
+        &mut self,
+        _: Channel<Msg>,
+        _: &str,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        self.refuse(reply, "forwarded-streamlocal").await
+    }
+
+    async fn server_channel_open_agent_forward(
+        &mut self,
+        _: Channel<Msg>,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        self.refuse(reply, "agent").await
+    }
+
+    async fn server_channel_open_x11(
+        &mut self,
+        _: Channel<Msg>,
+        _: &str,
+        _: u32,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        self.refuse(reply, "x11").await
+    }
+
+    async fn should_accept_unknown_server_channel(&mut self, _: ChannelId, _: &str) -> bool {
+        false
+    }
+
+    async fn server_channel_open_unknown(
+        &mut self,
+        _: Channel<Msg>,
+        reply: ChannelOpenHandle,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        self.refuse(reply, "unknown").await
+    }
+
+    async fn channel_open_failure(
+        &mut self,
+        _: ChannelId,
+        _: ChannelOpenFailure,
+        description: &str,
+        _: &str,
+        _: &mut client::Session,
+    ) -> Result<(), russh::Error> {
+        // The agent's description names the tunnel, the phase and the cause.
+        self.0.log_refusal("the agent refused a stream", description);
+        Ok(())
+    }
+
+    async fn disconnected(&mut self, reason: DisconnectReason<russh::Error>) -> Result<(), russh::Error> {
+        match reason {
+            DisconnectReason::ReceivedDisconnect(info) => {
+                self.0.end(TransportEnd::Disconnected(quote(&info.message)));
+                Ok(())
+            }
+            DisconnectReason::Error(error) => {
+                self.0.end(match &error {
+                    russh::Error::NoAuthMethod => TransportEnd::Refused,
+                    other => TransportEnd::Broken(cause(other)),
+                });
+                Err(error)
+            }
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! The one reader of private keys: Ed25519 in PEM, OpenSSH (PROTOCOL.key) or PKCS#8 (RFC 8410), not encrypted.
+
+use ed25519_dalek::SigningKey;
+use ed25519_dalek::pkcs8::DecodePrivateKey;
+use ssh_key::private::{Ed25519Keypair, Ed25519PrivateKey, KeypairData};
+use ssh_key::public::KeyData;
+use ssh_key::{Algorithm, Error as SshKeyError, PrivateKey};
+use zeroize::Zeroizing;
+
+use crate::error::{KeyError, PrivateKeyFault, checked_text, scrubbed};
+use crate::pem::Pem;
+
+/// Makes a key from the operating system's randomness.
+pub(crate) fn generate() -> Result<PrivateKey, KeyError> {
+    let mut seed = Zeroizing::new([0; Ed25519PrivateKey::BYTE_SIZE]);
+    getrandom::fill(seed.as_mut()).map_err(|error| KeyError::Random(error.to_string()))?;
+    Ok(from_seed(&seed))
+}
+
+fn from_seed(seed: &[u8; Ed25519PrivateKey::BYTE_SIZE]) -> PrivateKey {
+    PrivateKey::from(Ed25519Keypair::from_seed(seed))
+}
+
+/// Reads a private key. A comment in it is dropped.
+pub(crate) fn parse(pem: &[u8]) -> Result<PrivateKey, PrivateKeyFault> {
+    let pem = Pem::find(checked_text(pem)?)?;
+    match pem.label {
+        "OPENSSH PRIVATE KEY" => parse_openssh(&pem.decode()?),
+        "PRIVATE KEY" => {
+            let key = SigningKey::from_pkcs8_der(&pem.decode()?)
+                .map_err(|error| PrivateKeyFault::BadPkcs8(error.to_string()))?;
+            Ok(from_seed(key.as_bytes()))
+        }
+        "ENCRYPTED PRIVATE KEY" => Err(PrivateKeyFault::Encrypted),
+        label @ ("RSA PRIVATE KEY" | "EC PRIVATE KEY" | "DSA PRIVATE KEY") => {
+            Err(PrivateKeyFault::NotEd25519(format!("a '{label}'")))
+        }
+        label => Err(PrivateKeyFault::NotPrivateKey(label.to_owned())),
+    }
+}
+
+fn parse_openssh(bytes: &[u8]) -> Result<PrivateKey, PrivateKeyFault> {
+    let bad = |error: SshKeyError| PrivateKeyFault::BadOpenSsh(scrubbed(&error));
+    let key = PrivateKey::from_bytes(bytes).map_err(bad)?;
+    if key.is_encrypted() {
+        return Err(PrivateKeyFault::Encrypted);
+    }
+    let KeypairData::Ed25519(pair) = key.key_data() else {
+        return Err(PrivateKeyFault::NotEd25519(match key.algorithm() {
+            // Its name is any bytes of the file.
+            Algorithm::Other(_) => "a key of another type".to_owned(),
+            known => format!("a key of type {known}"),
+        }));
+    };
+    // The file holds both halves. A signature by halves that differ would give the private one away.
+    let sound = from_seed(pair.private.as_ref());
+    if sound.public_key().key_data() != &KeyData::Ed25519(pair.public) {
+        return Err(PrivateKeyFault::BadOpenSsh("its public half belongs to another key".to_owned()));
+    }
+    Ok(sound)
+}
+
+#[cfg(test)]
+#[path = "private_key_tests.rs"]
+mod tests;

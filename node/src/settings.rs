@@ -1,0 +1,233 @@
+//! Settings: the flags and the environment, validated as a whole. All faults are reported together.
+
+mod connect;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use secure_comms_adaptor::address::Address;
+use secure_comms_adaptor::kbs::KbsSettings;
+use secure_comms_adaptor::key_source::KeySource;
+use secure_comms_keys::text::escape;
+use secure_comms_protocol::tag::{Tag, parse_list};
+use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
+
+use crate::cli::{KeygenArgs, UserDataArgs};
+use crate::logging::Level;
+
+/// Default of `--store`.
+pub const DEFAULT_STORE: &str = "/var/lib/secure-comms-adaptor";
+/// Default of `--kbs`.
+pub const DEFAULT_KBS: &str = "kbs-service.trustee-operator-system:8080";
+
+/// Settings of `connect`.
+#[derive(Clone, Debug)]
+pub struct ConnectSettings {
+    /// Id of the pod.
+    pub pod: PodId,
+    /// Addresses of the pod's agent; never empty.
+    pub addresses: Vec<Address>,
+    /// Local inbounds, the built-in KATAAGENT included.
+    pub inbounds: Vec<InboundTag>,
+    /// Local outbounds, the built-in KBS included.
+    pub outbounds: Vec<OutboundTag>,
+    /// Directory of the key store.
+    pub store: PathBuf,
+    /// Where the VM gets its keys.
+    pub key_source: KeySource<KbsSettings>,
+    /// Time limit of the start, and of each call to the KBS.
+    pub deadline: Duration,
+    /// Bytes in one direction after which the session keys are renewed.
+    pub rekey_bytes: usize,
+    /// Whether SIGTERM and SIGINT delete the pod's key and its KBS resource.
+    pub delete_on_exit: bool,
+}
+
+/// Settings of `user-data`.
+#[derive(Clone, Debug)]
+pub struct UserDataSettings {
+    /// Id of the pod.
+    pub pod: PodId,
+    /// Inbounds of the VM's agent.
+    pub inbounds: Vec<InboundTag>,
+    /// Outbounds of the VM's agent.
+    pub outbounds: Vec<OutboundTag>,
+    /// Directory of the key store.
+    pub store: PathBuf,
+    /// File to write; `None`: standard output.
+    pub output: Option<PathBuf>,
+}
+
+/// Settings of `keygen`.
+#[derive(Clone, Debug)]
+pub struct KeygenSettings {
+    /// Id of a pod whose key is made, too.
+    pub pod: Option<PodId>,
+    /// Directory of the key store.
+    pub store: PathBuf,
+}
+
+/// All faults of the command line and the environment, one a line; never empty.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}", .0.join("\n"))]
+pub struct UsageError(Vec<String>);
+
+impl UsageError {
+    /// The faults, one line each.
+    pub fn faults(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(String::as_str)
+    }
+}
+
+/// Looks up an environment variable. A function, so that tests need not change their process's environment.
+pub type Env<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
+/// Reads flags and variables, and collects their faults.
+struct SettingsReader<'a> {
+    env: Env<'a>,
+    faults: Vec<String>,
+}
+
+impl<'a> SettingsReader<'a> {
+    fn new(env: Env<'a>) -> Self {
+        Self { env, faults: Vec::new() }
+    }
+
+    fn fault(&mut self, name: &str, value: &str, expected: impl fmt::Display) {
+        self.faults.push(escape(&format!("{name} '{value}': {expected}")));
+    }
+
+    fn missing(&mut self, flag: &str, what: &str) {
+        self.faults.push(format!("{flag}: missing: {what}"));
+    }
+
+    /// A variable that is set and not empty. Empty counts as unset, because a config map cannot leave a variable out for
+    /// single pods.
+    fn variable(&mut self, name: &str) -> Option<String> {
+        let value = (self.env)(name)?;
+        match value.into_string() {
+            Ok(text) => Some(text).filter(|text| !text.is_empty()),
+            Err(value) => {
+                self.fault(name, &value.to_string_lossy(), "expected UTF-8");
+                None
+            }
+        }
+    }
+
+    fn boolean(&mut self, name: &str) -> Option<bool> {
+        let value = (self.env)(name)?;
+        match value.to_str() {
+            Some("true") => Some(true),
+            Some("false") => Some(false),
+            _ => {
+                self.fault(name, &value.to_string_lossy(), "expected true or false");
+                None
+            }
+        }
+    }
+
+    /// The flag's value, else the variable's, with the name of the flag or variable.
+    fn flag_or<'n>(
+        &mut self,
+        flag: (&'n str, Option<String>),
+        variable: &'n str,
+    ) -> Option<(&'n str, String)> {
+        let (name, value) = flag;
+        value.map(|value| (name, value)).or_else(|| Some((variable, self.variable(variable)?)))
+    }
+
+    fn parsed<T: FromStr<Err: fmt::Display>>(&mut self, name: &str, value: &str) -> Option<T> {
+        value.parse().map_err(|error| self.fault(name, value, error)).ok()
+    }
+
+    fn pod(&mut self, value: Option<&str>) -> Option<PodId> {
+        match value {
+            // The parser's error quotes the text.
+            Some(text) => text.parse().map_err(|error| self.faults.push(format!("--pod-id: {error}"))).ok(),
+            None => {
+                self.missing("--pod-id", "give the pod's id (the runtime's sandbox id)");
+                None
+            }
+        }
+    }
+
+    fn tags<T: Tag>(&mut self, flag: (&str, Option<String>), variable: &str) -> Vec<T> {
+        let Some((name, list)) = self.flag_or(flag, variable) else { return Vec::new() };
+        parse_list(&list).unwrap_or_else(|errors| {
+            self.faults.extend(errors.iter().map(|error| format!("{name}: {error}")));
+            Vec::new()
+        })
+    }
+
+    /// `SECURE_COMMS=false` is a fault: every command of this program needs Secure Comms.
+    fn refuse_if_off(&mut self) {
+        if self.boolean("SECURE_COMMS") == Some(false) {
+            self.fault(
+                "SECURE_COMMS",
+                "false",
+                "Secure Comms is off: set it to true, or do not start this program",
+            );
+        }
+    }
+
+    /// The settings, or all faults. `None` without a fault would be a bug; it is reported as an incomplete command line.
+    fn done<T>(mut self, settings: Option<T>) -> Result<T, UsageError> {
+        match settings {
+            Some(settings) if self.faults.is_empty() => Ok(settings),
+            _ => {
+                if self.faults.is_empty() {
+                    self.faults.push("the command line is incomplete: see --help".to_owned());
+                }
+                Err(UsageError(self.faults))
+            }
+        }
+    }
+}
+
+fn store_or_default(store: Option<PathBuf>) -> PathBuf {
+    store.unwrap_or_else(|| PathBuf::from(DEFAULT_STORE))
+}
+
+/// The log level: `--log`, else `SECURE_COMMS_LOG`, else info.
+///
+/// # Errors
+/// The value is not a level.
+pub fn log_level(flag: Option<String>, env: Env<'_>) -> Result<Level, UsageError> {
+    let mut reader = SettingsReader::new(env);
+    let level = match reader.flag_or(("--log", flag), "SECURE_COMMS_LOG") {
+        Some((name, value)) => reader.parsed(name, &value),
+        None => Some(Level::default()),
+    };
+    reader.done(level)
+}
+
+impl UserDataSettings {
+    /// Reads the flags and the environment.
+    ///
+    /// # Errors
+    /// The faults of the flags and variables.
+    pub fn read(args: UserDataArgs, env: Env<'_>) -> Result<Self, UsageError> {
+        let mut reader = SettingsReader::new(env);
+        reader.refuse_if_off();
+        let pod = reader.pod(args.pod_id.as_deref());
+        let inbounds = reader.tags(("--pp-inbounds", args.pp_inbounds), "SECURE_COMMS_PP_INBOUNDS");
+        let outbounds = reader.tags(("--pp-outbounds", args.pp_outbounds), "SECURE_COMMS_PP_OUTBOUNDS");
+        let store = store_or_default(args.store);
+        reader.done(pod.map(|pod| Self { pod, inbounds, outbounds, store, output: args.output }))
+    }
+}
+
+impl KeygenSettings {
+    /// Reads the flags.
+    ///
+    /// # Errors
+    /// The faults of the flags and variables.
+    pub fn read(args: KeygenArgs, env: Env<'_>) -> Result<Self, UsageError> {
+        let mut reader = SettingsReader::new(env);
+        let pod = args.pod_id.and_then(|id| reader.pod(Some(&id)));
+        reader.done(Some(Self { pod, store: store_or_default(args.store) }))
+    }
+}

@@ -1,0 +1,182 @@
+//! Reads the settings of `connect`.
+
+use std::time::Duration;
+
+use secure_comms_adaptor::address::{Address, host_port};
+use secure_comms_adaptor::kbs::{AdminSettings, KbsSettings};
+use secure_comms_adaptor::key_source::KeySource;
+use secure_comms_protocol::limits::REKEY_BYTES;
+use secure_comms_protocol::tag::{Host, with_built_in};
+use secure_comms_protocol::{Bind, InboundTag, OutboundTag, PhaseSet, Target, TunnelName};
+use url::Url;
+
+use super::{ConnectSettings, DEFAULT_KBS, Env, SettingsReader, UsageError, store_or_default};
+use crate::cli::ConnectArgs;
+
+const DEADLINE: Duration = Duration::from_secs(300);
+const REKEY_BYTES_MIN: usize = 1 << 20;
+const ISSUER: &str = "secure-comms-adaptor";
+const ROLE: &str = "admin";
+
+impl ConnectSettings {
+    /// Reads the flags and the environment.
+    ///
+    /// # Errors
+    /// The faults of the flags and variables.
+    pub fn read(mut args: ConnectArgs, env: Env<'_>) -> Result<Self, UsageError> {
+        let mut reader = SettingsReader::new(env);
+        reader.refuse_if_off();
+        let pod = reader.pod(args.pod_id.as_deref());
+        let addresses = addresses(&mut reader, &args.addresses);
+        let inbounds = reader.tags(("--inbounds", args.inbounds.take()), "SECURE_COMMS_INBOUNDS");
+        let outbounds = reader.tags(("--outbounds", args.outbounds.take()), "SECURE_COMMS_OUTBOUNDS");
+        let deadline = deadline(&mut reader, args.deadline.as_deref());
+        let rekey_bytes = rekey_bytes(&mut reader, args.rekey_bytes.as_deref());
+        let no_trustee = reader.boolean("SECURE_COMMS_NO_TRUSTEE").unwrap_or(false) || args.no_trustee;
+        let (key_source, built_in) = if no_trustee {
+            refuse_kbs_flags(&mut reader, &args);
+            (Some(KeySource::UserData), None)
+        } else {
+            kbs(&mut reader, &args)
+        };
+        let outbounds = match built_in {
+            Some(tag) => with_built_in(outbounds, tag),
+            None => outbounds,
+        };
+        let settings = pod.zip(key_source).map(|(pod, key_source)| Self {
+            pod,
+            addresses,
+            inbounds: with_built_in(inbounds, kata_agent_inbound()),
+            outbounds,
+            store: store_or_default(args.store),
+            key_source,
+            deadline,
+            rekey_bytes,
+            delete_on_exit: args.delete_on_exit,
+        });
+        reader.done(settings)
+    }
+}
+
+fn kata_agent_inbound() -> InboundTag {
+    let bind = Bind::Tcp { namespace: None, port: 0 };
+    InboundTag { phases: PhaseSet::Kubernetes, name: TunnelName::kata_agent(), bind }
+}
+
+fn kbs_outbound((host, port): (Host, u16)) -> OutboundTag {
+    OutboundTag { phases: PhaseSet::Both, name: TunnelName::kbs(), target: Target::Tcp { host, port } }
+}
+
+fn addresses(reader: &mut SettingsReader<'_>, texts: &[String]) -> Vec<Address> {
+    if texts.is_empty() {
+        reader.missing("--address", "give the pod VM's address, HOST or HOST:PORT");
+    }
+    let mut addresses: Vec<Address> = Vec::new();
+    for text in texts {
+        let address = reader.parsed("--address", text);
+        // An address that is given twice would be raced against itself.
+        addresses.extend(address.filter(|address| !addresses.contains(address)));
+    }
+    addresses
+}
+
+fn deadline(reader: &mut SettingsReader<'_>, text: Option<&str>) -> Duration {
+    let Some(text) = text else { return DEADLINE };
+    // The upper limit, a day, keeps sums of durations in range.
+    let seconds = text.parse().ok().filter(|seconds| (1..=86_400).contains(seconds));
+    if seconds.is_none() {
+        reader.fault("--deadline", text, "expected whole seconds from 1 to 86400");
+    }
+    seconds.map_or(DEADLINE, Duration::from_secs)
+}
+
+fn rekey_bytes(reader: &mut SettingsReader<'_>, text: Option<&str>) -> usize {
+    let Some(text) = text else { return REKEY_BYTES };
+    let bytes = text.parse().ok().filter(|bytes| (REKEY_BYTES_MIN..=REKEY_BYTES).contains(bytes));
+    if bytes.is_none() {
+        reader.fault(
+            "--rekey-bytes",
+            text,
+            format!("expected bytes from {REKEY_BYTES_MIN} to {REKEY_BYTES}"),
+        );
+    }
+    bytes.unwrap_or(REKEY_BYTES)
+}
+
+/// Flags of a KBS contradict `--no-trustee`. Variables do not: a config map sets them for all pods.
+fn refuse_kbs_flags(reader: &mut SettingsReader<'_>, args: &ConnectArgs) {
+    let flags = [
+        ("--kbs", args.kbs.is_some()),
+        ("--kbs-url", args.kbs_url.is_some()),
+        ("--kbs-ca", args.kbs_ca.is_some()),
+        ("--kbs-admin-key", args.kbs_admin_key.is_some()),
+        ("--kbs-admin-issuer", args.kbs_admin_issuer.is_some()),
+        ("--kbs-admin-role", args.kbs_admin_role.is_some()),
+    ];
+    for (flag, _) in flags.into_iter().filter(|(_, given)| *given) {
+        let advice = "contradicts --no-trustee (or SECURE_COMMS_NO_TRUSTEE=true): remove one of them";
+        reader.faults.push(format!("{flag}: {advice}"));
+    }
+}
+
+fn kbs(
+    reader: &mut SettingsReader<'_>,
+    args: &ConnectArgs,
+) -> (Option<KeySource<KbsSettings>>, Option<OutboundTag>) {
+    let given = reader.flag_or(("--kbs", args.kbs.clone()), "SECURE_COMMS_KBS_ADDR");
+    let (name, address) = given.unwrap_or(("--kbs", DEFAULT_KBS.to_owned()));
+    let target = host_port(&address);
+    if target.is_none() {
+        reader.fault(
+            name,
+            &address,
+            "expected HOST:PORT or [IPv6]:PORT, without a scheme (for publishing there is --kbs-url)",
+        );
+    }
+    let built_in = target.map(kbs_outbound);
+    let url = match (&args.kbs_url, &built_in) {
+        (Some(text), _) => url(reader, text),
+        (None, Some(tag)) => Url::parse(&format!("http://{}", tag.target)).ok(),
+        (None, None) => None,
+    };
+    if args.kbs_ca.is_some() && url.as_ref().is_some_and(|url| url.scheme() != "https") {
+        reader.faults.push("--kbs-ca: needs HTTPS: give an https URL with --kbs-url".to_owned());
+    }
+    let admin = admin(reader, args);
+    let key_source = url.map(|url| KeySource::Kbs(KbsSettings { url, ca: args.kbs_ca.clone(), admin }));
+    (key_source, built_in)
+}
+
+fn url(reader: &mut SettingsReader<'_>, text: &str) -> Option<Url> {
+    let plain = |url: &Url| {
+        matches!(url.scheme(), "http" | "https")
+            && url.has_host()
+            && url.username().is_empty()
+            && url.password().is_none()
+            && url.query().is_none()
+            && url.fragment().is_none()
+    };
+    let url = Url::parse(text).ok().filter(plain);
+    if url.is_none() {
+        // The text is not quoted: it may hold a password.
+        let expected = "expected http://HOST[:PORT] or https://HOST[:PORT], without user, query or fragment";
+        reader.faults.push(format!("--kbs-url: {expected}"));
+    }
+    url
+}
+
+fn admin(reader: &mut SettingsReader<'_>, args: &ConnectArgs) -> Option<AdminSettings> {
+    if args.kbs_admin_key.is_none() {
+        let unused =
+            [("--kbs-admin-issuer", &args.kbs_admin_issuer), ("--kbs-admin-role", &args.kbs_admin_role)];
+        for (flag, _) in unused.into_iter().filter(|(_, value)| value.is_some()) {
+            reader.faults.push(format!("{flag}: needs --kbs-admin-key"));
+        }
+    }
+    let text = |value: &Option<String>, default: &str| value.clone().unwrap_or_else(|| default.to_owned());
+    args.kbs_admin_key.clone().map(|key_file| AdminSettings {
+        key_file,
+        issuer: text(&args.kbs_admin_issuer, ISSUER),
+        role: text(&args.kbs_admin_role, ROLE),
+    })
+}

@@ -1,0 +1,90 @@
+//! Measured and secure boot: the signed disk under Secure Boot, and a TPM's registers as predicted.
+//!
+//! By name: `tests/build-test-vm && tests/run boot-secure`
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use secure_comms_tests::boot::{
+    Boot, Machine, MachineOptions, MachinePermit, Platform, Pod, UserData, apf_json, artifacts, scene,
+    test_certificate,
+};
+use serde_json::json;
+
+/// A script of image/, by its path from the top of the sources.
+fn image_tool(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("image").join(name)
+}
+
+fn run(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("running {command:?}"))?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signed_disk_boots_under_secure_boot() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let signer = test_certificate(directory.path())?;
+    let disk = directory.path().join("signed.raw");
+    let mut sign = Command::new(image_tool("sign"));
+    sign.arg("--key").arg(&signer.key).arg("--cert").arg(&signer.certificate).arg("--output").arg(&disk);
+    run(sign.arg(artifacts()?.file("podvm.raw")?))?;
+
+    let user_data = UserData::NoCloud(apf_json(&json!({}))?);
+    let boot = Boot::Disk(Some(disk));
+    let pod =
+        Pod::start_on(Platform::SecureBoot, scene(false).await?, "secure-boot", boot, user_data).await?;
+    pod.works().await?;
+    // Four bytes of attributes, then the value.
+    let variable = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c";
+    let on = pod.inspection.run(&["od", "-An", "-tu1", variable]).await?;
+    ensure!(
+        on.split_whitespace().last() == Some("1"),
+        "the firmware does not say that Secure Boot is on: {on}"
+    );
+    pod.machine.passed();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unsigned_disk_never_starts_under_secure_boot() -> Result<()> {
+    let scene = scene(false).await?;
+    let options = MachineOptions {
+        name: "secure-boot-unsigned",
+        boot: Boot::Disk(None),
+        platform: Platform::SecureBoot,
+        ssh: scene.ssh,
+        user_data: UserData::Smbios(apf_json(&json!({}))?),
+        no_reboot: true,
+    };
+    let machine = Machine::start(MachinePermit::take().await, &options).await?;
+    println!("{}", machine.says_after(0, "Access Denied").await?);
+    // The firmware has nothing else to boot, and prints that.
+    let gave_up = machine.says_after(0, "No bootable option or device was found").await?;
+    println!("{gave_up}");
+    let log = machine.console.log();
+    ensure!(!log.contains("init: "), "it started all the same:\n{log}");
+    machine.passed();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_registers_of_a_tpm_are_as_predicted() -> Result<()> {
+    let predicted = run(Command::new(image_tool("measure")).arg(artifacts()?.file("podvm.efi")?))?;
+    let user_data = UserData::NoCloud(apf_json(&json!({}))?);
+    let pod = Pod::start_on(Platform::Tpm, scene(false).await?, "tpm", Boot::Disk(None), user_data).await?;
+    pod.works().await?;
+    ensure!(predicted.lines().count() == 2, "a register too few or too many: {predicted}");
+    for line in predicted.lines() {
+        let (register, digest) = line.split_once(' ').context("a line of image/measure")?;
+        let path = format!("/sys/class/tpm/tpm0/pcr-sha256/{register}");
+        let found = pod.inspection.read(&path).await?;
+        println!("PCR {register}: predicted {digest}, found {}", found.trim());
+        ensure!(found.trim().eq_ignore_ascii_case(digest), "PCR {register} is not as predicted");
+    }
+    pod.machine.passed();
+    Ok(())
+}

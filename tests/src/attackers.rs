@@ -1,0 +1,17 @@
+//! Clients, servers and networks that break the protocol on purpose, and the programs that they attack.
+//!
+//! - [`stranger`]: an SSH client that keeps to no rule, and a peer that a test drives by hand;
+//! - [`raw`]: an SSH transport in either role, whose every byte is the test's;
+//! - [`flood`]: thousands of connections at a time;
+//! - [`impostor`]: a server in the place of the agent, attacking the real adaptor;
+//! - [`tamper`]: a TCP path that changes what it carries;
+//! - [`attacked_agent`]: a scene with the agent under attack, and the checks that it withstands it.
+
+pub mod raw;
+pub mod stranger;
+
+pub mod flood;
+pub mod impostor;
+pub mod tamper;
+
+pub mod attacked_agent;

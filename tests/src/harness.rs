@@ -1,0 +1,19 @@
+//! Runs the real programs, and sets the scene of a test around them.
+//!
+//! - [`binaries`]: where the programs under test are, and that they are built from this source;
+//! - [`process`]: runs them, keeps their logs, waits for log lines;
+//! - [`test_namespace`]: network namespaces that are removed when dropped;
+//! - [`pod_keys`]: the keys that an adaptor would have made for a pod;
+//! - [`scene`]: one pod with everything around it, on this machine's loopback;
+//! - [`vm`]: the same with the VM's programs in network namespaces;
+//! - [`pod_site`]: the VM's and the worker node's ends of a pod's network.
+
+pub mod binaries;
+pub mod process;
+pub mod test_namespace;
+
+pub mod pod_keys;
+
+pub mod pod_site;
+pub mod scene;
+pub mod vm;

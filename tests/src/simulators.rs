@@ -1,0 +1,20 @@
+//! Programs and tasks that behave like the real systems around Secure Comms, with faults on demand.
+//!
+//! - [`kbs`]: Trustee's key broker service;
+//! - [`guest`]: the guest components in the VM (`api-server-rest`, CDH), which fetch keys through the agent;
+//! - [`kata`]: an echo server in the place of the kata agent, and clients that check every byte;
+//! - [`kata_api`]: a kata agent and its runtime that speak the real protocol, ttrpc;
+//! - [`inspector`]: reports to tests what the test VM is like inside;
+//! - [`openssh`]: command lines of the stock OpenSSH client;
+//! - [`tcp_proxy`]: a TCP path that can be cut, frozen and delayed;
+//! - [`impaired_link`]: an IP path with delay, loss and a rate, between two network namespaces.
+
+pub mod kbs;
+
+pub use secure_comms_kata_api as kata_api;
+pub use secure_comms_simulators::{guest, inspector, kata};
+
+pub mod openssh;
+
+pub mod impaired_link;
+pub mod tcp_proxy;
