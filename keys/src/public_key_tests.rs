@@ -17,7 +17,7 @@ fn node_fault(lines: &str) -> String {
 }
 
 #[test]
-fn worker_node_keys_are_authorized_keys_lines_without_duplicates() {
+fn worker_node_keys_are_authorized_keys_lines_once_each() {
     let ((one, first), (two, second), (stranger, _)) = (public_line(), public_line(), public_line());
     let lines = format!("# node a\n\n  {first} with a comment\r\n{second}\n{first}\n");
     let keys = WorkerNodeKeys::parse(lines.as_bytes()).unwrap();

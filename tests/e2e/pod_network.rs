@@ -440,7 +440,7 @@ async fn a_pod_namespace_replaces_no_other_file() {
         let said = make(path.to_str().unwrap()).await;
         assert_eq!(said.status.code(), Some(1));
         let error = String::from_utf8_lossy(&said.stderr).into_owned();
-        assert!(error.contains("is no namespace and is not an empty file; remove it"), "{error}");
+        assert!(error.contains("is neither a namespace nor an empty file; remove it"), "{error}");
     }
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "mine");
 }

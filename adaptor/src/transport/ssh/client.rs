@@ -1,6 +1,5 @@
 //! Opens one connection: TCP, handshake, authentication.
 
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -19,10 +18,9 @@ use tokio::sync::OwnedMutexGuard;
 use tokio::time::timeout;
 
 use super::auth_hold::{AuthHold, AuthLock};
-use super::error::ConnectError;
+use super::error::{ConnectError, cause};
 use super::handler::{Callbacks, Shared, TransportEnd, lock};
 use super::phase::{AnyHost, ClientPhase};
-use crate::text::quote;
 use secure_comms_keys::{PodPublic, WorkerNodeKey};
 
 /// Where to connect to, and with which key.
@@ -172,16 +170,6 @@ fn handshake_error<P: ClientPhase>(shared: &Shared<P>, error: &russh::Error) -> 
     match lock(&shared.wrong_key).take() {
         Some(shown) => ConnectError::WrongHostKey { shown },
         None => ConnectError::Protocol("SSH handshake", cause(error)),
-    }
-}
-
-pub(super) fn cause(error: &russh::Error) -> String {
-    match error {
-        russh::Error::Disconnect | russh::Error::HUP => "the other end closed the connection".into(),
-        russh::Error::IO(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            "the other end closed the connection".into()
-        }
-        other => quote(&other.to_string()),
     }
 }
 

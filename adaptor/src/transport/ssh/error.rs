@@ -4,6 +4,8 @@ use std::io;
 
 use secure_comms_protocol::{BannerHint, LoginState, PhaseName};
 
+use crate::text::quote;
+
 /// Error of a connection attempt.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
@@ -53,5 +55,16 @@ impl ConnectError {
             Self::Refused { banner: Some(banner), .. } => BannerHint::parse(banner),
             _ => BannerHint::default(),
         }
+    }
+}
+
+/// What an error of russh means, in words that say who ended the connection.
+pub(super) fn cause(error: &russh::Error) -> String {
+    match error {
+        russh::Error::Disconnect | russh::Error::HUP => "the other end closed the connection".into(),
+        russh::Error::IO(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            "the other end closed the connection".into()
+        }
+        other => quote(&other.to_string()),
     }
 }

@@ -14,8 +14,7 @@ use secure_comms_tunnel::outbound::{self, Permit};
 use secure_comms_tunnel::{Credits, Incoming, Outbounds};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::client::cause;
-use super::error::ConnectError;
+use super::error::{ConnectError, cause};
 use super::phase::ClientPhase;
 use crate::text::quote;
 
