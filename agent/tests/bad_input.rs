@@ -210,7 +210,7 @@ fn an_address_that_can_not_be_had_is_named_with_its_flag() {
     let address = taken.local_addr().unwrap();
     let text = address.to_string();
     runtime(&place, &["-secure-comms-listen", &text], &[&text, "in use", "-secure-comms-listen"]);
-    // RFC 5737: an address that no interface has.
+    // RFC 5737: an address that no host has.
     let foreign = ["-secure-comms-listen", "192.0.2.1:2222"];
     runtime(&place, &foreign, &["192.0.2.1:2222", "correct -secure-comms-listen"]);
     let tag = format!("BOTH_PHASES:KBS:{}", address.port());

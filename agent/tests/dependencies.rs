@@ -17,7 +17,7 @@ const LOCK: &str = include_str!("../../Cargo.lock");
 /// Prefix of our own crates, which the note leaves out.
 const OURS: &str = "secure-comms-";
 
-/// The crates that are linked into the agent by its own manifest, and by those of our crates that it needs.
+/// The direct dependencies of the agent, and of those of our crates that it needs.
 fn direct() -> Vec<String> {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--format-version=1", "--no-deps", "--offline", "--manifest-path"])

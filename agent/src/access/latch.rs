@@ -36,7 +36,7 @@ pub enum LatchError {
     Exposed {
         /// Path of the file or directory.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         fault: PrivacyFault,
     },
     /// The content is not what this agent wrote.
@@ -64,7 +64,7 @@ impl From<FileError> for LatchError {
     }
 }
 
-/// Where the latched keys are.
+/// The directory of the latched keys.
 #[derive(Clone, Debug)]
 pub(crate) struct Latch {
     directory: PathBuf,
