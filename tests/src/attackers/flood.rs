@@ -80,7 +80,7 @@ impl Flood {
         self.let_in.load(Ordering::Relaxed)
     }
 
-    /// Waits until so many connections were opened.
+    /// Waits until at least `connections` connections were opened.
     pub async fn reaches(&self, connections: u64) {
         // The sender is a field of `self`, so waiting can't fail.
         drop(self.opened.subscribe().wait_for(|opened| *opened >= connections).await);

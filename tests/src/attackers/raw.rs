@@ -222,7 +222,7 @@ impl Raw {
         timeout(PATIENCE, end).await.context("raw: the connection stays")
     }
 
-    /// Reads so many bytes, unchanged.
+    /// Reads exactly the number of bytes given, unchanged.
     ///
     /// # Errors
     /// If the connection ends before.

@@ -67,7 +67,7 @@ enum Kind {
     Latency,
     Setup,
     Memory,
-    /// A link with this round trip in milliseconds, and a loss of so many packets in a thousand.
+    /// A link: its round trip in milliseconds, and its loss in packets of a thousand.
     Distance(u64, u32),
 }
 

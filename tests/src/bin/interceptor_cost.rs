@@ -254,7 +254,7 @@ impl Path {
         timeout(PATIENCE, round).await.with_context(|| format!("{name} hangs"))?.context(name)
     }
 
-    /// Makes this call so many times, each before the last one is answered; returns the seconds until all are.
+    /// Sends `call` `count` times without waiting between them; returns the seconds until all are answered.
     async fn calls(&mut self, call: &Call, count: u32) -> Result<f64> {
         let first = self.next;
         self.next += 2 * count;

@@ -66,7 +66,7 @@ impl Raw {
         self.send(&Packet::new(message::USERAUTH_SUCCESS)).await
     }
 
-    /// Accepts the control channel, as `ours`, and so many forwards; returns the adaptor's channel number.
+    /// Accepts the control channel, as `ours`, and `forwards` forwards; returns the adaptor's channel number.
     ///
     /// # Errors
     /// If the adaptor does not ask for them.
