@@ -222,7 +222,7 @@ impl Raw {
         timeout(PATIENCE, end).await.context("raw: the connection stays")
     }
 
-    /// Reads exactly the number of bytes given, unchanged.
+    /// Fills `bytes` with the bytes that arrive next, unchanged.
     ///
     /// # Errors
     /// If the connection ends before.
