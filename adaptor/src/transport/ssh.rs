@@ -1,4 +1,4 @@
-//! The SSH client: one connection, from TCP to authentication. With the keys, the only room of the adaptor that names
+//! The SSH client: one connection, from TCP to authentication. The only room of the adaptor that names
 //! russh.
 
 mod phase;
