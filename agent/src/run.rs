@@ -46,6 +46,18 @@ pub enum RunError {
     Io(#[from] io::Error),
 }
 
+/// Checks the directory of the latched keys, if keys will be latched: before anything listens, so that a fault of the
+/// directory is the first that the log says. Warns if it is not on a tmpfs.
+///
+/// # Errors
+/// The directory or the keys in it can't be used.
+pub fn check_state_dir(config: &Config) -> Result<(), RunError> {
+    if matches!(config.source, KeySource::Kbs { .. }) {
+        Latch::new(&config.state_dir).check()?;
+    }
+    Ok(())
+}
+
 /// Runs the agent on a bound listener until `shutdown`, then drains its streams for at most [`SHUTDOWN_DRAIN`].
 ///
 /// # Errors
@@ -237,7 +249,7 @@ async fn report_to_systemd(
             }
         }
     };
-    tokio::join!(watchdog, follow);
+    tokio::join!(watchdog, follow, notifier.send_late());
 }
 
 /// Closes the connections after their streams have ended, at most [`SHUTDOWN_DRAIN`] later.
