@@ -18,7 +18,7 @@ use crate::access::latch::{Latch, LatchError};
 use crate::access::policy::{AccessPolicy, Attesters, PersistKeys};
 use crate::agent::Agent;
 use crate::config::{Config, KeySource};
-use crate::os::log_limits::Repeated;
+use crate::os::log_limits::{Repeated, report_left_out};
 use crate::os::systemd::{Notifier, watchdog_interval};
 use crate::phases::attestation::{self, GuestApi};
 use crate::phases::kubernetes;
@@ -100,6 +100,7 @@ pub async fn run(
     notifier.ready(&status(&agent, &network_status));
     let server = Arc::new(Server::new(agent.clone(), config.rekey_bytes));
     let accept = tasks.spawn(accept(server, listener));
+    tasks.spawn(report_left_out());
     tasks.spawn(run_phases(agent.clone(), guest, start));
     tasks.spawn(report_to_systemd(agent.clone(), network_status, notifier.clone()));
     shutdown.await;

@@ -13,6 +13,11 @@ use secure_comms_protocol::limits;
 use super::go_flags::{FLAGS, Stop, normalise};
 
 const NAME: &str = "agent-protocol-forwarder";
+const ABOUT: &str = "\
+The agent in a pod VM: serves the kata agent and named tunnels to the worker
+node over SSH. Flags may have two dashes. If one is repeated, the last value
+wins.
+";
 /// The smallest `-secure-comms-rekey-bytes`: less would spend the connection on key exchanges.
 pub const REKEY_BYTES_MIN: usize = 1024 * 1024;
 
@@ -86,8 +91,7 @@ fn escape_control(c: char) -> impl Iterator<Item = char> {
     escaped.into_iter().flatten().chain(plain)
 }
 
-/// The agent in a pod VM: serves the kata agent and named tunnels to the worker node over SSH.
-/// Flags may be written -flag value, -flag=value or with two dashes; if one is repeated, the last value wins.
+/// See ABOUT.
 #[derive(FromArgs)]
 #[expect(dead_code, reason = "ignored flags are only accepted and listed in the help")]
 struct Flags {
@@ -136,7 +140,7 @@ struct Flags {
     /// directory for this boot's keys, on a tmpfs (default /run/secure-comms)
     #[argh(option, default = "PathBuf::from(\"/run/secure-comms\")", from_str_fn(path))]
     secure_comms_state_dir: PathBuf,
-    /// bytes after which a connection is rekeyed (default 32 GiB, at least 1 MiB)
+    /// bytes after which a connection is rekeyed, e.g. 64M or 1GiB (default 32GiB, at least 1MiB)
     #[argh(option, default = "limits::REKEY_BYTES", from_str_fn(rekey_bytes))]
     secure_comms_rekey_bytes: usize,
     /// ignored; accepted for compatibility with the TLS mode
@@ -217,9 +221,11 @@ fn help() -> Exit {
         Err(exit) => exit.output,
         Ok(_) => String::new(),
     };
-    let (_, rest) = output.split_once("\n\n").unwrap_or_default();
-    let mut text = format!("Usage: {NAME} [-FLAG VALUE | -FLAG=VALUE]...\n\n");
-    for line in rest.lines() {
+    let (_, list) = output.split_once("Options:\n").unwrap_or_default();
+    let list = list.replacen("  --help, help ", "  --help       ", 1);
+    let mut text =
+        format!("Usage: {NAME} [-FLAG VALUE | -FLAG=VALUE]... | help | version\n\n{ABOUT}\nFlags:\n");
+    for line in list.lines() {
         match line.strip_prefix("  --").map(|flag| flag.split_once(' ').ok_or(flag)) {
             // One dash less, so one space more.
             Some(Ok((name, rest))) => text.push_str(&format!("  -{name}  {rest}")),

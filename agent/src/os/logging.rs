@@ -14,6 +14,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 use secure_comms_keys::text::one_line;
 use tokio::sync::Notify;
 
+use super::log_limits::LIBRARIES;
 use super::log_output::{Channel, Sink, Syslog, would_block};
 use super::log_queue::LogQueue;
 
@@ -21,6 +22,8 @@ use super::log_queue::LogQueue;
 pub const LEVEL_VARIABLE: &str = "SECURE_COMMS_LOG";
 /// The longest text of a line, in bytes. Syslog daemons accept 2 KiB or more, and a pipe takes a line of 4 KiB whole.
 const LINE_MAX: usize = 1900;
+/// What the targets of [`LIBRARIES`] begin with.
+const LIBRARY_TARGETS: [&str; 3] = ["russh", "secure_comms_tunnel", "secure_comms_ssh"];
 /// The socket of the syslog daemon.
 const SYSLOG: &str = "/dev/log";
 /// Interval at which lines that wait are tried again.
@@ -125,9 +128,17 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if self.enabled(record.metadata())
-            && !self.queue().push(record.level(), one_line(&record.args().to_string(), LINE_MAX))
-        {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let mut level = record.level();
+        if LIBRARY_TARGETS.iter().any(|library| record.target().starts_with(library)) {
+            level = LIBRARIES.level(level);
+            if level > self.level {
+                return;
+            }
+        }
+        if !self.queue().push(level, one_line(&record.args().to_string(), LINE_MAX)) {
             WAITING.notify_one();
         }
     }

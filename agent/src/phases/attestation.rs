@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 use super::attempt_queue::{AttemptQueue, Next};
 use super::kbs_fetch::{self, FetchError};
 use crate::agent::Agent;
-use crate::os::log_limits::Repeated;
+use crate::os::log_limits::{Repeated, UNPROVEN};
 use crate::peers::deadlines::KbsDeadlines;
 use crate::peers::peer::Peer;
 use secure_comms_keys::{KeyError, PodKeys};
@@ -83,7 +83,7 @@ impl GuestApi {
 /// Cancellation: ends the current attempt; its routes and its peer's exemption from eviction stay for the caller to clear.
 pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
     let mut queue = AttemptQueue::default();
-    let mut failure = Repeated::new("getting the keys from the KBS");
+    let mut failure = Repeated::new("getting the keys from the KBS").throttled(&UNPROVEN);
     // Short at first, so that a lost answer costs little; longer after each miss, so that a slow KBS can answer.
     let mut deadlines = KbsDeadlines {
         first_byte: KBS_FIRST_BYTE_MIN,
@@ -121,7 +121,8 @@ pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
 /// Logs that a peer pauses for longer than the usual retries, each time that the pause grows.
 fn report_pause(peer: &Peer<Attestation>, longer: Option<Duration>) {
     if let Some(pause) = longer.filter(|pause| *pause > RETRY_MAX) {
-        log::info!(
+        log::log!(
+            peer.connection.log_level(log::Level::Info),
             "connection from {}: the same answers again: attempts through it are up to {} s apart from now on; a new \
              connection is used at once",
             peer.connection.address,
@@ -152,7 +153,8 @@ async fn next_peer(agent: &Agent, queue: &mut AttemptQueue) -> Arc<Peer<Attestat
                     {
                         // Once for each peer; results of its attempts are logged when they change.
                         let address = peer.connection.address;
-                        log::info!("pod {pod}: getting the keys from the KBS through {address}");
+                        let level = peer.connection.log_level(log::Level::Info);
+                        log::log!(level, "pod {pod}: getting the keys from the KBS through {address}");
                     }
                     return peer.clone();
                 }
@@ -197,7 +199,8 @@ async fn try_peer(
     let result = match fetched {
         Ok(result) => result,
         Err(reason) => {
-            log::info!("connection from {}: {reason}", peer.connection.address);
+            let level = peer.connection.log_level(log::Level::Info);
+            log::log!(level, "connection from {}: {reason}", peer.connection.address);
             routes.refuse_attestation();
             agent.attempt.set_peer(None);
             peer.close_gracefully(reason);
