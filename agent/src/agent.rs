@@ -12,12 +12,8 @@ use crate::access::limiter::ConnectionLimiter;
 use crate::access::policy::AccessPolicy;
 use crate::config::Config;
 use crate::kata::{self, KataAgent};
-use crate::os::log_limits::Throttle;
 use crate::peers::peer::Peers;
 use crate::peers::routes::Routes;
-
-/// Lines a minute about connections that end without having authenticated.
-const UNAUTHENTICATED_LOGGED: u32 = 20;
 
 /// The shared state.
 #[derive(Debug)]
@@ -36,7 +32,7 @@ pub(crate) struct Agent {
     pub(crate) instance: String,
 }
 
-/// Limits on connections, and on log lines about strangers.
+/// Limits on connections.
 #[derive(Debug)]
 pub(crate) struct Limits {
     /// Connections whose client has sent nothing yet, or that wait for admission: they cost next to nothing.
@@ -45,8 +41,6 @@ pub(crate) struct Limits {
     pub(crate) unauthenticated: Arc<ConnectionLimiter>,
     /// Peers of the Attestation phase.
     pub(crate) attesting: Arc<ConnectionLimiter>,
-    /// Log lines about connections that ended without having authenticated.
-    pub(crate) unauthenticated_log: Throttle,
 }
 
 /// The authenticated peers by phase.
@@ -98,7 +92,6 @@ impl Agent {
                 waiting: ConnectionLimiter::new(WAITING_MAX),
                 unauthenticated: ConnectionLimiter::new(UNAUTHENTICATED_MAX),
                 attesting: ConnectionLimiter::new(ATTESTATION_PEERS_MAX),
-                unauthenticated_log: Throttle::new(UNAUTHENTICATED_LOGGED),
             },
             peers: PhasePeers::default(),
             tunnels: Tunnels {

@@ -4,8 +4,12 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use log::Level;
+use secure_comms_protocol::PhaseName;
 use secure_comms_ssh::guard::Guard;
 use secure_comms_tunnel::Credits;
+
+use crate::os::log_limits::{UNAUTHENTICATED, UNPROVEN};
 
 /// Refusals of one connection that are logged as warnings. Later ones are logged at debug level, so that a stranger can't
 /// fill the log.
@@ -21,32 +25,50 @@ pub(crate) struct Connection {
     guard: Guard,
     /// Empty until the peer has authenticated: its limits depend on the phase.
     credits: Arc<OnceLock<Credits>>,
+    phase: Arc<OnceLock<PhaseName>>,
     refusals: Arc<AtomicU32>,
 }
 
 impl Connection {
     /// A connection that was just accepted.
     pub(crate) fn new(id: u64, address: SocketAddr, guard: Guard) -> Self {
-        Self { id, address, guard, credits: Arc::default(), refusals: Arc::default() }
+        Self { id, address, guard, credits: Arc::default(), phase: Arc::default(), refusals: Arc::default() }
     }
 
-    /// Sets the flow control of a peer that has authenticated. At most `held_max` bytes are read ahead from now on.
-    pub(crate) fn set_authenticated(&self, credits: Credits, held_max: usize) {
+    /// Sets the phase and the flow control of a peer that has authenticated. At most `held_max` bytes are read ahead from
+    /// now on.
+    pub(crate) fn set_authenticated(&self, phase: PhaseName, credits: Credits, held_max: usize) {
         self.guard.set_read_ahead_limit(held_max);
         // A connection authenticates once.
+        let _ = self.phase.set(phase);
         drop(self.credits.set(credits));
     }
 
-    /// Whether the peer has authenticated.
-    pub(crate) fn has_authenticated(&self) -> bool {
-        self.credits.get().is_some()
+    /// The level for a line that this connection causes: `level`, or debug if unproven connections have caused too many
+    /// within a minute. Every such line has its level from here.
+    pub(crate) fn log_level(&self, level: Level) -> Level {
+        match self.phase.get() {
+            None => UNAUTHENTICATED.level(level),
+            Some(PhaseName::Attestation) => UNPROVEN.level(level),
+            // It has proven a worker-node key.
+            Some(PhaseName::Kubernetes) => level,
+        }
     }
 
     /// Counts a refused request; returns the level to log it at.
-    pub(crate) fn count_refusal(&self) -> log::Level {
+    pub(crate) fn count_refusal(&self) -> Level {
         match self.refusals.fetch_add(1, Ordering::Relaxed) {
-            0..REFUSALS_LOGGED => log::Level::Warn,
-            _ => log::Level::Debug,
+            0..REFUSALS_LOGGED => self.log_level(Level::Warn),
+            _ => Level::Debug,
+        }
+    }
+
+    /// Counts a refused login; returns the level to log it at. A client tries all of its keys: the first one's refusal says
+    /// enough.
+    pub(crate) fn count_login_refusal(&self) -> Level {
+        match self.refusals.fetch_add(1, Ordering::Relaxed) {
+            0 => self.log_level(Level::Info),
+            _ => Level::Debug,
         }
     }
 

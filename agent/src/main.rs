@@ -1,18 +1,16 @@
 //! `agent-protocol-forwarder`: parses, binds, and calls [`run`].
 
 use std::io::{self, Write};
-use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
 use agent_protocol_forwarder::config::file;
 use agent_protocol_forwarder::config::flags::{self, Exit, MissingNamespace, Options};
 use agent_protocol_forwarder::config::{Config, ConfigError};
-use agent_protocol_forwarder::os::logging;
 use agent_protocol_forwarder::os::systemd::Notifier;
+use agent_protocol_forwarder::os::{environment, listener, logging};
 use agent_protocol_forwarder::{pod_network, run};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use secure_comms_tunnel::netns::Namespace;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// musl's own allocator returns memory to the kernel and requests it again for every large message.
@@ -22,15 +20,18 @@ static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 fn main() -> ExitCode {
     match start() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            log::logger().flush();
+            ExitCode::SUCCESS
+        }
         Err(exit) => {
             let text = exit.text.trim_end();
-            // The output may be closed; the exit code reports the failure too.
-            drop(if exit.to_stderr {
-                writeln!(io::stderr(), "{text}")
+            if exit.to_stderr {
+                logging::print_last(text);
             } else {
-                writeln!(io::stdout(), "{text}")
-            });
+                // stdout may be closed: a reader of the help that has read enough.
+                drop(writeln!(io::stdout(), "{text}"));
+            }
             ExitCode::from(u8::try_from(exit.code).unwrap_or(1))
         }
     }
@@ -60,6 +61,7 @@ fn failed(error: impl std::fmt::Display) -> Exit {
 fn start() -> Result<(), Exit> {
     let options = flags::parse(std::env::args_os().skip(1))?;
     logging::init().map_err(|error| Exit { code: 2, ..failed(error) })?;
+    environment::warn_of_unknown_variables();
     for flag in &options.unused {
         log::info!("{flag} ignored: not used by Secure Comms");
     }
@@ -94,6 +96,8 @@ async fn serve(options: Options) -> Result<(), Exit> {
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let notifier = Notifier::from_env().map_err(failed)?;
+    // It ends with the runtime.
+    drop(tokio::spawn(logging::write_waiting()));
     let shutdown = async {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -109,8 +113,9 @@ async fn serve(options: Options) -> Result<(), Exit> {
             return Ok(());
         }
     };
+    run::check_state_dir(&config).map_err(failed)?;
     let listen = config.listen;
-    let listener = bind(listen)
+    let listener = listener::listen(listen)
         .await
         .map_err(|error| failed(format!("listening on {listen}: {error}; {}", listen_advice(&error))))?;
     if let Some(pod) = &config.pod {
@@ -132,25 +137,9 @@ async fn configuration(options: Options, notifier: &Notifier) -> Result<Config, 
     Config::resolve(options, daemon).map_err(config_fault)
 }
 
-/// Binds the listener. `[::]` accepts IPv4 too; where IPv6 is disabled in the kernel, falls back to IPv4.
-async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    match TcpListener::bind(address).await {
-        Err(error) if address.is_ipv6() && address.ip().is_unspecified() && no_ipv6(&error) => {
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
-        }
-        other => other,
-    }
-}
-
 fn listen_advice(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrInUse => "is another agent running? end it, or change -secure-comms-listen",
         _ => "correct -secure-comms-listen",
     }
-}
-
-fn no_ipv6(error: &io::Error) -> bool {
-    // EAFNOSUPPORT has no kind of its own.
-    error.raw_os_error() == Some(nix::errno::Errno::EAFNOSUPPORT as i32)
-        || error.kind() == io::ErrorKind::AddrNotAvailable
 }

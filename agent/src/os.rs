@@ -1,9 +1,18 @@
-//! The agent and the operating system's services: its log, and systemd.
+//! The agent and the operating system's services: its log, systemd, and its listening socket.
 //!
-//! In: log lines and states. Out: syslog, stderr and the socket of systemd. Knows nothing of the rest of the agent.
+//! In: log lines and states. Out: syslog, stderr and the socket of systemd, none of which is ever waited for. Knows nothing
+//! of the rest of the agent.
+
+mod log_output;
+
+mod log_queue;
 
 pub mod logging;
 
 pub(crate) mod log_limits;
 
 pub mod systemd;
+
+pub mod listener;
+
+pub mod environment;

@@ -6,4 +6,6 @@ pub mod kbs_fetch;
 
 pub(crate) mod attestation;
 
+mod attempt_queue;
+
 pub(crate) mod kubernetes;

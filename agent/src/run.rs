@@ -18,7 +18,7 @@ use crate::access::latch::{Latch, LatchError};
 use crate::access::policy::{AccessPolicy, Attesters, PersistKeys};
 use crate::agent::Agent;
 use crate::config::{Config, KeySource};
-use crate::os::log_limits::Repeated;
+use crate::os::log_limits::{Repeated, report_left_out};
 use crate::os::systemd::{Notifier, watchdog_interval};
 use crate::phases::attestation::{self, GuestApi};
 use crate::phases::kubernetes;
@@ -44,6 +44,18 @@ pub enum RunError {
     /// The signal handlers could not be set up.
     #[error("setting up: {0}")]
     Io(#[from] io::Error),
+}
+
+/// Checks the directory of the latched keys, if keys will be latched: before anything listens, so that a fault of the
+/// directory is the first that the log says. Warns if it is not on a tmpfs.
+///
+/// # Errors
+/// The directory or the keys in it can't be used.
+pub fn check_state_dir(config: &Config) -> Result<(), RunError> {
+    if matches!(config.source, KeySource::Kbs { .. }) {
+        Latch::new(&config.state_dir).check()?;
+    }
+    Ok(())
 }
 
 /// Runs the agent on a bound listener until `shutdown`, then drains its streams for at most [`SHUTDOWN_DRAIN`].
@@ -88,6 +100,7 @@ pub async fn run(
     notifier.ready(&status(&agent, &network_status));
     let server = Arc::new(Server::new(agent.clone(), config.rekey_bytes));
     let accept = tasks.spawn(accept(server, listener));
+    tasks.spawn(report_left_out());
     tasks.spawn(run_phases(agent.clone(), guest, start));
     tasks.spawn(report_to_systemd(agent.clone(), network_status, notifier.clone()));
     shutdown.await;
@@ -237,7 +250,7 @@ async fn report_to_systemd(
             }
         }
     };
-    tokio::join!(watchdog, follow);
+    tokio::join!(watchdog, follow, notifier.send_late());
 }
 
 /// Closes the connections after their streams have ended, at most [`SHUTDOWN_DRAIN`] later.

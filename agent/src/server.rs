@@ -10,6 +10,7 @@ mod handler;
 mod session;
 
 mod control;
+mod mismatches;
 mod phase;
 
 use std::io;
@@ -75,7 +76,8 @@ impl Server {
             Handshake::Ended(ended) => ended,
             Handshake::Authenticated => until_end(session, &connection).await,
             Handshake::TimedOut => {
-                log::info!("connection from {address}: {}", authentication_timeout());
+                let level = connection.log_level(log::Level::Info);
+                log::log!(level, "connection from {address}: {}", authentication_timeout());
                 connection.cut();
                 session.await
             }
@@ -115,11 +117,7 @@ impl Server {
 
     /// Logs how a connection ended. Lines about clients that never authenticated are limited.
     fn log_end<E: std::fmt::Display>(&self, connection: &Connection, ended: Result<(), E>) {
-        let level = if connection.has_authenticated() {
-            log::Level::Info
-        } else {
-            self.agent.limits.unauthenticated_log.level(log::Level::Info)
-        };
+        let level = connection.log_level(log::Level::Info);
         match ended {
             Ok(()) => log::log!(level, "connection from {}: closed", connection.address),
             Err(error) => log::log!(level, "connection from {}: ended: {error}", connection.address),

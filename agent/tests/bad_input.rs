@@ -47,14 +47,16 @@ fn runtime(place: &Place, args: &[&str], parts: &[&str]) {
 #[test]
 fn version_and_help_are_printed_and_succeed() {
     let place = Place::new();
-    let version = place.run(&["-version"], &[]);
-    assert_eq!(version.status.code(), Some(0));
-    let expected = concat!("agent-protocol-forwarder ", env!("CARGO_PKG_VERSION"), "\n");
-    assert_eq!(String::from_utf8(version.stdout).unwrap(), expected);
-    for flag in ["-h", "-help", "--help"] {
+    for flag in ["-version", "--version", "-V", "version"] {
+        let version = place.run(&[flag], &[]);
+        assert_eq!(version.status.code(), Some(0));
+        let expected = concat!("agent-protocol-forwarder ", env!("CARGO_PKG_VERSION"), "\n");
+        assert_eq!(String::from_utf8(version.stdout).unwrap(), expected);
+    }
+    for flag in ["-h", "-help", "--help", "help"] {
         let help = place.run(&[flag], &[]);
         assert_eq!(help.status.code(), Some(0), "{flag}");
-        assert!(String::from_utf8(help.stdout).unwrap().contains("--secure-comms-inbounds"), "{flag}");
+        assert!(String::from_utf8(help.stdout).unwrap().contains("  -secure-comms-inbounds"), "{flag}");
         assert!(help.stderr.is_empty(), "{flag}");
     }
 }
@@ -62,11 +64,13 @@ fn version_and_help_are_printed_and_succeed() {
 #[test]
 fn a_wrong_flag_is_named_with_what_was_expected() {
     usage(&["-nope"], &["'-nope'", "no such flag", "correct or remove it"]);
+    usage(&["-secure-coms"], &["'-secure-coms'", "no such flag", "did you mean -secure-comms?"]);
     usage(&["stray"], &["'stray'", "not a flag", "remove it"]);
     usage(&["-secure-comms-inbounds"], &["-secure-comms-inbounds", "needs a value"]);
     usage(&["-secure-comms=maybe"], &["-secure-comms=maybe", "expected true or false"]);
     for flag in ["-config", "-kata-agent-socket", "-secure-comms-state-dir"] {
-        usage(&[flag, "relative"], &[flag, "'relative'", "expected an absolute path"]);
+        let fault = format!("forwarder: flag '{flag}': value 'relative': expected an absolute path");
+        usage(&[flag, "relative"], &[&fault]);
     }
     usage(&["-secure-comms-listen", "2222"], &["-secure-comms-listen", "'2222'", "[::]:2222"]);
     usage(&["-secure-comms-guest-api", "h:1"], &["-secure-comms-guest-api", "'h:1'", "127.0.0.1:8006"]);
@@ -190,18 +194,52 @@ fn exposed_or_broken_latched_keys_stop_the_start() {
     directory("open", 0o777);
     write(&directory("broken", 0o700).join("keys"), 0o600);
     write(&directory("exposed", 0o700).join("keys"), 0o644);
-    for (name, part) in [
-        ("file", "it is not a directory"),
-        ("open", "others may access it (mode 0777)"),
-        ("broken", "not written by this agent"),
-        ("exposed", "others may access it (mode 0644)"),
+    for (name, parts) in [
+        ("file", ["it is not a directory", "name a directory"]),
+        ("open", ["others may access it (mode 0777)", "run chmod 0700 /dev/shm/"]),
+        ("broken", ["not written by this agent", "reboot the VM to start over"]),
+        ("exposed", ["others may access it (mode 0644)", "reboot the VM to start over"]),
     ] {
         let path = place.path(name);
         let args = ["-secure-comms-state-dir", path.to_str().unwrap()];
-        runtime(&place, &args, &[path.to_str().unwrap(), part, "reboot the VM to start over"]);
+        runtime(&place, &args, &[&[path.to_str().unwrap()][..], &parts].concat());
+        let output = place.run(&[&FREE_PORTS[..], &args].concat(), &[]);
+        let log = String::from_utf8(output.stderr).unwrap();
+        assert!(!log.contains("listens on"), "it fails before it listens: {log}");
     }
     let left: Vec<_> = fs::read_dir(place.path("open")).unwrap().collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_state_directory_outside_of_memory_is_warned_of() {
+    let place = Place::new();
+    let warning = "<4>-secure-comms-state-dir /proc/self/state: it is not on a tmpfs";
+    let args = [&FREE_PORTS[..], &["-secure-comms-state-dir", "/proc/self/state"]].concat();
+    let mut agent = place.start(&args, &[]);
+    agent.says(warning);
+    assert_eq!(agent.terminate().code(), Some(0));
+    // Keys from the user data are not latched.
+    let keys = (testdata("ed25519.openssh"), testdata("ed25519.pub"));
+    place.write_config(&format!(r#"{{"sc": true, "sc-pp-prv": "{}", "sc-wn-pub": "{}"}}"#, keys.0, keys.1));
+    let mut agent = place.start(&args, &[]);
+    agent.address();
+    assert_eq!(agent.terminate().code(), Some(0));
+    let mut agent = place.start(&args, &[]);
+    agent.says("from the user data");
+    agent.terminate();
+    let log = agent.rest();
+    assert!(!log.contains(warning), "{log}");
+}
+
+#[test]
+fn a_variable_with_a_typo_is_warned_of() {
+    let place = Place::new();
+    let mut agent = place.start(&FREE_PORTS, &[("SECURE_COMMS_LGO", "debug")]);
+    agent.says(
+        "<4>environment variable SECURE_COMMS_LGO: not known to the agent; did you mean SECURE_COMMS_LOG?",
+    );
+    assert_eq!(agent.terminate().code(), Some(0));
 }
 
 #[test]

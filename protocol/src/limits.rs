@@ -130,6 +130,11 @@ pub const KBS_FIRST_BYTE: Duration = Duration::from_secs(20);
 /// Idle timeout of a KBS stream after its first byte, so that a lost request is retried. Each attempt that ends with
 /// that timeout doubles it, up to [`KEY_FETCH`].
 pub const KBS_PAUSE_MIN: Duration = Duration::from_secs(10);
+/// Longest pause between attempts through one peer, once it has brought known errors [`SAME_ANSWERS`] times: each attempt is
+/// an attestation at the KBS.
+pub const KEYS_RETRY_MAX: Duration = Duration::from_secs(60);
+/// Known errors of one peer after which its pauses grow beyond [`RETRY_MAX`].
+pub const SAME_ANSWERS: u32 = 8;
 /// Longest interval of `keys` messages while the agent waits for its keys.
 pub const KEYS_REPORT: Duration = Duration::from_secs(15);
 /// Time that attestation peers have to close their connections after `upgrade`.

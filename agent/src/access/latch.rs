@@ -4,8 +4,9 @@
 //! that another user could have written, or that can't be read, is an error and never "no keys". Without keys the agent
 //! would attest again, and an attacker that answers as the KBS would own a VM that already runs a pod.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use secure_comms_keys::private_directory::PrivateDirectory;
 use secure_comms_keys::{FileError, KeyError, PodKeys, PrivacyFault};
 use secure_comms_protocol::limits::KEY_MAX;
@@ -29,12 +30,20 @@ pub enum LatchError {
         /// Error of the system.
         source: std::io::Error,
     },
-    /// Another user could have written or could read it.
+    /// Another user could use the directory.
+    #[error("checking -secure-comms-state-dir {}: {fault}; {}", path.display(), directory_advice(path, *fault))]
+    Directory {
+        /// Path of the directory.
+        path: PathBuf,
+        /// The fault.
+        fault: PrivacyFault,
+    },
+    /// Another user could have written the keys or could read them.
     #[error(
         "checking the latched keys in {}: {fault}; it must be ours alone; reboot the VM to start over", path.display()
     )]
     Exposed {
-        /// Path of the file or directory.
+        /// Path of the file.
         path: PathBuf,
         /// The fault.
         fault: PrivacyFault,
@@ -52,15 +61,14 @@ pub enum LatchError {
     Encode(#[from] KeyError),
 }
 
-impl From<FileError> for LatchError {
-    fn from(error: FileError) -> Self {
-        match error {
-            FileError::Io { doing, path, source } => Self::Io { doing, path, source },
-            FileError::NotPrivate { path, fault } => Self::Exposed { path, fault },
-            FileError::TooLarge { path, max } => {
-                Self::Broken { path, fault: format!("larger than {max} bytes") }
-            }
+fn directory_advice(path: &Path, fault: PrivacyFault) -> String {
+    let path = path.display();
+    match fault {
+        PrivacyFault::Mode { wanted, .. } => {
+            format!("run chmod {wanted:04o} {path}, or name another directory")
         }
+        PrivacyFault::Foreign { us, .. } => format!("run chown {us} {path}, or name another directory"),
+        _ => "name a directory, which is made if it does not exist".to_owned(),
     }
 }
 
@@ -76,15 +84,33 @@ impl Latch {
         Self { directory: directory.into() }
     }
 
+    /// Checks the directory, and the keys in it. Warns if it is not on a tmpfs: that is no fault, because a disk may be
+    /// encrypted with a key of this VM, which can't be seen here.
+    ///
+    /// # Errors
+    /// Those of [`Self::load`].
+    pub(crate) fn check(&self) -> Result<(), LatchError> {
+        self.load()?;
+        if !is_in_memory(&self.directory) {
+            log::warn!(
+                "-secure-comms-state-dir {}: it is not on a tmpfs: the keys of this boot may reach a disk, where the host \
+                 can read them, and outlast a reboot; name a directory below /run",
+                self.directory.display()
+            );
+        }
+        Ok(())
+    }
+
     /// Reads the keys of this boot; `None` if none were stored.
     ///
     /// # Errors
     /// The keys exist and can't be trusted or read. The caller must not continue without them.
     pub(crate) fn load(&self) -> Result<Option<PodKeys>, LatchError> {
-        let Some(directory) = PrivateDirectory::open(&self.directory)? else { return Ok(None) };
+        let open = PrivateDirectory::open(&self.directory).map_err(|error| self.fault(error))?;
+        let Some(directory) = open else { return Ok(None) };
         let bytes = match directory.read(FILE, FILE_MAX) {
             Err(error) if error.is_not_found() => return Ok(None),
-            bytes => bytes?,
+            bytes => bytes.map_err(|error| self.fault(error))?,
         };
         let broken = |fault: &str| {
             let path = self.directory.join(FILE);
@@ -106,8 +132,36 @@ impl Latch {
         let mut text = Zeroizing::new(String::with_capacity(HEADER.len() + keys.len()));
         text.push_str(HEADER);
         text.push_str(&keys);
-        Ok(PrivateDirectory::make(&self.directory)?.replace(FILE, text.as_bytes())?)
+        PrivateDirectory::make(&self.directory)
+            .and_then(|directory| directory.replace(FILE, text.as_bytes()))
+            .map_err(|error| self.fault(error))
     }
+
+    fn fault(&self, error: FileError) -> LatchError {
+        match error {
+            FileError::Io { doing, path, source } => LatchError::Io { doing, path, source },
+            FileError::NotPrivate { path, fault } if path == self.directory => {
+                LatchError::Directory { path, fault }
+            }
+            FileError::NotPrivate { path, fault } => LatchError::Exposed { path, fault },
+            FileError::TooLarge { path, max } => {
+                LatchError::Broken { path, fault: format!("larger than {max} bytes") }
+            }
+        }
+    }
+}
+
+/// The magic number of a ramfs (statfs(2)).
+const RAMFS: u64 = 0x8584_58f6;
+
+/// Whether a directory is on a tmpfs or ramfs. One that does not exist is on the file system of its nearest parent.
+fn is_in_memory(directory: &Path) -> bool {
+    let mut found = directory.ancestors().filter_map(|path| statfs(path).ok());
+    // If nothing is known there is nothing to warn of.
+    found.next().is_none_or(|found| {
+        let kind = found.filesystem_type();
+        kind == TMPFS_MAGIC || u64::try_from(kind.0).is_ok_and(|kind| kind == RAMFS)
+    })
 }
 
 #[cfg(test)]

@@ -30,10 +30,13 @@ fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().mode() & 0o7777
 }
 
-fn refused(latch: &Latch, part: &str) {
-    for error in [latch.load().unwrap_err(), latch.store(&keys()).unwrap_err()] {
-        let text = error.to_string();
-        assert!(text.contains(part) && text.contains("reboot the VM"), "{part:?} is not in {text:?}");
+fn refused(latch: &Latch, parts: &[&str]) {
+    let faults = [latch.load().unwrap_err(), latch.store(&keys()).unwrap_err(), latch.check().unwrap_err()];
+    for text in faults.map(|error| error.to_string()) {
+        for part in parts {
+            assert!(text.contains(part), "{part:?} is not in {text:?}");
+        }
+        assert!(text.contains("-secure-comms-state-dir") && !text.contains("reboot"), "{text}");
     }
 }
 
@@ -82,11 +85,14 @@ fn a_directory_that_cannot_be_made_is_named() {
 
 #[test]
 fn a_directory_that_others_may_use_is_refused() {
-    for others in [0o770, 0o755, 0o702, 0o710] {
+    for others in [0o770, 0o755, 0o702, 0o710, 0o777, 0o1777] {
         let (_parent, latch) = latch();
         latch.store(&keys()).unwrap();
         set_mode(&latch.directory, others);
-        refused(&latch, &format!("(mode {others:04o})"));
+        let chmod = format!("run chmod 0700 {}", latch.directory.display());
+        refused(&latch, &[&format!("(mode {others:04o})"), &chmod]);
+        set_mode(&latch.directory, 0o700);
+        latch.check().unwrap();
     }
 }
 
@@ -96,8 +102,8 @@ fn a_directory_that_is_a_link_or_a_file_is_refused() {
     latch.store(&keys()).unwrap();
     let link = parent.path().join("link");
     symlink(&latch.directory, &link).unwrap();
-    refused(&Latch::new(&link), "not a directory, or a symbolic link");
-    refused(&Latch::new(latch.directory.join(FILE)), "not a directory, or a symbolic link");
+    refused(&Latch::new(&link), &["not a directory, or a symbolic link", "name a directory"]);
+    refused(&Latch::new(latch.directory.join(FILE)), &["not a directory, or a symbolic link"]);
 }
 
 #[test]
@@ -132,7 +138,7 @@ fn what_belongs_to_somebody_else_is_refused() {
     std::os::unix::fs::chown(latch.directory.join(FILE), Some(65534), None).unwrap();
     assert!(latch.load().unwrap_err().to_string().contains("belongs to user 65534"));
     std::os::unix::fs::chown(&latch.directory, Some(65534), None).unwrap();
-    refused(&latch, "belongs to user 65534");
+    refused(&latch, &["belongs to user 65534", "run chown 0 "]);
 }
 
 #[test]
@@ -149,5 +155,15 @@ fn broken_content_is_an_error_and_never_no_keys() {
     for garbage in [&b"\xff\xfe"[..], b"secure-comms latch 2\n", &vec![b'x'; FILE_MAX + 10]] {
         fs::write(&file, garbage).unwrap();
         assert!(latch.load().is_err());
+    }
+}
+
+#[test]
+fn a_tmpfs_differs_from_a_disk() {
+    // /proc is neither.
+    for (path, in_memory) in
+        [("/dev/shm", true), ("/dev/shm/not/there", true), ("/proc/self", false), ("/proc/none", false)]
+    {
+        assert_eq!(is_in_memory(Path::new(path)), in_memory, "{path}");
     }
 }

@@ -8,10 +8,7 @@ use secure_comms_protocol::limits::ADMISSION_PACE;
 use tokio::time::{Instant, sleep_until};
 
 use crate::connection::Connection;
-use crate::os::log_limits::Throttle;
-
-/// Evictions a minute that are logged.
-const EVICTIONS_LOGGED: u32 = 20;
+use crate::os::log_limits::EVICTED;
 
 /// Limits the connections of one kind. A newcomer evicts another connection instead of being refused, so a flood slows an
 /// honest peer but can't lock it out.
@@ -21,7 +18,6 @@ pub(crate) struct ConnectionLimiter {
     held: Mutex<Vec<Connection>>,
     /// The time of the last admission by [`Self::admit_fifo`]; the lock is the queue.
     last_admission: tokio::sync::Mutex<Option<Instant>>,
-    evictions: Throttle,
 }
 
 /// A connection's place in a [`ConnectionLimiter`], given back on drop.
@@ -42,12 +38,7 @@ fn source(address: SocketAddr) -> IpAddr {
 impl ConnectionLimiter {
     /// Admits at most `limit` connections at a time.
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self {
-            limit,
-            held: Mutex::default(),
-            last_admission: tokio::sync::Mutex::default(),
-            evictions: Throttle::new(EVICTIONS_LOGGED),
-        })
+        Arc::new(Self { limit, held: Mutex::default(), last_admission: tokio::sync::Mutex::default() })
     }
 
     fn held(&self) -> MutexGuard<'_, Vec<Connection>> {
@@ -79,7 +70,7 @@ impl ConnectionLimiter {
         {
             let evicted = held.swap_remove(index);
             log::log!(
-                self.evictions.level(log::Level::Info),
+                EVICTED.level(log::Level::Info),
                 "connection from {}: evicted: connection limit reached",
                 evicted.address
             );

@@ -13,6 +13,11 @@ use secure_comms_protocol::limits;
 use super::go_flags::{FLAGS, Stop, normalise};
 
 const NAME: &str = "agent-protocol-forwarder";
+const ABOUT: &str = "\
+The agent in a pod VM: serves the kata agent and named tunnels to the worker
+node over SSH. Flags may have two dashes. If one is repeated, the last value
+wins.
+";
 /// The smallest `-secure-comms-rekey-bytes`: less would spend the connection on key exchanges.
 pub const REKEY_BYTES_MIN: usize = 1024 * 1024;
 
@@ -86,8 +91,7 @@ fn escape_control(c: char) -> impl Iterator<Item = char> {
     escaped.into_iter().flatten().chain(plain)
 }
 
-/// The agent in a pod VM: serves the kata agent and named tunnels to the worker node over SSH.
-/// Flags may be written -flag value, -flag=value or with two dashes; if one is repeated, the last value wins.
+/// See ABOUT.
 #[derive(FromArgs)]
 #[expect(dead_code, reason = "ignored flags are only accepted and listed in the help")]
 struct Flags {
@@ -136,7 +140,7 @@ struct Flags {
     /// directory for this boot's keys, on a tmpfs (default /run/secure-comms)
     #[argh(option, default = "PathBuf::from(\"/run/secure-comms\")", from_str_fn(path))]
     secure_comms_state_dir: PathBuf,
-    /// bytes after which a connection is rekeyed (default 32 GiB, at least 1 MiB)
+    /// bytes after which a connection is rekeyed, e.g. 64M or 1GiB (default 32GiB, at least 1MiB)
     #[argh(option, default = "limits::REKEY_BYTES", from_str_fn(rekey_bytes))]
     secure_comms_rekey_bytes: usize,
     /// ignored; accepted for compatibility with the TLS mode
@@ -168,29 +172,80 @@ fn path_or_none(text: &str) -> Result<Option<PathBuf>, String> {
     if text.is_empty() { Ok(None) } else { path(text).map(Some) }
 }
 
+/// Go writes `:2222` for every address of the host.
 fn listener(text: &str) -> Result<SocketAddr, String> {
+    let every = text.strip_prefix(':').and_then(|port| port.parse::<u16>().ok());
+    if let Some(port) = every {
+        return Ok((std::net::Ipv6Addr::UNSPECIFIED, port).into());
+    }
     text.parse().map_err(|_| "expected an address and a port, such as [::]:2222 or 0.0.0.0:2222".into())
 }
 
+/// Go connects to the host itself for `:8006`.
 fn server(text: &str) -> Result<SocketAddr, String> {
-    text.parse()
-        .ok()
+    let own = text.strip_prefix(':').and_then(|port| port.parse::<u16>().ok());
+    own.map(|port| SocketAddr::from(([127, 0, 0, 1], port)))
+        .or_else(|| text.parse().ok())
         .filter(|address: &SocketAddr| address.port() != 0)
         .ok_or_else(|| "expected an address and a port from 1 to 65535, such as 127.0.0.1:8006".into())
 }
 
 fn rekey_bytes(text: &str) -> Result<usize, String> {
-    text.parse()
-        .ok()
-        .filter(|&bytes| bytes >= REKEY_BYTES_MIN)
-        .ok_or_else(|| format!("expected a number of bytes, at least {REKEY_BYTES_MIN}"))
+    bytes(text).filter(|&bytes| bytes >= REKEY_BYTES_MIN).ok_or_else(|| {
+        format!(
+            "expected a number of bytes, at least {REKEY_BYTES_MIN}; 64M, 1GiB and the like are understood"
+        )
+    })
 }
 
+/// A number of bytes, with the units of GNU's tools: 1K and 1KiB are 1024, 1kB is 1000.
+fn bytes(text: &str) -> Option<usize> {
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (count, unit) = text.split_at_checked(end)?;
+    let unit = unit.to_ascii_lowercase();
+    let base: usize = match unit.get(1..) {
+        None | Some("" | "ib") => 1024,
+        Some("b") => 1000,
+        Some(_) => return None,
+    };
+    let power = match unit.as_str() {
+        "" | "b" => 0,
+        unit => 1 + u32::try_from("kmgt".find(unit.chars().next()?)?).ok()?,
+    };
+    count.parse::<usize>().ok()?.checked_mul(base.checked_pow(power)?)
+}
+
+/// The help of argh, with flags as every document writes them, and without its list of all flags in the first line.
 fn help() -> Exit {
-    match Flags::from_args(&[NAME], &["--help"]) {
-        Err(exit) => Exit::print(exit.output),
-        Ok(_) => Exit::print(format!("{NAME}\n")),
+    let output = match Flags::from_args(&[NAME], &["--help"]) {
+        Err(exit) => exit.output,
+        Ok(_) => String::new(),
+    };
+    let (_, list) = output.split_once("Options:\n").unwrap_or_default();
+    let list = list.replacen("  --help, help ", "  --help       ", 1);
+    let mut text =
+        format!("Usage: {NAME} [-FLAG VALUE | -FLAG=VALUE]... | help | version\n\n{ABOUT}\nFlags:\n");
+    for line in list.lines() {
+        match line.strip_prefix("  --").map(|flag| flag.split_once(' ').ok_or(flag)) {
+            // One dash less, so one space more.
+            Some(Ok((name, rest))) => text.push_str(&format!("  -{name}  {rest}")),
+            Some(Err(name)) => text.push_str(&format!("  -{name}")),
+            None => text.push_str(line),
+        }
+        text.push('\n');
     }
+    Exit::print(text)
+}
+
+fn version() -> Exit {
+    Exit::print(format!("{NAME} {}\n", env!("CARGO_PKG_VERSION")))
+}
+
+/// argh's error about a value, in our words.
+fn value_fault(output: &str) -> String {
+    let output = output.trim_end().replacen("option '--", "flag '-", 1);
+    let output = output.strip_prefix("Error parsing ").unwrap_or(&output);
+    output.replacen("' with value '", "': value '", 1)
 }
 
 /// Reads the arguments, without the program's name.
@@ -200,14 +255,15 @@ fn help() -> Exit {
 pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Options, Exit> {
     let given = normalise(args).map_err(|stop| match stop {
         Stop::Help => help(),
+        Stop::Version => version(),
         Stop::Usage(fault) => Exit::usage(fault),
     })?;
     let argh_args = given.to_long_options();
     let argh_args: Vec<&str> = argh_args.iter().map(String::as_str).collect();
-    let flags = Flags::from_args(&[NAME], &argh_args)
-        .map_err(|exit| Exit::usage(exit.output.trim_end().replace("option '--", "flag '-")))?;
+    let flags =
+        Flags::from_args(&[NAME], &argh_args).map_err(|exit| Exit::usage(value_fault(&exit.output)))?;
     if flags.version {
-        return Err(Exit::print(format!("{NAME} {}\n", env!("CARGO_PKG_VERSION"))));
+        return Err(version());
     }
     let missing_namespace = match (flags.create_pod_namespace, flags.create_pod_namespace_only) {
         (_, true) => MissingNamespace::MadeOnly,

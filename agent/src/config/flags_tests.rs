@@ -91,17 +91,76 @@ fn a_missing_namespace_is_made_only_if_named() {
 
 #[test]
 fn help_and_version_go_to_stdout_and_succeed() {
-    for flag in ["-h", "--help", "-help"] {
-        let exit = run(&[flag]).unwrap_err();
+    for args in [&["-h"][..], &["--help"], &["-help"], &["help"], &["-secure-comms", "help"]] {
+        let exit = run(args).unwrap_err();
         assert_eq!((exit.code, exit.to_stderr), (0, false));
         for flag in FLAGS {
-            assert!(exit.text.contains(&format!("--{}", flag.name)), "{}", flag.name);
+            let listed = |line: &str| line.split(' ').nth(2) == Some(&format!("-{}", flag.name));
+            assert!(exit.text.lines().any(listed), "{}: {}", flag.name, exit.text);
         }
+        assert!(exit.text.lines().all(|line| line.len() <= 80 && !line.contains("--")), "{}", exit.text);
+        assert!(exit.text.lines().any(|line| line.starts_with("  -help ")), "{}", exit.text);
     }
-    let exit = run(&["-version"]).unwrap_err();
-    assert_eq!(exit.text, format!("agent-protocol-forwarder {}\n", env!("CARGO_PKG_VERSION")));
-    assert_eq!((exit.code, exit.to_stderr), (0, false));
+    for args in [["-version"], ["--version"], ["-V"], ["--V"], ["version"]] {
+        let exit = run(&args).unwrap_err();
+        assert_eq!(exit.text, format!("agent-protocol-forwarder {}\n", env!("CARGO_PKG_VERSION")));
+        assert_eq!((exit.code, exit.to_stderr), (0, false));
+    }
     assert!(run(&["-version=false"]).is_ok());
+}
+
+#[test]
+fn an_address_without_a_host_is_read_as_go_reads_it() {
+    assert_eq!(run(&["-secure-comms-listen", ":2222"]).unwrap().listen.to_string(), "[::]:2222");
+    assert_eq!(run(&["-secure-comms-listen=:0"]).unwrap().listen.to_string(), "[::]:0");
+    assert_eq!(run(&["-secure-comms-guest-api=:8006"]).unwrap().guest_api.to_string(), "127.0.0.1:8006");
+    for text in [":", "::", ":x", ":65536", ":-1", "", "2222", "localhost:2222"] {
+        let text = fault(&["-secure-comms-listen", text]);
+        assert!(text.contains("flag '-secure-comms-listen': value '"), "{text}");
+        assert!(text.contains("such as [::]:2222"), "{text}");
+    }
+    fault(&["-secure-comms-guest-api=:0"]);
+}
+
+#[test]
+fn a_size_takes_units() {
+    let rekey = |text: &str| run(&["-secure-comms-rekey-bytes", text]).map(|options| options.rekey_bytes);
+    for (text, bytes) in [
+        ("1048576", 1 << 20),
+        ("1M", 1 << 20),
+        ("1mib", 1 << 20),
+        ("2MB", 2_000_000),
+        ("64m", 64 << 20),
+        ("1G", 1 << 30),
+        ("32GiB", 32 << 30),
+        ("1T", 1 << 40),
+        ("2000000b", 2_000_000),
+        ("1024K", 1 << 20),
+    ] {
+        assert_eq!(rekey(text).unwrap(), bytes, "{text}");
+    }
+    for text in ["", "G", "1.5G", "-1", "+1", "1 G", "1GiBs", "1x", "1Gi", "1\u{fc}", "99999999999T", "1023K"]
+    {
+        assert!(rekey(text).is_err(), "{text}");
+    }
+}
+
+#[test]
+fn a_typo_of_a_flag_gets_a_suggestion() {
+    for (typo, flag) in [
+        ("-secure-coms", "secure-comms"),
+        ("-secure-comms-inbound", "secure-comms-inbounds"),
+        ("--conifg=/x", "config"),
+        ("-pod_namespace", "pod-namespace"),
+        ("-Config", "config"),
+        ("-secure-comms-statedir", "secure-comms-state-dir"),
+        ("config=/x", "config=/x"),
+        ("secure-comms", "secure-comms"),
+    ] {
+        let text = fault(&[typo]);
+        assert!(text.contains(&format!("did you mean -{flag}?")), "{text}");
+    }
+    assert!(fault(&["-nonsense"]).contains("correct or remove it"));
 }
 
 #[test]

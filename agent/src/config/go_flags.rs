@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 
+use crate::os::environment::closest;
+
 /// A flag in Go's sense: its name, and whether it is a boolean.
 pub(super) struct Flag {
     pub(super) name: &'static str,
@@ -53,6 +55,8 @@ pub(super) const FLAGS: &[Flag] = &[
 pub(super) enum Stop {
     /// Help was asked for.
     Help,
+    /// Name and version were asked for.
+    Version,
     /// A usage error, with what to do about it.
     Usage(String),
 }
@@ -81,7 +85,8 @@ pub(super) fn normalise(args: impl Iterator<Item = OsString>) -> Result<Given, S
         let Some(flag) = FLAGS.iter().find(|flag| flag.name == name) else {
             return Err(match name {
                 "h" | "help" => Stop::Help,
-                _ => Stop::Usage(format!("flag '{arg}': no such flag; correct or remove it")),
+                "V" => Stop::Version,
+                _ => Stop::Usage(format!("flag '{arg}': no such flag; {}", advice(name))),
             });
         };
         let value = match (inline, flag.boolean) {
@@ -116,10 +121,26 @@ fn split(arg: &str) -> Result<(&str, Option<&str>), Stop> {
     })
 }
 
+fn advice(name: &str) -> String {
+    match closest(name, FLAGS.iter().map(|flag| flag.name)) {
+        Some(flag) => format!("did you mean -{flag}?"),
+        None => "correct or remove it".to_owned(),
+    }
+}
+
+/// What to do about an argument that is not a flag. Two are commands of many programs.
 fn not_a_flag(arg: &str) -> Stop {
-    Stop::Usage(format!(
-        "argument '{arg}': not a flag; remove it, or write -flag={arg} if it is the value of a boolean flag"
-    ))
+    let name = arg.split_once('=').map_or(arg, |(name, _)| name);
+    match arg {
+        "help" => Stop::Help,
+        "version" => Stop::Version,
+        _ if FLAGS.iter().any(|flag| flag.name == name) => {
+            Stop::Usage(format!("argument '{arg}': not a flag; did you mean -{arg}?"))
+        }
+        _ => Stop::Usage(format!(
+            "argument '{arg}': not a flag; remove it, or write -flag={arg} if it is the value of a boolean flag"
+        )),
+    }
 }
 
 /// Parses the texts that Go's `strconv.ParseBool` accepts.

@@ -1,35 +1,117 @@
-//! Limits on log lines: a throttle for lines that a stranger can cause, and one line for a failure that repeats.
+//! Limits on log lines: throttles for everything that a stranger can make the agent log, and one line for a failure that
+//! repeats.
 
 use std::fmt::Display;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::Level;
+use tokio::sync::Notify;
+use tokio::time::sleep;
 
-/// Throttles log lines of one kind, so that a stranger can't fill the log. Later lines are logged at debug level.
+/// Lines about connections that have not authenticated.
+pub(crate) static UNAUTHENTICATED: Throttle = Throttle::new("connections without authentication", 20);
+/// Lines about connections that were evicted.
+pub(crate) static EVICTED: Throttle = Throttle::new("evicted connections", 20);
+/// Lines about authenticated peers that are unproven, those of the Attestation phase. An honest one causes some six.
+pub(crate) static UNPROVEN: Throttle = Throttle::new("peers of the Attestation phase", 60);
+/// Lines of the libraries that serve streams and connections: peers cause most of them.
+pub(crate) static LIBRARIES: Throttle = Throttle::new("streams and SSH", 60);
+
+/// Notified when a throttle leaves a line out.
+static LEFT_OUT: Notify = Notify::const_new();
+
+/// Throttles log lines of one kind, so that a stranger can't fill the log. Lines beyond the limit are logged at debug level,
+/// and counted.
 #[derive(Debug)]
 pub(crate) struct Throttle {
+    about: &'static str,
     per_minute: u32,
-    /// Start of the current minute, and the lines in it.
-    window: Mutex<(Option<Instant>, u32)>,
+    minute: Mutex<Lines>,
+}
+
+#[derive(Debug)]
+struct Lines {
+    /// Start of the current minute; none before the first line.
+    began: Option<Instant>,
+    count: u32,
+    left_out: u32,
+    /// The most severe level of a line that was left out.
+    worst: Level,
+}
+
+impl Lines {
+    const fn new(began: Option<Instant>) -> Self {
+        Self { began, count: 0, left_out: 0, worst: Level::Debug }
+    }
 }
 
 const MINUTE: Duration = Duration::from_secs(60);
 
 impl Throttle {
     /// Allows `per_minute` lines a minute.
-    pub(crate) fn new(per_minute: u32) -> Self {
-        Self { per_minute, window: Mutex::new((None, 0)) }
+    pub(crate) const fn new(about: &'static str, per_minute: u32) -> Self {
+        Self { about, per_minute, minute: Mutex::new(Lines::new(None)) }
     }
 
-    /// Counts a line; returns `level`, or debug if this minute's limit is reached.
+    fn minute(&self) -> MutexGuard<'_, Lines> {
+        self.minute.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a line; returns `level`, or debug if this minute's limit is reached. Before the first line of a minute, logs
+    /// how many the last one has left out.
     pub(crate) fn level(&self, level: Level) -> Level {
-        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
-        if window.0.is_none_or(|began| began.elapsed() >= MINUTE) {
-            *window = (Some(Instant::now()), 0);
+        self.report();
+        let mut minute = self.minute();
+        minute.began.get_or_insert_with(Instant::now);
+        minute.count = minute.count.saturating_add(1);
+        if minute.count <= self.per_minute || level >= Level::Debug {
+            return level;
         }
-        window.1 = window.1.saturating_add(1);
-        if window.1 > self.per_minute { Level::Debug.max(level) } else { level }
+        minute.left_out = minute.left_out.saturating_add(1);
+        minute.worst = minute.worst.min(level);
+        LEFT_OUT.notify_one();
+        Level::Debug
+    }
+
+    /// Ends a minute that is over, and logs how many lines it has left out. Returns whether a minute with such lines goes on.
+    fn report(&self) -> bool {
+        match self.end_minute() {
+            Ok((left_out, worst)) if left_out > 0 => {
+                log::log!(
+                    worst,
+                    "{left_out} more lines about {} within a minute: logged at level debug",
+                    self.about
+                );
+                false
+            }
+            Ok(_) => false,
+            Err(left_out) => left_out > 0,
+        }
+    }
+
+    /// Ends the current minute if it is over. Returns the lines that were left out and their worst level; or an error with
+    /// their number so far.
+    fn end_minute(&self) -> Result<(u32, Level), u32> {
+        let mut minute = self.minute();
+        if minute.began.is_some_and(|began| began.elapsed() < MINUTE) {
+            return Err(minute.left_out);
+        }
+        let Lines { left_out, worst, .. } = std::mem::replace(&mut *minute, Lines::new(None));
+        Ok((left_out, worst))
+    }
+}
+
+/// Logs how many lines were left out, at the end of each minute with such lines. Never returns.
+pub(crate) async fn report_left_out() {
+    loop {
+        LEFT_OUT.notified().await;
+        sleep(MINUTE).await;
+        // All of them, without an early end: each may have ended its minute.
+        let goes_on = [&UNAUTHENTICATED, &EVICTED, &UNPROVEN, &LIBRARIES].map(Throttle::report);
+        if goes_on.contains(&true) {
+            LEFT_OUT.notify_one();
+        }
     }
 }
 
@@ -40,6 +122,7 @@ const REMEMBERED: usize = 8;
 #[derive(Debug)]
 pub(crate) struct Repeated {
     action: String,
+    throttle: Option<&'static Throttle>,
     failing: Option<Failing>,
 }
 
@@ -53,13 +136,19 @@ struct Failing {
 impl Repeated {
     /// For the failures of `action`, such as "fetching the keys".
     pub(crate) fn new(action: impl Into<String>) -> Self {
-        Self { action: action.into(), failing: None }
+        Self { action: action.into(), throttle: None, failing: None }
+    }
+
+    /// Counts its failures on a throttle: their texts come from strangers.
+    pub(crate) fn throttled(self, throttle: &'static Throttle) -> Self {
+        Self { throttle: Some(throttle), ..self }
     }
 
     /// Logs a failure, unless its text is known.
     pub(crate) fn failed(&mut self, error: &dyn Display) {
         if let Some(line) = self.note_failure(error.to_string()) {
-            log::warn!("{line}");
+            let level = self.throttle.map_or(Level::Warn, |throttle| throttle.level(Level::Warn));
+            log::log!(level, "{line}");
         }
     }
 

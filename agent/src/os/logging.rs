@@ -1,28 +1,48 @@
 //! The log's destination: stderr under systemd, on a terminal and without syslog; else syslog.
 //!
-//! One line per event, with control characters escaped, so that texts of peers can't forge lines.
+//! One line per event, with control characters escaped, so that texts of peers can't forge lines. Writing never waits: see
+//! `log_output` and `log_queue`.
 
 use std::env;
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
-use log::{Level, LevelFilter, Log, Metadata, Record};
+use log::{LevelFilter, Log, Metadata, Record};
 use secure_comms_keys::text::one_line;
-use syslog::{Facility, Formatter3164, LoggerBackend};
+use tokio::sync::Notify;
+
+use super::log_limits::LIBRARIES;
+use super::log_output::{Channel, Sink, Syslog, would_block};
+use super::log_queue::LogQueue;
 
 /// The environment variable that sets the level.
 pub const LEVEL_VARIABLE: &str = "SECURE_COMMS_LOG";
-const PROCESS: &str = "agent-protocol-forwarder";
-/// The longest text of a line, in bytes. Syslog daemons accept 2 KiB or more.
+/// The longest text of a line, in bytes. Syslog daemons accept 2 KiB or more, and a pipe takes a line of 4 KiB whole.
 const LINE_MAX: usize = 1900;
+/// What the targets of [`LIBRARIES`] begin with.
+const LIBRARY_TARGETS: [&str; 3] = ["russh", "secure_comms_tunnel", "secure_comms_ssh"];
+/// The socket of the syslog daemon.
+const SYSLOG: &str = "/dev/log";
+/// Interval at which lines that wait are tried again.
+const RETRY: Duration = Duration::from_millis(200);
+/// Time that the end of the process leaves for lines that wait.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// Notified when lines wait.
+static WAITING: Notify = Notify::const_new();
 
 /// Why the log can't be started.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The level in the environment is unknown.
     #[error("reading {LEVEL_VARIABLE}='{0}': no such level; set it to error, warn, info or debug")]
     Level(String),
+    /// stderr can't be used.
+    #[error("starting the log: {0}; check the process's standard error")]
+    Stderr(#[from] io::Error),
     /// The log was started before.
     #[error("starting the log: it is started already; start it once")]
     Twice,
@@ -35,130 +55,69 @@ pub enum LogError {
 pub fn init() -> Result<(), LogError> {
     let level =
         level(env::var_os(LEVEL_VARIABLE).map(|text| text.to_string_lossy().into_owned()).as_deref())?;
-    let logger = Logger { sink: Sink::choose(), level };
+    let logger = Logger { queue: Mutex::new(LogQueue::new(choose_sink()?)), level };
     log::set_boxed_logger(Box::new(logger)).map_err(|_| LogError::Twice)?;
     log::set_max_level(level);
     Ok(())
 }
 
 fn level(text: Option<&str>) -> Result<LevelFilter, LogError> {
-    match text.unwrap_or_default() {
+    let text = text.unwrap_or_default();
+    match text.to_ascii_lowercase().as_str() {
         "" | "info" => Ok(LevelFilter::Info),
         "debug" => Ok(LevelFilter::Debug),
         "warn" => Ok(LevelFilter::Warn),
         "error" => Ok(LevelFilter::Error),
-        other => Err(LogError::Level(one_line(other, LINE_MAX))),
+        _ => Err(LogError::Level(one_line(text, LINE_MAX))),
     }
 }
 
-type Syslog = syslog::Logger<LoggerBackend, Formatter3164>;
-
-enum Sink {
-    /// sd-daemon(3): stderr, each line with its priority.
-    Journal,
-    /// stderr, each line with its level.
-    Plain,
-    /// syslog(3); the connection is none while syslog can't be reached.
-    Syslog(Mutex<Option<Syslog>>),
+fn choose_sink() -> io::Result<Sink> {
+    let stderr = Channel::stderr()?;
+    Ok(if env::var_os("JOURNAL_STREAM").is_some_and(|stream| !stream.is_empty()) {
+        Sink::Journal(stderr)
+    } else if io::stderr().is_terminal() || !Path::new(SYSLOG).exists() {
+        Sink::Plain(stderr)
+    } else {
+        Sink::Syslog(Syslog::new(SYSLOG), stderr)
+    })
 }
 
-impl Sink {
-    fn choose() -> Self {
-        if env::var_os("JOURNAL_STREAM").is_some_and(|stream| !stream.is_empty()) {
-            Self::Journal
-        } else if std::io::stderr().is_terminal() || !Path::new("/dev/log").exists() {
-            Self::Plain
-        } else {
-            Self::Syslog(Mutex::new(None))
+/// Writes lines that wait, once the output takes them. Never returns.
+pub async fn write_waiting() {
+    loop {
+        WAITING.notified().await;
+        tokio::time::sleep(RETRY).await;
+        log::logger().flush();
+    }
+}
+
+/// Prints the last text of a process that fails to stderr, behind the lines that wait. Waits for a reader at most
+/// [`LAST_LINES`]: a process that ends must not hang because its output is not read.
+pub fn print_last(text: &str) {
+    log::logger().flush();
+    // Without a descriptor there is nothing to print to; the exit code reports the failure too.
+    let Ok(mut stderr) = Channel::stderr() else { return };
+    let text = format!("{text}\n").into_bytes();
+    for _ in 0..LAST_LINES.as_millis() / RETRY.as_millis() {
+        if !stderr.write(text.clone()).is_err_and(|error| would_block(&error)) {
+            return;
         }
+        thread::sleep(RETRY);
+        log::logger().flush();
     }
-
-    fn write(&self, level: Level, text: &str) {
-        match self {
-            Self::Journal => to_stderr(journal_priority(level), text),
-            Self::Plain => to_stderr(plain_prefix(level), text),
-            Self::Syslog(connection) => {
-                // A panic in another thread must not stop the log.
-                let mut connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
-                if !to_syslog(&mut connection, level, text) {
-                    to_stderr(plain_prefix(level), text);
-                }
-            }
-        }
-    }
-}
-
-fn to_stderr(prefix: &str, text: &str) {
-    // One write, so that lines of several processes don't mix. A closed stderr can't be reported.
-    let _ = std::io::stderr().lock().write_all(format!("{prefix}{text}\n").as_bytes());
-}
-
-fn journal_priority(level: Level) -> &'static str {
-    match level {
-        Level::Error => "<3>",
-        Level::Warn => "<4>",
-        Level::Info => "<6>",
-        Level::Debug | Level::Trace => "<7>",
-    }
-}
-
-fn plain_prefix(level: Level) -> &'static str {
-    match level {
-        Level::Error => "error: ",
-        Level::Warn => "warning: ",
-        Level::Info => "info: ",
-        Level::Debug | Level::Trace => "debug: ",
-    }
-}
-
-/// Sends one line, and reconnects once if the connection is gone: syslog daemons restart.
-fn to_syslog(connection: &mut Option<Syslog>, level: Level, text: &str) -> bool {
-    for _ in 0..2 {
-        let Some(syslog) = connection.as_mut() else {
-            *connection = connect();
-            continue;
-        };
-        if send(syslog, level, text) {
-            return true;
-        }
-        *connection = None;
-    }
-    // The second iteration may have only connected.
-    connection.as_mut().is_some_and(|syslog| send(syslog, level, text))
-}
-
-fn connect() -> Option<Syslog> {
-    let formatter = Formatter3164 {
-        facility: Facility::LOG_DAEMON,
-        hostname: None,
-        process: PROCESS.to_owned(),
-        pid: std::process::id(),
-    };
-    syslog::unix(formatter).ok().filter(|syslog| set_nonblocking(syslog).is_ok())
-}
-
-/// Makes sends fail instead of blocking the only thread when the syslog daemon hangs.
-fn set_nonblocking(syslog: &Syslog) -> std::io::Result<()> {
-    match &syslog.backend {
-        LoggerBackend::Unix(socket) => socket.set_nonblocking(true),
-        LoggerBackend::UnixStream(socket) => socket.get_ref().set_nonblocking(true),
-        LoggerBackend::Udp(..) | LoggerBackend::Tcp(_) => Ok(()),
-    }
-}
-
-fn send(syslog: &mut Syslog, level: Level, text: &str) -> bool {
-    match level {
-        Level::Error => syslog.err(text),
-        Level::Warn => syslog.warning(text),
-        Level::Info => syslog.info(text),
-        Level::Debug | Level::Trace => syslog.debug(text),
-    }
-    .is_ok()
 }
 
 struct Logger {
-    sink: Sink,
+    queue: Mutex<LogQueue>,
     level: LevelFilter,
+}
+
+impl Logger {
+    fn queue(&self) -> MutexGuard<'_, LogQueue> {
+        // A panic in another thread must not stop the log.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Log for Logger {
@@ -169,12 +128,26 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if self.enabled(record.metadata()) {
-            self.sink.write(record.level(), &one_line(&record.args().to_string(), LINE_MAX));
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let mut level = record.level();
+        if LIBRARY_TARGETS.iter().any(|library| record.target().starts_with(library)) {
+            level = LIBRARIES.level(level);
+            if level > self.level {
+                return;
+            }
+        }
+        if !self.queue().push(level, one_line(&record.args().to_string(), LINE_MAX)) {
+            WAITING.notify_one();
         }
     }
 
-    fn flush(&self) {}
+    fn flush(&self) {
+        if !self.queue().drain() {
+            WAITING.notify_one();
+        }
+    }
 }
 
 #[cfg(test)]

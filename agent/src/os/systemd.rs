@@ -1,4 +1,5 @@
-//! sd_notify(3): notifies systemd of readiness, status and liveness. Does nothing without systemd.
+//! sd_notify(3): notifies systemd of readiness, status and liveness. Does nothing without systemd. Never waits: what systemd
+//! does not take at once is sent again later.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -6,10 +7,14 @@ use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// Longest time to wait for systemd to take a notification.
-const SEND: Duration = Duration::from_secs(1);
+use tokio::sync::Notify;
+use tokio::time::sleep;
+
+/// Interval at which notifications that systemd did not take are sent again.
+const RETRY: Duration = Duration::from_millis(200);
 
 /// Why systemd can't be notified.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +28,26 @@ pub struct NotifyError {
 #[derive(Debug, Default)]
 pub struct Notifier {
     systemd: Option<(UnixDatagram, SocketAddr)>,
+    unsent: Mutex<Unsent>,
+    /// Notified when systemd did not take something.
+    blocked: Notify,
+}
+
+/// What systemd does not know yet.
+#[derive(Debug, Default)]
+struct Unsent {
+    ready: bool,
+    stopping: bool,
+    status: Option<String>,
+}
+
+impl Unsent {
+    fn message(&self) -> String {
+        let ready = self.ready.then(|| "READY=1".to_owned());
+        let stopping = self.stopping.then(|| "STOPPING=1".to_owned());
+        let status = self.status.as_ref().map(|status| format!("STATUS={}", one_line(status)));
+        ready.into_iter().chain(stopping).chain(status).collect::<Vec<_>>().join("\n")
+    }
 }
 
 impl Notifier {
@@ -40,43 +65,76 @@ impl Notifier {
             let address = address(&name)?;
             // Never connected: systemd may replace its socket. std opens sockets with CLOEXEC.
             let socket = UnixDatagram::unbound()?;
-            socket.set_write_timeout(Some(SEND))?;
+            socket.set_nonblocking(true)?;
             Ok((socket, address))
         };
         let systemd =
             open().map_err(|source| NotifyError { socket: name.to_string_lossy().into(), source })?;
-        Ok(Self { systemd: Some(systemd) })
+        Ok(Self { systemd: Some(systemd), ..Self::default() })
     }
 
     /// Reports that the listener is bound.
     pub fn ready(&self, status: &str) {
-        self.send(&format!("READY=1\nSTATUS={}", one_line(status)));
+        self.report(|unsent| unsent.ready = true, status);
     }
 
-    /// Extends the start timeout to `by` from now.
+    /// Extends the start timeout to `by` from now; to be called more often than that, for one call may be lost.
     pub fn extend_start(&self, by: Duration) {
         self.send(&format!("EXTEND_TIMEOUT_USEC={}", by.as_micros()));
     }
 
     /// Sets the status that `systemctl status` shows.
     pub fn status(&self, status: &str) {
-        self.send(&format!("STATUS={}", one_line(status)));
+        self.report(|_| {}, status);
     }
 
     /// Reports that the service stops.
     pub fn stopping(&self, status: &str) {
-        self.send(&format!("STOPPING=1\nSTATUS={}", one_line(status)));
+        self.report(|unsent| unsent.stopping = true, status);
     }
 
-    /// Reports liveness; to be called every [`watchdog_interval`].
+    /// Reports liveness; to be called every [`watchdog_interval`], for one call may be lost.
     pub fn watchdog(&self) {
         self.send("WATCHDOG=1");
     }
 
-    fn send(&self, state: &str) {
-        let Some((socket, address)) = &self.systemd else { return };
-        if let Err(error) = socket.send_to_addr(state.as_bytes(), address) {
-            log::debug!("notifying systemd of {state}: {error}");
+    /// Sends again what systemd did not take. Never returns.
+    pub async fn send_late(&self) {
+        loop {
+            self.blocked.notified().await;
+            sleep(RETRY).await;
+            self.send_unsent();
+        }
+    }
+
+    fn report(&self, set: impl FnOnce(&mut Unsent), status: &str) {
+        {
+            let mut unsent = self.unsent.lock().unwrap_or_else(PoisonError::into_inner);
+            set(&mut unsent);
+            unsent.status = Some(status.to_owned());
+        }
+        self.send_unsent();
+    }
+
+    fn send_unsent(&self) {
+        let mut unsent = self.unsent.lock().unwrap_or_else(PoisonError::into_inner);
+        let message = unsent.message();
+        if message.is_empty() || self.send(&message) {
+            *unsent = Unsent::default();
+        } else {
+            self.blocked.notify_one();
+        }
+    }
+
+    /// Whether there is no need to send it again: an error other than a full queue will not pass.
+    fn send(&self, state: &str) -> bool {
+        let Some((socket, address)) = &self.systemd else { return true };
+        match socket.send_to_addr(state.as_bytes(), address) {
+            Ok(_) => true,
+            Err(error) => {
+                log::debug!("notifying systemd of {state}: {error}");
+                error.kind() != io::ErrorKind::WouldBlock
+            }
         }
     }
 }

@@ -31,6 +31,29 @@ fn systemd_is_told_over_a_path_and_over_an_abstract_name() {
     tells_everything(format!("@{name}").into(), &UnixDatagram::bind_addr(&address).unwrap());
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_systemd_that_reads_nothing_is_not_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("notify");
+    let systemd = UnixDatagram::bind(&path).unwrap();
+    let notifier = Notifier::open(Some(path.into())).unwrap();
+    let began = std::time::Instant::now();
+    for n in 0..100_000 {
+        notifier.status(&format!("{n}"));
+    }
+    notifier.ready("up");
+    notifier.watchdog();
+    notifier.status("up and more");
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    // Once it reads again, it hears what it missed: no more than the newest status, and never less than READY=1.
+    while !received(&systemd).contains("READY=1") {
+        let late = tokio::time::timeout(2 * RETRY, notifier.send_late());
+        assert!(late.await.is_err(), "it never returns");
+    }
+    notifier.status("again");
+    assert_eq!(received(&systemd), "STATUS=again", "nothing is sent twice");
+}
+
 #[test]
 fn without_systemd_nothing_happens() {
     for name in [None, Some(OsString::new())] {

@@ -29,7 +29,6 @@ pub(crate) struct Peer<P> {
     pub(crate) credits: Credits,
     /// The pod that the peer names in its hello.
     pub(crate) pod: OnceLock<PodId>,
-    tried: AtomicBool,
     closing: AtomicBool,
     phase: PhantomData<P>,
 }
@@ -44,7 +43,6 @@ impl<P: Phase> Peer<P> {
             outbox: Outbox::default(),
             credits,
             pod: OnceLock::new(),
-            tried: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             phase: PhantomData,
         }
@@ -72,16 +70,6 @@ impl<P: Phase> Peer<P> {
     /// Whether the peer serves this tunnel.
     pub(crate) fn offers(&self, name: &TunnelName) -> bool {
         self.offers.has(name)
-    }
-
-    /// Marks that an attempt was made through this peer; returns whether one was made before.
-    pub(crate) fn mark_tried(&self) -> bool {
-        self.tried.swap(true, Ordering::Relaxed)
-    }
-
-    /// Whether an attempt was made through this peer.
-    pub(crate) fn was_tried(&self) -> bool {
-        self.tried.load(Ordering::Relaxed)
     }
 }
 

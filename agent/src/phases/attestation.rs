@@ -3,18 +3,21 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use secure_comms_protocol::control::KeyProgress;
-use secure_comms_protocol::limits::{KBS_FIRST_BYTE, KBS_FIRST_BYTE_MIN, KBS_PAUSE_MIN, KEY_FETCH};
+use secure_comms_protocol::limits::{
+    KBS_FIRST_BYTE, KBS_FIRST_BYTE_MIN, KBS_PAUSE_MIN, KEY_FETCH, RETRY_MAX,
+};
 use secure_comms_protocol::{Attestation, PodId, TunnelName, resource};
-use secure_comms_tunnel::Backoff;
 use secure_comms_tunnel::netns::{self, Namespace, NamespaceError};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use zeroize::Zeroizing;
 
+use super::attempt_queue::{AttemptQueue, Next};
 use super::kbs_fetch::{self, FetchError};
 use crate::agent::Agent;
-use crate::os::log_limits::Repeated;
+use crate::os::log_limits::{Repeated, UNPROVEN};
 use crate::peers::deadlines::KbsDeadlines;
 use crate::peers::peer::Peer;
 use secure_comms_keys::{KeyError, PodKeys};
@@ -74,14 +77,13 @@ impl GuestApi {
     }
 }
 
-/// Makes attempts until one brings keys, with backoff between retries. Each attempt uses one peer that offers the KBS;
-/// peers without an attempt so far come first.
+/// Makes attempts until one brings keys. Each uses one peer that offers the KBS, by the order and with the pauses of the
+/// [`AttemptQueue`].
 ///
 /// Cancellation: ends the current attempt; its routes and its peer's exemption from eviction stay for the caller to clear.
 pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
-    let mut backoff = Backoff::default();
-    let mut failure = Repeated::new("getting the keys from the KBS");
-    let mut last = 0;
+    let mut queue = AttemptQueue::default();
+    let mut failure = Repeated::new("getting the keys from the KBS").throttled(&UNPROVEN);
     // Short at first, so that a lost answer costs little; longer after each miss, so that a slow KBS can answer.
     let mut deadlines = KbsDeadlines {
         first_byte: KBS_FIRST_BYTE_MIN,
@@ -90,9 +92,8 @@ pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
         paused: Arc::default(),
     };
     for attempt in 1.. {
-        let peer = candidate(agent, last).await;
-        last = peer.connection.id;
-        match try_peer(agent, guest, &peer, &deadlines).await {
+        let peer = next_peer(agent, &mut queue).await;
+        match try_peer(agent, guest, &peer, &queue, &deadlines).await {
             Ok(keys) => {
                 failure.succeeded();
                 agent.attempt.progress.send_replace(Some(KeyProgress { attempt, error: None }));
@@ -108,17 +109,26 @@ pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
                 // A late notification from a stream of this attempt must not end the next one.
                 deadlines.silent = Arc::default();
                 failure.failed(&error);
-                let progress = KeyProgress { attempt, error: Some(error.to_string()) };
-                agent.attempt.progress.send_replace(Some(progress));
+                let error = error.to_string();
+                report_pause(&peer, queue.failed(peer.connection.id, &error, Instant::now()));
+                agent.attempt.progress.send_replace(Some(KeyProgress { attempt, error: Some(error) }));
             }
-        }
-        tokio::select! {
-            () = backoff.pause() => {}
-            // A new peer need not wait for the failures of others.
-            () = wait_for_new_peer(agent) => backoff.reset(),
         }
     }
     std::future::pending().await
+}
+
+/// Logs that a peer pauses for longer than the usual retries, each time that the pause grows.
+fn report_pause(peer: &Peer<Attestation>, longer: Option<Duration>) {
+    if let Some(pause) = longer.filter(|pause| *pause > RETRY_MAX) {
+        log::log!(
+            peer.connection.log_level(log::Level::Info),
+            "connection from {}: the same answers again: attempts through it are up to {} s apart from now on; a new \
+             connection is used at once",
+            peer.connection.address,
+            pause.as_secs()
+        );
+    }
 }
 
 fn is_eligible(peer: &Peer<Attestation>) -> bool {
@@ -129,35 +139,41 @@ fn is_eligible(peer: &Peer<Attestation>) -> bool {
 }
 
 /// Waits for the peer of the next attempt.
-async fn candidate(agent: &Agent, last: u64) -> Arc<Peer<Attestation>> {
+async fn next_peer(agent: &Agent, queue: &mut AttemptQueue) -> Arc<Peer<Attestation>> {
     let mut changes = agent.peers.attestation.changes();
     loop {
-        let peers: Vec<_> =
-            agent.peers.attestation.all().into_iter().filter(|peer| is_eligible(peer)).collect();
-        let next = peers
-            .iter()
-            .find(|peer| !peer.was_tried())
-            .or_else(|| peers.iter().find(|peer| peer.connection.id > last))
-            .or_else(|| peers.first());
-        if let Some(peer) = next {
-            if !peer.mark_tried()
-                && let Some(pod) = peer.pod.get()
-            {
-                // Once for each peer; results of its attempts are logged when they change.
-                log::info!("pod {pod}: getting the keys from the KBS through {}", peer.connection.address);
+        let peers = agent.peers.attestation.all();
+        queue.update(&peers.iter().map(|peer| peer.connection.id).collect::<Vec<_>>());
+        let find = |id| peers.iter().find(|peer| peer.connection.id == id && is_eligible(peer));
+        let later = match queue.next(Instant::now(), |id| find(id).is_some()) {
+            Next::Now(id) => {
+                if let Some(peer) = find(id) {
+                    if queue.begin(id)
+                        && let Some(pod) = peer.pod.get()
+                    {
+                        // Once for each peer; results of its attempts are logged when they change.
+                        let address = peer.connection.address;
+                        let level = peer.connection.log_level(log::Level::Info);
+                        log::log!(level, "pod {pod}: getting the keys from the KBS through {address}");
+                    }
+                    return peer.clone();
+                }
+                None
             }
-            return peer.clone();
+            Next::Later(at) => Some(at),
+            Next::None => None,
+        };
+        let pause = async {
+            match later {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = pause => {}
+            // The sender lives in the agent.
+            changed = changes.changed() => drop(changed),
         }
-        // The sender lives in the agent.
-        drop(changes.changed().await);
-    }
-}
-
-/// Waits for a peer through which no attempt was made.
-async fn wait_for_new_peer(agent: &Agent) {
-    let mut changes = agent.peers.attestation.changes();
-    while !agent.peers.attestation.all().iter().any(|peer| is_eligible(peer) && !peer.was_tried()) {
-        drop(changes.changed().await);
     }
 }
 
@@ -167,6 +183,7 @@ async fn try_peer(
     agent: &Agent,
     guest: &GuestApi,
     peer: &Peer<Attestation>,
+    queue: &AttemptQueue,
     deadlines: &KbsDeadlines,
 ) -> Result<PodKeys, AttemptError> {
     let Some(pod) = peer.pod.get() else { return Err(AttemptError::Peer("the peer named no pod")) };
@@ -177,12 +194,13 @@ async fn try_peer(
     tokio::pin!(fetch);
     let fetched = tokio::select! {
         result = &mut fetch => Ok(result),
-        reason = watch_for_failure(agent, peer, deadlines) => Err(reason),
+        reason = watch_for_failure(agent, peer, queue, deadlines) => Err(reason),
     };
     let result = match fetched {
         Ok(result) => result,
         Err(reason) => {
-            log::info!("connection from {}: {reason}", peer.connection.address);
+            let level = peer.connection.log_level(log::Level::Info);
+            log::log!(level, "connection from {}: {reason}", peer.connection.address);
             routes.refuse_attestation();
             agent.attempt.set_peer(None);
             peer.close_gracefully(reason);
@@ -199,6 +217,7 @@ async fn try_peer(
 async fn watch_for_failure(
     agent: &Agent,
     peer: &Peer<Attestation>,
+    queue: &AttemptQueue,
     deadlines: &KbsDeadlines,
 ) -> &'static str {
     let mut changes = agent.peers.attestation.changes();
@@ -213,7 +232,7 @@ async fn watch_for_failure(
             _ = changes.changed() => agent.tunnels.routes.set_attestation(peer, deadlines),
         }
         let peers = || agent.peers.attestation.all();
-        if late && peers().iter().any(|other| is_eligible(other) && !other.was_tried()) {
+        if late && peers().iter().any(|other| is_eligible(other) && queue.is_newcomer(other.connection.id)) {
             return "the attestation peer took long, and another has come";
         }
     }

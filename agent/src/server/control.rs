@@ -3,20 +3,18 @@
 use std::sync::Arc;
 
 use secure_comms_protocol::limits::HELLO;
-use secure_comms_protocol::{Control, Hello, MismatchKind, PhaseName, PodId, TunnelNames};
+use secure_comms_protocol::{Control, Hello, PodId, TunnelNames};
 use secure_comms_ssh::control::{self, ControlEnd};
 use secure_comms_tunnel::flow::PeerFlow;
 use secure_comms_tunnel::{Credits, Event, Receiver};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use super::mismatches;
 use super::phase::AgentPhase;
 use crate::agent::Agent;
 use crate::peers::link::{PeerReceiver, PeerSender};
 use crate::peers::peer::Peer;
-
-/// Names of a list in a hello that are compared with ours, for the log: a stranger may send thousands.
-const COMPARED_MAX: usize = 64;
 
 /// Discards what comes on a session channel before it becomes the control channel. Returns false if it never does, and
 /// true once `begun` was sent to.
@@ -93,7 +91,8 @@ async fn disconnect_after_bye<P>(peer: &Peer<P>) {
 /// `ssh -s` may close the channel and go on with its tunnels; a peer with credits can't work without it.
 fn finish<P>(peer: &Peer<P>, end: &ControlEnd, greeted: bool) {
     if greeted || *end != ControlEnd::Closed {
-        log::info!("connection from {}: {end}", peer.connection.address);
+        let level = peer.connection.log_level(log::Level::Info);
+        log::log!(level, "connection from {}: {end}", peer.connection.address);
         peer.connection.cut();
     }
     peer.credits.set_peer_mode(PeerFlow::WindowOnly);
@@ -104,30 +103,20 @@ fn on_hello<P: AgentPhase>(agent: &Agent, peer: &Peer<P>, hello: &Hello, ours: &
     let address = peer.connection.address;
     match hello.pod_id.as_deref().map(str::parse::<PodId>) {
         Some(Ok(pod)) => {
-            log::info!("connection from {address}: adaptor identified; pod {pod}");
+            let level = peer.connection.log_level(log::Level::Info);
+            log::log!(level, "connection from {address}: adaptor identified; pod {pod}");
             // Set once: later hellos are not handled.
             drop(peer.pod.set(pod));
         }
         Some(Err(error)) => {
-            log::warn!("connection from {address}: {error}");
+            log::log!(peer.connection.log_level(log::Level::Warn), "connection from {address}: {error}");
             peer.close_gracefully(&error.to_string());
         }
         None => {}
     }
-    log_mismatches(P::NAME, ours, hello);
-    P::peers(agent).notify_changed();
-}
-
-/// Logs the tunnels that one end has and the other lacks. The peer's names are untrusted text.
-fn log_mismatches(phase: PhaseName, ours: &Hello, theirs: &Hello) {
-    for mismatch in ours.mismatches(theirs, COMPARED_MAX) {
-        let name = mismatch.name.escape_default();
-        let what = match mismatch.kind {
-            MismatchKind::OurInbound => "inbound here has no matching outbound on the peer",
-            MismatchKind::OurOutbound => "outbound here has no matching inbound on the peer",
-            MismatchKind::PeerInbound => "inbound on the peer has no matching outbound here",
-            MismatchKind::PeerOutbound => "outbound on the peer has no matching inbound here",
-        };
-        log::info!("tunnel {name:.80}, {phase} phase: {what}");
+    if let Some(mismatches) = mismatches::describe(P::NAME, ours, hello) {
+        let level = peer.connection.log_level(log::Level::Info);
+        log::log!(level, "connection from {address}: {mismatches}");
     }
+    P::peers(agent).notify_changed();
 }

@@ -84,7 +84,11 @@ impl ConnectionHandler {
 
     fn refuse_user(&self, user: &str, reason: &str) -> Auth {
         let user = user.escape_default();
-        log::info!("connection from {}: user '{user:.40}' refused: {reason}", self.connection.address);
+        log::log!(
+            self.connection.count_login_refusal(),
+            "connection from {}: user '{user:.40}' refused: {reason}",
+            self.connection.address
+        );
         refuse(self.methods(&user.to_string()))
     }
 

@@ -66,10 +66,15 @@ impl<P: AgentPhase> PeerSession<P> {
         let reservation = P::reserve(agent, connection, generation)?;
         let credits = Credits::new(Side::Agent, P::LIMITS);
         let offers: Arc<Offers> = Arc::default();
-        connection.set_authenticated(credits.clone(), P::LIMITS.held_max());
+        connection.set_authenticated(P::NAME, credits.clone(), P::LIMITS.held_max());
         let link = PeerLink::new(ForwardOpener::new(handle, offers.clone()), credits.clone());
         let peer = Arc::new(Peer::new(connection.clone(), credits, link, offers));
-        log::info!("connection from {}: authenticated for the {} phase", connection.address, P::NAME);
+        log::log!(
+            connection.log_level(log::Level::Info),
+            "connection from {}: authenticated for the {} phase",
+            connection.address,
+            P::NAME
+        );
         P::peers(agent).add(peer.clone());
         Some(Box::new(Self {
             agent: agent.clone(),

@@ -13,7 +13,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
-use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -32,7 +32,8 @@ pub struct Place {
 
 impl Place {
     pub fn new() -> Self {
-        let place = Self { directory: tempfile::tempdir().unwrap() };
+        // On a tmpfs, as the state directory should be: elsewhere the agent warns.
+        let place = Self { directory: tempfile::tempdir_in("/dev/shm").unwrap() };
         place.write_config("{}");
         place
     }
@@ -63,18 +64,28 @@ impl Place {
 
     /// Starts the agent.
     pub fn start(&self, args: &[&str], env: &[(&str, &str)]) -> Agent {
+        let (reader, writer) = std::io::pipe().unwrap();
+        self.start_logging_to(args, env, writer.into(), reader)
+    }
+
+    /// Starts the agent with this stderr, whose other end is `log`.
+    pub fn start_logging_to(
+        &self,
+        args: &[&str],
+        env: &[(&str, &str)],
+        stderr: Stdio,
+        log: impl Read + 'static,
+    ) -> Agent {
         let mut command = self.command(args);
-        command.envs(env.iter().copied()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let log = BufReader::new(child.stderr.take().unwrap());
-        Agent { child, log }
+        command.envs(env.iter().copied()).stdout(Stdio::null()).stderr(stderr);
+        Agent { child: command.spawn().unwrap(), log: BufReader::new(Box::new(log)) }
     }
 }
 
 /// A running agent, killed on drop.
 pub struct Agent {
     child: Child,
-    log: BufReader<ChildStderr>,
+    log: BufReader<Box<dyn Read>>,
 }
 
 impl Agent {
@@ -105,6 +116,11 @@ impl Agent {
     /// Sends SIGTERM, and waits for the exit.
     pub fn terminate(&mut self) -> ExitStatus {
         kill(Pid::from_raw(self.child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+        self.exits()
+    }
+
+    /// Waits for the exit.
+    pub fn exits(&mut self) -> ExitStatus {
         let deadline = Instant::now() + HANG;
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait().unwrap() {
