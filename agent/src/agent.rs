@@ -3,10 +3,10 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use secure_comms_protocol::control::{Empty, KeyProgress};
-use secure_comms_protocol::limits::{ATTESTATION_PEERS_MAX, UNAUTHENTICATED_MAX, WAITING_MAX};
+use secure_comms_protocol::limits::{ATTESTATION_PEERS_MAX, FAREWELLS_MAX, UNAUTHENTICATED_MAX, WAITING_MAX};
 use secure_comms_protocol::{Attestation, Control, Kubernetes};
 use secure_comms_tunnel::Outbounds;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::access::limiter::ConnectionLimiter;
 use crate::access::policy::AccessPolicy;
@@ -45,6 +45,8 @@ pub(crate) struct Limits {
     pub(crate) unauthenticated: Arc<ConnectionLimiter>,
     /// Peers of the Attestation phase.
     pub(crate) attesting: Arc<ConnectionLimiter>,
+    /// Connections that are told why they end. Others are cut at once.
+    pub(crate) farewells: Semaphore,
     /// Log lines about connections that ended without having authenticated.
     pub(crate) unauthenticated_log: Throttle,
 }
@@ -98,6 +100,7 @@ impl Agent {
                 waiting: ConnectionLimiter::new(WAITING_MAX),
                 unauthenticated: ConnectionLimiter::new(UNAUTHENTICATED_MAX),
                 attesting: ConnectionLimiter::new(ATTESTATION_PEERS_MAX),
+                farewells: Semaphore::new(FAREWELLS_MAX),
                 unauthenticated_log: Throttle::new(UNAUTHENTICATED_LOGGED),
             },
             peers: PhasePeers::default(),

@@ -243,7 +243,7 @@ async fn report_to_systemd(
 /// Closes the connections after their streams have ended, at most [`SHUTDOWN_DRAIN`] later.
 async fn drain(agent: &Agent) {
     let reason = "the agent stops";
-    agent.limits.unauthenticated.cut_all();
+    agent.limits.unauthenticated.end_all(reason);
     agent.peers.attestation.close_all(reason);
     agent.tunnels.routes.clear();
     let peers = agent.peers.kubernetes.all();

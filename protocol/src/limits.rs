@@ -134,6 +134,11 @@ pub const KBS_PAUSE_MIN: Duration = Duration::from_secs(10);
 pub const KEYS_REPORT: Duration = Duration::from_secs(15);
 /// Time that attestation peers have to close their connections after `upgrade`.
 pub const UPGRADE_DRAIN: Duration = Duration::from_secs(1);
+/// Time that a peer has to close its connection after it has received the reason; then it is cut.
+pub const FAREWELL: Duration = Duration::from_millis(500);
+/// Connections that receive the reason of their end at a time. Others are cut at once, so that a flood takes bounded
+/// memory.
+pub const FAREWELLS_MAX: usize = 32;
 /// A fresh agent admits attestation peers again if no worker node has logged in for this long.
 pub const FIRST_LOGIN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time for which an attempt to set up the pod network waits for the VM's own network: DHCP may be late.

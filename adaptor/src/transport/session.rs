@@ -6,6 +6,7 @@ use std::fmt;
 use std::time::Duration;
 
 use secure_comms_protocol::Hello;
+use secure_comms_protocol::control::Bye;
 use secure_comms_protocol::limits::{HELLO, UPGRADE_DRAIN};
 use secure_comms_protocol::{Attestation, Control, KeyProgress, Phase, PodId, TunnelName};
 use secure_comms_ssh::control::{self, ControlEnd, Outbox};
@@ -244,24 +245,39 @@ struct ControlTask<R, S, E> {
 }
 
 impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S, E> {
-    async fn run(mut self) {
-        let (credits, outbox, state) = (&self.credits, &self.outbox, &self.state);
-        let on_message = |message| record(state, message);
-        let end = tokio::select! {
+    async fn run(self) {
+        let Self { mut receiver, sender, credits, outbox, ended, state } = self;
+        tokio::pin!(ended);
+        let on_message = |message| record(&state, message);
+        let (end, fault) = tokio::select! {
             // The connection knows the cause of its end; the channel only sees that it ended.
             biased;
-            end = self.ended => end.into(),
-            end = control::run(&mut self.receiver, &self.sender, credits, outbox, on_message) => {
-                SessionEnd(match end {
-                    ControlEnd::Bye(reason) => format!("the agent said bye: {}", quote(&reason)),
-                    other => quote(&other.to_string()),
-                })
-            }
-            () = credits.gone() => SessionEnd("the agent sent more than it was granted".into()),
+            end = &mut ended => (end.into(), None),
+            end = control::run(&mut receiver, &sender, &credits, &outbox, on_message) => match end {
+                ControlEnd::Bye(reason) => (SessionEnd(format!("the agent said bye: {}", quote(&reason))), None),
+                ControlEnd::Closed => (SessionEnd(end.to_string()), None),
+                fault => (SessionEnd(quote(&fault.to_string())), Some(quote(&fault.to_string()))),
+            },
+            () = credits.gone() => (
+                SessionEnd("the agent sent more than it was granted".into()),
+                Some("the agent sent more than it was granted".into()),
+            ),
         };
         credits.end();
+        if let Some(reason) = fault {
+            // The agent ends the connection when it has the reason; one that does not is cut.
+            drop(timeout(CLOSE_TIMEOUT, async { tokio::join!(say_bye(&sender, reason), ended) }).await);
+        }
         state.send_modify(|state| state.end = Some(end));
     }
+}
+
+/// Sends a bye on a control channel that is not run any more.
+async fn say_bye(sender: &impl Sender, reason: String) {
+    let mut line = Vec::new();
+    Control::Bye(Bye { reason }).write_line(&mut line);
+    // If the connection is gone, so is the reader of the reason.
+    let _ = sender.send(line.into()).await;
 }
 
 fn record(state: &watch::Sender<PeerState>, message: Control) {

@@ -13,6 +13,9 @@ use crate::os::log_limits::Throttle;
 /// Evictions a minute that are logged.
 const EVICTIONS_LOGGED: u32 = 20;
 
+/// The reason that an evicted connection receives.
+const EVICTED: &str = "evicted: connection limit reached";
+
 /// Limits the connections of one kind. A newcomer evicts another connection instead of being refused, so a flood slows an
 /// honest peer but can't lock it out.
 #[derive(Debug)]
@@ -80,18 +83,18 @@ impl ConnectionLimiter {
             let evicted = held.swap_remove(index);
             log::log!(
                 self.evictions.level(log::Level::Info),
-                "connection from {}: evicted: connection limit reached",
+                "connection from {}: {EVICTED}",
                 evicted.address
             );
-            evicted.cut();
+            evicted.end(EVICTED);
         }
         held.push(connection);
         Place { limiter: self.clone(), id }
     }
 
-    /// Cuts every connection at once.
-    pub(crate) fn cut_all(&self) {
-        self.held().drain(..).for_each(|connection| connection.cut());
+    /// Ends every connection, with this reason.
+    pub(crate) fn end_all(&self, reason: &str) {
+        self.held().drain(..).for_each(|connection| connection.end(reason));
     }
 }
 

@@ -59,13 +59,6 @@ impl ForwardOpener {
     pub(crate) fn new(handle: Handle, offers: Arc<Offers>) -> Self {
         Self { handle, offers }
     }
-
-    /// Sends SSH's disconnect message, after everything that was sent before.
-    pub(crate) async fn disconnect(&self) {
-        let reason = russh::Disconnect::ByApplication;
-        // The connection may have ended already.
-        drop(self.handle.disconnect(reason, "bye".into(), "en".into()).await);
-    }
 }
 
 impl Opener for ForwardOpener {

@@ -4,12 +4,12 @@ use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use secure_comms_protocol::limits::UPGRADE_DRAIN;
+use secure_comms_protocol::limits::FAREWELL;
 use secure_comms_protocol::{Phase, PodId, TunnelName};
 use secure_comms_ssh::control::Outbox;
 use secure_comms_tunnel::Credits;
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::timeout;
 
 use crate::connection::Connection;
 use crate::peers::link::{Offers, PeerLink};
@@ -31,6 +31,7 @@ pub(crate) struct Peer<P> {
     pub(crate) pod: OnceLock<PodId>,
     tried: AtomicBool,
     closing: AtomicBool,
+    controlled: AtomicBool,
     phase: PhantomData<P>,
 }
 
@@ -46,22 +47,32 @@ impl<P: Phase> Peer<P> {
             pod: OnceLock::new(),
             tried: AtomicBool::new(false),
             closing: AtomicBool::new(false),
+            controlled: AtomicBool::new(false),
             phase: PhantomData,
         }
     }
 
-    /// Sends `bye` with a reason, and cuts the connection if it is still open after [`UPGRADE_DRAIN`]. Only the first call
-    /// has an effect.
+    /// Ends the connection with a reason: by `bye`, if the peer has a control channel that takes it within [`FAREWELL`], and
+    /// by SSH's disconnect message. Only the first call has an effect.
     pub(crate) fn close_gracefully(&self, reason: &str) {
         if self.closing.swap(true, Ordering::Relaxed) {
             return;
         }
         self.outbox.bye(reason);
-        let connection = self.connection.clone();
+        let (connection, outbox, reason) = (self.connection.clone(), self.outbox.clone(), reason.to_owned());
+        let controlled = self.controlled.load(Ordering::Relaxed);
         tokio::spawn(async move {
-            sleep(UPGRADE_DRAIN).await;
-            connection.cut();
+            if controlled {
+                // A bye that the session does not take in time is not waited for: the disconnect says the same.
+                drop(timeout(FAREWELL, outbox.said_bye()).await);
+            }
+            connection.end(&reason);
         });
+    }
+
+    /// Notes that a control channel takes the messages of the outbox.
+    pub(crate) fn set_controlled(&self) {
+        self.controlled.store(true, Ordering::Relaxed);
     }
 
     /// Whether the connection is about to close: no new streams are sent to the peer.

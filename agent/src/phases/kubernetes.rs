@@ -51,7 +51,7 @@ pub(crate) async fn until_latched(agent: &Agent, guest: &GuestApi, attesters: &A
 /// Asks the attestation peers to come back as `kubernetes`, and closes their connections.
 async fn upgrade_attesters(agent: &Agent) {
     // These were shown a host key that is out of use.
-    agent.limits.unauthenticated.cut_all();
+    agent.limits.unauthenticated.end_all("the agent has new keys; connect again");
     agent.announce_upgrade();
     // The rest is closed below.
     drop(timeout(UPGRADE_DRAIN, agent.peers.attestation.until_empty()).await);

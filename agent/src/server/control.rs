@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use secure_comms_protocol::limits::HELLO;
+use secure_comms_protocol::limits::{FAREWELL, HELLO};
 use secure_comms_protocol::{Control, Hello, MismatchKind, PhaseName, PodId, TunnelNames};
 use secure_comms_ssh::control::{self, ControlEnd};
 use secure_comms_tunnel::flow::PeerFlow;
@@ -55,6 +55,7 @@ pub(super) async fn run_control_channel<P: AgentPhase>(
     };
     let ours = Hello::from_agent(P::NAME, &agent.instance, peer.credits.initial(), tunnels);
     peer.outbox.send(Control::Hello(ours.clone()));
+    peer.set_controlled();
     let mut greeted = false;
     let on_message = |message| {
         if let Control::Hello(hello) = message
@@ -68,35 +69,21 @@ pub(super) async fn run_control_channel<P: AgentPhase>(
         std::future::pending().await
     };
     let end = tokio::select! {
-        end = control::run(&mut receiver, &sender, &peer.credits, &peer.outbox, on_message) => Some(end),
-        end = background => Some(end),
-        () = peer.outbox.said_bye() => None,
+        end = control::run(&mut receiver, &sender, &peer.credits, &peer.outbox, on_message) => end,
+        end = background => end,
     };
-    match end {
-        Some(end) => finish(&peer, &end, greeted),
-        None => {
-            // Nothing reads the channel from here on: the session must not wait for us while we wait for it.
-            drop(receiver);
-            disconnect_after_bye(&peer).await;
-        }
-    }
-}
-
-/// Sends the disconnect message, behind the bye. `close_gracefully` cuts a connection on which that takes too long.
-async fn disconnect_after_bye<P>(peer: &Peer<P>) {
-    tokio::select! {
-        () = peer.link.opener().disconnect() => {}
-        () = peer.credits.gone() => {}
-    }
+    finish(&peer, &end, greeted).await;
 }
 
 /// `ssh -s` may close the channel and go on with its tunnels; a peer with credits can't work without it.
-fn finish<P>(peer: &Peer<P>, end: &ControlEnd, greeted: bool) {
-    if greeted || *end != ControlEnd::Closed {
-        log::info!("connection from {}: {end}", peer.connection.address);
-        peer.connection.cut();
-    }
+async fn finish<P>(peer: &Peer<P>, end: &ControlEnd, greeted: bool) {
     peer.credits.set_peer_mode(PeerFlow::WindowOnly);
+    match end {
+        ControlEnd::Closed if !greeted => {}
+        // Mostly the connection has ended, and its session knows better why.
+        ControlEnd::Closed if timeout(FAREWELL, peer.credits.gone()).await.is_ok() => {}
+        _ => peer.connection.end(&end.to_string()),
+    }
 }
 
 /// Handles the first hello of a peer.

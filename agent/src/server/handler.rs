@@ -176,8 +176,10 @@ impl Handler for ConnectionHandler {
             session::join(phase, &self.agent, &self.connection, self.generation, session.handle())
         });
         self.authenticated.notify_one();
-        // The agent may have left the phase since the authentication.
-        if self.peer.is_none() { Err(russh::Error::Disconnect) } else { Ok(()) }
+        if self.peer.is_none() {
+            self.connection.end("the agent has left the phase of this login; connect again");
+        }
+        Ok(())
     }
 
     async fn channel_open_session(
