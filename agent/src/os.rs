@@ -4,6 +4,8 @@
 
 pub mod logging;
 
+pub(crate) mod operator_log;
+
 pub(crate) mod log_limits;
 
 pub mod systemd;

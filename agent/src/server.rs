@@ -11,6 +11,7 @@ mod session;
 
 mod control;
 mod phase;
+mod status;
 
 use std::io;
 use std::net::SocketAddr;

@@ -289,6 +289,7 @@ fn record(state: &watch::Sender<PeerState>, message: Control) {
             state.keys = Some(KeyProgress { error, ..keys });
         }
         Control::Upgrade(_) => state.upgrade = true,
+        Control::Log(_) => {}
         Control::Credit(_) | Control::Ping(_) | Control::Pong(_) | Control::Bye(_) => {}
     });
 }

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use log::Level;
 
+use super::operator_log::TO_OPERATOR;
+
 /// Throttles log lines of one kind, so that a stranger can't fill the log. Later lines are logged at debug level.
 #[derive(Debug)]
 pub(crate) struct Throttle {
@@ -66,7 +68,7 @@ impl Repeated {
     /// Logs the recovery, if the action failed before.
     pub(crate) fn succeeded(&mut self) {
         if let Some(line) = self.note_success() {
-            log::info!("{line}");
+            log::info!(target: TO_OPERATOR, "{line}");
         }
     }
 

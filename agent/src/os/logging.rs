@@ -7,6 +7,7 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use super::operator_log::{is_for_operator, operator_log};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use secure_comms_keys::text::one_line;
 use syslog::{Facility, Formatter3164, LoggerBackend};
@@ -37,7 +38,8 @@ pub fn init() -> Result<(), LogError> {
         level(env::var_os(LEVEL_VARIABLE).map(|text| text.to_string_lossy().into_owned()).as_deref())?;
     let logger = Logger { sink: Sink::choose(), level };
     log::set_boxed_logger(Box::new(logger)).map_err(|_| LogError::Twice)?;
-    log::set_max_level(level);
+    // Whatever the level, the operator's lines are made.
+    log::set_max_level(level.max(LevelFilter::Info));
     Ok(())
 }
 
@@ -169,8 +171,16 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if self.enabled(record.metadata()) {
-            self.sink.write(record.level(), &one_line(&record.args().to_string(), LINE_MAX));
+        let (enabled, for_operator) = (self.enabled(record.metadata()), is_for_operator(record.metadata()));
+        if !enabled && !for_operator {
+            return;
+        }
+        let text = one_line(&record.args().to_string(), LINE_MAX);
+        if for_operator {
+            operator_log().add(record.level(), &text);
+        }
+        if enabled {
+            self.sink.write(record.level(), &text);
         }
     }
 

@@ -42,6 +42,11 @@ impl Offers {
         self.table().contains_key(name)
     }
 
+    /// Whether the peer serves no tunnel.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.table().is_empty()
+    }
+
     fn get(&self, name: &TunnelName) -> Option<(String, u32)> {
         self.table().get(name).cloned()
     }

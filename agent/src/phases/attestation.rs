@@ -74,11 +74,11 @@ impl GuestApi {
     }
 }
 
-/// Makes attempts until one brings keys, with backoff between retries. Each attempt uses one peer that offers the KBS;
+/// Makes attempts until one brings keys; returns them, and the pod whose they are. With backoff between retries. Each attempt uses one peer that offers the KBS;
 /// peers without an attempt so far come first.
 ///
 /// Cancellation: ends the current attempt; its routes and its peer's exemption from eviction stay for the caller to clear.
-pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
+pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> (PodKeys, PodId) {
     let mut backoff = Backoff::default();
     let mut failure = Repeated::new("getting the keys from the KBS");
     let mut last = 0;
@@ -92,11 +92,13 @@ pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
     for attempt in 1.. {
         let peer = candidate(agent, last).await;
         last = peer.connection.id;
-        match try_peer(agent, guest, &peer, &deadlines).await {
+        // A candidate has named its pod.
+        let Some(pod) = peer.pod.get() else { continue };
+        match try_peer(agent, guest, &peer, pod, &deadlines).await {
             Ok(keys) => {
                 failure.succeeded();
                 agent.attempt.progress.send_replace(Some(KeyProgress { attempt, error: None }));
-                return keys;
+                return (keys, pod.clone());
             }
             Err(error) => {
                 if matches!(error, AttemptError::Peer(SILENT)) {
@@ -108,8 +110,7 @@ pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
                 // A late notification from a stream of this attempt must not end the next one.
                 deadlines.silent = Arc::default();
                 failure.failed(&error);
-                let progress = KeyProgress { attempt, error: Some(error.to_string()) };
-                agent.attempt.progress.send_replace(Some(progress));
+                agent.attempt.failed(attempt, error.to_string());
             }
         }
         tokio::select! {
@@ -167,9 +168,9 @@ async fn try_peer(
     agent: &Agent,
     guest: &GuestApi,
     peer: &Peer<Attestation>,
+    pod: &PodId,
     deadlines: &KbsDeadlines,
 ) -> Result<PodKeys, AttemptError> {
-    let Some(pod) = peer.pod.get() else { return Err(AttemptError::Peer("the peer named no pod")) };
     let routes = &agent.tunnels.routes;
     agent.attempt.set_peer(Some(peer.connection.id));
     routes.set_attestation(peer, deadlines);

@@ -18,18 +18,18 @@ use crate::peers::peer::Peer;
 /// Names of a list in a hello that are compared with ours, for the log: a stranger may send thousands.
 const COMPARED_MAX: usize = 64;
 
-/// Discards what comes on a session channel before it becomes the control channel. Returns false if it never does, and
-/// true once `begun` was sent to.
-pub(super) async fn becomes_control_channel(
+/// Discards what comes on a session channel before it becomes a subsystem. Returns the subsystem that `begun` receives;
+/// none if the channel never becomes one.
+pub(super) async fn becomes_subsystem<T>(
     receiver: &mut PeerReceiver,
-    mut begun: oneshot::Receiver<()>,
-) -> bool {
+    mut begun: oneshot::Receiver<T>,
+) -> Option<T> {
     loop {
         tokio::select! {
-            // First, for data that comes after it belongs to the control channel.
+            // First, for data that comes after it belongs to the subsystem.
             biased;
-            begun = &mut begun => return begun.is_ok(),
-            event = receiver.recv() => if matches!(event, None | Some(Event::Close)) { return false },
+            begun = &mut begun => return begun.ok(),
+            event = receiver.recv() => if matches!(event, None | Some(Event::Close)) { return None },
         }
     }
 }
@@ -92,6 +92,7 @@ fn on_hello<P: AgentPhase>(agent: &Agent, peer: &Peer<P>, hello: &Hello, ours: &
     match hello.pod_id.as_deref().map(str::parse::<PodId>) {
         Some(Ok(pod)) => {
             log::info!("connection from {address}: adaptor identified; pod {pod}");
+            P::identified(agent, peer, &pod);
             // Set once: later hellos are not handled.
             drop(peer.pod.set(pod));
         }
