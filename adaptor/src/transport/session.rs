@@ -5,14 +5,15 @@ mod tunnels;
 use std::fmt;
 use std::time::Duration;
 
+use secure_comms_keys::text::one_line;
 use secure_comms_protocol::Hello;
-use secure_comms_protocol::control::Bye;
-use secure_comms_protocol::limits::{HELLO, UPGRADE_DRAIN};
-use secure_comms_protocol::{Attestation, Control, KeyProgress, Phase, PodId, TunnelName};
+use secure_comms_protocol::control::{Bye, LogLine};
+use secure_comms_protocol::limits::{HELLO, LOG_BATCH, LOG_KEPT, LOG_TEXT_MAX, UPGRADE_DRAIN};
+use secure_comms_protocol::{Attestation, Control, KeyProgress, Phase, PhaseName, PodId, TunnelName};
 use secure_comms_ssh::control::{self, ControlEnd, Outbox};
 use secure_comms_ssh::guard::Guard;
 use secure_comms_tunnel::{Credits, Receiver, Sender};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
@@ -20,6 +21,12 @@ pub(crate) use self::tunnels::Tunnels;
 use self::tunnels::mismatches;
 use crate::text::quote;
 use crate::transport::ssh::{AgentLink, ClientPhase, ConnectError, SshConnection, TransportEnd};
+
+/// Lines of the agent's log that may wait until they are shown.
+const LOG_QUEUE: usize = LOG_KEPT + LOG_BATCH;
+
+/// Longest name of a level, in bytes.
+const LEVEL_MAX: usize = 20;
 
 /// Why a session ended, as one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +67,7 @@ pub(crate) struct Session<P: ClientPhase> {
     agent: Hello,
     tunnel_mismatches: Vec<String>,
     last_keys: Option<KeyProgress>,
+    log: Option<mpsc::Receiver<LogLine>>,
     control: AbortHandle,
 }
 
@@ -102,7 +110,13 @@ impl<P: ClientPhase> Session<P> {
         outbox.send(Control::Hello(ours.clone()));
         let (state, mut peer) = watch::channel(PeerState::default());
         let ended = connection.ended();
-        let control = ControlTask { receiver, sender, credits, outbox: outbox.clone(), ended, state };
+        let (log_sender, log) = mpsc::channel(LOG_QUEUE);
+        let reports = Reports {
+            state,
+            // An unproven agent sends none, and may not make us log.
+            log: (P::NAME == PhaseName::Kubernetes).then_some(log_sender),
+        };
+        let control = ControlTask { receiver, sender, credits, outbox: outbox.clone(), ended, reports };
         let control = tokio::spawn(control.run()).abort_handle();
         let mut session = Self {
             connection,
@@ -111,6 +125,7 @@ impl<P: ClientPhase> Session<P> {
             agent: Hello::default(),
             tunnel_mismatches: Vec::new(),
             last_keys: None,
+            log: Some(log),
             control,
         };
         let first = peer.wait_for(|state| state.hello.is_some() || state.end.is_some()).await;
@@ -142,6 +157,11 @@ impl<P: ClientPhase> Session<P> {
             guard: self.connection.guard(),
             credits: self.connection.credits().clone(),
         }
+    }
+
+    /// The lines of the agent's log that it sends for the operator; none the second time.
+    pub(crate) fn take_log(&mut self) -> Option<mpsc::Receiver<LogLine>> {
+        self.log.take()
     }
 
     /// Waits until no stream is open.
@@ -241,14 +261,21 @@ struct ControlTask<R, S, E> {
     outbox: Outbox,
     /// Completes when the connection ends.
     ended: E,
+    reports: Reports,
+}
+
+/// Where the agent's messages go.
+struct Reports {
     state: watch::Sender<PeerState>,
+    /// None if the agent may send no lines of its log.
+    log: Option<mpsc::Sender<LogLine>>,
 }
 
 impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S, E> {
     async fn run(self) {
-        let Self { mut receiver, sender, credits, outbox, ended, state } = self;
+        let Self { mut receiver, sender, credits, outbox, ended, reports } = self;
         tokio::pin!(ended);
-        let on_message = |message| record(&state, message);
+        let on_message = |message| reports.record(message);
         let (end, fault) = tokio::select! {
             // The connection knows the cause of its end; the channel only sees that it ended.
             biased;
@@ -268,7 +295,7 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
             // The agent ends the connection when it has the reason; one that does not is cut.
             drop(timeout(CLOSE_TIMEOUT, async { tokio::join!(say_bye(&sender, reason), ended) }).await);
         }
-        state.send_modify(|state| state.end = Some(end));
+        reports.state.send_modify(|state| state.end = Some(end));
     }
 }
 
@@ -280,18 +307,34 @@ async fn say_bye(sender: &impl Sender, reason: String) {
     let _ = sender.send(line.into()).await;
 }
 
-fn record(state: &watch::Sender<PeerState>, message: Control) {
-    state.send_modify(|state| match message {
-        // Only the first one is kept: it is the one that was checked.
-        Control::Hello(hello) => _ = state.hello.get_or_insert(hello),
-        Control::Keys(keys) => {
-            let error = keys.error.as_deref().map(quote);
-            state.keys = Some(KeyProgress { error, ..keys });
-        }
-        Control::Upgrade(_) => state.upgrade = true,
-        Control::Log(_) => {}
-        Control::Credit(_) | Control::Ping(_) | Control::Pong(_) | Control::Bye(_) => {}
-    });
+impl Reports {
+    fn record(&self, message: Control) {
+        self.state.send_if_modified(|state| {
+            match message {
+                // Only the first one is kept: it is the one that was checked.
+                Control::Hello(hello) => _ = state.hello.get_or_insert(hello),
+                Control::Keys(keys) => {
+                    let error = keys.error.as_deref().map(quote);
+                    state.keys = Some(KeyProgress { error, ..keys });
+                }
+                Control::Upgrade(_) => state.upgrade = true,
+                Control::Log(line) => {
+                    if let Some(log) = &self.log {
+                        // A line that finds the queue full is missed, and counted by the next one.
+                        drop(log.try_send(sanitized(&line)));
+                    }
+                    return false;
+                }
+                Control::Credit(_) | Control::Ping(_) | Control::Pong(_) | Control::Bye(_) => return false,
+            }
+            true
+        });
+    }
+}
+
+/// A line of the agent's log, made one short line.
+fn sanitized(line: &LogLine) -> LogLine {
+    LogLine { text: one_line(&line.text, LOG_TEXT_MAX), level: one_line(&line.level, LEVEL_MAX), ..*line }
 }
 
 fn checked_hello<P: Phase>(state: PeerState) -> Result<Hello, ConnectError> {
