@@ -65,7 +65,7 @@ fn each_line_of_the_protocol_survives_a_round_trip() {
         (r#"{"keys":{"attempt":4,"error":null}}"#, progress(4, None)),
         (r#"{"upgrade":{}}"#, Control::Upgrade(Empty {})),
         (
-            r#"{"log":{"seq":7,"age":12,"level":"warning","text":"tunnel X: "no" server"}}"#,
+            r#"{"log":{"seq":7,"age":12,"level":"warning","text":"tunnel X: \"no\" server"}}"#,
             Control::Log(LogLine {
                 seq: 7,
                 age: 12,
@@ -193,6 +193,8 @@ fn any_message() -> impl Strategy<Value = Control> {
         (any::<u64>(), any::<Option<String>>())
             .prop_map(|(attempt, error)| Control::Keys(KeyProgress { attempt, error })),
         Just(Control::Upgrade(Empty {})),
+        (any::<(u64, u64)>(), any::<(String, String)>())
+            .prop_map(|((seq, age), (level, text))| { Control::Log(LogLine { seq, age, level, text }) }),
         (any::<u32>(), any::<u32>()).prop_map(|(stream, bytes)| Control::Credit(Credit { stream, bytes })),
         any::<u64>().prop_map(Control::Ping),
         any::<u64>().prop_map(Control::Pong),
