@@ -1,19 +1,24 @@
-//! One connection: its source address, and the handle that ends it.
+//! One connection: its source address, and the handle that ends it, with a reason for both ends.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use log::Level;
+use secure_comms_keys::text::one_line;
 use secure_comms_protocol::PhaseName;
 use secure_comms_ssh::guard::Guard;
 use secure_comms_tunnel::Credits;
+use tokio::sync::Notify;
 
 use crate::os::log_limits::{UNAUTHENTICATED, UNPROVEN};
 
 /// Refusals of one connection that are logged as warnings. Later ones are logged at debug level, so that a stranger can't
 /// fill the log.
 const REFUSALS_LOGGED: u32 = 16;
+
+/// Longest reason for the end of a connection, in bytes. It may quote the peer.
+const REASON_MAX: usize = 300;
 
 /// The handle on a connection. Clones refer to the same connection.
 #[derive(Clone, Debug)]
@@ -27,12 +32,31 @@ pub(crate) struct Connection {
     credits: Arc<OnceLock<Credits>>,
     phase: Arc<OnceLock<PhaseName>>,
     refusals: Arc<AtomicU32>,
+    end: Arc<End>,
+}
+
+/// The end of a connection from this side.
+#[derive(Debug, Default)]
+struct End {
+    /// The first reason: later ones follow from it.
+    reason: OnceLock<String>,
+    requested: Notify,
+    /// Whether an SSH session runs, which can send the reason.
+    has_session: AtomicBool,
 }
 
 impl Connection {
     /// A connection that was just accepted.
     pub(crate) fn new(id: u64, address: SocketAddr, guard: Guard) -> Self {
-        Self { id, address, guard, credits: Arc::default(), phase: Arc::default(), refusals: Arc::default() }
+        Self {
+            id,
+            address,
+            guard,
+            credits: Arc::default(),
+            phase: Arc::default(),
+            refusals: Arc::default(),
+            end: Arc::default(),
+        }
     }
 
     /// Sets the phase and the flow control of a peer that has authenticated. At most `held_max` bytes are read ahead from
@@ -84,6 +108,39 @@ impl Connection {
     /// Waits until the connection is cut. Only for the time before its SSH session starts.
     pub(crate) async fn until_cut(&self) {
         self.guard.until_cut().await;
+    }
+
+    /// Ends the connection with a reason, which the peer receives in SSH's disconnect message and our log names. It is cut
+    /// if no SSH session runs yet. Only the first call has an effect.
+    pub(crate) fn end(&self, reason: &str) {
+        if self.end.reason.set(one_line(reason, REASON_MAX)).is_err() {
+            return;
+        }
+        if self.end.has_session.load(Ordering::Relaxed) {
+            self.end.requested.notify_one();
+        } else {
+            self.guard.cut();
+        }
+    }
+
+    /// The reason of [`Self::end`]; none while the connection need not end.
+    pub(crate) fn end_reason(&self) -> Option<&str> {
+        self.end.reason.get().map(String::as_str)
+    }
+
+    /// From now on [`Self::end`] wakes [`Self::end_requested`] instead of cutting the connection.
+    pub(crate) fn session_started(&self) {
+        self.end.has_session.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits for [`Self::end`], and returns its reason. One task may wait. Cancellation safe.
+    pub(crate) async fn end_requested(&self) -> &str {
+        loop {
+            if let Some(reason) = self.end_reason() {
+                return reason;
+            }
+            self.end.requested.notified().await;
+        }
     }
 
     /// Ends the connection, its session and its streams at once.

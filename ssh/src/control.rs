@@ -70,6 +70,15 @@ impl Outbox {
         self.0.waiting.notify_one();
     }
 
+    /// Queues a message that may wait, such as a line of a log, unless half of the queue is taken; whether it was queued.
+    pub fn send_if_room(&self, message: Control) -> bool {
+        let has_room = self.0.messages.lock().unwrap_or_else(PoisonError::into_inner).len() < OUTBOX / 2;
+        if has_room {
+            self.send(message);
+        }
+        has_room
+    }
+
     /// Queues a `bye`.
     pub fn bye(&self, reason: &str) {
         self.send(Control::Bye(Bye { reason: reason.to_owned() }));
@@ -167,7 +176,7 @@ async fn read<R: Receiver>(
 
 /// Whether the caller of [`run`] handles the message; flow control, liveness and `bye` end here.
 fn is_for_caller(message: &Control) -> bool {
-    matches!(message, Control::Hello(_) | Control::Keys(_) | Control::Upgrade(_))
+    matches!(message, Control::Hello(_) | Control::Keys(_) | Control::Upgrade(_) | Control::Log(_))
 }
 
 /// Handles flow control and liveness; returns an end if the message ends the channel.
@@ -187,7 +196,7 @@ fn on_message(
         }
         Control::Bye(message) => return Some(ControlEnd::Bye(message.reason.clone())),
         Control::Hello(hello) => return on_hello(hello.credit, credits, outbox, pings),
-        Control::Keys(_) | Control::Upgrade(_) => {}
+        Control::Keys(_) | Control::Upgrade(_) | Control::Log(_) => {}
     }
     None
 }

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use secure_comms_protocol::{KeyProgress, PhaseName, PodId};
 use tokio::sync::watch;
 
+use super::vm_log::VmLine;
+
 /// The state of a pod's channel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PodState {
@@ -62,6 +64,8 @@ pub enum PodEvent {
     ConnectFailed(String),
     /// One end has a tunnel that the other end has no matching tag for.
     TunnelMismatch(String),
+    /// The agent in the VM logged a line for the operator.
+    VmLog(VmLine),
     /// The caller stopped the pod's channel.
     Stopped,
 }
@@ -82,6 +86,7 @@ impl fmt::Display for PodEvent {
             Self::Down(PhaseName::Attestation, why) => write!(f, "attestation: connection ended: {why}"),
             Self::ConnectFailed(why) => write!(f, "connecting: {why}"),
             Self::TunnelMismatch(what) => f.write_str(what),
+            Self::VmLog(line) => line.fmt(f),
             Self::Stopped => f.write_str("stopped"),
         }
     }
@@ -157,6 +162,7 @@ impl StatusReporter {
         match event {
             PodEvent::Down(..) | PodEvent::ConnectFailed(..) => tracing::warn!("pod {}: {event}", self.id),
             PodEvent::Keys(KeyProgress { error: Some(_), .. }) => tracing::warn!("pod {}: {event}", self.id),
+            PodEvent::VmLog(line) if line.is_warning => tracing::warn!("pod {}: {event}", self.id),
             _ => tracing::info!("pod {}: {event}", self.id),
         }
         (self.observer)(&self.id, event);

@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 use super::log_limits::LIBRARIES;
 use super::log_output::{Channel, Sink, Syslog, would_block};
 use super::log_queue::LogQueue;
+use super::operator_log::{is_for_operator, operator_log};
 
 /// The environment variable that sets the level.
 pub const LEVEL_VARIABLE: &str = "SECURE_COMMS_LOG";
@@ -57,7 +58,8 @@ pub fn init() -> Result<(), LogError> {
         level(env::var_os(LEVEL_VARIABLE).map(|text| text.to_string_lossy().into_owned()).as_deref())?;
     let logger = Logger { queue: Mutex::new(LogQueue::new(choose_sink()?)), level };
     log::set_boxed_logger(Box::new(logger)).map_err(|_| LogError::Twice)?;
-    log::set_max_level(level);
+    // Whatever the level, the operator's lines are made.
+    log::set_max_level(level.max(LevelFilter::Info));
     Ok(())
 }
 
@@ -128,7 +130,8 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if !self.enabled(record.metadata()) {
+        let (enabled, for_operator) = (self.enabled(record.metadata()), is_for_operator(record.metadata()));
+        if !enabled && !for_operator {
             return;
         }
         let mut level = record.level();
@@ -138,7 +141,11 @@ impl Log for Logger {
                 return;
             }
         }
-        if !self.queue().push(level, one_line(&record.args().to_string(), LINE_MAX)) {
+        let text = one_line(&record.args().to_string(), LINE_MAX);
+        if for_operator {
+            operator_log().add(record.level(), &text);
+        }
+        if enabled && !self.queue().push(level, text) {
             WAITING.notify_one();
         }
     }
