@@ -59,8 +59,10 @@ impl<T> Step<T> for io::Result<T> {
     fn step(self, step: impl FnOnce() -> String, advice: &'static str) -> Result<T, PodNetworkError> {
         self.map_err(|source| {
             let advice = match source.raw_os_error().map(Errno::from_raw) {
-                Some(Errno::EPERM | Errno::EACCES) => {
-                    "this needs CAP_NET_ADMIN in both namespaces, and AF_NETLINK sockets"
+                Some(Errno::EPERM) => "this needs CAP_NET_ADMIN in both namespaces, and AF_NETLINK sockets",
+                // The kernel's answer for an IPv6 address or route where IPv6 is off.
+                Some(Errno::EACCES) => {
+                    "see whether IPv6 is off there (sysctl net.ipv6.conf.all.disable_ipv6)"
                 }
                 _ => advice,
             };
@@ -90,6 +92,11 @@ pub(super) fn is_gone(error: &NetlinkError) -> bool {
 /// Whether a request failed because its object exists already.
 pub(super) fn already_exists(error: &NetlinkError) -> bool {
     errno(error) == Some(Errno::EEXIST)
+}
+
+/// Whether the kernel refused what was asked for, as opposed to having no memory, or us no right, to do anything of the kind.
+pub(super) fn is_refused(error: &NetlinkError) -> bool {
+    !matches!(errno(error), None | Some(Errno::EPERM | Errno::ENOMEM | Errno::ENOBUFS | Errno::EINTR))
 }
 
 fn errno(error: &NetlinkError) -> Option<Errno> {

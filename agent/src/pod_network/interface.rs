@@ -3,13 +3,13 @@
 use std::os::fd::{AsFd, AsRawFd};
 
 use futures_util::TryStreamExt;
-use rtnetlink::LinkUnspec;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage,
 };
+use rtnetlink::{Error as NetlinkError, LinkUnspec};
 
-use super::error::{PodNetworkError, Step};
+use super::error::{PodNetworkError, Step, already_exists};
 use super::netlink::Net;
 use super::spec::Prefix;
 
@@ -124,9 +124,7 @@ pub(super) async fn add_address(
     let mut flags = no_dad_flag(prefix);
     flags.set(AddressFlags::Noprefixroute, !connected);
     request.message_mut().attributes.push(AddressAttribute::Flags(flags));
-    request
-        .execute()
-        .await
+    existing_is_fine(request.execute().await)
         .step(|| format!("adding address {prefix} to '{}'", link.name), "correct pod-network in apf.json")
 }
 
@@ -152,7 +150,16 @@ pub(super) async fn restore_address(
         }
     }
     message.attributes.push(AddressAttribute::Flags(flags));
-    request.execute().await.step(|| format!("adding address {prefix} to '{}'", link.name), "add it by hand")
+    // A DHCP client may have been quicker.
+    existing_is_fine(request.execute().await)
+        .step(|| format!("adding address {prefix} to '{}'", link.name), "add it by hand")
+}
+
+fn existing_is_fine(added: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
+    match added {
+        Err(error) if already_exists(&error) => Ok(()),
+        other => other,
+    }
 }
 
 /// The flag that skips duplicate address detection (IPv6 only): the address is the pod's alone, or was in use before.

@@ -12,6 +12,9 @@ use super::secondary::SecondaryInterface;
 use super::spec::{InterfaceName, Spec};
 use super::{interface, ip_route, notrack, secondary, underlay, vxlan};
 
+/// Lines about routes and neighbours that are left out, at most.
+const REMARKS_MAX: usize = 16;
+
 /// A network for one pod.
 #[derive(Clone, Debug)]
 pub struct PodNetwork {
@@ -114,7 +117,7 @@ impl PodNetwork {
         // Before the link is up, so before the first packet.
         let rules = notrack::add(spec.worker_node, spec.port);
         interface::set_up(pod, &tunnel).await?;
-        ip_route::add_all(pod, &tunnel, spec).await?;
+        let left_out = ip_route::add_all(pod, &tunnel, spec).await?;
         if let Err(error) = rules {
             log::warn!(
                 "pod network: the NOTRACK rules are left out: {}; connection tracking, where the VM has it on, tracks the \
@@ -133,6 +136,7 @@ impl PodNetwork {
             spec.worker_node,
             spec.port
         );
+        log_remarks(&left_out);
         Ok(())
     }
 
@@ -169,6 +173,16 @@ pub async fn set_loopback_up(namespace: &Namespace) -> Result<(), PodNetworkErro
     match interface::named(&net, "lo").await? {
         Some(lo) => interface::set_up(&net, &lo).await,
         None => Ok(()),
+    }
+}
+
+/// Logs what the network lacks, one line each: apf.json may list thousands of routes, so only the first ones.
+pub(super) fn log_remarks(remarks: &[String]) {
+    for remark in remarks.iter().take(REMARKS_MAX) {
+        log::warn!("pod network: {remark}");
+    }
+    if let Some(more) = remarks.len().checked_sub(REMARKS_MAX).filter(|&more| more > 0) {
+        log::warn!("pod network: {more} more like the last one");
     }
 }
 

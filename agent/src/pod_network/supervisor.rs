@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::error::PodNetworkError;
 use super::secondary;
-use super::setup::PodNetwork;
+use super::setup::{PodNetwork, log_remarks};
 use crate::os::log_limits::Repeated;
 
 /// Retries one step until it succeeds, with backoff, and reports its state.
@@ -45,6 +45,7 @@ impl PodNetwork {
     /// worker node still reaches the kata agent.
     pub(crate) async fn supervise(self, status: watch::Sender<String>, stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
+        log_remarks(&self.spec.remarks);
         tokio::select! {
             () = self.set_up_with_retries(&status) => {
                 if self.spec.external {
