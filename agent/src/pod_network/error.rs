@@ -45,8 +45,21 @@ pub enum PodNetworkError {
     )]
     Taken(String),
     /// Not everything could be undone.
-    #[error("undoing it: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    #[error("undoing it: {}", list(.0))]
     Undo(Vec<Self>),
+    /// An interface lacks addresses or routes after a move to another namespace.
+    #[error("moving '{name}': {}", list(.errors))]
+    Incomplete {
+        /// The interface.
+        name: String,
+        /// Why each part is missing.
+        errors: Vec<Self>,
+    },
+}
+
+/// Errors as one text.
+pub(super) fn list(errors: &[PodNetworkError]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// Turns a failed netlink request into an error of the pod network.

@@ -80,37 +80,45 @@ pub(super) struct Address {
     pub(super) index: u32,
     pub(super) prefix: Prefix,
     pub(super) link_local: bool,
+    /// Whether packets may be sent from it now: it is not tentative and not deprecated.
+    pub(super) usable: bool,
     message: AddressMessage,
 }
 
-/// The usable addresses of all interfaces: not tentative, duplicate or deprecated ones.
+/// The addresses of all interfaces, except duplicate ones.
 pub(super) async fn addresses(net: &Net) -> Result<Vec<Address>, PodNetworkError> {
     let messages: Result<Vec<_>, _> = net.handle.address().get().execute().try_collect().await;
     let messages = messages.step(|| "listing the addresses".into(), "try again")?;
-    Ok(messages.into_iter().filter_map(usable).collect())
+    Ok(messages.into_iter().filter_map(address).collect())
 }
 
-fn usable(message: AddressMessage) -> Option<Address> {
+fn address(message: AddressMessage) -> Option<Address> {
     let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
-    let (mut local, mut address) = (None, None);
+    let (mut local, mut peer) = (None, None);
     for attribute in &message.attributes {
         match attribute {
             AddressAttribute::Flags(all) => flags = *all,
             // On a point-to-point interface `Address` is the peer's.
             AddressAttribute::Local(ip) => local = Some(*ip),
-            AddressAttribute::Address(ip) => address = Some(*ip),
+            AddressAttribute::Address(ip) => peer = Some(*ip),
             _ => {}
         }
     }
-    let unusable = AddressFlags::Tentative | AddressFlags::Dadfailed | AddressFlags::Deprecated;
     let link_local = match message.header.scope {
         AddressScope::Universe | AddressScope::Site => false,
         AddressScope::Link => true,
         _ => return None,
     };
-    let prefix = Prefix::new(local.or(address)?, message.header.prefix_len)?;
+    let prefix = Prefix::new(local.or(peer)?, message.header.prefix_len)?;
     let index = message.header.index;
-    (!flags.intersects(unusable)).then_some(Address { index, prefix, link_local, message })
+    let usable = !flags.intersects(AddressFlags::Tentative | AddressFlags::Deprecated);
+    (!flags.contains(AddressFlags::Dadfailed)).then_some(Address {
+        index,
+        prefix,
+        link_local,
+        usable,
+        message,
+    })
 }
 
 /// Adds an address that is usable at once. Without `connected` the kernel adds no route to its network.

@@ -20,22 +20,37 @@ use super::interface::{self, Interface};
 use super::netlink::Net;
 use super::spec::{InterfaceName, IpRoute, Neighbour, Prefix, Spec};
 
+/// RT_TABLE_LOCAL: the kernel's routes to this machine's own addresses.
+const TABLE_LOCAL: u8 = 255;
+
 /// Every unicast route of a namespace's main table.
 pub(super) async fn all(net: &Net) -> Result<Vec<RouteMessage>, PodNetworkError> {
+    let mut routes = of_all_tables(net).await?;
+    routes.retain(is_main);
+    Ok(routes)
+}
+
+/// Every unicast route of a namespace, except those of the local table, which the kernel makes.
+pub(super) async fn of_all_tables(net: &Net) -> Result<Vec<RouteMessage>, PodNetworkError> {
     let request = net.handle.route().get(RouteMessageBuilder::<IpAddr>::new().build());
     let routes: Result<Vec<_>, _> = request.execute().try_collect().await;
     let mut routes = routes.step(|| "listing the routes".into(), "try again")?;
     routes.retain(|route| {
         let header = &route.header;
         header.kind == RouteType::Unicast
-            && header.table == RouteHeader::RT_TABLE_MAIN
+            && header.table != TABLE_LOCAL
             && matches!(header.address_family, AddressFamily::Inet | AddressFamily::Inet6)
     });
     Ok(routes)
 }
 
+fn is_main(route: &RouteMessage) -> bool {
+    route.header.table == RouteHeader::RT_TABLE_MAIN
+}
+
+/// Whether it is a default route of the main table.
 pub(super) fn is_default(route: &RouteMessage) -> bool {
-    route.header.destination_prefix_length == 0
+    route.header.destination_prefix_length == 0 && is_main(route)
 }
 
 /// Indexes of the interfaces that a route sends packets out of.
