@@ -100,7 +100,7 @@ pub(super) async fn move_to_pod(
             .step(|| format!("looking for '{name}' in the pod's namespace"), "look at `ip link` there");
     };
     let others = ip_route::all(pod).await?;
-    let others: Vec<_> = others.into_iter().filter(|route| is_other_default(route, &link)).collect();
+    let others: Vec<_> = others.iter().filter_map(|route| other_default(route, &link)).collect();
     let (defaults, near): (Vec<_>, Vec<_>) =
         second.routes.iter().partition(|route| ip_route::is_default(route));
     let mut errors = restore(pod, &link, &second.addresses, &near).await;
@@ -173,10 +173,12 @@ fn is_global_of(address: &Address, link: &Interface) -> bool {
     address.index == link.index && !address.link_local
 }
 
-/// Whether it is a default route by one other interface.
-fn is_other_default(route: &RouteMessage, link: &Interface) -> bool {
-    ip_route::is_default(route)
-        && matches!(&*ip_route::output_interfaces(route), [index] if *index != link.index)
+/// A copy of a route, if it is a default route by one other interface.
+fn other_default(route: &RouteMessage, link: &Interface) -> Option<RouteMessage> {
+    match *ip_route::output_interfaces(route) {
+        [index] if index != link.index && ip_route::is_default(route) => Some(carried(route, index)),
+        _ => None,
+    }
 }
 
 /// The first network card with an address that is used neither by the tunnel nor by the VM's default routes.
@@ -289,8 +291,7 @@ async fn replace_defaults(
         }
     }
     for route in others.iter().filter(|other| !families.contains(&family(other))) {
-        let index = ip_route::output_interfaces(route).into_iter().next().unwrap_or_default();
-        errors.extend(ip_route::append(pod, carried(route, index), "default").await.err());
+        errors.extend(ip_route::append(pod, route.clone(), "default").await.err());
     }
     errors
 }

@@ -80,6 +80,14 @@ impl PodNetwork {
         to_its_end(moving).await
     }
 
+    /// Moves the second interface back after a move whose undo failed.
+    ///
+    /// Cancellation: safe, as that of [`PodNetwork::move_secondary`].
+    pub(super) async fn reclaim_secondary(&self) -> Result<(), PodNetworkError> {
+        let moved = self.secondary.lock().await.is_some();
+        if moved { self.return_secondary(&self.open().await?).await } else { Ok(()) }
+    }
+
     /// Moves the second interface back, if it is not the VM's.
     ///
     /// Cancellation: safe, as that of [`PodNetwork::move_secondary`].

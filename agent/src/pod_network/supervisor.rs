@@ -92,8 +92,13 @@ impl PodNetwork {
     ) {
         let mut attempts = RetryLoop::new("moving the VM's second interface to the pod", status);
         loop {
+            let find = async {
+                // An earlier attempt may have left it in the pod's namespace.
+                self.reclaim_secondary().await?;
+                secondary::find(self.host_interface.as_ref()).await
+            };
             let found = tokio::select! {
-                found = secondary::find(self.host_interface.as_ref()) => found,
+                found = find => found,
                 () = &mut stop => return,
             };
             // Not cancelled by `stop`: a move takes milliseconds.
