@@ -40,7 +40,8 @@ async fn a_broken_daemon_config_is_reported_with_its_place() {
         (b"{\"sc-pp-prv\": 7}", &["key 'sc-pp-prv'", "expected a string"]),
         (b"{\"sc\": true, \"sc\": false}", &["key 'sc': given twice"]),
         (b"{} trailing", &["trailing characters at line 1"]),
-        (b"\xff", &["line 1"]),
+        (b"\xff\0\0", &["line 1"]),
+        (b"\x80", &["line 1"]),
     ] {
         let (path, result) = read_text(json).await;
         let text = result.unwrap_err().to_string();

@@ -63,7 +63,20 @@ impl Place {
 
     /// Starts the agent.
     pub fn start(&self, args: &[&str], env: &[(&str, &str)]) -> Agent {
-        let mut command = self.command(args);
+        Self::spawn(self.command(args), env)
+    }
+
+    /// Starts the agent as a user who may have no inotify instance.
+    pub fn start_without_inotify(&self, args: &[&str]) -> Agent {
+        let agent = self.command(args);
+        let mut command = Command::new("unshare");
+        let script = "echo 0 >/proc/sys/user/max_inotify_instances && exec \"$@\"";
+        command.args(["--user", "--map-root-user", "sh", "-c", script, "sh"]);
+        command.arg(agent.get_program()).args(agent.get_args()).stdin(Stdio::null());
+        Self::spawn(command, &[("JOURNAL_STREAM", "1:1")])
+    }
+
+    fn spawn(mut command: Command, env: &[(&str, &str)]) -> Agent {
         command.envs(env.iter().copied()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let log = BufReader::new(child.stderr.take().unwrap());
