@@ -98,6 +98,23 @@ fn a_late_daemon_config_is_waited_for() {
 }
 
 #[test]
+fn without_inotify_the_daemon_config_is_still_found() {
+    let place = Place::new();
+    let mut agent = place.start_without_inotify(&FREE_PORTS);
+    agent.says("is looked for every second: inotify: ");
+    agent.address();
+    assert_eq!(agent.terminate().code(), Some(0));
+
+    std::fs::remove_file(place.path("apf.json")).unwrap();
+    let mut agent = place.start_without_inotify(&FREE_PORTS);
+    agent.says("it is not there yet");
+    place.write_config("{}");
+    agent.says("found after");
+    agent.address();
+    assert_eq!(agent.terminate().code(), Some(0));
+}
+
+#[test]
 fn a_start_that_waits_for_its_daemon_config_can_be_stopped() {
     let place = Place::new();
     std::fs::remove_file(place.path("apf.json")).unwrap();

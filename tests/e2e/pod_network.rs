@@ -1,6 +1,11 @@
 //! The pod's network: the real agent in a VM that is a namespace, and a VXLAN peer at the worker node.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
+#[path = "pod_network/caa.rs"]
+mod caa;
+#[path = "pod_network/secondary.rs"]
+mod secondary;
+
 use std::os::unix::net::UnixDatagram;
 use std::process::Output;
 
@@ -181,69 +186,6 @@ async fn the_tunnel_leaves_by_the_interface_that_the_flag_names() {
     end(agent).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_second_interface_moves_to_the_pod_and_back() {
-    let site = PodSite::new(&V4).unwrap();
-    let outside = TestNamespace::new("outside").unwrap();
-    outside.ip(["address", "add", "198.51.100.1/32", "dev", "lo"]).unwrap();
-    let spec = with(&V4, &[("external-net-via-pod-vm", json!(true))]);
-    let agent = site.up(&spec).await.unwrap();
-    // It appears late, as a second interface does.
-    site.vm.veth("ens4", &outside, "cable").unwrap();
-    outside.address("cable", "10.77.0.1/24").unwrap();
-    site.vm.address("ens4", "10.77.0.2/24").unwrap();
-    let given = "'ens4' is the pod's, with its addresses and routes";
-    agent.wait_for_text(given, PATIENCE).await.unwrap();
-    end(agent).await;
-
-    site.vm.address("ens4", "fd77::2/64").unwrap();
-    site.vm.ip(["route", "add", "default", "via", "10.77.0.1", "dev", "ens4", "metric", "300"]).unwrap();
-    site.vm
-        .ip(["route", "add", "203.0.113.0/24", "via", "10.77.0.1", "dev", "ens4", "proto", "dhcp"])
-        .unwrap();
-    let before = site.state().unwrap();
-    let mut agent = site.up(&spec).await.unwrap();
-    agent.wait_for_text(given, PATIENCE).await.unwrap();
-    let given_state = site.state().unwrap();
-    for _ in 0..2 {
-        let defaults: Vec<_> =
-            site.pod.routes().unwrap().into_iter().filter(|route| route["dst"] == "default").collect();
-        assert_eq!(defaults.len(), 1, "{defaults:?}");
-        assert_eq!((&defaults[0]["dev"], &defaults[0]["metric"]), (&json!("ens4"), &json!(300)));
-        assert!(site.vm.show(["link", "show", "dev", "ens4"]).is_err());
-        site.pod.ping("198.51.100.1").await.unwrap();
-        site.pod.exchange(&outside, "198.51.100.1").await.unwrap();
-        traffic(&site, &V4).await;
-        agent.kill9().await.unwrap();
-        agent = site.up(&spec).await.unwrap();
-        agent.wait_for_text(given, PATIENCE).await.unwrap();
-        assert_eq!(site.state().unwrap(), given_state);
-    }
-    end(agent).await;
-    assert_eq!(site.state().unwrap(), before);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_borrowed_default_route_is_not_kept() {
-    let site = PodSite::new(&V4).unwrap();
-    // Both are in one network, through a switch at the worker node.
-    site.vm.veth("ens4", &site.node, "cable2").unwrap();
-    site.vm.address("ens4", "10.9.0.5/24").unwrap();
-    site.node.ip(["route", "add", "10.9.0.5/32", "dev", "cable2"]).unwrap();
-    site.node.ip(["address", "add", "198.51.100.1/32", "dev", "lo"]).unwrap();
-    let before = site.state().unwrap();
-    let spec = with(&V4, &[("external-net-via-pod-vm", json!(true))]);
-    let agent = site.up(&spec).await.unwrap();
-    agent.wait_for_text("'ens4' is the pod's", PATIENCE).await.unwrap();
-    let routes = site.pod.routes().unwrap();
-    let default: Vec<_> = routes.iter().filter(|route| route["dst"] == "default").collect();
-    assert_eq!(default.len(), 1, "{routes:?}");
-    assert_eq!((&default[0]["dev"], &default[0]["gateway"]), (&json!("ens4"), &json!("10.9.0.2")));
-    site.pod.exchange(&site.node, "198.51.100.1").await.unwrap();
-    end(agent).await;
-    assert_eq!(site.state().unwrap(), before);
-}
-
 /// Runs `nft` in a namespace; returns its output.
 async fn nft(netns: &TestNamespace, arguments: &[&str]) -> String {
     let output = netns.command("nft").args(arguments).output().await.unwrap();
@@ -293,25 +235,117 @@ async fn a_worker_node_out_of_reach_is_no_failure() {
     end(agent).await;
 }
 
+/// The routes of the pod, sorted, as `ip` prints them.
+fn pod_routes(site: &PodSite, family: &str) -> Vec<String> {
+    let arguments = ["-n", site.pod.name(), family, "route"];
+    let output = std::process::Command::new("ip").args(arguments).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut routes: Vec<_> = text.lines().map(|line| line.trim().to_owned()).collect();
+    routes.sort();
+    routes
+}
+
+/// The agent's warnings that a route or a neighbour is left out.
+fn left_out(agent: &Child) -> Vec<String> {
+    agent.log().lines().filter(|line| line.contains("left out")).map(str::to_owned).collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failure_is_undone_and_told_and_tried_again() {
+async fn what_cannot_be_set_up_is_left_out_alone() {
     let site = PodSite::new(&V4).unwrap();
+    site.pod.ip(["link", "add", "lost", "type", "dummy"]).unwrap();
     let before = site.state().unwrap();
-    let far = json!([{"dst": "0.0.0.0/0", "gw": "10.99.0.1", "dev": "eth0"}]);
+    let routes = json!([
+        {"dst": "::ffff:0.0.0.0/0", "gw": "10.244.1.1", "dev": "eth0", "protocol": "boot"},
+        {"dst": "10.244.1.0/24", "gw": "", "dev": "eth0", "protocol": "kernel", "scope": "link"},
+        {"dst": "192.0.2.0/24", "gw": "", "dev": "net1", "protocol": "kernel", "scope": "link"},
+        {"dst": "198.51.100.0/24", "gw": "10.99.0.1", "dev": "eth0", "protocol": "boot"},
+        {"dst": "0.0.0.0/0", "gw": "10.244.1.2", "dev": "eth0"},
+        // Its interface is down.
+        {"dst": "10.50.0.0/16", "dev": "lost"},
+        {"dst": "10.51.0.0/16", "gw": "fd00::1", "dev": "eth0"},
+        {"dst": "10.52.0.0/16", "gw": "10.244.1.1", "dev": "eth0", "protocol": "foo"},
+        // Twice, in two forms.
+        {"dst": "0.0.0.0/0", "gw": "10.244.1.1", "dev": "", "protocol": "static"},
+    ]);
+    let neighbours = json!([
+        {"ip": "10.244.1.1", "hw-addr": "ee:ee:ee:ee:ee:ee", "dev": "net1", "state": "permanent"},
+        {"ip": "10.244.1.9", "hw-addr": "ee:ee:ee:ee:ee:09", "dev": "eth0", "state": "permanent"},
+        {"ip": "10.244.1.9", "hw-addr": "ee:ee:ee:ee:ee:09", "dev": "eth0", "state": "permanent"},
+    ]);
+    let spec = with(&V4, &[("routes", routes), ("neighbors", neighbours)]);
+    let agent = site.up(&spec).await.unwrap();
+    traffic(&site, &V4).await;
+    assert_eq!(
+        pod_routes(&site, "-4"),
+        [
+            "10.244.1.0/24 dev eth0 proto kernel scope link",
+            "10.52.0.0/16 via 10.244.1.1 dev eth0",
+            "default via 10.244.1.1 dev eth0",
+        ]
+    );
+    let neighbours = site.pod.show(["neigh", "show", "nud", "permanent"]).unwrap();
+    assert_eq!(neighbours.as_array().unwrap().len(), 1, "{neighbours}");
+    agent.wait_for_text("neighbour 10.244.1.1 is left out", PATIENCE).await.unwrap();
+    let lines = left_out(&agent);
+    for part in [
+        "route 192.0.2.0/24 is left out: the pod's namespace has no interface 'net1'",
+        "route 198.51.100.0/24 by 10.99.0.1 is left out: ",
+        "no route without a gateway leads to its gateway",
+        "route 0.0.0.0/0 by 10.244.1.2 is left out: another route has this destination",
+        "route 10.50.0.0/16 is left out: Network is down",
+        "'routes[6].gw': fd00::1 is not of the family of dst 10.51.0.0/16",
+        "neighbour 10.244.1.1 is left out: the pod's namespace has no interface 'net1'",
+    ] {
+        assert_eq!(lines.iter().filter(|line| line.contains(part)).count(), 1, "{part}: {lines:#?}");
+    }
+    assert_eq!(lines.len(), 6, "{lines:#?}");
+    agent.wait_for_text("\"foo\" is no routing protocol; 'boot' is taken", PATIENCE).await.unwrap();
+    end(agent).await;
+    assert_eq!(site.state().unwrap(), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_route_that_exists_already_is_enough() {
+    let site = PodSite::new(&V4).unwrap();
+    // As an agent that was killed half-way leaves it.
+    site.pod.ip(["link", "add", "net1", "type", "dummy"]).unwrap();
+    site.pod.ip(["link", "set", "net1", "up"]).unwrap();
+    site.pod.ip(["route", "add", "10.50.0.0/16", "dev", "net1"]).unwrap();
+    site.pod.ip(["route", "add", "10.51.0.0/16", "dev", "net1", "metric", "7"]).unwrap();
+    let routes = json!([{"dst": "10.50.0.0/16", "dev": "net1"}, {"dst": "10.51.0.0/16", "dev": "net1"}]);
+    let spec = with(&V4, &[("routes", routes)]);
+    for _ in 0..2 {
+        let mut agent = site.up(&spec).await.unwrap();
+        assert_eq!(left_out(&agent), [""; 0]);
+        assert!(pod_routes(&site, "-4").contains(&"10.50.0.0/16 dev net1 scope link".to_owned()));
+        agent.kill9().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_is_undone_and_reported_and_tried_again() {
+    let site = PodSite::new(&V4).unwrap();
+    // The kernel has one VXLAN link of an id and a port.
+    let (id, port) = (ID.to_string(), PORT.to_string());
+    let other = ["link", "add", "other", "type", "vxlan", "id", &id, "dstport", &port, "dev", "ens3"];
+    site.vm.ip(other).unwrap();
+    let before = site.state().unwrap();
     let systemd = UnixDatagram::bind(site.path("notify")).unwrap();
     systemd.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut command = site.agent_command(&with(&V4, &[("routes", far)])).await.unwrap();
+    let mut command = site.agent_command(&V4.pod_network()).await.unwrap();
     command.env("NOTIFY_SOCKET", site.path("notify"));
     let agent = Child::spawn("agent", command).unwrap();
     let line = agent.wait_for_text("setting up the pod network: ", PATIENCE).await.unwrap();
-    for part in ["adding route 0.0.0.0/0 by 10.99.0.1: ", "correct pod-network.routes in apf.json"] {
+    for part in ["making VXLAN link 'eth0', id 555001, port 4790", "no other link with this id and port"] {
         assert!(line.contains(part), "{part:?} is not in {line:?}");
     }
     let mut buffer = [0; 4096];
     let status = loop {
         let length = systemd.recv(&mut buffer).unwrap();
         let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
-        if text.contains("adding route") {
+        if text.contains("making VXLAN link") {
             break text;
         }
     };
@@ -322,6 +356,7 @@ async fn a_failure_is_undone_and_told_and_tried_again() {
     );
     end(agent).await;
     assert_eq!(site.state().unwrap(), before);
+    site.vm.ip(["link", "del", "other"]).unwrap();
 
     // Interfaces of others are not changed, and once they are gone the network comes up.
     site.pod.ip(["link", "add", "eth0", "type", "veth", "peer", "name", "peer"]).unwrap();

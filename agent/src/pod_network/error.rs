@@ -45,8 +45,21 @@ pub enum PodNetworkError {
     )]
     Taken(String),
     /// Not everything could be undone.
-    #[error("undoing it: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    #[error("undoing it: {}", list(.0))]
     Undo(Vec<Self>),
+    /// An interface lacks addresses or routes after a move to another namespace.
+    #[error("moving '{name}': {}", list(.errors))]
+    Incomplete {
+        /// The interface.
+        name: String,
+        /// Why each part is missing.
+        errors: Vec<Self>,
+    },
+}
+
+/// Errors as one text.
+pub(super) fn list(errors: &[PodNetworkError]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// Turns a failed netlink request into an error of the pod network.
@@ -59,8 +72,10 @@ impl<T> Step<T> for io::Result<T> {
     fn step(self, step: impl FnOnce() -> String, advice: &'static str) -> Result<T, PodNetworkError> {
         self.map_err(|source| {
             let advice = match source.raw_os_error().map(Errno::from_raw) {
-                Some(Errno::EPERM | Errno::EACCES) => {
-                    "this needs CAP_NET_ADMIN in both namespaces, and AF_NETLINK sockets"
+                Some(Errno::EPERM) => "this needs CAP_NET_ADMIN in both namespaces, and AF_NETLINK sockets",
+                // The kernel's answer for an IPv6 address or route where IPv6 is off.
+                Some(Errno::EACCES) => {
+                    "see whether IPv6 is off there (sysctl net.ipv6.conf.all.disable_ipv6)"
                 }
                 _ => advice,
             };
@@ -90,6 +105,11 @@ pub(super) fn is_gone(error: &NetlinkError) -> bool {
 /// Whether a request failed because its object exists already.
 pub(super) fn already_exists(error: &NetlinkError) -> bool {
     errno(error) == Some(Errno::EEXIST)
+}
+
+/// Whether the kernel refused what was asked for, as opposed to having no memory, or us no right, to do anything of the kind.
+pub(super) fn is_refused(error: &NetlinkError) -> bool {
+    !matches!(errno(error), None | Some(Errno::EPERM | Errno::ENOMEM | Errno::ENOBUFS | Errno::EINTR))
 }
 
 fn errno(error: &NetlinkError) -> Option<Errno> {

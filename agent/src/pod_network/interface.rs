@@ -3,13 +3,13 @@
 use std::os::fd::{AsFd, AsRawFd};
 
 use futures_util::TryStreamExt;
-use rtnetlink::LinkUnspec;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage,
 };
+use rtnetlink::{Error as NetlinkError, LinkUnspec};
 
-use super::error::{PodNetworkError, Step};
+use super::error::{PodNetworkError, Step, already_exists};
 use super::netlink::Net;
 use super::spec::Prefix;
 
@@ -80,37 +80,45 @@ pub(super) struct Address {
     pub(super) index: u32,
     pub(super) prefix: Prefix,
     pub(super) link_local: bool,
+    /// Whether packets may be sent from it now: it is not tentative and not deprecated.
+    pub(super) usable: bool,
     message: AddressMessage,
 }
 
-/// The usable addresses of all interfaces: not tentative, duplicate or deprecated ones.
+/// The addresses of all interfaces, except duplicate ones.
 pub(super) async fn addresses(net: &Net) -> Result<Vec<Address>, PodNetworkError> {
     let messages: Result<Vec<_>, _> = net.handle.address().get().execute().try_collect().await;
     let messages = messages.step(|| "listing the addresses".into(), "try again")?;
-    Ok(messages.into_iter().filter_map(usable).collect())
+    Ok(messages.into_iter().filter_map(address).collect())
 }
 
-fn usable(message: AddressMessage) -> Option<Address> {
+fn address(message: AddressMessage) -> Option<Address> {
     let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
-    let (mut local, mut address) = (None, None);
+    let (mut local, mut peer) = (None, None);
     for attribute in &message.attributes {
         match attribute {
             AddressAttribute::Flags(all) => flags = *all,
             // On a point-to-point interface `Address` is the peer's.
             AddressAttribute::Local(ip) => local = Some(*ip),
-            AddressAttribute::Address(ip) => address = Some(*ip),
+            AddressAttribute::Address(ip) => peer = Some(*ip),
             _ => {}
         }
     }
-    let unusable = AddressFlags::Tentative | AddressFlags::Dadfailed | AddressFlags::Deprecated;
     let link_local = match message.header.scope {
         AddressScope::Universe | AddressScope::Site => false,
         AddressScope::Link => true,
         _ => return None,
     };
-    let prefix = Prefix::new(local.or(address)?, message.header.prefix_len)?;
+    let prefix = Prefix::new(local.or(peer)?, message.header.prefix_len)?;
     let index = message.header.index;
-    (!flags.intersects(unusable)).then_some(Address { index, prefix, link_local, message })
+    let usable = !flags.intersects(AddressFlags::Tentative | AddressFlags::Deprecated);
+    (!flags.contains(AddressFlags::Dadfailed)).then_some(Address {
+        index,
+        prefix,
+        link_local,
+        usable,
+        message,
+    })
 }
 
 /// Adds an address that is usable at once. Without `connected` the kernel adds no route to its network.
@@ -124,9 +132,7 @@ pub(super) async fn add_address(
     let mut flags = no_dad_flag(prefix);
     flags.set(AddressFlags::Noprefixroute, !connected);
     request.message_mut().attributes.push(AddressAttribute::Flags(flags));
-    request
-        .execute()
-        .await
+    existing_is_fine(request.execute().await)
         .step(|| format!("adding address {prefix} to '{}'", link.name), "correct pod-network in apf.json")
 }
 
@@ -152,7 +158,16 @@ pub(super) async fn restore_address(
         }
     }
     message.attributes.push(AddressAttribute::Flags(flags));
-    request.execute().await.step(|| format!("adding address {prefix} to '{}'", link.name), "add it by hand")
+    // A DHCP client may have been quicker.
+    existing_is_fine(request.execute().await)
+        .step(|| format!("adding address {prefix} to '{}'", link.name), "add it by hand")
+}
+
+fn existing_is_fine(added: Result<(), NetlinkError>) -> Result<(), NetlinkError> {
+    match added {
+        Err(error) if already_exists(&error) => Ok(()),
+        other => other,
+    }
 }
 
 /// The flag that skips duplicate address detection (IPv6 only): the address is the pod's alone, or was in use before.

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use futures_util::{StreamExt, TryStreamExt};
+use nix::errno::Errno;
 use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
@@ -14,27 +15,42 @@ use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use rtnetlink::{Error as NetlinkError, RouteMessageBuilder};
 
-use super::error::{PodNetworkError, Step, already_exists, is_gone};
+use super::error::{PodNetworkError, Step, already_exists, cause, is_gone, is_refused};
 use super::interface::{self, Interface};
 use super::netlink::Net;
 use super::spec::{InterfaceName, IpRoute, Neighbour, Prefix, Spec};
 
+/// RT_TABLE_LOCAL: the kernel's routes to this machine's own addresses.
+const TABLE_LOCAL: u8 = 255;
+
 /// Every unicast route of a namespace's main table.
 pub(super) async fn all(net: &Net) -> Result<Vec<RouteMessage>, PodNetworkError> {
+    let mut routes = of_all_tables(net).await?;
+    routes.retain(is_main);
+    Ok(routes)
+}
+
+/// Every unicast route of a namespace, except those of the local table, which the kernel makes.
+pub(super) async fn of_all_tables(net: &Net) -> Result<Vec<RouteMessage>, PodNetworkError> {
     let request = net.handle.route().get(RouteMessageBuilder::<IpAddr>::new().build());
     let routes: Result<Vec<_>, _> = request.execute().try_collect().await;
     let mut routes = routes.step(|| "listing the routes".into(), "try again")?;
     routes.retain(|route| {
         let header = &route.header;
         header.kind == RouteType::Unicast
-            && header.table == RouteHeader::RT_TABLE_MAIN
+            && header.table != TABLE_LOCAL
             && matches!(header.address_family, AddressFamily::Inet | AddressFamily::Inet6)
     });
     Ok(routes)
 }
 
+fn is_main(route: &RouteMessage) -> bool {
+    route.header.table == RouteHeader::RT_TABLE_MAIN
+}
+
+/// Whether it is a default route of the main table.
 pub(super) fn is_default(route: &RouteMessage) -> bool {
-    route.header.destination_prefix_length == 0
+    route.header.destination_prefix_length == 0 && is_main(route)
 }
 
 /// Indexes of the interfaces that a route sends packets out of.
@@ -51,6 +67,14 @@ pub(super) fn gateway(route: &RouteMessage) -> Option<IpAddr> {
     route.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Gateway(RouteAddress::Inet(address)) => Some((*address).into()),
         RouteAttribute::Gateway(RouteAddress::Inet6(address)) => Some((*address).into()),
+        _ => None,
+    })
+}
+
+/// The address of a route's destination; none for a default route.
+fn destination(route: &RouteMessage) -> Option<&RouteAddress> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(address) => Some(address),
         _ => None,
     })
 }
@@ -133,28 +157,86 @@ pub(super) async fn remove(net: &Net, route: RouteMessage, what: &str) -> Result
     removed.step(|| format!("removing route {what}"), "remove it by hand with `ip route del`")
 }
 
-/// Adds the routes and the neighbours of a spec.
-pub(super) async fn add_all(pod: &Net, tunnel: &Interface, spec: &Spec) -> Result<(), PodNetworkError> {
+/// Adds the routes and the neighbours of a spec. Returns those that are left out, each with its reason: the namespace lacks
+/// their interface, or the kernel refuses them. The pod has the rest of its network.
+///
+/// # Errors
+/// The kernel takes no requests.
+pub(super) async fn add_all(
+    pod: &Net,
+    tunnel: &Interface,
+    spec: &Spec,
+) -> Result<Vec<String>, PodNetworkError> {
+    let links = interface::all(pod).await?;
+    let mut left_out = Vec::new();
+    let mut leave_out = |what: String, why: String| left_out.push(format!("{what} is left out: {why}"));
     for route in &spec.routes {
-        let index = index(pod, tunnel, route.device.as_ref()).await?;
-        pod.handle.route().add(as_message(route, index)).execute().await.step(
-            || format!("adding route {}", describe(route)),
-            "a gateway must be reached by a route without one, and no two routes may have one destination; correct \
-             pod-network.routes in apf.json",
-        )?;
+        let what = format!("route {}", describe(route));
+        match index(&links, tunnel, route.device.as_ref()) {
+            Err(missing) => leave_out(what, missing),
+            Ok(index) => match add(pod, as_message(route, index), &what).await? {
+                Ok(()) => {}
+                Err(refused) => leave_out(what, refused),
+            },
+        }
     }
     for neighbour in &spec.neighbours {
-        let index = index(pod, tunnel, neighbour.device.as_ref()).await?;
-        add_neighbour(pod, neighbour, index).await?;
+        let what = format!("neighbour {}", neighbour.address);
+        match index(&links, tunnel, neighbour.device.as_ref()) {
+            Err(missing) => leave_out(what, missing),
+            Ok(index) => match refusal(add_neighbour(pod, neighbour, index).await, &what)? {
+                Ok(()) => {}
+                Err(refused) => leave_out(what, refused),
+            },
+        }
     }
-    Ok(())
+    Ok(left_out)
+}
+
+/// Adds a route unless it exists. The inner error says why the kernel refuses it.
+async fn add(pod: &Net, route: RouteMessage, what: &str) -> Result<Result<(), String>, PodNetworkError> {
+    let same = |other: &RouteMessage| {
+        other.header.address_family == route.header.address_family
+            && other.header.destination_prefix_length == route.header.destination_prefix_length
+            && destination(other) == destination(&route)
+            && gateway(other) == gateway(&route)
+            && output_interfaces(other) == output_interfaces(&route)
+    };
+    match pod.handle.route().add(route.clone()).execute().await {
+        Err(error) if already_exists(&error) => {
+            let exists = all(pod).await?.iter().any(same);
+            Ok(if exists { Ok(()) } else { Err("another route has this destination".into()) })
+        }
+        added => refusal(added, what),
+    }
+}
+
+/// Separates what the kernel refuses (inner error) from what fails for another reason, such as a missing right.
+fn refusal(done: Result<(), NetlinkError>, what: &str) -> Result<Result<(), String>, PodNetworkError> {
+    match done {
+        Err(error) if is_refused(&error) => Ok(Err(reason(error))),
+        done => done.step(|| format!("adding {what}"), "try again").map(Ok),
+    }
+}
+
+fn reason(error: NetlinkError) -> String {
+    let source = cause(error);
+    let advice = match source.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENETUNREACH | Errno::EHOSTUNREACH) => "no route without a gateway leads to its gateway",
+        Some(Errno::EACCES) => "IPv6 may be off there (sysctl net.ipv6.conf.all.disable_ipv6)",
+        _ => "correct pod-network in apf.json",
+    };
+    format!("{source}; {advice}")
 }
 
 /// Adds the default routes of a spec that are missing.
 pub(super) async fn add_defaults(pod: &Net, tunnel: &Interface, spec: &Spec) -> Result<(), PodNetworkError> {
+    let links = interface::all(pod).await?;
     for route in spec.routes.iter().filter(|route| route.destination.length() == 0) {
-        let index = index(pod, tunnel, route.device.as_ref()).await?;
-        append(pod, as_message(route, index), &describe(route)).await?;
+        // A route that the set-up left out stays out.
+        if let Ok(index) = index(&links, tunnel, route.device.as_ref()) {
+            append(pod, as_message(route, index), &describe(route)).await?;
+        }
     }
     Ok(())
 }
@@ -186,29 +268,22 @@ fn describe(route: &IpRoute) -> String {
     }
 }
 
-async fn index(
-    pod: &Net,
-    tunnel: &Interface,
-    device: Option<&InterfaceName>,
-) -> Result<u32, PodNetworkError> {
+/// The index of a route's interface, or a text that says which is missing.
+fn index(links: &[Interface], tunnel: &Interface, device: Option<&InterfaceName>) -> Result<u32, String> {
     let Some(device) = device.filter(|device| device.as_str() != tunnel.name) else {
         return Ok(tunnel.index);
     };
-    let found =
-        interface::named(pod, device.as_str()).await?.ok_or_else(|| std::io::ErrorKind::NotFound.into());
-    let found: std::io::Result<Interface> = found;
-    let advice = "correct dev in pod-network.routes and pod-network.neighbors in apf.json";
-    Ok(found.step(|| format!("looking for interface '{device}' in the pod's namespace"), advice)?.index)
+    let found = links.iter().find(|link| link.name == device.as_str());
+    found.map(|link| link.index).ok_or_else(|| format!("the pod's namespace has no interface '{device}'"))
 }
 
-async fn add_neighbour(pod: &Net, neighbour: &Neighbour, index: u32) -> Result<(), PodNetworkError> {
+async fn add_neighbour(pod: &Net, neighbour: &Neighbour, index: u32) -> Result<(), NetlinkError> {
     let mut request =
         pod.handle.neighbours().add(index, neighbour.address).state(neighbour.state.into()).replace();
     if let Some(address) = neighbour.hardware_address {
         request = request.link_layer_address(address.bytes());
     }
-    let advice = "correct pod-network.neighbors in apf.json";
-    request.execute().await.step(|| format!("adding neighbour {}", neighbour.address), advice)
+    request.execute().await
 }
 
 async fn remove_neighbour(pod: &Net, neighbour: &Neighbour, index: u32) -> Result<(), PodNetworkError> {

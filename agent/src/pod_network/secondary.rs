@@ -1,20 +1,24 @@
 //! `external-net-via-pod-vm`: the VM's second interface moves into the pod's namespace, with its addresses and routes,
 //! and the pod's default route leaves by it.
 //!
+//! A move is a transaction: the kernel drops the addresses and routes of an interface that leaves a namespace, so they are
+//! described before it leaves and kept until it is back ([`Kept`]). What can't be restored is named, the rest is restored.
+//!
 //! Before the move the interface gets an alias as a mark. So the next process after a killed agent finds it, and moves it
-//! back with the addresses and routes that the kernel reports for it.
+//! back with the addresses and routes that the kernel reports for it then.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::link::InfoKind;
-use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol};
+use rtnetlink::packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteProtocol};
 use secure_comms_protocol::limits::POD_NETWORK_WAIT;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
-use super::error::{PodNetworkError, Step};
+use super::error::{PodNetworkError, Step, list};
 use super::interface::{self, Address, Interface};
 use super::ip_route;
 use super::netlink::Net;
@@ -24,74 +28,157 @@ use super::spec::{InterfaceName, Prefix};
 const MARK: &str = "secure-comms: the VM's second interface";
 /// The routing protocol number of a default route that the VM did not have. Unused by the kernel and by iproute2.
 const MADE: u8 = 0x5c;
+/// Time that an interface with an address has to get its default route: a DHCP client adds the one after the other.
+const DEFAULT_ROUTE_WAIT: Duration = Duration::from_secs(5);
+/// Pause before what could not be restored is tried once more.
+const RESTORE_PAUSE: Duration = Duration::from_millis(200);
 
 /// The VM's second interface, with the addresses and routes that move along.
+#[derive(Clone, Debug)]
 pub(super) struct SecondaryInterface {
     link: Interface,
     addresses: Vec<Address>,
     routes: Vec<RouteMessage>,
 }
 
-/// Waits for a second interface with an address, other than the tunnel's.
+/// The interface as it was in the VM's namespace, while it is not there.
+pub(super) type Kept = Option<SecondaryInterface>;
+
+impl SecondaryInterface {
+    fn has_default(&self) -> bool {
+        self.routes.iter().any(ip_route::is_default)
+    }
+}
+
+/// Waits for a second interface with an address, other than the tunnel's, and then a little for its default route.
 pub(super) async fn find(tunnel: Option<&InterfaceName>) -> Result<SecondaryInterface, PodNetworkError> {
     let host = Net::host_watched().step(|| "listening to the kernel".into(), "try again")?;
     let deadline = Instant::now() + POD_NETWORK_WAIT;
+    let mut settled = None;
     loop {
-        if let Some(mut second) = look(&host, tunnel).await? {
-            add_default(&host, &mut second).await?;
-            return Ok(second);
-        }
-        if timeout_at(deadline, host.changed()).await.is_err() {
-            return Err(PodNetworkError::Waited {
-                missing: "no second interface with an address".into(),
-                seconds: POD_NETWORK_WAIT.as_secs(),
-                advice: "give the VM another one, or take external-net-via-pod-vm out of apf.json",
-            });
+        let second = look(&host, tunnel).await?;
+        let until = match &second {
+            Some(second) if second.has_default() => Instant::now(),
+            Some(_) => *settled.get_or_insert_with(|| Instant::now() + DEFAULT_ROUTE_WAIT),
+            None => {
+                settled = None;
+                deadline
+            }
+        };
+        let late = Instant::now() >= until || timeout_at(until, host.changed()).await.is_err();
+        match second {
+            Some(second) if late => return Ok(second),
+            None if late => {
+                return Err(PodNetworkError::Waited {
+                    missing: "no second interface with an address".into(),
+                    seconds: POD_NETWORK_WAIT.as_secs(),
+                    advice: "give the VM another one, or take external-net-via-pod-vm out of apf.json",
+                });
+            }
+            _ => {}
         }
     }
 }
 
-/// Moves the interface into the pod's namespace.
+/// Moves the interface into the pod's namespace. Addresses and routes that the pod's namespace refuses are named in a warning.
 ///
-/// Cancellation: not safe. During the move only this function knows the addresses.
+/// Cancellation: not safe. During the move only the caller knows the addresses.
+///
+/// # Errors
+/// The interface can't be moved, or has no address after the move. The caller then moves it back.
 pub(super) async fn move_to_pod(
     host: &Net,
     pod: &Net,
     namespace: &impl AsFd,
-    second: SecondaryInterface,
+    second: &SecondaryInterface,
 ) -> Result<(), PodNetworkError> {
+    let name = &second.link.name;
     interface::set_alias(host, &second.link, MARK).await?;
     interface::move_to(host, &second.link, namespace).await?;
-    let families: HashSet<u8> =
-        second.routes.iter().filter(|route| ip_route::is_default(route)).map(family).collect();
-    for other in ip_route::all(pod).await? {
-        let replaced = ip_route::is_default(&other) && families.contains(&family(&other));
-        if let ([index], true) = (&*ip_route::output_interfaces(&other), replaced) {
-            ip_route::remove(pod, carried(&other, *index), "default").await?;
-        }
+    let Some(link) = marked(pod).await?.into_iter().next() else {
+        return Err(std::io::Error::from(std::io::ErrorKind::NotFound))
+            .step(|| format!("looking for '{name}' in the pod's namespace"), "look at `ip link` there");
+    };
+    let others = ip_route::all(pod).await?;
+    let others: Vec<_> = others.iter().filter_map(|route| other_default(route, &link)).collect();
+    let (defaults, near): (Vec<_>, Vec<_>) =
+        second.routes.iter().partition(|route| ip_route::is_default(route));
+    let mut errors = restore(pod, &link, &second.addresses, &near).await;
+    let has_address = interface::addresses(pod).await?.iter().any(|address| is_global_of(address, &link));
+    if !has_address {
+        return Err(PodNetworkError::Incomplete { name: name.clone(), errors });
     }
-    let link = restore(pod, second).await?;
-    log::info!("pod network: '{}' is the pod's, with its addresses and routes", link.name);
+    errors.extend(replace_defaults(pod, &link, &defaults, &others).await);
+    if errors.is_empty() {
+        log::info!("pod network: '{name}' is the pod's, with its addresses and routes");
+    } else {
+        log::warn!(
+            "pod network: '{name}' is the pod's, but not with all addresses and routes: {}",
+            list(&errors)
+        );
+    }
+    if defaults.is_empty() {
+        log::warn!(
+            "pod network: '{name}' has no default route, and the VM's gateway is not in its networks: the pod's default \
+             route stays on the tunnel; give '{name}' a default route in the VM before the agent starts"
+        );
+    }
     Ok(())
 }
 
-/// Moves a marked interface back from the pod's namespace, and removes marks.
+/// Moves a marked interface back from the pod's namespace (none if that is gone), as `kept` or else the kernel describes it.
+///
+/// Cancellation: not safe. During the move only this function knows the addresses.
+///
+/// # Errors
+/// Each part that failed; the others are done.
 pub(super) async fn return_to_host(
     host: &Net,
-    pod: &Net,
+    pod: Option<&Net>,
     namespace: &impl AsFd,
+    kept: &mut Kept,
 ) -> Result<(), PodNetworkError> {
-    for link in interface::all(pod).await?.into_iter().filter(|link| link.alias == MARK) {
-        let mut second = describe(pod, link).await?;
-        second.routes.retain(|route| route.header.protocol != RouteProtocol::from(MADE));
-        interface::move_to(pod, &second.link, namespace).await?;
-        log::info!("pod network: '{}' is the VM's again", second.link.name);
-        restore(host, second).await?;
+    let mut errors = Vec::new();
+    if let Some(pod) = pod {
+        for link in marked(pod).await? {
+            if kept.is_none() {
+                *kept = Some(describe(pod, link.clone()).await?);
+            }
+            match interface::move_to(pod, &link, namespace).await {
+                Ok(()) => log::info!("pod network: '{}' is the VM's again", link.name),
+                Err(error) => errors.push(error),
+            }
+        }
     }
-    for link in interface::all(host).await?.into_iter().filter(|link| link.alias == MARK) {
-        interface::set_alias(host, &link, "").await?;
+    for link in marked(host).await? {
+        if let Some(second) = kept.take() {
+            let made = |route: &&RouteMessage| route.header.protocol == RouteProtocol::from(MADE);
+            let routes: Vec<_> = second.routes.iter().filter(|route| !made(route)).collect();
+            errors.extend(restore(host, &link, &second.addresses, &routes).await);
+        }
+        if let Err(error) = interface::set_alias(host, &link, "").await {
+            errors.push(error);
+        }
     }
-    Ok(())
+    if errors.is_empty() { Ok(()) } else { Err(PodNetworkError::Undo(errors)) }
+}
+
+async fn marked(net: &Net) -> Result<Vec<Interface>, PodNetworkError> {
+    let mut links = interface::all(net).await?;
+    links.retain(|link| link.alias == MARK);
+    Ok(links)
+}
+
+fn is_global_of(address: &Address, link: &Interface) -> bool {
+    address.index == link.index && !address.link_local
+}
+
+/// A copy of a route, if it is a default route by one other interface.
+fn other_default(route: &RouteMessage, link: &Interface) -> Option<RouteMessage> {
+    match *ip_route::output_interfaces(route) {
+        [index] if index != link.index && ip_route::is_default(route) => Some(carried(route, index)),
+        _ => None,
+    }
 }
 
 /// The first network card with an address that is used neither by the tunnel nor by the VM's default routes.
@@ -109,19 +196,19 @@ async fn look(
             && !matches!(link.kind, Some(InfoKind::Vxlan | InfoKind::Bridge | InfoKind::Tun))
             && !ours.contains(&Some(link.index))
             && tunnel.is_none_or(|tunnel| tunnel.as_str() != link.name)
-            && addresses.iter().any(|address| address.index == link.index && !address.link_local)
+            && addresses.iter().any(|address| address.usable && is_global_of(address, link))
     });
-    match second {
-        Some(link) => Ok(Some(describe(host, link).await?)),
-        None => Ok(None),
-    }
+    let Some(link) = second else { return Ok(None) };
+    let mut second = describe(host, link).await?;
+    add_default(&routes, &mut second);
+    Ok(Some(second))
 }
 
 /// An interface with its addresses and routes, except those that the kernel adds in any namespace.
 async fn describe(net: &Net, link: Interface) -> Result<SecondaryInterface, PodNetworkError> {
     let mut addresses = interface::addresses(net).await?;
-    addresses.retain(|address| address.index == link.index && !address.link_local);
-    let mut routes = ip_route::all(net).await?;
+    addresses.retain(|address| is_global_of(address, &link));
+    let mut routes = ip_route::of_all_tables(net).await?;
     routes.retain(|route| {
         let own = matches!(
             route.header.protocol,
@@ -135,8 +222,8 @@ async fn describe(net: &Net, link: Interface) -> Result<SecondaryInterface, PodN
 }
 
 /// Adds the VM's default route to an interface that has none, if the gateway is on its network.
-async fn add_default(host: &Net, second: &mut SecondaryInterface) -> Result<(), PodNetworkError> {
-    for route in ip_route::all(host).await?.iter().filter(|route| ip_route::is_default(route)) {
+fn add_default(routes: &[RouteMessage], second: &mut SecondaryInterface) {
+    for route in routes.iter().filter(|route| ip_route::is_default(route)) {
         let has_one = |own: &RouteMessage| ip_route::is_default(own) && family(own) == family(route);
         let Some(gateway) = ip_route::gateway(route) else { continue };
         let near = second.addresses.iter().any(|address| address.prefix.contains(gateway));
@@ -146,28 +233,75 @@ async fn add_default(host: &Net, second: &mut SecondaryInterface) -> Result<(), 
             second.routes.push(made);
         }
     }
-    Ok(())
 }
 
-/// Sets an interface up after a move: its addresses, then its routes.
-async fn restore(net: &Net, second: SecondaryInterface) -> Result<Interface, PodNetworkError> {
-    let Some(link) = interface::named(net, &second.link.name).await? else {
-        return Err(PodNetworkError::Taken(second.link.name));
-    };
-    for address in &second.addresses {
-        interface::restore_address(net, &link, address).await?;
+/// Sets an interface up after a move: all its addresses, then its routes. What exists counts as restored; what fails is tried
+/// once more. Returns what is missing in the end.
+async fn restore(
+    net: &Net,
+    link: &Interface,
+    addresses: &[Address],
+    routes: &[&RouteMessage],
+) -> Vec<PodNetworkError> {
+    if restore_once(net, link, addresses, routes).await.is_empty() {
+        return Vec::new();
     }
-    interface::set_up(net, &link).await?;
-    for route in &second.routes {
-        ip_route::append(net, carried(route, link.index), &format!("of '{}'", link.name)).await?;
+    sleep(RESTORE_PAUSE).await;
+    restore_once(net, link, addresses, routes).await
+}
+
+async fn restore_once(
+    net: &Net,
+    link: &Interface,
+    addresses: &[Address],
+    routes: &[&RouteMessage],
+) -> Vec<PodNetworkError> {
+    let mut errors = Vec::new();
+    for address in addresses {
+        errors.extend(interface::restore_address(net, link, address).await.err());
     }
-    Ok(link)
+    errors.extend(interface::set_up(net, link).await.err());
+    for route in routes {
+        errors.extend(append_to(net, route, link).await.err());
+    }
+    errors
+}
+
+async fn append_to(net: &Net, route: &RouteMessage, link: &Interface) -> Result<(), PodNetworkError> {
+    ip_route::append(net, carried(route, link.index), &format!("of '{}'", link.name)).await
+}
+
+/// Replaces the `others` by the interface's own default routes, family by family. Where none of its own can be added, the
+/// others are put back.
+async fn replace_defaults(
+    pod: &Net,
+    link: &Interface,
+    own: &[&RouteMessage],
+    others: &[RouteMessage],
+) -> Vec<PodNetworkError> {
+    let mut errors = Vec::new();
+    let mut families = HashSet::new();
+    for route in others.iter().filter(|other| own.iter().any(|own| family(own) == family(other))) {
+        errors.extend(ip_route::remove(pod, route.clone(), "default").await.err());
+    }
+    for route in own {
+        match append_to(pod, route, link).await {
+            Ok(()) => drop(families.insert(family(route))),
+            Err(error) => errors.push(error),
+        }
+    }
+    for route in others.iter().filter(|other| !families.contains(&family(other))) {
+        errors.extend(ip_route::append(pod, route.clone(), "default").await.err());
+    }
+    errors
 }
 
 /// A copy of a route for another namespace, where its interface has this index.
 fn carried(route: &RouteMessage, index: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header = route.header.clone();
+    // The others are a state, such as a link that is down, and the kernel refuses them.
+    message.header.flags &= RouteFlags::Onlink;
     message.attributes = route
         .attributes
         .iter()
@@ -176,8 +310,12 @@ fn carried(route: &RouteMessage, index: u32) -> RouteMessage {
                 attribute,
                 RouteAttribute::Destination(_)
                     | RouteAttribute::Gateway(_)
+                    | RouteAttribute::Via(_)
                     | RouteAttribute::PrefSource(_)
                     | RouteAttribute::Priority(_)
+                    | RouteAttribute::Metrics(_)
+                    | RouteAttribute::Preference(_)
+                    | RouteAttribute::Table(_)
             )
         })
         .cloned()

@@ -2,15 +2,20 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use secure_comms_tunnel::netns::{Namespace, NamespaceError};
+use tokio::sync::Mutex;
 
 use super::error::{PodNetworkError, Step};
 use super::netlink::Net;
-use super::secondary::SecondaryInterface;
+use super::secondary::{Kept, SecondaryInterface};
 use super::spec::{InterfaceName, Spec};
 use super::{interface, ip_route, notrack, secondary, underlay, vxlan};
+
+/// Lines about routes and neighbours that are left out, at most.
+const REMARKS_MAX: usize = 16;
 
 /// A network for one pod.
 #[derive(Clone, Debug)]
@@ -18,6 +23,8 @@ pub struct PodNetwork {
     pub(super) spec: Spec,
     namespace: Namespace,
     pub(super) host_interface: Option<InterfaceName>,
+    /// Held while the second interface moves, so that no other step sees it half moved.
+    pub(super) secondary: Arc<Mutex<Kept>>,
 }
 
 /// The pod's network namespace and our own (the host's): sockets in them, and files that refer to them.
@@ -32,7 +39,7 @@ impl PodNetwork {
     /// The network of `spec` in `namespace`. Its tunnel leaves the VM by `host_interface`, or by the interface of the default
     /// route.
     pub(crate) fn new(spec: Spec, namespace: Namespace, host_interface: Option<InterfaceName>) -> Self {
-        Self { spec, namespace, host_interface }
+        Self { spec, namespace, host_interface, secondary: Arc::default() }
     }
 
     /// Makes the tunnel, after removing the remains of an earlier process. Waits until the underlay has an address, at most
@@ -52,24 +59,53 @@ impl PodNetwork {
         made
     }
 
-    /// Moves the VM's second interface into the pod's namespace. If a step fails, moves the interface back, with those
-    /// addresses and routes that the kernel still reports for it; the others are lost.
+    /// Moves the VM's second interface into the pod's namespace. If that fails, moves it back as it was.
+    ///
+    /// Cancellation: safe. The move then goes on by itself; what comes next waits for it.
     pub(super) async fn move_secondary(&self, second: SecondaryInterface) -> Result<(), PodNetworkError> {
-        let Namespaces { pod, pod_file, host, host_file } = self.open().await?;
-        let moved = secondary::move_to_pod(&host, &pod, &pod_file, second).await;
-        if moved.is_err() {
-            let undo = async {
-                secondary::return_to_host(&host, &pod, &host_file).await?;
-                match interface::named(&pod, self.spec.interface.as_str()).await? {
-                    Some(tunnel) => ip_route::add_defaults(&pod, &tunnel, &self.spec).await,
-                    None => Ok(()),
+        let namespaces = self.open().await?;
+        let network = self.clone();
+        let moving = async move {
+            let mut kept = network.secondary.lock().await;
+            let Namespaces { pod, pod_file, host, host_file } = &*namespaces;
+            let moved = secondary::move_to_pod(host, pod, pod_file, kept.insert(second)).await;
+            if moved.is_err() {
+                let returned = secondary::return_to_host(host, Some(pod), host_file, &mut kept).await;
+                for error in [returned, network.add_defaults(pod).await].into_iter().filter_map(Result::err) {
+                    log::warn!("pod network: {error}");
                 }
-            };
-            if let Err(error) = undo.await {
-                log::warn!("pod network: {error}");
             }
+            moved
+        };
+        to_its_end(moving).await
+    }
+
+    /// Moves the second interface back after a move whose undo failed.
+    ///
+    /// Cancellation: safe, as that of [`PodNetwork::move_secondary`].
+    pub(super) async fn reclaim_secondary(&self) -> Result<(), PodNetworkError> {
+        let moved = self.secondary.lock().await.is_some();
+        if moved { self.return_secondary(&self.open().await?).await } else { Ok(()) }
+    }
+
+    /// Moves the second interface back, if it is not the VM's.
+    ///
+    /// Cancellation: safe, as that of [`PodNetwork::move_secondary`].
+    async fn return_secondary(&self, namespaces: &Arc<Namespaces>) -> Result<(), PodNetworkError> {
+        let (network, namespaces) = (self.clone(), namespaces.clone());
+        let returning = async move {
+            let mut kept = network.secondary.lock().await;
+            let Namespaces { pod, host, host_file, .. } = &*namespaces;
+            secondary::return_to_host(host, Some(pod), host_file, &mut kept).await
+        };
+        to_its_end(returning).await
+    }
+
+    async fn add_defaults(&self, pod: &Net) -> Result<(), PodNetworkError> {
+        match interface::named(pod, self.spec.interface.as_str()).await? {
+            Some(tunnel) => ip_route::add_defaults(pod, &tunnel, &self.spec).await,
+            None => Ok(()),
         }
-        moved
     }
 
     /// Undoes every part of the network that exists.
@@ -83,22 +119,25 @@ impl PodNetwork {
             Err(PodNetworkError::Namespace(NamespaceError::Open { source, .. }))
                 if source.kind() == io::ErrorKind::NotFound =>
             {
-                remove_rules()
+                // The second interface came back by itself, without its addresses.
+                let mut kept = self.secondary.lock().await;
+                let (host, file) = (open_host()?, open_host_file()?);
+                let returned = secondary::return_to_host(&host, None, &file, &mut kept).await;
+                all_of([returned, remove_rules()])
             }
             Err(error) => Err(error),
         }
     }
 
-    async fn open(&self) -> Result<Namespaces, PodNetworkError> {
+    async fn open(&self) -> Result<Arc<Namespaces>, PodNetworkError> {
         let path = self.namespace.path();
         let file = |source| NamespaceError::Open { path: path.into(), source };
-        Ok(Namespaces {
+        Ok(Arc::new(Namespaces {
             pod: Net::inside(&self.namespace).await?,
             pod_file: File::open(path).map_err(file)?,
-            host: Net::host().step(|| "opening a netlink socket".into(), "try again")?,
-            host_file: File::open("/proc/thread-self/ns/net")
-                .step(|| "opening our own namespace".into(), "see that /proc is mounted")?,
-        })
+            host: open_host()?,
+            host_file: open_host_file()?,
+        }))
     }
 
     async fn make(&self, namespaces: &Namespaces) -> Result<(), PodNetworkError> {
@@ -114,7 +153,7 @@ impl PodNetwork {
         // Before the link is up, so before the first packet.
         let rules = notrack::add(spec.worker_node, spec.port);
         interface::set_up(pod, &tunnel).await?;
-        ip_route::add_all(pod, &tunnel, spec).await?;
+        let left_out = ip_route::add_all(pod, &tunnel, spec).await?;
         if let Err(error) = rules {
             log::warn!(
                 "pod network: the NOTRACK rules are left out: {}; connection tracking, where the VM has it on, tracks the \
@@ -133,20 +172,19 @@ impl PodNetwork {
             spec.worker_node,
             spec.port
         );
+        log_remarks(&left_out);
         Ok(())
     }
 
     /// Undoes each part, even if others fail.
-    async fn clear(&self, namespaces: &Namespaces) -> Result<(), PodNetworkError> {
-        let Namespaces { pod, host, host_file, .. } = namespaces;
-        let parts = [
-            secondary::return_to_host(host, pod, host_file).await,
+    async fn clear(&self, namespaces: &Arc<Namespaces>) -> Result<(), PodNetworkError> {
+        let pod = &namespaces.pod;
+        all_of([
+            self.return_secondary(namespaces).await,
             ip_route::remove_foreign(pod, &self.spec).await,
             self.remove_tunnel(pod).await,
             remove_rules(),
-        ];
-        let failed: Vec<_> = parts.into_iter().filter_map(Result::err).collect();
-        if failed.is_empty() { Ok(()) } else { Err(PodNetworkError::Undo(failed)) }
+        ])
     }
 
     /// Removes VXLAN links with our name, and one that has our id and port, which the kernel allows only once.
@@ -160,6 +198,35 @@ impl PodNetwork {
     }
 }
 
+fn open_host() -> Result<Net, PodNetworkError> {
+    Net::host().step(|| "opening a netlink socket".into(), "try again")
+}
+
+fn open_host_file() -> Result<File, PodNetworkError> {
+    File::open("/proc/thread-self/ns/net")
+        .step(|| "opening our own namespace".into(), "see that /proc is mounted")
+}
+
+/// Every failure of several parts of an undo, as one error.
+fn all_of<const N: usize>(parts: [Result<(), PodNetworkError>; N]) -> Result<(), PodNetworkError> {
+    let mut failed = Vec::new();
+    for error in parts.into_iter().filter_map(Result::err) {
+        match error {
+            PodNetworkError::Undo(errors) => failed.extend(errors),
+            error => failed.push(error),
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { Err(PodNetworkError::Undo(failed)) }
+}
+
+/// Runs `work` to its end, even if this future is dropped.
+async fn to_its_end(
+    work: impl Future<Output = Result<(), PodNetworkError>> + Send + 'static,
+) -> Result<(), PodNetworkError> {
+    let ended = tokio::spawn(work).await.map_err(io::Error::other);
+    ended.step(|| "moving the second interface".into(), "report this as a bug")?
+}
+
 /// Sets the loopback interface of a namespace up.
 ///
 /// # Errors
@@ -169,6 +236,16 @@ pub async fn set_loopback_up(namespace: &Namespace) -> Result<(), PodNetworkErro
     match interface::named(&net, "lo").await? {
         Some(lo) => interface::set_up(&net, &lo).await,
         None => Ok(()),
+    }
+}
+
+/// Logs what the network lacks, one line each: apf.json may list thousands of routes, so only the first ones.
+pub(super) fn log_remarks(remarks: &[String]) {
+    for remark in remarks.iter().take(REMARKS_MAX) {
+        log::warn!("pod network: {remark}");
+    }
+    if let Some(more) = remarks.len().checked_sub(REMARKS_MAX).filter(|&more| more > 0) {
+        log::warn!("pod network: {more} more like the last one");
     }
 }
 

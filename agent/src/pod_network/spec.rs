@@ -1,15 +1,19 @@
 //! `pod-network` of apf.json: the pod's network as the worker node describes it, valid as a whole.
 
+mod names;
 mod read;
 mod values;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::net::IpAddr;
 
 use serde::Deserialize;
 use serde_json::Value;
 
+use names::{PROTOCOLS, SCOPES, STATES};
 use read::FieldReader;
+use values::{Address, Destination};
 pub use values::{HardwareAddress, InterfaceName, Prefix};
 
 /// The largest MTU: Ethernet's 1500 bytes without the headers of VXLAN over IPv4 (50 bytes).
@@ -71,6 +75,8 @@ pub struct Spec {
     /// Routes without a gateway first: the gateways of the others are reached by them.
     pub(super) routes: Vec<IpRoute>,
     pub(super) neighbours: Vec<Neighbour>,
+    /// What the file says and the network lacks: routes and neighbours that are left out, each with its reason.
+    pub(super) remarks: Vec<String>,
 }
 
 /// A route in the pod's network.
@@ -121,10 +127,10 @@ impl PodNetworkConfig {
             .all(|value| value.is_null() || value.as_str() == Some(""))
     }
 
-    /// Checks every value.
+    /// Checks every value. A route or a neighbour with a fault is left out.
     ///
     /// # Errors
-    /// Every fault.
+    /// Every fault, if there is one outside the lists.
     pub fn validate(&self) -> Result<Spec, Faults> {
         let mut read = FieldReader::default();
         let pod: Option<Prefix> = read.required("podip", &self.podip, Prefix::EXPECTED);
@@ -154,6 +160,9 @@ impl PodNetworkConfig {
         let mut routes =
             read.list("routes", &self.routes, |read, key, route| IpRoute::read(read, key, &route, family));
         routes.sort_by_key(|route| route.gateway.is_some());
+        if let Some(tunnel) = &interface {
+            drop_repeated(&mut routes, tunnel);
+        }
         let neighbours =
             read.list("neighbors", &self.neighbors, |read, key, entry| Neighbour::read(read, key, &entry));
         if let (Some(pod), Some(interface), Some(worker_node), []) =
@@ -172,19 +181,26 @@ impl PodNetworkConfig {
                 external,
                 routes,
                 neighbours,
+                remarks: read.remarks,
             });
         }
-        Err(Faults(read.faults))
+        Err(Faults([read.faults, read.remarks].concat()))
     }
 }
 
 impl IpRoute {
     fn read(read: &mut FieldReader, key: &str, config: &RouteConfig, pod: Option<IpAddr>) -> Option<Self> {
-        let destination: Option<Prefix> = read.parsed(&format!("{key}.dst"), &config.dst, Prefix::EXPECTED);
-        let gateway: Option<IpAddr> = read.parsed(&format!("{key}.gw"), &config.gw, "an address");
+        let destination = read.parsed(&format!("{key}.dst"), &config.dst, Destination::EXPECTED);
+        let destination = match destination {
+            Some(Destination::Network(prefix)) => Some(prefix),
+            Some(Destination::Default) | None => None,
+        };
+        let gateway = read.parsed(&format!("{key}.gw"), &config.gw, Address::EXPECTED);
+        // 0.0.0.0 is no gateway: tables of routes show it where there is none.
+        let gateway = gateway.map(|Address(gateway)| gateway).filter(|gateway| !gateway.is_unspecified());
         let device = read.parsed(&format!("{key}.dev"), &config.dev, InterfaceName::EXPECTED);
-        let protocol = read.number(&format!("{key}.protocol"), &config.protocol, 0..=u8::MAX);
-        let scope = read.number(&format!("{key}.scope"), &config.scope, 0..=u8::MAX);
+        let protocol = read.named(&format!("{key}.protocol"), &config.protocol, &PROTOCOLS);
+        let scope = read.named(&format!("{key}.scope"), &config.scope, &SCOPES);
         if let (Some(destination), Some(gateway)) = (destination, gateway)
             && destination.address().is_ipv4() != gateway.is_ipv4()
         {
@@ -199,8 +215,8 @@ impl IpRoute {
             destination: destination.network(),
             gateway,
             device,
-            protocol: protocol.filter(|&protocol| protocol != 0).unwrap_or(PROTOCOL_BOOT),
-            scope: scope.filter(|&scope| scope != 0).unwrap_or(default_scope),
+            protocol: byte(protocol).unwrap_or(PROTOCOL_BOOT),
+            scope: byte(scope).unwrap_or(default_scope),
         })
     }
 }
@@ -210,14 +226,29 @@ impl Neighbour {
         let hardware_address =
             read.parsed(&format!("{key}.hw-addr"), &config.hw_addr, HardwareAddress::EXPECTED);
         let device = read.parsed(&format!("{key}.dev"), &config.dev, InterfaceName::EXPECTED);
-        let state = read.number(&format!("{key}.state"), &config.state, 0..=u16::MAX);
+        let state = read.named(&format!("{key}.state"), &config.state, &STATES);
+        let Address(address) = read.required(&format!("{key}.ip"), &config.ip, Address::EXPECTED)?;
         Some(Self {
-            address: read.required(&format!("{key}.ip"), &config.ip, "an address")?,
+            address,
             hardware_address,
             device,
             state: state.filter(|&state| state != 0).unwrap_or(STATE_PERMANENT),
         })
     }
+}
+
+/// A number that was read in a byte's range; none for zero, which means the default.
+fn byte(number: Option<u16>) -> Option<u8> {
+    number.and_then(|number| u8::try_from(number).ok()).filter(|&number| number != 0)
+}
+
+/// Keeps the first of routes to one destination by one gateway and interface.
+fn drop_repeated(routes: &mut Vec<IpRoute>, tunnel: &InterfaceName) {
+    let mut seen = HashSet::new();
+    routes.retain(|route| {
+        let device = route.device.as_ref().unwrap_or(tunnel);
+        seen.insert((route.destination, route.gateway, device.clone()))
+    });
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::pin::pin;
+use std::time::Duration;
 
 use secure_comms_protocol::limits::POD_NETWORK_UNDO;
 use secure_comms_tunnel::Backoff;
@@ -10,8 +11,12 @@ use tokio::time::timeout;
 
 use super::error::PodNetworkError;
 use super::secondary;
-use super::setup::PodNetwork;
+use super::setup::{PodNetwork, log_remarks};
 use crate::os::log_limits::Repeated;
+
+/// Time that a second interface on its way has after the undo's timeout. A move takes milliseconds, but every request to the
+/// kernel may wait for others.
+const SECONDARY_WAIT: Duration = Duration::from_secs(30);
 
 /// Retries one step until it succeeds, with backoff, and reports its state.
 struct RetryLoop<'a> {
@@ -45,6 +50,7 @@ impl PodNetwork {
     /// worker node still reaches the kata agent.
     pub(crate) async fn supervise(self, status: watch::Sender<String>, stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
+        log_remarks(&self.spec.remarks);
         tokio::select! {
             () = self.set_up_with_retries(&status) => {
                 if self.spec.external {
@@ -58,7 +64,15 @@ impl PodNetwork {
         match timeout(POD_NETWORK_UNDO, self.tear_down()).await {
             Ok(Ok(())) => log::info!("pod network: undone"),
             Ok(Err(error)) => log::warn!("pod network: {error}"),
-            Err(_) => log::warn!("pod network: undoing it timed out; the next start undoes the rest"),
+            Err(_) => {
+                log::warn!("pod network: undoing it timed out; the next start undoes the rest");
+                // Except a second interface on its way: only this process knows its addresses.
+                if timeout(SECONDARY_WAIT, self.secondary.lock()).await.is_err() {
+                    log::warn!(
+                        "pod network: the second interface still moves; see `ip address` for its addresses"
+                    );
+                }
+            }
         }
     }
 
@@ -78,11 +92,16 @@ impl PodNetwork {
     ) {
         let mut attempts = RetryLoop::new("moving the VM's second interface to the pod", status);
         loop {
+            let find = async {
+                // An earlier attempt may have left it in the pod's namespace.
+                self.reclaim_secondary().await?;
+                secondary::find(self.host_interface.as_ref()).await
+            };
             let found = tokio::select! {
-                found = secondary::find(self.host_interface.as_ref()) => found,
+                found = find => found,
                 () = &mut stop => return,
             };
-            // Not cancelled by `stop`: a move takes milliseconds, and one that is cut off loses addresses.
+            // Not cancelled by `stop`: a move takes milliseconds.
             let moved = match found {
                 Ok(second) => self.move_secondary(second).await,
                 Err(error) => Err(error),

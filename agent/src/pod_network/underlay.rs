@@ -70,6 +70,7 @@ async fn look(
     let mut addresses = interface::addresses(host).await?;
     addresses.retain(|address| {
         address.index == link.index
+            && address.usable
             && address.link_local == link_local
             && address.prefix.address().is_ipv4() == spec.worker_node.is_ipv4()
     });

@@ -76,7 +76,21 @@ impl Place {
         stderr: Stdio,
         log: impl Read + 'static,
     ) -> Agent {
-        let mut command = self.command(args);
+        Self::spawn(self.command(args), env, stderr, log)
+    }
+
+    /// Starts the agent as a user who may have no inotify instance.
+    pub fn start_without_inotify(&self, args: &[&str]) -> Agent {
+        let agent = self.command(args);
+        let mut command = Command::new("unshare");
+        let script = "echo 0 >/proc/sys/user/max_inotify_instances && exec \"$@\"";
+        command.args(["--user", "--map-root-user", "sh", "-c", script, "sh"]);
+        command.arg(agent.get_program()).args(agent.get_args()).stdin(Stdio::null());
+        let (reader, writer) = std::io::pipe().unwrap();
+        Self::spawn(command, &[("JOURNAL_STREAM", "1:1")], writer.into(), reader)
+    }
+
+    fn spawn(mut command: Command, env: &[(&str, &str)], stderr: Stdio, log: impl Read + 'static) -> Agent {
         command.envs(env.iter().copied()).stdout(Stdio::null()).stderr(stderr);
         Agent { child: command.spawn().unwrap(), log: BufReader::new(Box::new(log)) }
     }

@@ -6,10 +6,15 @@ use std::str::FromStr;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// The faults so far, each with its key.
+use super::names::Names;
+
+/// What was wrong so far, each with its key.
 #[derive(Default)]
 pub(super) struct FieldReader {
+    /// Faults that leave no network.
     pub(super) faults: Vec<String>,
+    /// Parts of the network that are left out or replaced by a default.
+    pub(super) remarks: Vec<String>,
 }
 
 impl FieldReader {
@@ -60,11 +65,37 @@ impl FieldReader {
         if value.is_null() {
             return None;
         }
-        let number = value.as_i64().and_then(|number| T::try_from(number).ok());
+        let number = match value {
+            Value::String(text) if text.is_empty() => return None,
+            // i64's parser would accept a sign.
+            Value::String(text) => text.parse().ok().filter(|_| !text.starts_with('+')),
+            _ => value.as_i64(),
+        };
+        let number = number.and_then(|number| T::try_from(number).ok());
         let number = number.filter(|number| range.contains(number));
         if number.is_none() {
             let (first, last) = range.into_inner();
             self.fault(key, &format!("{value}: expected a number from {first} to {last}"));
+        }
+        number
+    }
+
+    /// Reads a name or a number; none for null and for the empty text. An unknown one is none too, with a remark: it describes
+    /// a route or a neighbour, which works without it.
+    pub(super) fn named(&mut self, key: &str, value: &Value, names: &Names) -> Option<u16> {
+        let number = match value {
+            Value::Null => return None,
+            Value::String(text) if text.is_empty() => return None,
+            Value::String(text) => names.number(text),
+            Value::Number(number) => number
+                .as_u64()
+                .and_then(|number| u16::try_from(number).ok())
+                .filter(|number| names.range.contains(number)),
+            _ => None,
+        };
+        if number.is_none() {
+            let Names { kind, default, .. } = names;
+            self.remarks.push(format!("'{key}': {value} is no {kind}; {default} is taken"));
         }
         number
     }
@@ -77,7 +108,8 @@ impl FieldReader {
         value.as_bool().unwrap_or(false)
     }
 
-    /// Reads a list of objects; an empty one for null. Leaves out items for which `read` returns none after adding a fault.
+    /// Reads a list of objects; an empty one for null. An item with a fault is left out, with a remark: one strange item must
+    /// not cost the pod its network.
     pub(super) fn list<C: DeserializeOwned, T>(
         &mut self,
         key: &str,
@@ -96,14 +128,25 @@ impl FieldReader {
         let mut list = Vec::with_capacity(items.len());
         for (index, item) in items.iter().enumerate() {
             let key = format!("{key}[{index}]");
+            let mut reader = Self::default();
             // Derived code would accept a JSON array as the fields in their order.
-            if !item.is_object() {
-                self.fault(&key, "expected a JSON object");
-                continue;
-            }
-            match C::deserialize(item) {
-                Ok(config) => list.extend(read(self, &key, config)),
-                Err(error) => self.fault(&key, &error.to_string()),
+            let config = item.is_object().then(|| C::deserialize(item));
+            let read = match config {
+                Some(Ok(config)) => read(&mut reader, &key, config),
+                Some(Err(error)) => {
+                    reader.fault(&key, &error.to_string());
+                    None
+                }
+                None => {
+                    reader.fault(&key, "expected a JSON object");
+                    None
+                }
+            };
+            if reader.faults.is_empty() {
+                list.extend(read);
+                self.remarks.extend(reader.remarks);
+            } else {
+                self.remarks.push(format!("{}; left out", reader.faults.join("; ")));
             }
         }
         list

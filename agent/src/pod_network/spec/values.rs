@@ -8,7 +8,7 @@ use std::str::FromStr;
 const NAME_MAX: usize = 15;
 
 /// An address with the length of its network's prefix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Prefix {
     address: IpAddr,
     length: u8,
@@ -17,6 +17,7 @@ pub struct Prefix {
 impl Prefix {
     pub(super) const EXPECTED: &str = "an address with its prefix length, such as 10.244.1.7/24";
 
+    /// A prefix; none if `length` is too long for the address.
     pub(crate) fn new(address: IpAddr, length: u8) -> Option<Self> {
         let bits = if address.is_ipv4() { 32 } else { 128 };
         (length <= bits).then_some(Self { address, length })
@@ -70,7 +71,65 @@ impl FromStr for Prefix {
 
     fn from_str(text: &str) -> Result<Self, ()> {
         let (address, length) = text.split_once('/').ok_or(())?;
-        Self::new(address.parse().map_err(drop)?, length.parse().map_err(drop)?).ok_or(())
+        let address: IpAddr = address.parse().map_err(drop)?;
+        // The parser would accept a sign.
+        let length: u8 = if length.starts_with('+') { Err(()) } else { length.parse().map_err(drop) }?;
+        match (address, address.to_canonical()) {
+            // Go's netlink library gives an IPv4 address 16 bytes, but counts the length from its last 4. So the
+            // cloud-api-adaptor writes ::ffff:0.0.0.0/0 for the default route. Others count it from the first.
+            (IpAddr::V6(_), address @ IpAddr::V4(_)) => match length {
+                0..=32 => Self::new(address, length),
+                _ => length.checked_sub(96).and_then(|length| Self::new(address, length)),
+            },
+            (address, _) => Self::new(address, length),
+        }
+        .ok_or(())
+    }
+}
+
+/// An address alone. An IPv4 address that is written as an IPv6 one is an IPv4 address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Address(pub(super) IpAddr);
+
+impl Address {
+    pub(super) const EXPECTED: &str = "an address";
+}
+
+impl FromStr for Address {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        text.parse().map(|address: IpAddr| Self(address.to_canonical())).map_err(drop)
+    }
+}
+
+/// The destination of a route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Destination {
+    /// All addresses of the gateway's family, or of the pod's.
+    Default,
+    /// All addresses of a network.
+    Network(Prefix),
+}
+
+impl Destination {
+    pub(super) const EXPECTED: &str =
+        "'default', or an address with its prefix length, such as 10.244.0.0/16";
+}
+
+impl FromStr for Destination {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        if ["default", "any", "all"].iter().any(|word| word.eq_ignore_ascii_case(text)) {
+            return Ok(Self::Default);
+        }
+        if let Ok(Address(address)) = text.parse() {
+            let host = if address.is_ipv4() { 32 } else { 128 };
+            let length = if address.is_unspecified() { 0 } else { host };
+            return Prefix::new(address, length).map(Self::Network).ok_or(());
+        }
+        text.parse().map(Self::Network)
     }
 }
 
@@ -81,7 +140,7 @@ impl fmt::Display for Prefix {
 }
 
 /// The name of a network interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct InterfaceName(String);
 
 impl InterfaceName {
