@@ -296,6 +296,55 @@ async fn dead_addresses_do_not_hold_up_the_good_one() {
     }
 }
 
+/// Runs `test` on a thread in a network namespace with the addresses fd00::1, 10.9.0.1 and a link on which nothing answers.
+fn in_a_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+    let ip = |arguments: &str| {
+        let status = std::process::Command::new("ip").args(arguments.split(' ')).status().unwrap();
+        assert!(status.success(), "ip {arguments}");
+    };
+    let thread = std::thread::spawn(move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        ip("link set lo up");
+        ip("link add hole type veth peer name end");
+        ip("link set hole up");
+        ip("link set end up");
+        for own in ["10.9.0.1/24 dev hole", "fd00::1/64 dev hole nodad"] {
+            ip(&format!("addr add {own}"));
+        }
+        for dead in ["10.9.0.2", "10.9.0.3", "fd00::2", "fd00::3"] {
+            ip(&format!("neigh add {dead} lladdr 02:00:00:00:00:02 dev hole"));
+        }
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test());
+    });
+    thread.join().unwrap();
+}
+
+#[test]
+fn black_holes_in_ipv6_and_ipv4_do_not_hold_up_the_good_address() {
+    in_a_namespace(async || {
+        let good = TcpListener::bind("10.9.0.1:0").await.unwrap();
+        let port = good.local_addr().unwrap().port();
+        let good6 = TcpListener::bind(("fd00::1", port)).await.unwrap();
+        for (addresses, reached) in [
+            ("fd00::2 10.9.0.1", &good),
+            ("fd00::2 fd00::3 10.9.0.1", &good),
+            ("fd00::2 fd00::3 10.9.0.2 10.9.0.3 10.9.0.1", &good),
+            ("10.9.0.2 10.9.0.1", &good),
+            ("10.9.0.2 10.9.0.3 fd00::1", &good6),
+            // No route.
+            ("fd99::1 192.0.2.1 10.9.0.1", &good),
+        ] {
+            let hosts: String = addresses.split(' ').map(|ip| format!("{ip} kbs\n")).collect();
+            let site = Site::new("", &hosts, 9);
+            let start = Instant::now();
+            let stream = dial::connect(&site.resolver, &Host::Name("kbs".into()), port).await.unwrap();
+            assert_eq!(stream.peer_addr().unwrap(), reached.local_addr().unwrap(), "{addresses}");
+            // The first data of a KBS stream may take 5 s.
+            assert!(start.elapsed() < Duration::from_secs(4), "{addresses}: {:?}", start.elapsed());
+        }
+    });
+}
+
 #[tokio::test]
 async fn the_error_has_the_cause_at_each_address() {
     let closed = TcpListener::bind("127.0.0.2:0").await.unwrap();
