@@ -1,7 +1,7 @@
 //! Host names: `hosts(5)`, then the name servers of `resolv.conf(5)`.
 //!
 //! Both programs resolve names with this, not with libc. musl, which the agent is linked with, fails a name for which one of
-//! its questions got no good answer, and blocks a thread for each lookup (docs/decisions/0022-own-resolver.md).
+//! its questions got no good answer, and blocks a thread for each lookup (docs/decisions/0022-name-resolution.md).
 
 mod hosts;
 mod message;
