@@ -4,17 +4,19 @@
 
 mod auth;
 mod error_body;
+mod names;
 mod response;
 mod tls;
 
 use std::error::Error as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use reqwest::header::{AUTHORIZATION, HeaderValue};
 use reqwest::{Client, Method, redirect};
-use secure_comms_protocol::limits::{RETRY_MIN, TCP_CONNECT};
+use secure_comms_protocol::limits::{OUTBOUND_CONNECT, RETRY_MIN};
 use secure_comms_tunnel::Backoff;
 use tokio::time::{Instant, sleep};
 use url::Url;
@@ -155,7 +157,9 @@ impl KbsClient {
             .redirect(redirect::Policy::none())
             .no_proxy()
             .retry(reqwest::retry::never())
-            .connect_timeout(TCP_CONNECT)
+            .dns_resolver(Arc::new(names::Names))
+            // Looking the name up, and TCP to each of its addresses: reqwest races IPv4 and IPv6.
+            .connect_timeout(OUTBOUND_CONNECT)
             .timeout(REQUEST_TIMEOUT_MAX)
             .http1_only()
             // The KBS closes idle connections after 5 s; a pooled one may die under the next request.

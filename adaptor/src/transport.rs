@@ -3,8 +3,6 @@
 //! In: addresses, keys and tunnels of a pod. Out: sessions with its agent, and their links for local clients. Only
 //! [`ssh`] names russh.
 
-pub(crate) mod race;
-
 pub(crate) mod ssh;
 
 pub(crate) mod session;

@@ -70,8 +70,18 @@ impl CreditLimits {
 /// A stream that needs longer than this to use its window up gives back half of its window beyond the soft maximum.
 pub const WINDOW_UNUSED: Duration = Duration::from_secs(10);
 
+/// Timeout of looking up a host name, whatever the name servers do.
+pub const NAME_LOOKUP: Duration = Duration::from_secs(5);
+/// Time for which one kind of address is waited for when the other kind has arrived, or the name is said not to exist.
+pub const NAME_GRACE: Duration = Duration::from_millis(500);
+/// Longest delay before a question goes to the next name server, too; a failure starts the next one at once.
+pub const NAME_SERVER_STAGGER: Duration = Duration::from_millis(500);
+/// Addresses of one host name that are tried.
+pub const ADDRESSES_MAX: usize = 16;
 /// Timeout of a TCP connect.
 pub const TCP_CONNECT: Duration = Duration::from_secs(5);
+/// Delay before the next address is tried, too (RFC 8305 8); a failure starts the next one at once.
+pub const CONNECT_STAGGER: Duration = Duration::from_millis(250);
 /// Timeout of the handshake, from the TCP connect to the end of authentication.
 pub const AUTHENTICATE: Duration = Duration::from_secs(10);
 /// Refused authentication attempts of one connection: six keys, and the method `none`, which clients ask first.
@@ -121,7 +131,9 @@ pub const SILENCE: Duration = Duration::from_secs(20);
 pub const HELLO: Duration = Duration::from_secs(5);
 /// Time that a client of an inbound waits for a peer before it is closed.
 pub const INBOUND_WAIT: Duration = Duration::from_secs(30);
-/// Timeout of connecting to the server of an outbound.
+/// A wait that takes longer than this says what it is for.
+pub const WAIT_REPORT: Duration = Duration::from_secs(1);
+/// Timeout of connecting to the server of an outbound: of looking its name up, and of connecting to its addresses.
 pub const OUTBOUND_CONNECT: Duration = Duration::from_secs(10);
 /// Time for which the agent retries the kata agent's socket, which may appear after the agent starts.
 pub const KATA_AGENT_CONNECT: Duration = Duration::from_secs(150);

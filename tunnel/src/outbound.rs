@@ -4,20 +4,23 @@
 use std::collections::HashMap;
 use std::io;
 use std::marker::PhantomData;
+use std::sync::Mutex;
 use std::time::Duration;
 
-use secure_comms_protocol::limits::{OUTBOUND_CONNECT, TCP_CONNECT};
-use secure_comms_protocol::tag::Host;
+use secure_comms_protocol::limits::OUTBOUND_CONNECT;
 use secure_comms_protocol::{OutboundTag, Phase, Refusal, RefusalReason, Target, TunnelName};
-use tokio::net::{TcpStream, UnixStream, lookup_host};
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::backoff::Backoff;
+use crate::dial;
 use crate::flow::{Credits, Flow, StreamError};
 use crate::intercept::{Interceptor, PassThrough};
 use crate::link::{Incoming, Stream};
+use crate::names::Resolver;
 use crate::relay::{relay, relay_through, report};
 use crate::socket::Socket;
+use crate::waiting::reported;
 
 /// The outbounds of one phase, one of which may have an interceptor.
 #[derive(Clone, Debug)]
@@ -100,18 +103,32 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
 }
 
 impl<P, I> Permit<P, I> {
-    /// Connects to the server, with retries and backoff. Dropping the future stops the attempt.
+    /// Connects to the server, with retries and backoff. Says in the log what it waits for if that takes longer than a
+    /// second. Dropping the future stops the attempt.
     ///
     /// # Errors
     /// The server can't be reached within [`OUTBOUND_CONNECT`], or within its own connect timeout if that is longer.
     pub async fn connect(&self) -> Result<Socket, ConnectError> {
         let Server { target, connect_timeout } = &self.server;
+        let limit = OUTBOUND_CONNECT.max(*connect_timeout);
+        let last_error = Mutex::new(String::new());
+        let detail = || {
+            let error = last_error.lock().map(|error| error.clone()).unwrap_or_default();
+            format!("at most {} s{error}", limit.as_secs())
+        };
+        let what = format!("tunnel {}: waiting for {target}", self.name);
+        reported(self.connect_silently(&last_error), what, detail).await
+    }
+
+    async fn connect_silently(&self, last_error: &Mutex<String>) -> Result<Socket, ConnectError> {
+        let Server { target, connect_timeout } = &self.server;
+        let resolver = Resolver::default();
         let start = Instant::now();
         let end = start + OUTBOUND_CONNECT.max(*connect_timeout);
         let mut backoff = Backoff::default();
         loop {
             let limit = end.min(Instant::now() + OUTBOUND_CONNECT);
-            let result = timeout_at(limit, dial(target)).await;
+            let result = timeout_at(limit, dial(&resolver, target)).await;
             let source = match result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                 Ok(socket) => return Ok(socket),
                 Err(error) => error,
@@ -122,6 +139,9 @@ impl<P, I> Permit<P, I> {
             let next = Instant::now() + backoff.next_pause();
             if next >= last {
                 return Err(ConnectError { target: target.clone(), source });
+            }
+            if let Ok(mut error) = last_error.lock() {
+                *error = format!(": {source}");
             }
             sleep_until(next).await;
         }
@@ -139,26 +159,14 @@ impl<P, I> Permit<P, I> {
     /// # Errors
     /// The server does not accept the connection.
     pub async fn probe(&self) -> io::Result<()> {
-        dial(&self.server.target).await.map(drop)
+        dial(&Resolver::default(), &self.server.target).await.map(drop)
     }
 }
 
-async fn dial(target: &Target) -> io::Result<Socket> {
+async fn dial(resolver: &Resolver, target: &Target) -> io::Result<Socket> {
     match target {
         Target::Unix(path) => Ok(UnixStream::connect(path).await?.into()),
-        Target::Tcp { host: Host::Ip(ip), port } => Socket::tcp(TcpStream::connect((*ip, *port)).await?),
-        Target::Tcp { host: Host::Name(name), port } => {
-            let mut failed = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
-            // A timeout for each address: the first may be unreachable and the next not.
-            for address in lookup_host((name.as_str(), *port)).await? {
-                match timeout(TCP_CONNECT, TcpStream::connect(address)).await {
-                    Ok(Ok(stream)) => return Socket::tcp(stream),
-                    Ok(Err(error)) => failed = error,
-                    Err(_) => failed = io::ErrorKind::TimedOut.into(),
-                }
-            }
-            Err(failed)
-        }
+        Target::Tcp { host, port } => Socket::tcp(dial::connect(resolver, host, *port).await?),
     }
 }
 

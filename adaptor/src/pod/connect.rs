@@ -6,17 +6,16 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use secure_comms_protocol::limits::TCP_CONNECT;
+use secure_comms_protocol::limits::CONNECT_STAGGER;
 use secure_comms_protocol::tag::Host;
 use secure_comms_protocol::{Attestation, Kubernetes, PhaseName};
-use tokio::net::lookup_host;
-use tokio::time::timeout;
+use secure_comms_tunnel::Resolver;
+use secure_comms_tunnel::race::race;
 
 use super::lost_vm::LostVmDetector;
 use super::plan::Plan;
 use crate::address::Address;
 use crate::key_source::KeySource;
-use crate::transport::race::race;
 use crate::transport::session::Session;
 use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial};
 
@@ -88,10 +87,10 @@ pub(super) async fn connect_any(
                 let attempt = Attempt::new(plan.clone(), socket, lock.clone(), hold.clone());
                 async move { attempt.run(first).await.map(|session| (socket, session)) }
             };
-            race(sockets, attempt, settles).await.map(|(_, connected)| connected)
+            race(sockets, CONNECT_STAGGER, attempt, settles).await.map(|(_, connected)| connected)
         }
     };
-    match race(plan.addresses.clone(), connect_address, settles).await {
+    match race(plan.addresses.clone(), CONNECT_STAGGER, connect_address, settles).await {
         Ok((index, (address, session))) => Ok(Connected { index, address, session }),
         Err(failures) => Err(failures.into_iter().flatten().collect()),
     }
@@ -102,10 +101,9 @@ async fn resolve(address: &Address, first: PhaseName) -> Result<Vec<SocketAddr>,
         Host::Ip(ip) => return Ok(vec![(*ip, address.port).into()]),
         Host::Name(name) => name,
     };
-    let error = match timeout(TCP_CONNECT, lookup_host((name.as_str(), address.port))).await {
-        Ok(Ok(found)) => return Ok(found.collect()),
-        Ok(Err(error)) => ConnectError::Unreachable(error),
-        Err(_) => ConnectError::Timeout(TCP_CONNECT.as_secs(), "looking up the name"),
+    let error = match Resolver::default().lookup(name, address.port).await {
+        Ok(found) => return Ok(found),
+        Err(error) => ConnectError::Unreachable(error.into()),
     };
     let mut failure = Failure::new(address);
     match first {
