@@ -2,6 +2,7 @@
 
 pub mod connect;
 pub mod keygen;
+mod output;
 pub mod user_data;
 
 use std::io::Write as _;
