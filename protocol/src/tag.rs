@@ -304,7 +304,7 @@ fn split<'a>(text: &'a str, grammar: &str) -> Result<(PhaseSet, TunnelName, &'a 
     // Otherwise the rest of the list is taken for a part of this tag, and of a path that is no fault.
     let starts_tag =
         |text: &str| text.split_once(':').is_some_and(|(phase, _)| PhaseSet::parse(phase).is_some());
-    if text.split([';', ' ', '\t', '\n']).skip(1).any(starts_tag) {
+    if text.trim_start().split([';', ' ', '\t', '\n']).skip(1).any(starts_tag) {
         return Err(TagError::new(text, "separator", "',' between tags"));
     }
     let mut parts = text.splitn(3, ':');

@@ -47,6 +47,7 @@ pub enum PodState {
 
 /// Something that happened to a pod. Its text is one line, and fit for a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum PodEvent {
     /// Connected in the Attestation phase.
     Attesting(SocketAddr),

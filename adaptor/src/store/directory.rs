@@ -53,6 +53,15 @@ impl DirectoryStore {
         Ok(store)
     }
 
+    /// Whether there is a worker-node key, usable or not.
+    pub fn has_worker_node_key(&self) -> bool {
+        self.worker_node_key_file().exists()
+    }
+
+    fn worker_node_key_file(&self) -> PathBuf {
+        self.root.join("worker-node.key")
+    }
+
     fn pods_directory(&self) -> PathBuf {
         self.root.join("pods")
     }
@@ -91,7 +100,7 @@ impl DirectoryStore {
     }
 
     fn find_or_make_worker_node_key(&self) -> Result<WorkerNodeKey, StoreError> {
-        let path = self.root.join("worker-node.key");
+        let path = self.worker_node_key_file();
         find_or_make(&path, WorkerNodeKey::from_pem, || {
             let _locked = self.lock()?;
             let pem = WorkerNodeKey::generate().and_then(|key| key.to_pem()).map_err(StoreError::Key)?;

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use secure_comms_adaptor::store::{DirectoryStore, Store};
+use secure_comms_adaptor::store::Store as _;
 use secure_comms_adaptor::user_data;
 
+use super::open_store;
 use super::output::Output;
 use crate::settings::UserDataSettings;
 
@@ -27,7 +28,7 @@ pub async fn run(settings: UserDataSettings) -> anyhow::Result<()> {
             settings.pod
         );
     }
-    let store = DirectoryStore::open(settings.store)?;
+    let store = open_store(&settings.store)?;
     let worker_node = store.worker_node_key().await?.public()?;
     let pod = store.pod_key(&settings.pod).await?;
     let json = user_data::fragment(&pod, &worker_node, &settings.inbounds, &settings.outbounds)?;
