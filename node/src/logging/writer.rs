@@ -165,14 +165,9 @@ mod tests {
         for _ in 0..5000 {
             writer.line(&line);
         }
-        let mut kept = 0_u64;
-        for text in BufReader::new(reader).lines().map(Result::unwrap) {
-            if text != line {
-                assert_eq!(text, report(5000 - kept));
-                break;
-            }
-            kept += 1;
-        }
+        let lines = BufReader::new(reader).lines().map(Result::unwrap);
+        let (kept, text) = lines.enumerate().find(|(_, text)| *text != line).unwrap();
+        assert_eq!(text, report(5000 - u64::try_from(kept).unwrap()));
     }
 
     #[test]
