@@ -8,11 +8,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use crate::harness::kept_directory::{Directory, Names};
 use crate::harness::process::{Binaries, Child, ensure_built};
 use crate::simulators::guest::{Backend, Cdh, CdhOptions, Rest};
 use crate::simulators::kata::KataAgent;
@@ -35,7 +35,7 @@ pub struct SceneOptions {
 /// A pod and everything around it.
 #[derive(Debug)]
 pub struct Scene {
-    directory: TempDir,
+    directory: Directory,
     binaries: &'static Binaries,
     options: SceneOptions,
     /// Deadline of the adaptor's start, in seconds.
@@ -113,10 +113,21 @@ impl Scene {
     /// # Errors
     /// If a simulator can't start, or the binaries can't be built.
     pub async fn new(options: SceneOptions) -> Result<Self> {
+        Self::build(options, Directory::temporary()?).await
+    }
+
+    /// As [`Scene::new`], in a directory that stays: a later scene with it has the same pod, ports and files.
+    ///
+    /// # Errors
+    /// As there, and if the directory is in use or not ours alone.
+    pub async fn kept(options: SceneOptions, directory: &Path) -> Result<Self> {
+        Self::build(options, Directory::kept(directory)?).await
+    }
+
+    async fn build(options: SceneOptions, directory: Directory) -> Result<Self> {
         let binaries = ensure_built().await?;
-        let directory = tempfile::Builder::new().prefix("secure-comms-").tempdir()?;
+        let Names { pod, ssh, kbs_inbound, node_inbound } = Names::of(&directory)?;
         let kbs = Kbs::start(options.kbs.clone()).await?;
-        let kbs_inbound = free_port()?;
         let scheme = if kbs.ca_pem().is_some() { "https" } else { "http" };
         let mut cdh = CdhOptions::new(format!("{scheme}://{kbs_inbound}"));
         cdh.ca_pem = kbs.ca_pem().map(ToOwned::to_owned);
@@ -131,13 +142,13 @@ impl Scene {
             kata: KataAgent::unix(directory.path().join("kata.sock"))?,
             vm_service: KataAgent::tcp(any).await?,
             node_service: KataAgent::tcp(any).await?,
-            ssh: free_port()?,
-            node_inbound: free_port()?,
+            ssh,
+            node_inbound,
             deadline: 110,
             inbounds: "KUBERNETES_PHASE:VMSERVICE:0".to_owned(),
             kata_socket: directory.path().join("kata.sock"),
             pod_namespace: String::new(),
-            pod: pod_id()?,
+            pod,
             directory,
             binaries,
             options,
