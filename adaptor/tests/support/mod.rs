@@ -10,8 +10,9 @@ use std::time::Duration;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
+use secure_comms_adaptor::pod::PodState;
 use secure_comms_adaptor::store::{DirectoryStore, Store};
-use secure_comms_adaptor::{Adaptor, Config};
+use secure_comms_adaptor::{Adaptor, Config, Deadline};
 use secure_comms_keys::{PodKey, WorkerNodePublic};
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::limits::REKEY_BYTES;
@@ -137,6 +138,8 @@ impl World {
         let directory = tempfile::tempdir().unwrap();
         let (kbs, published) = kbs().await;
         let (adaptor, events, store) = build(&directory, None, "");
+        // As the command `user-data` does.
+        store.pod_key(&pod()).await.unwrap();
         Self { adaptor, events, published, store, directory, kbs }
     }
 
@@ -148,9 +151,13 @@ impl World {
         self.store.pod_key(&pod()).await.unwrap()
     }
 
+    pub fn state(&self) -> PodState {
+        self.adaptor.snapshot(&pod()).unwrap().state
+    }
+
     /// Prepares the pod, and returns the address of its KATAAGENT inbound.
     pub async fn prepare(&self) -> String {
-        let endpoints = self.adaptor.prepare(&pod()).await.unwrap();
+        let endpoints = self.adaptor.prepare(&pod(), Deadline::after(PATIENCE)).await.unwrap();
         endpoints.iter().find(|endpoint| endpoint.name.as_str() == "KATAAGENT").unwrap().local.clone()
     }
 }

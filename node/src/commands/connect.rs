@@ -10,7 +10,7 @@ use secure_comms_adaptor::kbs::{KbsClient, KbsError};
 use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::pod::PodEvent;
 use secure_comms_adaptor::store::{DirectoryStore, StoreError};
-use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Endpoint};
+use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Deadline, Endpoint};
 use secure_comms_keys::text::escape;
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::resource::pod_private_key;
@@ -81,6 +81,8 @@ impl Signals {
 /// # Cancellation
 /// Dropping the future cuts the pod's connection. Its keys stay in the store and in the KBS.
 pub async fn run(settings: ConnectSettings) -> Result<(), ConnectError> {
+    // The publication and the start share it.
+    let deadline = Deadline::after(settings.deadline);
     let mut signals = Signals::new().map_err(ConnectError::Signals)?;
     let adaptor = build_adaptor(&settings)?;
     let restored = adaptor.restore_listeners(&settings.pod).await;
@@ -88,7 +90,7 @@ pub async fn run(settings: ConnectSettings) -> Result<(), ConnectError> {
     let publish = publish_restored(&adaptor, &settings.pod, matches!(restored, Ok(Some(_))));
     tokio::pin!(publish);
     let started = tokio::select! {
-        started = bring_up(&adaptor, &settings, restored) => started,
+        started = bring_up(&adaptor, &settings, restored, deadline) => started,
         never = &mut publish => match never {},
         () = signals.any() => return end(&adaptor, &settings).await,
     };
@@ -126,15 +128,16 @@ async fn bring_up(
     adaptor: &Adaptor,
     settings: &ConnectSettings,
     restored: Result<Option<Vec<Endpoint>>, AdaptorError>,
+    deadline: Deadline,
 ) -> Result<(), AdaptorError> {
     let endpoints = match restored? {
         Some(endpoints) => endpoints,
-        None => adaptor.prepare(&settings.pod).await?,
+        None => adaptor.prepare(&settings.pod, deadline).await?,
     };
     for endpoint in endpoints {
         print_line(&format!("inbound {} listens on {}", endpoint.name, endpoint.local));
     }
-    adaptor.start(&settings.pod, &settings.addresses, settings.deadline).await
+    adaptor.start(&settings.pod, &settings.addresses, deadline).await
 }
 
 /// Publishes the keys of a restored pod, and retries for as long as the KBS is unreachable. Never returns.
