@@ -444,17 +444,19 @@ impl Actor {
 
     fn advance_ending(&mut self) {
         let Some(ending) = &mut self.ending else { return };
-        if self.operation.is_some() || self.channel.is_some() || ending.teardown.is_some() {
+        let closing = matches!(ending.teardown, Some(Teardown::Closing(_)));
+        if self.operation.is_some() || self.channel.is_some() || closing {
             return;
         }
         if let Some(served) = self.served.take() {
             ending.teardown = Some(Teardown::Closing(Box::pin(close(Some(served)))));
             return;
         }
+        // They do not wait for the KBS.
         let suspends = std::mem::take(&mut ending.suspends);
         if ending.stops.is_empty() {
             self.ending = None;
-        } else {
+        } else if ending.teardown.is_none() {
             let (id, shared) = (self.id.clone(), Arc::clone(&self.shared));
             let deadline = Deadline::after(if self.kbs_is_silent { KBS_DELETE_SILENT } else { KBS_DELETE });
             let deletion = Deletion { locked: self.lock.is_some(), untouched: self.untouched, deadline };

@@ -3,6 +3,7 @@
 //! An operation runs in the pod's task, one at a time. A cancellation interrupts the waits for the KBS and for an
 //! inbound's namespace, and never the store in the middle of a change.
 
+use std::future::pending;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -212,10 +213,15 @@ impl Context {
 
     async fn unless_cancelled<T>(&self, work: impl Future<Output = T>) -> Result<T, AdaptorError> {
         let mut cancel = self.cancel.clone();
+        let cancelled = async {
+            // Nothing can cancel the operation any more: it is not one of those that wait in a queue.
+            if cancel.wait_for(|cancelled| *cancelled).await.is_err() {
+                pending().await
+            }
+        };
         tokio::select! {
             biased;
-            // An error means that the pod's task is gone, and this future with it.
-            _ = cancel.wait_for(|cancelled| *cancelled) => Err(AdaptorError::Stopped(self.id.clone())),
+            () = cancelled => Err(AdaptorError::Stopped(self.id.clone())),
             done = work => Ok(done),
         }
     }
