@@ -22,3 +22,6 @@ pub(crate) use self::driver::{Driver, Ended, Entry, Stop};
 pub(crate) use self::plan::{AttestationLimits, Plan};
 pub(crate) use self::status::StatusReporter;
 pub use self::status::{Endpoint, Observer, PodEvent, PodSnapshot, PodState};
+
+#[cfg(test)]
+mod driver_tests;
