@@ -71,3 +71,6 @@ mod text;
 // Unit tests share the simulated agent with the integration tests, which know this crate by its name.
 #[cfg(test)]
 extern crate self as secure_comms_adaptor;
+#[cfg(test)]
+#[path = "../tests/support/mod.rs"]
+mod support;

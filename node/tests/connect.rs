@@ -81,7 +81,10 @@ async fn connect_prints_each_event_and_ends_on_a_signal() {
         format!("pod pod-1: kubernetes phase up at {address}"),
         "pod pod-1: stopped".to_owned(),
     ];
-    assert_eq!(lines.all(), expected);
+    // On a machine under load a start takes longer than a second, and then says what it waits for.
+    let lines: Vec<_> =
+        lines.all().into_iter().filter(|line| !line.starts_with("pod pod-1: waiting for ")).collect();
+    assert_eq!(lines, expected);
 }
 
 #[tokio::test]
@@ -129,4 +132,87 @@ async fn a_signal_ends_a_start_too() {
     assert_eq!(ends(child).await.status.code(), Some(0));
     assert!(start.elapsed() < Duration::from_secs(3));
     agent.seen.wait("the peer said bye: the adaptor ends", 1).await;
+}
+
+fn command(arguments: &[&str], store: &std::path::Path) -> std::process::Output {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"));
+    command.args(arguments).arg("--store").arg(store).output().unwrap()
+}
+
+#[tokio::test]
+async fn one_adaptor_drives_a_pod_at_a_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let (kbs, asked) = support::kbs().await;
+    let store = directory.path().join("store");
+    let opened = DirectoryStore::open(&store).unwrap();
+    let agent = Agent::start(latched(&opened).await).await;
+    let (mut first, lines) = connect(&store, &kbs, &agent, &[]);
+    lines.wait("kubernetes phase up", 1).await;
+    let (requests, connections) = (asked.all().len(), agent.seen.count("connection"));
+    for more in [&[][..], &["--delete-on-exit"], &["--no-trustee"]] {
+        let (second, _) = if more == ["--no-trustee"] {
+            without_trustee(&store, &agent)
+        } else {
+            connect(&store, &kbs, &agent, more)
+        };
+        let output = ends(second).await;
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let error = String::from_utf8(output.stderr).unwrap();
+        let expected =
+            format!("another adaptor (pid {}) drives pod pod-1: end it first", first.id().unwrap());
+        assert!(error.contains(&expected), "{error}");
+    }
+    assert_eq!(asked.all().len(), requests, "the others have changed nothing");
+    assert_eq!(agent.seen.count("connection"), connections);
+    // Commands that drive no pod need no lock.
+    let user_data = directory.path().join("user-data");
+    for arguments in [
+        &["keygen", "--pod-id", "pod-1"][..],
+        &["user-data", "--pod-id", "pod-1", "--output", user_data.to_str().unwrap()],
+    ] {
+        let output = command(arguments, &store);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    }
+    signal(&first, Signal::SIGKILL);
+    first.wait().await.unwrap();
+    let (second, lines) = connect(&store, &kbs, &agent, &[]);
+    lines.wait("kubernetes phase up", 1).await;
+    signal(&second, Signal::SIGTERM);
+    assert_eq!(ends(second).await.status.code(), Some(0));
+}
+
+fn without_trustee(store: &std::path::Path, agent: &Agent) -> (Child, Lines) {
+    let child = Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"))
+        .args(["connect", "--no-trustee", "--pod-id", pod().as_str()])
+        .args(["--address", &agent.address.to_string(), "--store"])
+        .arg(store)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    (child, Lines::default())
+}
+
+#[tokio::test]
+async fn without_trustee_a_pod_needs_its_user_data_first() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = directory.path().join("store");
+    let agent = Agent::start(Mode::attestation()).await;
+    let output = ends(without_trustee(&store, &agent).0).await;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let error = String::from_utf8(output.stderr).unwrap();
+    let expected = "pod pod-1 has no key here: run user-data first (wrong --store?)";
+    assert_eq!(error.matches(expected).count(), 1, "{error}");
+    assert_eq!(std::fs::read_dir(store.join("pods")).unwrap().count(), 0);
+    assert_eq!(agent.seen.count("connection"), 0);
+    // With its user data the same command waits for the VM.
+    let output = directory.path().join("user-data");
+    let made = command(&["user-data", "--pod-id", "pod-1", "--output", output.to_str().unwrap()], &store);
+    assert!(made.status.success(), "{made:?}");
+    agent.become_(latched(&DirectoryStore::open(&store).unwrap()).await);
+    let (child, _) = without_trustee(&store, &agent);
+    agent.seen.wait("hello", 1).await;
+    signal(&child, Signal::SIGTERM);
+    assert_eq!(ends(child).await.status.code(), Some(0));
 }

@@ -1,8 +1,5 @@
 //! The driver against simulated agents, where a test needs other limits than an adaptor sets.
 
-#[path = "../../tests/support/mod.rs"]
-mod support;
-
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,10 +10,10 @@ use secure_comms_protocol::tag::parse_list;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use self::support::agent::{Agent, Mode};
-use self::support::{KATAAGENT, Lines, PATIENCE, addresses, pod};
 use super::{AttestationLimits, Driver, Ended, Entry, Plan, PodSnapshot, PodState, StatusReporter, Stop};
 use crate::key_source::KeySource;
+use crate::support::agent::{Agent, Mode};
+use crate::support::{KATAAGENT, Lines, PATIENCE, addresses, pod};
 use crate::transport::session::Tunnels;
 
 const LONG: Duration = Duration::from_secs(600);

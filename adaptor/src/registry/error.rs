@@ -55,7 +55,7 @@ pub enum AdaptorError {
         /// The resource that may still be in the KBS.
         resource: String,
         /// Why.
-        source: KbsError,
+        source: Box<KbsError>,
     },
     /// The pod is not prepared.
     #[error("pod {0}: not prepared: prepare it first")]

@@ -281,7 +281,10 @@ pub(super) async fn delete(id: PodId, shared: Arc<Shared>, deletion: Deletion) -
     {
         let resource = resource::pod_private_key(&id);
         let deleted = kbs.within(deletion.deadline.left()).delete(&resource).await;
-        deleted.map_err(|source| AdaptorError::NotDeleted { pod: id.clone(), resource, source })?;
+        deleted.map_err(|source| {
+            let source = Box::new(source);
+            AdaptorError::NotDeleted { pod: id.clone(), resource, source }
+        })?;
     }
     Ok(shared.store.forget(&id).await?)
 }
