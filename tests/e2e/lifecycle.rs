@@ -373,7 +373,9 @@ fn swap_worker_node(user_data: &str, line: &str) -> Result<String> {
 async fn a_vm_with_another_host_key_gets_nothing_from_the_adaptor() -> Result<()> {
     let mut scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
     let stranger = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
-    stranger.write_user_data().await?;
+    for scene in [&scene, &stranger] {
+        scene.write_user_data().await?;
+    }
     let agent = stranger.agent().await?;
     scene.deadline = 5;
     let mut adaptor = Child::spawn("adaptor", scene.adaptor_command(&[stranger.ssh])?)?;

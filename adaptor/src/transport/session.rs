@@ -48,6 +48,8 @@ struct PeerState {
     keys: Option<KeyProgress>,
     upgrade: bool,
     end: Option<SessionEnd>,
+    /// The streams that were open when the session ended.
+    lost_streams: usize,
 }
 
 /// An established session. Dropping it cuts the connection, and ends its streams and its control task.
@@ -148,9 +150,10 @@ impl<P: ClientPhase> Session<P> {
         self.connection.credits().idle().await;
     }
 
-    /// The number of open streams.
+    /// The number of open streams; after the end of the session, of those that were open then.
     pub(crate) fn open_streams(&self) -> usize {
-        self.connection.credits().open_streams()
+        let peer = self.peer.borrow();
+        if peer.end.is_some() { peer.lost_streams } else { self.connection.credits().open_streams() }
     }
 
     /// Waits for the end of the session.
@@ -259,8 +262,9 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
             }
             () = credits.gone() => SessionEnd("the agent sent more than it was granted".into()),
         };
+        let lost_streams = credits.open_streams();
         credits.end();
-        state.send_modify(|state| state.end = Some(end));
+        state.send_modify(|state| (state.end, state.lost_streams) = (Some(end), lost_streams));
     }
 }
 

@@ -1,6 +1,7 @@
 //! `connect`: serves one pod in the foreground, until a signal.
 
 use std::convert::Infallible;
+use std::error::Error as _;
 use std::future::pending;
 use std::io;
 use std::sync::Arc;
@@ -8,8 +9,8 @@ use std::time::Duration;
 
 use secure_comms_adaptor::kbs::{KbsClient, KbsError};
 use secure_comms_adaptor::key_source::KeySource;
-use secure_comms_adaptor::pod::PodEvent;
-use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Endpoint};
+use secure_comms_adaptor::pod::{PodEvent, PodState};
+use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Deadline, Endpoint};
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::resource::pod_private_key;
 use tokio::time::timeout;
@@ -68,58 +69,91 @@ pub enum ConnectError {
 /// # Cancellation
 /// Dropping the future cuts the pod's connection. Its keys stay in the store and in the KBS.
 pub async fn run(settings: ConnectSettings) -> Result<Option<EndSignal>, ConnectError> {
+    // The publication and the start share it.
+    let deadline = Deadline::after(settings.deadline);
     let mut signals = Signals::new().map_err(ConnectError::Signals)?;
     let events = Events::new(settings.events).map_err(ConnectError::Events)?;
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
     }
-    let ended = serve(&settings, &mut signals, &events).await;
+    let ended = serve(&settings, deadline, &mut signals, &events).await;
     events.flush(FLUSH);
     ended
 }
 
 async fn serve(
     settings: &ConnectSettings,
+    deadline: Deadline,
     signals: &mut Signals,
     events: &Events,
 ) -> Result<Option<EndSignal>, ConnectError> {
     let adaptor = build_adaptor(settings, events)?;
     let restored = tokio::select! {
-        restored = adaptor.restore_listeners(&settings.pod) => restored,
+        restored = restore(&adaptor, settings, deadline) => restored,
         signal = signals.next() => return interrupted(&adaptor, settings, signals, signal).await,
     };
     // Runs next to the start and the connection, until the end.
     let publish = publish_restored(&adaptor, &settings.pod, matches!(restored, Ok(Some(_))));
     tokio::pin!(publish);
     let started = tokio::select! {
-        started = bring_up(&adaptor, settings, events, restored) => started,
+        started = bring_up(&adaptor, settings, events, restored, deadline) => started,
         never = &mut publish => match never {},
         signal = signals.next() => return interrupted(&adaptor, settings, signals, signal).await,
     };
     if let Err(error) = started {
         // The cause of the failed start is what the operator needs: a failing cleanup is only logged.
+        let error = ConnectError::from(error);
         if let Err(cleanup) = end(&adaptor, settings, signals).await {
-            tracing::error!("cleaning up after the failed start: {:#}", anyhow::Error::from(cleanup));
+            let [cause, cleanup] = [&error, &cleanup].map(with_causes);
+            // The same again if another adaptor drives the pod.
+            if cleanup != cause {
+                tracing::error!("cleaning up after the failed start: {cleanup}");
+            }
         }
-        return Err(error.into());
+        return Err(error);
     }
     let signal = tokio::select! {
         signal = signals.next() => signal,
         never = &mut publish => match never {},
     };
-    tracing::info!("pod {}: {signal}: ending; a second signal ends at once", settings.pod);
-    end(&adaptor, settings, signals).await
+    end_after(signal, &adaptor, settings, signals).await
 }
 
-/// Ends after a signal that came before the pod was up.
+fn with_causes(error: &ConnectError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// Ends after a signal that came during the start.
 async fn interrupted(
     adaptor: &Adaptor,
     settings: &ConnectSettings,
     signals: &mut Signals,
     signal: EndSignal,
 ) -> Result<Option<EndSignal>, ConnectError> {
+    let state = adaptor.snapshot(&settings.pod).map(|pod| pod.state);
+    if matches!(state, Some(PodState::Up { .. })) {
+        // It came up in this moment, and its event has said so.
+        return end_after(signal, adaptor, settings, signals).await;
+    }
     tracing::info!("pod {}: {signal} before the pod was up: ending", settings.pod);
     Ok(end(adaptor, settings, signals).await?.or(Some(signal)))
+}
+
+/// Ends a pod that was up.
+async fn end_after(
+    signal: EndSignal,
+    adaptor: &Adaptor,
+    settings: &ConnectSettings,
+    signals: &mut Signals,
+) -> Result<Option<EndSignal>, ConnectError> {
+    tracing::info!("pod {}: {signal}: ending; a second signal ends at once", settings.pod);
+    end(adaptor, settings, signals).await
 }
 
 fn build_adaptor(settings: &ConnectSettings, events: &Events) -> Result<Adaptor, ConnectError> {
@@ -138,22 +172,39 @@ fn build_adaptor(settings: &ConnectSettings, events: &Events) -> Result<Adaptor,
     Ok(Adaptor::new(store, key_source, config))
 }
 
+/// Listens again for the clients of a pod that was started before. Its inbounds may wait for a network namespace.
+async fn restore(
+    adaptor: &Adaptor,
+    settings: &ConnectSettings,
+    deadline: Deadline,
+) -> Result<Option<Vec<Endpoint>>, AdaptorError> {
+    match timeout(deadline.left(), adaptor.restore_listeners(&settings.pod)).await {
+        Ok(restored) => restored,
+        Err(_) => Err(AdaptorError::PrepareDeadline {
+            pod: settings.pod.clone(),
+            seconds: settings.deadline.as_secs(),
+            waiting_for: "its inbounds".to_owned(),
+        }),
+    }
+}
+
 /// Prepares the pod unless its listeners were restored, logs its endpoints, and starts it.
 async fn bring_up(
     adaptor: &Adaptor,
     settings: &ConnectSettings,
     events: &Events,
     restored: Result<Option<Vec<Endpoint>>, AdaptorError>,
+    deadline: Deadline,
 ) -> Result<(), AdaptorError> {
     let endpoints = match restored? {
         Some(endpoints) => endpoints,
-        None => adaptor.prepare(&settings.pod).await?,
+        None => adaptor.prepare(&settings.pod, deadline).await?,
     };
     for endpoint in endpoints {
         tracing::info!("pod {}: inbound {} listens on {}", settings.pod, endpoint.name, endpoint.local);
         events.listening(&settings.pod, &endpoint);
     }
-    adaptor.start(&settings.pod, &settings.addresses, settings.deadline).await
+    adaptor.start(&settings.pod, &settings.addresses, deadline).await
 }
 
 /// Publishes the keys of a restored pod, and retries for as long as the KBS is unreachable. Never returns.

@@ -62,6 +62,12 @@ fn line(pod: &PodId, event: &PodEvent) -> String {
         }
         PodEvent::ConnectFailed(why) => object("connect-failed", pod, [("reason", json!(escape(why)))]),
         PodEvent::TunnelMismatch(what) => object("tunnel-mismatch", pod, [("text", json!(escape(what)))]),
+        PodEvent::Waiting { what, left } => {
+            let left = left.map(|left| left.as_secs());
+            object("waiting", pod, [("for", json!(escape(what))), ("left", json!(left))])
+        }
+        PodEvent::PublishedAgain => object("published-again", pod, []),
+        PodEvent::PublishFailed(why) => object("publish-failed", pod, [("reason", json!(escape(why)))]),
         PodEvent::Stopped => object("stopped", pod, []),
         other => object("other", pod, [("text", json!(escape(&other.to_string())))]),
     }
