@@ -13,7 +13,7 @@ use nix::unistd::{Pid, geteuid};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::scene::{free_port, pod_id};
+use super::drawn::{free_port, pod_id};
 
 /// Directory of a scene.
 #[derive(Debug)]
