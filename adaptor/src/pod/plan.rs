@@ -10,9 +10,9 @@ use crate::transport::session::Tunnels;
 use secure_comms_keys::{PodPublic, WorkerNodeKey};
 
 /// [`AttestationLimits::progress`].
-const ATTESTATION_PROGRESS: Duration = Duration::from_secs(5 * 60);
+const ATTESTATION_PROGRESS: Duration = Duration::from_secs(3 * 60);
 /// [`AttestationLimits::total`].
-const ATTESTATION_TOTAL: Duration = Duration::from_secs(30 * 60);
+const ATTESTATION_TOTAL: Duration = Duration::from_secs(10 * 60);
 
 /// The addresses, keys and tunnels of one pod.
 #[derive(Clone, Debug)]
