@@ -121,11 +121,11 @@ pub struct AdminSettings {
 /// Publishes and deletes resources of one KBS.
 ///
 /// The async methods need a tokio runtime with I/O and time enabled. A client can be used from many tasks at a time.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct KbsClient {
     http: Client,
     url: String,
-    admin: Option<Admin>,
+    admin: Option<Arc<Admin>>,
     retry_for: Duration,
 }
 
@@ -143,7 +143,7 @@ impl KbsClient {
     /// The admin's key or the CA cannot be read.
     pub fn new(settings: &KbsSettings, retry_for: Duration) -> Result<Self, KbsError> {
         let admin = match &settings.admin {
-            Some(admin) => Some(Admin::read(&admin.key_file, &admin.issuer, &admin.role)?),
+            Some(admin) => Some(Arc::new(Admin::read(&admin.key_file, &admin.issuer, &admin.role)?)),
             None => {
                 tracing::warn!(
                     "KBS at {}: no admin token is sent, because --kbs-admin-key is missing: only a KBS that lets anyone publish accepts that",
@@ -169,6 +169,16 @@ impl KbsClient {
         let http = http.build().map_err(|error| KbsError::Setup(cause_of(&error)))?;
         let url = settings.url.as_str().trim_end_matches('/').to_owned();
         Ok(Self { http, url, admin, retry_for })
+    }
+
+    /// The same client with calls that take no longer than `limit` either.
+    pub(crate) fn within(&self, limit: Duration) -> Self {
+        Self { retry_for: self.retry_for.min(limit), ..self.clone() }
+    }
+
+    /// The KBS's URL.
+    pub(crate) fn url(&self) -> &str {
+        &self.url
     }
 
     /// Creates or overwrites the resource at `path` (`<repository>/<type>/<tag>`).

@@ -1,7 +1,7 @@
 //! The adaptor: the worker node's end of Secure Comms, as a library.
 //!
 //! The blocks below follow a pod. Its keys come from the [`store`]. They reach the VM through the [`kbs`] or in its
-//! [`user_data`]. Then the [`registry`] runs a driver for each [`pod`], which connects over `transport`: SSH, a session
+//! [`user_data`]. Then the [`registry`] runs a task for each [`pod`], whose driver connects over `transport`: SSH, a session
 //! with the agent, and routes for local clients.
 //!
 //! A caller uses [`Adaptor`]:
@@ -13,7 +13,7 @@
 //! use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 //! use secure_comms_adaptor::key_source::KeySource;
 //! use secure_comms_adaptor::store::DirectoryStore;
-//! use secure_comms_adaptor::{Adaptor, Config};
+//! use secure_comms_adaptor::{Adaptor, Config, Deadline};
 //! use secure_comms_protocol::limits::REKEY_BYTES;
 //! use secure_comms_protocol::tag::parse_list;
 //!
@@ -32,16 +32,17 @@
 //! let pod = "sandbox-1".parse()?;
 //!
 //! // Before the VM starts: its keys are published, and local clients can connect.
-//! for endpoint in adaptor.prepare(&pod).await? {
+//! let deadline = Deadline::after(Duration::from_secs(300));
+//! for endpoint in adaptor.prepare(&pod, deadline).await? {
 //!     println!("tunnel {} listens on {}", endpoint.name, endpoint.local);
 //! }
 //! // Once the VM has an address: returns when the Kubernetes phase is up.
-//! adaptor.start(&pod, &["10.0.0.7".parse()?], Duration::from_secs(300)).await?;
+//! adaptor.start(&pod, &["10.0.0.7".parse()?], deadline).await?;
 //!
 //! // The channel is kept up; the state says how it is.
-//! if let Some(mut state) = adaptor.watch(&pod) {
-//!     state.changed().await?;
-//!     println!("pod {pod}: {:?}", *state.borrow());
+//! if let Some(mut changes) = adaptor.subscribe(&pod) {
+//!     changes.changed().await?;
+//!     println!("pod {pod}: {:?}", changes.borrow().state);
 //! }
 //!
 //! adaptor.stop(&pod).await?;
@@ -50,9 +51,11 @@
 //! ```
 
 pub mod registry;
+pub use deadline::Deadline;
 pub use registry::{Adaptor, AdaptorError, Config, Endpoint};
 
 pub mod address;
+mod deadline;
 pub mod key_source;
 pub mod store;
 
@@ -68,3 +71,6 @@ mod text;
 // Unit tests share the simulated agent with the integration tests, which know this crate by its name.
 #[cfg(test)]
 extern crate self as secure_comms_adaptor;
+#[cfg(test)]
+#[path = "../tests/support/mod.rs"]
+mod support;

@@ -1,7 +1,7 @@
 //! One pod's channel, from the first connection attempt to the stop.
 //!
 //! In: the pod's plan (addresses, keys, tunnels), the routes of its local clients, and a stop order. Out: [`PodState`]
-//! and [`PodEvent`]. Only the driver and the start that waits for it change the state.
+//! and [`PodEvent`]. Only the pod's task changes the state: the driver runs in it.
 
 mod plan;
 
@@ -19,8 +19,11 @@ mod failover;
 mod driver;
 
 pub use self::advice::LOST;
-pub(crate) use self::driver::{Driver, Entry, Stop};
-pub(crate) use self::plan::Plan;
+pub(crate) use self::driver::{Driver, Ended, Entry, Stop};
+pub(crate) use self::plan::{AttestationLimits, Plan};
 pub(crate) use self::status::StatusReporter;
-pub use self::status::{Observer, PodEvent, PodState};
+pub use self::status::{Endpoint, Observer, PodEvent, PodSnapshot, PodState};
 pub use self::vm_log::VmLine;
+
+#[cfg(test)]
+mod driver_tests;

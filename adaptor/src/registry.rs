@@ -1,63 +1,35 @@
 //! The pods of one worker node: prepared, started, watched, stopped and, after a restart, resumed.
 //!
-//! In: calls of the [`Adaptor`]'s owner. Out: [`Endpoint`]s for local clients, and each pod's state and events. Each
-//! started pod has a driver ([`crate::pod`]) in a task of its own.
+//! In: calls of the [`Adaptor`]'s owner. Out: [`Endpoint`]s for local clients, and each pod's state and events. Each pod
+//! has a task of its own (`actor`), which owns all of the pod's state and takes commands from a queue.
 
+mod actor;
+mod channel;
+mod command;
 mod error;
+mod operation;
+mod pods;
+mod shared;
 
-use std::collections::HashMap;
-use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
 
-use secure_comms_protocol::limits::SHUTDOWN_DRAIN;
-use secure_comms_protocol::{InboundTag, OutboundTag, PodId, TunnelName, resource};
-use secure_comms_tunnel::Inbound;
-use tokio::sync::{OwnedMutexGuard, watch};
-use tokio::task::JoinSet;
-use tokio::time::timeout;
+use secure_comms_protocol::PodId;
+use tokio::sync::{mpsc, oneshot, watch};
 
+use self::actor::Actor;
+use self::command::{Command, Reply, StartOrder};
 pub use self::error::AdaptorError;
+use self::pods::{PodHandle, Pods};
+pub use self::shared::Config;
+use self::shared::Shared;
 use crate::address::Address;
+use crate::deadline::Deadline;
 use crate::kbs::KbsClient;
 use crate::key_source::KeySource;
-use crate::pod::{Driver, Entry, Observer, Plan, PodState, StatusReporter, Stop};
+pub use crate::pod::Endpoint;
+use crate::pod::{PodSnapshot, StatusReporter};
 use crate::store::Store;
 use crate::text::with_causes;
-use crate::transport::routes::Routes;
-use crate::transport::session::Tunnels;
-use secure_comms_keys::{PodKey, PodPublic, WorkerNodeKey};
-
-/// What all pods of an adaptor have in common.
-#[derive(Clone)]
-pub struct Config {
-    /// Inbounds of each pod, KATAAGENT included. All pods share the list, so a fixed port or path serves one pod only.
-    pub inbounds: Vec<InboundTag>,
-    /// Outbounds of each pod, KBS included.
-    pub outbounds: Vec<OutboundTag>,
-    /// Bytes in one direction after which the session keys of a connection are renewed.
-    pub rekey_bytes: usize,
-    /// Receives every event of every pod.
-    pub observer: Observer,
-}
-
-impl fmt::Debug for Config {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Config")
-            .field("inbounds", &self.inbounds)
-            .field("outbounds", &self.outbounds)
-            .finish_non_exhaustive()
-    }
-}
-
-/// Where local clients of a tunnel connect.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Endpoint {
-    /// Name of the tunnel.
-    pub name: TunnelName,
-    /// `127.0.0.1:<port>`, or the path of a unix socket.
-    pub local: String,
-}
 
 /// The worker node's end of any number of pods.
 ///
@@ -69,116 +41,102 @@ pub struct Endpoint {
 /// | [`stop`](Self::stop) | deletes | deletes | closes | closes |
 /// | [`resume_all`](Self::resume_all) | finds | | opens | opens, keeps up |
 /// | [`restore_listeners`](Self::restore_listeners) | finds | | opens | |
-/// | [`publish_keys`](Self::publish_keys) | finds or makes | publishes | | |
+/// | [`publish_keys`](Self::publish_keys) | finds | publishes | | |
 ///
 /// The first four are a pod's life. The last three continue it in a new process.
 ///
 /// # Concurrency
-/// Methods of different pods run independently. `prepare`, `restore_listeners`, `suspend`, `stop` and `resume_all` of
-/// one pod wait for each other. `start` and `publish_keys` do not wait: a `start` during a `stop` of the same pod may
-/// wait for its whole deadline.
+/// Each pod has one task, which owns its keys, listeners, connection and state. A method sends it a command and waits
+/// for the result. Methods of different pods run independently. The commands of one pod take effect in the order in
+/// which their futures were first polled:
+///
+/// - `prepare`, `restore_listeners`, `resume_all`, `start` and `publish_keys` wait for earlier commands. A `start` does
+///   not wait for a `publish_keys` of a pod that is served, and the next command does not wait for a start to be up: a
+///   second `start` gets [`AdaptorError::AlreadyStarted`] at once, whether the first one is up or under way.
+/// - `stop` and `suspend` come first. They cancel every earlier command that is under way or waits; its caller gets
+///   [`AdaptorError::Stopped`] at once. They wait for no KBS that another command waits for.
+/// - A `prepare` during a `stop` runs after it. A `start` during a `stop` gets [`AdaptorError::NotPrepared`] at once,
+///   unless a `prepare` waits before it.
+/// - A `stop` during a `stop` shares its result if that succeeds, and else tries again. A `stop` during a `suspend`
+///   completes it and then deletes; a `suspend` during a `stop` returns when the listeners are closed.
+///
+/// While an adaptor serves a pod, it holds the pod's lock in the store: another adaptor is refused
+/// ([`StoreError::Locked`](crate::store::StoreError::Locked)).
+///
+/// # State
+/// [`snapshot`](Self::snapshot) and [`subscribe`](Self::subscribe) show all there is. If a pod's task ends unexpectedly,
+/// by a panic or because its runtime is gone, the state becomes [`PodState::Failed`](crate::pod::PodState::Failed), the
+/// callers that wait get [`AdaptorError::TaskEnded`], and the next command gets a new task.
+///
+/// # Keys are published again
+/// A KBS may lose its resources. While an agent reports failed attempts to get its keys, and when one is in the
+/// Attestation phase that had its keys before, they are published again: 5 s after the last publication at the
+/// earliest, then after pauses that double up to 5 minutes.
 ///
 /// # Runtime
-/// The async methods need a tokio runtime of either flavour, with I/O and time enabled, and spawn tasks on it.
+/// The async methods need a tokio runtime of either flavour, with I/O and time enabled, and spawn the pod's task on it.
 ///
 /// # Cancellation
-/// Each async method says what remains if its future is dropped. Dropping the `Adaptor` cuts every connection and
-/// closes every listener; the store and the KBS keep what they have.
+/// Dropping a future of any method drops the wait, and nothing else: the command goes on, and its deadline still holds.
+/// A future that was never polled has sent nothing. Dropping the `Adaptor` cuts every connection and closes every
+/// listener; the store and the KBS keep what they have.
 #[derive(Debug)]
 pub struct Adaptor {
-    store: Arc<dyn Store>,
-    key_source: KeySource<KbsClient>,
-    config: Config,
-    pods: Mutex<HashMap<PodId, Pod>>,
-    /// One lock per pod, for the operations on it. The KBS can be slow, and other pods must not wait for it.
-    locks: Mutex<HashMap<PodId, Arc<PodLock>>>,
-}
-
-/// Serialises the operations on one pod.
-type PodLock = tokio::sync::Mutex<()>;
-
-/// A prepared pod. Dropping it closes its inbounds and cuts its connection.
-#[derive(Debug)]
-struct Pod {
-    endpoints: Vec<Endpoint>,
-    routes: Arc<Routes>,
-    node_key: WorkerNodeKey,
-    pod_key: PodPublic,
-    status: StatusReporter,
-    _inbounds: JoinSet<()>,
-    driver: Option<RunningDriver>,
-}
-
-/// The task of a pod's driver. Dropping it cuts the pod's connection.
-#[derive(Debug)]
-struct RunningDriver {
-    stop: watch::Sender<Option<Stop>>,
-    task: JoinSet<()>,
-}
-
-impl RunningDriver {
-    /// Orders the driver to stop, and waits until it has.
-    async fn stop(mut self, stop: Stop) {
-        self.stop.send_replace(Some(stop));
-        while self.task.join_next().await.is_some() {}
-    }
+    shared: Arc<Shared>,
+    pods: Arc<Pods>,
 }
 
 impl Adaptor {
     /// An adaptor without pods. Its VMs get their keys from `key_source`.
     pub fn new(store: Arc<dyn Store>, key_source: KeySource<KbsClient>, config: Config) -> Self {
-        Self { store, key_source, config, pods: Mutex::default(), locks: Mutex::default() }
+        Self { shared: Arc::new(Shared { store, key_source, config }), pods: Arc::default() }
     }
 
-    fn pods(&self) -> MutexGuard<'_, HashMap<PodId, Pod>> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Sends the pod a command, and waits for its result. Starts the pod's task if it has none.
+    async fn ask<T>(&self, id: &PodId, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, AdaptorError> {
+        let (reply, result) = oneshot::channel();
+        self.send(id, command(reply));
+        result.await.unwrap_or_else(|_| Err(AdaptorError::TaskEnded(id.clone())))
     }
 
-    async fn lock_pod(&self, id: &PodId) -> OwnedMutexGuard<()> {
-        let lock = {
-            let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
-            // Locks that nothing holds or waits for are removed.
-            locks.retain(|_, lock| Arc::strong_count(lock) > 1);
-            Arc::clone(locks.entry(id.clone()).or_default())
+    /// The lock is held until the command is in the queue: a task leaves under the same lock, with an empty queue.
+    fn send(&self, id: &PodId, command: Command) {
+        let mut pods = self.pods.lock();
+        let command = match pods.get(id) {
+            // The error gives the command back: the task has ended unexpectedly.
+            Some(pod) => match pod.commands.send(command) {
+                Ok(()) => return,
+                Err(error) => error.0,
+            },
+            None => command,
         };
-        lock.lock_owned().await
+        // Those that watch the pod go on watching it.
+        let status = pods.get(id).map(|pod| pod.status.clone());
+        let status = status
+            .unwrap_or_else(|| StatusReporter::new(id.clone(), Arc::clone(&self.shared.config.observer)));
+        let (commands, queue) = mpsc::unbounded_channel();
+        let (shared, pods_of_task) = (Arc::clone(&self.shared), Arc::downgrade(&self.pods));
+        let actor = Actor::new(id.clone(), shared, pods_of_task, queue, status.clone());
+        // An error would mean that the queue's receiver is gone; it is in `actor`.
+        drop(commands.send(command));
+        pods.insert(id.clone(), PodHandle { commands, status });
+        // Not joined: the task says itself how it ended, also after a panic.
+        drop(tokio::spawn(actor.run()));
     }
 
     /// Finds or makes the pod's keys, publishes them, and listens for its local clients. The VM may then be started.
     /// A second call publishes the keys again and returns the same endpoints.
     ///
     /// # Errors
-    /// The store, the KBS or an inbound failed. The listeners are closed again, and a key that this call made is
-    /// deleted from the store; a resource that was published already stays in the KBS.
+    /// The store, the KBS or an inbound failed, or the deadline passed; another adaptor serves the pod; the keys come
+    /// from the user data, and the store has none ([`AdaptorError::NoKey`]); a `stop` or `suspend` came. The listeners
+    /// are closed again, and a key that this call made is deleted from the store; a resource that was published already
+    /// stays in the KBS.
     ///
     /// # Cancellation
-    /// Dropping the future closes the new listeners. A key that was made and a resource that was published stay; `stop`
-    /// deletes both.
-    pub async fn prepare(&self, id: &PodId) -> Result<Vec<Endpoint>, AdaptorError> {
-        let _lock = self.lock_pod(id).await;
-        let known = self.store.known_pod_key(id).await?.is_some();
-        let prepared = self.prepare_locked(id).await;
-        if prepared.is_err()
-            && !known
-            && let Err(error) = self.store.forget(id).await
-        {
-            tracing::error!("pod {id}: cleaning up after a failed prepare: {}", with_causes(&error));
-        }
-        prepared
-    }
-
-    async fn prepare_locked(&self, id: &PodId) -> Result<Vec<Endpoint>, AdaptorError> {
-        let (node_key, pod_key) = (self.store.worker_node_key().await?, self.store.pod_key(id).await?);
-        // Before anything is published, so that a port that is in use fails the call early.
-        let prepared = match self.endpoints(id) {
-            Some(_) => None,
-            None => Some(self.listen(id, node_key.clone(), pod_key.public()?).await?),
-        };
-        self.publish(id, &node_key, &pod_key).await?;
-        if let Some(pod) = prepared {
-            self.pods().insert(id.clone(), pod);
-        }
-        Ok(self.endpoints(id).unwrap_or_default())
+    /// Dropping the future drops the wait only.
+    pub async fn prepare(&self, id: &PodId, deadline: Deadline) -> Result<Vec<Endpoint>, AdaptorError> {
+        self.ask(id, |reply| Command::Prepare { deadline, reply }).await
     }
 
     /// Listens again for the local clients of a pod that an earlier process started. `None` if the pod was never
@@ -188,203 +146,101 @@ impl Adaptor {
     /// down must not keep the pod down. See [`publish_keys`](Self::publish_keys).
     ///
     /// # Errors
-    /// The store or an inbound failed.
+    /// The store or an inbound failed, another adaptor serves the pod, or a `stop` or `suspend` came.
     ///
     /// # Cancellation
-    /// Dropping the future closes the new listeners.
+    /// Dropping the future drops the wait only.
     pub async fn restore_listeners(&self, id: &PodId) -> Result<Option<Vec<Endpoint>>, AdaptorError> {
-        let _lock = self.lock_pod(id).await;
-        let Some((pod_key, _)) = self.started_before(id).await? else { return Ok(None) };
-        if self.endpoints(id).is_none() {
-            self.listen_again(id, &pod_key).await?;
-        }
-        Ok(self.endpoints(id))
+        self.ask(id, |reply| Command::RestoreListeners { reply }).await
     }
 
-    /// The key and the addresses of a pod that was started, in this process or an earlier one.
-    async fn started_before(&self, id: &PodId) -> Result<Option<(PodKey, Vec<Address>)>, AdaptorError> {
-        let Some(pod_key) = self.store.known_pod_key(id).await? else { return Ok(None) };
-        // `start` saves the addresses.
-        let addresses = self.store.addresses(id).await?;
-        Ok((!addresses.is_empty()).then_some((pod_key, addresses)))
-    }
-
-    async fn listen_again(&self, id: &PodId, pod_key: &PodKey) -> Result<(), AdaptorError> {
-        let node_key = self.store.worker_node_key().await?;
-        let pod = self.listen(id, node_key, pod_key.public()?).await?;
-        self.pods().insert(id.clone(), pod);
-        Ok(())
-    }
-
-    /// Publishes the keys of a pod again: its VM may have to attest again, and the KBS may have lost them. Without a
-    /// KBS there is nothing to publish.
+    /// Publishes the keys of a known pod again: its VM may have to attest again, and the KBS may have lost them. Without
+    /// a KBS there is nothing to publish. A connection that is up goes on meanwhile.
     ///
     /// # Errors
-    /// The store or the KBS failed, or the KBS did not answer in the time that its client has for a call.
+    /// The pod has no key, the store or the KBS failed, the KBS did not answer in the time that its client has for a
+    /// call, another adaptor serves the pod, or a `stop` or `suspend` came.
     ///
     /// # Cancellation
-    /// Dropping the future stops the retries. A request that was sent may still take effect.
+    /// Dropping the future drops the wait only.
     pub async fn publish_keys(&self, id: &PodId) -> Result<(), AdaptorError> {
-        let (node_key, pod_key) = (self.store.worker_node_key().await?, self.store.pod_key(id).await?);
-        self.publish(id, &node_key, &pod_key).await
+        self.ask(id, |reply| Command::PublishKeys { reply }).await
     }
 
-    async fn listen(
-        &self,
-        id: &PodId,
-        node_key: WorkerNodeKey,
-        pod_key: PodPublic,
-    ) -> Result<Pod, AdaptorError> {
-        let routes = Arc::new(Routes::default());
-        let (mut endpoints, mut inbounds) = (Vec::new(), JoinSet::new());
-        for tag in &self.config.inbounds {
-            let inbound = Inbound::bind(tag).await?;
-            endpoints.push(Endpoint { name: tag.name.clone(), local: inbound.local().to_owned() });
-            inbounds.spawn(routes.serve(inbound));
-        }
-        let status = StatusReporter::new(id.clone(), Arc::clone(&self.config.observer));
-        Ok(Pod { endpoints, routes, node_key, pod_key, status, _inbounds: inbounds, driver: None })
-    }
-
-    async fn publish(
-        &self,
-        id: &PodId,
-        node_key: &WorkerNodeKey,
-        pod_key: &PodKey,
-    ) -> Result<(), AdaptorError> {
-        let KeySource::Kbs(kbs) = &self.key_source else { return Ok(()) };
-        let line = node_key.public()?.authorized_keys_line()? + "\n";
-        kbs.publish(resource::WORKER_NODE_PUBLIC_KEY, line.as_bytes()).await?;
-        Ok(kbs.publish(&resource::pod_private_key(id), pod_key.to_pem()?.as_bytes()).await?)
-    }
-
-    /// Connects to the pod's VM, and returns once the Kubernetes phase is up, for at most `deadline`. From then on the
-    /// connection is kept up until `suspend` or `stop`.
+    /// Connects to the pod's VM, and returns once the Kubernetes phase is up. From then on the connection is kept up
+    /// until `suspend` or `stop`. While it waits for longer than a second, the observer learns what for
+    /// ([`PodEvent::Waiting`](crate::pod::PodEvent::Waiting)), then every 15 s.
     ///
     /// # Errors
-    /// The pod is not prepared, is started already, or did not come up. After an error connecting is not retried, and
-    /// the pod can be started again.
+    /// The pod is not prepared, is started already, or did not come up; a `stop` or `suspend` came. After an error
+    /// connecting is not retried, and the pod can be started again. A VM that is lost fails the start at once, but only
+    /// if every address of the pod says so: while another one cannot be reached, the right VM may still be booting there.
     ///
     /// # Cancellation
-    /// Dropping the future drops the wait only. Once the addresses are saved, the driver goes on without a deadline and
-    /// another `start` fails with [`AdaptorError::AlreadyStarted`]; `suspend` and `stop` end the driver.
+    /// Dropping the future drops the wait only: the start goes on until it is up or its deadline passes.
     pub async fn start(
         &self,
         id: &PodId,
         addresses: &[Address],
-        deadline: Duration,
+        deadline: Deadline,
     ) -> Result<(), AdaptorError> {
         if addresses.is_empty() {
             return Err(AdaptorError::NoAddress(id.clone()));
         }
-        self.store.save_addresses(id, addresses).await?;
-        let status = self.spawn_driver(id, addresses, Entry::New)?;
-        let mut state = status.subscribe();
-        let settled = |state: &PodState| {
-            matches!(state, PodState::Up { .. } | PodState::Failed { .. } | PodState::Stopped)
-        };
-        let settled =
-            timeout(deadline, state.wait_for(settled)).await.map(|state| state.map(|state| state.clone()));
-        let reason = match settled {
-            Ok(Ok(PodState::Up { .. })) => return Ok(()),
-            Ok(Ok(PodState::Failed { reason })) => reason,
-            Ok(_) => "stopped while starting".to_owned(),
-            Err(_) => {
-                let (seconds, last_seen) = (deadline.as_secs(), status.last_seen());
-                self.stop_driver(id, "the adaptor gave up").await;
-                status.set_state(PodState::Failed { reason: last_seen.clone() });
-                return Err(AdaptorError::Deadline { pod: id.clone(), seconds, last_seen });
-            }
-        };
-        // So that the pod can be started again.
-        self.stop_driver(id, "the start failed").await;
-        Err(AdaptorError::StartFailed { pod: id.clone(), reason })
+        let addresses = addresses.to_vec();
+        self.ask(id, |reply| Command::Start(StartOrder { addresses, deadline, reply })).await
     }
 
-    fn spawn_driver(
-        &self,
-        id: &PodId,
-        addresses: &[Address],
-        entry: Entry,
-    ) -> Result<StatusReporter, AdaptorError> {
-        let mut pods = self.pods();
-        let pod = pods.get_mut(id).ok_or_else(|| AdaptorError::NotPrepared(id.clone()))?;
-        if pod.driver.is_some() {
-            return Err(AdaptorError::AlreadyStarted(id.clone()));
-        }
-        let (inbounds, outbounds) = (&self.config.inbounds, &self.config.outbounds);
-        let plan = Plan {
-            id: id.clone(),
-            addresses: addresses.to_vec(),
-            node_key: pod.node_key.clone(),
-            pod_key: pod.pod_key,
-            attestation: self.key_source.as_ref().map(|_| Tunnels::new(inbounds, outbounds)),
-            kubernetes: Tunnels::new(inbounds, outbounds),
-            rekey_bytes: self.config.rekey_bytes,
-        };
-        // Before the driver runs: a waiting `start` must not take the final state of an earlier start for its own.
-        pod.status.begin();
-        let (stop, order) = watch::channel(None);
-        let driver = Driver::new(plan, Arc::clone(&pod.routes), pod.status.clone(), order);
-        let mut task = JoinSet::new();
-        task.spawn(driver.run(entry));
-        pod.driver = Some(RunningDriver { stop, task });
-        Ok(pod.status.clone())
+    /// The pod now; `None` if it has no task.
+    pub fn snapshot(&self, id: &PodId) -> Option<PodSnapshot> {
+        self.pods.lock().get(id).map(|pod| pod.status.snapshot())
     }
 
-    /// Stops the pod's driver, if it has one. The pod stays prepared.
-    async fn stop_driver(&self, id: &PodId, reason: &'static str) {
-        let driver = self.pods().get_mut(id).and_then(|pod| pod.driver.take());
-        if let Some(driver) = driver {
-            driver.stop(Stop { reason, drain: SHUTDOWN_DRAIN }).await;
-        }
+    /// All pods now, in no order.
+    pub fn snapshots(&self) -> Vec<(PodId, PodSnapshot)> {
+        self.pods.lock().iter().map(|(id, pod)| (id.clone(), pod.status.snapshot())).collect()
     }
 
-    /// The pod's state and its changes; `None` if the pod is not prepared. The channel closes with `suspend` and `stop`.
-    pub fn watch(&self, id: &PodId) -> Option<watch::Receiver<PodState>> {
-        self.pods().get(id).map(|pod| pod.status.subscribe())
+    /// The pod's changes; `None` if it has no task. The channel closes with `suspend` and `stop`.
+    pub fn subscribe(&self, id: &PodId) -> Option<watch::Receiver<PodSnapshot>> {
+        self.pods.lock().get(id).map(|pod| pod.status.subscribe())
     }
 
-    /// Where the pod's local clients connect; `None` if the pod is not prepared.
-    pub fn endpoints(&self, id: &PodId) -> Option<Vec<Endpoint>> {
-        self.pods().get(id).map(|pod| pod.endpoints.clone())
-    }
-
-    /// Stops serving the pod, and keeps its keys and its KBS resource: a later process can resume it.
+    /// Stops serving the pod, and keeps its keys and its KBS resource: a later process can resume it. A pod that is not
+    /// served is left as it is.
     ///
-    /// Open streams get `SHUTDOWN_DRAIN` (3 s) to end, then the agent receives a bye. The listeners close shortly after
-    /// the return.
+    /// Open streams get `SHUTDOWN_DRAIN` (3 s) to end, then the agent receives a bye. The listeners are closed when it
+    /// returns.
     ///
     /// # Cancellation
-    /// Dropping the future during the drain cuts the connection. The pod then stays prepared and its listeners stay
-    /// open, but its state is not updated; another `suspend` or `stop` completes the work.
+    /// Dropping the future drops the wait only.
     pub async fn suspend(&self, id: &PodId) {
-        let _lock = self.lock_pod(id).await;
-        self.stop_driver(id, "the adaptor ends").await;
-        self.pods().remove(id);
+        let served = self.pods.lock().contains_key(id);
+        if served && let Err(error) = self.ask(id, |reply| Command::Suspend { reply }).await {
+            // The pod is not served any more in this case either.
+            tracing::error!("pod {id}: suspend: {}", with_causes(&error));
+        }
     }
 
     /// Ends the pod: stops serving it as [`suspend`](Self::suspend) does, deletes its resource from the KBS, and deletes
-    /// its key from the store. It waits for a `prepare` of the same pod that is under way.
+    /// its key from the store.
+    ///
+    /// It returns at once if the KBS does not answer a `prepare` that has not sent the pod's key yet. Else the KBS gets
+    /// 10 s to delete the resource, and 2 s if the stop interrupted a wait for it.
     ///
     /// # Errors
-    /// The KBS or the store failed. The key is then still in the store, so that `stop` can be retried.
+    /// The KBS or the store failed, or another adaptor serves the pod. The key is then still in the store, so that `stop`
+    /// can be retried. The pod is not served any more.
     ///
     /// # Cancellation
-    /// As for `suspend` during the drain. After that the pod is no longer served; what was not deleted yet stays, and
-    /// another `stop` deletes it.
+    /// Dropping the future drops the wait only.
     pub async fn stop(&self, id: &PodId) -> Result<(), AdaptorError> {
-        let _lock = self.lock_pod(id).await;
-        self.stop_driver(id, "the pod is being deleted").await;
-        self.pods().remove(id);
-        if let KeySource::Kbs(kbs) = &self.key_source {
-            kbs.delete(&resource::pod_private_key(id)).await?;
-        }
-        Ok(self.store.forget(id).await?)
+        self.ask(id, |reply| Command::Stop { reply }).await
     }
 
     /// Listens and connects again for every pod that an earlier process started, Kubernetes phase first, and returns
-    /// their ids without waiting for the connections. A pod that fails is logged and left out.
+    /// their ids without waiting for the connections. A pod that fails, as one that another adaptor serves, is logged and
+    /// left out.
     ///
     /// # Errors
     /// The pods cannot be listed.
@@ -393,8 +249,8 @@ impl Adaptor {
     /// Dropping the future leaves the pods that were resumed already running.
     pub async fn resume_all(&self) -> Result<Vec<PodId>, AdaptorError> {
         let mut resumed = Vec::new();
-        for id in self.store.pods().await? {
-            match self.resume(&id).await {
+        for id in self.shared.store.pods().await? {
+            match self.ask(&id, |reply| Command::Resume { reply }).await {
                 Ok(true) => resumed.push(id),
                 Ok(false) => {}
                 Err(error) => {
@@ -403,17 +259,5 @@ impl Adaptor {
             }
         }
         Ok(resumed)
-    }
-
-    /// False if the pod was never started, or is served already.
-    async fn resume(&self, id: &PodId) -> Result<bool, AdaptorError> {
-        let _lock = self.lock_pod(id).await;
-        let Some((pod_key, addresses)) = self.started_before(id).await? else { return Ok(false) };
-        if self.endpoints(id).is_some() {
-            return Ok(false);
-        }
-        self.listen_again(id, &pod_key).await?;
-        self.spawn_driver(id, &addresses, Entry::Restarted)?;
-        Ok(true)
     }
 }

@@ -65,6 +65,26 @@ pub trait Store: Send + Sync + Debug {
     /// # Errors
     /// The store cannot be read, or the stored addresses are damaged.
     async fn addresses(&self, pod: &PodId) -> Result<Vec<Address>, StoreError>;
+
+    /// Locks a pod for the adaptor that serves it, until the lock is dropped or the process ends. `None` if the pod has no
+    /// record: there is nothing to lock then. Other methods need no lock.
+    ///
+    /// # Errors
+    /// Another adaptor holds the lock ([`StoreError::Locked`]), or the store cannot be read.
+    async fn lock_pod(&self, pod: &PodId) -> Result<Option<PodLock>, StoreError>;
+}
+
+/// The lock of a pod. Dropping it releases it.
+#[derive(Debug)]
+pub struct PodLock {
+    _held: Box<dyn Debug + Send + Sync>,
+}
+
+impl PodLock {
+    /// A lock that is released when `held` is dropped.
+    pub fn new(held: impl Debug + Send + Sync + 'static) -> Self {
+        Self { _held: Box::new(held) }
+    }
 }
 
 /// Error of the store. Its text names the file and what to do.
@@ -91,7 +111,19 @@ pub enum StoreError {
     /// The pod has no record.
     #[error("key store: pod {0} is not known: prepare it first")]
     UnknownPod(PodId),
+    /// Another adaptor serves the pod, in this process or another one.
+    #[error("another adaptor{} drives pod {pod}: end it first, or use another --store", holder(*.pid))]
+    Locked {
+        /// The pod.
+        pod: PodId,
+        /// The other adaptor's process, if it is known.
+        pid: Option<u32>,
+    },
     /// The access to the disk was interrupted, because the runtime shuts down.
     #[error("key store: interrupted while the process ends")]
     CutOff,
+}
+
+fn holder(pid: Option<u32>) -> String {
+    pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
 }

@@ -5,10 +5,10 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use secure_comms_adaptor::AdaptorError;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::pod::{LOST, PodState};
 use secure_comms_adaptor::store::Store;
+use secure_comms_adaptor::{AdaptorError, Deadline};
 use secure_comms_keys::{PodKey, WorkerNodeKey};
 use support::agent::{Agent, Mode};
 use support::{PATIENCE, World, addresses, echoes, pod};
@@ -22,7 +22,7 @@ impl World {
     }
 
     async fn start(&self, at: &[Address], deadline: Duration) -> Result<(), AdaptorError> {
-        self.adaptor.start(&pod(), at, deadline).await
+        self.adaptor.start(&pod(), at, Deadline::after(deadline)).await
     }
 }
 
@@ -52,8 +52,11 @@ async fn a_new_pod_needs_one_handshake_in_each_phase() {
     started.unwrap();
     echoes(&local).await;
     let address = agent.address;
+    // A machine under load may take longer than a second, and then says what it waits for.
+    let events: Vec<_> =
+        world.events.all().into_iter().filter(|line| !line.starts_with("waiting for ")).collect();
     assert_eq!(
-        world.events.all(),
+        events,
         [
             format!("attestation: connected to {address}"),
             "tunnel KATAAGENT, Attestation phase: the agent serves it, but no --inbounds tag here listens for it".to_owned(),
@@ -65,7 +68,7 @@ async fn a_new_pod_needs_one_handshake_in_each_phase() {
     assert_eq!(agent.seen.count("connection"), 2 + agent.seen.count("connection refused"));
     assert_eq!(agent.seen.count("hello pod-1 out [\"KBS\"]"), 2);
     assert_eq!(agent.seen.count("forward KBS:9"), 2);
-    assert_eq!(*world.adaptor.watch(&pod()).unwrap().borrow(), PodState::Up { instance: "cafe".into() });
+    assert_eq!(world.state(), PodState::Up { instance: "cafe".into() });
 }
 
 #[tokio::test]
@@ -105,12 +108,8 @@ async fn a_start_past_its_deadline_reports_the_last_error() {
         error.contains(&format!("connecting: {unused}: attestation: TCP connect: Connection refused")),
         "{error}"
     );
-    assert_eq!(
-        world.events.count("TCP connect"),
-        1,
-        "a failure that repeats is reported once: {:?}",
-        world.events.all()
-    );
+    let reported = world.events.all().iter().filter(|line| line.starts_with("connecting: ")).count();
+    assert_eq!(reported, 1, "a failure that repeats is reported once: {:?}", world.events.all());
 }
 
 #[tokio::test]
@@ -199,13 +198,14 @@ async fn a_stopped_pod_says_bye_and_leaves_nothing() {
     let local = world.prepare().await;
     let agent = Agent::start(world.latched().await).await;
     world.start(&addresses(&[agent.address]), PATIENCE).await.unwrap();
-    let state = world.adaptor.watch(&pod()).unwrap();
+    let pod_now = world.adaptor.subscribe(&pod()).unwrap();
     world.adaptor.stop(&pod()).await.unwrap();
-    assert_eq!(*state.borrow(), PodState::Stopped);
+    assert_eq!(pod_now.borrow().state, PodState::Stopped);
+    assert!(pod_now.borrow().endpoints.is_empty());
     assert_eq!(agent.seen.count("the peer said bye: the pod is being deleted"), 1);
     assert_eq!(world.published.count("DELETE /kbs/v0/resource/default/pp-pod-1/privateKey"), 1);
     assert!(world.store.known_pod_key(&pod()).await.unwrap().is_none());
-    assert!(world.adaptor.watch(&pod()).is_none());
+    assert!(world.adaptor.snapshot(&pod()).is_none());
     assert!(tokio::net::TcpStream::connect(local).await.is_err());
     agent.seen.wait("gone", 2).await;
 }
@@ -225,7 +225,7 @@ async fn a_new_process_resumes_its_pods_without_new_keys() {
     assert_eq!(agent.seen.count("auth attestation"), before, "Kubernetes comes first");
     assert_eq!(world.pod_key().await.public().unwrap(), key);
     assert_eq!(world.published.all().len(), published);
-    let endpoints = world.adaptor.endpoints(&pod()).unwrap();
+    let endpoints = world.adaptor.snapshot(&pod()).unwrap().endpoints;
     echoes(&endpoints[0].local).await;
 }
 

@@ -13,7 +13,7 @@ use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 use zeroize::Zeroizing;
 
 use crate::file_error::{FileError, PrivacyFault};
-use crate::private_file::{Unfinished, check, read_at};
+use crate::private_file::{Unfinished, check, check_replaceable, read_at};
 
 /// Makes a directory (0700) if it does not exist, and checks that no other user can change what is in it. Links are
 /// followed, and others may list it: the files in it are private themselves.
@@ -71,12 +71,15 @@ impl PrivateDirectory {
     /// It could not be written; what was there before still is.
     pub fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), FileError> {
         let temporary = PathBuf::from(format!("{name}.new"));
-        let path = &self.path.join(&temporary);
+        let path = &self.path.join(name);
         let failed = |doing| move |errno: Errno| FileError::io(doing, path)(errno.into());
+        check_replaceable(self.fd(), Path::new(name), path)?;
         // The name is always the same, so that the file that a crash has left behind is found here.
         match unlinkat(self.fd(), &temporary, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => {}
-            Err(errno) => return Err(failed("removing")(errno)),
+            Err(errno) => {
+                return Err(FileError::io("removing", &self.path.join(&temporary))(errno.into()));
+            }
         }
         let unfinished = Unfinished::write(self.fd(), temporary, path, bytes)?;
         renameat(self.fd(), unfinished.name(), self.fd(), name).map_err(failed("renaming"))?;
@@ -167,12 +170,16 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_replaced_leaves_no_temporary_file() {
+    fn what_is_no_regular_file_is_not_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let directory = PrivateDirectory::make(&dir.path().join("a")).unwrap();
         fs::create_dir(dir.path().join("a/f")).unwrap();
-        let error = directory.replace("f", b"one").unwrap_err();
-        assert!(error.to_string().starts_with("renaming "), "{error}");
-        assert!(!dir.path().join("a/f.new").exists());
+        symlink("/dev/null", dir.path().join("a/g")).unwrap();
+        for (name, reason) in [("f", "it is not a regular file"), ("g", "it is a symbolic link")] {
+            let error = directory.replace(name, b"one").unwrap_err().to_string();
+            assert_eq!(error, format!("{}/a/{name}: {reason}: move it away", dir.path().display()));
+            assert!(!dir.path().join(format!("a/{name}.new")).exists());
+        }
+        assert!(dir.path().join("a/g").is_symlink());
     }
 }

@@ -7,8 +7,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, openat};
-use nix::sys::stat::Mode;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, openat};
+use nix::sys::stat::{Mode, SFlag, fstatat};
 use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
 use zeroize::Zeroizing;
 
@@ -102,8 +102,8 @@ impl<'a> Unfinished<'a> {
     }
 
     fn next_to(path: &Path, bytes: &[u8]) -> Result<Self, FileError> {
-        let temporary = directory_of(path).join(temporary_name(path)?);
-        Self::write(AT_FDCWD, temporary.clone(), &temporary, bytes)
+        // Errors name the file that was asked for: the caller has not heard of the temporary one.
+        Self::write(AT_FDCWD, directory_of(path).join(temporary_name(path)?), path, bytes)
     }
 
     /// Keeps the file: it has been renamed.
@@ -147,12 +147,32 @@ pub fn sync_directory(path: &Path) -> Result<(), FileError> {
     synced.map_err(FileError::io("syncing the directory", path))
 }
 
+/// Refuses to replace what is not a regular file: a rename would put a file in the place of a device, a FIFO or a
+/// symbolic link such as /dev/stdout, for the whole machine.
+pub(crate) fn check_replaceable(
+    directory: BorrowedFd<'_>,
+    name: &Path,
+    path: &Path,
+) -> Result<(), FileError> {
+    let kind = match fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Err(Errno::ENOENT) => return Ok(()),
+        Err(errno) => return Err(FileError::io("writing", path)(errno.into())),
+        Ok(status) => SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT,
+    };
+    match kind {
+        SFlag::S_IFREG => Ok(()),
+        SFlag::S_IFLNK => Err(FileError::not_private(path, PrivacyFault::SymbolicLink)),
+        _ => Err(FileError::not_private(path, PrivacyFault::NotAFile)),
+    }
+}
+
 /// Writes `path` (0600) and replaces the file that was there. The directory's owner and mode are not
 /// checked.
 ///
 /// # Errors
-/// It could not be written; what was there before still is.
+/// It could not be written, or what is there is no regular file; what was there before still is.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    check_replaceable(AT_FDCWD, path, path)?;
     let unfinished = Unfinished::next_to(path, bytes)?;
     fs::rename(unfinished.name(), path).map_err(FileError::io("writing", path))?;
     unfinished.keep();
@@ -223,6 +243,47 @@ mod tests {
         }
         assert!(refusal(&at("file")).contains("is larger than 100 bytes"));
         assert!(read(&at("none"), 1).unwrap_err().is_not_found());
+    }
+
+    #[test]
+    fn only_a_regular_file_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("target"), "kept").unwrap();
+        for (link, target) in
+            [("link", "target"), ("dangling", "none"), ("loop", "loop"), ("null", "/dev/null")]
+        {
+            std::os::unix::fs::symlink(target, at(link)).unwrap();
+        }
+        fs::create_dir(at("directory")).unwrap();
+        nix::unistd::mkfifo(&at("fifo"), Mode::S_IRUSR).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        let kinds = || {
+            let names = ["link", "dangling", "loop", "null", "directory", "fifo", "socket"];
+            names.map(|name| (name, fs::symlink_metadata(at(name)).unwrap().file_type()))
+        };
+        let before = kinds();
+        for (name, kind) in &before {
+            let error = replace(&at(name), b"secret").unwrap_err().to_string();
+            let reason = if kind.is_symlink() { "it is a symbolic link" } else { "it is not a regular file" };
+            assert_eq!(error, format!("{}: {reason}: move it away", at(name).display()));
+        }
+        assert_eq!(kinds(), before);
+        assert_eq!(fs::read(at("target")).unwrap(), b"kept");
+        assert!(!at("none").exists());
+        assert!(
+            fs::read_dir(dir.path())
+                .unwrap()
+                .all(|entry| { !entry.unwrap().file_name().to_string_lossy().starts_with(TEMP_PREFIX) })
+        );
+    }
+
+    #[test]
+    fn an_error_names_the_file_that_was_asked_for() {
+        let path = Path::new("/nodir/x");
+        for error in [replace(path, b"x").unwrap_err(), create(path, b"x").unwrap_err()] {
+            assert_eq!(error.to_string(), "writing /nodir/x");
+        }
     }
 
     #[test]

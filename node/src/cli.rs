@@ -4,14 +4,25 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use secure_comms_keys::text::escape;
 
 /// Secure Comms on the worker node: keys, tunnels and state of peer pods.
 #[derive(Debug, Parser)]
-#[command(name = "secure-comms-adaptor", version, arg_required_else_help = false)]
+#[command(
+    name = "secure-comms-adaptor",
+    version,
+    arg_required_else_help = false,
+    max_term_width = 100,
+    after_help = "Documentation: docs/OPERATIONS.md of https://github.com/confidential-containers/secure-comms\n\
+                  Report a bug: https://github.com/confidential-containers/secure-comms/issues"
+)]
 pub struct Cli {
     /// error, warn, info, debug or trace [env: SECURE_COMMS_LOG] [default: info]
     #[arg(long, global = true, value_name = "LEVEL")]
     pub log: Option<String>,
+    /// The log's lines on standard error: text or json [env: SECURE_COMMS_LOG_FORMAT] [default: text]
+    #[arg(long, global = true, value_name = "FORMAT")]
+    pub log_format: Option<String>,
     /// The command.
     #[command(subcommand)]
     pub command: Command,
@@ -37,12 +48,12 @@ pub struct ConnectArgs {
     /// Where the pod VM's agent is; may be repeated (required) [default port: 2222]
     #[arg(long = "address", value_name = "HOST[:PORT]")]
     pub addresses: Vec<String>,
-    /// Further inbounds [env: SECURE_COMMS_INBOUNDS]
+    /// Further inbounds; may be repeated [env: SECURE_COMMS_INBOUNDS]
     #[arg(long, value_name = "TAGS")]
-    pub inbounds: Option<String>,
-    /// Further outbounds [env: SECURE_COMMS_OUTBOUNDS]
+    pub inbounds: Vec<String>,
+    /// Further outbounds; may be repeated [env: SECURE_COMMS_OUTBOUNDS]
     #[arg(long, value_name = "TAGS")]
-    pub outbounds: Option<String>,
+    pub outbounds: Vec<String>,
     /// Where the VM's KBS tunnel leads [env: SECURE_COMMS_KBS_ADDR] [default: kbs-service.trustee-operator-system:8080]
     #[arg(long, value_name = "HOST:PORT")]
     pub kbs: Option<String>,
@@ -67,15 +78,18 @@ pub struct ConnectArgs {
     /// Where keys are kept [default: /var/lib/secure-comms-adaptor]
     #[arg(long, value_name = "DIR")]
     pub store: Option<PathBuf>,
-    /// How long the start may take [default: 300]
-    #[arg(long, value_name = "SECONDS")]
+    /// How long the start may take, as 90s, 5m or 1h30m [default: 5m]
+    #[arg(long, value_name = "TIME")]
     pub deadline: Option<String>,
-    /// Data in a direction after which new session keys are made, at least 1048576
-    #[arg(long, value_name = "BYTES")]
+    /// Data in a direction after which new session keys are made, as 64MiB or 1GiB; at least 1MiB [default: 32GiB]
+    #[arg(long, value_name = "SIZE")]
     pub rekey_bytes: Option<String>,
-    /// On SIGTERM or SIGINT forget the pod: delete its key and its KBS resource [default: keep, to resume]
+    /// On a signal that ends it, forget the pod: delete its key and its KBS resource [default: keep, to resume]
     #[arg(long)]
     pub delete_on_exit: bool,
+    /// Events for a program, on standard output: json or none [env: SECURE_COMMS_EVENTS] [default: none]
+    #[arg(long, value_name = "FORMAT")]
+    pub events: Option<String>,
 }
 
 /// The flags of `user-data`.
@@ -84,16 +98,16 @@ pub struct UserDataArgs {
     /// The pod: the runtime's sandbox id (required)
     #[arg(long, value_name = "ID")]
     pub pod_id: Option<String>,
-    /// Inbounds of the VM's agent [env: SECURE_COMMS_PP_INBOUNDS]
+    /// Inbounds of the VM's agent; may be repeated [env: SECURE_COMMS_PP_INBOUNDS]
     #[arg(long, value_name = "TAGS")]
-    pub pp_inbounds: Option<String>,
-    /// Outbounds of the VM's agent [env: SECURE_COMMS_PP_OUTBOUNDS]
+    pub pp_inbounds: Vec<String>,
+    /// Outbounds of the VM's agent; may be repeated [env: SECURE_COMMS_PP_OUTBOUNDS]
     #[arg(long, value_name = "TAGS")]
-    pub pp_outbounds: Option<String>,
+    pub pp_outbounds: Vec<String>,
     /// Where keys are kept [default: /var/lib/secure-comms-adaptor]
     #[arg(long, value_name = "DIR")]
     pub store: Option<PathBuf>,
-    /// Write to this file (0600) instead of standard output
+    /// Write to this file (0600) instead of standard output; `-` is standard output
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
 }
@@ -109,7 +123,46 @@ pub struct KeygenArgs {
     pub store: Option<PathBuf>,
 }
 
-/// Parses the command line. Help and version end the process with code 0, unknown flags and commands with code 2.
-pub fn parse(args: impl IntoIterator<Item = OsString>) -> Cli {
-    Cli::parse_from(args)
+/// What the command line asks for, other than a command.
+#[derive(Debug)]
+pub enum Stop {
+    /// Help or the version, for standard output; the exit code is 0.
+    Text(String),
+    /// A fault, in one line; the exit code is 2.
+    Fault(String),
+}
+
+/// Parses the command line.
+///
+/// # Errors
+/// It asks for help or the version, or has an unknown flag or command.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Stop> {
+    Cli::try_parse_from(args).map_err(|error| {
+        let text = error.render().to_string();
+        if error.use_stderr() { Stop::Fault(fault(&text)) } else { Stop::Text(text) }
+    })
+}
+
+/// The paragraphs of the parser's message as one line, as our own faults are.
+///
+/// ```text
+/// error: unexpected argument '--adress' found
+///
+///   tip: a similar argument exists: '--address'
+///
+/// Usage: secure-comms-adaptor connect --address <HOST[:PORT]>
+///
+/// For more information, try '--help'.
+/// ```
+fn fault(text: &str) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for paragraph in text.split("\n\n") {
+        let line = paragraph.split_whitespace().collect::<Vec<_>>().join(" ");
+        if line.is_empty() || line.starts_with("Usage:") {
+            continue;
+        }
+        let line = line.strip_prefix("error: ").or_else(|| line.strip_prefix("tip: ")).unwrap_or(&line);
+        parts.push(line.replace("For more information, try '--help'.", "see --help"));
+    }
+    escape(&parts.join("; "))
 }

@@ -1,15 +1,35 @@
 //! What the program does: one file for each command.
 
 pub mod connect;
+mod events;
 pub mod keygen;
+mod output;
 pub mod user_data;
 
-use std::io::Write as _;
+use std::error::Error;
+use std::io::{self, Write as _};
+use std::path::Path;
 
 use anyhow::Context as _;
+use secure_comms_adaptor::store::DirectoryStore;
 
 /// Writes a command's result to standard output.
 fn print(bytes: &[u8]) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = io::stdout().lock();
     out.write_all(bytes).and_then(|()| out.flush()).context("write to standard output")
+}
+
+/// Opens the key store.
+fn open_store(directory: &Path) -> anyhow::Result<DirectoryStore> {
+    DirectoryStore::open(directory).map_err(|error| {
+        let denied = is_denied(&error);
+        let error = anyhow::Error::from(error);
+        if denied { anyhow::anyhow!("{error:#}: run as root, or give --store") } else { error }
+    })
+}
+
+fn is_denied(error: &(dyn Error + 'static)) -> bool {
+    let io = error.downcast_ref::<io::Error>();
+    io.is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+        || error.source().is_some_and(is_denied)
 }

@@ -1,12 +1,14 @@
 //! The worker node's program, `secure-comms-adaptor`. `main.rs` parses and runs; the library is for its tests.
 //!
 //! The blocks are in the order of a run: [`cli`] parses the flags, [`settings`] validates them with the environment,
-//! [`logging`] starts the log, and one of the [`commands`] runs.
+//! [`logging`] starts the log, and one of the [`commands`] runs until it is done or one of the [`signals`] ends it.
 
 pub mod cli;
 
 pub mod settings;
 
 pub mod logging;
+
+pub mod signals;
 
 pub mod commands;

@@ -1,15 +1,23 @@
-//! Log lines on stderr: one line for each event, also if it quotes a stranger's text.
+//! The log on stderr: one line for each event, also if it quotes a stranger's text.
+
+mod format;
+mod writer;
 
 use std::fmt;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _};
+use std::os::fd::AsFd as _;
 use std::str::FromStr;
 
-use secure_comms_keys::text::escape;
-use tracing_subscriber::Layer as _;
+use nix::sys::stat::fstat;
+use tracing::{Event, Subscriber};
+use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::fmt::MakeWriter;
-use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::layer::{Context, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
+
+pub(crate) use self::format::now;
+use self::format::{Entry, Style};
+pub use self::writer::Writer;
 
 /// The least severe level that is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +38,7 @@ impl FromStr for Level {
     type Err = LevelError;
 
     fn from_str(text: &str) -> Result<Self, LevelError> {
-        match text {
+        match text.to_ascii_lowercase().as_str() {
             "error" => Ok(Self(LevelFilter::ERROR)),
             "warn" => Ok(Self(LevelFilter::WARN)),
             "info" => Ok(Self(LevelFilter::INFO)),
@@ -47,41 +55,69 @@ impl fmt::Display for Level {
     }
 }
 
-/// Installs the log of the process. A second call changes nothing.
-pub fn init(level: Level) {
+/// The form of the log's lines.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people: short on a terminal, with priorities for the journal, with full times elsewhere.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The text is not a format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected text or json")]
+pub struct LogFormatError;
+
+impl FromStr for LogFormat {
+    type Err = LogFormatError;
+
+    fn from_str(text: &str) -> Result<Self, LogFormatError> {
+        match text.to_ascii_lowercase().as_str() {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err(LogFormatError),
+        }
+    }
+}
+
+/// Installs the log of the process, which goes to `stderr`. A second call changes nothing. `journal` is the value of
+/// `JOURNAL_STREAM`.
+pub fn init(level: Level, format: LogFormat, journal: Option<&str>, stderr: Writer) {
+    let style = match format {
+        LogFormat::Json => Style::Json,
+        LogFormat::Text if is_journal(journal) => Style::Journal,
+        LogFormat::Text if io::stderr().is_terminal() => Style::Terminal,
+        LogFormat::Text => Style::Plain,
+    };
     // At lower levels these crates log the data that they handle, keys and tokens included.
     let quiet = ["russh", "hyper", "hyper_util", "reqwest", "rustls"];
     let capped = level.0.min(LevelFilter::WARN);
     let filter = Targets::new().with_default(level.0).with_targets(quiet.map(|target| (target, capped)));
-    let lines = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(EscapedStderr);
+    let lines = Lines { style, stderr };
     // Fails only if the process has a log already, as in a test that calls the library.
     let _ = tracing_subscriber::registry().with(lines.with_filter(filter)).try_init();
 }
 
-/// Stderr, with control characters escaped.
-struct EscapedStderr;
-
-impl<'a> MakeWriter<'a> for EscapedStderr {
-    type Writer = Escaped<io::Stderr>;
-
-    fn make_writer(&'a self) -> Self::Writer {
-        Escaped(io::stderr())
-    }
+/// Whether stderr is the stream of systemd's journal that the variable names, as DEVICE:INODE. A program that we are
+/// started by may have redirected stderr and left the variable.
+fn is_journal(variable: Option<&str>) -> bool {
+    let named = variable.and_then(|text| text.split_once(':'));
+    let named = named.and_then(|(device, inode)| Some((device.parse().ok()?, inode.parse().ok()?)));
+    let stderr = fstat(io::stderr().as_fd()).ok().map(|status| (status.st_dev, status.st_ino));
+    named.is_some() && named == stderr
 }
 
-/// Escapes every control character of an event, except the newline at its end. Each write is one event.
-struct Escaped<W>(W);
+/// Writes each event of the process as a line.
+struct Lines {
+    style: Style,
+    stderr: Writer,
+}
 
-impl<W: Write> Write for Escaped<W> {
-    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        let text = String::from_utf8_lossy(event);
-        let line = text.strip_suffix('\n').unwrap_or(&text);
-        self.0.write_all(format!("{}\n", escape(line)).as_bytes())?;
-        Ok(event.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
+impl<S: Subscriber> Layer<S> for Lines {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        self.stderr.line(&self.style.line(&Entry::of(event)));
     }
 }
 
@@ -90,12 +126,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_stays_one_line_with_any_text() {
-        let mut out = Escaped(Vec::new());
-        out.write_all("pod a\n2026 INFO forged\r\x1b[2J\u{9b}31m \u{e4}\n".as_bytes()).unwrap();
-        assert_eq!(
-            String::from_utf8(out.0).unwrap(),
-            "pod a\\n2026 INFO forged\\r\\u{1b}[2J\\u{9b}31m \u{e4}\n"
-        );
+    fn a_level_and_a_format_are_read_in_any_case() {
+        assert_eq!("INFO".parse(), Ok(Level::default()));
+        assert_eq!("Warn".parse(), Ok(Level(LevelFilter::WARN)));
+        assert_eq!("JSON".parse(), Ok(LogFormat::Json));
+        assert_eq!("loud".parse::<Level>(), Err(LevelError));
+        assert_eq!("xml".parse::<LogFormat>(), Err(LogFormatError));
+    }
+
+    #[test]
+    fn a_variable_left_from_another_stream_is_no_journal() {
+        for variable in [None, Some(""), Some("8:1"), Some("x:y"), Some(":")] {
+            assert!(!is_journal(variable), "{variable:?}");
+        }
+        let status = fstat(io::stderr().as_fd()).unwrap();
+        assert!(is_journal(Some(&format!("{}:{}", status.st_dev, status.st_ino))));
     }
 }

@@ -1,36 +1,66 @@
 //! `secure-comms-adaptor`: parses the command line and runs the command.
 
-use std::io::Write;
+use std::io::{self, Write as _};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::Context as _;
 use secure_comms_keys::text::escape;
-use secure_comms_node::cli::{self, Command};
+use secure_comms_node::cli::{self, Cli, Command, Stop};
 use secure_comms_node::commands::{connect, keygen, user_data};
-use secure_comms_node::logging;
-use secure_comms_node::settings::{self, ConnectSettings, KeygenSettings, UsageError, UserDataSettings};
+use secure_comms_node::logging::{self, Writer};
+use secure_comms_node::settings::{
+    ConnectSettings, KeygenSettings, LogSettings, UsageError, UserDataSettings, unknown_variables,
+};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+const NAME: &str = "secure-comms-adaptor";
 /// The exit code for an invalid command line or environment.
 const USAGE: u8 = 2;
+/// Time limit for writing the last lines: stderr may be a pipe that is not read.
+const FLUSH: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    let Err(error) = run() else { return ExitCode::SUCCESS };
+    let cli = match cli::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(Stop::Text(text)) => {
+            return match io::stdout().write_all(text.as_bytes()) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
+            };
+        }
+        Err(Stop::Fault(fault)) => {
+            // Stderr may be closed; the exit code reports the failure as well.
+            let _ = writeln!(io::stderr(), "{NAME}: {fault}");
+            return ExitCode::from(USAGE);
+        }
+    };
+    let dropped = |count| format!("{NAME}: {count} log lines were dropped: stderr was not read fast enough");
+    let stderr = match Writer::start(io::stderr(), dropped) {
+        Ok(stderr) => stderr,
+        Err(error) => {
+            // As above.
+            let _ = writeln!(io::stderr(), "{NAME}: start the thread that writes the log: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = run(cli, &stderr).unwrap_or_else(|error| report(&error, &stderr));
+    stderr.flush(FLUSH);
+    code
+}
+
+/// Writes an error, and returns its exit code.
+fn report(error: &anyhow::Error, stderr: &Writer) -> ExitCode {
     if let Some(usage) = error.downcast_ref::<UsageError>() {
         for fault in usage.faults() {
-            print_error(fault);
+            stderr.line(&format!("{NAME}: {fault}"));
         }
         return ExitCode::from(USAGE);
     }
-    print_error(&escape(&format!("{error:#}")));
+    stderr.line(&format!("{NAME}: {}", escape(&format!("{error:#}"))));
     ExitCode::FAILURE
-}
-
-fn print_error(line: &str) {
-    // Stderr may be closed; the exit code reports the failure as well.
-    let _ = writeln!(std::io::stderr(), "secure-comms-adaptor: {line}");
 }
 
 /// A core file would hold the keys, and end up on a disk or at a crash collector.
@@ -38,16 +68,37 @@ fn forbid_core_dumps() -> anyhow::Result<()> {
     nix::sys::prctl::set_dumpable(false).context("forbid core dumps")
 }
 
-// One thread: the bytes of one pod go through one SSH session, and handing them to another thread costs more than it gains.
-#[tokio::main(flavor = "current_thread")]
-async fn run() -> anyhow::Result<()> {
-    let cli = cli::parse(std::env::args_os());
+fn run(cli: Cli, stderr: &Writer) -> anyhow::Result<ExitCode> {
     let env = |name: &str| std::env::var_os(name);
-    logging::init(settings::log_level(cli.log, &env)?);
+    let log = LogSettings::read(cli.log, cli.log_format, &env)?;
+    let journal = std::env::var("JOURNAL_STREAM").ok();
+    logging::init(log.level, log.format, journal.as_deref(), stderr.clone());
     forbid_core_dumps()?;
-    match cli.command {
-        Command::Connect(args) => Ok(connect::run(ConnectSettings::read(*args, &env)?).await?),
-        Command::UserData(args) => user_data::run(UserDataSettings::read(args, &env)?).await,
-        Command::Keygen(args) => keygen::run(KeygenSettings::read(args, &env)?).await,
+    let names: Vec<_> = std::env::vars_os().map(|(name, _)| name).collect();
+    for warning in unknown_variables(names.iter().map(|name| name.as_os_str())) {
+        tracing::warn!("{warning}");
     }
+    // One thread: the bytes of one pod go through one SSH session, and handing them to another thread costs more than it
+    // gains.
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let done = runtime.block_on(command(cli.command, &env));
+    // The look-up of a name may be blocked for long: the end does not wait for it.
+    runtime.shutdown_background();
+    done
+}
+
+async fn command(
+    command: Command,
+    env: &dyn Fn(&str) -> Option<std::ffi::OsString>,
+) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Connect(args) => {
+            let interrupted = connect::run(ConnectSettings::read(*args, env)?).await?;
+            return Ok(interrupted.map_or(ExitCode::SUCCESS, |signal| ExitCode::from(signal.exit_code())));
+        }
+        Command::UserData(args) => user_data::run(UserDataSettings::read(args, env)?).await?,
+        Command::Keygen(args) => keygen::run(KeygenSettings::read(args, env)?).await?,
+    }
+    Ok(ExitCode::SUCCESS)
 }

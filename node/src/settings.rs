@@ -1,6 +1,8 @@
 //! Settings: the flags and the environment, validated as a whole. All faults are reported together.
 
 mod connect;
+mod units;
+mod variables;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -12,11 +14,12 @@ use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::kbs::KbsSettings;
 use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_keys::text::escape;
-use secure_comms_protocol::tag::{Tag, parse_list};
+use secure_comms_protocol::tag::{Tag, parse_lists};
 use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
 
 use crate::cli::{KeygenArgs, UserDataArgs};
-use crate::logging::Level;
+use crate::logging::{Level, LogFormat};
+pub use variables::unknown_variables;
 
 /// Default of `--store`.
 pub const DEFAULT_STORE: &str = "/var/lib/secure-comms-adaptor";
@@ -38,12 +41,25 @@ pub struct ConnectSettings {
     pub store: PathBuf,
     /// Where the VM gets its keys.
     pub key_source: KeySource<KbsSettings>,
-    /// Time limit of the start, and of each call to the KBS.
+    /// Time limit of the start, calls to the KBS included.
     pub deadline: Duration,
     /// Bytes in one direction after which the session keys are renewed.
     pub rekey_bytes: usize,
-    /// Whether SIGTERM and SIGINT delete the pod's key and its KBS resource.
+    /// Whether the end deletes the pod's key and its KBS resource.
     pub delete_on_exit: bool,
+    /// Whether events are written to standard output, as JSON.
+    pub events: bool,
+    /// What is valid and probably not meant, one a line.
+    pub warnings: Vec<String>,
+}
+
+/// Settings of the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogSettings {
+    /// The least severe level that is logged.
+    pub level: Level,
+    /// The form of the lines.
+    pub format: LogFormat,
 }
 
 /// Settings of `user-data`.
@@ -89,11 +105,12 @@ pub type Env<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 struct SettingsReader<'a> {
     env: Env<'a>,
     faults: Vec<String>,
+    warnings: Vec<String>,
 }
 
 impl<'a> SettingsReader<'a> {
     fn new(env: Env<'a>) -> Self {
-        Self { env, faults: Vec::new() }
+        Self { env, faults: Vec::new(), warnings: Vec::new() }
     }
 
     fn fault(&mut self, name: &str, value: &str, expected: impl fmt::Display) {
@@ -118,12 +135,12 @@ impl<'a> SettingsReader<'a> {
     }
 
     fn boolean(&mut self, name: &str) -> Option<bool> {
-        let value = (self.env)(name)?;
-        match value.to_str() {
-            Some("true") => Some(true),
-            Some("false") => Some(false),
+        let value = self.variable(name)?;
+        match value.to_ascii_lowercase().as_str() {
+            "true" => Some(true),
+            "false" => Some(false),
             _ => {
-                self.fault(name, &value.to_string_lossy(), "expected true or false");
+                self.fault(name, &value, "expected true or false");
                 None
             }
         }
@@ -143,6 +160,17 @@ impl<'a> SettingsReader<'a> {
         value.parse().map_err(|error| self.fault(name, value, error)).ok()
     }
 
+    fn value_or_default<T: FromStr<Err: fmt::Display> + Default>(
+        &mut self,
+        flag: (&str, Option<String>),
+        variable: &str,
+    ) -> Option<T> {
+        match self.flag_or(flag, variable) {
+            Some((name, value)) => self.parsed(name, &value),
+            None => Some(T::default()),
+        }
+    }
+
     fn pod(&mut self, value: Option<&str>) -> Option<PodId> {
         match value {
             // The parser's error quotes the text.
@@ -154,9 +182,13 @@ impl<'a> SettingsReader<'a> {
         }
     }
 
-    fn tags<T: Tag>(&mut self, flag: (&str, Option<String>), variable: &str) -> Vec<T> {
-        let Some((name, list)) = self.flag_or(flag, variable) else { return Vec::new() };
-        parse_list(&list).unwrap_or_else(|errors| {
+    /// The tags of all lists of a flag, or of the variable if the flag is not given.
+    fn tags<T: Tag>(&mut self, flag: (&str, Vec<String>), variable: &str) -> Vec<T> {
+        let (name, lists) = match flag {
+            (_, lists) if lists.is_empty() => (variable, Vec::from_iter(self.variable(variable))),
+            given => given,
+        };
+        parse_lists(lists.iter().map(String::as_str)).unwrap_or_else(|errors| {
             self.faults.extend(errors.iter().map(|error| format!("{name}: {error}")));
             Vec::new()
         })
@@ -191,17 +223,17 @@ fn store_or_default(store: Option<PathBuf>) -> PathBuf {
     store.unwrap_or_else(|| PathBuf::from(DEFAULT_STORE))
 }
 
-/// The log level: `--log`, else `SECURE_COMMS_LOG`, else info.
-///
-/// # Errors
-/// The value is not a level.
-pub fn log_level(flag: Option<String>, env: Env<'_>) -> Result<Level, UsageError> {
-    let mut reader = SettingsReader::new(env);
-    let level = match reader.flag_or(("--log", flag), "SECURE_COMMS_LOG") {
-        Some((name, value)) => reader.parsed(name, &value),
-        None => Some(Level::default()),
-    };
-    reader.done(level)
+impl LogSettings {
+    /// Reads `--log` and `--log-format`, or their variables.
+    ///
+    /// # Errors
+    /// A value is neither a level nor a format.
+    pub fn read(level: Option<String>, format: Option<String>, env: Env<'_>) -> Result<Self, UsageError> {
+        let mut reader = SettingsReader::new(env);
+        let level = reader.value_or_default(("--log", level), "SECURE_COMMS_LOG");
+        let format = reader.value_or_default(("--log-format", format), "SECURE_COMMS_LOG_FORMAT");
+        reader.done(level.zip(format).map(|(level, format)| Self { level, format }))
+    }
 }
 
 impl UserDataSettings {

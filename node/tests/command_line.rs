@@ -7,10 +7,11 @@
     reason = "clippy.toml lets tests fail loudly; clippy does not take the helpers of an integration test for tests"
 )]
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read as _;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 fn adaptor(args: &[&str], env: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"));
@@ -62,12 +63,71 @@ fn the_version_and_the_help_are_there() {
 }
 
 #[test]
-fn an_unknown_flag_or_command_is_a_fault_of_usage() {
-    for args in [&["connect", "--pod"][..], &["serve"], &[], &["keygen", "x"]] {
-        let output = adaptor(args, &[]);
-        assert_eq!(output.status.code(), Some(2), "{args:?}");
-        let text = String::from_utf8(output.stderr).unwrap();
-        assert!(text.contains("--help") && args.last().is_none_or(|last| text.contains(last)), "{text}");
+fn a_mistyped_flag_or_command_gets_a_suggestion_in_one_line() {
+    for (args, expected) in [
+        (
+            &["connect", "--adress", "vm"][..],
+            "unexpected argument '--adress' found; a similar argument exists: '--address'; see --help",
+        ),
+        (&["conect"], "unrecognized subcommand 'conect'; a similar subcommand exists: 'connect'; see --help"),
+        (
+            &["connect", "--pod-id"],
+            "a value is required for '--pod-id <ID>' but none was supplied; see --help",
+        ),
+        (&["keygen", "x\ny"], "unexpected argument 'x y' found; see --help"),
+    ] {
+        refused(args, &[], &[expected]);
+    }
+    let output = adaptor(&[], &[]);
+    let text = faults(&output).concat();
+    assert!(text.contains("requires a subcommand") && output.status.code() == Some(2), "{text}");
+}
+
+#[test]
+fn help_is_on_standard_output_and_fits_a_terminal() {
+    for args in [
+        &["--help"][..],
+        &["-h"],
+        &["help"],
+        &["help", "connect"],
+        &["connect", "--help"],
+        &["user-data", "-h"],
+        &["keygen", "--help"],
+    ] {
+        let output = adaptor(args, &[("COLUMNS", "80")]);
+        assert_eq!(output.status.code(), Some(0), "{args:?}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains("Usage: secure-comms-adaptor") && output.stderr.is_empty(), "{args:?}");
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+    }
+}
+
+#[test]
+fn an_unknown_variable_is_warned_of_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let output =
+        adaptor(&store_args("keygen", &store), &[("SECURE_COMMS_KBS_ADRR", "kbs:1"), ("SECURE", "x")]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    let warning = " WARN the variable SECURE_COMMS_KBS_ADRR is unknown and ignored: did you mean SECURE_COMMS_KBS_ADDR?\n";
+    assert!(text.matches("is unknown").count() == 1 && text.contains(warning), "{text}");
+    assert_eq!(output.status.code(), Some(0));
+}
+
+#[test]
+fn an_inbound_with_a_host_is_refused_at_once() {
+    for host in ["10.0.0.1", "0.0.0.0", "localhost", "[::1]"] {
+        let tag = format!("KUBERNETES_PHASE:LOG:{host}:7000");
+        let fault = format!(
+            "tag '{tag}': host: an inbound has no host, it listens on 127.0.0.1; {host} would be a network namespace \
+             (if there is one of this name, give its path: /run/netns/{host})"
+        );
+        connect_refused(&["--inbounds", &tag], &[], &[&format!("--inbounds: {fault}")]);
+        refused(
+            &["user-data", "--pod-id", "p", "--pp-inbounds", &tag],
+            &[],
+            &[&format!("--pp-inbounds: {fault}")],
+        );
     }
 }
 
@@ -98,8 +158,8 @@ fn all_faults_of_a_command_line_come_at_once() {
             "--inbounds: tag 'X:A:1': phase: expected ATTESTATION_PHASE, KUBERNETES_PHASE or BOTH_PHASES",
             "--inbounds: tag 'BOTH_PHASES:B:x': port: expected a number from 0 to 65535, found 'x'",
             "--outbounds: tag 'BOTH_PHASES:C': parts: expected Phase:Name:Port, Phase:Name:Host:Port or Phase:Name:/unix/path",
-            "--deadline 'soon': expected whole seconds from 1 to 86400",
-            "--rekey-bytes '1': expected bytes from 1048576 to 34359738368",
+            "--deadline 'soon': expected a time from 1s to 24h, such as 90s, 5m or 1h30m",
+            "--rekey-bytes '1': expected a size from 1MiB to 32GiB, such as 64MiB, 1GiB or bytes",
             "--kbs 'kbs': expected HOST:PORT or [IPv6]:PORT, without a scheme (for publishing there is --kbs-url)",
             "--kbs-url: expected http://HOST[:PORT] or https://HOST[:PORT], without user, query or fragment",
         ],
@@ -189,11 +249,19 @@ fn keygen_makes_the_key_once_and_prints_its_public_half() {
     let keygen = |more: &[&str]| adaptor(&[&store_args("keygen", &store), more].concat(), &[]);
     let first = keygen(&[]);
     assert_eq!(first.status.code(), Some(0), "{first:?}");
+    assert!(String::from_utf8_lossy(&first.stderr).contains("worker node's key made in"), "{first:?}");
     let line = String::from_utf8(first.stdout).unwrap();
     assert!(
         line.starts_with("ssh-ed25519 AAAA") && line.ends_with('\n') && line.lines().count() == 1,
         "{line}"
     );
+    let said = |output: &Output| {
+        let text = String::from_utf8(output.stderr.clone()).unwrap();
+        let line = |line: &str| line.split_once(" INFO ").unwrap().1.split(" in ").next().unwrap().to_owned();
+        text.lines().map(line).collect::<Vec<_>>()
+    };
+    assert_eq!(said(&keygen(&["--pod-id", "p0"])), ["worker node's key found", "pod p0: key made"]);
+    assert_eq!(said(&keygen(&["--pod-id", "p0"])), ["worker node's key found", "pod p0: key found"]);
     let both = String::from_utf8(keygen(&["--pod-id", "p1"]).stdout).unwrap();
     assert!(both.starts_with(&line) && both.lines().count() == 2, "{both}");
     assert_eq!(String::from_utf8(keygen(&["--pod-id", "p1"]).stdout).unwrap(), both);
@@ -257,5 +325,65 @@ fn an_unusable_store_is_an_error_with_file_and_fix() {
     assert_eq!(
         faults(&output),
         ["key store: making the directory /dev/null/x: Not a directory (os error 20)"]
+    );
+}
+
+#[test]
+fn a_store_that_may_not_be_written_is_an_error_with_a_fix() {
+    let dir = tempfile::tempdir().unwrap();
+    // A copy that any user may run: a user that is not root may not write to /var/lib.
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let program = dir.path().join("adaptor");
+    fs::copy(env!("CARGO_BIN_EXE_secure-comms-adaptor"), &program).unwrap();
+    let mut command = Command::new(program);
+    command.env_clear().args(["keygen", "--store", "/var/lib/secure-comms-test"]);
+    if nix::unistd::geteuid().is_root() {
+        std::os::unix::process::CommandExt::uid(&mut command, 12345);
+    }
+    let output = command.output().unwrap();
+    let text = faults(&output).concat();
+    assert!(text.starts_with("key store: making the directory /"), "{text}");
+    assert!(text.ends_with(": Permission denied (os error 13): run as root, or give --store"), "{text}");
+    assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn the_log_has_the_form_that_its_reader_needs() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    adaptor(&store_args("keygen", &store), &[]);
+    let text = format!("worker node's key found in {}", store.display());
+    let run = |stderr: Stdio, more: &[&str], variable: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"));
+        command.env_clear().env("JOURNAL_STREAM", variable).args(store_args("keygen", &store)).args(more);
+        assert!(command.stdout(Stdio::null()).stderr(stderr).status().unwrap().success());
+    };
+    let read = |mut from: File| {
+        let mut bytes = vec![0; 4096];
+        let length = from.read(&mut bytes).unwrap();
+        String::from_utf8(bytes[..length].to_vec()).unwrap().trim_end().to_owned()
+    };
+    let pipe = |more: &[&str], journal: bool| {
+        let (from, to) = std::io::pipe().unwrap();
+        let status = nix::sys::stat::fstat(&to).unwrap();
+        let inode = if journal { status.st_ino } else { status.st_ino + 1 };
+        run(to.into(), more, &format!("{}:{inode}", status.st_dev));
+        read(File::from(std::os::fd::OwnedFd::from(from)))
+    };
+    assert_eq!(pipe(&[], true), format!("<6>{text}"), "the journal");
+    let line = pipe(&[], false);
+    assert!(line.starts_with("20") && line.ends_with(&format!("Z  INFO {text}")), "a pipe: {line}");
+    for journal in [true, false] {
+        let json: serde_json::Value =
+            serde_json::from_str(&pipe(&["--log-format", "json"], journal)).unwrap();
+        assert_eq!((&json["level"], &json["message"]), (&"info".into(), &text.as_str().into()));
+    }
+    let terminal = nix::pty::openpty(None, None).unwrap();
+    run(terminal.slave.into(), &[], "");
+    let line = read(File::from(terminal.master));
+    assert_eq!(
+        line.split_once("Z ").map(|(time, rest)| (time.len(), rest)),
+        Some((8, text.as_str())),
+        "{line}"
     );
 }

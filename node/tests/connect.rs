@@ -1,47 +1,84 @@
 //! The `connect` command as a process: output lines, exit codes, signals.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 #[path = "../../adaptor/tests/support/mod.rs"]
 mod support;
 
-use std::process::{Output, Stdio};
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use secure_comms_adaptor::store::{DirectoryStore, Store};
 use support::agent::{Agent, Mode};
 use support::{Lines, PATIENCE, pod};
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
-fn connect(store: &std::path::Path, kbs: &url::Url, agent: &Agent, more: &[&str]) -> (Child, Lines) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"))
+/// A running `connect`.
+struct Connect {
+    child: Child,
+    /// The lines on stderr, without time and level.
+    log: Lines,
+    /// The lines on stdout.
+    events: Lines,
+}
+
+fn command(store: &std::path::Path, kbs: &url::Url, agent: &Agent) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"));
+    arguments(&mut command, store, kbs, agent);
+    command
+}
+
+fn arguments(command: &mut Command, store: &std::path::Path, kbs: &url::Url, agent: &Agent) {
+    command
         .args(["connect", "--pod-id", pod().as_str(), "--address", &agent.address.to_string(), "--store"])
         .arg(store)
         .args(["--kbs", "127.0.0.1:9", "--kbs-url", kbs.as_str()])
-        .args(more)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
+        .kill_on_drop(true);
+}
+
+fn connect(store: &std::path::Path, kbs: &url::Url, agent: &Agent, more: &[&str]) -> Connect {
+    Connect::spawn(command(store, kbs, agent).args(more))
+}
+
+fn lines(stream: impl AsyncRead + Unpin + Send + 'static) -> Lines {
     let lines = Lines::default();
-    let (printed, mut out) = (lines.clone(), BufReader::new(child.stdout.take().unwrap()).lines());
+    let (read, mut stream) = (lines.clone(), BufReader::new(stream).lines());
     tokio::spawn(async move {
-        while let Some(line) = out.next_line().await.unwrap() {
-            printed.push(line);
+        while let Some(line) = stream.next_line().await.unwrap() {
+            let text = [" INFO ", " WARN ", "ERROR "].iter().find_map(|level| line.split_once(level));
+            read.push(text.map_or(line.as_str(), |(_, text)| text));
         }
+        read.push("end of output");
     });
-    (child, lines)
+    lines
 }
 
-async fn ends(child: Child) -> Output {
-    timeout(PATIENCE, child.wait_with_output()).await.unwrap().unwrap()
+impl Connect {
+    fn spawn(command: &mut Command) -> Self {
+        let mut child = command.spawn().unwrap();
+        let (events, log) = (lines(child.stdout.take().unwrap()), lines(child.stderr.take().unwrap()));
+        Self { child, log, events }
+    }
+
+    fn signal(&self, signal: Signal) {
+        signal_child(&self.child, signal);
+    }
+
+    async fn ends(&mut self) -> ExitStatus {
+        let status = timeout(PATIENCE, self.child.wait()).await.unwrap().unwrap();
+        self.log.wait("end of output", 1).await;
+        self.events.wait("end of output", 1).await;
+        status
+    }
 }
 
-fn signal(child: &Child, signal: Signal) {
+fn signal_child(child: &Child, signal: Signal) {
     kill(Pid::from_raw(child.id().unwrap().try_into().unwrap()), signal).unwrap();
 }
 
@@ -51,24 +88,28 @@ async fn latched(store: &DirectoryStore) -> Mode {
 }
 
 #[tokio::test]
-async fn connect_prints_each_event_and_ends_on_a_signal() {
+async fn connect_logs_each_event_once_and_ends_on_a_signal() {
     let directory = tempfile::tempdir().unwrap();
     let (kbs, asked) = support::kbs().await;
     let agent = Agent::start(Mode::attestation()).await;
     let store = directory.path().join("store");
-    let (child, lines) = connect(&store, &kbs, &agent, &[]);
+    let mut connect = connect(&store, &kbs, &agent, &[]);
     agent.seen.wait("hello", 1).await;
     agent.keys(3, "not yet");
-    lines.wait("keys: attempt 3: not yet", 1).await;
+    connect.log.wait("keys: attempt 3: not yet", 1).await;
     agent.upgrade(latched(&DirectoryStore::open(&store).unwrap()).await);
-    lines.wait("kubernetes phase up", 1).await;
-    let first = lines.all()[0].clone();
-    let local = first.strip_prefix("inbound KATAAGENT listens on ").unwrap();
+    connect.log.wait("kubernetes phase up", 1).await;
+    // On a machine under load a start takes longer than a second, and then says what it waits for.
+    let of_the_pod = |log: &Lines| {
+        let wanted =
+            |line: &String| line.starts_with("pod pod-1: ") && !line.starts_with("pod pod-1: waiting for ");
+        log.all().into_iter().filter(wanted).collect::<Vec<_>>()
+    };
+    let first = of_the_pod(&connect.log)[0].clone();
+    let local = first.strip_prefix("pod pod-1: inbound KATAAGENT listens on ").unwrap();
     support::echoes(local).await;
-    signal(&child, Signal::SIGTERM);
-    let output = ends(child).await;
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
-    lines.wait("pod pod-1: stopped", 1).await;
+    connect.signal(Signal::SIGTERM);
+    assert_eq!(connect.ends().await.code(), Some(0));
     agent.seen.wait("the peer said bye: the adaptor ends", 1).await;
     assert_eq!(asked.count("DELETE"), 0);
     let address = agent.address;
@@ -79,9 +120,70 @@ async fn connect_prints_each_event_and_ends_on_a_signal() {
         "pod pod-1: keys: attempt 3: not yet".to_owned(),
         "pod pod-1: attestation done; reconnecting for the Kubernetes phase".to_owned(),
         format!("pod pod-1: kubernetes phase up at {address}"),
+        "pod pod-1: SIGTERM: ending; a second signal ends at once".to_owned(),
         "pod pod-1: stopped".to_owned(),
     ];
-    assert_eq!(lines.all(), expected);
+    assert_eq!(of_the_pod(&connect.log), expected);
+    assert_eq!(connect.events.all(), ["end of output"], "nothing on standard output unless it is asked for");
+}
+
+#[tokio::test]
+async fn a_program_reads_the_events_as_json() {
+    let directory = tempfile::tempdir().unwrap();
+    let (kbs, _) = support::kbs().await;
+    let store = directory.path().join("store");
+    let agent = Agent::start(latched(&DirectoryStore::open(&store).unwrap()).await).await;
+    let mut connect = connect(&store, &kbs, &agent, &["--events", "json", "--log", "error"]);
+    connect.events.wait("\"event\":\"up\"", 1).await;
+    connect.signal(Signal::SIGHUP);
+    assert_eq!(connect.ends().await.code(), Some(0));
+    let events = connect.events.all();
+    let json: Vec<serde_json::Value> =
+        events.iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    assert_eq!(json.len(), events.len() - 1, "{events:?}");
+    let kinds: Vec<_> = json.iter().map(|event| event["event"].as_str().unwrap()).collect();
+    assert_eq!((kinds[0], *kinds.last().unwrap()), ("listening", "stopped"), "{kinds:?}");
+    assert_eq!(json[0]["tunnel"], "KATAAGENT");
+    json[0]["local"].as_str().unwrap().parse::<std::net::SocketAddr>().unwrap();
+    let up = json.iter().find(|event| event["event"] == "up").unwrap();
+    assert_eq!(up["address"], agent.address.to_string());
+    assert!(json.iter().all(|event| event["pod"] == "pod-1" && event["time"].is_string()), "{json:?}");
+    assert_eq!(connect.log.all(), ["end of output"]);
+}
+
+#[tokio::test]
+async fn outputs_that_are_not_read_stall_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let (kbs, _) = support::kbs().await;
+    let agent = Agent::start(Mode::attestation()).await;
+    let store = directory.path().join("store");
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let inbound = format!("KUBERNETES_PHASE:KATAAGENT:{port}");
+    // Both pipes are full from the start, and nothing reads them.
+    let (_stdout, stdout) = full_pipe();
+    let (_stderr, stderr) = full_pipe();
+    let mut command = command(&store, &kbs, &agent);
+    command.args(["--inbounds", &inbound, "--events", "json"]).stdout(stdout).stderr(stderr);
+    let mut child = command.spawn().unwrap();
+    agent.seen.wait("hello", 1).await;
+    agent.keys(1, "not yet");
+    agent.upgrade(latched(&DirectoryStore::open(&store).unwrap()).await);
+    agent.seen.wait("hello", 2).await;
+    support::echoes(&format!("127.0.0.1:{port}")).await;
+    signal_child(&child, Signal::SIGTERM);
+    let status = timeout(PATIENCE, child.wait()).await.unwrap().unwrap();
+    assert_eq!(status.code(), Some(0));
+    agent.seen.wait("the peer said bye: the adaptor ends", 1).await;
+}
+
+/// A pipe with no room left.
+fn full_pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let set = |flags| fcntl(&writer, FcntlArg::F_SETFL(flags)).unwrap();
+    set(OFlag::O_NONBLOCK);
+    while std::io::Write::write(&mut &writer, &[b'x'; 4096]).is_ok() {}
+    set(OFlag::empty());
+    (reader, writer)
 }
 
 #[tokio::test]
@@ -91,12 +193,50 @@ async fn delete_on_exit_deletes_the_pod() {
     let store = directory.path().join("store");
     let opened = DirectoryStore::open(&store).unwrap();
     let agent = Agent::start(latched(&opened).await).await;
-    let (child, lines) = connect(&store, &kbs, &agent, &["--delete-on-exit"]);
-    lines.wait("kubernetes phase up", 1).await;
-    signal(&child, Signal::SIGINT);
-    assert_eq!(ends(child).await.status.code(), Some(0));
+    let mut connect = connect(&store, &kbs, &agent, &["--delete-on-exit"]);
+    connect.log.wait("kubernetes phase up", 1).await;
+    connect.signal(Signal::SIGINT);
+    assert_eq!(connect.ends().await.code(), Some(0));
     assert_eq!(asked.count("DELETE /kbs/v0/resource/default/pp-pod-1/privateKey"), 1);
     assert!(opened.known_pod_key(&pod()).await.unwrap().is_none());
+}
+
+/// A KBS that never answers a DELETE.
+async fn stuck_kbs() -> (url::Url, Lines) {
+    let requests = Lines::default();
+    let seen = requests.clone();
+    let app = axum::Router::new().fallback(move |request: axum::extract::Request| {
+        seen.push(request.method().to_string());
+        async move {
+            if request.method() == "DELETE" {
+                std::future::pending::<()>().await;
+            }
+        }
+    });
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    (url, requests)
+}
+
+#[tokio::test]
+async fn a_second_signal_ends_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    for (second, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
+        let (kbs, asked) = stuck_kbs().await;
+        let store = directory.path().join(second.as_str());
+        let agent = Agent::start(latched(&DirectoryStore::open(&store).unwrap()).await).await;
+        let mut connect = connect(&store, &kbs, &agent, &["--delete-on-exit", "--deadline", "24h"]);
+        connect.log.wait("kubernetes phase up", 1).await;
+        connect.signal(Signal::SIGTERM);
+        asked.wait("DELETE", 1).await;
+        let start = std::time::Instant::now();
+        connect.signal(second);
+        assert_eq!(connect.ends().await.code(), Some(code));
+        assert!(start.elapsed() < Duration::from_secs(5), "20 s are for one signal");
+        let hint = "its deletion may be incomplete: delete default/pp-pod-1/privateKey from the KBS by hand";
+        assert_eq!(connect.log.count(hint), 1, "{:?}", connect.log.all());
+    }
 }
 
 #[tokio::test]
@@ -104,29 +244,174 @@ async fn a_failed_start_prints_its_cause_in_one_line() {
     let directory = tempfile::tempdir().unwrap();
     let (kbs, _) = support::kbs().await;
     let agent = Agent::start(Mode::attestation()).await;
-    let (child, lines) =
+    let mut connect =
         connect(&directory.path().join("store"), &kbs, &agent, &["--deadline", "1", "--log", "error"]);
-    let output = ends(child).await;
-    assert_eq!(output.status.code(), Some(1));
-    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(connect.ends().await.code(), Some(1));
     assert_eq!(
-        error,
-        "secure-comms-adaptor: start pod pod-1: not up within 1 s; last seen: connected; the agent has not reported \
-         on its keys yet; check that the VM runs and its agent can be reached, or allow more time (--deadline)\n"
+        connect.log.all(),
+        [
+            "secure-comms-adaptor: start pod pod-1: not up within 1 s; last seen: connected; the agent has not \
+             reported on its keys yet; check that the VM runs and its agent can be reached, or allow more time \
+             (--deadline)",
+            "end of output"
+        ]
     );
-    assert_eq!(lines.count("attestation: connected to"), 1);
 }
 
 #[tokio::test]
-async fn a_signal_ends_a_start_too() {
+async fn a_signal_before_the_pod_is_up_is_the_exit_code() {
+    let directory = tempfile::tempdir().unwrap();
+    for (signal, code) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130), (Signal::SIGHUP, 129)] {
+        let (kbs, _) = support::kbs().await;
+        let agent = Agent::start(Mode::attestation()).await;
+        let mut connect = connect(&directory.path().join(signal.as_str()), &kbs, &agent, &[]);
+        connect.log.wait("attestation: connected to", 1).await;
+        let start = std::time::Instant::now();
+        connect.signal(signal);
+        assert_eq!(connect.ends().await.code(), Some(code));
+        assert!(start.elapsed() < Duration::from_secs(5));
+        agent.seen.wait("the peer said bye: the adaptor ends", 1).await;
+        assert_eq!(connect.log.count(&format!("{signal} before the pod was up: ending")), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_signal_ends_the_wait_for_a_namespace() {
     let directory = tempfile::tempdir().unwrap();
     let (kbs, _) = support::kbs().await;
     let agent = Agent::start(Mode::attestation()).await;
-    let (child, lines) = connect(&directory.path().join("store"), &kbs, &agent, &[]);
-    lines.wait("attestation: connected to", 1).await;
+    let inbound = "KUBERNETES_PHASE:LOG:none-such:7000";
+    let mut connect = connect(&directory.path().join("store"), &kbs, &agent, &["--inbounds", inbound]);
+    connect.log.wait("inbound LOG: waiting for its network namespace, ", 1).await;
+    connect.signal(Signal::SIGINT);
+    assert_eq!(connect.ends().await.code(), Some(130));
+}
+
+#[tokio::test]
+async fn nohup_is_respected() {
+    let directory = tempfile::tempdir().unwrap();
+    let (kbs, _) = support::kbs().await;
+    let agent = Agent::start(Mode::attestation()).await;
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_secure-comms-adaptor")]);
+    arguments(&mut command, &directory.path().join("store"), &kbs, &agent);
+    let mut connect = Connect::spawn(&mut command);
+    connect.log.wait("attestation: connected to", 1).await;
+    connect.signal(Signal::SIGHUP);
+    agent.keys(1, "still here");
+    connect.log.wait("keys: attempt 1: still here", 1).await;
+    connect.signal(Signal::SIGTERM);
+    assert_eq!(connect.ends().await.code(), Some(143));
+}
+
+fn other_command(arguments: &[&str], store: &std::path::Path) -> std::process::Output {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"));
+    command.args(arguments).arg("--store").arg(store).output().unwrap()
+}
+
+#[tokio::test]
+async fn one_adaptor_drives_a_pod_at_a_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let (kbs, asked) = support::kbs().await;
+    let store = directory.path().join("store");
+    let opened = DirectoryStore::open(&store).unwrap();
+    let agent = Agent::start(latched(&opened).await).await;
+    let mut first = connect(&store, &kbs, &agent, &[]);
+    first.log.wait("kubernetes phase up", 1).await;
+    let (requests, connections) = (asked.all().len(), agent.seen.count("connection"));
+    let expected =
+        format!("another adaptor (pid {}) drives pod pod-1: end it first", first.child.id().unwrap());
+    for more in [&[][..], &["--delete-on-exit"], &["--no-trustee"]] {
+        let mut second = if more == ["--no-trustee"] {
+            without_trustee(&store, &agent)
+        } else {
+            connect(&store, &kbs, &agent, more)
+        };
+        assert_eq!(second.ends().await.code(), Some(1), "{:?}", second.log.all());
+        assert_eq!(second.log.count(&expected), 1, "{:?}", second.log.all());
+    }
+    assert_eq!(asked.all().len(), requests, "the others have changed nothing");
+    assert_eq!(agent.seen.count("connection"), connections);
+    // Commands that drive no pod need no lock.
+    let user_data = directory.path().join("user-data");
+    for arguments in [
+        &["keygen", "--pod-id", "pod-1"][..],
+        &["user-data", "--pod-id", "pod-1", "--output", user_data.to_str().unwrap()],
+    ] {
+        let output = other_command(arguments, &store);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    }
+    first.signal(Signal::SIGKILL);
+    first.child.wait().await.unwrap();
+    let mut second = connect(&store, &kbs, &agent, &[]);
+    second.log.wait("kubernetes phase up", 1).await;
+    second.signal(Signal::SIGTERM);
+    assert_eq!(second.ends().await.code(), Some(0));
+}
+
+fn without_trustee(store: &std::path::Path, agent: &Agent) -> Connect {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"));
+    command
+        .args(["connect", "--no-trustee", "--pod-id", pod().as_str()])
+        .args(["--address", &agent.address.to_string(), "--store"])
+        .arg(store)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    Connect::spawn(&mut command)
+}
+
+#[tokio::test]
+async fn without_trustee_a_pod_needs_its_user_data_first() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = directory.path().join("store");
+    let agent = Agent::start(Mode::attestation()).await;
+    let mut early = without_trustee(&store, &agent);
+    assert_eq!(early.ends().await.code(), Some(1), "{:?}", early.log.all());
+    let expected = "pod pod-1 has no key here: run user-data first (wrong --store?)";
+    assert_eq!(early.log.count(expected), 1, "{:?}", early.log.all());
+    assert_eq!(std::fs::read_dir(store.join("pods")).unwrap().count(), 0);
+    assert_eq!(agent.seen.count("connection"), 0);
+    // With its user data the same command waits for the VM.
+    let output = directory.path().join("user-data");
+    let made =
+        other_command(&["user-data", "--pod-id", "pod-1", "--output", output.to_str().unwrap()], &store);
+    assert!(made.status.success(), "{made:?}");
+    agent.become_(latched(&DirectoryStore::open(&store).unwrap()).await);
+    let mut connect = without_trustee(&store, &agent);
+    connect.log.wait("kubernetes phase up", 1).await;
+    connect.signal(Signal::SIGTERM);
+    assert_eq!(connect.ends().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_start_says_what_it_waits_for_and_how_long() {
+    let directory = tempfile::tempdir().unwrap();
+    let (kbs, _) = support::kbs().await;
+    let agent = Agent::start(Mode::attestation()).await;
+    let store = directory.path().join("store");
+    let mut connect = connect(&store, &kbs, &agent, &["--deadline", "1h", "--events", "json"]);
+    // After a second, once on each output.
+    connect.log.wait(" s left)", 1).await;
+    connect.events.wait("\"event\":\"waiting\"", 1).await;
+    let events = connect.events.all();
+    let waiting = events.iter().find(|line| line.contains("waiting")).unwrap();
+    let waiting: serde_json::Value = serde_json::from_str(waiting).unwrap();
+    assert!((3000..=3600).contains(&waiting["left"].as_u64().unwrap()), "{waiting}");
+    connect.signal(Signal::SIGINT);
+    assert_eq!(connect.ends().await.code(), Some(130));
+}
+
+#[tokio::test]
+async fn the_deadline_counts_the_wait_for_a_namespace() {
+    let directory = tempfile::tempdir().unwrap();
+    let (kbs, _) = support::kbs().await;
+    let agent = Agent::start(Mode::attestation()).await;
+    let store = directory.path().join("store");
     let start = std::time::Instant::now();
-    signal(&child, Signal::SIGTERM);
-    assert_eq!(ends(child).await.status.code(), Some(0));
-    assert!(start.elapsed() < Duration::from_secs(3));
-    agent.seen.wait("the peer said bye: the adaptor ends", 1).await;
+    let more = ["--deadline", "2s", "--inbounds", "KUBERNETES_PHASE:LOG:none-such:7000"];
+    let mut connect = connect(&store, &kbs, &agent, &more);
+    assert_eq!(connect.ends().await.code(), Some(1), "{:?}", connect.log.all());
+    assert!(start.elapsed() < Duration::from_secs(15), "30 s are the wait without a deadline");
+    assert_eq!(connect.log.count("not done within 2 s"), 1, "{:?}", connect.log.all());
 }

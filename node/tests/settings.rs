@@ -56,7 +56,7 @@ fn a_flag_wins_over_its_variable_and_an_empty_variable_is_none() {
     let settings = read(args(), &env).unwrap();
     assert_eq!(shown(&settings.inbounds), ["BOTH_PHASES:A:1", "KUBERNETES_PHASE:KATAAGENT:0"]);
     assert_eq!(shown(&settings.outbounds), ["BOTH_PHASES:KBS:[::1]:8080"]);
-    let flags = ConnectArgs { inbounds: Some("BOTH_PHASES:B:2".into()), kbs: Some("kbs:1".into()), ..args() };
+    let flags = ConnectArgs { inbounds: vec!["BOTH_PHASES:B:2".into()], kbs: Some("kbs:1".into()), ..args() };
     let settings = read(flags, &env).unwrap();
     assert_eq!(shown(&settings.inbounds), ["BOTH_PHASES:B:2", "KUBERNETES_PHASE:KATAAGENT:0"]);
     assert_eq!(shown(&settings.outbounds), ["BOTH_PHASES:KBS:kbs:1"]);
@@ -97,4 +97,72 @@ fn the_same_address_twice_is_one() {
         ..args()
     };
     assert_eq!(shown(&read(flags, &[]).unwrap().addresses), ["vm:2222", "[::1]:2222"]);
+}
+
+#[test]
+fn a_repeated_list_of_tags_is_joined() {
+    let lists = ["BOTH_PHASES:A:1,KUBERNETES_PHASE:B:2", "", "kubernetes_phase:C:3"];
+    let flags = ConnectArgs { inbounds: lists.map(Into::into).into(), ..args() };
+    let settings = read(flags, &[("SECURE_COMMS_INBOUNDS", "BOTH_PHASES:X:9")]).unwrap();
+    assert_eq!(
+        shown(&settings.inbounds),
+        ["BOTH_PHASES:A:1", "KUBERNETES_PHASE:B:2", "KUBERNETES_PHASE:C:3", "KUBERNETES_PHASE:KATAAGENT:0"]
+    );
+    let flags = ConnectArgs { outbounds: vec!["BOTH_PHASES:A:1".into(), "BOTH_PHASES:a:2".into()], ..args() };
+    let fault = read(flags, &[]).unwrap_err().to_string();
+    assert!(fault.contains("'BOTH_PHASES:A:127.0.0.1:1' has it too"), "a name twice, in two flags: {fault}");
+    // A flag that is given and empty overrides the variable.
+    let flags = ConnectArgs { inbounds: vec![String::new()], ..args() };
+    let settings = read(flags, &[("SECURE_COMMS_INBOUNDS", "BOTH_PHASES:X:9")]).unwrap();
+    assert_eq!(shown(&settings.inbounds), ["KUBERNETES_PHASE:KATAAGENT:0"]);
+}
+
+#[test]
+fn times_and_sizes_take_units() {
+    let flags = ConnectArgs { deadline: Some("1h30m".into()), rekey_bytes: Some("1GiB".into()), ..args() };
+    let settings = read(flags, &[]).unwrap();
+    assert_eq!((settings.deadline, settings.rekey_bytes), (Duration::from_secs(5400), 1 << 30));
+    for deadline in ["0", "0s", "24h1s", "86401", "soon"] {
+        let fault = read(ConnectArgs { deadline: Some(deadline.into()), ..args() }, &[]).unwrap_err();
+        assert_eq!(
+            fault.to_string(),
+            format!("--deadline '{deadline}': expected a time from 1s to 24h, such as 90s, 5m or 1h30m")
+        );
+    }
+    for size in ["1023K", "1MB", "33GiB"] {
+        let fault = read(ConnectArgs { rekey_bytes: Some(size.into()), ..args() }, &[]).unwrap_err();
+        assert_eq!(
+            fault.to_string(),
+            format!(
+                "--rekey-bytes '{size}': expected a size from 1MiB to 32GiB, such as 64MiB, 1GiB or bytes"
+            )
+        );
+    }
+}
+
+#[test]
+fn an_ipv6_address_that_may_lack_brackets_is_warned_of() {
+    let warnings = |address: &str| {
+        read(ConnectArgs { addresses: vec![address.into()], ..args() }, &[]).unwrap().warnings
+    };
+    assert_eq!(
+        warnings("::1:2222"),
+        [
+            "--address '::1:2222': taken as the address ::1:2222, port 2222; for port 2222 of ::1 write [::1]:2222"
+        ]
+    );
+    assert_eq!(warnings("fd00::7:443").len(), 1);
+    for address in
+        ["::1", "fd00::7", "fd00::1:2", "[::1:2222]", "[::1]:2222", "1:2:3:4:5:6:7:2222", "fd00::abcd"]
+    {
+        assert_eq!(warnings(address), [""; 0], "{address}");
+    }
+}
+
+#[test]
+fn booleans_are_read_in_any_case_and_empty_is_unset() {
+    for (value, no_trustee) in [("TRUE", true), ("True", true), ("False", false), ("", false)] {
+        let settings = read(args(), &[("SECURE_COMMS_NO_TRUSTEE", value), ("SECURE_COMMS", "")]).unwrap();
+        assert_eq!(matches!(settings.key_source, KeySource::UserData), no_trustee, "{value}");
+    }
 }

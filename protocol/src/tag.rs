@@ -4,8 +4,9 @@
 //! Inbound  = Phase:Name:Port | Phase:Name:Namespace:Port | Phase:Name:/unix/path
 //! Outbound = Phase:Name:Port | Phase:Name:Host:Port | Phase:Name:[v6]:Port | Phase:Name:/unix/path
 //! ```
-//! Several are separated by commas; blanks around a tag and empty tags are skipped. A part that starts with
-//! `/` is a unix path, unless a port follows it: then it is the path of a network namespace.
+//! Several are separated by commas; blanks around a tag and empty tags are skipped. Phases are read in any case. A part
+//! that starts with `/` is a unix path, unless a port follows it: then it is the path of a network namespace. A
+//! namespace whose name could be a host (an address, `localhost`, a name with a dot) must be given by its path.
 
 use alloc::borrow::ToOwned;
 use alloc::format;
@@ -47,22 +48,23 @@ impl PhaseSet {
     }
 
     fn parse(text: &str) -> Option<Self> {
-        match text {
-            "ATTESTATION_PHASE" => Some(Self::Attestation),
-            "KUBERNETES_PHASE" => Some(Self::Kubernetes),
-            "BOTH_PHASES" => Some(Self::Both),
-            _ => None,
+        [Self::Attestation, Self::Kubernetes, Self::Both]
+            .into_iter()
+            .find(|phases| text.eq_ignore_ascii_case(phases.as_str()))
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Attestation => "ATTESTATION_PHASE",
+            Self::Kubernetes => "KUBERNETES_PHASE",
+            Self::Both => "BOTH_PHASES",
         }
     }
 }
 
 impl fmt::Display for PhaseSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Attestation => "ATTESTATION_PHASE",
-            Self::Kubernetes => "KUBERNETES_PHASE",
-            Self::Both => "BOTH_PHASES",
-        })
+        f.write_str(self.as_str())
     }
 }
 
@@ -163,12 +165,12 @@ impl fmt::Display for OutboundTag {
 pub struct TagError {
     tag: String,
     part: &'static str,
-    expected: String,
+    fault: String,
 }
 
 impl fmt::Display for TagError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "tag '{}': {}: expected {}", self.tag.escape_default(), self.part, self.expected)
+        write!(f, "tag '{}': {}: {}", self.tag.escape_default(), self.part, self.fault)
     }
 }
 
@@ -231,6 +233,9 @@ impl Tag for InboundTag {
         let error = |part, expected: &str| TagError::new(text, part, expected);
         let bind = match rest.rsplit_once(':') {
             Some((namespace, number)) if is_number(number) => {
+                if is_host(namespace) {
+                    return Err(TagError::host_of_an_inbound(text, namespace));
+                }
                 if !is_namespace(namespace) {
                     return Err(error("namespace", "a name under /run/netns or an absolute path"));
                 }
@@ -278,16 +283,30 @@ impl Tag for OutboundTag {
 
 impl TagError {
     fn new(tag: &str, part: &'static str, expected: &str) -> Self {
-        Self { tag: tag.to_owned(), part, expected: expected.to_owned() }
+        Self { tag: tag.to_owned(), part, fault: format!("expected {expected}") }
     }
 
     fn port(tag: &str, found: &str, min: u16) -> Self {
-        let expected = format!("a number from {min} to 65535, found '{}'", found.escape_default());
-        Self { tag: tag.to_owned(), part: "port", expected }
+        Self::new(tag, "port", &format!("a number from {min} to 65535, found '{}'", found.escape_default()))
+    }
+
+    fn host_of_an_inbound(tag: &str, host: &str) -> Self {
+        let host = host.escape_default();
+        let fault = format!(
+            "an inbound has no host, it listens on 127.0.0.1; {host} would be a network namespace (if there is one \
+             of this name, give its path: /run/netns/{host})"
+        );
+        Self { tag: tag.to_owned(), part: "host", fault }
     }
 }
 
 fn split<'a>(text: &'a str, grammar: &str) -> Result<(PhaseSet, TunnelName, &'a str), TagError> {
+    // Otherwise the rest of the list is taken for a part of this tag, and of a path that is no fault.
+    let starts_tag =
+        |text: &str| text.split_once(':').is_some_and(|(phase, _)| PhaseSet::parse(phase).is_some());
+    if text.trim_start().split([';', ' ', '\t', '\n']).skip(1).any(starts_tag) {
+        return Err(TagError::new(text, "separator", "',' between tags"));
+    }
     let mut parts = text.splitn(3, ':');
     let phase = parts.next().unwrap_or_default();
     let phases = PhaseSet::parse(phase)
@@ -303,6 +322,16 @@ fn split<'a>(text: &'a str, grammar: &str) -> Result<(PhaseSet, TunnelName, &'a 
 
 fn is_number(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|c| c.is_ascii_digit())
+}
+
+/// Whether the text is more likely a host than the name of a network namespace.
+fn is_host(text: &str) -> bool {
+    let address = text.strip_prefix('[').map_or(text, |inner| inner.trim_end_matches(']'));
+    let is_address = address.parse::<IpAddr>().is_ok() || text.starts_with('[') || text == "*";
+    is_address
+        || text.eq_ignore_ascii_case("localhost")
+        // No host name starts with a dot: "." and ".." get the advice on names.
+        || (text.contains('.') && !text.starts_with('.') && !text.contains('/'))
 }
 
 /// A name must not lead out of /run/netns, and neither a name nor a path may forge a log line.
@@ -323,7 +352,7 @@ fn unix_path(tag: &str, path: &str) -> Result<String, TagError> {
     if path.len() > UNIX_PATH_MAX || path.chars().any(char::is_control) || path.ends_with('/') {
         let expected =
             format!("the path of a socket, at most {UNIX_PATH_MAX} bytes, without control characters");
-        return Err(TagError { tag: tag.to_owned(), part: "unix path", expected });
+        return Err(TagError::new(tag, "unix path", &expected));
     }
     Ok(path.to_owned())
 }
@@ -383,7 +412,7 @@ pub fn parse_lists<'a, T: Tag>(lists: impl IntoIterator<Item = &'a str>) -> Resu
                             "a name once in a phase; '{}' has it too",
                             duplicate.to_string().escape_default()
                         );
-                        errors.push(TagError { tag: text.to_owned(), part: "name", expected });
+                        errors.push(TagError::new(text, "name", &expected));
                     }
                     None => tags.push(tag),
                 }

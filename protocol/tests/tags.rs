@@ -89,7 +89,7 @@ fn a_fault_names_the_tag_the_part_and_what_was_expected() {
     let parts = "parts: expected Phase:Name:Port, Phase:Name:";
     for (tag, fault) in [
         ("X", phase),
-        ("both_phases:KBS:1", phase),
+        ("BOTH_PHASE:KBS:1", phase),
         (" BOTH_PHASES:KBS:1", phase),
         ("BOTH_PHASES", parts),
         ("BOTH_PHASES:KBS", parts),
@@ -150,6 +150,64 @@ fn a_namespace_never_leads_out_of_run_netns_by_accident() {
         );
         assert_eq!(inbound_fault(&tag), expected);
     }
+}
+
+#[test]
+fn an_inbound_with_a_host_is_a_fault_that_says_so() {
+    for host in [
+        "10.0.0.1",
+        "0.0.0.0",
+        "127.0.0.1",
+        "localhost",
+        "LocalHost",
+        "[::1]",
+        "::1",
+        "::",
+        "[::]",
+        "[fe80::1%eth0]",
+        "*",
+        "db.example",
+        "1.2.3",
+        "db.",
+    ] {
+        let tag = format!("KUBERNETES_PHASE:LOG:{host}:7000");
+        let fault = format!(
+            "tag '{tag}': host: an inbound has no host, it listens on 127.0.0.1; {host} would be a network namespace \
+             (if there is one of this name, give its path: /run/netns/{host})"
+        );
+        assert_eq!(inbound_fault(&tag), fault);
+    }
+    // The paths of the advice, and names that no host has.
+    for namespace in ["/run/netns/10.0.0.1", "/run/netns/localhost", "podns", "cni-1f2e", "7"] {
+        let bind = Bind::Tcp { namespace: Some(namespace.to_owned()), port: 7000 };
+        assert_eq!(inbound(&format!("KUBERNETES_PHASE:LOG:{namespace}:7000")).bind, bind);
+    }
+}
+
+#[test]
+fn a_phase_is_read_in_any_case_and_shown_in_one() {
+    for phase in ["kubernetes_phase", "Kubernetes_Phase", "KUBERNETES_PHASE"] {
+        assert_eq!(inbound(&format!("{phase}:A:1")).to_string(), "KUBERNETES_PHASE:A:1");
+        assert_eq!(outbound(&format!("{phase}:A:h:1")).to_string(), "KUBERNETES_PHASE:A:h:1");
+    }
+    assert!(inbound_fault("KUBERNETES:A:1").contains("phase: expected ATTESTATION_PHASE"));
+}
+
+#[test]
+fn another_separator_than_a_comma_is_a_fault_that_says_so() {
+    for list in [
+        "KUBERNETES_PHASE:A:1;KUBERNETES_PHASE:B:2",
+        "KUBERNETES_PHASE:A:1; kubernetes_phase:B:2",
+        "KUBERNETES_PHASE:A:1 BOTH_PHASES:B:2",
+        "KUBERNETES_PHASE:A:1\nBOTH_PHASES:B:2",
+        // With this path the rest would pass for a part of it.
+        "KUBERNETES_PHASE:A:/run/a;KUBERNETES_PHASE:B:2",
+    ] {
+        let fault = format!("tag '{}': separator: expected ',' between tags", list.escape_default());
+        assert_eq!(parse_list::<InboundTag>(list).unwrap_err().to_string(), fault);
+        assert_eq!(parse_list::<OutboundTag>(list).unwrap_err().to_string(), fault);
+    }
+    assert_eq!(inbound("BOTH_PHASES:A:/run/a;b c").bind, Bind::Unix("/run/a;b c".to_owned()));
 }
 
 #[test]

@@ -130,6 +130,11 @@ async fn a_frozen_adaptor_is_replaced_by_a_new_one_at_once() -> Result<()> {
     let frozen = scene.adaptor()?;
     works(&scene, &frozen).await?;
     frozen.stop()?;
+    // The frozen one holds the pod's lock: the new one runs on another machine, with a copy of the store.
+    let (store, locked) = (scene.path("store"), scene.path("locked"));
+    std::fs::rename(&store, &locked)?;
+    let copied = Command::new("cp").arg("-a").arg(&locked).arg(&store).status().await?;
+    ensure!(copied.success(), "cp: {copied}");
     let adaptor = scene.adaptor()?;
     works(&scene, &adaptor).await?;
     ensure!(agent.log().contains("replaced by a newer one"), "{}", agent.log());
@@ -373,7 +378,9 @@ fn swap_worker_node(user_data: &str, line: &str) -> Result<String> {
 async fn a_vm_with_another_host_key_gets_nothing_from_the_adaptor() -> Result<()> {
     let mut scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
     let stranger = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
-    stranger.write_user_data().await?;
+    for scene in [&scene, &stranger] {
+        scene.write_user_data().await?;
+    }
     let agent = stranger.agent().await?;
     scene.deadline = 5;
     let mut adaptor = Child::spawn("adaptor", scene.adaptor_command(&[stranger.ssh])?)?;

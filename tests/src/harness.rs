@@ -4,6 +4,8 @@
 //! - [`process`]: runs them, keeps their logs, waits for log lines;
 //! - [`test_namespace`]: network namespaces that are removed when dropped;
 //! - [`pod_keys`]: the keys that an adaptor would have made for a pod;
+//! - [`drawn`]: ports and ids at random;
+//! - [`kept_directory`]: where a scene has its files, and how a later process continues it;
 //! - [`scene`]: one pod with everything around it, on this machine's loopback;
 //! - [`vm`]: the same with the VM's programs in network namespaces;
 //! - [`pod_site`]: the VM's and the worker node's ends of a pod's network.
@@ -14,6 +16,8 @@ pub mod test_namespace;
 
 pub mod pod_keys;
 
+pub mod drawn;
+pub mod kept_directory;
 pub mod pod_site;
 pub mod scene;
 pub mod vm;

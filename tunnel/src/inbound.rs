@@ -19,6 +19,8 @@ use crate::netns::{self, Namespace, NamespaceError};
 use crate::relay::{relay, report};
 use crate::socket::Socket;
 
+/// How often a wait is reported.
+const PROGRESS: Duration = Duration::from_secs(15);
 /// Timeout for an inbound's network namespace, which another service makes at boot.
 const NAMESPACE_WAIT: Duration = Duration::from_secs(30);
 /// Clients of a unix socket that may wait to be accepted; std uses the same number for TCP.
@@ -74,7 +76,8 @@ impl Inbound {
         let (listener, local) = match &tag.bind {
             Bind::Unix(path) => bind_unix(Path::new(path)).await.map_err(|e| error(e.into()))?,
             Bind::Tcp { namespace, port } => {
-                bind_tcp(namespace.as_deref().map(Namespace::new), *port).await.map_err(error)?
+                let namespace = namespace.as_deref().map(Namespace::new);
+                bind_tcp(&tag.name, namespace, *port).await.map_err(error)?
             }
         };
         Ok(Self { tag: tag.clone(), listener, local })
@@ -144,8 +147,13 @@ impl Inbound {
     }
 }
 
-async fn bind_tcp(namespace: Option<Namespace>, port: u16) -> Result<(Listener, String), NamespaceError> {
+async fn bind_tcp(
+    name: &TunnelName,
+    namespace: Option<Namespace>,
+    port: u16,
+) -> Result<(Listener, String), NamespaceError> {
     let deadline = Instant::now() + NAMESPACE_WAIT;
+    let mut next_report = Instant::now();
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     loop {
         match netns::listen(namespace.as_ref(), address).await {
@@ -154,6 +162,11 @@ async fn bind_tcp(namespace: Option<Namespace>, port: u16) -> Result<(Listener, 
                 return Ok((Listener::Tcp(listener), local));
             }
             Err(error) if namespace.is_some() && not_yet(&error) && Instant::now() < deadline => {
+                if Instant::now() >= next_report {
+                    let left = deadline.saturating_duration_since(Instant::now()).as_secs();
+                    log::warn!("inbound {name}: waiting for its network namespace, {left} s left: {error}");
+                    next_report = Instant::now() + PROGRESS;
+                }
                 sleep(RETRY_MIN).await;
             }
             Err(error) => return Err(error),

@@ -17,7 +17,7 @@ use secure_comms_protocol::limits::RETRY_MAX;
 use secure_comms_protocol::{Attestation, Kubernetes, PhaseName};
 use secure_comms_tunnel::Backoff;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::advice::{LOST, explain};
 use super::connect::{AnySession, Connected, Failure, connect_any};
@@ -26,7 +26,7 @@ use super::plan::Plan;
 use super::status::{PodEvent, PodState, StatusReporter};
 use super::vm_log::VmLog;
 use crate::transport::routes::Routes;
-use crate::transport::session::{AttestationEvent, Session, SessionEnd};
+use crate::transport::session::{AttestationEvent, Session};
 use crate::transport::ssh::AuthHold;
 
 /// An order to end the channel from this side.
@@ -48,8 +48,8 @@ pub(crate) enum Entry {
 }
 
 /// Why a driver ended.
-#[derive(Debug, PartialEq, Eq)]
-enum Ended {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
     Stopped,
     VmLost,
 }
@@ -98,8 +98,8 @@ impl Driver {
 
     /// Brings the channel up and keeps it up, until it is stopped or the start fails.
     ///
-    /// Dropping the future cuts the connection; the pod's state stays as it was.
-    pub(crate) async fn run(mut self, entry: Entry) {
+    /// Sets the states in between; the final one is the caller's to set. Dropping the future cuts the connection.
+    pub(crate) async fn run(mut self, entry: Entry) -> Ended {
         self.starting = entry == Entry::New;
         let first = if self.starting && self.plan.attestation.attests() {
             PhaseName::Attestation
@@ -108,13 +108,7 @@ impl Driver {
         };
         let ended = self.connect_until_ended(first).await;
         self.routes.close();
-        match ended {
-            Ended::Stopped => {
-                self.status.set_state(PodState::Stopped);
-                self.status.emit(&PodEvent::Stopped);
-            }
-            Ended::VmLost => self.status.set_state(PodState::Failed { reason: LOST.into() }),
-        }
+        ended
     }
 
     async fn connect_until_ended(&mut self, mut first: PhaseName) -> Ended {
@@ -170,6 +164,9 @@ impl Driver {
         self.routes.set_attestation(session.link());
         let (plan, liveness) = (self.plan.clone(), session.liveness());
         let mut failover = pin!(await_failover(&plan, &liveness, PhaseName::Attestation));
+        let limits = self.plan.attestation_limits;
+        let mut no_progress = pin!(sleep(limits.progress));
+        let mut no_keys = pin!(sleep(limits.total));
         loop {
             tokio::select! {
                 stop = stopped(&mut self.stop) => {
@@ -178,10 +175,13 @@ impl Driver {
                     return Err(Ended::Stopped);
                 }
                 event = session.next_event() => match event {
-                    AttestationEvent::Keys(keys) => self.status.keys(keys),
+                    AttestationEvent::Keys(keys) => {
+                        no_progress.as_mut().reset(Instant::now() + limits.progress);
+                        self.status.keys(keys);
+                    }
                     AttestationEvent::Upgrade => return self.on_upgrade(session).await.map(|()| None),
                     AttestationEvent::Ended(why) => {
-                        return self.on_attestation_ended(&why, since).await.map(|()| None);
+                        return self.on_attestation_ended(&why.to_string(), since).await.map(|()| None);
                     }
                 },
                 connected = &mut failover => {
@@ -189,8 +189,28 @@ impl Driver {
                     self.down(PhaseName::Attestation, failover_reason(address, &connected));
                     return Ok(Some(connected));
                 }
+                () = &mut no_progress => {
+                    return self.on_no_keys(session, since, "reported nothing on its keys", limits.progress).await;
+                }
+                () = &mut no_keys => {
+                    return self.on_no_keys(session, since, "did not get its keys", limits.total).await;
+                }
             }
         }
+    }
+
+    /// The agent may be a stranger that only answers pings: the other addresses get their turn.
+    async fn on_no_keys(
+        &mut self,
+        session: Session<Attestation>,
+        since: Instant,
+        what: &str,
+        limit: Duration,
+    ) -> Result<Option<Connected>, Ended> {
+        let why = format!("the agent {what} within {} s; trying every address again", limit.as_secs());
+        self.routes.close();
+        session.close("no progress with the keys").await;
+        self.on_attestation_ended(&why, since).await.map(|()| None)
     }
 
     /// The agent has its keys: leaves the Attestation phase.
@@ -207,9 +227,9 @@ impl Driver {
         Ok(())
     }
 
-    async fn on_attestation_ended(&mut self, why: &SessionEnd, since: Instant) -> Result<(), Ended> {
+    async fn on_attestation_ended(&mut self, why: &str, since: Instant) -> Result<(), Ended> {
         self.routes.close();
-        self.down(PhaseName::Attestation, why.to_string());
+        self.down(PhaseName::Attestation, why.to_owned());
         // The peer was not authenticated and may be a stranger: another address comes first now.
         self.plan.addresses.rotate_left(1);
         self.pause_if_short_lived(since).await
@@ -243,15 +263,17 @@ impl Driver {
             }
             why = session.ended() => {
                 self.routes.close();
+                let why = format!("{why}{}", cost(&session));
                 drop(session);
-                self.down(PhaseName::Kubernetes, why.to_string());
+                self.down(PhaseName::Kubernetes, why);
                 self.pause_if_short_lived(since).await?;
                 Ok(None)
             }
             connected = await_failover(&self.plan, &liveness, PhaseName::Kubernetes) => {
                 self.routes.close();
+                let why = failover_reason(address, &connected) + &cost(&session);
                 drop(session);
-                self.down(PhaseName::Kubernetes, failover_reason(address, &connected));
+                self.down(PhaseName::Kubernetes, why);
                 Ok(Some(connected))
             }
         }
@@ -289,7 +311,10 @@ impl Driver {
     }
 
     fn on_connect_failed(&self, failures: &[Failure]) -> Result<(), Ended> {
-        let why = if failures.iter().any(|failure| failure.vm_lost) {
+        // While another address cannot be reached, the pod's VM may still be booting there: the lost one may be a stale
+        // address, or a stranger's.
+        let lost = !failures.is_empty() && failures.iter().all(|failure| failure.vm_lost);
+        let why = if lost {
             // After the start, a new VM may still appear at the same address.
             if self.starting {
                 return Err(Ended::VmLost);
@@ -327,6 +352,15 @@ impl Driver {
 /// Why the connection to `address` was replaced.
 fn failover_reason(address: SocketAddr, connected: &Connected) -> String {
     format!("connection to {address} timed out; failed over to {}", connected.address)
+}
+
+/// What the end of the connection costs: its streams cannot go on over another one.
+fn cost(session: &Session<Kubernetes>) -> String {
+    match session.open_streams() {
+        0 => String::new(),
+        1 => "; 1 stream is reset by the reconnect".to_owned(),
+        streams => format!("; {streams} streams are reset by the reconnect"),
+    }
 }
 
 /// Waits for the order to stop.

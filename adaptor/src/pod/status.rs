@@ -3,15 +3,38 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use secure_comms_protocol::{KeyProgress, PhaseName, PodId};
+use secure_comms_protocol::{KeyProgress, PhaseName, PodId, TunnelName};
 use tokio::sync::watch;
 
 use super::vm_log::VmLine;
 
+/// Where local clients of a tunnel connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Name of the tunnel.
+    pub name: TunnelName,
+    /// `127.0.0.1:<port>`, or the path of a unix socket.
+    pub local: String,
+}
+
+/// All that can be shown of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodSnapshot {
+    /// The state of its channel.
+    pub state: PodState,
+    /// Where its local clients connect; empty while it is not served.
+    pub endpoints: Vec<Endpoint>,
+}
+
 /// The state of a pod's channel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PodState {
+    /// Nothing of the pod is served.
+    NotPrepared,
+    /// `prepare` is under way.
+    Preparing,
     /// The keys are published and the inbounds listen. No connection is attempted yet.
     Prepared,
     /// Connecting.
@@ -38,9 +61,9 @@ pub enum PodState {
         /// Error of the last connection or attempt.
         reason: String,
     },
-    /// The start failed. No connection is attempted any more.
+    /// `prepare` or the start failed, or the pod's task ended unexpectedly. No connection is attempted any more.
     Failed {
-        /// Error that ended the start.
+        /// Error that ended it.
         reason: String,
     },
     /// The caller stopped the pod's channel.
@@ -49,6 +72,7 @@ pub enum PodState {
 
 /// Something that happened to a pod. Its text is one line, and fit for a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum PodEvent {
     /// Connected in the Attestation phase.
     Attesting(SocketAddr),
@@ -68,6 +92,17 @@ pub enum PodEvent {
     VmLog(VmLine),
     /// The caller stopped the pod's channel.
     Stopped,
+    /// A caller waits, for longer than a second.
+    Waiting {
+        /// For what, with the last error if there was one.
+        what: String,
+        /// The time until its deadline; `None` if it has none.
+        left: Option<Duration>,
+    },
+    /// The keys were published again, because the agent asked for them in vain or a second time.
+    PublishedAgain,
+    /// Publishing them again failed. Emitted when the failures start and when their cause changes.
+    PublishFailed(String),
 }
 
 impl fmt::Display for PodEvent {
@@ -88,6 +123,12 @@ impl fmt::Display for PodEvent {
             Self::TunnelMismatch(what) => f.write_str(what),
             Self::VmLog(line) => line.fmt(f),
             Self::Stopped => f.write_str("stopped"),
+            Self::Waiting { what, left: None } => write!(f, "waiting for {what}"),
+            Self::Waiting { what, left: Some(left) } => {
+                write!(f, "waiting for {what} ({} s left)", left.as_secs())
+            }
+            Self::PublishedAgain => f.write_str("keys published to the KBS again"),
+            Self::PublishFailed(why) => write!(f, "publishing the keys again: {why}"),
         }
     }
 }
@@ -102,6 +143,9 @@ struct LastSeen {
     connected: bool,
     connecting: Option<String>,
     keys: Option<String>,
+    /// The error in `keys`, without the number of the attempt.
+    keys_error: Option<String>,
+    publish: Option<String>,
 }
 
 impl fmt::Display for LastSeen {
@@ -122,7 +166,7 @@ impl fmt::Display for LastSeen {
 #[derive(Clone)]
 pub(crate) struct StatusReporter {
     id: PodId,
-    state: watch::Sender<PodState>,
+    current: watch::Sender<PodSnapshot>,
     observer: Observer,
     seen: Arc<Mutex<LastSeen>>,
 }
@@ -131,22 +175,39 @@ impl fmt::Debug for StatusReporter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("StatusReporter")
             .field("id", &self.id)
-            .field("state", &self.state)
+            .field("current", &self.current)
             .finish_non_exhaustive()
     }
 }
 
 impl StatusReporter {
     pub(crate) fn new(id: PodId, observer: Observer) -> Self {
-        Self { id, state: watch::Sender::new(PodState::Prepared), observer, seen: Arc::default() }
+        let snapshot = PodSnapshot { state: PodState::NotPrepared, endpoints: Vec::new() };
+        Self { id, current: watch::Sender::new(snapshot), observer, seen: Arc::default() }
     }
 
-    pub(crate) fn subscribe(&self) -> watch::Receiver<PodState> {
-        self.state.subscribe()
+    pub(crate) fn subscribe(&self) -> watch::Receiver<PodSnapshot> {
+        self.current.subscribe()
+    }
+
+    pub(crate) fn snapshot(&self) -> PodSnapshot {
+        self.current.borrow().clone()
     }
 
     pub(crate) fn set_state(&self, state: PodState) {
-        self.state.send_replace(state);
+        self.current.send_modify(|current| current.state = state);
+    }
+
+    /// The inbounds listen.
+    pub(crate) fn prepared(&self, endpoints: Vec<Endpoint>) {
+        self.current.send_modify(|current| {
+            *current = PodSnapshot { state: PodState::Prepared, endpoints };
+        });
+    }
+
+    /// The inbounds are closed.
+    pub(crate) fn closed(&self) {
+        self.current.send_modify(|current| current.endpoints.clear());
     }
 
     /// The last errors, for a start that ran into its deadline.
@@ -158,9 +219,11 @@ impl StatusReporter {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn emit(&self, event: &PodEvent) {
+    pub(crate) fn emit(&self, event: &PodEvent) {
         match event {
-            PodEvent::Down(..) | PodEvent::ConnectFailed(..) => tracing::warn!("pod {}: {event}", self.id),
+            PodEvent::Down(..) | PodEvent::ConnectFailed(..) | PodEvent::PublishFailed(..) => {
+                tracing::warn!("pod {}: {event}", self.id)
+            }
             PodEvent::Keys(KeyProgress { error: Some(_), .. }) => tracing::warn!("pod {}: {event}", self.id),
             PodEvent::VmLog(line) if line.is_warning => tracing::warn!("pod {}: {event}", self.id),
             _ => tracing::info!("pod {}: {event}", self.id),
@@ -200,10 +263,26 @@ impl StatusReporter {
         self.emit(&PodEvent::Down(phase, why.to_owned()));
     }
 
+    /// An attempt of the agent to get its keys ended. Emits an event when the failures start, when their cause changes,
+    /// and when they end.
     pub(super) fn keys(&self, keys: KeyProgress) {
-        let attempt = keys.attempt;
-        self.seen().keys = keys.error.as_ref().map(|error| format!("attempt {attempt}: {error}"));
-        self.set_state(PodState::Attesting { attempt, last_error: keys.error.clone() });
-        self.emit(&PodEvent::Keys(keys));
+        let before = self.seen().keys_error.clone();
+        {
+            let mut seen = self.seen();
+            seen.keys = keys.error.as_ref().map(|error| format!("attempt {}: {error}", keys.attempt));
+            seen.keys_error.clone_from(&keys.error);
+        }
+        self.set_state(PodState::Attesting { attempt: keys.attempt, last_error: keys.error.clone() });
+        if keys.error.is_none() || keys.error != before {
+            self.emit(&PodEvent::Keys(keys));
+        }
+    }
+
+    /// Publishing the keys again failed.
+    pub(crate) fn publish_failed(&self, why: &str) {
+        let before = self.seen().publish.replace(why.to_owned());
+        if before.as_deref() != Some(why) {
+            self.emit(&PodEvent::PublishFailed(why.to_owned()));
+        }
     }
 }

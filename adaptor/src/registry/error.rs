@@ -22,6 +22,41 @@ pub enum AdaptorError {
     /// A key of the store is invalid.
     #[error("use a key of the store")]
     Key(#[from] KeyError),
+    /// The VMs get their keys from their user data, and this pod has none in the store.
+    #[error("pod {0} has no key here: run user-data first (wrong --store?)")]
+    NoKey(PodId),
+    /// A `stop` or `suspend` of the pod came while the call was under way.
+    #[error("pod {0}: stopped while this was under way: prepare it again if it is still wanted")]
+    Stopped(PodId),
+    /// The pod's task ended unexpectedly: a panic, or the runtime that ran it is gone.
+    #[error(
+        "pod {0}: its task ended unexpectedly: prepare it again, and report the panic if the log has one"
+    )]
+    TaskEnded(PodId),
+    /// The pod was not prepared in time.
+    #[error(
+        "prepare pod {pod}: not done within {seconds} s, waiting for {waiting_for}; allow more time (--deadline)"
+    )]
+    PrepareDeadline {
+        /// Id of the pod.
+        pod: PodId,
+        /// Length of the deadline, in seconds.
+        seconds: u64,
+        /// What was waited for.
+        waiting_for: String,
+    },
+    /// The KBS did not delete the pod's key. The key is still in the store, so that the pod can be stopped again.
+    #[error(
+        "stop pod {pod}: {resource} may still be in the KBS: stop the pod again, or delete it from the KBS by hand"
+    )]
+    NotDeleted {
+        /// Id of the pod.
+        pod: PodId,
+        /// The resource that may still be in the KBS.
+        resource: String,
+        /// Why.
+        source: Box<KbsError>,
+    },
     /// The pod is not prepared.
     #[error("pod {0}: not prepared: prepare it first")]
     NotPrepared(PodId),

@@ -1,10 +1,13 @@
-//! The store in a directory: `worker-node.key`, and `pods/<pod id>/` with `key` and `addresses.json`.
+//! The store in a directory: `worker-node.key`, and `pods/<pod id>/` with `key`, `addresses.json` and, while an adaptor
+//! serves the pod, `adaptor.pid`.
 //!
 //! Writers of all processes hold a lock, so an unfinished file that a lock holder finds was left by a crash.
 
-use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use secure_comms_keys::private_directory::own_directory;
@@ -14,11 +17,18 @@ use secure_comms_protocol::PodId;
 use secure_comms_protocol::limits::KEY_MAX;
 use zeroize::Zeroizing;
 
-use super::{Store, StoreError};
+use super::{PodLock, Store, StoreError};
 use crate::address::Address;
+use crate::text::with_causes;
 
 /// Name prefix of the directory of a pod that is being deleted.
 const GONE_PREFIX: &str = ".gone-";
+
+/// Holds the process that serves the pod, in the pod's directory.
+const PID_FILE: &str = "adaptor.pid";
+/// How long a pod's lock is waited for: an adaptor that ends releases it a little later.
+const POD_LOCK_WAIT: Duration = Duration::from_millis(500);
+const POD_LOCK_POLL: Duration = Duration::from_millis(20);
 
 /// The store in a directory that only the adaptor's user may access. Needs a tokio runtime for its async methods.
 #[derive(Clone, Debug)]
@@ -53,6 +63,15 @@ impl DirectoryStore {
         Ok(store)
     }
 
+    /// Whether there is a worker-node key, usable or not.
+    pub fn has_worker_node_key(&self) -> bool {
+        self.worker_node_key_file().exists()
+    }
+
+    fn worker_node_key_file(&self) -> PathBuf {
+        self.root.join("worker-node.key")
+    }
+
     fn pods_directory(&self) -> PathBuf {
         self.root.join("pods")
     }
@@ -78,6 +97,50 @@ impl DirectoryStore {
         Ok(Locked { _file: file })
     }
 
+    /// Locks the pod's directory: no file has to be made for it, so it works on a read-only disk.
+    fn try_lock_pod(&self, pod: &PodId) -> Result<Result<Option<PodLock>, Option<u32>>, FileError> {
+        let path = self.pod_directory(pod);
+        let failed = || FileError::io("locking", &path);
+        let opened = match File::open(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Ok(None)),
+            opened => opened.map_err(failed())?,
+        };
+        let pid_file = path.join(PID_FILE);
+        match opened.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let pid = private_file::read(&pid_file, KEY_MAX).ok();
+                let pid = pid.and_then(|pid| std::str::from_utf8(&pid).ok()?.trim().parse().ok());
+                return Ok(Err(pid));
+            }
+            Err(TryLockError::Error(error)) => return Err(failed()(error)),
+        }
+        // The pod may have been deleted before we had the lock, and made again.
+        let there = fs::metadata(&path).map(|there| (there.dev(), there.ino()));
+        let ours = opened.metadata().map(|ours| (ours.dev(), ours.ino())).map_err(failed())?;
+        if there.ok() != Some(ours) {
+            return Ok(Err(None));
+        }
+        // Only for the message of the other adaptor: the lock holds without it, as on a full or read-only disk.
+        if let Err(error) = private_file::replace(&pid_file, std::process::id().to_string().as_bytes()) {
+            tracing::debug!("pod {pod}: {}", with_causes(&error));
+        }
+        Ok(Ok(Some(PodLock::new(opened))))
+    }
+
+    fn lock_pod_soon(&self, pod: &PodId) -> Result<Option<PodLock>, StoreError> {
+        let deadline = Instant::now() + POD_LOCK_WAIT;
+        loop {
+            match self.try_lock_pod(pod)? {
+                Ok(lock) => return Ok(lock),
+                Err(pid) if Instant::now() >= deadline => {
+                    return Err(StoreError::Locked { pod: pod.clone(), pid });
+                }
+                Err(_) => sleep(POD_LOCK_POLL),
+            }
+        }
+    }
+
     fn tidy(&self) -> Result<(), FileError> {
         let pods = self.pods_directory();
         remove_leftovers(&self.root)?;
@@ -91,7 +154,7 @@ impl DirectoryStore {
     }
 
     fn find_or_make_worker_node_key(&self) -> Result<WorkerNodeKey, StoreError> {
-        let path = self.root.join("worker-node.key");
+        let path = self.worker_node_key_file();
         find_or_make(&path, WorkerNodeKey::from_pem, || {
             let _locked = self.lock()?;
             let pem = WorkerNodeKey::generate().and_then(|key| key.to_pem()).map_err(StoreError::Key)?;
@@ -253,5 +316,10 @@ impl Store for DirectoryStore {
     async fn addresses(&self, pod: &PodId) -> Result<Vec<Address>, StoreError> {
         let pod = pod.clone();
         self.on_disk(move |store| store.read_addresses(&pod)).await
+    }
+
+    async fn lock_pod(&self, pod: &PodId) -> Result<Option<PodLock>, StoreError> {
+        let pod = pod.clone();
+        self.on_disk(move |store| store.lock_pod_soon(&pod)).await
     }
 }

@@ -1,13 +1,10 @@
 //! One connection to a simulated agent: whom it trusts, what it refuses, and that its end frees everything.
 
-#[path = "../../tests/support/mod.rs"]
-mod support;
-
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use self::support::agent::{Agent, Mode};
-use self::support::{PATIENCE, pod};
+use crate::support::agent::{Agent, Mode};
+use crate::support::{PATIENCE, pod};
 use crate::transport::session::{Session, Tunnels};
 use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial};
 use secure_comms_keys::{PodKey, WorkerNodeKey};
@@ -154,7 +151,7 @@ async fn an_agent_without_a_hello_times_out() {
 
 #[tokio::test]
 async fn only_requested_streams_are_served() {
-    let echo = support::echo().await;
+    let echo = crate::support::echo().await;
     let (agent, session) = session(&format!(
         "KUBERNETES_PHASE:up:{echo},KUBERNETES_PHASE:refused:{echo},ATTESTATION_PHASE:early:{echo}"
     ))

@@ -56,6 +56,8 @@ struct PeerState {
     keys: Option<KeyProgress>,
     upgrade: bool,
     end: Option<SessionEnd>,
+    /// The streams that were open when the session ended.
+    lost_streams: usize,
 }
 
 /// An established session. Dropping it cuts the connection, and ends its streams and its control task.
@@ -169,9 +171,10 @@ impl<P: ClientPhase> Session<P> {
         self.connection.credits().idle().await;
     }
 
-    /// The number of open streams.
+    /// The number of open streams; after the end of the session, of those that were open then.
     pub(crate) fn open_streams(&self) -> usize {
-        self.connection.credits().open_streams()
+        let peer = self.peer.borrow();
+        if peer.end.is_some() { peer.lost_streams } else { self.connection.credits().open_streams() }
     }
 
     /// Waits for the end of the session.
@@ -290,12 +293,13 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
                 Some("the agent sent more than it was granted".into()),
             ),
         };
+        let lost_streams = credits.open_streams();
         credits.end();
         if let Some(reason) = fault {
             // The agent ends the connection when it has the reason; one that does not is cut.
             drop(timeout(CLOSE_TIMEOUT, async { tokio::join!(say_bye(&sender, reason), ended) }).await);
         }
-        reports.state.send_modify(|state| state.end = Some(end));
+        reports.state.send_modify(|state| (state.end, state.lost_streams) = (Some(end), lost_streams));
     }
 }
 

@@ -10,8 +10,9 @@ use std::time::Duration;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
+use secure_comms_adaptor::pod::PodState;
 use secure_comms_adaptor::store::{DirectoryStore, Store};
-use secure_comms_adaptor::{Adaptor, Config};
+use secure_comms_adaptor::{Adaptor, Config, Deadline};
 use secure_comms_keys::{PodKey, WorkerNodePublic};
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::limits::REKEY_BYTES;
@@ -81,6 +82,44 @@ pub async fn kbs() -> (url::Url, Lines) {
     (url, lines)
 }
 
+/// How a simulated KBS treats the requests that it records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KbsMode {
+    Accepts,
+    /// Never answers a request for a resource whose path contains this.
+    Hangs(&'static str),
+    /// Answers 500.
+    Fails,
+}
+
+/// A KBS that can change how it behaves.
+pub async fn kbs_in(mode: KbsMode) -> (url::Url, Lines, Arc<Mutex<KbsMode>>) {
+    let (lines, mode) = (Lines::default(), Arc::new(Mutex::new(mode)));
+    let (requests, now) = (lines.clone(), mode.clone());
+    let app = axum::Router::new().fallback(move |request: axum::extract::Request| {
+        let request = format!("{} {}", request.method(), request.uri().path());
+        let mode = *now.lock().unwrap();
+        requests.push(request.clone());
+        async move {
+            match mode {
+                KbsMode::Hangs(path) if request.contains(path) => std::future::pending().await,
+                KbsMode::Fails => axum::http::StatusCode::INTERNAL_SERVER_ERROR,
+                KbsMode::Hangs(_) | KbsMode::Accepts => axum::http::StatusCode::OK,
+            }
+        }
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+    (url, lines, mode)
+}
+
+/// An URL where nothing listens.
+pub async fn refused() -> url::Url {
+    let unused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    format!("http://{unused}").parse().unwrap()
+}
+
 /// An echo server.
 pub async fn echo() -> std::net::SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -127,6 +166,26 @@ impl World {
         Self { adaptor, events, published, store, directory, kbs }
     }
 
+    /// With another KBS, which is not recorded, and other inbounds.
+    pub async fn custom(kbs: url::Url, inbounds: &str) -> Self {
+        let world = Self::new("").await;
+        let (adaptor, events, store) = build_with(&world.directory, Some(&kbs), "", inbounds, None);
+        Self { adaptor, events, store, kbs, ..world }
+    }
+
+    /// With an observer that panics at an event that contains this.
+    pub async fn panicking(at: &'static str) -> Self {
+        let world = Self::new("").await;
+        let (adaptor, events, store) =
+            build_with(&world.directory, Some(&world.kbs), "", KATAAGENT, Some(at));
+        Self { adaptor, events, store, ..world }
+    }
+
+    /// One more adaptor with the same store and KBS.
+    pub fn second(&self) -> Adaptor {
+        build(&self.directory, Some(&self.kbs), "").0
+    }
+
     /// The adaptor of a new process with the same store and KBS.
     pub fn restart(self, outbounds: &str) -> Self {
         let (adaptor, events, store) = build(&self.directory, Some(&self.kbs), outbounds);
@@ -137,6 +196,8 @@ impl World {
         let directory = tempfile::tempdir().unwrap();
         let (kbs, published) = kbs().await;
         let (adaptor, events, store) = build(&directory, None, "");
+        // As the command `user-data` does.
+        store.pod_key(&pod()).await.unwrap();
         Self { adaptor, events, published, store, directory, kbs }
     }
 
@@ -148,30 +209,54 @@ impl World {
         self.store.pod_key(&pod()).await.unwrap()
     }
 
+    pub fn state(&self) -> PodState {
+        self.adaptor.snapshot(&pod()).unwrap().state
+    }
+
     /// Prepares the pod, and returns the address of its KATAAGENT inbound.
     pub async fn prepare(&self) -> String {
-        let endpoints = self.adaptor.prepare(&pod()).await.unwrap();
+        let endpoints = self.adaptor.prepare(&pod(), Deadline::after(PATIENCE)).await.unwrap();
         endpoints.iter().find(|endpoint| endpoint.name.as_str() == "KATAAGENT").unwrap().local.clone()
     }
 }
+
+/// The inbounds of a pod, if a test wants no others.
+pub const KATAAGENT: &str = "KUBERNETES_PHASE:KATAAGENT:0";
 
 fn build(
     directory: &tempfile::TempDir,
     kbs: Option<&url::Url>,
     outbounds: &str,
 ) -> (Adaptor, Lines, Arc<DirectoryStore>) {
+    build_with(directory, kbs, outbounds, KATAAGENT, None)
+}
+
+fn build_with(
+    directory: &tempfile::TempDir,
+    kbs: Option<&url::Url>,
+    outbounds: &str,
+    inbounds: &str,
+    panics: Option<&'static str>,
+) -> (Adaptor, Lines, Arc<DirectoryStore>) {
     let store = Arc::new(DirectoryStore::open(directory.path().join("store")).unwrap());
     let events = Lines::default();
     let recorded = events.clone();
     let keys = kbs.map_or(KeySource::UserData, |url| {
         let settings = KbsSettings { url: url.clone(), ca: None, admin: None };
-        KeySource::Kbs(KbsClient::new(&settings, Duration::from_secs(5)).unwrap())
+        KeySource::Kbs(KbsClient::new(&settings, Duration::from_secs(60)).unwrap())
     });
     let config = Config {
-        inbounds: parse_list("KUBERNETES_PHASE:KATAAGENT:0").unwrap(),
+        inbounds: parse_list(inbounds).unwrap(),
         outbounds: parse_list(outbounds).unwrap(),
         rekey_bytes: REKEY_BYTES,
-        observer: Arc::new(move |_, event| recorded.push(event.to_string())),
+        observer: Arc::new(move |_, event| {
+            let event = event.to_string();
+            recorded.push(event.clone());
+            assert!(
+                !panics.is_some_and(|part| event.contains(part)),
+                "the observer panics, as the test asks"
+            );
+        }),
     };
     (Adaptor::new(store.clone(), keys, config), events, store)
 }

@@ -1,26 +1,29 @@
-//! `connect`: serves one pod in the foreground, and prints a line on stdout for each event.
+//! `connect`: serves one pod in the foreground, until a signal.
 
 use std::convert::Infallible;
+use std::error::Error as _;
 use std::future::pending;
-use std::io::{self, Write};
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_adaptor::kbs::{KbsClient, KbsError};
 use secure_comms_adaptor::key_source::KeySource;
-use secure_comms_adaptor::pod::PodEvent;
-use secure_comms_adaptor::store::{DirectoryStore, StoreError};
-use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Endpoint};
-use secure_comms_keys::text::escape;
+use secure_comms_adaptor::pod::{PodEvent, PodState};
+use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Deadline, Endpoint};
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::resource::pod_private_key;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 
+use super::events::Events;
+use super::open_store;
 use crate::settings::ConnectSettings;
+use crate::signals::{EndSignal, Signals};
 
 /// Time limit for deleting the pod after a signal: a service manager kills the process soon after.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Time limit for writing the last events: their reader may have stopped reading.
+const FLUSH: Duration = Duration::from_secs(1);
 
 /// Error of `connect`.
 #[derive(Debug, thiserror::Error)]
@@ -29,14 +32,17 @@ pub enum ConnectError {
     #[error(transparent)]
     Adaptor(#[from] AdaptorError),
     /// The store cannot be opened.
-    #[error(transparent)]
-    Store(#[from] StoreError),
+    #[error("{0:#}")]
+    Store(anyhow::Error),
     /// The KBS client cannot be set up.
     #[error(transparent)]
     Kbs(#[from] KbsError),
     /// The signal handlers cannot be installed.
     #[error("wait for signals")]
     Signals(#[source] io::Error),
+    /// The thread that writes the events cannot be started.
+    #[error("write events")]
+    Events(#[source] io::Error),
     /// The pod was not deleted in time.
     #[error(
         "stop pod {pod}: not done within {seconds} s: delete {resource} from the KBS by hand, or run connect --delete-on-exit again and end it"
@@ -51,28 +57,10 @@ pub enum ConnectError {
     },
 }
 
-/// The signals that end the program: SIGTERM and SIGINT.
-struct Signals {
-    term: Signal,
-    int: Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
-    }
-
-    async fn any(&mut self) {
-        tokio::select! {
-            _ = self.term.recv() => {}
-            _ = self.int.recv() => {}
-        }
-    }
-}
-
-/// Brings the pod up, and keeps its channel up until SIGTERM or SIGINT.
+/// Brings the pod up, and keeps its channel up until SIGTERM, SIGINT or SIGHUP. A second signal ends it at once.
 ///
-/// Prints one line on stdout for each endpoint and event. Must run in a tokio runtime with I/O and time enabled.
+/// Writes events to standard output if the settings ask for them. Must run in a tokio runtime with I/O and time enabled.
+/// Returns the signal that kept it from its work: from bringing the pod up, or from an orderly end.
 ///
 /// # Errors
 /// The store or the KBS client cannot be set up, the pod did not come up before the deadline, or it could not be
@@ -80,61 +68,143 @@ impl Signals {
 ///
 /// # Cancellation
 /// Dropping the future cuts the pod's connection. Its keys stay in the store and in the KBS.
-pub async fn run(settings: ConnectSettings) -> Result<(), ConnectError> {
+pub async fn run(settings: ConnectSettings) -> Result<Option<EndSignal>, ConnectError> {
+    // The publication and the start share it.
+    let deadline = Deadline::after(settings.deadline);
     let mut signals = Signals::new().map_err(ConnectError::Signals)?;
-    let adaptor = build_adaptor(&settings)?;
-    let restored = adaptor.restore_listeners(&settings.pod).await;
+    let events = Events::new(settings.events).map_err(ConnectError::Events)?;
+    for warning in &settings.warnings {
+        tracing::warn!("{warning}");
+    }
+    let ended = serve(&settings, deadline, &mut signals, &events).await;
+    events.flush(FLUSH);
+    ended
+}
+
+async fn serve(
+    settings: &ConnectSettings,
+    deadline: Deadline,
+    signals: &mut Signals,
+    events: &Events,
+) -> Result<Option<EndSignal>, ConnectError> {
+    let adaptor = build_adaptor(settings, events)?;
+    let restored = tokio::select! {
+        restored = restore(&adaptor, settings, deadline) => restored,
+        signal = signals.next() => return interrupted(&adaptor, settings, signals, signal).await,
+    };
     // Runs next to the start and the connection, until the end.
     let publish = publish_restored(&adaptor, &settings.pod, matches!(restored, Ok(Some(_))));
     tokio::pin!(publish);
     let started = tokio::select! {
-        started = bring_up(&adaptor, &settings, restored) => started,
+        started = bring_up(&adaptor, settings, events, restored, deadline) => started,
         never = &mut publish => match never {},
-        () = signals.any() => return end(&adaptor, &settings).await,
+        signal = signals.next() => return interrupted(&adaptor, settings, signals, signal).await,
     };
     if let Err(error) = started {
         // The cause of the failed start is what the operator needs: a failing cleanup is only logged.
-        if let Err(cleanup) = end(&adaptor, &settings).await {
-            tracing::error!("cleaning up after the failed start: {cleanup}");
+        let error = ConnectError::from(error);
+        if let Err(cleanup) = end(&adaptor, settings, signals).await {
+            let [cause, cleanup] = [&error, &cleanup].map(with_causes);
+            // The same again if another adaptor drives the pod.
+            if cleanup != cause {
+                tracing::error!("cleaning up after the failed start: {cleanup}");
+            }
         }
-        return Err(error.into());
+        return Err(error);
     }
-    tokio::select! {
-        () = signals.any() => {}
+    let signal = tokio::select! {
+        signal = signals.next() => signal,
         never = &mut publish => match never {},
-    }
-    end(&adaptor, &settings).await
+    };
+    end_after(signal, &adaptor, settings, signals).await
 }
 
-fn build_adaptor(settings: &ConnectSettings) -> Result<Adaptor, ConnectError> {
-    let store = Arc::new(DirectoryStore::open(&settings.store)?);
+fn with_causes(error: &ConnectError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// Ends after a signal that came during the start.
+async fn interrupted(
+    adaptor: &Adaptor,
+    settings: &ConnectSettings,
+    signals: &mut Signals,
+    signal: EndSignal,
+) -> Result<Option<EndSignal>, ConnectError> {
+    let state = adaptor.snapshot(&settings.pod).map(|pod| pod.state);
+    if matches!(state, Some(PodState::Up { .. })) {
+        // It came up in this moment, and its event has said so.
+        return end_after(signal, adaptor, settings, signals).await;
+    }
+    tracing::info!("pod {}: {signal} before the pod was up: ending", settings.pod);
+    Ok(end(adaptor, settings, signals).await?.or(Some(signal)))
+}
+
+/// Ends a pod that was up.
+async fn end_after(
+    signal: EndSignal,
+    adaptor: &Adaptor,
+    settings: &ConnectSettings,
+    signals: &mut Signals,
+) -> Result<Option<EndSignal>, ConnectError> {
+    tracing::info!("pod {}: {signal}: ending; a second signal ends at once", settings.pod);
+    end(adaptor, settings, signals).await
+}
+
+fn build_adaptor(settings: &ConnectSettings, events: &Events) -> Result<Adaptor, ConnectError> {
+    let store = Arc::new(open_store(&settings.store).map_err(ConnectError::Store)?);
     let key_source = match &settings.key_source {
         KeySource::Kbs(kbs) => KeySource::Kbs(KbsClient::new(kbs, settings.deadline)?),
         KeySource::UserData => KeySource::UserData,
     };
+    let events = events.clone();
     let config = Config {
         inbounds: settings.inbounds.clone(),
         outbounds: settings.outbounds.clone(),
         rekey_bytes: settings.rekey_bytes,
-        observer: Arc::new(print_event),
+        observer: Arc::new(move |pod: &PodId, event: &PodEvent| events.happened(pod, event)),
     };
     Ok(Adaptor::new(store, key_source, config))
 }
 
-/// Prepares the pod unless its listeners were restored, prints its endpoints, and starts it.
+/// Listens again for the clients of a pod that was started before. Its inbounds may wait for a network namespace.
+async fn restore(
+    adaptor: &Adaptor,
+    settings: &ConnectSettings,
+    deadline: Deadline,
+) -> Result<Option<Vec<Endpoint>>, AdaptorError> {
+    match timeout(deadline.left(), adaptor.restore_listeners(&settings.pod)).await {
+        Ok(restored) => restored,
+        Err(_) => Err(AdaptorError::PrepareDeadline {
+            pod: settings.pod.clone(),
+            seconds: settings.deadline.as_secs(),
+            waiting_for: "its inbounds".to_owned(),
+        }),
+    }
+}
+
+/// Prepares the pod unless its listeners were restored, logs its endpoints, and starts it.
 async fn bring_up(
     adaptor: &Adaptor,
     settings: &ConnectSettings,
+    events: &Events,
     restored: Result<Option<Vec<Endpoint>>, AdaptorError>,
+    deadline: Deadline,
 ) -> Result<(), AdaptorError> {
     let endpoints = match restored? {
         Some(endpoints) => endpoints,
-        None => adaptor.prepare(&settings.pod).await?,
+        None => adaptor.prepare(&settings.pod, deadline).await?,
     };
     for endpoint in endpoints {
-        print_line(&format!("inbound {} listens on {}", endpoint.name, endpoint.local));
+        tracing::info!("pod {}: inbound {} listens on {}", settings.pod, endpoint.name, endpoint.local);
+        events.listening(&settings.pod, &endpoint);
     }
-    adaptor.start(&settings.pod, &settings.addresses, settings.deadline).await
+    adaptor.start(&settings.pod, &settings.addresses, deadline).await
 }
 
 /// Publishes the keys of a restored pod, and retries for as long as the KBS is unreachable. Never returns.
@@ -151,7 +221,30 @@ async fn publish_restored(adaptor: &Adaptor, pod: &PodId, restored: bool) -> Inf
     pending().await
 }
 
-async fn end(adaptor: &Adaptor, settings: &ConnectSettings) -> Result<(), ConnectError> {
+/// Ends in good order, or at once on a signal, which it returns.
+async fn end(
+    adaptor: &Adaptor,
+    settings: &ConnectSettings,
+    signals: &mut Signals,
+) -> Result<Option<EndSignal>, ConnectError> {
+    tokio::select! {
+        ended = end_in_order(adaptor, settings) => ended.map(|()| None),
+        signal = signals.next() => {
+            let pod = &settings.pod;
+            tracing::warn!("pod {pod}: {signal} during the end: open streams are cut");
+            if settings.delete_on_exit {
+                tracing::warn!(
+                    "pod {pod}: its deletion may be incomplete: delete {} from the KBS by hand, or run connect \
+                     --delete-on-exit again and end it",
+                    pod_private_key(pod)
+                );
+            }
+            Ok(Some(signal))
+        }
+    }
+}
+
+async fn end_in_order(adaptor: &Adaptor, settings: &ConnectSettings) -> Result<(), ConnectError> {
     if !settings.delete_on_exit {
         adaptor.suspend(&settings.pod).await;
         return Ok(());
@@ -164,14 +257,4 @@ async fn end(adaptor: &Adaptor, settings: &ConnectSettings) -> Result<(), Connec
             seconds: DELETE_TIMEOUT.as_secs(),
         }),
     }
-}
-
-fn print_event(pod: &PodId, event: &PodEvent) {
-    print_line(&format!("pod {pod}: {event}"));
-}
-
-/// Writes one whole line to stdout. A closed stdout is ignored; a full pipe that is not read blocks the program.
-fn print_line(text: &str) {
-    let mut out = io::stdout().lock();
-    let _ = writeln!(out, "{}", escape(text)).and_then(|()| out.flush());
 }

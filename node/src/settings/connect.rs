@@ -1,19 +1,24 @@
 //! Reads the settings of `connect`.
 
+use std::net::Ipv6Addr;
+use std::str::FromStr;
 use std::time::Duration;
 
 use secure_comms_adaptor::address::{Address, host_port};
 use secure_comms_adaptor::kbs::{AdminSettings, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
-use secure_comms_protocol::limits::REKEY_BYTES;
+use secure_comms_protocol::limits::{REKEY_BYTES, SSH_PORT};
 use secure_comms_protocol::tag::{Host, with_built_in};
 use secure_comms_protocol::{Bind, InboundTag, OutboundTag, PhaseSet, Target, TunnelName};
 use url::Url;
 
-use super::{ConnectSettings, DEFAULT_KBS, Env, SettingsReader, UsageError, store_or_default};
+use super::{ConnectSettings, DEFAULT_KBS, Env, SettingsReader, UsageError, store_or_default, units};
 use crate::cli::ConnectArgs;
 
 const DEADLINE: Duration = Duration::from_secs(300);
+const DEADLINE_MIN: Duration = Duration::from_secs(1);
+/// Keeps sums of durations in range.
+const DEADLINE_MAX: Duration = Duration::from_secs(86_400);
 const REKEY_BYTES_MIN: usize = 1 << 20;
 const ISSUER: &str = "secure-comms-adaptor";
 const ROLE: &str = "admin";
@@ -28,10 +33,14 @@ impl ConnectSettings {
         reader.refuse_if_off();
         let pod = reader.pod(args.pod_id.as_deref());
         let addresses = addresses(&mut reader, &args.addresses);
-        let inbounds = reader.tags(("--inbounds", args.inbounds.take()), "SECURE_COMMS_INBOUNDS");
-        let outbounds = reader.tags(("--outbounds", args.outbounds.take()), "SECURE_COMMS_OUTBOUNDS");
+        let inbounds =
+            reader.tags(("--inbounds", std::mem::take(&mut args.inbounds)), "SECURE_COMMS_INBOUNDS");
+        let outbounds =
+            reader.tags(("--outbounds", std::mem::take(&mut args.outbounds)), "SECURE_COMMS_OUTBOUNDS");
         let deadline = deadline(&mut reader, args.deadline.as_deref());
         let rekey_bytes = rekey_bytes(&mut reader, args.rekey_bytes.as_deref());
+        let events: Option<Events> =
+            reader.value_or_default(("--events", args.events.take()), "SECURE_COMMS_EVENTS");
         let no_trustee = reader.boolean("SECURE_COMMS_NO_TRUSTEE").unwrap_or(false) || args.no_trustee;
         let (key_source, built_in) = if no_trustee {
             refuse_kbs_flags(&mut reader, &args);
@@ -43,6 +52,7 @@ impl ConnectSettings {
             Some(tag) => with_built_in(outbounds, tag),
             None => outbounds,
         };
+        let warnings = std::mem::take(&mut reader.warnings);
         let settings = pod.zip(key_source).map(|(pod, key_source)| Self {
             pod,
             addresses,
@@ -53,8 +63,30 @@ impl ConnectSettings {
             deadline,
             rekey_bytes,
             delete_on_exit: args.delete_on_exit,
+            events: events == Some(Events::Json),
+            warnings,
         });
         reader.done(settings)
+    }
+}
+
+/// The value of `--events`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Events {
+    #[default]
+    None,
+    Json,
+}
+
+impl FromStr for Events {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.to_ascii_lowercase().as_str() {
+            "none" => Ok(Self::None),
+            "json" => Ok(Self::Json),
+            _ => Err("expected json or none"),
+        }
     }
 }
 
@@ -74,33 +106,45 @@ fn addresses(reader: &mut SettingsReader<'_>, texts: &[String]) -> Vec<Address> 
     let mut addresses: Vec<Address> = Vec::new();
     for text in texts {
         let address = reader.parsed("--address", text);
+        reader.warnings.extend(brackets_forgotten(text));
         // An address that is given twice would be raced against itself.
         addresses.extend(address.filter(|address| !addresses.contains(address)));
     }
     addresses
 }
 
+/// `::1:2222` is an IPv6 address whose last group is 2222. With brackets, `[::1]:2222`, it is an address and a port.
+fn brackets_forgotten(text: &str) -> Option<String> {
+    let whole: Ipv6Addr = text.parse().ok()?;
+    let (host, port) = text.rsplit_once(':')?;
+    let (host, port): (Ipv6Addr, u16) = (host.parse().ok()?, port.parse().ok()?);
+    // Groups of one or two digits are common in addresses, and not in ports.
+    (port >= 100).then(|| {
+        format!(
+            "--address '{text}': taken as the address {whole}, port {SSH_PORT}; for port {port} of {host} write \
+             [{host}]:{port}"
+        )
+    })
+}
+
 fn deadline(reader: &mut SettingsReader<'_>, text: Option<&str>) -> Duration {
     let Some(text) = text else { return DEADLINE };
-    // The upper limit, a day, keeps sums of durations in range.
-    let seconds = text.parse().ok().filter(|seconds| (1..=86_400).contains(seconds));
-    if seconds.is_none() {
-        reader.fault("--deadline", text, "expected whole seconds from 1 to 86400");
+    let found = units::duration(text).filter(|time| (DEADLINE_MIN..=DEADLINE_MAX).contains(time));
+    if found.is_none() {
+        reader.fault("--deadline", text, "expected a time from 1s to 24h, such as 90s, 5m or 1h30m");
     }
-    seconds.map_or(DEADLINE, Duration::from_secs)
+    found.unwrap_or(DEADLINE)
 }
 
 fn rekey_bytes(reader: &mut SettingsReader<'_>, text: Option<&str>) -> usize {
     let Some(text) = text else { return REKEY_BYTES };
-    let bytes = text.parse().ok().filter(|bytes| (REKEY_BYTES_MIN..=REKEY_BYTES).contains(bytes));
-    if bytes.is_none() {
-        reader.fault(
-            "--rekey-bytes",
-            text,
-            format!("expected bytes from {REKEY_BYTES_MIN} to {REKEY_BYTES}"),
-        );
+    let found = units::bytes(text).filter(|bytes| (REKEY_BYTES_MIN..=REKEY_BYTES).contains(bytes));
+    if found.is_none() {
+        let max = REKEY_BYTES >> 30;
+        let expected = format!("expected a size from 1MiB to {max}GiB, such as 64MiB, 1GiB or bytes");
+        reader.fault("--rekey-bytes", text, expected);
     }
-    bytes.unwrap_or(REKEY_BYTES)
+    found.unwrap_or(REKEY_BYTES)
 }
 
 /// Flags of a KBS contradict `--no-trustee`. Variables do not: a config map sets them for all pods.

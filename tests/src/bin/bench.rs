@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use secure_comms_tests::bench::groups::{Amount, GROUPS, Group};
 use secure_comms_tests::bench::tables;
 use secure_comms_tests::harness::process::ensure_built;
+use secure_comms_tests::usage::is_help;
 
 const USAGE: &str = "usage: bench [--short] [--write DOCUMENT] [GROUP...]";
 const FULL: Amount = Amount { rounds: 5, counted: Duration::from_millis(1500), requests: 3000 };
@@ -25,6 +26,9 @@ struct Arguments {
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    if is_help(USAGE) {
+        return ExitCode::SUCCESS;
+    }
     let arguments = match arguments(std::env::args().skip(1)) {
         Ok(arguments) => arguments,
         Err(fault) => {

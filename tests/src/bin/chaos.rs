@@ -13,6 +13,7 @@ use secure_comms_tests::chaos::script::Script;
 use secure_comms_tests::chaos::soak::soak;
 use secure_comms_tests::chaos::summary::Report;
 use secure_comms_tests::harness::process::ensure_built;
+use secure_comms_tests::usage::is_help;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
@@ -25,6 +26,9 @@ struct Asked {
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    if is_help("usage: chaos [LIFETIMES] [--seed N] [--at-once N]") {
+        return ExitCode::SUCCESS;
+    }
     let asked = match Asked::read(std::env::args().skip(1)) {
         Ok(asked) => asked,
         Err(error) => {

@@ -12,9 +12,19 @@ use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, 
 use secure_comms_tests::harness::vm::Vm;
 use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::simulators::kbs::Kbs;
+use secure_comms_tests::usage::is_help;
 use secure_comms_tunnel::netns;
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 
+const USAGE: &str =
+    "double [--netns]: a pod from nothing to a kata agent that answers, step by step, with the real programs
+
+  --netns  the VM in network namespaces of its own; needs root
+
+demo-vm and demo-node are the same in two terminals, to kill and start again.";
+/// A step that takes longer is reported, and then as often.
+const SLOW: Duration = Duration::from_secs(5);
 /// Bytes that go each way through a tunnel, each of which is checked.
 const BULK: u64 = 32 * 1024 * 1024;
 /// Requests of [`SMALL`] bytes, answered one after the other.
@@ -25,11 +35,28 @@ const SMALL: u64 = 200;
 struct Steps {
     began: Instant,
     last: Instant,
+    /// Reports that the step goes on.
+    progress: JoinSet<()>,
 }
 
 impl Steps {
-    fn new() -> Self {
-        Self { began: Instant::now(), last: Instant::now() }
+    /// `next` is what the first step waits for.
+    fn new(next: &'static str) -> Self {
+        let mut steps = Self { began: Instant::now(), last: Instant::now(), progress: JoinSet::new() };
+        steps.next(next);
+        steps
+    }
+
+    /// Says what is waited for, if it takes long.
+    fn next(&mut self, what: &'static str) {
+        let began = self.began;
+        self.progress.abort_all();
+        self.progress.spawn(async move {
+            loop {
+                tokio::time::sleep(SLOW).await;
+                println!("{:>10.1} ms {:>13}  ... {what}", began.elapsed().as_secs_f64() * 1e3, "");
+            }
+        });
     }
 
     fn done(&mut self, what: impl std::fmt::Display) {
@@ -41,13 +68,14 @@ impl Steps {
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    if is_help(USAGE) {
+        return ExitCode::SUCCESS;
+    }
     let netns = match std::env::args().skip(1).collect::<Vec<_>>().as_slice() {
         [] => false,
         [flag] if flag == "--netns" => true,
         _ => {
-            eprintln!(
-                "double: unknown arguments; expected none, or --netns (the VM in network namespaces; needs root)"
-            );
+            eprintln!("double: unknown arguments; see --help");
             return ExitCode::from(2);
         }
     };
@@ -66,14 +94,16 @@ async fn main() -> ExitCode {
 }
 
 async fn in_one_namespace() -> Result<()> {
-    let mut steps = Steps::new();
+    let mut steps = Steps::new("building the programs");
     ensure_built().await?;
     steps.done("agent-protocol-forwarder and secure-comms-adaptor are built");
+    steps.next("starting the simulators");
     let scene = Scene::new(SceneOptions::default()).await?;
     steps.done(format!(
         "KBS, guest components and kata agent are simulated; the KBS is at {}",
         scene.kbs.url()
     ));
+    steps.next("waiting until the agent listens");
     let mut agent = scene.agent().await?;
     steps.done(format!("the VM is up: its agent (process {}) listens on {}", agent.pid(), scene.ssh));
     let adaptor = scene.adaptor()?;
@@ -82,10 +112,11 @@ async fn in_one_namespace() -> Result<()> {
 }
 
 async fn in_namespaces() -> Result<()> {
-    let mut steps = Steps::new();
+    let mut steps = Steps::new("building the programs");
     ensure_built().await?;
     steps.done("agent-protocol-forwarder and secure-comms-adaptor are built");
     let scene = Scene::new(SceneOptions::default()).await?;
+    steps.next("starting the VM's programs in network namespaces");
     let mut vm = Vm::boot().await?;
     steps.done(format!(
         "the VM is up in network namespaces of its own, podns included; its agent listens on {}",
@@ -120,12 +151,15 @@ async fn play(
 
 async fn phases(steps: &mut Steps, kbs: &Kbs, pod: &str, adaptor: &Child) -> Result<()> {
     let resource = format!("default/pp-{pod}/privateKey");
-    // Printed once the pod is prepared.
+    // Logged once the pod is prepared.
+    steps.next("waiting until the pod's keys are at the KBS");
     endpoint(adaptor, "KATAAGENT").await?;
     ensure!(kbs.resource(&resource).is_some(), "the pod's private key is not at the KBS");
     steps.done("prepare: the adaptor made the pod's keys and put them at the KBS");
+    steps.next("waiting for the Attestation phase");
     adaptor.wait_for_text("attestation: connected", PATIENCE).await?;
     steps.done("Attestation: the adaptor is connected; neither end is authenticated");
+    steps.next("waiting until the guest has its keys");
     kbs.wait_for_request(|request| request.method == "GET" && request.path.contains("sshclient"), PATIENCE)
         .await?;
     ensure!(kbs.attestations() >= 2, "the guest got keys without attesting");
@@ -133,6 +167,7 @@ async fn phases(steps: &mut Steps, kbs: &Kbs, pod: &str, adaptor: &Child) -> Res
         "the guest attested {} times through the KBS tunnel and got the keys",
         kbs.attestations()
     ));
+    steps.next("waiting for the Kubernetes phase");
     up(adaptor).await?;
     steps.done("Kubernetes: both ends are authenticated with those keys");
     Ok(())
@@ -143,6 +178,7 @@ async fn traffic(
     adaptor: &Child,
     node_client: impl AsyncFn() -> Result<TcpStream>,
 ) -> Result<()> {
+    steps.next("sending bytes through the tunnels");
     let kata = endpoint(adaptor, "KATAAGENT").await?;
     let mut session = EchoSession::open(kata_client(kata).await?).await?;
     let mut times = Vec::new();
@@ -174,6 +210,7 @@ async fn traffic(
 }
 
 async fn stop(steps: &mut Steps, agent: &mut Child, adaptor: &mut Child) -> Result<()> {
+    steps.next("waiting until both processes have ended");
     for process in [adaptor, agent] {
         process.signal(Signal::SIGTERM)?;
         let status = process.wait_exit(PATIENCE).await?;

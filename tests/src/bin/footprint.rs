@@ -12,6 +12,7 @@ use secure_comms_tests::harness::process::{Child, ensure_built};
 use secure_comms_tests::harness::scene::{Scene, SceneOptions, endpoint, kata_client, up};
 use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::simulators::kata::framed::Framed;
+use secure_comms_tests::usage::is_help;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
@@ -25,6 +26,11 @@ type Figures = BTreeMap<String, u64>;
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    if is_help(
+        "footprint BUDGET-FILE: measures the agent's resources against a budget (image/budget); exits with 1 if one is over it",
+    ) {
+        return ExitCode::SUCCESS;
+    }
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let [budget] = arguments.as_slice() else {
         eprintln!("footprint: expected one argument, the budget file (image/budget)");

@@ -1,6 +1,8 @@
 //! Finds the binaries under test, and makes sure that they are built from this source.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 use tokio::process::Command;
@@ -56,6 +58,10 @@ async fn build() -> Result<Binaries> {
     let own = |name: &str| name.starts_with("CARGO_PKG_") || OWN_PACKAGE.contains(&name);
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(own)) {
         command.env_remove(name);
+    }
+    if std::io::stderr().is_terminal() {
+        // It takes minutes: a person sees how far it is.
+        command.stderr(Stdio::inherit());
     }
     let out = command.output().await.with_context(|| format!("running {}", cargo.display()))?;
     if !out.status.success() {

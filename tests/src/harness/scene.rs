@@ -1,18 +1,18 @@
 //! One pod with everything around it, without network namespaces. The simulators run here; agent and adaptor are the
 //! real binaries.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::process::Command;
 use tokio::time::timeout;
 
+pub use crate::harness::drawn::{free_port, pod_id};
+use crate::harness::kept_directory::{Directory, Names};
 use crate::harness::process::{Binaries, Child, ensure_built};
 use crate::simulators::guest::{Backend, Cdh, CdhOptions, Rest};
 use crate::simulators::kata::KataAgent;
@@ -35,7 +35,7 @@ pub struct SceneOptions {
 /// A pod and everything around it.
 #[derive(Debug)]
 pub struct Scene {
-    directory: TempDir,
+    directory: Directory,
     binaries: &'static Binaries,
     options: SceneOptions,
     /// Deadline of the adaptor's start, in seconds.
@@ -68,55 +68,27 @@ pub struct Scene {
     pub node_inbound: SocketAddr,
 }
 
-/// Ports below the range from which the kernel hands out others, so no other socket gets them by chance.
-const PORTS: u16 = 12_000;
-const FIRST_PORT: u16 = 20_000;
-
-/// A free port that this process has not given out before: it may be bound later, and more than once.
-///
-/// # Errors
-/// If none is free.
-pub fn free_port() -> Result<SocketAddr> {
-    static START: OnceLock<u16> = OnceLock::new();
-    static GIVEN: AtomicU16 = AtomicU16::new(0);
-    // Each process starts elsewhere in the range, because several may run at a time.
-    let random = u16::from_le_bytes(random()?);
-    let start = START.get_or_init(|| random % PORTS);
-    for _ in 0..PORTS {
-        let given = GIVEN.fetch_add(1, Ordering::Relaxed) % PORTS;
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST_PORT + (start + given) % PORTS));
-        if TcpListener::bind(address).is_ok() {
-            return Ok(address);
-        }
-    }
-    bail!("no port is free")
-}
-
-fn random<const N: usize>() -> Result<[u8; N]> {
-    let mut bytes = [0; N];
-    ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut bytes)
-        .map_err(|_| anyhow::anyhow!("the system has no randomness"))?;
-    Ok(bytes)
-}
-
-/// A sandbox id as the runtime makes it: 64 hex digits.
-///
-/// # Errors
-/// If the system has no randomness.
-pub fn pod_id() -> Result<String> {
-    Ok(random::<32>()?.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
 impl Scene {
     /// Starts the simulators; agent and adaptor are started one by one.
     ///
     /// # Errors
     /// If a simulator can't start, or the binaries can't be built.
     pub async fn new(options: SceneOptions) -> Result<Self> {
+        Self::build(options, Directory::temporary()?).await
+    }
+
+    /// As [`Scene::new`], in a directory that stays: a later scene with it has the same pod, ports and files.
+    ///
+    /// # Errors
+    /// As there, and if the directory is in use or not ours alone.
+    pub async fn kept(options: SceneOptions, directory: &Path) -> Result<Self> {
+        Self::build(options, Directory::kept(directory)?).await
+    }
+
+    async fn build(options: SceneOptions, directory: Directory) -> Result<Self> {
         let binaries = ensure_built().await?;
-        let directory = tempfile::Builder::new().prefix("secure-comms-").tempdir()?;
+        let Names { pod, ssh, kbs_inbound, node_inbound } = Names::of(&directory)?;
         let kbs = Kbs::start(options.kbs.clone()).await?;
-        let kbs_inbound = free_port()?;
         let scheme = if kbs.ca_pem().is_some() { "https" } else { "http" };
         let mut cdh = CdhOptions::new(format!("{scheme}://{kbs_inbound}"));
         cdh.ca_pem = kbs.ca_pem().map(ToOwned::to_owned);
@@ -131,13 +103,13 @@ impl Scene {
             kata: KataAgent::unix(directory.path().join("kata.sock"))?,
             vm_service: KataAgent::tcp(any).await?,
             node_service: KataAgent::tcp(any).await?,
-            ssh: free_port()?,
-            node_inbound: free_port()?,
+            ssh,
+            node_inbound,
             deadline: 110,
             inbounds: "KUBERNETES_PHASE:VMSERVICE:0".to_owned(),
             kata_socket: directory.path().join("kata.sock"),
             pod_namespace: String::new(),
-            pod: pod_id()?,
+            pod,
             directory,
             binaries,
             options,

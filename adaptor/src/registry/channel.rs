@@ -1,0 +1,152 @@
+//! A pod's channel while its driver runs: the start that waits for it, and when its keys are published again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use secure_comms_protocol::PodId;
+use secure_comms_protocol::limits::SHUTDOWN_DRAIN;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::command::{Reply, StartOrder};
+use super::error::AdaptorError;
+use super::operation::{Served, Work};
+use super::shared::Shared;
+use crate::address::Address;
+use crate::deadline::Deadline;
+use crate::pod::{AttestationLimits, Driver, Ended, Entry, Plan, PodState, StatusReporter, Stop};
+use crate::transport::routes::Routes;
+use crate::transport::session::Tunnels;
+
+/// The shortest time between two publications, so that neither a stranger in place of the agent nor an agent that never
+/// gets its keys makes many.
+const REPUBLISH_MIN: Duration = Duration::from_secs(5);
+/// The longest time between two publications while the agent's attempts go on failing; it doubles up to this.
+const REPUBLISH_MAX: Duration = Duration::from_secs(300);
+
+/// The driver, and the start that waits for it.
+pub(super) struct Channel {
+    work: Work<Ended>,
+    order: watch::Sender<Option<Stop>>,
+    waiter: Option<(Deadline, Reply<()>)>,
+    /// The result of a start that ran into its deadline, for when the driver has ended.
+    verdict: Option<(Reply<()>, AdaptorError, String)>,
+}
+
+impl Channel {
+    /// What the driver needs to know.
+    pub(super) fn plan(id: &PodId, shared: &Shared, served: &Served, addresses: Vec<Address>) -> Plan {
+        let (inbounds, outbounds) = (&shared.config.inbounds, &shared.config.outbounds);
+        Plan {
+            id: id.clone(),
+            addresses,
+            node_key: served.node_key.clone(),
+            pod_key: served.pod_key,
+            attestation: shared.key_source.as_ref().map(|_| Tunnels::new(inbounds, outbounds)),
+            kubernetes: Tunnels::new(inbounds, outbounds),
+            rekey_bytes: shared.config.rekey_bytes,
+            attestation_limits: AttestationLimits::default(),
+        }
+    }
+
+    /// Without a start, the pod was started by an earlier process.
+    pub(super) fn open(
+        plan: Plan,
+        routes: Arc<Routes>,
+        status: StatusReporter,
+        start: Option<StartOrder>,
+    ) -> Self {
+        let entry = if start.is_some() { Entry::New } else { Entry::Restarted };
+        let (order, orders) = watch::channel(None);
+        let driver = Driver::new(plan, routes, status, orders);
+        let waiter = start.map(|order| (order.deadline, order.reply));
+        Self { work: Box::pin(driver.run(entry)), order, waiter, verdict: None }
+    }
+
+    pub(super) fn work(&mut self) -> &mut Work<Ended> {
+        &mut self.work
+    }
+
+    /// Orders the driver to end.
+    pub(super) fn stop(&self, reason: &'static str) {
+        self.order.send_replace(Some(Stop { reason, drain: SHUTDOWN_DRAIN }));
+    }
+
+    /// The start's caller, if it still waits for its result.
+    pub(super) fn take_waiter(&mut self) -> Option<Reply<()>> {
+        self.waiter.take().map(|(_, reply)| reply)
+    }
+
+    pub(super) fn start_deadline(&self) -> Option<Instant> {
+        self.waiting_until().map(|deadline| deadline.at())
+    }
+
+    pub(super) fn waiting_until(&self) -> Option<Deadline> {
+        self.waiter.as_ref().map(|(deadline, _)| *deadline)
+    }
+
+    /// The start ran into its deadline: the driver ends, and then the start's caller gets the error.
+    pub(super) fn give_up(&mut self, id: &PodId, last_seen: String) {
+        let Some((deadline, reply)) = self.waiter.take() else { return };
+        let (pod, seconds) = (id.clone(), deadline.total_seconds());
+        let error = AdaptorError::Deadline { pod, seconds, last_seen: last_seen.clone() };
+        self.verdict = Some((reply, error, last_seen));
+        self.stop("the adaptor gave up");
+    }
+
+    pub(super) fn take_verdict(&mut self) -> Option<(Reply<()>, AdaptorError, String)> {
+        self.verdict.take()
+    }
+}
+
+/// Decides when the keys of a pod are published again: the KBS may have lost them since.
+#[derive(Debug)]
+pub(super) struct Republish {
+    /// Whether the VM had its keys before, so that an agent in the Attestation phase needs them a second time.
+    had_keys: bool,
+    wanted: bool,
+    last: Option<Instant>,
+    pause: Duration,
+}
+
+impl Default for Republish {
+    fn default() -> Self {
+        Self { had_keys: false, wanted: false, last: None, pause: REPUBLISH_MIN }
+    }
+}
+
+impl Republish {
+    pub(super) fn begin(&mut self, entry: Entry) {
+        self.had_keys = entry == Entry::Restarted;
+        self.forget();
+    }
+
+    /// The agent reported a failed attempt to get its keys, or is back in the Attestation phase.
+    pub(super) fn on_state(&mut self, state: &PodState) {
+        match state {
+            PodState::Attesting { last_error, .. } => self.wanted |= last_error.is_some() || self.had_keys,
+            PodState::Up { .. } => {
+                self.had_keys = true;
+                self.forget();
+            }
+            _ => self.wanted = false,
+        }
+    }
+
+    pub(super) fn forget(&mut self) {
+        (self.wanted, self.pause) = (false, REPUBLISH_MIN);
+    }
+
+    /// The keys are published, or are being published.
+    pub(super) fn published(&mut self) {
+        self.last = Some(Instant::now());
+        if std::mem::take(&mut self.wanted) {
+            self.pause = (self.pause * 2).min(REPUBLISH_MAX);
+        }
+    }
+
+    /// When to publish again, if at all.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.wanted.then(|| self.last.map_or_else(Instant::now, |last| last + self.pause))
+    }
+}

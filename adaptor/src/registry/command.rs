@@ -1,0 +1,45 @@
+//! What the owner of an adaptor can ask of a pod.
+
+use tokio::sync::oneshot;
+
+use super::error::AdaptorError;
+use crate::address::Address;
+use crate::deadline::Deadline;
+use crate::pod::Endpoint;
+
+/// Receives the result of a command. The caller may have dropped its future: then nothing waits for the result.
+pub(super) type Reply<T> = oneshot::Sender<Result<T, AdaptorError>>;
+
+/// A command to a pod's task.
+#[derive(Debug)]
+pub(super) enum Command {
+    Prepare {
+        deadline: Deadline,
+        reply: Reply<Vec<Endpoint>>,
+    },
+    RestoreListeners {
+        reply: Reply<Option<Vec<Endpoint>>>,
+    },
+    /// False if the pod was never started, or is served already.
+    Resume {
+        reply: Reply<bool>,
+    },
+    PublishKeys {
+        reply: Reply<()>,
+    },
+    Start(StartOrder),
+    Suspend {
+        reply: Reply<()>,
+    },
+    Stop {
+        reply: Reply<()>,
+    },
+}
+
+/// A start: where, until when, and who waits for it.
+#[derive(Debug)]
+pub(super) struct StartOrder {
+    pub(super) addresses: Vec<Address>,
+    pub(super) deadline: Deadline,
+    pub(super) reply: Reply<()>,
+}
