@@ -104,7 +104,7 @@ async fn resolve(address: &Address, first: PhaseName) -> Result<Vec<SocketAddr>,
     };
     let error = match timeout(TCP_CONNECT, lookup_host((name.as_str(), address.port))).await {
         Ok(Ok(found)) => return Ok(found.collect()),
-        Ok(Err(error)) => ConnectError::Unreachable(error),
+        Ok(Err(error)) => ConnectError::Lookup(error),
         Err(_) => ConnectError::Timeout(TCP_CONNECT.as_secs(), "looking up the name"),
     };
     let mut failure = Failure::new(address);
@@ -191,7 +191,11 @@ impl Attempt {
                 !self.failure.vm_lost
             }
             ConnectError::Refused { .. } => self.failure.attestation.is_none(),
-            ConnectError::Unreachable(_) | ConnectError::Timeout(..) | ConnectError::Protocol(..) => false,
+            ConnectError::Unreachable(_)
+            | ConnectError::Lookup(_)
+            | ConnectError::NotSsh(_)
+            | ConnectError::Timeout(..)
+            | ConnectError::Protocol(..) => false,
         };
         self.failure.kubernetes = Some(error);
         (attests && fall_back).then_some(PhaseName::Attestation)

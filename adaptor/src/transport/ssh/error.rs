@@ -11,7 +11,13 @@ use crate::text::quote;
 pub(crate) enum ConnectError {
     /// The TCP connection failed.
     #[error("TCP connect: {0}")]
-    Unreachable(#[source] io::Error),
+    Unreachable(io::Error),
+    /// The host name has no address.
+    #[error("the host name does not resolve: {}", lookup_cause(.0))]
+    Lookup(io::Error),
+    /// The server at the address does not speak SSH: what it said instead.
+    #[error("{0}")]
+    NotSsh(String),
     /// The agent's host key is not the pod's. The connection was closed before anything else was sent.
     #[error("its host key ({shown}) is not this pod's")]
     WrongHostKey {
@@ -32,6 +38,12 @@ pub(crate) enum ConnectError {
     /// The other end does not speak our protocol, or the connection broke: the step, and the cause.
     #[error("{0}: {1}")]
     Protocol(&'static str, String),
+}
+
+/// The resolver's own words, without those that libc's caller puts before them.
+fn lookup_cause(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.strip_prefix("failed to lookup address information: ").unwrap_or(&text).to_owned()
 }
 
 fn banner_suffix(banner: &Option<String>) -> String {
