@@ -3,12 +3,16 @@
 //! In: [`KbsSettings`]. Requests go out over HTTP or HTTPS and are retried with backoff until a time limit.
 
 mod auth;
+mod cause;
+mod error;
 mod error_body;
 mod names;
+mod pace;
+mod pin;
 mod response;
 mod tls;
+mod verdict;
 
-use std::error::Error as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -16,92 +20,29 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use reqwest::header::{AUTHORIZATION, HeaderValue};
 use reqwest::{Client, Method, redirect};
-use secure_comms_protocol::limits::{OUTBOUND_CONNECT, RETRY_MIN};
-use secure_comms_tunnel::Backoff;
-use tokio::time::{Instant, sleep};
+use secure_comms_protocol::limits::OUTBOUND_CONNECT;
 use url::Url;
 use zeroize::Zeroizing;
 
 use self::auth::Admin;
 pub use self::auth::TokenError;
+use self::cause::{Cause, Failure};
+pub use self::error::KbsError;
+use self::pace::{Pace, REQUEST_TIMEOUT_MAX};
 use self::response::KbsResponse;
+use self::verdict::Verdict;
 
 /// The largest resource that the KBS accepts, in bytes.
 pub const RESOURCE_MAX: usize = 2 * 1024 * 1024;
-/// Timeout of the first attempt, response included. It doubles with each attempt, up to [`REQUEST_TIMEOUT_MAX`].
-const REQUEST_TIMEOUT_MIN: Duration = Duration::from_secs(5);
-/// The longest timeout of an attempt, response included.
-const REQUEST_TIMEOUT_MAX: Duration = Duration::from_secs(30);
-
-/// Error of publishing or deleting a resource. Its text names the flag to check.
-#[derive(Debug, thiserror::Error)]
-pub enum KbsError {
-    /// The admin's key is unusable.
-    #[error("KBS client")]
-    Token(#[from] TokenError),
-    /// The CA file is unusable.
-    #[error("KBS client: the CA {} (--kbs-ca): {cause}; name a PEM file with the CA's certificate", .path.display())]
-    Ca {
-        /// Path of the file.
-        path: PathBuf,
-        /// The fault of the file.
-        cause: String,
-    },
-    /// The HTTP client could not be set up.
-    #[error("KBS client: set up HTTP: {0}")]
-    Setup(String),
-    /// The resource is larger than the KBS accepts.
-    #[error("KBS resource {path}: {len} bytes; at most {RESOURCE_MAX} can be published")]
-    TooLarge {
-        /// Path of the resource.
-        path: String,
-        /// Size of the resource, in bytes.
-        len: usize,
-    },
-    /// The KBS refused the request.
-    #[error("KBS resource {path}: {method} refused with {response}{advice}")]
-    Refused {
-        /// Path of the resource.
-        path: String,
-        /// Method of the request.
-        method: Method,
-        /// Status and error of the response, escaped.
-        response: String,
-        /// What to do; empty if there is no advice.
-        advice: &'static str,
-    },
-    /// The KBS's TLS certificate is not trusted.
-    #[error(
-        "KBS at {url}: its TLS certificate is refused: {cause}; give the CA that signed it with --kbs-ca, or correct --kbs-url"
-    )]
-    Certificate {
-        /// URL of the KBS.
-        url: String,
-        /// Fault of the certificate.
-        cause: String,
-    },
-    /// Every attempt failed until the time limit.
-    #[error(
-        "KBS at {url}: gave up after {tries} tries in {seconds} s: {last}; check that it runs, --kbs-url, and the network"
-    )]
-    Unreachable {
-        /// URL of the KBS.
-        url: String,
-        /// Number of attempts.
-        tries: u32,
-        /// Time since the first attempt, in seconds.
-        seconds: u64,
-        /// Error of the last attempt.
-        last: String,
-    },
-}
+/// The path under which Trustee serves. It is added to the URL, unless the URL ends with it.
+const API: &str = "/kbs/v0";
 
 /// The KBS, as its admin sees it.
 #[derive(Clone, Debug)]
 pub struct KbsSettings {
-    /// The KBS's URL, http or https, without `/kbs/v0`.
+    /// The KBS's URL, http or https, with or without `/kbs/v0` at its end.
     pub url: Url,
-    /// A PEM file with the CA that signed its certificate; `None`: the system's CAs.
+    /// A PEM file with the CA that signed its certificate, or with that very certificate; `None`: the system's CAs.
     pub ca: Option<PathBuf>,
     /// How the adaptor identifies itself as an admin; `None`: it sends no admin token.
     pub admin: Option<AdminSettings>,
@@ -127,13 +68,6 @@ pub struct KbsClient {
     url: String,
     admin: Option<Arc<Admin>>,
     retry_for: Duration,
-}
-
-/// Why an attempt failed.
-enum Failed {
-    /// A retry may succeed.
-    Transient(String),
-    Permanent(KbsError),
 }
 
 impl KbsClient {
@@ -166,8 +100,9 @@ impl KbsClient {
             .pool_max_idle_per_host(0)
             .user_agent(concat!("secure-comms-adaptor/", env!("CARGO_PKG_VERSION")));
         http = http.tls_backend_preconfigured(tls::config(settings)?);
-        let http = http.build().map_err(|error| KbsError::Setup(cause_of(&error)))?;
-        let url = settings.url.as_str().trim_end_matches('/').to_owned();
+        let http = http.build().map_err(|error| KbsError::Setup(cause::root(&error)))?;
+        let url = settings.url.as_str().trim_end_matches('/');
+        let url = url.strip_suffix(API).unwrap_or(url).trim_end_matches('/').to_owned();
         Ok(Self { http, url, admin, retry_for })
     }
 
@@ -192,68 +127,85 @@ impl KbsClient {
         if bytes.len() > RESOURCE_MAX {
             return Err(KbsError::TooLarge { path: path.to_owned(), len: bytes.len() });
         }
-        // Wiped when the last attempt has dropped its copy of the handle.
-        let body = Bytes::from_owner(Zeroizing::new(bytes.to_vec()));
-        let response = self.retry(Method::POST, path, &body).await?;
-        if !response.is_success() {
-            return Err(response.refusal(path, Method::POST));
-        }
+        self.post(path, bytes, &mut Pace::new(self.retry_for)).await?;
         tracing::info!("KBS resource {path}: published");
         Ok(())
     }
 
+    async fn post(&self, path: &str, bytes: &[u8], pace: &mut Pace) -> Result<(), KbsError> {
+        // Wiped when the last attempt has dropped its copy of the handle.
+        let body = Bytes::from_owner(Zeroizing::new(bytes.to_vec()));
+        self.retry(Method::POST, path, &body, pace).await.map(|_| ())
+    }
+
     /// Deletes the resource at `path`, or empties it where the KBS cannot delete. A missing resource is not an error.
     ///
+    /// Trustee's answer to a failed `DELETE` does not say whether the resource was missing or the storage failed. So
+    /// such an answer counts as success only once the resource was overwritten: then its content is gone for certain.
+    ///
     /// # Errors
-    /// The KBS refuses, or every attempt failed.
+    /// The KBS refuses, or every attempt failed. The resource may then still be there.
     ///
     /// # Cancellation
     /// Dropping the future stops the retries. A request that was sent may still take effect.
     pub async fn delete(&self, path: &str) -> Result<(), KbsError> {
-        let response = self.retry(Method::DELETE, path, &Bytes::new()).await?;
-        if response.is_success() {
-            tracing::info!("KBS resource {path}: deleted");
-            return Ok(());
+        let pace = &mut Pace::new(self.retry_for);
+        let nothing = Bytes::new();
+        match self.retry(Method::DELETE, path, &nothing, pace).await? {
+            Verdict::Missing => {
+                tracing::info!("KBS resource {path}: did not exist");
+                return Ok(());
+            }
+            Verdict::CannotDelete => self.post(path, &[], pace).await?,
+            Verdict::DeleteFailed => {
+                tracing::warn!(
+                    "KBS resource {path}: DELETE failed; overwriting it with nothing, then deleting it again"
+                );
+                self.post(path, &[], pace).await?;
+                match self.retry(Method::DELETE, path, &nothing, pace).await {
+                    Ok(Verdict::Done | Verdict::Missing) => {
+                        tracing::info!("KBS resource {path}: emptied and deleted");
+                        return Ok(());
+                    }
+                    Ok(_) => {}
+                    Err(error) => tracing::warn!("{error}"),
+                }
+            }
+            _ => {
+                tracing::info!("KBS resource {path}: deleted");
+                return Ok(());
+            }
         }
-        if response.is_missing_resource() {
-            tracing::info!("KBS resource {path}: did not exist");
-            return Ok(());
-        }
-        // Trustee before v0.20 cannot delete.
-        if response.is_method_not_allowed() {
-            return self.publish(path, &[]).await;
-        }
-        Err(response.refusal(path, Method::DELETE))
+        tracing::info!("KBS resource {path}: emptied, because this KBS does not delete it");
+        Ok(())
     }
 
-    /// Sends the request until there is a response that settles it, for at most `retry_for`.
-    async fn retry(&self, method: Method, path: &str, body: &Bytes) -> Result<KbsResponse, KbsError> {
-        let start = Instant::now();
-        let mut backoff = Backoff::default();
-        // Short at first: an attempt that gets no response must not delay the next one. A slow KBS gets more each time.
-        let mut request_timeout = REQUEST_TIMEOUT_MIN;
-        let mut tries = 0;
+    /// Sends the request until an answer settles it, or the time of `pace` is over.
+    async fn retry(
+        &self,
+        method: Method,
+        path: &str,
+        body: &Bytes,
+        pace: &mut Pace,
+    ) -> Result<Verdict, KbsError> {
         let mut reported = String::new();
         loop {
-            tries += 1;
-            // An attempt must not outlast the time limit either.
-            let left = self.retry_for.saturating_sub(start.elapsed()).clamp(RETRY_MIN, request_timeout);
-            request_timeout = (request_timeout * 2).min(REQUEST_TIMEOUT_MAX);
-            let last = match self.attempt(method.clone(), path, body.clone(), left).await {
-                Ok(response) => return Ok(response),
-                Err(Failed::Permanent(error)) => return Err(error),
-                Err(Failed::Transient(cause)) => cause,
+            let limit = pace.next_timeout();
+            let failure = match self.attempt(method.clone(), path, body.clone(), limit).await {
+                Ok(verdict) => return Ok(verdict),
+                Err(Failure::Permanent(error)) => return Err(error),
+                Err(Failure::Transient(failure)) => failure,
             };
-            let pause = backoff.next_pause();
-            if start.elapsed() + pause >= self.retry_for {
-                let seconds = start.elapsed().as_secs();
-                return Err(KbsError::Unreachable { url: self.url.clone(), tries, seconds, last });
+            let Some(pause) = pace.next_pause(failure.retry_after) else {
+                let (tries, seconds) = pace.spent();
+                let Cause { text: last, advice, .. } = failure;
+                return Err(KbsError::Unreachable { url: self.url.clone(), tries, seconds, last, advice });
+            };
+            if failure.text != reported {
+                tracing::warn!("KBS at {}: {}{}; retrying", self.url, failure.text, failure.advice);
+                reported = failure.text;
             }
-            if last != reported {
-                tracing::warn!("KBS at {}: {last}; retrying", self.url);
-                reported = last;
-            }
-            sleep(pause).await;
+            tokio::time::sleep(pause).await;
         }
     }
 
@@ -263,23 +215,22 @@ impl KbsClient {
         path: &str,
         body: Bytes,
         limit: Duration,
-    ) -> Result<KbsResponse, Failed> {
-        let url = format!("{}/kbs/v0/resource/{path}", self.url);
-        let mut request = self.http.request(method, url).timeout(limit).body(body);
+    ) -> Result<Verdict, Failure> {
+        let url = format!("{}{API}/resource/{path}", self.url);
+        let mut request = self.http.request(method.clone(), url).timeout(limit).body(body);
         if let Some(admin) = &self.admin {
-            request = request.header(AUTHORIZATION, bearer(admin).map_err(Failed::Permanent)?);
+            request = request.header(AUTHORIZATION, bearer(admin).map_err(Failure::Permanent)?);
         }
-        let response = request.send().await.map_err(|error| match tls::refused_certificate(&error) {
-            Some(cause) => Failed::Permanent(KbsError::Certificate { url: self.url.clone(), cause }),
-            None if error.is_builder() => Failed::Permanent(KbsError::Setup(cause_of(&error))),
-            None => Failed::Transient(cause_of(&error)),
-        })?;
-        let response = KbsResponse::read(response).await;
-        // 408 counts as transient: the KBS waited too long for the request.
-        if response.is_transient() {
-            Err(Failed::Transient(format!("answered {response}")))
-        } else {
-            Ok(response)
+        let response = request.send().await.map_err(|error| Failure::of(&error, &self.url))?;
+        let response = KbsResponse::read(response, method, self.admin.is_some()).await;
+        match response.verdict() {
+            Verdict::Final(advice) => Err(Failure::Permanent(response.refusal(path, advice))),
+            Verdict::Transient(advice) => Err(Failure::Transient(Cause {
+                text: format!("answered {response}"),
+                advice: response.advice(advice),
+                retry_after: response.retry_after,
+            })),
+            settled => Ok(settled),
         }
     }
 }
@@ -289,18 +240,4 @@ fn bearer(admin: &Admin) -> Result<HeaderValue, KbsError> {
     let mut value = HeaderValue::from_str(&text).map_err(|error| KbsError::Setup(error.to_string()))?;
     value.set_sensitive(true);
     Ok(value)
-}
-
-/// The causes of the error in one line, without its own text, which repeats the URL.
-fn cause_of(error: &reqwest::Error) -> String {
-    if error.is_timeout() {
-        return "no answer in time".to_owned();
-    }
-    let mut causes = Vec::new();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        causes.push(cause.to_string());
-        next = cause.source();
-    }
-    if causes.is_empty() { "the request failed".to_owned() } else { causes.join(": ") }
 }

@@ -67,6 +67,7 @@ pub mod pod;
 mod transport;
 
 mod text;
+mod throttle;
 
 // Unit tests share the simulated agent with the integration tests, which know this crate by its name.
 #[cfg(test)]

@@ -23,6 +23,8 @@ use ed25519_dalek::{Signature, SigningKey, Verifier, VerifyingKey};
 use secure_comms_adaptor::kbs::{AdminSettings, KbsClient, KbsError, KbsSettings, RESOURCE_MAX};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 const PATH: &str = "default/pp-p1/privateKey";
 
@@ -32,6 +34,8 @@ struct Seen {
     requests: Vec<(Method, String, Vec<u8>)>,
     script: Vec<(StatusCode, &'static str)>,
     admin: Option<VerifyingKey>,
+    /// Status and `Retry-After` of the next response.
+    busy: Option<(u16, String)>,
 }
 
 type Kbs = Arc<Mutex<Seen>>;
@@ -49,10 +53,31 @@ fn verify(admin: &VerifyingKey, headers: &HeaderMap) -> Option<()> {
     (good && claims["iat"].as_u64()? <= now && claims["exp"].as_u64()? > now).then_some(())
 }
 
-fn refusal(variant: &str) -> String {
+/// Trustee's error: its name, and after a colon its detail.
+fn refusal(text: &str) -> String {
+    let (variant, detail) = text.split_once(':').unwrap_or((text, "no\\nway"));
     format!(
-        r#"{{"type":"https://github.com/confidential-containers/kbs/errors/{variant}","detail":"no\nway"}}"#
+        r#"{{"type":"https://github.com/confidential-containers/kbs/errors/{variant}","detail":"{detail}"}}"#
     )
+}
+
+fn methods(kbs: &Kbs) -> Vec<String> {
+    kbs.lock().unwrap().requests.iter().map(|(method, ..)| method.to_string()).collect()
+}
+
+/// A server that gives this answer to every connection, and its URL.
+async fn answer_raw(answer: String) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        loop {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            let _ = socket.read(&mut [0; 4096]).await;
+            let _ = socket.write_all(answer.as_bytes()).await;
+            let _ = socket.shutdown().await;
+        }
+    });
+    url
 }
 
 async fn answer(
@@ -66,6 +91,9 @@ async fn answer(
     kbs.requests.push((method.clone(), uri.to_string(), body.to_vec()));
     if kbs.admin.is_some_and(|admin| verify(&admin, &headers).is_none()) {
         return (StatusCode::UNAUTHORIZED, refusal("AdminAuthInitialization")).into_response();
+    }
+    if let Some((status, wait)) = kbs.busy.take() {
+        return (StatusCode::from_u16(status).unwrap(), [(header::RETRY_AFTER, wait)]).into_response();
     }
     if kbs.script.is_empty() {
         return StatusCode::OK.into_response();
@@ -131,7 +159,7 @@ async fn a_wrong_admin_key_is_refused_at_once_with_advice() {
         error,
         "KBS resource default/pp-p1/privateKey: POST refused with 401 AdminAuthInitialization no\\nway; the KBS \
          rejects the admin token: check that --kbs-admin-key is the private half of a key it trusts, that --kbs-admin-issuer \
-         and --kbs-admin-role are what it expects, and both clocks"
+         and --kbs-admin-role are what it expects, that it asks for no audience"
     );
     assert_eq!(kbs.lock().unwrap().requests.len(), 1);
 }
@@ -139,15 +167,19 @@ async fn a_wrong_admin_key_is_refused_at_once_with_advice() {
 #[tokio::test]
 async fn a_refusal_has_its_status_and_advice() {
     let cases = [
-        (StatusCode::PAYLOAD_TOO_LARGE, "", "413; the resource is larger than the KBS accepts"),
-        (StatusCode::NOT_FOUND, "<html>", "404 <html>; check that --kbs-url is a Trustee KBS"),
+        (
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "",
+            "413; the resource is larger than the KBS, or a proxy in front of it, accepts",
+        ),
+        (StatusCode::NOT_FOUND, "<html>", "404 (a web page); check that --kbs-url is a Trustee KBS"),
         (StatusCode::FOUND, "", "302; redirects are not followed: give its final address with --kbs-url"),
         (
             StatusCode::UNAUTHORIZED,
             "!PolicyDeny",
             "401 PolicyDeny no\\nway; the KBS's policy forbids it: check its policy for admins",
         ),
-        (StatusCode::BAD_REQUEST, "{\"type\":7}", "400 {\\\"type\\\":7}"),
+        (StatusCode::BAD_REQUEST, "{\"type\":7}", "400 {\"type\":7}"),
     ];
     for (status, body, expected) in cases {
         let (_, address) = serve(&[(status, body)]).await;
@@ -158,9 +190,182 @@ async fn a_refusal_has_its_status_and_advice() {
 
 #[tokio::test]
 async fn deleting_a_missing_resource_succeeds() {
-    let (kbs, address) = serve(&[(StatusCode::UNAUTHORIZED, "!PluginInternalError")]).await;
+    let (kbs, address) =
+        serve(&[(StatusCode::UNAUTHORIZED, "!PluginInternalError:resource not found: x")]).await;
     client(&format!("http://{address}")).delete(PATH).await.unwrap();
-    assert_eq!(kbs.lock().unwrap().requests.len(), 1);
+    assert_eq!(methods(&kbs), ["DELETE"]);
+}
+
+/// Trustee answers the same to a missing resource and to a storage that fails.
+#[tokio::test]
+async fn a_delete_that_fails_counts_once_the_resource_is_emptied() {
+    let failed = (StatusCode::UNAUTHORIZED, "!PluginInternalError:Plugin internal error");
+    for (script, expected) in [
+        (vec![failed], vec!["DELETE", "POST", "DELETE"]),
+        // It stores again after a while, and never deletes.
+        (vec![failed, failed, (StatusCode::OK, ""), failed], vec!["DELETE", "POST", "POST", "DELETE"]),
+        (
+            vec![failed, (StatusCode::OK, ""), (StatusCode::METHOD_NOT_ALLOWED, "")],
+            vec!["DELETE", "POST", "DELETE"],
+        ),
+    ] {
+        let (kbs, address) = serve(&script).await;
+        client(&format!("http://{address}")).delete(PATH).await.unwrap();
+        assert_eq!(methods(&kbs), expected);
+        let requests = kbs.lock().unwrap().requests.clone();
+        assert!(requests.iter().all(|(.., body)| body.is_empty()), "the resource must be emptied");
+    }
+}
+
+#[tokio::test]
+async fn a_delete_is_an_error_while_the_storage_fails() {
+    let details = [
+        "!PluginInternalError:Plugin internal error",
+        "!PluginInternalError:failed to delete key `x`: Read-only file system (os error 30)",
+        "!PluginInternalError:No space left on device (os error 28)",
+        "!PluginInternalError:",
+    ];
+    for detail in details {
+        let (kbs, address) = serve(&[(StatusCode::UNAUTHORIZED, detail); 50]).await;
+        let client =
+            KbsClient::new(&settings(&format!("http://{address}")), Duration::from_millis(500)).unwrap();
+        let error = client.delete(PATH).await.unwrap_err().to_string();
+        assert!(error.contains("the KBS cannot use its storage: read the KBS's log"), "{error}");
+        assert!(methods(&kbs).len() >= 3, "{:?}", methods(&kbs));
+    }
+}
+
+#[tokio::test]
+async fn a_kbs_that_cannot_store_is_retried_with_advice() {
+    let failed = (StatusCode::UNAUTHORIZED, "!PluginInternalError:Plugin internal error");
+    let (kbs, address) = serve(&[failed, failed]).await;
+    client(&format!("http://{address}")).publish(PATH, b"x").await.unwrap();
+    assert_eq!(methods(&kbs), ["POST"; 3]);
+    let (_, address) = serve(&[failed; 50]).await;
+    let url = format!("http://{address}");
+    let client = KbsClient::new(&settings(&url), Duration::from_millis(500)).unwrap();
+    let error = client.publish(PATH, b"x").await.unwrap_err();
+    assert!(matches!(error, KbsError::Unreachable { .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(
+        text.contains("401 PluginInternalError Plugin internal error; the KBS cannot use its storage"),
+        "{text}"
+    );
+    assert!(!text.contains("--kbs-admin-key"), "{text}");
+}
+
+#[tokio::test]
+async fn a_kbs_that_wants_a_token_and_got_none_asks_for_the_key() {
+    let cases = [
+        "!AdminAuthInitialization:Admin auth error: Failed to parse HTTP Auth Bearer header",
+        "!AdminAuth:Admin auth error: Failed to parse HTTP Auth Bearer header",
+        "!AdminAuthAccess:admin access denied for endpoint /kbs/v0/resource/x",
+        "",
+        "<html><title>401 Authorization Required</title></html>",
+    ];
+    for body in cases {
+        let (_, address) = serve(&[(StatusCode::UNAUTHORIZED, body)]).await;
+        let error = client(&format!("http://{address}")).publish(PATH, b"x").await.unwrap_err().to_string();
+        let advice = "; the KBS wants an admin token and none was sent: give --kbs-admin-key";
+        assert!(error.ends_with(advice), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_refused_token_gets_the_advice_that_fits() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, admin) = admin_key(dir.path(), 2);
+    let date = |ahead: i64| {
+        let now = std::time::SystemTime::now();
+        let time = if ahead < 0 {
+            now - Duration::from_secs(ahead.unsigned_abs())
+        } else {
+            now + Duration::from_secs(ahead.unsigned_abs())
+        };
+        format!("Date: {}\r\n", httpdate::fmt_http_date(time))
+    };
+    let refused = |detail: &str| {
+        let kind = "https://github.com/confidential-containers/kbs/errors/AdminAuthInitialization";
+        format!(r#"{{"type":"{kind}","detail":"{detail}"}}"#)
+    };
+    let verified = refused("Admin auth error: Admin Token could not be verified for any admin persona");
+    let cases = [
+        (date(0), verified.clone(), "the private half of a key it trusts"),
+        (String::new(), verified.clone(), "and both clocks"),
+        (date(600), verified.clone(), "s ahead of this node's: check both clocks"),
+        (date(-600), verified, "s behind this node's: check both clocks"),
+        (date(0), refused("Admin endpoints disabled."), "configure one in its [admin] section"),
+        (date(0), refused("Failed to parse HTTP Auth Bearer header"), "removes the header Authorization"),
+        (date(0), "<html>login</html>".to_owned(), "this is not Trustee's answer"),
+    ];
+    for (headers, body, expected) in cases {
+        let url = answer_raw(format!(
+            "HTTP/1.1 401 No\r\n{headers}Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
+            body.len()
+        ))
+        .await;
+        let settings = KbsSettings { admin: Some(admin.clone()), ..settings(&url) };
+        let client = KbsClient::new(&settings, Duration::from_secs(10)).unwrap();
+        let error = client.publish(PATH, b"x").await.unwrap_err().to_string();
+        assert!(error.contains(expected), "expected {expected}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn retry_after_is_waited_for() {
+    for (status, wait) in [(429, "1"), (503, "date"), (425, "0"), (503, "soon")] {
+        let (kbs, address) = serve(&[]).await;
+        let header = match wait {
+            "date" => httpdate::fmt_http_date(std::time::SystemTime::now() + Duration::from_secs(2)),
+            other => other.to_owned(),
+        };
+        kbs.lock().unwrap().busy = Some((status, header));
+        let start = Instant::now();
+        client(&format!("http://{address}")).publish(PATH, b"x").await.unwrap();
+        assert_eq!(methods(&kbs), ["POST"; 2]);
+        let waited = start.elapsed() >= Duration::from_millis(990);
+        assert_eq!(waited, matches!(wait, "1" | "date"), "{status} {wait}: {:?}", start.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn retry_after_does_not_outlast_the_deadline() {
+    let (kbs, address) = serve(&[]).await;
+    kbs.lock().unwrap().busy = Some((429, "3600".to_owned()));
+    let client = KbsClient::new(&settings(&format!("http://{address}")), Duration::from_secs(2)).unwrap();
+    let start = Instant::now();
+    // The last pause is shortened, and the last attempt succeeds.
+    client.publish(PATH, b"x").await.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(3));
+}
+
+#[tokio::test]
+async fn a_web_page_with_200_is_no_success() {
+    let page = "<!doctype html><title>Sign in</title>";
+    let url = answer_raw(format!(
+        "HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: {}\r\n\r\n{page}",
+        page.len()
+    ))
+    .await;
+    for result in [client(&url).publish(PATH, b"x").await, client(&url).delete(PATH).await] {
+        let error = result.unwrap_err().to_string();
+        assert!(
+            error.ends_with("refused with 200 (a web page); check that --kbs-url is a Trustee KBS"),
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_path_of_the_api_is_added_once() {
+    for tail in ["", "/", "/kbs/v0", "/kbs/v0/", "//"] {
+        let (kbs, address) = serve(&[]).await;
+        client(&format!("http://{address}{tail}")).publish(PATH, b"x").await.unwrap();
+        assert_eq!(kbs.lock().unwrap().requests[0].1, format!("/kbs/v0/resource/{PATH}"), "{tail}");
+    }
+    let (kbs, address) = serve(&[]).await;
+    client(&format!("http://{address}/a/kbs/v0")).publish(PATH, b"x").await.unwrap();
+    assert_eq!(kbs.lock().unwrap().requests[0].1, format!("/a/kbs/v0/resource/{PATH}"));
 }
 
 #[tokio::test]
@@ -189,10 +394,12 @@ async fn an_unreachable_kbs_fails_at_the_deadline() {
     let client = KbsClient::new(&settings(&url), Duration::from_millis(700)).unwrap();
     let error = client.publish(PATH, b"x").await.unwrap_err();
     assert!(matches!(error, KbsError::Unreachable { tries: 2.., .. }), "{error}");
+    assert!(start.elapsed() >= Duration::from_millis(550), "gave up early, after {:?}", start.elapsed());
     let text = error.to_string();
-    assert!(
-        text.starts_with(&format!("KBS at {url}: gave up after ")) && text.contains("Connection refused"),
-        "{text}"
+    let tries = text.strip_prefix(&format!("KBS at {url}: gave up after ")).unwrap();
+    assert_eq!(
+        tries.split_once(' ').unwrap().1,
+        "tries in 1 s: connect: Connection refused (os error 111); check that it runs, --kbs-url, and the network"
     );
     assert!(start.elapsed() < Duration::from_secs(3));
 }
@@ -232,16 +439,14 @@ async fn a_resource_too_large_for_the_kbs_is_not_sent() {
     client.publish(PATH, &vec![0; RESOURCE_MAX]).await.unwrap();
 }
 
-/// An HTTPS server for 127.0.0.1 that answers every request with 200, and its certificate.
-async fn serve_tls() -> (String, String) {
-    use tokio_rustls::rustls::{ServerConfig, crypto::ring, pki_types::PrivateKeyDer};
-    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
-    let key = PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+/// Serves HTTPS with the certificate and the key, both in DER; every request gets 200. Returns its URL.
+async fn serve_tls(certificate: Vec<u8>, key: Vec<u8>) -> String {
+    use tokio_rustls::rustls::{ServerConfig, crypto::ring};
     let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()
-        .with_single_cert(vec![made.cert.der().clone()], key)
+        .with_single_cert(vec![certificate.into()], PrivateKeyDer::try_from(key).unwrap())
         .unwrap();
     let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -255,34 +460,247 @@ async fn serve_tls() -> (String, String) {
             let _ = stream.shutdown().await;
         }
     });
-    (url, made.cert.pem())
+    url
+}
+
+/// A self-signed certificate with these names, changed by `change`: its PEM and DER, and the key's DER.
+fn self_signed(
+    names: &[&str],
+    change: impl FnOnce(&mut rcgen::CertificateParams),
+) -> (String, Vec<u8>, Vec<u8>) {
+    let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+    let mut params = rcgen::CertificateParams::new(names).unwrap();
+    change(&mut params);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let made = params.self_signed(&key).unwrap();
+    (made.pem(), made.der().to_vec(), key.serialize_der())
+}
+
+/// Publishes to `url` with `pem` as `--kbs-ca`.
+async fn publish_with_ca(url: &str, pem: &str) -> Result<(), KbsError> {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = dir.path().join("ca.pem");
+    std::fs::write(&ca, pem).unwrap();
+    let settings = KbsSettings { ca: Some(ca), ..settings(url) };
+    KbsClient::new(&settings, Duration::from_secs(10))?.publish(PATH, b"x").await
+}
+
+fn openssl(dir: &Path, command: &str) {
+    let out = std::process::Command::new("sh").arg("-c").arg(command).current_dir(dir).output().unwrap();
+    assert!(out.status.success(), "{command}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// Serves HTTPS with `kbs.pem` and `kbs.key` of the directory, by OpenSSL: it has kinds that rustls has not.
+fn serve_openssl(dir: &Path) -> (std::process::Child, String) {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let child = std::process::Command::new("openssl")
+        .args(["s_server", "-quiet", "-www", "-accept", &format!("127.0.0.1:{port}")])
+        .args(["-cert", "kbs.pem", "-key", "kbs.key"])
+        .current_dir(dir)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let up = || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok();
+    assert!((0..500).any(|_| up() || {
+        std::thread::sleep(Duration::from_millis(10));
+        false
+    }));
+    (child, format!("https://127.0.0.1:{port}"))
 }
 
 #[tokio::test]
 async fn an_https_kbs_is_trusted_through_the_given_ca_and_no_other() {
-    let dir = tempfile::tempdir().unwrap();
-    let (url, certificate) = serve_tls().await;
-    let with_ca = |pem: &str| {
-        let ca = dir.path().join("ca.pem");
-        std::fs::write(&ca, pem).unwrap();
-        KbsClient::new(&KbsSettings { ca: Some(ca), ..settings(&url) }, Duration::from_secs(10))
-    };
-    with_ca(&certificate).unwrap().publish(PATH, b"x").await.unwrap();
-    let (_, stranger) = serve_tls().await;
+    let (pem, certificate, key) = self_signed(&["127.0.0.1"], |_| {});
+    let url = serve_tls(certificate, key).await;
+    publish_with_ca(&url, &pem).await.unwrap();
+    let (stranger, ..) = self_signed(&["127.0.0.1"], |_| {});
     let start = Instant::now();
-    for client in [with_ca(&stranger).unwrap(), client(&url)] {
-        let error = client.publish(PATH, b"x").await.unwrap_err();
+    for result in [publish_with_ca(&url, &stranger).await, client(&url).publish(PATH, b"x").await] {
+        let error = result.unwrap_err();
         assert!(matches!(error, KbsError::Certificate { .. }), "{error:?}");
-        assert!(error.to_string().contains("give the CA that signed it with --kbs-ca"), "{error}");
+        assert!(
+            error.to_string().contains("give the CA that signed it, or that very certificate"),
+            "{error}"
+        );
     }
     assert!(start.elapsed() < Duration::from_secs(5), "a bad certificate was tried again");
-    let error = with_ca("no certificate").unwrap_err().to_string();
-    let ca = dir.path().join("ca.pem");
-    assert_eq!(
-        error,
-        format!(
-            "KBS client: the CA {} (--kbs-ca): no certificate in it; name a PEM file with the CA's certificate",
-            ca.display()
-        )
+    let error = publish_with_ca(&url, "no certificate").await.unwrap_err().to_string();
+    assert!(error.ends_with("(--kbs-ca): no certificate in it; name a PEM file with the CA's certificate, or with the KBS's own"), "{error}");
+}
+
+fn make_ca(params: &mut rcgen::CertificateParams) {
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+}
+
+#[tokio::test]
+async fn the_kbs_certificate_itself_is_trusted() {
+    let cases: [(&str, &[&str], fn(&mut rcgen::CertificateParams)); 4] = [
+        ("a CA, as of plain openssl req -x509", &["127.0.0.1"], make_ca),
+        ("a CA without a name", &[], make_ca),
+        ("no CA, without a name", &[], |_| {}),
+        ("a CA for clients only", &["127.0.0.1"], |params| {
+            make_ca(params);
+            params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+        }),
+    ];
+    for (what, names, change) in cases {
+        let (pem, certificate, key) = self_signed(names, change);
+        let url = serve_tls(certificate, key).await;
+        publish_with_ca(&url, &pem).await.unwrap_or_else(|error| panic!("{what}: {error}"));
+        // Among others, it is found as well. Alone, the others do not help.
+        let (other, ..) = self_signed(&["127.0.0.1"], make_ca);
+        publish_with_ca(&url, &format!("{other}{pem}"))
+            .await
+            .unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert!(publish_with_ca(&url, &other).await.is_err(), "{what}");
+    }
+    // One whose CA is not in the file.
+    let mut ca = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    make_ca(&mut ca);
+    let issuer = rcgen::Issuer::new(ca, rcgen::KeyPair::generate().unwrap());
+    let key = rcgen::KeyPair::generate().unwrap();
+    let leaf = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()])
+        .unwrap()
+        .signed_by(&key, &issuer)
+        .unwrap();
+    let url = serve_tls(leaf.der().to_vec(), key.serialize_der()).await;
+    publish_with_ca(&url, &leaf.pem()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_certificate_that_only_resembles_the_given_one_is_refused() {
+    // The same names, serial number and CA:TRUE with another key: only the bytes differ.
+    let same = |params: &mut rcgen::CertificateParams| {
+        make_ca(params);
+        params.serial_number = Some(7.into());
+    };
+    let (pem, ..) = self_signed(&["127.0.0.1"], same);
+    let (_, certificate, key) = self_signed(&["127.0.0.1"], same);
+    let url = serve_tls(certificate, key).await;
+    let error = publish_with_ca(&url, &pem).await.unwrap_err();
+    assert!(matches!(error, KbsError::Certificate { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_given_certificate_must_be_valid_now_and_for_its_name() {
+    let expired = |params: &mut rcgen::CertificateParams| {
+        params.not_before = rcgen::date_time_ymd(2000, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2001, 1, 1);
+    };
+    let future = |params: &mut rcgen::CertificateParams| params.not_before = rcgen::date_time_ymd(3000, 1, 1);
+    type Change = Box<dyn Fn(&mut rcgen::CertificateParams)>;
+    let cases: [(&str, Change, &str); 5] = [
+        ("127.0.0.1", Box::new(expired), "renew it, or correct this node's clock"),
+        ("127.0.0.1", Box::new(future), "correct this node's clock"),
+        (
+            "127.0.0.1",
+            Box::new(move |params| {
+                make_ca(params);
+                expired(params);
+            }),
+            "renew it, or correct this node's clock",
+        ),
+        (
+            "kbs.example",
+            Box::new(|_| {}),
+            "correct the host in --kbs-url, or make one for the KBS with: openssl req",
+        ),
+        ("kbs.example", Box::new(make_ca), "not valid for name"),
+    ];
+    for (name, change, expected) in cases {
+        let (pem, certificate, key) = self_signed(&[name], change);
+        let url = serve_tls(certificate, key).await;
+        let error = publish_with_ca(&url, &pem).await.unwrap_err();
+        assert!(matches!(error, KbsError::Certificate { .. }), "{error:?}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn the_openssl_command_of_the_advice_makes_a_certificate_that_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pem, certificate, key) = self_signed(&["kbs.example"], |_| {});
+    let error = publish_with_ca(&serve_tls(certificate, key).await, &pem).await.unwrap_err().to_string();
+    let (_, command) = error.split_once("make one for the KBS with: ").unwrap();
+    let (command, _) = command.split_once("; then give kbs.pem with --kbs-ca").unwrap();
+    openssl(dir.path(), command);
+    let pem = std::fs::read_to_string(dir.path().join("kbs.pem")).unwrap();
+    let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap().to_vec();
+    let key = PrivateKeyDer::from_pem_file(dir.path().join("kbs.key")).unwrap().secret_der().to_vec();
+    publish_with_ca(&serve_tls(certificate, key).await, &pem).await.unwrap();
+}
+
+#[tokio::test]
+async fn certificates_that_tls_cannot_use_get_the_command_for_a_better_one() {
+    let cases = [
+        (
+            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-521 -nodes -subj /CN=kbs -keyout kbs.key -out kbs.pem",
+            "its key is on the curve P-521, which TLS cannot check here; make one for the KBS with: openssl",
+        ),
+        (
+            "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=kbs -keyout kbs.key -out kbs.csr \
+             && openssl x509 -req -in kbs.csr -signkey kbs.key -out kbs.pem -days 5 -extfile /dev/null",
+            "X.509 certificate of version 1; make one for the KBS with: openssl",
+        ),
+    ];
+    for (command, expected) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        openssl(dir.path(), command);
+        let (mut server, url) = serve_openssl(dir.path());
+        let pem = std::fs::read_to_string(dir.path().join("kbs.pem")).unwrap();
+        let result = publish_with_ca(&url, &pem).await;
+        server.kill().unwrap();
+        server.wait().unwrap();
+        let text = result.unwrap_err().to_string();
+        assert!(text.contains(expected), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn the_wrong_scheme_is_named() {
+    let fails = |url: String| async move {
+        let client = KbsClient::new(&settings(&url), Duration::from_millis(300)).unwrap();
+        client.publish(PATH, b"x").await.unwrap_err().to_string()
+    };
+    let (_, plain) = serve(&[]).await;
+    let text = fails(format!("https://{plain}")).await;
+    assert!(text.ends_with("; does the KBS speak TLS there? If not, write http:// in --kbs-url"), "{text}");
+    let closes = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}", closes.local_addr().unwrap());
+    tokio::spawn(async move {
+        loop {
+            let (mut socket, _) = closes.accept().await.unwrap();
+            let _ = socket.read(&mut [0; 4096]).await;
+        }
+    });
+    let text = fails(url).await;
+    assert!(text.ends_with("; does the KBS speak TLS there? If not, write http:// in --kbs-url"), "{text}");
+    let alert = answer_raw("\x15\x03\x03\x00\x02\x02\x16".to_owned()).await;
+    let text = fails(alert).await;
+    assert!(
+        text.ends_with("its answer is not HTTP; does it speak TLS there? Then write https:// in --kbs-url"),
+        "{text}"
     );
+    let nginx = answer_raw(
+        "HTTP/1.1 400 Bad Request\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n<html><head><title>400 The \
+         plain HTTP request was sent to HTTPS port</title></head></html>"
+            .to_owned(),
+    )
+    .await;
+    let text = fails(nginx).await;
+    assert!(text.ends_with("; it speaks TLS at this port: write https:// in --kbs-url"), "{text}");
+}
+
+#[tokio::test]
+async fn a_host_that_does_not_resolve_is_named_as_such() {
+    let url = "http://kbs-service.does-not-exist.invalid:8080";
+    let client = KbsClient::new(&settings(url), Duration::from_millis(300)).unwrap();
+    let text = client.publish(PATH, b"x").await.unwrap_err().to_string();
+    assert!(
+        text.contains("the host name kbs-service.does-not-exist.invalid")
+            || text.contains("no answer in time"),
+        "{text}"
+    );
+    assert!(!text.contains("client error") && !text.contains("dns error"), "{text}");
 }

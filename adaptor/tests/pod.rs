@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use secure_comms_adaptor::address::Address;
@@ -208,6 +209,24 @@ async fn a_stopped_pod_says_bye_and_leaves_nothing() {
     assert!(world.adaptor.snapshot(&pod()).is_none());
     assert!(tokio::net::TcpStream::connect(local).await.is_err());
     agent.seen.wait("gone", 2).await;
+}
+
+#[tokio::test]
+async fn a_pod_whose_key_the_kbs_cannot_delete_is_kept() {
+    let world = World::new("").await;
+    world.prepare().await;
+    let key = world.pod_key().await.public();
+    world.kbs_full.store(true, Ordering::Relaxed);
+    let error = world.adaptor.stop(&pod()).await.unwrap_err().to_string();
+    assert!(
+        error.contains("401 PluginInternalError Plugin internal error; the KBS cannot use its storage"),
+        "{error}"
+    );
+    assert_eq!(world.store.known_pod_key(&pod()).await.unwrap().unwrap().public(), key);
+    // Once there is room, the stop is completed.
+    world.kbs_full.store(false, Ordering::Relaxed);
+    world.adaptor.stop(&pod()).await.unwrap();
+    assert!(world.store.known_pod_key(&pod()).await.unwrap().is_none());
 }
 
 #[tokio::test]

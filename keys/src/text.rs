@@ -1,6 +1,7 @@
 //! Texts that strangers send, made fit for one line of a log or a terminal.
 
-/// Escapes what could forge a line: control characters, line separators, and marks that reorder text on a screen.
+/// Escapes what could forge a line or hide a part of it: control characters, line separators, marks that reorder text
+/// on a screen, and characters that are not seen.
 pub fn escape(text: &str) -> String {
     one_line(text, usize::MAX)
 }
@@ -13,13 +14,17 @@ pub fn one_line(text: &str, max: usize) -> String {
             line.push_str(&format!("... ({} bytes more)", text.len() - index));
             break;
         }
-        if c.is_control() || forges_lines(c) {
+        if is_unsafe(c) {
             line.extend(c.escape_default());
         } else {
             line.push(c);
         }
     }
     line
+}
+
+fn is_unsafe(c: char) -> bool {
+    c.is_control() || forges_lines(c) || is_invisible(c)
 }
 
 /// Line and paragraph separator, and the characters with Unicode's property `Bidi_Control` (UAX #9).
@@ -30,6 +35,21 @@ fn forges_lines(c: char) -> bool {
             | '\u{061c}' | '\u{200e}' | '\u{200f}'
             | '\u{202a}'..='\u{202e}'
             | '\u{2066}'..='\u{2069}'
+    )
+}
+
+/// The other characters of Unicode's category `Cf` that have no shape of their own, variation selectors, and fillers:
+/// text with them looks like another text, and a search does not find it.
+fn is_invisible(c: char) -> bool {
+    matches!(
+        c,
+        '\u{00ad}' | '\u{034f}' | '\u{115f}' | '\u{1160}' | '\u{180b}'..='\u{180f}'
+            | '\u{200b}'..='\u{200d}'
+            | '\u{2060}'..='\u{2065}' | '\u{206a}'..='\u{206f}'
+            | '\u{3164}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}' | '\u{ffa0}'
+            | '\u{fff9}'..='\u{fffb}'
+            | '\u{1d173}'..='\u{1d17a}'
+            | '\u{e0000}'..='\u{e0fff}'
     )
 }
 
@@ -60,6 +80,15 @@ mod tests {
     }
 
     #[test]
+    fn characters_that_are_not_seen_are_escaped() {
+        let invisible =
+            "\u{ad}\u{200b}\u{200d}\u{2060}\u{fe0f}\u{feff}\u{fffb}\u{3164}\u{e0001}\u{e007f}\u{e0100}";
+        for c in invisible.chars() {
+            assert_eq!(escape(&format!("a{c}b")), format!("a\\u{{{:x}}}b", u32::from(c)));
+        }
+    }
+
+    #[test]
     fn a_long_text_is_cut_and_says_how_much_is_missing() {
         let line = one_line(&"ü".repeat(5000), MAX);
         assert!(
@@ -75,7 +104,7 @@ mod tests {
         #[test]
         fn any_text_becomes_one_bounded_line(text: String, max in 0..200_usize) {
             let line = one_line(&text, max);
-            prop_assert!(!line.chars().any(|c| c.is_control() || forges_lines(c)), "{:?}", line);
+            prop_assert!(!line.chars().any(is_unsafe), "{:?}", line);
             prop_assert!(line.len() < max + 60);
         }
 

@@ -52,6 +52,8 @@ struct Shared {
     since: Instant,
     /// Time of the oldest write after which nothing has arrived: 1 + milliseconds from `since`; 0 if there is none.
     unanswered: AtomicU64,
+    /// Why the server is not one for SSH.
+    complaint: Mutex<Option<String>>,
 }
 
 impl Shared {
@@ -80,6 +82,7 @@ impl Default for Guard {
             waker: Mutex::default(),
             since: Instant::now(),
             unanswered: AtomicU64::new(0),
+            complaint: Mutex::default(),
         }))
     }
 }
@@ -89,6 +92,12 @@ impl Guard {
     pub fn unanswered(&self) -> Option<Duration> {
         let written = self.0.unanswered.load(Ordering::Relaxed).checked_sub(1)?;
         Some(Duration::from_millis(self.0.now().saturating_sub(written)))
+    }
+
+    /// Why the server at the other end is not one for SSH, with what it said, in one line of ASCII; none if it said
+    /// nothing, or that it is one.
+    pub fn not_ssh(&self) -> Option<String> {
+        self.0.complaint.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Cuts the connection: the session ends at once with an I/O error.
@@ -197,7 +206,12 @@ impl<S> Guarded<S> {
         if !data.is_empty() {
             guard.0.arrived();
         }
-        strict.feed(data)
+        let was_checked = strict.is_done();
+        let result = strict.feed(data);
+        if !was_checked {
+            *guard.0.complaint.lock().unwrap_or_else(PoisonError::into_inner) = strict.complaint();
+        }
+        result
     }
 
     fn check(&self) -> io::Result<()> {

@@ -226,6 +226,73 @@ async fn no_control_line_keeps_the_adaptor_from_the_real_agent() -> Result<()> {
     impostor.gives_way().await
 }
 
+/// A hello of almost 64 KiB with as many names of inbounds as fit, which differ from those of any other round.
+fn long_hello(round: usize) -> Vec<u8> {
+    let mut hello =
+        r#"{"hello":{"version":1,"credit":32768,"phase":"attestation","instance":"x","inbounds":["kbs""#
+            .to_owned();
+    let mut names = 0;
+    while hello.len() < 65_000 {
+        hello.push_str(&format!(r#","{round}.{names:x}""#));
+        names += 1;
+    }
+    hello.push_str("]}}\n");
+    hello.into_bytes()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_names_and_key_errors_are_a_few_short_lines() -> Result<()> {
+    const ROUNDS: usize = 10;
+    let impostor = Impostor::new(4).await?;
+    let key = Key::generate()?;
+    for round in 0..ROUNDS {
+        let (mut raw, control) = connected(&impostor, &key).await?;
+        for piece in long_hello(round).chunks(30_000) {
+            raw.send(&Packet::data(control, piece)).await?;
+        }
+        if round == 0 {
+            impostor
+                .adaptor
+                .wait_for_text("tunnels 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7 ... and ", PATIENCE)
+                .await?;
+        }
+        for attempt in 0..500 {
+            let keys =
+                format!(r#"{{"keys":{{"attempt":{attempt},"error":"{attempt}\u2028{}"}}}}"#, "x".repeat(400));
+            if raw.send(&line(control, keys)).await.is_err() {
+                break;
+            }
+        }
+        // No JSON: the adaptor ends the connection.
+        raw.send(&line(control, "x")).await?;
+        timeout(PATIENCE, raw.ends()).await.context("the adaptor hangs")??;
+    }
+    // Each event is a line on stdout and one on stderr.
+    let log = impostor.adaptor.log();
+    let shown: Vec<&str> = log.lines().filter(|line| !line.contains("DEBUG")).collect();
+    let count = |part: &str| shown.iter().filter(|line| line.contains(part)).count();
+    let (mismatches, keys) = (count("tunnels "), count("keys: attempt"));
+    ensure!((2..=2 * 7).contains(&mismatches), "{mismatches} lines on tunnels\n{log}");
+    ensure!(keys <= 2 * 2 * 30, "{keys} lines on keys\n{log}");
+    let longest = shown.iter().map(|line| line.len()).max().unwrap_or_default();
+    ensure!(longest < 1500 && !log.contains('\u{2028}'), "a line of {longest} bytes\n{log}");
+    impostor.gives_way().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_not_ssh_is_named_as_such() -> Result<()> {
+    let impostor = Impostor::new(2).await?;
+    for _ in 0..2 {
+        let mut raw = impostor.next().await?;
+        raw.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n").await?;
+        raw.ends().await?;
+    }
+    let line = impostor.adaptor.wait_for_text("not an SSH server", PATIENCE).await?;
+    ensure!(line.contains("this is not an SSH server (it said 'HTTP/1.1 400 Bad Request')"), "{line}");
+    ensure!(!impostor.adaptor.log().contains("CVE"), "{}", impostor.adaptor.log());
+    impostor.gives_way().await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn earlier_lines_do_not_disable_strict_key_exchange() -> Result<()> {
     let impostor = Impostor::new(8).await?;

@@ -436,6 +436,25 @@ async fn a_final_stop_deletes_the_pods_key_everywhere() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_final_stop_that_the_kbs_cannot_carry_out_keeps_the_key() -> Result<()> {
+    let mut scene = scene().await?;
+    scene.deadline = 20;
+    let _agent = scene.agent().await?;
+    let mut command = scene.adaptor_command(&[scene.ssh])?;
+    command.arg("--delete-on-exit");
+    let mut adaptor = Child::spawn("adaptor", command)?;
+    works(&scene, &adaptor).await?;
+    scene.kbs.set_fault(Fault::ReadOnly);
+    adaptor.signal(Signal::SIGTERM)?;
+    let line = adaptor.wait_for_text("the KBS cannot use its storage", PATIENCE).await?;
+    ensure!(line.contains("read the KBS's log"), "{line}");
+    ensure!(!adaptor.wait_exit(2 * PATIENCE).await?.success(), "it says that the key was deleted");
+    ensure!(private_key(&scene).is_some_and(|key| !key.is_empty()), "the key is gone");
+    ensure!(!files_with(&scene.path("store"), &scene.pod)?.is_empty(), "the store has forgotten the pod");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_failed_start_with_deletion_leaves_nothing_behind() -> Result<()> {
     let mut scene = scene().await?;
     scene.deadline = 3;

@@ -26,12 +26,30 @@ const NAMESPACE_WAIT: Duration = Duration::from_secs(30);
 /// Clients of a unix socket that may wait to be accepted; std uses the same number for TCP.
 const BACKLOG: u32 = 128;
 
-/// An inbound can't listen.
+/// An inbound can't listen. Its text has the cause, which is therefore no source of it.
 #[derive(Debug, thiserror::Error)]
-#[error("inbound {tag}: listening: {source}")]
+#[error("inbound {tag}: listening: {cause}{}", bind_advice(.cause, *.is_path))]
 pub struct BindError {
     tag: String,
-    source: NamespaceError,
+    cause: NamespaceError,
+    /// Whether the inbound is a unix socket.
+    is_path: bool,
+}
+
+fn bind_advice(cause: &NamespaceError, is_path: bool) -> &'static str {
+    let NamespaceError::Io(error) = cause else { return "" };
+    match (error.kind(), is_path) {
+        (io::ErrorKind::AddrInUse, false) => {
+            "; another program listens on this port: choose another one, or 0 for any that is free"
+        }
+        (io::ErrorKind::AddrInUse, true) => {
+            "; a program listens on this path, or it is another file: choose another path"
+        }
+        (io::ErrorKind::NotFound, true) => "; make its directory",
+        (io::ErrorKind::PermissionDenied, true) => "; choose a directory that this user may write to",
+        (io::ErrorKind::PermissionDenied, false) => "; choose a port above 1023, or run as root",
+        _ => "",
+    }
 }
 
 /// A listening inbound; [`Inbound::serve`] serves its clients.
@@ -72,7 +90,8 @@ impl Inbound {
     /// # Errors
     /// The address is in use, or the namespace can't be entered.
     pub async fn bind(tag: &InboundTag) -> Result<Self, BindError> {
-        let error = |source| BindError { tag: tag.to_string(), source };
+        let is_path = matches!(tag.bind, Bind::Unix(_));
+        let error = |cause| BindError { tag: tag.to_string(), cause, is_path };
         let (listener, local) = match &tag.bind {
             Bind::Unix(path) => bind_unix(Path::new(path)).await.map_err(|e| error(e.into()))?,
             Bind::Tcp { namespace, port } => {

@@ -1,38 +1,55 @@
-//! TLS to the KBS, with *ring*. It trusts the operator's CA alone, or else the system's CAs.
+//! TLS to the KBS, with *ring*. It trusts the operator's CA or certificate alone, or else the system's CAs.
 
-use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
+use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore};
+use url::{Host, Url};
 
-use super::KbsError;
-use super::KbsSettings;
+use super::pin::PinVerifier;
+use super::{KbsError, KbsSettings, cause};
+
+/// `secp521r1` (RFC 5480, 2.1.1.1), as DER. *ring* has no signatures with this curve.
+const P521: &[u8] = &[0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x23];
 
 pub(super) fn config(settings: &KbsSettings) -> Result<ClientConfig, KbsError> {
-    let roots = match &settings.ca {
-        Some(path) => ca_roots(path)?,
-        None if settings.url.scheme() == "https" => system_roots(),
-        None => RootCertStore::empty(),
-    };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
         .map_err(|error| KbsError::Setup(error.to_string()))?;
-    Ok(config.with_root_certificates(roots).with_no_client_auth())
+    if let Some(path) = &settings.ca {
+        let failed = |cause: String| KbsError::Ca { path: path.to_owned(), cause };
+        let (roots, certificates) = read_ca(path, &settings.url).map_err(failed)?;
+        let verifier = PinVerifier::new(roots, certificates, provider).map_err(KbsError::Setup)?;
+        let verifier: Arc<dyn ServerCertVerifier> = Arc::new(verifier);
+        return Ok(builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth());
+    }
+    let roots = if settings.url.scheme() == "https" { system_roots() } else { RootCertStore::empty() };
+    Ok(builder.with_root_certificates(roots).with_no_client_auth())
 }
 
-fn ca_roots(path: &Path) -> Result<RootCertStore, KbsError> {
-    let failed = |cause: String| KbsError::Ca { path: path.to_owned(), cause };
-    let pem = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+/// The certificates of the file, also as CAs.
+fn read_ca(path: &Path, url: &Url) -> Result<(RootCertStore, Vec<CertificateDer<'static>>), String> {
+    const FORM: &str = "name a PEM file with the CA's certificate, or with the KBS's own";
+    let pem = std::fs::read(path).map_err(|error| format!("{error}; {FORM}"))?;
     let mut roots = RootCertStore::empty();
+    let mut certificates = Vec::new();
     for certificate in CertificateDer::pem_slice_iter(&pem) {
-        let certificate = certificate.map_err(|error| failed(error.to_string()))?;
-        roots.add(certificate).map_err(|error| failed(error.to_string()))?;
+        let certificate = certificate.map_err(|error| format!("{error}; {FORM}"))?;
+        roots.add(certificate.clone()).map_err(|error| format!("{error}; {FORM}"))?;
+        certificates.push(certificate);
     }
-    if roots.is_empty() { Err(failed("no certificate in it".to_owned())) } else { Ok(roots) }
+    if roots.is_empty() {
+        return Err(format!("no certificate in it; {FORM}"));
+    }
+    let p521 = |key: &[u8]| key.windows(P521.len()).any(|part| part == P521);
+    if roots.roots.iter().all(|root| p521(&root.subject_public_key_info)) {
+        return Err(format!("its key is on the curve P-521, which TLS cannot check here; {}", remedy(url)));
+    }
+    Ok((roots, certificates))
 }
 
 /// The system's CAs. If there are none, the handshake fails with an error that says what to do.
@@ -42,17 +59,78 @@ fn system_roots() -> RootCertStore {
     roots
 }
 
-/// Why the server's certificate was refused, if it was. A retry does not help then.
-pub(super) fn refused_certificate(error: &reqwest::Error) -> Option<String> {
-    let mut next = error.source();
-    while let Some(cause) = next {
-        // `source` of an I/O error skips the error that it wraps.
-        let held = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        let tls = held.and_then(|held| held.downcast_ref()).or_else(|| cause.downcast_ref());
-        if let Some(error @ rustls::Error::InvalidCertificate(_)) = tls {
-            return Some(error.to_string());
+/// How to make a certificate that the KBS at this URL can use.
+fn remedy(url: &Url) -> String {
+    let (name, kind) = match url.host() {
+        Some(Host::Ipv4(ip)) => (ip.to_string(), "IP"),
+        Some(Host::Ipv6(ip)) => (ip.to_string(), "IP"),
+        Some(Host::Domain(name)) => (name.to_owned(), "DNS"),
+        None => ("HOST".to_owned(), "DNS"),
+    };
+    format!(
+        "make one for the KBS with: openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 365 \
+         -subj /CN={name} -addext subjectAltName={kind}:{name} -keyout kbs.key -out kbs.pem; then give kbs.pem with \
+         --kbs-ca"
+    )
+}
+
+fn tls_error(error: &reqwest::Error) -> Option<&rustls::Error> {
+    cause::chain(error).find_map(|error| error.downcast_ref())
+}
+
+/// Why the server's certificate was refused, if it was, and what to do. A retry does not help then.
+pub(super) fn refused_certificate(error: &reqwest::Error, url: &str) -> Option<String> {
+    let Some(rustls::Error::InvalidCertificate(fault)) = tls_error(error) else { return None };
+    let remedy = || Url::parse(url).map(|url| remedy(&url)).unwrap_or_default();
+    Some(match fault {
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+            "no known CA signed it; give the CA that signed it, or that very certificate, with --kbs-ca, or correct --kbs-url"
+                .to_owned()
         }
-        next = held.map_or_else(|| cause.source(), |held| Some(held as &(dyn Error + 'static)));
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+            format!("{fault}; renew it, or correct this node's clock")
+        }
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+            format!("{fault}; correct this node's clock, or the KBS's when it made the certificate")
+        }
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+            format!("{fault}; correct the host in --kbs-url, or {}", remedy())
+        }
+        CertificateError::Other(other) if other.to_string().contains("CaUsedAsEndEntity") => {
+            "it was made as a CA (CA:TRUE), as plain openssl req -x509 does; give that very certificate with --kbs-ca"
+                .to_owned()
+        }
+        CertificateError::Other(other) if other.to_string().contains("UnsupportedCertVersion") => {
+            format!("it is an X.509 certificate of version 1; {}", remedy())
+        }
+        #[expect(deprecated, reason = "rustls may still report the old name")]
+        CertificateError::UnsupportedSignatureAlgorithm
+        | CertificateError::UnsupportedSignatureAlgorithmContext { .. }
+        | CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
+            format!("its signature is of a kind that TLS cannot check here, such as P-521; {}", remedy())
+        }
+        fault => format!("{fault}; correct --kbs-ca or --kbs-url, or {}", remedy()),
+    })
+}
+
+/// What to do about a TLS handshake that failed for another reason than the certificate; `None` if it did not fail.
+pub(super) fn handshake_hint(error: &reqwest::Error, url: &str) -> Option<String> {
+    match tls_error(error) {
+        Some(rustls::Error::AlertReceived(
+            AlertDescription::HandshakeFailure | AlertDescription::InsufficientSecurity,
+        )) => {
+            let remedy = Url::parse(url).map(|url| remedy(&url)).unwrap_or_default();
+            Some(format!(
+                "; the key of its certificate may be of a kind that TLS cannot use here, such as P-521; {remedy}"
+            ))
+        }
+        Some(rustls::Error::InvalidMessage(_)) => {
+            Some("; does the KBS speak TLS there? If not, write http:// in --kbs-url".to_owned())
+        }
+        Some(_) => Some("; check the TLS configuration of the KBS".to_owned()),
+        None if cause::root(error).contains("tls handshake eof") => {
+            Some("; does the KBS speak TLS there? If not, write http:// in --kbs-url".to_owned())
+        }
+        None => None,
     }
-    None
 }

@@ -6,8 +6,8 @@ use crate::transport::ssh::ConnectError;
 
 /// The text for a VM that is lost to its pod.
 pub const LOST: &str = "the VM answers with a host key that is not this pod's and refuses attestation: it is lost to \
-    this pod (a stranger posed as the KBS, or the address belongs to another VM); make a new VM, and use HTTPS to the KBS \
-    to prevent it";
+    this pod; if the VM has its keys from user data, give --no-trustee; else a stranger posed as the KBS, or the address \
+    belongs to another VM: make a new VM, and use HTTPS to the KBS to prevent it";
 
 /// The causes of the failures in one line, and the remedy if there is one.
 pub(super) fn explain(plan: &Plan, failures: &[Failure]) -> String {
@@ -28,6 +28,13 @@ fn remedy(plan: &Plan, failures: &[Failure]) -> String {
             "; the agent has this pod's key and rejects this worker node's ({node}): check that {source} is this \
              node's, and start a new VM"
         );
+    }
+    let all = || failures.iter().flat_map(|failure| failure.attestation.iter().chain(&failure.kubernetes));
+    if all().all(|error| matches!(error, ConnectError::NotSsh(_))) {
+        return "; check the address and its port: the agent's is 2222 by default".into();
+    }
+    if all().all(|error| matches!(error, ConnectError::Lookup(_))) {
+        return "; check the name, and this node's DNS".into();
     }
     if !attests && kubernetes().any(|error| matches!(error, ConnectError::WrongHostKey { .. })) {
         return "; check that the VM got this pod's user data, and that the address is the VM's".into();

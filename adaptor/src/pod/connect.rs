@@ -103,7 +103,7 @@ async fn resolve(address: &Address, first: PhaseName) -> Result<Vec<SocketAddr>,
     };
     let error = match Resolver::default().lookup(name, address.port).await {
         Ok(found) => return Ok(found),
-        Err(error) => ConnectError::Unreachable(error.into()),
+        Err(error) => ConnectError::Lookup(error),
     };
     let mut failure = Failure::new(address);
     match first {
@@ -189,7 +189,11 @@ impl Attempt {
                 !self.failure.vm_lost
             }
             ConnectError::Refused { .. } => self.failure.attestation.is_none(),
-            ConnectError::Unreachable(_) | ConnectError::Timeout(..) | ConnectError::Protocol(..) => false,
+            ConnectError::Unreachable(_)
+            | ConnectError::Lookup(_)
+            | ConnectError::NotSsh(_)
+            | ConnectError::Timeout(..)
+            | ConnectError::Protocol(..) => false,
         };
         self.failure.kubernetes = Some(error);
         (attests && fall_back).then_some(PhaseName::Attestation)

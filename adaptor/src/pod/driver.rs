@@ -69,7 +69,7 @@ pub(crate) struct Driver {
     /// Whether an agent sent `upgrade` since the Kubernetes phase was last up.
     upgraded: bool,
     /// The mismatches reported last, so that a reconnect does not repeat them.
-    reported_mismatches: HashMap<PhaseName, Vec<String>>,
+    reported_mismatches: HashMap<PhaseName, String>,
     /// What was shown of the VM's log.
     vm_log: VmLog,
 }
@@ -340,11 +340,12 @@ impl Driver {
         });
     }
 
-    fn report_mismatches(&mut self, phase: PhaseName, lines: &[String]) {
-        let reported = self.reported_mismatches.entry(phase).or_default();
-        if reported.as_slice() != lines {
-            *reported = lines.to_vec();
-            lines.iter().for_each(|line| self.status.emit(&PodEvent::TunnelMismatch(line.clone())));
+    fn report_mismatches(&mut self, phase: PhaseName, line: Option<&str>) {
+        let reported = self.reported_mismatches.insert(phase, line.unwrap_or_default().to_owned());
+        if let Some(line) = line
+            && reported.as_deref() != Some(line)
+        {
+            self.status.emit(&PodEvent::TunnelMismatch(line.to_owned()));
         }
     }
 }

@@ -9,6 +9,7 @@ use secure_comms_protocol::{KeyProgress, PhaseName, PodId, TunnelName};
 use tokio::sync::watch;
 
 use super::vm_log::VmLine;
+use crate::throttle::Throttle;
 
 /// Where local clients of a tunnel connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -169,6 +170,42 @@ pub(crate) struct StatusReporter {
     current: watch::Sender<PodSnapshot>,
     observer: Observer,
     seen: Arc<Mutex<LastSeen>>,
+    throttles: Arc<Mutex<Throttles>>,
+}
+
+/// Limits of the events that an unproven peer can cause as often as it likes, by new connections or new texts.
+#[derive(Debug)]
+struct Throttles {
+    keys: Throttle,
+    connections: Throttle,
+    failures: Throttle,
+    mismatches: Throttle,
+}
+
+impl Default for Throttles {
+    fn default() -> Self {
+        Self {
+            keys: Throttle::new(30),
+            // Several for each connection.
+            connections: Throttle::new(60),
+            failures: Throttle::new(30),
+            mismatches: Throttle::new(6),
+        }
+    }
+}
+
+impl Throttles {
+    fn of(&mut self, event: &PodEvent) -> Option<&mut Throttle> {
+        match event {
+            PodEvent::Keys(_) => Some(&mut self.keys),
+            PodEvent::Attesting(_) | PodEvent::Upgrade | PodEvent::Down(PhaseName::Attestation, _) => {
+                Some(&mut self.connections)
+            }
+            PodEvent::ConnectFailed(_) => Some(&mut self.failures),
+            PodEvent::TunnelMismatch(_) => Some(&mut self.mismatches),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Debug for StatusReporter {
@@ -183,7 +220,13 @@ impl fmt::Debug for StatusReporter {
 impl StatusReporter {
     pub(crate) fn new(id: PodId, observer: Observer) -> Self {
         let snapshot = PodSnapshot { state: PodState::NotPrepared, endpoints: Vec::new() };
-        Self { id, current: watch::Sender::new(snapshot), observer, seen: Arc::default() }
+        Self {
+            id,
+            current: watch::Sender::new(snapshot),
+            observer,
+            seen: Arc::default(),
+            throttles: Arc::default(),
+        }
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<PodSnapshot> {
@@ -219,7 +262,18 @@ impl StatusReporter {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Logs the event and hands it to the observer, unless there were too many of its kind in this minute.
     pub(crate) fn emit(&self, event: &PodEvent) {
+        let mut throttles = self.throttles.lock().unwrap_or_else(PoisonError::into_inner);
+        let allowed = throttles.of(event).map_or(Some(0), Throttle::allow);
+        drop(throttles);
+        match allowed {
+            None => return tracing::debug!("pod {}: {event}", self.id),
+            Some(0) => {}
+            Some(left_out) => {
+                tracing::warn!("pod {}: {left_out} events like the next one were left out", self.id)
+            }
+        }
         match event {
             PodEvent::Down(..) | PodEvent::ConnectFailed(..) | PodEvent::PublishFailed(..) => {
                 tracing::warn!("pod {}: {event}", self.id)
@@ -284,5 +338,37 @@ impl StatusReporter {
         if before.as_deref() != Some(why) {
             self.emit(&PodEvent::PublishFailed(why.to_owned()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unproven_peer_causes_a_bounded_number_of_events() {
+        let events = Arc::new(Mutex::new(Vec::new()));
+        let recorded = Arc::clone(&events);
+        let observer: Observer = Arc::new(move |_, event| recorded.lock().unwrap().push(event.to_string()));
+        let status = StatusReporter::new("p1".parse().unwrap(), observer);
+        let keys = |n: u64| KeyProgress { attempt: n, error: Some(format!("no {n}")) };
+        for n in 0..10_000 {
+            status.emit(&PodEvent::Attesting(([127, 0, 0, 1], 1).into()));
+            status.emit(&PodEvent::TunnelMismatch(format!("tunnel x{n}")));
+            status.keys(keys(n));
+            status.emit(&PodEvent::Upgrade);
+            status.down(PhaseName::Attestation, &n.to_string());
+            status.connect_failed(&n.to_string());
+        }
+        let emitted = events.lock().unwrap().len();
+        assert!((100..200).contains(&emitted), "{emitted}");
+        // The state is up to date all the same, and the events of a proven agent are not held back by a stranger's.
+        assert!(status.last_seen().contains("9999"), "{}", status.last_seen());
+        status.up(([127, 0, 0, 1], 1).into(), "x".to_owned());
+        status.down(PhaseName::Kubernetes, "gone");
+        assert_eq!(events.lock().unwrap().len(), emitted + 2);
+        tokio::time::sleep(std::time::Duration::from_secs(60)).await;
+        status.keys(keys(1));
+        assert_eq!(events.lock().unwrap().last().unwrap(), "keys: attempt 1: no 1");
     }
 }

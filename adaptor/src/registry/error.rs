@@ -76,7 +76,8 @@ pub enum AdaptorError {
     },
     /// The Kubernetes phase was not up at the deadline.
     #[error(
-        "start pod {pod}: not up within {seconds} s; last seen: {last_seen}; check that the VM runs and its agent can be reached, or allow more time (--deadline)"
+        "start pod {pod}: not up within {seconds} s; last seen: {last_seen}{}",
+        deadline_advice(.last_seen)
     )]
     Deadline {
         /// Id of the pod.
@@ -86,4 +87,13 @@ pub enum AdaptorError {
         /// The last error of each kind.
         last_seen: String,
     },
+}
+
+/// The advice after the last error, unless that has its own: two would contradict each other.
+fn deadline_advice(last_seen: &str) -> &'static str {
+    let advised = ["; check ", "; give ", "; make ", "; if ", ": check ", ": make ", ": update it"];
+    if advised.iter().any(|advice| last_seen.contains(advice)) {
+        return "";
+    }
+    "; check that the VM runs and its agent can be reached, or allow more time (--deadline)"
 }

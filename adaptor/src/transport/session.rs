@@ -67,7 +67,7 @@ pub(crate) struct Session<P: ClientPhase> {
     outbox: Outbox,
     peer: watch::Receiver<PeerState>,
     agent: Hello,
-    tunnel_mismatches: Vec<String>,
+    tunnel_mismatches: Option<String>,
     last_keys: Option<KeyProgress>,
     log: Option<mpsc::Receiver<LogLine>>,
     control: AbortHandle,
@@ -125,7 +125,7 @@ impl<P: ClientPhase> Session<P> {
             outbox,
             peer: peer.clone(),
             agent: Hello::default(),
-            tunnel_mismatches: Vec::new(),
+            tunnel_mismatches: None,
             last_keys: None,
             log: Some(log),
             control,
@@ -147,9 +147,9 @@ impl<P: ClientPhase> Session<P> {
         &self.agent
     }
 
-    /// One line for each tunnel that only one end has.
-    pub(crate) fn tunnel_mismatches(&self) -> &[String] {
-        &self.tunnel_mismatches
+    /// The tunnels that only one end has, in one line.
+    pub(crate) fn tunnel_mismatches(&self) -> Option<&str> {
+        self.tunnel_mismatches.as_deref()
     }
 
     /// Observes whether the agent answers.

@@ -4,9 +4,11 @@
 
 pub mod agent;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use axum::http::StatusCode;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
@@ -68,13 +70,21 @@ impl Lines {
     }
 }
 
-/// A KBS that accepts every request and records it.
+/// A KBS that records every request and accepts it.
 pub async fn kbs() -> (url::Url, Lines) {
+    kbs_that_may_be_full(Arc::default()).await
+}
+
+/// As [`kbs`], but its disk is full while `full` is set: then it answers as Trustee does.
+pub async fn kbs_that_may_be_full(full: Arc<AtomicBool>) -> (url::Url, Lines) {
     let lines = Lines::default();
     let requests = lines.clone();
     let app = axum::Router::new().fallback(move |request: axum::extract::Request| {
         requests.push(format!("{} {}", request.method(), request.uri().path()));
-        async { "" }
+        let kind = "https://github.com/confidential-containers/kbs/errors/PluginInternalError";
+        let error = format!(r#"{{"type":"{kind}","detail":"Plugin internal error"}}"#);
+        let full = full.load(Ordering::Relaxed);
+        async move { if full { (StatusCode::UNAUTHORIZED, error) } else { (StatusCode::OK, String::new()) } }
     });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
@@ -154,6 +164,8 @@ pub struct World {
     pub events: Lines,
     pub published: Lines,
     pub store: Arc<DirectoryStore>,
+    /// Whether the KBS's disk is full.
+    pub kbs_full: Arc<AtomicBool>,
     directory: tempfile::TempDir,
     kbs: url::Url,
 }
@@ -161,9 +173,10 @@ pub struct World {
 impl World {
     pub async fn new(outbounds: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let (kbs, published) = kbs().await;
+        let kbs_full = Arc::default();
+        let (kbs, published) = kbs_that_may_be_full(Arc::clone(&kbs_full)).await;
         let (adaptor, events, store) = build(&directory, Some(&kbs), outbounds);
-        Self { adaptor, events, published, store, directory, kbs }
+        Self { adaptor, events, published, store, kbs_full, directory, kbs }
     }
 
     /// With another KBS, which is not recorded, and other inbounds.
@@ -194,11 +207,12 @@ impl World {
 
     pub async fn user_data() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let (kbs, published) = kbs().await;
+        let kbs_full = Arc::default();
+        let (kbs, published) = kbs_that_may_be_full(Arc::clone(&kbs_full)).await;
         let (adaptor, events, store) = build(&directory, None, "");
         // As the command `user-data` does.
         store.pod_key(&pod()).await.unwrap();
-        Self { adaptor, events, published, store, directory, kbs }
+        Self { adaptor, events, published, store, kbs_full, directory, kbs }
     }
 
     pub async fn node_key(&self) -> WorkerNodePublic {

@@ -47,6 +47,8 @@ pub enum Fault {
     Status(u16),
     /// Answers correctly, each request after this time.
     Slow(Duration),
+    /// Its storage is read-only or full: `POST` and `DELETE` of an admin fail, and resources stay as they are.
+    ReadOnly,
 }
 
 /// Options of a KBS.
@@ -366,7 +368,7 @@ impl Shared {
         match self.fault() {
             Fault::Refuse => return,
             Fault::Silent => return swallow(stream).await,
-            Fault::None | Fault::Garbage(_) | Fault::Status(_) | Fault::Slow(_) => {}
+            Fault::None | Fault::Garbage(_) | Fault::Status(_) | Fault::Slow(_) | Fault::ReadOnly => {}
         }
         let head_limit = self.options.head_limit;
         let handle = |request| Arc::clone(&self).handle(request);

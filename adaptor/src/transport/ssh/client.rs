@@ -156,7 +156,11 @@ async fn connect_phase<P: ClientPhase>(
         authenticate(&mut handle, &shared, &dial.node_key).await?;
         Ok((Arc::new(handle), lock))
     };
-    match timeout(AUTHENTICATE, handshake).await {
+    let result = timeout(AUTHENTICATE, handshake).await;
+    if let (Err(_) | Ok(Err(_)), Some(what)) = (&result, guard.not_ssh()) {
+        return Err(ConnectError::NotSsh(what));
+    }
+    match result {
         Ok(authenticated) => {
             let (handle, lock) = authenticated?;
             guard.set_read_ahead_limit(P::CREDIT.held_max());

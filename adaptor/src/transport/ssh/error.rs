@@ -3,6 +3,7 @@
 use std::io;
 
 use secure_comms_protocol::{BannerHint, LoginState, PhaseName};
+use secure_comms_tunnel::names::LookupError;
 
 use crate::text::quote;
 
@@ -11,7 +12,13 @@ use crate::text::quote;
 pub(crate) enum ConnectError {
     /// The TCP connection failed.
     #[error("TCP connect: {0}")]
-    Unreachable(#[source] io::Error),
+    Unreachable(io::Error),
+    /// The host name has no address, or it can't be known.
+    #[error("{0}")]
+    Lookup(LookupError),
+    /// The server at the address does not speak SSH: what it said instead.
+    #[error("{0}")]
+    NotSsh(String),
     /// The agent's host key is not the pod's. The connection was closed before anything else was sent.
     #[error("its host key ({shown}) is not this pod's")]
     WrongHostKey {
@@ -34,6 +41,7 @@ pub(crate) enum ConnectError {
     Protocol(&'static str, String),
 }
 
+/// The resolver's own words, without those that libc's caller puts before them.
 fn banner_suffix(banner: &Option<String>) -> String {
     banner.as_ref().map(|text| format!(" (it says: {text})")).unwrap_or_default()
 }

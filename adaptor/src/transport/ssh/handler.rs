@@ -17,9 +17,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::error::{ConnectError, cause};
 use super::phase::ClientPhase;
 use crate::text::quote;
+use crate::throttle::Throttle;
 
 /// Refusals of one connection that are logged as warnings; the rest are logged as debug lines.
 const REFUSAL_WARNINGS_MAX: u32 = 16;
+/// Those of all connections: a stranger that is cut may come back at once.
+static REFUSAL_WARNINGS: Mutex<Throttle> = Mutex::new(Throttle::new(64));
 
 /// How a connection ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,10 +96,11 @@ impl<P: ClientPhase> Shared<P> {
     /// Logs a refusal. Throttled, because the agent may be a stranger that wants to fill the log.
     fn log_refusal(&self, event: &str, what: &str) {
         let what = quote(what);
-        if self.refusals.fetch_add(1, Ordering::Relaxed) < REFUSAL_WARNINGS_MAX {
-            tracing::warn!("{event}: {what}");
-        } else {
-            tracing::debug!("{event}: {what}");
+        let few = self.refusals.fetch_add(1, Ordering::Relaxed) < REFUSAL_WARNINGS_MAX;
+        match few.then(|| lock(&REFUSAL_WARNINGS).allow()).flatten() {
+            None => tracing::debug!("{event}: {what}"),
+            Some(0) => tracing::warn!("{event}: {what}"),
+            Some(left_out) => tracing::warn!("{event}: {what} ({left_out} more were left out)"),
         }
     }
 

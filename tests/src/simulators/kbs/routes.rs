@@ -37,7 +37,7 @@ impl Shared {
         };
         self.log.send_modify(|log| log.push(logged));
         match self.fault() {
-            Fault::None => {}
+            Fault::None | Fault::ReadOnly => {}
             Fault::Refuse => return Err(anyhow!("refused on purpose")),
             Fault::Silent => std::future::pending().await,
             Fault::Slow(pause) => tokio::time::sleep(pause).await,
@@ -107,7 +107,7 @@ impl Shared {
         body: Bytes,
     ) -> Result<Reply, Refusal> {
         if !is_resource_path(path) {
-            return Err(plugin(format!("illegal resource path {path:?}")));
+            return Err(plugin());
         }
         let mut resources = match *method {
             Method::GET => {
@@ -116,9 +116,7 @@ impl Shared {
                     return Err(Refusal("PolicyDeny", "access denied by policy".to_owned()));
                 }
                 let found = lock(&self.resources).get(path).cloned();
-                return found
-                    .map(|bytes| reply(StatusCode::OK, bytes))
-                    .ok_or_else(|| plugin(format!("no resource {path:?}")));
+                return found.map(|bytes| reply(StatusCode::OK, bytes)).ok_or_else(plugin);
             }
             Method::POST => {
                 self.check_admin(headers)?;
@@ -130,10 +128,14 @@ impl Shared {
             }
             _ => return Ok(reply(StatusCode::METHOD_NOT_ALLOWED, "")),
         };
+        if self.fault() == Fault::ReadOnly {
+            return Err(plugin());
+        }
         if *method == Method::POST {
             resources.insert(path.to_owned(), body);
-        } else if resources.remove(path).is_none() {
-            return Err(plugin(format!("no resource {path:?}")));
+        } else {
+            // Trustee's key-value storage makes no difference between a resource that it had and one that it had not.
+            resources.remove(path);
         }
         Ok(reply(StatusCode::OK, ""))
     }
@@ -173,8 +175,9 @@ fn attestation(detail: impl Into<String>) -> Refusal {
     Refusal("AttestationError", detail.into())
 }
 
-fn plugin(detail: String) -> Refusal {
-    Refusal("PluginInternalError", detail)
+/// What a plugin's error becomes, whatever it is: Trustee logs the cause, and answers without it.
+fn plugin() -> Refusal {
+    Refusal("PluginInternalError", "Plugin internal error".to_owned())
 }
 
 /// The body, or none if it is too large.

@@ -1,0 +1,88 @@
+//! Why an attempt got no answer, in words for operators: the cause at the root, without the layers of the HTTP client.
+
+use std::error::Error;
+use std::io;
+use std::time::Duration;
+
+use secure_comms_keys::text::one_line;
+use secure_comms_tunnel::names::LookupError;
+
+use super::KbsError;
+use super::tls;
+
+/// The longest text of a cause, in bytes.
+const CAUSE_MAX: usize = 300;
+const UNREACHABLE: &str = "; check that it runs, --kbs-url, and the network";
+
+/// Why an attempt failed.
+pub(super) enum Failure {
+    /// A retry may succeed.
+    Transient(Cause),
+    Permanent(KbsError),
+}
+
+/// A passing cause.
+pub(super) struct Cause {
+    pub(super) text: String,
+    /// What to do, with its separator; may be empty.
+    pub(super) advice: String,
+    /// How long the KBS asks to wait.
+    pub(super) retry_after: Option<Duration>,
+}
+
+impl Failure {
+    /// What an error of the HTTP client means, on the request to the KBS at `url`.
+    pub(super) fn of(error: &reqwest::Error, url: &str) -> Self {
+        if let Some(cause) = tls::refused_certificate(error, url) {
+            return Self::Permanent(KbsError::Certificate { url: url.to_owned(), cause });
+        }
+        if error.is_builder() {
+            return Self::Permanent(KbsError::Setup(root(error)));
+        }
+        let (text, advice) = explain(error, url);
+        Self::Transient(Cause { text, advice, retry_after: None })
+    }
+}
+
+fn explain(error: &reqwest::Error, url: &str) -> (String, String) {
+    let cause = root(error);
+    if url.starts_with("https:") {
+        if let Some(hint) = tls::handshake_hint(error, url) {
+            return (format!("TLS handshake: {cause}"), hint);
+        }
+    } else if cause.contains("HTTP version") || cause.contains("HTTP status line") {
+        return (
+            "its answer is not HTTP".to_owned(),
+            "; does it speak TLS there? Then write https:// in --kbs-url".to_owned(),
+        );
+    }
+    if error.is_timeout() {
+        return ("no answer in time".to_owned(), UNREACHABLE.to_owned());
+    }
+    let lookup = chain(error).find_map(|source| source.downcast_ref::<LookupError>());
+    let text = match lookup {
+        Some(lookup) => lookup.to_string(),
+        None if error.is_connect() => format!("connect: {cause}"),
+        None => cause,
+    };
+    (text, UNREACHABLE.to_owned())
+}
+
+/// The error and its sources, those that I/O errors wrap included.
+pub(super) fn chain<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    let next = |error: &&'a (dyn Error + 'static)| -> Option<&'a (dyn Error + 'static)> {
+        let error: &'a (dyn Error + 'static) = *error;
+        // `source` of an I/O error skips the error that it wraps.
+        match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+            Some(held) => Some(held),
+            None => error.source(),
+        }
+    };
+    std::iter::successors(Some(error), next)
+}
+
+/// The cause at the root, in one line. The layers above it only repeat the URL, or say "client error".
+pub(super) fn root(error: &reqwest::Error) -> String {
+    let cause = chain(error).last().map(ToString::to_string).unwrap_or_default();
+    one_line(&cause, CAUSE_MAX)
+}
