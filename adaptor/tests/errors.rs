@@ -13,7 +13,7 @@ use std::time::Duration;
 use secure_comms_adaptor::kbs::{AdminSettings, KbsClient, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::store::{DirectoryStore, Store};
-use secure_comms_adaptor::{Adaptor, Config};
+use secure_comms_adaptor::{Adaptor, Config, Deadline};
 use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
 
@@ -41,7 +41,7 @@ async fn prepare(store: &Path, inbounds: &str) -> Box<dyn Error> {
     let store = Arc::new(DirectoryStore::open(store).unwrap());
     let adaptor = Adaptor::new(store, KeySource::UserData, config);
     let pod = "p1".parse().unwrap();
-    Box::new(adaptor.prepare(&pod).await.unwrap_err())
+    Box::new(adaptor.prepare(&pod, Deadline::after(Duration::from_secs(60))).await.unwrap_err())
 }
 
 #[tokio::test]
