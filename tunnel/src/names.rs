@@ -165,7 +165,7 @@ impl Asker {
             (Ok(one @ Answer::Addresses(_)), _) | (_, Ok(Ok(one @ Answer::Addresses(_)))) => Ok(ips(one)),
             (Ok(Answer::NoSuchName), _) | (_, Ok(Ok(Answer::NoSuchName))) => Ok(Vec::new()),
             (Err(fault), _) | (_, Ok(Err(fault))) => Err(fault),
-            (Ok(_), Err(_)) => Err(format!("no answer within {:.1} s", limit.as_secs_f32())),
+            (Ok(_), Err(_)) => Err(format!("no answer within {} ms", limit.as_millis())),
         }
     }
 
@@ -194,7 +194,7 @@ impl Asker {
                 faults.truncate(servers.len());
                 Err(faults.join(", "))
             }
-            Err(_) => Err(format!("no answer within {:.1} s", limit.as_secs_f32())),
+            Err(_) => Err(format!("no answer within {} ms", limit.as_millis())),
         }
     }
 }

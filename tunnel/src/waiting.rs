@@ -20,7 +20,7 @@ pub(crate) async fn reported<T, E>(
     log::info!("{what}: {}", detail());
     let done = future.await;
     if done.is_ok() {
-        log::info!("{what}: done after {:.1} s", start.elapsed().as_secs_f32());
+        log::info!("{what}: done after {} s", start.elapsed().as_secs());
     }
     done
 }

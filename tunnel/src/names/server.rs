@@ -46,7 +46,7 @@ pub(super) async fn ask(
         Ok(Ok(Reply::Fault(fault))) => Err(fault),
         Ok(Ok(Reply::Truncated(_) | Reply::Unrelated)) => Err("a useless answer".to_owned()),
         Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no answer within {:.1} s", limit.as_secs_f32())),
+        Err(_) => Err(format!("no answer within {} ms", limit.as_millis())),
     };
     result.map_err(|fault| ServerFault { server, fault })
 }
