@@ -89,7 +89,9 @@ fn rule(name: &str, v6: bool) -> Say {
 /// Bytes pass through an inbound of the adaptor, both ways.
 async fn passes([agent, adaptor]: [&Child; 2], tunnel: &str) {
     let bulk = async { bulk_both_ways(client(endpoint(adaptor, tunnel).await?).await?, 4096, 3).await };
-    let passed = timeout(Duration::from_secs(60), bulk).await.unwrap_or_else(|_| panic!("{tunnel} hangs\n{}\n{}", adaptor.log(), agent.log()));
+    let passed = timeout(Duration::from_secs(60), bulk)
+        .await
+        .unwrap_or_else(|_| panic!("{tunnel} hangs\n{}\n{}", adaptor.log(), agent.log()));
     passed.unwrap_or_else(|error| panic!("{tunnel}: {error:#}\n{}", adaptor.log()));
 }
 
