@@ -82,7 +82,7 @@ impl Resolver {
     pub async fn lookup(&self, name: &str, port: u16) -> Result<Vec<SocketAddr>, LookupError> {
         let mut found = match self.without_server(name) {
             Some(found) => found,
-            None => self.from_servers(name).await?.into_iter().map(|ip| (ip, 0).into()).collect(),
+            None => self.ask_servers(name).await?.into_iter().map(|ip| (ip, 0).into()).collect(),
         };
         found = by_turns(found);
         found.truncate(ADDRESSES_MAX);
@@ -105,7 +105,7 @@ impl Resolver {
         top.eq_ignore_ascii_case("localhost").then(|| local.map(|ip| (ip, 0).into()).to_vec())
     }
 
-    async fn from_servers(&self, name: &str) -> Result<Vec<IpAddr>, LookupError> {
+    async fn ask_servers(&self, name: &str) -> Result<Vec<IpAddr>, LookupError> {
         let asker = Asker::new(Settings::parse(&read(&self.resolv_conf), self.port));
         let candidates = asker.settings.candidates(name);
         let end = Instant::now() + NAME_LOOKUP;
