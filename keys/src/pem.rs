@@ -21,7 +21,8 @@ impl<'a> Pem<'a> {
         let (mut found, mut other) = (None, None);
         let mut left = text;
         while let Some((before, after)) = left.split_once("-----BEGIN ") {
-            let starts_line = before.trim_end_matches([' ', '\t']).chars().next_back().is_none_or(|c| c == '\n');
+            let starts_line =
+                before.trim_end_matches([' ', '\t']).chars().next_back().is_none_or(|c| c == '\n');
             left = after;
             let Some((label, rest)) = after.split_once("-----") else {
                 return Err(bad("a cut '-----BEGIN' line"));

@@ -86,7 +86,8 @@ fn parse_line(line: &str) -> Result<Ed25519PublicKey, String> {
     }
     // Between these two the decoder wants one blank, and no comment.
     let key = format!("{first} {}", words.next().unwrap_or_default());
-    let key = PublicKey::from_openssh(key.trim_end()).map_err(|error| format!("bad key: {}", scrubbed(&error)))?;
+    let key =
+        PublicKey::from_openssh(key.trim_end()).map_err(|error| format!("bad key: {}", scrubbed(&error)))?;
     let KeyData::Ed25519(key) = key.key_data() else { return Err("bad key: not what its type says".into()) };
     // With a point of small order, signatures that verify can be made without the private key.
     match VerifyingKey::from_bytes(&key.0) {
