@@ -157,12 +157,14 @@ async fn an_answer_that_does_not_fit_is_fetched_over_tcp() {
     let (site, server) = site("", move |name, v6| match (name, v6) {
         ("whole", false) => Say::Truncated(all.clone()),
         ("cut", false) => Say::TruncatedOnly(all.clone()),
+        ("silent", false) => Say::TruncatedSilent(all.clone()),
         _ => Say::Addresses(vec![]),
     })
     .await;
     assert!(site.lookup("whole").await.starts_with("10.0.0.0 10.0.0.1 "));
     assert!(server.asked().contains(&"tcp whole A".to_owned()), "{:?}", server.asked());
     assert!(site.lookup("cut").await.starts_with("10.0.0.0 10.0.0.1 "), "a server without TCP");
+    assert!(site.lookup("silent").await.starts_with("10.0.0.0 10.0.0.1 "), "a server behind a firewall");
 }
 
 #[tokio::test]
