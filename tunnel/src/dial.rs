@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use crate::names::Resolver;
 use crate::race::race;
 
-/// Addresses of which an error tells.
+/// Addresses whose causes are in an error.
 const REPORTED_MAX: usize = 4;
 
 /// Connects to a TCP server. The addresses of a name are raced (RFC 8305), each for at most [`TCP_CONNECT`]; an IP address is

@@ -73,7 +73,7 @@ impl Resolver {
         Self { hosts: hosts.into(), resolv_conf: resolv_conf.into(), port }
     }
 
-    /// The addresses of a host: at least one and at most [`ADDRESSES_MAX`], IPv6 and IPv4 by turns (RFC 8305 4), each with
+    /// The addresses of a host: at least one and at most [`ADDRESSES_MAX`], IPv6 and IPv4 alternating (RFC 8305 4), each with
     /// `port`. If only one kind of address can be learned, that kind. Returns within [`NAME_LOOKUP`]. Dropping the future
     /// closes its sockets; there are no threads.
     ///
@@ -84,7 +84,7 @@ impl Resolver {
             Some(found) => found,
             None => self.ask_servers(name).await?.into_iter().map(|ip| (ip, 0).into()).collect(),
         };
-        found = by_turns(found);
+        found = alternating(found);
         found.truncate(ADDRESSES_MAX);
         found.iter_mut().for_each(|address| address.set_port(port));
         Ok(found)
@@ -214,8 +214,8 @@ fn ips(answer: Answer) -> Vec<IpAddr> {
     }
 }
 
-/// IPv6 and IPv4 by turns, IPv6 first. Where there is no IPv6, connecting fails at once.
-fn by_turns(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+/// IPv6 and IPv4 alternating, IPv6 first. Where there is no IPv6, connecting fails at once.
+fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let (v6, v4): (Vec<_>, Vec<_>) = addresses.into_iter().partition(SocketAddr::is_ipv6);
     let (mut v6, mut v4) = (v6.into_iter(), v4.into_iter());
     let mut mixed = Vec::with_capacity(v6.len() + v4.len());

@@ -86,7 +86,7 @@ async fn one_good_kind_of_address_is_enough() {
 }
 
 #[tokio::test]
-async fn both_kinds_come_by_turns_and_bounded_in_number() {
+async fn both_kinds_alternate_and_are_bounded_in_number() {
     let (site, _server) = site("", |name, v6| match (name, v6) {
         ("mixed", false) => addresses(["10.0.0.1", "10.0.0.2", "10.0.0.3"]),
         ("mixed", true) => addresses(["fd00::1"]),
