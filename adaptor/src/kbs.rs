@@ -21,6 +21,7 @@ use bytes::Bytes;
 use reqwest::header::{AUTHORIZATION, HeaderValue};
 use reqwest::{Client, Method, redirect};
 use secure_comms_protocol::limits::OUTBOUND_CONNECT;
+use secure_comms_tunnel::Resolver;
 use url::Url;
 use zeroize::Zeroizing;
 
@@ -86,13 +87,14 @@ impl KbsClient {
                 None
             }
         };
+        let port = settings.url.port_or_known_default().unwrap_or_default();
         let mut http = Client::builder()
             // A redirect or a proxy would send the admin token and the pod key to another host.
             .redirect(redirect::Policy::none())
             .no_proxy()
             .retry(reqwest::retry::never())
-            .dns_resolver(Arc::new(names::Names))
-            // Looking the name up, and TCP to each of its addresses: reqwest races IPv4 and IPv6.
+            .dns_resolver(Arc::new(names::Names::new(Resolver::default(), port)))
+            // Looking the name up, and TCP to its addresses.
             .connect_timeout(OUTBOUND_CONNECT)
             .timeout(REQUEST_TIMEOUT_MAX)
             .http1_only()

@@ -5,6 +5,9 @@ use secure_comms_protocol::tag::Target;
 
 use super::*;
 
+#[path = "../../keys/testdata/variants.rs"]
+mod variants;
+
 const PRIVATE: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../keys/testdata/ed25519.openssh"));
 const PUBLIC: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../keys/testdata/ed25519.pub"));
 
@@ -61,6 +64,26 @@ fn user_data_with_both_keys_means_no_attestation() {
         let config = resolve(args, &json).unwrap();
         assert!(matches!(config.source, KeySource::UserData(_)));
         assert!(!format!("{config:?} {:?}", daemon(&json)).contains(&base64(PRIVATE)[100..150]));
+    }
+}
+
+#[test]
+fn user_data_takes_every_text_that_the_other_readers_take() {
+    let both = |private: &[u8], public: &[u8]| {
+        let [private, public] = [private, public].map(Base64::encode_string);
+        resolve(&[], &format!(r#"{{"sc":true,"sc-pp-prv":"{private}","sc-wn-pub":"{public}"}}"#))
+    };
+    for (what, text) in variants::private_keys() {
+        assert!(both(&text, PUBLIC.as_bytes()).is_ok(), "{what}");
+    }
+    for (what, text) in variants::authorized_keys() {
+        assert!(both(PRIVATE.as_bytes(), &text).is_ok(), "{what}");
+        let alone = format!(r#"{{"sc-wn-pub":"{}"}}"#, Base64::encode_string(&text));
+        assert!(resolve(&["-secure-comms"], &alone).is_ok(), "{what}");
+    }
+    for (text, part) in variants::no_private_keys() {
+        let error = both(&text, PUBLIC.as_bytes()).unwrap_err().to_string();
+        assert!(error.contains(part), "{part:?} is not in {error:?}");
     }
 }
 

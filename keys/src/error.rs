@@ -4,6 +4,7 @@ use std::fmt;
 
 use secure_comms_protocol::limits::KEY_MAX;
 use ssh_key::{Error as SshKeyError, encoding};
+use zeroize::Zeroizing;
 
 /// Why a key can't be read, made or written.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -77,7 +78,7 @@ pub enum TextFault {
     /// Longer than [`KEY_MAX`].
     #[error("longer than {KEY_MAX} bytes")]
     TooLong,
-    /// Not UTF-8.
+    /// Binary, or text in UTF-16.
     #[error("not text")]
     NotText,
 }
@@ -91,6 +92,9 @@ pub enum PrivateKeyFault {
     /// No PEM text.
     #[error("not PEM: no '-----BEGIN' line")]
     NotPem,
+    /// More than one private key: which one is meant?
+    #[error("more than one private key in it")]
+    Several,
     /// The PEM text is damaged.
     #[error("bad PEM: {0}")]
     BadPem(String),
@@ -130,13 +134,23 @@ pub enum PublicKeyFault {
     },
 }
 
-/// Checks what may hold keys: UTF-8, not empty and at most [`KEY_MAX`] bytes. Returns it without white space around.
-pub(crate) fn checked_text(bytes: &[u8]) -> Result<&str, TextFault> {
+/// Reads what may hold keys: a text of at most [`KEY_MAX`] bytes that is not empty. Keys are ASCII, so a comment may be in any
+/// encoding of one byte for each letter, as OpenSSH has it: other bytes become '?'. A byte order mark is dropped.
+pub(crate) fn checked_text(bytes: &[u8]) -> Result<Zeroizing<String>, TextFault> {
     if bytes.len() > KEY_MAX {
         return Err(TextFault::TooLong);
     }
-    let text = std::str::from_utf8(bytes).map_err(|_| TextFault::NotText)?.trim();
-    if text.is_empty() { Err(TextFault::Empty) } else { Ok(text) }
+    let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
+    if bytes.contains(&0) || bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
+        return Err(TextFault::NotText);
+    }
+    // Allocated in full first: a text that grows leaves copies behind.
+    let mut text = Zeroizing::new(String::with_capacity(bytes.len()));
+    match std::str::from_utf8(bytes) {
+        Ok(valid) => text.push_str(valid),
+        Err(_) => text.extend(bytes.iter().map(|byte| if byte.is_ascii() { char::from(*byte) } else { '?' })),
+    }
+    if text.trim().is_empty() { Err(TextFault::Empty) } else { Ok(text) }
 }
 
 /// The decoder's error without the names that it quotes: in a damaged file any part of the key may stand in their place.

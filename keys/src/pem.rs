@@ -1,4 +1,4 @@
-//! PEM, as writers of keys differ in it: any text before and after, lines of any length.
+//! PEM, as writers of keys differ in it: any text and other PEM texts before and after, lines of any length, indented or not.
 
 use zeroize::Zeroizing;
 
@@ -9,7 +9,7 @@ use crate::error::PrivateKeyFault;
 const LABEL_MAX: usize = 32;
 const LABEL_WORD_MAX: usize = 12;
 
-/// The first PEM text in a file, not decoded yet.
+/// The private key among the PEM texts of a file, not decoded yet.
 pub(crate) struct Pem<'a> {
     /// The kind of content, as the first line names it.
     pub(crate) label: &'a str,
@@ -18,10 +18,33 @@ pub(crate) struct Pem<'a> {
 
 impl<'a> Pem<'a> {
     pub(crate) fn find(text: &'a str) -> Result<Self, PrivateKeyFault> {
-        let (_, rest) = text.split_once("-----BEGIN ").ok_or(PrivateKeyFault::NotPem)?;
-        let (label, rest) = rest.split_once("-----").ok_or_else(|| bad("a cut '-----BEGIN' line"))?;
-        // The label is quoted in errors; in a damaged text the key itself may stand in its place.
-        if is_label(label) { Ok(Self { label, rest }) } else { Err(bad("a damaged '-----BEGIN' line")) }
+        let (mut found, mut other) = (None, None);
+        let mut left = text;
+        while let Some((before, after)) = left.split_once("-----BEGIN ") {
+            let starts_line =
+                before.trim_end_matches([' ', '\t']).chars().next_back().is_none_or(|c| c == '\n');
+            left = after;
+            let Some((label, rest)) = after.split_once("-----") else {
+                return Err(bad("a cut '-----BEGIN' line"));
+            };
+            if !is_label(label) {
+                // A remark about keys, not a key.
+                if !starts_line {
+                    continue;
+                }
+                // Not quoted: in a damaged text the key itself may stand in place of the label.
+                return Err(bad("a damaged '-----BEGIN' line"));
+            }
+            if !label.ends_with("PRIVATE KEY") {
+                other.get_or_insert(label);
+            } else if found.replace(Self { label, rest }).is_some() {
+                return Err(PrivateKeyFault::Several);
+            }
+        }
+        found.ok_or_else(|| match other {
+            Some(label) => PrivateKeyFault::NotPrivateKey(label.to_owned()),
+            None => PrivateKeyFault::NotPem,
+        })
     }
 
     pub(crate) fn decode(&self) -> Result<Zeroizing<Vec<u8>>, PrivateKeyFault> {

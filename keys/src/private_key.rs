@@ -10,6 +10,9 @@ use zeroize::Zeroizing;
 use crate::error::{KeyError, PrivateKeyFault, checked_text, scrubbed};
 use crate::pem::Pem;
 
+/// The fault of a file whose two halves differ.
+const OTHER_HALF: &str = "its public half belongs to another key";
+
 /// Makes a key from the operating system's randomness.
 pub(crate) fn generate() -> Result<PrivateKey, KeyError> {
     let mut seed = Zeroizing::new([0; Ed25519PrivateKey::BYTE_SIZE]);
@@ -23,20 +26,41 @@ fn from_seed(seed: &[u8; Ed25519PrivateKey::BYTE_SIZE]) -> PrivateKey {
 
 /// Reads a private key. A comment in it is dropped.
 pub(crate) fn parse(pem: &[u8]) -> Result<PrivateKey, PrivateKeyFault> {
-    let pem = Pem::find(checked_text(pem)?)?;
+    let text = checked_text(pem)?;
+    let pem = Pem::find(&text)?;
     match pem.label {
         "OPENSSH PRIVATE KEY" => parse_openssh(&pem.decode()?),
-        "PRIVATE KEY" => {
-            let key = SigningKey::from_pkcs8_der(&pem.decode()?)
-                .map_err(|error| PrivateKeyFault::BadPkcs8(error.to_string()))?;
-            Ok(from_seed(key.as_bytes()))
-        }
+        "PRIVATE KEY" => parse_pkcs8(&pem.decode()?),
         "ENCRYPTED PRIVATE KEY" => Err(PrivateKeyFault::Encrypted),
         label @ ("RSA PRIVATE KEY" | "EC PRIVATE KEY" | "DSA PRIVATE KEY") => {
             Err(PrivateKeyFault::NotEd25519(format!("a '{label}'")))
         }
         label => Err(PrivateKeyFault::NotPrivateKey(label.to_owned())),
     }
+}
+
+fn parse_pkcs8(der: &[u8]) -> Result<PrivateKey, PrivateKeyFault> {
+    let error = match SigningKey::from_pkcs8_der(der) {
+        Ok(key) => return Ok(from_seed(key.as_bytes())),
+        Err(error) => error,
+    };
+    let Some((seed, public)) = explicit_public_key(der) else {
+        return Err(PrivateKeyFault::BadPkcs8(error.to_string()));
+    };
+    let key = from_seed(seed);
+    match key.key_data() {
+        KeypairData::Ed25519(pair) if &pair.public.0 == public => Ok(key),
+        _ => Err(PrivateKeyFault::BadPkcs8(OTHER_HALF.to_owned())),
+    }
+}
+
+/// The halves of a key as ring and rcgen write it: PKCS#8 version 2 whose public key has an explicit tag, where RFC 5958 has an
+/// implicit one. There is one such encoding, byte for byte.
+fn explicit_public_key(der: &[u8]) -> Option<(&[u8; 32], &[u8; 32])> {
+    const HEAD: [u8; 16] = *b"\x30\x53\x02\x01\x01\x30\x05\x06\x03\x2b\x65\x70\x04\x22\x04\x20";
+    const BETWEEN: [u8; 5] = *b"\xa1\x23\x03\x21\x00";
+    let (seed, rest) = der.strip_prefix(&HEAD)?.split_first_chunk()?;
+    Some((seed, rest.strip_prefix(&BETWEEN)?.try_into().ok()?))
 }
 
 fn parse_openssh(bytes: &[u8]) -> Result<PrivateKey, PrivateKeyFault> {
@@ -55,7 +79,7 @@ fn parse_openssh(bytes: &[u8]) -> Result<PrivateKey, PrivateKeyFault> {
     // The file holds both halves. A signature by halves that differ would give the private one away.
     let sound = from_seed(pair.private.as_ref());
     if sound.public_key().key_data() != &KeyData::Ed25519(pair.public) {
-        return Err(PrivateKeyFault::BadOpenSsh("its public half belongs to another key".to_owned()));
+        return Err(PrivateKeyFault::BadOpenSsh(OTHER_HALF.to_owned()));
     }
     Ok(sound)
 }

@@ -66,6 +66,35 @@ fn halves_of_different_keys_are_refused() {
     assert!(text.contains("bad OpenSSH key"), "{text}");
 }
 
+/// PKCS#8 version 2 as ring and rcgen write it, of these halves.
+fn explicit(seed: &[u8], public: &[u8]) -> String {
+    let head = b"\x30\x53\x02\x01\x01\x30\x05\x06\x03\x2b\x65\x70\x04\x22\x04\x20";
+    let der = [head, seed, b"\xa1\x23\x03\x21\x00", public].concat();
+    format!("-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n", Base64::encode_string(&der))
+}
+
+#[test]
+fn a_public_half_with_an_explicit_tag_is_read_and_checked() {
+    let own = SigningKey::from_pkcs8_pem(PKCS8).unwrap();
+    let (seed, public) = (own.to_bytes(), own.verifying_key().to_bytes());
+    assert_eq!(parse(explicit(&seed, &public).as_bytes()).unwrap(), parse(PKCS8.as_bytes()).unwrap());
+    let other = generate().unwrap().key_data().ed25519().unwrap().public.0;
+    let text = fault(explicit(&seed, &other).as_bytes());
+    assert!(text.ends_with("its public half belongs to another key"), "{text}");
+    for (seed, public) in
+        [(&seed[..31], &public[..]), (&seed, &public[..31]), (&seed, &[&public[..], &[0]].concat())]
+    {
+        let text = fault(explicit(seed, public).as_bytes());
+        assert!(text.starts_with("not an Ed25519 key in PKCS#8"), "{text}");
+    }
+    // The tag of RFC 5958.
+    let pair = ed25519_dalek::pkcs8::KeypairBytes {
+        secret_key: seed,
+        public_key: Some(ed25519_dalek::pkcs8::PublicKeyBytes(other)),
+    };
+    assert!(parse(pair.to_pkcs8_pem(Default::default()).unwrap().as_bytes()).is_err(), "the same check");
+}
+
 #[test]
 fn every_generate_is_another_ed25519_key() {
     let (one, two) = (generate().unwrap(), generate().unwrap());

@@ -1,4 +1,7 @@
 //! The one reader of public keys: `authorized_keys` lines (sshd(8)), Ed25519 only, without options.
+//!
+//! A line is read as sshd reads it: any blanks between its words, any comment. Other than in sshd, a line that is not read
+//! fails the whole text: the operator learns of it when the text is given, not when a worker node can't log in.
 
 use std::fmt;
 
@@ -17,7 +20,8 @@ const QUOTE_MAX: usize = 40;
 pub struct WorkerNodeKeys(Vec<Ed25519PublicKey>);
 
 impl WorkerNodeKeys {
-    /// Reads `authorized_keys` lines. Blank lines and comments are skipped, duplicates dropped.
+    /// Reads `authorized_keys` lines. Blank lines and comments are skipped, duplicates dropped. Words may be apart by any
+    /// blanks; what follows the key is a comment, in any encoding.
     ///
     /// # Errors
     /// A line is not an Ed25519 key, or the text has no key.
@@ -69,17 +73,21 @@ impl fmt::Debug for WorkerNodeKeys {
 
 fn parse_line(line: &str) -> Result<Ed25519PublicKey, String> {
     let is_type = |word: &str| ["ssh-", "ecdsa-", "sk-"].iter().any(|prefix| word.starts_with(prefix));
-    let first = line.split_whitespace().next().unwrap_or_default();
+    let mut words = line.split_whitespace();
+    let first = words.next().unwrap_or_default();
     if first != "ssh-ed25519" {
         return Err(if is_type(first) {
             format!("a key of type {} is not an Ed25519 key", excerpt(first))
-        } else if line.split_whitespace().skip(1).any(is_type) {
+        } else if words.any(is_type) {
             "options before the key are not supported; remove them".to_owned()
         } else {
             "not a public key".to_owned()
         });
     }
-    let key = PublicKey::from_openssh(line).map_err(|error| format!("bad key: {}", scrubbed(&error)))?;
+    // Between these two the decoder wants one blank, and no comment.
+    let key = format!("{first} {}", words.next().unwrap_or_default());
+    let key =
+        PublicKey::from_openssh(key.trim_end()).map_err(|error| format!("bad key: {}", scrubbed(&error)))?;
     let KeyData::Ed25519(key) = key.key_data() else { return Err("bad key: not what its type says".into()) };
     // With a point of small order, signatures that verify can be made without the private key.
     match VerifyingKey::from_bytes(&key.0) {

@@ -133,6 +133,8 @@ pub const HELLO: Duration = Duration::from_secs(5);
 pub const INBOUND_WAIT: Duration = Duration::from_secs(30);
 /// A wait that takes longer than this says what it is for.
 pub const WAIT_REPORT: Duration = Duration::from_secs(1);
+/// Interval at which it says so again, with the time left.
+pub const WAIT_REPEAT: Duration = Duration::from_secs(15);
 /// Timeout of connecting to the server of an outbound: of looking its name up, and of connecting to its addresses.
 pub const OUTBOUND_CONNECT: Duration = Duration::from_secs(10);
 /// Time for which the agent retries the kata agent's socket, which may appear after the agent starts.

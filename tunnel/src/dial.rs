@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use crate::names::Resolver;
 use crate::race::race;
 
-/// Addresses of which an error tells.
+/// Addresses whose causes are in an error.
 const REPORTED_MAX: usize = 4;
 
 /// Connects to a TCP server. The addresses of a name are raced (RFC 8305), each for at most [`TCP_CONNECT`]; an IP address is
@@ -25,7 +25,15 @@ pub async fn connect(resolver: &Resolver, host: &Host, port: u16) -> io::Result<
         Host::Ip(ip) => return TcpStream::connect((*ip, port)).await,
         Host::Name(name) => name,
     };
-    let addresses = resolver.lookup(name.as_str(), port).await?;
+    connect_first(resolver.lookup(name.as_str(), port).await?).await
+}
+
+/// Connects to the first of the addresses that can be reached; they are raced (RFC 8305). Dropping the future stops all
+/// attempts.
+///
+/// # Errors
+/// None can be reached, each within [`TCP_CONNECT`]; with the cause for each.
+pub async fn connect_first(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
     let attempt = |address| async move { connect_to(address).await.map_err(|error| (address, error)) };
     race(addresses, CONNECT_STAGGER, attempt, |_| true).await.map(|(_, stream)| stream).map_err(summary)
 }

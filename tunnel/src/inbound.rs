@@ -4,27 +4,40 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use secure_comms_protocol::limits::{INBOUND_CLIENTS_MAX, INBOUND_WAIT, RETRY_MIN};
+use secure_comms_protocol::limits::{
+    CHANNEL_OPEN, INBOUND_CLIENTS_MAX, INBOUND_WAIT, RETRY_MIN, WAIT_REPEAT, WAIT_REPORT,
+};
 use secure_comms_protocol::{Bind, InboundTag, TunnelName};
 use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use crate::backoff::Backoff;
-use crate::link::{Link, OpenError};
+use crate::link::{Link, OpenError, Stream};
 use crate::netns::{self, Namespace, NamespaceError};
 use crate::relay::{relay, report};
 use crate::socket::Socket;
 
-/// How often a wait is reported.
-const PROGRESS: Duration = Duration::from_secs(15);
 /// Timeout for an inbound's network namespace, which another service makes at boot.
 const NAMESPACE_WAIT: Duration = Duration::from_secs(30);
 /// Clients of a unix socket that may wait to be accepted; std uses the same number for TCP.
 const BACKLOG: u32 = 128;
+
+/// Reports an inbound that a panic ends: its port is closed from then on, and the process may live on.
+struct PanicReport<'a>(&'a TunnelName);
+
+impl Drop for PanicReport<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            log::error!("inbound {}: closed by a panic; restart the program, and report the bug", self.0);
+        }
+    }
+}
 
 /// An inbound can't listen. Its text has the cause, which is therefore no source of it.
 #[derive(Debug, thiserror::Error)]
@@ -116,7 +129,9 @@ impl Inbound {
     /// Dropping the future closes the listener and every client.
     pub async fn serve<L: Link>(self, links: watch::Receiver<Option<L>>) {
         let name = &self.tag.name;
+        let _report = PanicReport(name);
         let mut clients = JoinSet::new();
+        let waiting = Arc::new(AtomicBool::new(false));
         // A fault is logged when it starts, changes and ends, not for every client.
         let (mut unserved, mut failing) = (String::new(), None);
         loop {
@@ -126,7 +141,12 @@ impl Inbound {
                     let now = match ended {
                         Ok(Ended::Served) => String::new(),
                         Ok(Ended::Unserved(reason)) => reason,
-                        Ok(Ended::Left) | Err(_) => continue,
+                        Ok(Ended::Left) => continue,
+                        // Nothing else ends a task that is not aborted.
+                        Err(panic) => {
+                            log::error!("inbound {name}: serving a client: {panic}; report the bug");
+                            continue;
+                        }
                     };
                     if now != unserved {
                         match now.as_str() {
@@ -139,7 +159,8 @@ impl Inbound {
                 accepted = self.accept(), if room => match accepted {
                     Ok(socket) => {
                         failing = None;
-                        clients.spawn(serve_client(name.clone(), socket, links.clone()));
+                        let client = serve_client(name.clone(), socket, links.clone(), waiting.clone());
+                        clients.spawn(client);
                     }
                     // The client reset its connection; other clients are not affected.
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -184,7 +205,7 @@ async fn bind_tcp(
                 if Instant::now() >= next_report {
                     let left = deadline.saturating_duration_since(Instant::now()).as_secs();
                     log::warn!("inbound {name}: waiting for its network namespace, {left} s left: {error}");
-                    next_report = Instant::now() + PROGRESS;
+                    next_report = Instant::now() + WAIT_REPEAT;
                 }
                 sleep(RETRY_MIN).await;
             }
@@ -238,12 +259,54 @@ enum Ended {
     Unserved(String),
 }
 
-/// Serves one client: waits for a link, opens a stream, relays. A lost link is retried until the deadline.
+/// Serves one client: waits for a stream, and relays. Of the clients of an inbound that wait for long, the first one says so, every [`WAIT_REPEAT`] again;
+/// `waiting` is set until one has a stream.
 async fn serve_client<L: Link>(
     name: TunnelName,
     socket: Socket,
     mut links: watch::Receiver<Option<L>>,
+    waiting: Arc<AtomicBool>,
 ) -> Ended {
+    let linked = AtomicBool::new(false);
+    let opened = {
+        let opening = open_stream(&name, &socket, &mut links, &linked);
+        tokio::pin!(opening);
+        let start = Instant::now();
+        let mut next = start + WAIT_REPORT;
+        let mut reports = false;
+        loop {
+            if let Ok(opened) = timeout_at(next, &mut opening).await {
+                break opened;
+            }
+            reports = reports || !waiting.swap(true, Ordering::Relaxed);
+            if reports {
+                let (what, limit) = match linked.load(Ordering::Relaxed) {
+                    true => ("the other end to reach its server", CHANNEL_OPEN),
+                    false => ("a peer", INBOUND_WAIT),
+                };
+                let left = limit.saturating_sub(start.elapsed()).as_secs();
+                log::info!("inbound {name}: a client waits for {what}, {left} s left");
+            }
+            next += WAIT_REPEAT;
+        }
+    };
+    match opened {
+        Ok(stream) => {
+            waiting.store(false, Ordering::Relaxed);
+            report(&name, relay(socket, stream).await);
+            Ended::Served
+        }
+        Err(ended) => ended,
+    }
+}
+
+/// Waits for a link, which sets `linked`, and opens a stream on it. A lost link is retried until the deadline.
+async fn open_stream<L: Link>(
+    name: &TunnelName,
+    socket: &Socket,
+    links: &mut watch::Receiver<Option<L>>,
+    linked: &AtomicBool,
+) -> Result<Stream<L::Receiver, L::Sender>, Ended> {
     let deadline = Instant::now() + INBOUND_WAIT;
     let mut backoff = Backoff::default();
     loop {
@@ -252,28 +315,26 @@ async fn serve_client<L: Link>(
             biased;
             link = links.wait_for(usable) => link.ok().and_then(|link| link.clone()),
             // A client that has left frees its place among the clients.
-            () = socket.client_gone() => return Ended::Left,
+            () = socket.client_gone() => return Err(Ended::Left),
             () = sleep_until(deadline) => {
-                return Ended::Unserved(format!("no peer within {} s", INBOUND_WAIT.as_secs()));
+                return Err(Ended::Unserved(format!("no peer within {} s", INBOUND_WAIT.as_secs())));
             }
         };
         // None: the sender of links is gone, so no link will arrive.
-        let Some(link) = link else { return Ended::Unserved("shutting down".into()) };
+        let Some(link) = link else { return Err(Ended::Unserved("shutting down".into())) };
+        linked.store(true, Ordering::Relaxed);
         let opened = tokio::select! {
             biased;
-            opened = link.open(&name) => opened,
-            _ = socket.failed() => return Ended::Left,
+            opened = link.open(name) => opened,
+            _ = socket.failed() => return Err(Ended::Left),
         };
         match opened {
-            Ok(stream) => {
-                report(&name, relay(socket, stream).await);
-                return Ended::Served;
-            }
+            Ok(stream) => return Ok(stream),
             Err(OpenError::Refused(reason)) => {
-                return Ended::Unserved(format!("the other end refused: {reason}"));
+                return Err(Ended::Unserved(format!("the other end refused: {reason}")));
             }
             Err(OpenError::LinkGone) if Instant::now() >= deadline => {
-                return Ended::Unserved("the connection to the peer was lost".into());
+                return Err(Ended::Unserved("the connection to the peer was lost".into()));
             }
             // Retry on a newer link, or on this one after a pause: it may not have noticed yet that it is gone.
             Err(OpenError::LinkGone) => tokio::select! {

@@ -1,9 +1,10 @@
 //! Named byte streams over any link: `client -> Inbound(name) == link ==> Outbound(name) -> server`.
 //!
 //! The modules are in the order in which bytes pass through them. An [`inbound`] listens, and holds its clients until
-//! there is a [`link`] on which a stream can be opened. An [`outbound`] connects to the server at the other end: it [`dial`]s one of the
-//! addresses that its [`names`] have, in a [`mod@race`]. The [`mod@relay`] moves bytes between a [`Socket`] and the stream, within the [`flow`] control of the connection, and may
-//! pass them through an interceptor ([`intercept`]). A socket may live in another network namespace ([`netns`]).
+//! there is a [`link`] on which a stream can be opened. An [`outbound`] connects to the server at the other end: it
+//! [`dial`]s the addresses of its host name ([`names`]) in a [`mod@race`]. The [`mod@relay`] moves bytes between a
+//! [`Socket`] and the stream, within the [`flow`] control of the connection, and may pass them through an interceptor
+//! ([`intercept`]). A socket may live in another network namespace ([`netns`]).
 //!
 //! This crate knows names, phases and bytes; it does not know SSH. All of it runs in a tokio runtime of any flavour,
 //! with time and I/O enabled.

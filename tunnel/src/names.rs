@@ -73,7 +73,7 @@ impl Resolver {
         Self { hosts: hosts.into(), resolv_conf: resolv_conf.into(), port }
     }
 
-    /// The addresses of a host: at least one and at most [`ADDRESSES_MAX`], IPv6 and IPv4 by turns (RFC 8305 4), each with
+    /// The addresses of a host: at least one and at most [`ADDRESSES_MAX`], IPv6 and IPv4 alternating (RFC 8305 4), each with
     /// `port`. If only one kind of address can be learned, that kind. Returns within [`NAME_LOOKUP`]. Dropping the future
     /// closes its sockets; there are no threads.
     ///
@@ -82,9 +82,9 @@ impl Resolver {
     pub async fn lookup(&self, name: &str, port: u16) -> Result<Vec<SocketAddr>, LookupError> {
         let mut found = match self.without_server(name) {
             Some(found) => found,
-            None => self.from_servers(name).await?.into_iter().map(|ip| (ip, 0).into()).collect(),
+            None => self.ask_servers(name).await?.into_iter().map(|ip| (ip, 0).into()).collect(),
         };
-        found = by_turns(found);
+        found = alternating(found);
         found.truncate(ADDRESSES_MAX);
         found.iter_mut().for_each(|address| address.set_port(port));
         Ok(found)
@@ -105,7 +105,7 @@ impl Resolver {
         top.eq_ignore_ascii_case("localhost").then(|| local.map(|ip| (ip, 0).into()).to_vec())
     }
 
-    async fn from_servers(&self, name: &str) -> Result<Vec<IpAddr>, LookupError> {
+    async fn ask_servers(&self, name: &str) -> Result<Vec<IpAddr>, LookupError> {
         let asker = Asker::new(Settings::parse(&read(&self.resolv_conf), self.port));
         let candidates = asker.settings.candidates(name);
         let end = Instant::now() + NAME_LOOKUP;
@@ -165,7 +165,7 @@ impl Asker {
             (Ok(one @ Answer::Addresses(_)), _) | (_, Ok(Ok(one @ Answer::Addresses(_)))) => Ok(ips(one)),
             (Ok(Answer::NoSuchName), _) | (_, Ok(Ok(Answer::NoSuchName))) => Ok(Vec::new()),
             (Err(fault), _) | (_, Ok(Err(fault))) => Err(fault),
-            (Ok(_), Err(_)) => Err(format!("no answer within {:.1} s", limit.as_secs_f32())),
+            (Ok(_), Err(_)) => Err(format!("no answer within {} ms", limit.as_millis())),
         }
     }
 
@@ -194,7 +194,7 @@ impl Asker {
                 faults.truncate(servers.len());
                 Err(faults.join(", "))
             }
-            Err(_) => Err(format!("no answer within {:.1} s", limit.as_secs_f32())),
+            Err(_) => Err(format!("no answer within {} ms", limit.as_millis())),
         }
     }
 }
@@ -214,8 +214,8 @@ fn ips(answer: Answer) -> Vec<IpAddr> {
     }
 }
 
-/// IPv6 and IPv4 by turns, IPv6 first. Where there is no IPv6, connecting fails at once.
-fn by_turns(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+/// IPv6 and IPv4 alternating, IPv6 first. Where there is no IPv6, connecting fails at once.
+fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let (v6, v4): (Vec<_>, Vec<_>) = addresses.into_iter().partition(SocketAddr::is_ipv6);
     let (mut v6, mut v4) = (v6.into_iter(), v4.into_iter());
     let mut mixed = Vec::with_capacity(v6.len() + v4.len());

@@ -103,8 +103,8 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
 }
 
 impl<P, I> Permit<P, I> {
-    /// Connects to the server, with retries and backoff. Says in the log what it waits for if that takes longer than a
-    /// second. Dropping the future stops the attempt.
+    /// Connects to the server, with retries and backoff. A wait of more than a second is in
+    /// the log. Dropping the future stops the attempt.
     ///
     /// # Errors
     /// The server can't be reached within [`OUTBOUND_CONNECT`], or within its own connect timeout if that is longer.
@@ -112,12 +112,9 @@ impl<P, I> Permit<P, I> {
         let Server { target, connect_timeout } = &self.server;
         let limit = OUTBOUND_CONNECT.max(*connect_timeout);
         let last_error = Mutex::new(String::new());
-        let detail = || {
-            let error = last_error.lock().map(|error| error.clone()).unwrap_or_default();
-            format!("at most {} s{error}", limit.as_secs())
-        };
+        let detail = || last_error.lock().map(|error| error.clone()).unwrap_or_default();
         let what = format!("tunnel {}: waiting for {target}", self.name);
-        reported(self.connect_silently(&last_error), what, detail).await
+        reported(self.connect_silently(&last_error), what, limit, detail).await
     }
 
     async fn connect_silently(&self, last_error: &Mutex<String>) -> Result<Socket, ConnectError> {

@@ -28,9 +28,10 @@ where
     E: Send + 'static,
     F: Future<Output = Result<T, E>> + Send + 'static,
 {
+    let mut failures: Vec<Option<E>> = candidates.iter().map(|_| None).collect();
     let mut waiting = candidates.into_iter().enumerate();
     let mut running = JoinSet::new();
-    let (mut failures, mut second_best) = (Vec::new(), None);
+    let mut second_best = None;
     let mut next = Instant::now();
     loop {
         if let Some((index, candidate)) = waiting.next() {
@@ -50,7 +51,11 @@ where
                     next = if second_best.is_none() { Instant::now() + GRACE } else { next };
                     second_best.get_or_insert((index, won));
                 }
-                Some(Ok((index, Err(error)))) => failures.push((index, error)),
+                Some(Ok((index, Err(error)))) => {
+                    if let Some(failure) = failures.get_mut(index) {
+                        *failure = Some(error);
+                    }
+                }
                 // The panic of an attempt was printed where it happened.
                 Some(Err(_)) => {}
                 None if left => {}
@@ -59,8 +64,7 @@ where
             () = sleep_until(next), if left || event => if event { break },
         }
     }
-    failures.sort_by_key(|(index, _)| *index);
-    second_best.ok_or_else(|| failures.into_iter().map(|(_, error)| error).collect())
+    second_best.ok_or_else(|| failures.into_iter().flatten().collect())
 }
 
 #[cfg(test)]

@@ -86,7 +86,7 @@ async fn one_good_kind_of_address_is_enough() {
 }
 
 #[tokio::test]
-async fn both_kinds_come_by_turns_and_bounded_in_number() {
+async fn both_kinds_alternate_and_are_bounded_in_number() {
     let (site, _server) = site("", |name, v6| match (name, v6) {
         ("mixed", false) => addresses(["10.0.0.1", "10.0.0.2", "10.0.0.3"]),
         ("mixed", true) => addresses(["fd00::1"]),
@@ -157,12 +157,14 @@ async fn an_answer_that_does_not_fit_is_fetched_over_tcp() {
     let (site, server) = site("", move |name, v6| match (name, v6) {
         ("whole", false) => Say::Truncated(all.clone()),
         ("cut", false) => Say::TruncatedOnly(all.clone()),
+        ("silent", false) => Say::TruncatedSilent(all.clone()),
         _ => Say::Addresses(vec![]),
     })
     .await;
     assert!(site.lookup("whole").await.starts_with("10.0.0.0 10.0.0.1 "));
     assert!(server.asked().contains(&"tcp whole A".to_owned()), "{:?}", server.asked());
     assert!(site.lookup("cut").await.starts_with("10.0.0.0 10.0.0.1 "), "a server without TCP");
+    assert!(site.lookup("silent").await.starts_with("10.0.0.0 10.0.0.1 "), "a server behind a firewall");
 }
 
 #[tokio::test]

@@ -70,7 +70,7 @@ fn at_most_a_bounded_number_of_addresses_is_kept() {
 }
 
 #[test]
-fn a_refusal_is_told_from_a_name_that_does_not_exist() {
+fn a_refusal_is_not_a_name_that_does_not_exist() {
     let v4 = question(Family::V4);
     for (flags, text) in [(1, "FORMERR"), (2, "SERVFAIL"), (4, "NOTIMP"), (5, "REFUSED"), (9, "NOTAUTH")] {
         assert_eq!(v4.reply(&answer(&v4, flags, &[])), Reply::Fault(text.into()));

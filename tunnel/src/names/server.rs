@@ -5,6 +5,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+use secure_comms_protocol::limits::NAME_GRACE;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
@@ -46,7 +47,7 @@ pub(super) async fn ask(
         Ok(Ok(Reply::Fault(fault))) => Err(fault),
         Ok(Ok(Reply::Truncated(_) | Reply::Unrelated)) => Err("a useless answer".to_owned()),
         Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no answer within {:.1} s", limit.as_secs_f32())),
+        Err(_) => Err(format!("no answer within {} ms", limit.as_millis())),
     };
     result.map_err(|fault| ServerFault { server, fault })
 }
@@ -67,9 +68,12 @@ async fn over_udp(server: SocketAddr, question: &Question) -> io::Result<Reply> 
             // A late answer to an earlier question, or a forged one.
             Reply::Unrelated => {}
             Reply::Truncated(fitted) => {
-                return Ok(match over_tcp(server, question).await {
-                    Ok(whole @ Reply::Answer(_)) => whole,
-                    // Some servers have no TCP. What fitted is enough.
+                if fitted.is_empty() {
+                    return over_tcp(server, question).await;
+                }
+                return Ok(match timeout(NAME_GRACE, over_tcp(server, question)).await {
+                    Ok(Ok(whole @ Reply::Answer(_))) => whole,
+                    // Some servers have no TCP, or a firewall drops it. What fitted is enough.
                     _ => Reply::Truncated(fitted),
                 });
             }

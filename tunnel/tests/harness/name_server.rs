@@ -16,6 +16,8 @@ pub(crate) enum Say {
     Truncated(Vec<IpAddr>),
     /// As `Truncated`; over TCP it hangs up.
     TruncatedOnly(Vec<IpAddr>),
+    /// As `Truncated`; over TCP it says nothing.
+    TruncatedSilent(Vec<IpAddr>),
     /// Only a response code: 2 is SERVFAIL, 3 NXDOMAIN, 4 NOTIMP, 5 REFUSED.
     Code(u8),
     /// Bytes that are no answer.
@@ -76,7 +78,7 @@ async fn serve_udp(socket: UdpSocket, rule: Rule, asked: Arc<Mutex<Vec<String>>>
         asked.lock().unwrap().push(format!("udp {name} {}", if v6 { "AAAA" } else { "A" }));
         let answer = match rule(&name, v6) {
             Say::Addresses(all) => encode(question, 0, &all),
-            Say::Truncated(all) | Say::TruncatedOnly(all) => {
+            Say::Truncated(all) | Say::TruncatedOnly(all) | Say::TruncatedSilent(all) => {
                 let mut bytes = encode(question, 0, &all);
                 bytes.truncate(512);
                 bytes[2] |= 2;
@@ -107,10 +109,15 @@ async fn serve_stream(mut stream: TcpStream, rule: &Rule, asked: &Mutex<Vec<Stri
     stream.read_exact(&mut question).await?;
     let (name, v6) = name_of(&question);
     asked.lock().unwrap().push(format!("tcp {name} {}", if v6 { "AAAA" } else { "A" }));
-    if let Say::Addresses(all) | Say::Truncated(all) = rule(&name, v6) {
-        let answer = encode(&question, 0, &all);
-        stream.write_u16(answer.len().try_into().unwrap()).await?;
-        stream.write_all(&answer).await?;
+    match rule(&name, v6) {
+        Say::Addresses(all) | Say::Truncated(all) => {
+            let answer = encode(&question, 0, &all);
+            stream.write_u16(answer.len().try_into().unwrap()).await?;
+            stream.write_all(&answer).await?;
+        }
+        // Until the client hangs up.
+        Say::TruncatedSilent(_) => drop(stream.read_u8().await?),
+        _ => {}
     }
     Ok(())
 }
