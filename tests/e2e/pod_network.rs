@@ -254,7 +254,7 @@ fn left_out(agent: &Child) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_set_up_is_left_out_alone() {
     let site = PodSite::new(&V4).unwrap();
-    site.pod.ip(["link", "add", "lost", "type", "dummy"]).unwrap();
+    site.pod.ip(["link", "add", "lost", "type", "veth", "peer", "name", "found"]).unwrap();
     let before = site.state().unwrap();
     let routes = json!([
         {"dst": "::ffff:0.0.0.0/0", "gw": "10.244.1.1", "dev": "eth0", "protocol": "boot"},
@@ -310,8 +310,7 @@ async fn what_cannot_be_set_up_is_left_out_alone() {
 async fn a_route_that_exists_already_is_enough() {
     let site = PodSite::new(&V4).unwrap();
     // As an agent that was killed half-way leaves it.
-    site.pod.ip(["link", "add", "net1", "type", "dummy"]).unwrap();
-    site.pod.ip(["link", "set", "net1", "up"]).unwrap();
+    site.pod.veth("net1", &site.node, "net1").unwrap();
     site.pod.ip(["route", "add", "10.50.0.0/16", "dev", "net1"]).unwrap();
     site.pod.ip(["route", "add", "10.51.0.0/16", "dev", "net1", "metric", "7"]).unwrap();
     let routes = json!([{"dst": "10.50.0.0/16", "dev": "net1"}, {"dst": "10.51.0.0/16", "dev": "net1"}]);
