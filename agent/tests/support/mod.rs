@@ -76,6 +76,17 @@ impl Place {
         Self::spawn(command, &[("JOURNAL_STREAM", "1:1")])
     }
 
+    /// Starts the agent on a terminal, whose lines are its log.
+    pub fn start_on_terminal(&self, args: &[&str]) -> Agent {
+        let agent = self.command(args);
+        let words = std::iter::once(agent.get_program()).chain(agent.get_args());
+        let words: Vec<_> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
+        let mut command = Command::new("sh");
+        command.args(["-c", "exec script -qec \"$1\" /dev/null >&2", "sh", &words.join(" ")]);
+        command.stdin(Stdio::null()).env_remove("JOURNAL_STREAM");
+        Self::spawn(command, &[])
+    }
+
     fn spawn(mut command: Command, env: &[(&str, &str)]) -> Agent {
         command.envs(env.iter().copied()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
