@@ -3,11 +3,11 @@
 //! In: a [`spec`]. Out: links, addresses, routes and rules in the kernel; a status text for systemd. Only these files name
 //! rtnetlink. In the order in which the network is made: the VM's interface that the tunnel's packets leave by
 //! (`underlay`), the tunnel (`vxlan`), its routes and neighbours (`ip_route`), rules that keep its packets out of connection
-//! tracking (`notrack`), the VM's second interface, where the pod gets it (`secondary`). `setup` does these steps and undoes
+//! tracking (`notrack`), the VM's second interface, where the pod gets it (`secondary`, `restore`). `setup` does these steps and undoes
 //! them, `supervisor` retries them.
 //!
-//! Nothing is remembered for the undo: the kernel's state shows what the agent made. So the next start also undoes what a
-//! killed agent, or a set-up that was interrupted, left behind.
+//! For the undo the kernel's state shows what the agent made. So the next start also undoes what a killed agent, or a set-up
+//! that was interrupted, left behind. Only what the second interface had in the VM is remembered: the kernel forgets it.
 
 pub mod spec;
 
@@ -20,6 +20,7 @@ mod vxlan;
 
 mod ip_route;
 mod notrack;
+mod restore;
 mod secondary;
 
 mod interface;

@@ -115,6 +115,17 @@ fn without_inotify_the_daemon_config_is_still_found() {
 }
 
 #[test]
+fn on_a_terminal_the_wait_says_how_to_end_it() {
+    let place = Place::new();
+    std::fs::remove_file(place.path("apf.json")).unwrap();
+    let mut agent = place.start_on_terminal(&FREE_PORTS);
+    let wait = format!("waiting for the daemon config {}", place.path("apf.json").display());
+    assert_eq!(agent.says(&wait), " (Ctrl-C ends this): it is not there yet");
+    place.write_config("{}");
+    agent.says("found after");
+}
+
+#[test]
 fn a_start_that_waits_for_its_daemon_config_can_be_stopped() {
     let place = Place::new();
     std::fs::remove_file(place.path("apf.json")).unwrap();

@@ -254,7 +254,7 @@ fn left_out(agent: &Child) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_set_up_is_left_out_alone() {
     let site = PodSite::new(&V4).unwrap();
-    site.pod.ip(["link", "add", "lost", "type", "dummy"]).unwrap();
+    site.pod.ip(["link", "add", "lost", "type", "veth", "peer", "name", "found"]).unwrap();
     let before = site.state().unwrap();
     let routes = json!([
         {"dst": "::ffff:0.0.0.0/0", "gw": "10.244.1.1", "dev": "eth0", "protocol": "boot"},
@@ -309,17 +309,17 @@ async fn what_cannot_be_set_up_is_left_out_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_route_that_exists_already_is_enough() {
     let site = PodSite::new(&V4).unwrap();
-    // As an agent that was killed half-way leaves it.
-    site.pod.ip(["link", "add", "net1", "type", "dummy"]).unwrap();
-    site.pod.ip(["link", "set", "net1", "up"]).unwrap();
-    site.pod.ip(["route", "add", "10.50.0.0/16", "dev", "net1"]).unwrap();
-    site.pod.ip(["route", "add", "10.51.0.0/16", "dev", "net1", "metric", "7"]).unwrap();
+    site.pod.veth("net1", &site.node, "net1").unwrap();
+    // The kernel makes the one, an agent that was killed half-way left the other.
+    site.pod.address("net1", "10.50.0.1/16").unwrap();
+    site.pod.ip(["route", "add", "10.51.0.0/16", "dev", "net1"]).unwrap();
     let routes = json!([{"dst": "10.50.0.0/16", "dev": "net1"}, {"dst": "10.51.0.0/16", "dev": "net1"}]);
     let spec = with(&V4, &[("routes", routes)]);
     for _ in 0..2 {
         let mut agent = site.up(&spec).await.unwrap();
         assert_eq!(left_out(&agent), [""; 0]);
-        assert!(pod_routes(&site, "-4").contains(&"10.50.0.0/16 dev net1 scope link".to_owned()));
+        let kernel = "10.50.0.0/16 dev net1 proto kernel scope link src 10.50.0.1";
+        assert!(pod_routes(&site, "-4").contains(&kernel.to_owned()), "{:?}", pod_routes(&site, "-4"));
         agent.kill9().await.unwrap();
     }
 }

@@ -7,21 +7,20 @@
 //! Before the move the interface gets an alias as a mark. So the next process after a killed agent finds it, and moves it
 //! back with the addresses and routes that the kernel reports for it then.
 
-use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::link::InfoKind;
-use rtnetlink::packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteProtocol};
+use rtnetlink::packet_route::route::{RouteMessage, RouteProtocol};
 use secure_comms_protocol::limits::POD_NETWORK_WAIT;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 use super::error::{PodNetworkError, Step, list};
 use super::interface::{self, Address, Interface};
 use super::ip_route;
 use super::netlink::Net;
+use super::restore::{other_default, replace_defaults, restore};
 use super::spec::{InterfaceName, Prefix};
 
 /// The alias that marks an interface of the VM.
@@ -30,8 +29,6 @@ const MARK: &str = "secure-comms: the VM's second interface";
 const MADE: u8 = 0x5c;
 /// Time that an interface with an address has to get its default route: a DHCP client adds the one after the other.
 const DEFAULT_ROUTE_WAIT: Duration = Duration::from_secs(5);
-/// Pause before what could not be restored is tried once more.
-const RESTORE_PAUSE: Duration = Duration::from_millis(200);
 
 /// The VM's second interface, with the addresses and routes that move along.
 #[derive(Clone, Debug)]
@@ -173,14 +170,6 @@ fn is_global_of(address: &Address, link: &Interface) -> bool {
     address.index == link.index && !address.link_local
 }
 
-/// A copy of a route, if it is a default route by one other interface.
-fn other_default(route: &RouteMessage, link: &Interface) -> Option<RouteMessage> {
-    match *ip_route::output_interfaces(route) {
-        [index] if index != link.index && ip_route::is_default(route) => Some(carried(route, index)),
-        _ => None,
-    }
-}
-
 /// The first network card with an address that is used neither by the tunnel nor by the VM's default routes.
 async fn look(
     host: &Net,
@@ -224,7 +213,9 @@ async fn describe(net: &Net, link: Interface) -> Result<SecondaryInterface, PodN
 /// Adds the VM's default route to an interface that has none, if the gateway is on its network.
 fn add_default(routes: &[RouteMessage], second: &mut SecondaryInterface) {
     for route in routes.iter().filter(|route| ip_route::is_default(route)) {
-        let has_one = |own: &RouteMessage| ip_route::is_default(own) && family(own) == family(route);
+        let has_one = |own: &RouteMessage| {
+            ip_route::is_default(own) && own.header.address_family == route.header.address_family
+        };
         let Some(gateway) = ip_route::gateway(route) else { continue };
         let near = second.addresses.iter().any(|address| address.prefix.contains(gateway));
         if near && !second.routes.iter().any(has_one) {
@@ -232,101 +223,5 @@ fn add_default(routes: &[RouteMessage], second: &mut SecondaryInterface) {
             let made = ip_route::message(destination, Some(gateway), second.link.index, MADE.into(), 0);
             second.routes.push(made);
         }
-    }
-}
-
-/// Sets an interface up after a move: all its addresses, then its routes. What exists counts as restored; what fails is tried
-/// once more. Returns what is missing in the end.
-async fn restore(
-    net: &Net,
-    link: &Interface,
-    addresses: &[Address],
-    routes: &[&RouteMessage],
-) -> Vec<PodNetworkError> {
-    if restore_once(net, link, addresses, routes).await.is_empty() {
-        return Vec::new();
-    }
-    sleep(RESTORE_PAUSE).await;
-    restore_once(net, link, addresses, routes).await
-}
-
-async fn restore_once(
-    net: &Net,
-    link: &Interface,
-    addresses: &[Address],
-    routes: &[&RouteMessage],
-) -> Vec<PodNetworkError> {
-    let mut errors = Vec::new();
-    for address in addresses {
-        errors.extend(interface::restore_address(net, link, address).await.err());
-    }
-    errors.extend(interface::set_up(net, link).await.err());
-    for route in routes {
-        errors.extend(append_to(net, route, link).await.err());
-    }
-    errors
-}
-
-async fn append_to(net: &Net, route: &RouteMessage, link: &Interface) -> Result<(), PodNetworkError> {
-    ip_route::append(net, carried(route, link.index), &format!("of '{}'", link.name)).await
-}
-
-/// Replaces the `others` by the interface's own default routes, family by family. Where none of its own can be added, the
-/// others are put back.
-async fn replace_defaults(
-    pod: &Net,
-    link: &Interface,
-    own: &[&RouteMessage],
-    others: &[RouteMessage],
-) -> Vec<PodNetworkError> {
-    let mut errors = Vec::new();
-    let mut families = HashSet::new();
-    for route in others.iter().filter(|other| own.iter().any(|own| family(own) == family(other))) {
-        errors.extend(ip_route::remove(pod, route.clone(), "default").await.err());
-    }
-    for route in own {
-        match append_to(pod, route, link).await {
-            Ok(()) => drop(families.insert(family(route))),
-            Err(error) => errors.push(error),
-        }
-    }
-    for route in others.iter().filter(|other| !families.contains(&family(other))) {
-        errors.extend(ip_route::append(pod, route.clone(), "default").await.err());
-    }
-    errors
-}
-
-/// A copy of a route for another namespace, where its interface has this index.
-fn carried(route: &RouteMessage, index: u32) -> RouteMessage {
-    let mut message = RouteMessage::default();
-    message.header = route.header.clone();
-    // The others are a state, such as a link that is down, and the kernel refuses them.
-    message.header.flags &= RouteFlags::Onlink;
-    message.attributes = route
-        .attributes
-        .iter()
-        .filter(|attribute| {
-            matches!(
-                attribute,
-                RouteAttribute::Destination(_)
-                    | RouteAttribute::Gateway(_)
-                    | RouteAttribute::Via(_)
-                    | RouteAttribute::PrefSource(_)
-                    | RouteAttribute::Priority(_)
-                    | RouteAttribute::Metrics(_)
-                    | RouteAttribute::Preference(_)
-                    | RouteAttribute::Table(_)
-            )
-        })
-        .cloned()
-        .collect();
-    message.attributes.push(RouteAttribute::Oif(index));
-    message
-}
-
-fn family(route: &RouteMessage) -> u8 {
-    match route.header.address_family {
-        AddressFamily::Inet => 4,
-        _ => 6,
     }
 }

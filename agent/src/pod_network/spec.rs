@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use serde::Deserialize;
 use serde_json::Value;
 
-use names::{PROTOCOLS, SCOPES, STATES};
+use names::{PROTOCOL_BOOT, PROTOCOLS, SCOPE_LINK, SCOPES, STATE_PERMANENT, STATES};
 use read::FieldReader;
 use values::{Address, Destination};
 pub use values::{HardwareAddress, InterfaceName, Prefix};
@@ -22,12 +22,6 @@ const MTU_MAX: u32 = 1450;
 const MTU_MIN: (u32, u32) = (68, 1280);
 /// The VXLAN port (RFC 7348), unless `vxlan-port` names another.
 const VXLAN_PORT: u16 = 4789;
-/// RTPROT_BOOT: the default of `ip route add`.
-const PROTOCOL_BOOT: u8 = 3;
-/// RT_SCOPE_LINK: the destination is on the link itself.
-const SCOPE_LINK: u8 = 253;
-/// NUD_PERMANENT.
-const STATE_PERMANENT: u16 = 0x80;
 
 /// `pod-network` as in the file. Unknown keys are ignored.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]

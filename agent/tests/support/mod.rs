@@ -90,6 +90,18 @@ impl Place {
         Self::spawn(command, &[("JOURNAL_STREAM", "1:1")], writer.into(), reader)
     }
 
+    /// Starts the agent on a terminal, whose lines are its log.
+    pub fn start_on_terminal(&self, args: &[&str]) -> Agent {
+        let agent = self.command(args);
+        let words = std::iter::once(agent.get_program()).chain(agent.get_args());
+        let words: Vec<_> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
+        let mut command = Command::new("sh");
+        command.args(["-c", "exec script -qec \"$1\" /dev/null >&2", "sh", &words.join(" ")]);
+        command.stdin(Stdio::null()).env_remove("JOURNAL_STREAM");
+        let (reader, writer) = std::io::pipe().unwrap();
+        Self::spawn(command, &[], writer.into(), reader)
+    }
+
     fn spawn(mut command: Command, env: &[(&str, &str)], stderr: Stdio, log: impl Read + 'static) -> Agent {
         command.envs(env.iter().copied()).stdout(Stdio::null()).stderr(stderr);
         Agent { child: command.spawn().unwrap(), log: BufReader::new(Box::new(log)) }

@@ -5,6 +5,13 @@
 
 use std::ops::RangeInclusive;
 
+/// RTPROT_BOOT: the default of `ip route add`.
+pub(super) const PROTOCOL_BOOT: u8 = 3;
+/// RT_SCOPE_LINK: the destination is on the link itself.
+pub(super) const SCOPE_LINK: u8 = 253;
+/// NUD_PERMANENT.
+pub(super) const STATE_PERMANENT: u16 = 0x80;
+
 /// A kind of number that has names.
 pub(super) struct Names {
     /// The kind, in messages.
@@ -24,7 +31,7 @@ pub(super) const PROTOCOLS: Names = Names {
         ("unspec", 0),
         ("redirect", 1),
         ("kernel", 2),
-        ("boot", super::PROTOCOL_BOOT as u16),
+        ("boot", PROTOCOL_BOOT as u16),
         ("static", 4),
         ("gated", 8),
         ("ra", 9),
@@ -56,7 +63,7 @@ pub(super) const SCOPES: Names = Names {
         ("universe", 0),
         ("global", 0),
         ("site", 200),
-        ("link", super::SCOPE_LINK as u16),
+        ("link", SCOPE_LINK as u16),
         ("host", 254),
         ("nowhere", 255),
     ],
@@ -76,7 +83,7 @@ pub(super) const STATES: Names = Names {
         ("probe", 0x10),
         ("failed", 0x20),
         ("noarp", 0x40),
-        ("permanent", super::STATE_PERMANENT),
+        ("permanent", STATE_PERMANENT),
     ],
 };
 
