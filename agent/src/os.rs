@@ -11,6 +11,8 @@ pub mod logging;
 
 pub(crate) mod log_limits;
 
+pub(crate) mod progress;
+
 pub mod systemd;
 
 pub mod listener;

@@ -118,9 +118,12 @@ impl Server {
     /// Logs how a connection ended. Lines about clients that never authenticated are limited.
     fn log_end<E: std::fmt::Display>(&self, connection: &Connection, ended: Result<(), E>) {
         let level = connection.log_level(log::Level::Info);
+        let silence = connection.silence();
         match ended {
-            Ok(()) => log::log!(level, "connection from {}: closed", connection.address),
-            Err(error) => log::log!(level, "connection from {}: ended: {error}", connection.address),
+            Ok(()) => log::log!(level, "connection from {}: closed{silence}", connection.address),
+            Err(error) => {
+                log::log!(level, "connection from {}: ended: {error}{silence}", connection.address);
+            }
         }
     }
 }

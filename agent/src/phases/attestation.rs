@@ -18,6 +18,7 @@ use super::attempt_queue::{AttemptQueue, Next};
 use super::kbs_fetch::{self, FetchError};
 use crate::agent::Agent;
 use crate::os::log_limits::{Repeated, UNPROVEN};
+use crate::os::progress::with_progress;
 use crate::peers::deadlines::KbsDeadlines;
 use crate::peers::peer::Peer;
 use secure_comms_keys::{KeyError, PodKeys};
@@ -70,6 +71,7 @@ impl GuestApi {
                 .await
                 .map_err(|source| AttemptError::Fetch { path: path.clone(), source })
         };
+        let fetch = with_progress(format!("fetching {path} through api-server-rest"), KEY_FETCH, fetch);
         match timeout(KEY_FETCH, fetch).await {
             Ok(result) => result,
             Err(_) => Err(AttemptError::TimedOut { path }),
