@@ -134,7 +134,7 @@ pub const KBS_PAUSE_MIN: Duration = Duration::from_secs(10);
 /// an attestation at the KBS.
 pub const KEYS_RETRY_MAX: Duration = Duration::from_secs(60);
 /// Known errors of one peer after which its pauses grow beyond [`RETRY_MAX`].
-pub const SAME_ANSWERS: u32 = 8;
+pub const SAME_ANSWERS: u32 = 12;
 /// Longest interval of `keys` messages while the agent waits for its keys.
 pub const KEYS_REPORT: Duration = Duration::from_secs(15);
 /// Time that attestation peers have to close their connections after `upgrade`.
