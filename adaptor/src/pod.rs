@@ -22,5 +22,4 @@ pub use self::advice::LOST;
 pub(crate) use self::driver::{Driver, Entry, Stop};
 pub(crate) use self::plan::Plan;
 pub(crate) use self::status::StatusReporter;
-pub use self::status::{Observer, PodEvent, PodState};
-pub use self::vm_log::VmLine;
+pub use self::status::{Observer, PodEvent, PodState, VmLine};

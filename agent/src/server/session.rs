@@ -65,6 +65,13 @@ struct PeerSession<P> {
     has_session_channel: bool,
 }
 
+impl<P> Drop for PeerSession<P> {
+    fn drop(&mut self) {
+        // Now: tasks may keep the peer for some time.
+        self.peer.give_place_back();
+    }
+}
+
 impl<P: AgentPhase> PeerSession<P> {
     fn join(
         agent: &Arc<Agent>,
