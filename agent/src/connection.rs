@@ -122,3 +122,39 @@ impl Connection {
         self.guard.cut();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn connection() -> Connection {
+        Connection::new(1, "192.0.2.1:1".parse().unwrap(), Guard::default())
+    }
+
+    #[tokio::test]
+    async fn a_connection_without_a_session_is_cut() {
+        let connection = connection();
+        connection.end("evicted");
+        connection.until_cut().await;
+        assert_eq!(connection.end_reason(), Some("evicted"));
+    }
+
+    #[tokio::test]
+    async fn the_first_reason_counts_and_is_one_short_line() {
+        let connection = connection();
+        connection.session_started();
+        assert_eq!(connection.end_reason(), None);
+        let waits = connection.clone();
+        let waits = tokio::spawn(async move { waits.end_requested().await.to_owned() });
+        tokio::task::yield_now().await;
+        connection.end(&format!("a\nforged\u{1b}[2J: {}", "x".repeat(70_000)));
+        connection.end("a later one");
+        let reason = waits.await.unwrap();
+        assert!(
+            reason.starts_with("a\\nforged\\u{1b}[2J: xxx") && reason.len() < REASON_MAX + 60,
+            "{reason}"
+        );
+        // Also for one who comes late.
+        assert_eq!(connection.end_requested().await, reason);
+    }
+}
