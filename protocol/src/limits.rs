@@ -164,7 +164,7 @@ pub const UPGRADE_DRAIN: Duration = Duration::from_secs(1);
 pub const FAREWELL: Duration = Duration::from_millis(500);
 /// Connections that receive the reason of their end at a time. Others are cut at once, so that a flood takes bounded
 /// memory.
-pub const FAREWELLS_MAX: usize = 32;
+pub const FAREWELLS_MAX: usize = 16;
 /// A fresh agent admits attestation peers again if no worker node has logged in for this long.
 pub const FIRST_LOGIN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time for which an attempt to set up the pod network waits for the VM's own network: DHCP may be late.
