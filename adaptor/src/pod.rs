@@ -6,6 +6,7 @@
 mod plan;
 
 mod status;
+mod vm_log;
 
 mod lost_vm;
 
@@ -21,4 +22,4 @@ pub use self::advice::LOST;
 pub(crate) use self::driver::{Driver, Entry, Stop};
 pub(crate) use self::plan::Plan;
 pub(crate) use self::status::StatusReporter;
-pub use self::status::{Observer, PodEvent, PodState};
+pub use self::status::{Observer, PodEvent, PodState, VmLine};

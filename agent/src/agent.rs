@@ -1,12 +1,15 @@
 //! The state that all connections and phases share. No logic beyond keeping its parts consistent.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use secure_comms_protocol::control::{Empty, KeyProgress};
-use secure_comms_protocol::limits::{ATTESTATION_PEERS_MAX, UNAUTHENTICATED_MAX, WAITING_MAX};
-use secure_comms_protocol::{Attestation, Control, Kubernetes};
+use secure_comms_protocol::limits::{
+    ATTESTATION_PEERS_MAX, FAREWELLS_MAX, GUESTS_MAX, STATUS_REPORTS_MAX, UNAUTHENTICATED_MAX, WAITING_MAX,
+};
+use secure_comms_protocol::{Attestation, Control, Kubernetes, PodId};
 use secure_comms_tunnel::Outbounds;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::access::limiter::ConnectionLimiter;
 use crate::access::policy::AccessPolicy;
@@ -30,6 +33,13 @@ pub(crate) struct Agent {
     pub(crate) attempt: Attempt,
     /// Random hex that names this process to its peers.
     pub(crate) instance: String,
+    /// When this process started.
+    pub(crate) started: Instant,
+    /// The failing step of the pod network, empty if it is up; and whether there is one.
+    pub(crate) pod_network: watch::Sender<String>,
+    has_pod_network: bool,
+    /// The pod whose keys the KBS released; none before, and where the keys came from the user data or the latch.
+    pod: Mutex<Option<PodId>>,
 }
 
 /// Limits on connections.
@@ -41,6 +51,12 @@ pub(crate) struct Limits {
     pub(crate) unauthenticated: Arc<ConnectionLimiter>,
     /// Peers of the Attestation phase.
     pub(crate) attesting: Arc<ConnectionLimiter>,
+    /// Peers of the Kubernetes phase that have not said a hello with a pod id.
+    pub(crate) guests: Arc<ConnectionLimiter>,
+    /// Statuses that are put together at a time.
+    pub(crate) reports: Semaphore,
+    /// Connections that receive why they end. Others are cut at once.
+    pub(crate) farewells: Semaphore,
 }
 
 /// The authenticated peers by phase.
@@ -48,7 +64,7 @@ pub(crate) struct Limits {
 pub(crate) struct PhasePeers {
     /// Peers of the Attestation phase.
     pub(crate) attestation: Peers<Attestation>,
-    /// Peers of the Kubernetes phase: the newest, and older ones that are about to close.
+    /// Peers of the Kubernetes phase: the adaptor, guests, and peers that are about to close.
     pub(crate) kubernetes: Peers<Kubernetes>,
 }
 
@@ -67,6 +83,7 @@ pub(crate) struct Tunnels {
 #[derive(Debug)]
 pub(crate) struct Attempt {
     peer: Mutex<Option<u64>>,
+    last_error: Mutex<Option<String>>,
     /// The result of the last attempt; none before the first has ended.
     pub(crate) progress: watch::Sender<Option<KeyProgress>>,
 }
@@ -75,6 +92,17 @@ impl Attempt {
     /// Sets the connection id of the peer that serves the current attempt.
     pub(crate) fn set_peer(&self, peer: Option<u64>) {
         *self.peer.lock().unwrap_or_else(PoisonError::into_inner) = peer;
+    }
+
+    /// Publishes that an attempt has failed.
+    pub(crate) fn failed(&self, attempt: u64, error: String) {
+        *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
+        self.progress.send_replace(Some(KeyProgress { attempt, error: Some(error) }));
+    }
+
+    /// The error of the last attempt that failed, even if a later one succeeded.
+    pub(crate) fn last_error(&self) -> Option<String> {
+        self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The connection id of the peer that serves the current attempt. New connections do not evict it.
@@ -92,6 +120,9 @@ impl Agent {
                 waiting: ConnectionLimiter::new(WAITING_MAX),
                 unauthenticated: ConnectionLimiter::new(UNAUTHENTICATED_MAX),
                 attesting: ConnectionLimiter::new(ATTESTATION_PEERS_MAX),
+                guests: ConnectionLimiter::new(GUESTS_MAX),
+                reports: Semaphore::new(STATUS_REPORTS_MAX),
+                farewells: Semaphore::new(FAREWELLS_MAX),
             },
             peers: PhasePeers::default(),
             tunnels: Tunnels {
@@ -99,9 +130,33 @@ impl Agent {
                 attestation: Arc::new(Outbounds::new(&config.outbounds)),
                 kubernetes: Arc::new(kata::outbounds(&config.outbounds, config.pod_namespace.as_deref())),
             },
-            attempt: Attempt { peer: Mutex::default(), progress: watch::Sender::new(None) },
+            attempt: Attempt {
+                peer: Mutex::default(),
+                last_error: Mutex::default(),
+                progress: watch::Sender::new(None),
+            },
             instance,
+            started: Instant::now(),
+            pod_network: watch::Sender::default(),
+            has_pod_network: config.pod_network.is_some(),
+            pod: Mutex::default(),
         }
+    }
+
+    /// The state of the pod network: `up`, or the failing step; none without a pod network.
+    pub(crate) fn pod_network_state(&self) -> Option<String> {
+        let state = self.pod_network.borrow().clone();
+        self.has_pod_network.then(|| if state.is_empty() { "up".to_owned() } else { state })
+    }
+
+    /// Sets the pod whose keys are in use.
+    pub(crate) fn set_pod(&self, pod: PodId) {
+        *self.pod.lock().unwrap_or_else(PoisonError::into_inner) = Some(pod);
+    }
+
+    /// The pod whose keys are in use, if the agent knows it.
+    pub(crate) fn pod(&self) -> Option<PodId> {
+        self.pod.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Sends every attestation peer the result of the attempt and the invitation to come back as `kubernetes`.

@@ -1,19 +1,24 @@
-//! One connection: its source address, and the handle that ends it.
+//! One connection: its source address, and the handle that ends it, with a reason for both ends.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use log::Level;
+use secure_comms_keys::text::one_line;
 use secure_comms_protocol::PhaseName;
 use secure_comms_ssh::guard::Guard;
 use secure_comms_tunnel::Credits;
+use tokio::sync::Notify;
 
 use crate::os::log_limits::{UNAUTHENTICATED, UNPROVEN};
 
 /// Refusals of one connection that are logged as warnings. Later ones are logged at debug level, so that a stranger can't
 /// fill the log.
 const REFUSALS_LOGGED: u32 = 16;
+
+/// Longest reason for the end of a connection, in bytes. It may quote the peer.
+const REASON_MAX: usize = 300;
 
 /// The handle on a connection. Clones refer to the same connection.
 #[derive(Clone, Debug)]
@@ -27,12 +32,31 @@ pub(crate) struct Connection {
     credits: Arc<OnceLock<Credits>>,
     phase: Arc<OnceLock<PhaseName>>,
     refusals: Arc<AtomicU32>,
+    end: Arc<End>,
+}
+
+/// The end of a connection from this side.
+#[derive(Debug, Default)]
+struct End {
+    /// The first reason: later ones follow from it.
+    reason: OnceLock<String>,
+    requested: Notify,
+    /// Whether an SSH session runs, which can send the reason.
+    has_session: AtomicBool,
 }
 
 impl Connection {
     /// A connection that was just accepted.
     pub(crate) fn new(id: u64, address: SocketAddr, guard: Guard) -> Self {
-        Self { id, address, guard, credits: Arc::default(), phase: Arc::default(), refusals: Arc::default() }
+        Self {
+            id,
+            address,
+            guard,
+            credits: Arc::default(),
+            phase: Arc::default(),
+            refusals: Arc::default(),
+            end: Arc::default(),
+        }
     }
 
     /// Sets the phase and the flow control of a peer that has authenticated. At most `held_max` bytes are read ahead from
@@ -94,6 +118,39 @@ impl Connection {
         self.guard.until_cut().await;
     }
 
+    /// Ends the connection with a reason, which the peer receives in SSH's disconnect message and our log names. It is cut
+    /// if no SSH session runs yet. Only the first call has an effect.
+    pub(crate) fn end(&self, reason: &str) {
+        if self.end.reason.set(one_line(reason, REASON_MAX)).is_err() {
+            return;
+        }
+        if self.end.has_session.load(Ordering::Relaxed) {
+            self.end.requested.notify_one();
+        } else {
+            self.guard.cut();
+        }
+    }
+
+    /// The reason of [`Self::end`]; none while the connection need not end.
+    pub(crate) fn end_reason(&self) -> Option<&str> {
+        self.end.reason.get().map(String::as_str)
+    }
+
+    /// From now on [`Self::end`] wakes [`Self::end_requested`] instead of cutting the connection.
+    pub(crate) fn session_started(&self) {
+        self.end.has_session.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits for [`Self::end`], and returns its reason. One task may wait. Cancellation safe.
+    pub(crate) async fn end_requested(&self) -> &str {
+        loop {
+            if let Some(reason) = self.end_reason() {
+                return reason;
+            }
+            self.end.requested.notified().await;
+        }
+    }
+
     /// Ends the connection, its session and its streams at once.
     pub(crate) fn cut(&self) {
         // The credits too: a stream whose reader has stalled would otherwise keep the session from ending.
@@ -136,5 +193,36 @@ mod tests {
         let _ = connection.phase.set(PhaseName::Kubernetes);
         let levels = [(); 3].map(|()| connection.count_login_refusal());
         assert_eq!(levels, [Level::Info, Level::Debug, Level::Debug]);
+    }
+
+    fn connection() -> Connection {
+        Connection::new(1, "192.0.2.1:1".parse().unwrap(), Guard::default())
+    }
+
+    #[tokio::test]
+    async fn a_connection_without_a_session_is_cut() {
+        let connection = connection();
+        connection.end("evicted");
+        connection.until_cut().await;
+        assert_eq!(connection.end_reason(), Some("evicted"));
+    }
+
+    #[tokio::test]
+    async fn the_first_reason_counts_and_is_one_short_line() {
+        let connection = connection();
+        connection.session_started();
+        assert_eq!(connection.end_reason(), None);
+        let waits = connection.clone();
+        let waits = tokio::spawn(async move { waits.end_requested().await.to_owned() });
+        tokio::task::yield_now().await;
+        connection.end(&format!("a\nforged\u{1b}[2J: {}", "x".repeat(70_000)));
+        connection.end("a later one");
+        let reason = waits.await.unwrap();
+        assert!(
+            reason.starts_with("a\\nforged\\u{1b}[2J: xxx") && reason.len() < REASON_MAX + 60,
+            "{reason}"
+        );
+        // Also for one who comes late.
+        assert_eq!(connection.end_requested().await, reason);
     }
 }

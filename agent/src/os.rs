@@ -9,6 +9,8 @@ mod log_queue;
 
 pub mod logging;
 
+pub(crate) mod operator_log;
+
 pub(crate) mod log_limits;
 
 pub(crate) mod progress;

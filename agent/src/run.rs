@@ -90,12 +90,12 @@ pub async fn run(
         address: config.guest_api,
     };
     let notifier = Arc::new(notifier);
-    let (status_sender, network_status) = watch::channel(String::new());
+    let network_status = agent.pod_network.subscribe();
     let (stop, stopped) = oneshot::channel::<()>();
     let network = config.pod_network.clone().map(|network| {
         // Not in `tasks`, which are aborted when this function returns: the network must be undone first. Dropping `stop`
         // starts that.
-        tokio::spawn(network.supervise(status_sender.clone(), async { drop(stopped.await) }))
+        tokio::spawn(network.supervise(agent.pod_network.clone(), async { drop(stopped.await) }))
     });
     notifier.ready(&status(&agent, &network_status));
     let server = Arc::new(Server::new(agent.clone(), config.rekey_bytes));
@@ -212,7 +212,7 @@ fn phase_status(agent: &Agent) -> &'static str {
             "Attestation phase: getting the keys"
         }
         PhaseName::Attestation => "Attestation phase: waiting for a worker node",
-        PhaseName::Kubernetes if peers.kubernetes.newest().is_some() => {
+        PhaseName::Kubernetes if peers.kubernetes.serving().is_some() => {
             "Kubernetes phase: serving the worker node"
         }
         PhaseName::Kubernetes => "Kubernetes phase: waiting for the worker node",
@@ -256,7 +256,7 @@ async fn report_to_systemd(
 /// Closes the connections after their streams have ended, at most [`SHUTDOWN_DRAIN`] later.
 async fn drain(agent: &Agent) {
     let reason = "the agent stops";
-    agent.limits.unauthenticated.cut_all();
+    agent.limits.unauthenticated.end_all(reason);
     agent.peers.attestation.close_all(reason);
     agent.tunnels.routes.clear();
     let peers = agent.peers.kubernetes.all();

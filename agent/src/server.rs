@@ -12,17 +12,20 @@ mod session;
 mod control;
 mod mismatches;
 mod phase;
+mod status;
 
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use secure_comms_protocol::limits::{AUTHENTICATE, FIRST_LINE};
+use russh::Disconnect;
+use russh::server::Handle;
+use secure_comms_protocol::limits::{AUTHENTICATE, FAREWELL, FIRST_LINE};
 use secure_comms_ssh::guard::{self, Guarded};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use crate::access::limiter::Place;
 use crate::agent::Agent;
@@ -69,16 +72,15 @@ impl Server {
         };
         let authenticated = Arc::new(Notify::new());
         let mut session = std::pin::pin!(self.session(socket, &connection, authenticated.clone()));
-        let handshake = handshake(session.as_mut(), &authenticated, deadline).await;
-        // The place is for connections that have not authenticated.
-        drop(place);
-        let ended = match handshake {
+        let ended = match handshake(session.as_mut(), &authenticated, deadline).await {
             Handshake::Ended(ended) => ended,
-            Handshake::Authenticated => until_end(session, &connection).await,
+            Handshake::Authenticated => {
+                // The place is for connections that have not authenticated.
+                drop(place);
+                until_end(session, &connection).await
+            }
             Handshake::TimedOut => {
-                let level = connection.log_level(log::Level::Info);
-                log::log!(level, "connection from {address}: {}", authentication_timeout());
-                connection.cut();
+                connection.end(&authentication_timeout().to_string());
                 session.await
             }
         };
@@ -112,18 +114,34 @@ impl Server {
         let config = self.configs.get(&admission);
         let handler =
             ConnectionHandler::new(self.agent.clone(), connection.clone(), &admission, authenticated);
-        russh::server::run_stream(config, socket, handler).await?.await
+        let running = russh::server::run_stream(config, socket, handler).await?;
+        connection.session_started();
+        let handle = running.handle();
+        tokio::pin!(running);
+        let reason = tokio::select! {
+            ended = &mut running => return ended,
+            reason = connection.end_requested() => reason,
+        };
+        // A flood of connections that are evicted must not pile up here: those beyond the limit are cut.
+        if let Ok(_farewell) = self.agent.limits.farewells.try_acquire() {
+            tokio::select! {
+                ended = &mut running => return ended,
+                () = say_farewell(&handle, reason) => {}
+            }
+        }
+        connection.cut();
+        running.await
     }
 
     /// Logs how a connection ended. Lines about clients that never authenticated are limited.
     fn log_end<E: std::fmt::Display>(&self, connection: &Connection, ended: Result<(), E>) {
         let level = connection.log_level(log::Level::Info);
-        let silence = connection.silence();
-        match ended {
-            Ok(()) => log::log!(level, "connection from {}: closed{silence}", connection.address),
-            Err(error) => {
-                log::log!(level, "connection from {}: ended: {error}{silence}", connection.address);
-            }
+        let (address, silence) = (connection.address, connection.silence());
+        match (connection.end_reason(), ended) {
+            // How the session ended follows from our reason.
+            (Some(reason), _) => log::log!(level, "connection from {address}: ended: {reason}{silence}"),
+            (None, Ok(())) => log::log!(level, "connection from {address}: closed{silence}"),
+            (None, Err(error)) => log::log!(level, "connection from {address}: ended: {error}{silence}"),
         }
     }
 }
@@ -149,10 +167,24 @@ async fn until_end(
     tokio::select! {
         ended = &mut session => ended,
         () = connection.flow_control_ended() => {
-            // A peer that sends more than it was granted must not be trusted to stop.
-            connection.cut();
+            // A peer that sends more than it was granted must not be trusted to stop. Without effect if flow control ended
+            // because the connection was cut.
+            connection.end("it sent more than it was granted");
             session.await
         }
+    }
+}
+
+/// Sends SSH's disconnect message, behind everything that waits to be sent, and gives the client [`FAREWELL`] to close.
+async fn say_farewell(handle: &Handle, reason: &str) {
+    let disconnect = async {
+        // The session may have ended already.
+        drop(handle.disconnect(Disconnect::ByApplication, reason.to_owned(), "en".into()).await);
+        std::future::pending().await
+    };
+    tokio::select! {
+        () = disconnect => {}
+        () = sleep(FAREWELL) => {}
     }
 }
 

@@ -18,6 +18,20 @@ pub struct KeyProgress {
     pub error: Option<String>,
 }
 
+/// A line of the agent's log, for the operator.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LogLine {
+    /// Number of the line in the agent's process, from 1. A gap means lines that are not kept any more.
+    pub seq: u64,
+    /// Age of the line, in seconds.
+    pub age: u64,
+    /// `error`, `warning` or `info`; a later version may have others.
+    pub level: String,
+    /// The line.
+    pub text: String,
+}
+
 /// Message that gives credit back to the sender of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Credit {
@@ -48,6 +62,8 @@ pub enum Control {
     Keys(KeyProgress),
     /// Agent to adaptor: the agent has its keys. This connection ends; the adaptor must reconnect as `kubernetes`.
     Upgrade(Empty),
+    /// Agent to adaptor, in the Kubernetes phase: a line of the agent's log.
+    Log(LogLine),
     /// Credit for a stream.
     Credit(Credit),
     /// Liveness probe; the answer is a pong with the same number.
@@ -64,6 +80,7 @@ struct Line {
     hello: Option<Hello>,
     keys: Option<KeyProgress>,
     upgrade: Option<Empty>,
+    log: Option<LogLine>,
     credit: Option<Credit>,
     ping: Option<u64>,
     pong: Option<u64>,
@@ -113,6 +130,7 @@ impl Control {
             .or(line.pong.map(Self::Pong))
             .or(line.keys.map(Self::Keys))
             .or(line.upgrade.map(Self::Upgrade))
+            .or(line.log.map(Self::Log))
             .or(line.bye.map(Self::Bye)))
     }
 

@@ -9,6 +9,9 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// Name of the SSH subsystem that carries the control messages.
 pub const CONTROL_SUBSYSTEM: &str = "secure-comms";
 
+/// Name of the SSH subsystem that answers with the agent's status.
+pub const STATUS_SUBSYSTEM: &str = "secure-comms-status";
+
 /// Longest control line, in bytes, without its newline.
 pub const CONTROL_LINE_MAX: usize = 64 * 1024;
 /// Largest message on a stream, in bytes: russh's `maximum_packet_size`, so that it never splits one.
@@ -85,6 +88,29 @@ pub const FIRST_LINE: Duration = Duration::from_secs(2);
 pub const ADMISSION_PACE: Duration = Duration::from_millis(5);
 /// Peers in the Attestation phase. At the limit one from the source with the most connections is evicted.
 pub const ATTESTATION_PEERS_MAX: usize = 8;
+/// Logins to the Kubernetes phase that have not said a `hello` with a pod id, such as a person's `ssh`. At the limit one
+/// from the source with the most logins is evicted.
+pub const GUESTS_MAX: usize = 8;
+/// Time that such a login may last.
+pub const GUEST_TIME: Duration = Duration::from_secs(3600);
+/// Longest status, in bytes.
+pub const STATUS_MAX: usize = 128 * 1024;
+/// Inbounds, and outbounds, in a status.
+pub const STATUS_TUNNELS_MAX: usize = 64;
+/// Statuses that are put together at a time; others wait.
+pub const STATUS_REPORTS_MAX: usize = 2;
+/// Time for a status, from the request to the last byte.
+pub const STATUS_TIME: Duration = Duration::from_secs(15);
+/// Time that the server of an outbound has to accept the connection of a status.
+pub const PROBE: Duration = Duration::from_secs(1);
+/// Lines of the agent's log that are kept for the operator: warnings, errors and chosen events.
+pub const LOG_KEPT: usize = 50;
+/// Longest text of such a line, in bytes.
+pub const LOG_TEXT_MAX: usize = 500;
+/// `log` messages that are sent together.
+pub const LOG_BATCH: usize = 8;
+/// Pause after each batch of `log` messages.
+pub const LOG_PAUSE: Duration = Duration::from_secs(1);
 /// Interval of liveness probes on an idle connection.
 pub const KEEPALIVE: Duration = Duration::from_secs(5);
 /// Number of unanswered probes after which a connection is dead.
@@ -139,6 +165,11 @@ pub const SAME_ANSWERS: u32 = 12;
 pub const KEYS_REPORT: Duration = Duration::from_secs(15);
 /// Time that attestation peers have to close their connections after `upgrade`.
 pub const UPGRADE_DRAIN: Duration = Duration::from_secs(1);
+/// Time that a peer has to close its connection after it has received the reason; then it is cut.
+pub const FAREWELL: Duration = Duration::from_millis(500);
+/// Connections that receive the reason of their end at a time. Others are cut at once, so that a flood takes bounded
+/// memory.
+pub const FAREWELLS_MAX: usize = 16;
 /// A fresh agent admits attestation peers again if no worker node has logged in for this long.
 pub const FIRST_LOGIN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time for which an attempt to set up the pod network waits for the VM's own network: DHCP may be late.

@@ -8,7 +8,7 @@
 )]
 
 use proptest::prelude::*;
-use secure_comms_protocol::control::{Bye, ControlError, Empty, Lines};
+use secure_comms_protocol::control::{Bye, ControlError, Empty, Lines, LogLine};
 use secure_comms_protocol::limits::CONTROL_LINE_MAX;
 use secure_comms_protocol::{Control, Credit, Hello, KeyProgress, PhaseName};
 
@@ -64,6 +64,15 @@ fn each_line_of_the_protocol_survives_a_round_trip() {
         ),
         (r#"{"keys":{"attempt":4,"error":null}}"#, progress(4, None)),
         (r#"{"upgrade":{}}"#, Control::Upgrade(Empty {})),
+        (
+            r#"{"log":{"seq":7,"age":12,"level":"warning","text":"tunnel X: \"no\" server"}}"#,
+            Control::Log(LogLine {
+                seq: 7,
+                age: 12,
+                level: "warning".into(),
+                text: "tunnel X: \"no\" server".into(),
+            }),
+        ),
         (r#"{"credit":{"stream":7,"bytes":131072}}"#, Control::Credit(Credit { stream: 7, bytes: 131_072 })),
         (r#"{"ping":18446744073709551615}"#, Control::Ping(u64::MAX)),
         (r#"{"pong":0}"#, Control::Pong(0)),
@@ -87,6 +96,7 @@ fn keys_of_a_later_version_are_ignored() {
         Control::Credit(Credit { stream: 1, bytes: 2 })
     );
     assert_eq!(parse(r#"{"hello":{"colour":"red"}}"#), Control::Hello(Hello::default()));
+    assert_eq!(parse(r#"{"log":{"colour":"red"}}"#), Control::Log(LogLine::default()));
     assert_eq!(parse(r#"{"upgrade":{"colour":"red"}}"#), Control::Upgrade(Empty {}));
     for later in [r#"{"colour":"red"}"#, "{}", r#"{"ping":null}"#] {
         assert_eq!(Control::parse(later.as_bytes()), Ok(None), "{later}");
@@ -111,6 +121,8 @@ fn a_malformed_line_is_an_error_that_says_so() {
         r#"{"credit":{"stream":4294967296,"bytes":1}}"#,
         r#"{"hello":{"phase":"root"}}"#,
         r#"{"keys":{}}"#,
+        r#"{"log":{"seq":-1}}"#,
+        r#"{"log":{"text":7}}"#,
         "\u{feff}{}",
     ] {
         let error = Control::parse(line.as_bytes()).expect_err(line).to_string();
@@ -181,6 +193,8 @@ fn any_message() -> impl Strategy<Value = Control> {
         (any::<u64>(), any::<Option<String>>())
             .prop_map(|(attempt, error)| Control::Keys(KeyProgress { attempt, error })),
         Just(Control::Upgrade(Empty {})),
+        (any::<(u64, u64)>(), any::<(String, String)>())
+            .prop_map(|((seq, age), (level, text))| { Control::Log(LogLine { seq, age, level, text }) }),
         (any::<u32>(), any::<u32>()).prop_map(|(stream, bytes)| Control::Credit(Credit { stream, bytes })),
         any::<u64>().prop_map(Control::Ping),
         any::<u64>().prop_map(Control::Pong),

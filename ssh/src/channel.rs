@@ -42,6 +42,16 @@ impl Receiver for ChannelReceiver {
     }
 }
 
+impl<M: Message> ChannelSender<M> {
+    /// Sends the exit status of a session channel.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub async fn exit_status(&self, status: u32) -> Result<(), Gone> {
+        self.0.exit_status(status).await.map_err(|_| Gone)
+    }
+}
+
 impl<M: Message> Sender for ChannelSender<M> {
     async fn send(&self, data: Bytes) -> Result<(), Gone> {
         self.0.data_bytes(data).await.map_err(|_| Gone)

@@ -70,6 +70,15 @@ impl Outbox {
         self.0.waiting.notify_one();
     }
 
+    /// Queues a message that may wait, such as a line of a log, unless half of the queue is taken; whether it was queued.
+    pub fn send_if_room(&self, message: Control) -> bool {
+        let has_room = self.0.messages.lock().unwrap_or_else(PoisonError::into_inner).len() < OUTBOX / 2;
+        if has_room {
+            self.send(message);
+        }
+        has_room
+    }
+
     /// Queues a `bye`.
     pub fn bye(&self, reason: &str) {
         self.send(Control::Bye(Bye { reason: reason.to_owned() }));
@@ -167,7 +176,7 @@ async fn read<R: Receiver>(
 
 /// Whether the caller of [`run`] handles the message; flow control, liveness and `bye` end here.
 fn is_for_caller(message: &Control) -> bool {
-    matches!(message, Control::Hello(_) | Control::Keys(_) | Control::Upgrade(_))
+    matches!(message, Control::Hello(_) | Control::Keys(_) | Control::Upgrade(_) | Control::Log(_))
 }
 
 /// Handles flow control and liveness; returns an end if the message ends the channel.
@@ -187,7 +196,7 @@ fn on_message(
         }
         Control::Bye(message) => return Some(ControlEnd::Bye(message.reason.clone())),
         Control::Hello(hello) => return on_hello(hello.credit, credits, outbox, pings),
-        Control::Keys(_) | Control::Upgrade(_) => {}
+        Control::Keys(_) | Control::Upgrade(_) | Control::Log(_) => {}
     }
     None
 }
@@ -282,4 +291,22 @@ impl Pings {
 
 fn lock(pings: &Mutex<Pings>) -> std::sync::MutexGuard<'_, Pings> {
     pings.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_wait_leaves_half_of_the_queue_to_the_rest() {
+        let outbox = Outbox::default();
+        outbox.send(Control::Ping(0));
+        let queued = (1..1000).filter(|number| outbox.send_if_room(Control::Ping(*number))).count();
+        assert_eq!(queued, OUTBOX / 2 - 1);
+        for number in 0..OUTBOX as u64 / 2 {
+            outbox.send(Control::Pong(number));
+        }
+        let messages = outbox.0.messages.lock().unwrap();
+        assert_eq!(messages.front(), Some(&Control::Ping(0)), "nothing was dropped");
+    }
 }

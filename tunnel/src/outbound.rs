@@ -128,6 +128,21 @@ impl<P, I> Permit<P, I> {
     }
 }
 
+impl<P, I> Permit<P, I> {
+    /// The server.
+    pub fn target(&self) -> &Target {
+        &self.server.target
+    }
+
+    /// Connects to the server once, and hangs up. The caller limits the time.
+    ///
+    /// # Errors
+    /// The server does not accept the connection.
+    pub async fn probe(&self) -> io::Result<()> {
+        dial(&self.server.target).await.map(drop)
+    }
+}
+
 async fn dial(target: &Target) -> io::Result<Socket> {
     match target {
         Target::Unix(path) => Ok(UnixStream::connect(path).await?.into()),

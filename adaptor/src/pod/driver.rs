@@ -24,6 +24,7 @@ use super::connect::{AnySession, Connected, Failure, connect_any};
 use super::failover::await_failover;
 use super::plan::Plan;
 use super::status::{PodEvent, PodState, StatusReporter};
+use super::vm_log::VmLog;
 use crate::transport::routes::Routes;
 use crate::transport::session::{AttestationEvent, Session, SessionEnd};
 use crate::transport::ssh::AuthHold;
@@ -69,6 +70,8 @@ pub(crate) struct Driver {
     upgraded: bool,
     /// The mismatches reported last, so that a reconnect does not repeat them.
     reported_mismatches: HashMap<PhaseName, Vec<String>>,
+    /// What was shown of the VM's log.
+    vm_log: VmLog,
 }
 
 impl Driver {
@@ -89,6 +92,7 @@ impl Driver {
             last_up: None,
             upgraded: false,
             reported_mismatches: HashMap::new(),
+            vm_log: VmLog::default(),
         }
     }
 
@@ -224,10 +228,13 @@ impl Driver {
             self.backoff.reset();
         }
         self.routes.set_kubernetes(session.link());
-        self.status.up(address, session.agent().instance.clone().unwrap_or_default());
+        let instance = session.agent().instance.clone().unwrap_or_default();
+        self.status.up(address, instance.clone());
         self.report_mismatches(PhaseName::Kubernetes, session.tunnel_mismatches());
         let liveness = session.liveness();
+        let vm_log = self.vm_log.show(session.take_log(), &instance, &self.status);
         tokio::select! {
+            never = vm_log => match never {},
             stop = stopped(&mut self.stop) => {
                 self.routes.close();
                 self.drain_streams(&session, stop.drain).await;

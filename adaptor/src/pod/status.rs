@@ -62,6 +62,8 @@ pub enum PodEvent {
     ConnectFailed(String),
     /// One end has a tunnel that the other end has no matching tag for.
     TunnelMismatch(String),
+    /// The agent in the VM logged a line for the operator.
+    VmLog(VmLine),
     /// The caller stopped the pod's channel.
     Stopped,
 }
@@ -82,7 +84,38 @@ impl fmt::Display for PodEvent {
             Self::Down(PhaseName::Attestation, why) => write!(f, "attestation: connection ended: {why}"),
             Self::ConnectFailed(why) => write!(f, "connecting: {why}"),
             Self::TunnelMismatch(what) => f.write_str(what),
+            Self::VmLog(line) => line.fmt(f),
             Self::Stopped => f.write_str("stopped"),
+        }
+    }
+}
+
+/// A line of the log of the agent in the VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmLine {
+    /// Whether it is a warning or an error.
+    pub is_warning: bool,
+    /// One line, fit for a log.
+    pub text: String,
+    /// Its age when it arrived, in seconds.
+    pub age: u64,
+    /// Lines before it that the agent did not keep, or that were too many to show.
+    pub missed: u64,
+}
+
+/// Age from which a line says how old it is, in seconds.
+const OLD: u64 = 2;
+
+impl fmt::Display for VmLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VM: {}", self.text)?;
+        if self.age >= OLD {
+            write!(f, " ({} s ago)", self.age)?;
+        }
+        match self.missed {
+            0 => Ok(()),
+            1 => f.write_str(" (1 line before it was left out)"),
+            missed => write!(f, " ({missed} lines before it were left out)"),
         }
     }
 }
@@ -157,6 +190,7 @@ impl StatusReporter {
         match event {
             PodEvent::Down(..) | PodEvent::ConnectFailed(..) => tracing::warn!("pod {}: {event}", self.id),
             PodEvent::Keys(KeyProgress { error: Some(_), .. }) => tracing::warn!("pod {}: {event}", self.id),
+            PodEvent::VmLog(line) if line.is_warning => tracing::warn!("pod {}: {event}", self.id),
             _ => tracing::info!("pod {}: {event}", self.id),
         }
         (self.observer)(&self.id, event);

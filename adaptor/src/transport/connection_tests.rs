@@ -11,9 +11,10 @@ use self::support::{PATIENCE, pod};
 use crate::transport::session::{Session, Tunnels};
 use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial};
 use secure_comms_keys::{PodKey, WorkerNodeKey};
-use secure_comms_protocol::limits::REKEY_BYTES;
+use secure_comms_protocol::control::{Bye, LogLine};
+use secure_comms_protocol::limits::{LOG_TEXT_MAX, REKEY_BYTES};
 use secure_comms_protocol::tag::parse_list;
-use secure_comms_protocol::{Attestation, Kubernetes, Phase, PhaseName};
+use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PhaseName};
 use secure_comms_tunnel::Link;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -213,11 +214,69 @@ async fn a_dropped_session_frees_everything() {
 #[tokio::test]
 async fn a_bye_ends_the_session_with_its_reason() {
     let (agent, mut session) = session("").await;
-    agent.say(&secure_comms_protocol::Control::Bye(secure_comms_protocol::control::Bye {
-        reason: "tired\n".into(),
-    }));
+    agent.say(&Control::Bye(Bye { reason: "tired\n".into() }));
     let why = timeout(PATIENCE, session.ended()).await.unwrap().to_string();
     assert_eq!(why, "the agent said bye: tired\\n");
     session.close("bye").await;
     agent.seen.wait("gone", 1).await;
+}
+
+#[tokio::test]
+async fn a_proven_agents_log_arrives_as_short_lines() {
+    let (agent, mut session) = session("").await;
+    let text = format!("a\nforged: \u{1b}[2J\u{202e}{}", "x".repeat(10_000));
+    agent.say(&Control::Log(LogLine { seq: 7, age: 12, level: "warning".into(), text }));
+    let mut log = session.take_log().unwrap();
+    let line = timeout(PATIENCE, log.recv()).await.unwrap().unwrap();
+    assert!(line.text.starts_with("a\\nforged: \\u{1b}[2J\\u{202e}xxx"), "{line:?}");
+    assert!(line.text.ends_with("bytes more)") && line.text.len() < LOG_TEXT_MAX + 60, "{line:?}");
+    assert_eq!((line.seq, line.age, line.level.as_str()), (7, 12, "warning"));
+    // More than anyone reads takes bounded memory, and the session goes on.
+    for seq in 8..1000 {
+        agent.say(&Control::Log(LogLine { seq, ..LogLine::default() }));
+        tokio::task::yield_now().await;
+    }
+    agent.say(&Control::Bye(Bye { reason: "done".into() }));
+    timeout(PATIENCE, session.ended()).await.unwrap();
+    let mut kept = 0;
+    while log.recv().await.is_some() {
+        kept += 1;
+    }
+    assert!(kept <= 64, "{kept}");
+}
+
+#[tokio::test]
+async fn an_unproven_agent_can_log_nothing_here() {
+    let agent = Agent::start(Mode::attestation()).await;
+    let tunnels = tunnels::<Attestation>("");
+    let node = WorkerNodeKey::generate().unwrap();
+    let connection =
+        ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
+    let mut session = Session::establish(connection, &pod(), &tunnels).await.unwrap();
+    agent.say(&Control::Log(LogLine { seq: 1, text: "advertisement".into(), ..LogLine::default() }));
+    agent.say(&Control::Bye(Bye { reason: "done".into() }));
+    timeout(PATIENCE, session.ended()).await.unwrap();
+    assert_eq!(session.take_log().unwrap().recv().await, None);
+}
+
+#[tokio::test]
+async fn the_agents_reason_is_named_wherever_it_disconnects() {
+    let (agent, mut session) = session("").await;
+    let (handle, _) = agent.newest();
+    let reason = "replaced\nby \u{1b}[2J".to_owned() + &"x".repeat(1000);
+    handle.disconnect(russh::Disconnect::ByApplication, reason, "en".into()).await.unwrap();
+    let why = timeout(PATIENCE, session.ended()).await.unwrap().to_string();
+    assert!(
+        why.starts_with("the agent disconnected: replaced\\nby \\u{1b}[2Jxxx") && why.len() < 400,
+        "{why}"
+    );
+}
+
+#[tokio::test]
+async fn an_agent_that_breaks_the_protocol_receives_the_reason() {
+    let (agent, mut session) = session("").await;
+    agent.say(&Control::Hello(secure_comms_protocol::Hello { credit: Some(1), ..Default::default() }));
+    let why = timeout(PATIENCE, session.ended()).await.unwrap().to_string();
+    assert!(why.contains("grants less credit than a message costs"), "{why}");
+    agent.seen.wait("hello came too late, or grants less credit", 1).await;
 }

@@ -5,13 +5,15 @@ mod tunnels;
 use std::fmt;
 use std::time::Duration;
 
+use secure_comms_keys::text::one_line;
 use secure_comms_protocol::Hello;
-use secure_comms_protocol::limits::{HELLO, UPGRADE_DRAIN};
-use secure_comms_protocol::{Attestation, Control, KeyProgress, Phase, PodId, TunnelName};
+use secure_comms_protocol::control::{Bye, LogLine};
+use secure_comms_protocol::limits::{HELLO, LOG_BATCH, LOG_KEPT, LOG_TEXT_MAX, UPGRADE_DRAIN};
+use secure_comms_protocol::{Attestation, Control, KeyProgress, Phase, PhaseName, PodId, TunnelName};
 use secure_comms_ssh::control::{self, ControlEnd, Outbox};
 use secure_comms_ssh::guard::Guard;
 use secure_comms_tunnel::{Credits, Receiver, Sender};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
@@ -19,6 +21,12 @@ pub(crate) use self::tunnels::Tunnels;
 use self::tunnels::mismatches;
 use crate::text::quote;
 use crate::transport::ssh::{AgentLink, ClientPhase, ConnectError, SshConnection, TransportEnd};
+
+/// Lines of the agent's log that may wait until they are shown.
+const LOG_QUEUE: usize = LOG_KEPT + LOG_BATCH;
+
+/// Longest name of a level, in bytes.
+const LEVEL_MAX: usize = 20;
 
 /// Why a session ended, as one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +67,7 @@ pub(crate) struct Session<P: ClientPhase> {
     agent: Hello,
     tunnel_mismatches: Vec<String>,
     last_keys: Option<KeyProgress>,
+    log: Option<mpsc::Receiver<LogLine>>,
     control: AbortHandle,
 }
 
@@ -101,7 +110,13 @@ impl<P: ClientPhase> Session<P> {
         outbox.send(Control::Hello(ours.clone()));
         let (state, mut peer) = watch::channel(PeerState::default());
         let ended = connection.ended();
-        let control = ControlTask { receiver, sender, credits, outbox: outbox.clone(), ended, state };
+        let (log_sender, log) = mpsc::channel(LOG_QUEUE);
+        let reports = Reports {
+            state,
+            // An unproven agent sends none, and may not make us log.
+            log: (P::NAME == PhaseName::Kubernetes).then_some(log_sender),
+        };
+        let control = ControlTask { receiver, sender, credits, outbox: outbox.clone(), ended, reports };
         let control = tokio::spawn(control.run()).abort_handle();
         let mut session = Self {
             connection,
@@ -110,6 +125,7 @@ impl<P: ClientPhase> Session<P> {
             agent: Hello::default(),
             tunnel_mismatches: Vec::new(),
             last_keys: None,
+            log: Some(log),
             control,
         };
         let first = peer.wait_for(|state| state.hello.is_some() || state.end.is_some()).await;
@@ -141,6 +157,11 @@ impl<P: ClientPhase> Session<P> {
             guard: self.connection.guard(),
             credits: self.connection.credits().clone(),
         }
+    }
+
+    /// The lines of the agent's log that it sends for the operator; none the second time.
+    pub(crate) fn take_log(&mut self) -> Option<mpsc::Receiver<LogLine>> {
+        self.log.take()
     }
 
     /// Waits until no stream is open.
@@ -240,41 +261,80 @@ struct ControlTask<R, S, E> {
     outbox: Outbox,
     /// Completes when the connection ends.
     ended: E,
+    reports: Reports,
+}
+
+/// Where the agent's messages go.
+struct Reports {
     state: watch::Sender<PeerState>,
+    /// None if the agent may send no lines of its log.
+    log: Option<mpsc::Sender<LogLine>>,
 }
 
 impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S, E> {
-    async fn run(mut self) {
-        let (credits, outbox, state) = (&self.credits, &self.outbox, &self.state);
-        let on_message = |message| record(state, message);
-        let end = tokio::select! {
+    async fn run(self) {
+        let Self { mut receiver, sender, credits, outbox, ended, reports } = self;
+        tokio::pin!(ended);
+        let on_message = |message| reports.record(message);
+        let (end, fault) = tokio::select! {
             // The connection knows the cause of its end; the channel only sees that it ended.
             biased;
-            end = self.ended => end.into(),
-            end = control::run(&mut self.receiver, &self.sender, credits, outbox, on_message) => {
-                SessionEnd(match end {
-                    ControlEnd::Bye(reason) => format!("the agent said bye: {}", quote(&reason)),
-                    other => quote(&other.to_string()),
-                })
-            }
-            () = credits.gone() => SessionEnd("the agent sent more than it was granted".into()),
+            end = &mut ended => (end.into(), None),
+            end = control::run(&mut receiver, &sender, &credits, &outbox, on_message) => match end {
+                ControlEnd::Bye(reason) => (SessionEnd(format!("the agent said bye: {}", quote(&reason))), None),
+                ControlEnd::Closed => (SessionEnd(end.to_string()), None),
+                fault => (SessionEnd(quote(&fault.to_string())), Some(quote(&fault.to_string()))),
+            },
+            () = credits.gone() => (
+                SessionEnd("the agent sent more than it was granted".into()),
+                Some("the agent sent more than it was granted".into()),
+            ),
         };
         credits.end();
-        state.send_modify(|state| state.end = Some(end));
+        if let Some(reason) = fault {
+            // The agent ends the connection when it has the reason; one that does not is cut.
+            drop(timeout(CLOSE_TIMEOUT, async { tokio::join!(say_bye(&sender, reason), ended) }).await);
+        }
+        reports.state.send_modify(|state| state.end = Some(end));
     }
 }
 
-fn record(state: &watch::Sender<PeerState>, message: Control) {
-    state.send_modify(|state| match message {
-        // Only the first one is kept: it is the one that was checked.
-        Control::Hello(hello) => _ = state.hello.get_or_insert(hello),
-        Control::Keys(keys) => {
-            let error = keys.error.as_deref().map(quote);
-            state.keys = Some(KeyProgress { error, ..keys });
-        }
-        Control::Upgrade(_) => state.upgrade = true,
-        Control::Credit(_) | Control::Ping(_) | Control::Pong(_) | Control::Bye(_) => {}
-    });
+/// Sends a bye on a control channel that is not run any more.
+async fn say_bye(sender: &impl Sender, reason: String) {
+    let mut line = Vec::new();
+    Control::Bye(Bye { reason }).write_line(&mut line);
+    // If the connection is gone, so is the reader of the reason.
+    let _ = sender.send(line.into()).await;
+}
+
+impl Reports {
+    fn record(&self, message: Control) {
+        self.state.send_if_modified(|state| {
+            match message {
+                // Only the first one is kept: it is the one that was checked.
+                Control::Hello(hello) => _ = state.hello.get_or_insert(hello),
+                Control::Keys(keys) => {
+                    let error = keys.error.as_deref().map(quote);
+                    state.keys = Some(KeyProgress { error, ..keys });
+                }
+                Control::Upgrade(_) => state.upgrade = true,
+                Control::Log(line) => {
+                    if let Some(log) = &self.log {
+                        // A line that finds the queue full is missed, and counted by the next one.
+                        drop(log.try_send(sanitized(&line)));
+                    }
+                    return false;
+                }
+                Control::Credit(_) | Control::Ping(_) | Control::Pong(_) | Control::Bye(_) => return false,
+            }
+            true
+        });
+    }
+}
+
+/// A line of the agent's log, made one short line.
+fn sanitized(line: &LogLine) -> LogLine {
+    LogLine { text: one_line(&line.text, LOG_TEXT_MAX), level: one_line(&line.level, LEVEL_MAX), ..*line }
 }
 
 fn checked_hello<P: Phase>(state: PeerState) -> Result<Hello, ConnectError> {

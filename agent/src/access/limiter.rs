@@ -10,6 +10,9 @@ use tokio::time::{Instant, sleep_until};
 use crate::connection::Connection;
 use crate::os::log_limits::EVICTED;
 
+/// The reason that an evicted connection receives.
+const EVICTION: &str = "evicted: connection limit reached";
+
 /// Limits the connections of one kind. A newcomer evicts another connection instead of being refused, so a flood slows an
 /// honest peer but can't lock it out.
 #[derive(Debug)]
@@ -69,20 +72,16 @@ impl ConnectionLimiter {
             && let Some(index) = eviction_candidate(&held, exempt)
         {
             let evicted = held.swap_remove(index);
-            log::log!(
-                EVICTED.level(log::Level::Info),
-                "connection from {}: evicted: connection limit reached",
-                evicted.address
-            );
-            evicted.cut();
+            log::log!(EVICTED.level(log::Level::Info), "connection from {}: {EVICTION}", evicted.address);
+            evicted.end(EVICTION);
         }
         held.push(connection);
         Place { limiter: self.clone(), id }
     }
 
-    /// Cuts every connection at once.
-    pub(crate) fn cut_all(&self) {
-        self.held().drain(..).for_each(|connection| connection.cut());
+    /// Ends every connection, with this reason.
+    pub(crate) fn end_all(&self, reason: &str) {
+        self.held().drain(..).for_each(|connection| connection.end(reason));
     }
 }
 

@@ -9,6 +9,8 @@ use log::Level;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
+use super::operator_log::TO_OPERATOR;
+
 /// Lines about connections that have not authenticated.
 pub(crate) static UNAUTHENTICATED: Throttle = Throttle::new("connections without authentication", 20);
 /// Lines about connections that were evicted.
@@ -155,7 +157,7 @@ impl Repeated {
     /// Logs the recovery, if the action failed before.
     pub(crate) fn succeeded(&mut self) {
         if let Some(line) = self.note_success() {
-            log::info!("{line}");
+            log::info!(target: TO_OPERATOR, "{line}");
         }
     }
 

@@ -10,13 +10,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use log::{LevelFilter, Log, Metadata, Record};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 use secure_comms_keys::text::one_line;
 use tokio::sync::Notify;
 
 use super::log_limits::LIBRARIES;
 use super::log_output::{Channel, Sink, Syslog, would_block};
 use super::log_queue::LogQueue;
+use super::operator_log::{is_for_operator, operator_log};
 
 /// The environment variable that sets the level.
 pub const LEVEL_VARIABLE: &str = "SECURE_COMMS_LOG";
@@ -57,7 +58,8 @@ pub fn init() -> Result<(), LogError> {
         level(env::var_os(LEVEL_VARIABLE).map(|text| text.to_string_lossy().into_owned()).as_deref())?;
     let logger = Logger { queue: Mutex::new(LogQueue::new(choose_sink()?)), level };
     log::set_boxed_logger(Box::new(logger)).map_err(|_| LogError::Twice)?;
-    log::set_max_level(level);
+    // Whatever the level, the operator's lines are made.
+    log::set_max_level(level.max(LevelFilter::Info));
     Ok(())
 }
 
@@ -118,6 +120,13 @@ impl Logger {
         // A panic in another thread must not stop the log.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// The level of a record: debug for lines of libraries beyond their limit.
+    fn level_of(&self, record: &Record<'_>) -> Level {
+        let is_library = LIBRARY_TARGETS.iter().any(|library| record.target().starts_with(library));
+        let counts = is_library && self.enabled(record.metadata());
+        if counts { LIBRARIES.level(record.level()) } else { record.level() }
+    }
 }
 
 impl Log for Logger {
@@ -128,17 +137,17 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if !self.enabled(record.metadata()) {
+        let level = self.level_of(record);
+        let enabled = level <= self.level && self.enabled(record.metadata());
+        let for_operator = level == record.level() && is_for_operator(record.metadata());
+        if !enabled && !for_operator {
             return;
         }
-        let mut level = record.level();
-        if LIBRARY_TARGETS.iter().any(|library| record.target().starts_with(library)) {
-            level = LIBRARIES.level(level);
-            if level > self.level {
-                return;
-            }
+        let text = one_line(&record.args().to_string(), LINE_MAX);
+        if for_operator {
+            operator_log().add(level, &text);
         }
-        if !self.queue().push(level, one_line(&record.args().to_string(), LINE_MAX)) {
+        if enabled && !self.queue().push(level, text) {
             WAITING.notify_one();
         }
     }

@@ -42,6 +42,11 @@ impl Offers {
         self.table().contains_key(name)
     }
 
+    /// Whether the peer serves no tunnel.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.table().is_empty()
+    }
+
     fn get(&self, name: &TunnelName) -> Option<(String, u32)> {
         self.table().get(name).cloned()
     }
@@ -58,13 +63,6 @@ impl ForwardOpener {
     /// Opens channels on the connection of `handle`, for the tunnels in `offers`.
     pub(crate) fn new(handle: Handle, offers: Arc<Offers>) -> Self {
         Self { handle, offers }
-    }
-
-    /// Sends SSH's disconnect message, after everything that was sent before.
-    pub(crate) async fn disconnect(&self) {
-        let reason = russh::Disconnect::ByApplication;
-        // The connection may have ended already.
-        drop(self.handle.disconnect(reason, "bye".into(), "en".into()).await);
     }
 }
 

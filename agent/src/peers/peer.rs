@@ -4,13 +4,14 @@ use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use secure_comms_protocol::limits::UPGRADE_DRAIN;
+use secure_comms_protocol::limits::FAREWELL;
 use secure_comms_protocol::{Phase, PodId, TunnelName};
 use secure_comms_ssh::control::Outbox;
 use secure_comms_tunnel::Credits;
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{Instant, timeout};
 
+use crate::access::limiter::Place;
 use crate::connection::Connection;
 use crate::peers::link::{Offers, PeerLink};
 
@@ -21,6 +22,8 @@ pub(crate) struct Peer<P> {
     pub(crate) connection: Connection,
     /// Opens streams to the peer.
     pub(crate) link: PeerLink,
+    /// When the peer authenticated.
+    pub(crate) since: Instant,
     /// Tunnels that the peer serves.
     pub(crate) offers: Arc<Offers>,
     /// Control messages to the peer.
@@ -30,36 +33,59 @@ pub(crate) struct Peer<P> {
     /// The pod that the peer names in its hello.
     pub(crate) pod: OnceLock<PodId>,
     closing: AtomicBool,
+    controlled: AtomicBool,
+    /// Among a limited number of peers; none once it has taken [the adaptor's place](Peers::take_place).
+    limited: Mutex<Option<Place>>,
+    is_adaptor: AtomicBool,
     phase: PhantomData<P>,
 }
 
 impl<P: Phase> Peer<P> {
-    /// A peer that has just authenticated.
-    pub(crate) fn new(connection: Connection, credits: Credits, link: PeerLink, offers: Arc<Offers>) -> Self {
+    /// A peer that has just authenticated, with its place among a limited number.
+    pub(crate) fn new(
+        connection: Connection,
+        credits: Credits,
+        link: PeerLink,
+        offers: Arc<Offers>,
+        place: Place,
+    ) -> Self {
         Self {
             connection,
             link,
+            since: Instant::now(),
             offers,
             outbox: Outbox::default(),
             credits,
             pod: OnceLock::new(),
             closing: AtomicBool::new(false),
+            controlled: AtomicBool::new(false),
+            limited: Mutex::new(Some(place)),
+            is_adaptor: AtomicBool::new(false),
             phase: PhantomData,
         }
     }
 
-    /// Sends `bye` with a reason, and cuts the connection if it is still open after [`UPGRADE_DRAIN`]. Only the first call
-    /// has an effect.
+    /// Ends the connection with a reason: by `bye`, if the peer has a control channel that takes it within [`FAREWELL`], and
+    /// by SSH's disconnect message. Only the first call has an effect.
     pub(crate) fn close_gracefully(&self, reason: &str) {
         if self.closing.swap(true, Ordering::Relaxed) {
             return;
         }
         self.outbox.bye(reason);
-        let connection = self.connection.clone();
+        let (connection, outbox, reason) = (self.connection.clone(), self.outbox.clone(), reason.to_owned());
+        let controlled = self.controlled.load(Ordering::Relaxed);
         tokio::spawn(async move {
-            sleep(UPGRADE_DRAIN).await;
-            connection.cut();
+            if controlled {
+                // A bye that the session does not take in time is not waited for: the disconnect says the same.
+                drop(timeout(FAREWELL, outbox.said_bye()).await);
+            }
+            connection.end(&reason);
         });
+    }
+
+    /// Notes that a control channel takes the messages of the outbox.
+    pub(crate) fn set_controlled(&self) {
+        self.controlled.store(true, Ordering::Relaxed);
     }
 
     /// Whether the connection is about to close: no new streams are sent to the peer.
@@ -67,9 +93,21 @@ impl<P: Phase> Peer<P> {
         self.closing.load(Ordering::Relaxed)
     }
 
+    /// Whether the peer has taken the adaptor's place, which it keeps until it is about to close.
+    pub(crate) fn is_adaptor(&self) -> bool {
+        self.is_adaptor.load(Ordering::Relaxed)
+    }
+
     /// Whether the peer serves this tunnel.
     pub(crate) fn offers(&self, name: &TunnelName) -> bool {
         self.offers.has(name)
+    }
+}
+
+impl<P> Peer<P> {
+    /// The peer no longer counts among a limited number: it has become the adaptor, or its session has ended.
+    pub(crate) fn give_place_back(&self) {
+        drop(self.limited.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 }
 
@@ -121,6 +159,34 @@ impl<P: Phase> Peers<P> {
     /// The peer that authenticated last and is not about to close.
     pub(crate) fn newest(&self) -> Option<Arc<Peer<P>>> {
         self.list().iter().rev().find(|peer| !peer.is_closing()).cloned()
+    }
+
+    /// The peer that has the adaptor's place.
+    pub(crate) fn adaptor(&self) -> Option<Arc<Peer<P>>> {
+        self.list().iter().rev().find(|peer| peer.is_adaptor() && !peer.is_closing()).cloned()
+    }
+
+    /// The peer that local clients are sent to: the adaptor, or else the newest guest that offers a tunnel.
+    pub(crate) fn serving(&self) -> Option<Arc<Peer<P>>> {
+        let guest =
+            || self.list().iter().rev().find(|peer| !peer.offers.is_empty() && !peer.is_closing()).cloned();
+        self.adaptor().or_else(guest)
+    }
+
+    /// Gives the adaptor's place to this peer; returns the peer that had it. The newest login wins, however late it says
+    /// hello: the hello of an older one may have been delayed by the network that made its adaptor fail over.
+    ///
+    /// # Errors
+    /// The adaptor that has the place, which logged in later.
+    pub(crate) fn take_place(&self, peer: &Peer<P>) -> Result<Option<Arc<Peer<P>>>, Arc<Peer<P>>> {
+        let adaptor = self.adaptor().filter(|adaptor| adaptor.connection.id != peer.connection.id);
+        if let Some(newer) = adaptor.as_ref().filter(|adaptor| adaptor.connection.id > peer.connection.id) {
+            return Err(newer.clone());
+        }
+        peer.is_adaptor.store(true, Ordering::Relaxed);
+        peer.give_place_back();
+        self.notify_changed();
+        Ok(adaptor)
     }
 
     /// Closes every peer gracefully.

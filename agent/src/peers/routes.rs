@@ -63,6 +63,11 @@ impl Routes {
             .collect()
     }
 
+    /// The inbounds of a phase.
+    pub(crate) fn tags(&self, phase: PhaseName) -> impl Iterator<Item = &InboundTag> {
+        self.0.iter().map(|(tag, _)| tag).filter(move |tag| tag.phases.includes(phase))
+    }
+
     /// Whether a peer of this phase may ask to have `name` forwarded.
     pub(crate) fn has(&self, phase: PhaseName, name: &TunnelName) -> bool {
         self.0.iter().any(|(tag, _)| tag.phases.includes(phase) && &tag.name == name)

@@ -79,11 +79,11 @@ impl GuestApi {
     }
 }
 
-/// Makes attempts until one brings keys. Each uses one peer that offers the KBS, by the order and with the pauses of the
+/// Makes attempts until one brings keys; returns them, and the pod that they belong to. Each uses one peer that offers the KBS, by the order and with the pauses of the
 /// [`AttemptQueue`].
 ///
 /// Cancellation: ends the current attempt; its routes and its peer's exemption from eviction stay for the caller to clear.
-pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
+pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> (PodKeys, PodId) {
     let mut queue = AttemptQueue::default();
     let mut failure = Repeated::new("getting the keys from the KBS").throttled(&UNPROVEN);
     // Short at first, so that a lost answer costs little; longer after each miss, so that a slow KBS can answer.
@@ -95,11 +95,14 @@ pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
     };
     for attempt in 1.. {
         let peer = next_peer(agent, &mut queue).await;
-        match try_peer(agent, guest, &peer, &queue, &deadlines).await {
+        // An eligible peer has named its pod.
+        let Some(pod) = peer.pod.get() else { continue };
+        let attempt_of = AttemptPeer { peer: &peer, pod };
+        match try_peer(agent, guest, attempt_of, &queue, &deadlines).await {
             Ok(keys) => {
                 failure.succeeded();
                 agent.attempt.progress.send_replace(Some(KeyProgress { attempt, error: None }));
-                return keys;
+                return (keys, pod.clone());
             }
             Err(error) => {
                 if matches!(error, AttemptError::Peer(SILENT)) {
@@ -113,7 +116,7 @@ pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> PodKeys {
                 failure.failed(&error);
                 let error = error.to_string();
                 report_pause(&peer, queue.failed(peer.connection.id, &error, Instant::now()));
-                agent.attempt.progress.send_replace(Some(KeyProgress { attempt, error: Some(error) }));
+                agent.attempt.failed(attempt, error);
             }
         }
     }
@@ -179,16 +182,22 @@ async fn next_peer(agent: &Agent, queue: &mut AttemptQueue) -> Arc<Peer<Attestat
     }
 }
 
+/// The peer of an attempt, and the pod that it has named.
+#[derive(Clone, Copy)]
+struct AttemptPeer<'a> {
+    peer: &'a Peer<Attestation>,
+    pod: &'a PodId,
+}
+
 /// Makes one attempt. Always waits for the end of the fetch, because two must not run in parallel. When the peer fails,
 /// its streams are refused, so that the rest of the fetch fails fast.
 async fn try_peer(
     agent: &Agent,
     guest: &GuestApi,
-    peer: &Peer<Attestation>,
+    AttemptPeer { peer, pod }: AttemptPeer<'_>,
     queue: &AttemptQueue,
     deadlines: &KbsDeadlines,
 ) -> Result<PodKeys, AttemptError> {
-    let Some(pod) = peer.pod.get() else { return Err(AttemptError::Peer("the peer named no pod")) };
     let routes = &agent.tunnels.routes;
     agent.attempt.set_peer(Some(peer.connection.id));
     routes.set_attestation(peer, deadlines);

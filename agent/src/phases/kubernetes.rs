@@ -1,7 +1,7 @@
 //! The Kubernetes phase: fresh until a worker node has logged in, then latched until the VM reboots.
 
-use secure_comms_protocol::PhaseName;
 use secure_comms_protocol::limits::{FIRST_LOGIN_TIMEOUT, UPGRADE_DRAIN};
+use secure_comms_protocol::{PhaseName, PodId};
 use tokio::time::{sleep, timeout};
 
 use super::attestation::{self, GuestApi};
@@ -10,14 +10,21 @@ use crate::agent::Agent;
 use crate::os::progress::with_progress;
 use secure_comms_keys::PodKeys;
 
-/// Enters the phase with `keys`, and returns once a worker node has logged in. If none does within [`FIRST_LOGIN_TIMEOUT`], attestation
+/// Enters the phase with the keys of a pod, and returns once a worker node has logged in. If none does within [`FIRST_LOGIN_TIMEOUT`], attestation
 /// goes on in parallel: keys that a stranger supplied are replaced, unless the stranger logs in with them.
-pub(crate) async fn until_latched(agent: &Agent, guest: &GuestApi, attesters: &Attesters, mut keys: PodKeys) {
+pub(crate) async fn until_latched(
+    agent: &Agent,
+    guest: &GuestApi,
+    attesters: &Attesters,
+    keys: (PodKeys, PodId),
+) {
+    let (mut keys, mut pod) = keys;
     loop {
         let fingerprint = keys.fingerprint();
         if agent.policy.open_kubernetes(keys).is_err() {
             break;
         }
+        agent.set_pod(pod);
         log::info!("Kubernetes phase, fresh: host key {fingerprint}; waiting for the worker node");
         upgrade_attesters(agent).await;
         tokio::select! {
@@ -36,11 +43,11 @@ pub(crate) async fn until_latched(agent: &Agent, guest: &GuestApi, attesters: &A
         tokio::select! {
             biased;
             () = agent.policy.until_latched() => break,
-            better = attestation::get_keys(agent, guest) => keys = better,
+            better = attestation::get_keys(agent, guest) => (keys, pod) = better,
         }
     }
     agent.attempt.set_peer(None);
-    if agent.peers.kubernetes.newest().is_none() {
+    if agent.peers.kubernetes.serving().is_none() {
         // The login may have cancelled an attempt, whose routes are still set; and the worker node may be late, or gone
         // again.
         agent.tunnels.routes.clear();
@@ -52,19 +59,19 @@ pub(crate) async fn until_latched(agent: &Agent, guest: &GuestApi, attesters: &A
 /// Asks the attestation peers to come back as `kubernetes`, and closes their connections.
 async fn upgrade_attesters(agent: &Agent) {
     // These were shown a host key that is out of use.
-    agent.limits.unauthenticated.cut_all();
+    agent.limits.unauthenticated.end_all("the agent has new keys; connect again");
     agent.announce_upgrade();
     // The rest is closed below.
     drop(timeout(UPGRADE_DRAIN, agent.peers.attestation.until_empty()).await);
     agent.peers.attestation.close_all("the keys are here; come back as user kubernetes");
 }
 
-/// Routes local clients to the newest worker node's connection, whenever there is one. Never returns.
+/// Routes local clients to the adaptor, or to a guest that offers tunnels while there is no adaptor. Never returns.
 pub(crate) async fn route_to_worker_node(agent: &Agent) {
     let mut changes = agent.peers.kubernetes.changes();
     let mut routed = false;
     loop {
-        match agent.peers.kubernetes.newest() {
+        match agent.peers.kubernetes.serving() {
             Some(peer) => {
                 agent.tunnels.routes.set_kubernetes(&peer);
                 routed = true;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use secure_comms_protocol::limits::HELLO;
+use secure_comms_protocol::limits::{FAREWELL, HELLO};
 use secure_comms_protocol::{Control, Hello, PodId, TunnelNames};
 use secure_comms_ssh::control::{self, ControlEnd};
 use secure_comms_tunnel::flow::PeerFlow;
@@ -16,18 +16,18 @@ use crate::agent::Agent;
 use crate::peers::link::{PeerReceiver, PeerSender};
 use crate::peers::peer::Peer;
 
-/// Discards what comes on a session channel before it becomes the control channel. Returns false if it never does, and
-/// true once `begun` was sent to.
-pub(super) async fn becomes_control_channel(
+/// Discards what comes on a session channel before it becomes a subsystem. Returns the subsystem that `begun` receives;
+/// none if the channel never becomes one.
+pub(super) async fn becomes_subsystem<T>(
     receiver: &mut PeerReceiver,
-    mut begun: oneshot::Receiver<()>,
-) -> bool {
+    mut begun: oneshot::Receiver<T>,
+) -> Option<T> {
     loop {
         tokio::select! {
-            // First, for data that comes after it belongs to the control channel.
+            // First, for data that comes after it belongs to the subsystem.
             biased;
-            begun = &mut begun => return begun.is_ok(),
-            event = receiver.recv() => if matches!(event, None | Some(Event::Close)) { return false },
+            begun = &mut begun => return begun.ok(),
+            event = receiver.recv() => if matches!(event, None | Some(Event::Close)) { return None },
         }
     }
 }
@@ -53,6 +53,7 @@ pub(super) async fn run_control_channel<P: AgentPhase>(
     };
     let ours = Hello::from_agent(P::NAME, &agent.instance, peer.credits.initial(), tunnels);
     peer.outbox.send(Control::Hello(ours.clone()));
+    peer.set_controlled();
     let mut greeted = false;
     let on_message = |message| {
         if let Control::Hello(hello) = message
@@ -66,36 +67,21 @@ pub(super) async fn run_control_channel<P: AgentPhase>(
         std::future::pending().await
     };
     let end = tokio::select! {
-        end = control::run(&mut receiver, &sender, &peer.credits, &peer.outbox, on_message) => Some(end),
-        end = background => Some(end),
-        () = peer.outbox.said_bye() => None,
+        end = control::run(&mut receiver, &sender, &peer.credits, &peer.outbox, on_message) => end,
+        end = background => end,
     };
-    match end {
-        Some(end) => finish(&peer, &end, greeted),
-        None => {
-            // Nothing reads the channel from here on: the session must not wait for us while we wait for it.
-            drop(receiver);
-            disconnect_after_bye(&peer).await;
-        }
-    }
-}
-
-/// Sends the disconnect message, behind the bye. `close_gracefully` cuts a connection on which that takes too long.
-async fn disconnect_after_bye<P>(peer: &Peer<P>) {
-    tokio::select! {
-        () = peer.link.opener().disconnect() => {}
-        () = peer.credits.gone() => {}
-    }
+    finish(&peer, &end, greeted).await;
 }
 
 /// `ssh -s` may close the channel and go on with its tunnels; a peer with credits can't work without it.
-fn finish<P>(peer: &Peer<P>, end: &ControlEnd, greeted: bool) {
-    if greeted || *end != ControlEnd::Closed {
-        let level = peer.connection.log_level(log::Level::Info);
-        log::log!(level, "connection from {}: {end}", peer.connection.address);
-        peer.connection.cut();
-    }
+async fn finish<P>(peer: &Peer<P>, end: &ControlEnd, greeted: bool) {
     peer.credits.set_peer_mode(PeerFlow::WindowOnly);
+    match end {
+        ControlEnd::Closed if !greeted => {}
+        // Mostly the connection has ended, and its session knows better why.
+        ControlEnd::Closed if timeout(FAREWELL, peer.credits.gone()).await.is_ok() => {}
+        _ => peer.connection.end(&end.to_string()),
+    }
 }
 
 /// Handles the first hello of a peer.
@@ -105,6 +91,7 @@ fn on_hello<P: AgentPhase>(agent: &Agent, peer: &Peer<P>, hello: &Hello, ours: &
         Some(Ok(pod)) => {
             let level = peer.connection.log_level(log::Level::Info);
             log::log!(level, "connection from {address}: adaptor identified; pod {pod}");
+            P::identified(agent, peer, &pod);
             // Set once: later hellos are not handled.
             drop(peer.pod.set(pod));
         }

@@ -6,11 +6,11 @@ use russh::keys::PublicKey;
 use russh::server::{Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey};
 use russh::{Channel, ChannelId, MethodKind, MethodSet, Pty};
 use secure_comms_protocol::PhaseName;
-use secure_comms_protocol::limits::CONTROL_SUBSYSTEM;
+use secure_comms_protocol::limits::{CONTROL_SUBSYSTEM, STATUS_SUBSYSTEM};
 use secure_comms_ssh::channel::split;
 use tokio::sync::{Notify, oneshot};
 
-use super::session::{self, PeerActions};
+use super::session::{self, PeerActions, Subsystem};
 use crate::access::policy::Admission;
 use crate::agent::Agent;
 use crate::connection::Connection;
@@ -28,9 +28,9 @@ pub(super) struct ConnectionHandler {
     /// Notified when the client has authenticated.
     authenticated: Arc<Notify>,
     peer: Option<Box<dyn PeerActions>>,
-    /// The session channel, until it becomes the control channel or asks for something else. A task reads it all the
+    /// The session channel, until it asks for a subsystem or for something else. A task reads it all the
     /// time: a full queue would stall the session, which could not even be cut then.
-    control: Option<(ChannelId, oneshot::Sender<()>)>,
+    control: Option<(ChannelId, oneshot::Sender<Subsystem>)>,
     /// Requests on the session channel that were refused without giving it up.
     requests: u8,
 }
@@ -180,8 +180,10 @@ impl Handler for ConnectionHandler {
             session::join(phase, &self.agent, &self.connection, self.generation, session.handle())
         });
         self.authenticated.notify_one();
-        // The agent may have left the phase since the authentication.
-        if self.peer.is_none() { Err(russh::Error::Disconnect) } else { Ok(()) }
+        if self.peer.is_none() {
+            self.connection.end("the agent has left the phase of this login; connect again");
+        }
+        Ok(())
     }
 
     async fn channel_open_session(
@@ -207,12 +209,18 @@ impl Handler for ConnectionHandler {
         name: &str,
         session: &mut Session,
     ) -> Result<(), russh::Error> {
-        let wanted = name == CONTROL_SUBSYSTEM;
-        match self.control.take_if(|(own, _)| wanted && *own == id) {
-            Some((_, begin)) => {
+        let wanted = match name {
+            CONTROL_SUBSYSTEM => Some(Subsystem::Control),
+            // An unproven peer learns nothing.
+            STATUS_SUBSYSTEM if self.granted == Some(PhaseName::Kubernetes) => Some(Subsystem::Status),
+            _ => None,
+        };
+        let channel = self.control.take_if(|(own, _)| wanted.is_some() && *own == id);
+        match wanted.zip(channel) {
+            Some((subsystem, (_, begin))) => {
                 session.channel_success(id)?;
                 // The task has ended only if the channel or the connection has.
-                let _ = begin.send(());
+                let _ = begin.send(subsystem);
                 Ok(())
             }
             None => self.refuse_request(id, session, "a subsystem"),

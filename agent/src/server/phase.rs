@@ -2,16 +2,18 @@
 
 use std::sync::Arc;
 
-use secure_comms_protocol::limits::{CreditLimits, KEYS_REPORT};
-use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase};
-use secure_comms_tunnel::Outbounds;
+use secure_comms_protocol::control::LogLine;
+use secure_comms_protocol::limits::{CreditLimits, GUEST_TIME, KEYS_REPORT, LOG_BATCH, LOG_PAUSE};
+use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PodId};
 use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
-use tokio::time::timeout;
+use secure_comms_tunnel::{Credits, Outbounds};
+use tokio::time::{sleep, timeout};
 
 use crate::access::limiter::Place;
 use crate::agent::Agent;
 use crate::connection::Connection;
 use crate::kata::KataAgent;
+use crate::os::operator_log::{Entry, level_name, operator_log};
 use crate::peers::peer::{Peer, Peers};
 
 /// A phase, as the agent serves its peers.
@@ -29,19 +31,19 @@ pub(super) trait AgentPhase: Phase {
     where
         Self: Sized;
     /// Reserves a place for a connection of this generation; none if the phase is over.
-    fn reserve(agent: &Agent, connection: &Connection, generation: u64) -> Option<Reservation>;
+    fn reserve(agent: &Agent, connection: &Connection, generation: u64) -> Option<Place>;
+    /// Called when a peer has joined.
+    fn joined(peer: &Arc<Peer<Self>>)
+    where
+        Self: Sized;
+    /// Called when a peer's hello names its pod. Refuses by closing the peer.
+    fn identified(agent: &Agent, peer: &Peer<Self>, pod: &PodId)
+    where
+        Self: Sized;
     /// Sends the messages that the phase repeats, until there will be no more.
     fn repeat_messages(agent: &Agent, peer: &Peer<Self>) -> impl Future<Output = ()> + Send
     where
         Self: Sized;
-}
-
-/// A place among the peers of a phase, given back on drop.
-pub(super) enum Reservation {
-    /// One of a limited number.
-    Limited { _place: Place },
-    /// The phase has no limit.
-    Unlimited,
 }
 
 impl AgentPhase for Attestation {
@@ -56,12 +58,17 @@ impl AgentPhase for Attestation {
         agent.tunnels.attestation.clone()
     }
 
-    fn reserve(agent: &Agent, connection: &Connection, generation: u64) -> Option<Reservation> {
+    fn reserve(agent: &Agent, connection: &Connection, generation: u64) -> Option<Place> {
         let exempt = agent.attempt.peer();
-        agent.policy.allows_attestation(generation).then(|| Reservation::Limited {
-            _place: agent.limits.attesting.admit_evicting(connection.clone(), exempt),
-        })
+        agent
+            .policy
+            .allows_attestation(generation)
+            .then(|| agent.limits.attesting.admit_evicting(connection.clone(), exempt))
     }
+
+    fn joined(_: &Arc<Peer<Self>>) {}
+
+    fn identified(_: &Agent, _: &Peer<Self>, _: &PodId) {}
 
     /// `keys`, on every change and at least every [`KEYS_REPORT`], so that an operator sees why a pod is not attested.
     async fn repeat_messages(agent: &Agent, peer: &Peer<Self>) {
@@ -90,14 +97,107 @@ impl AgentPhase for Kubernetes {
         agent.tunnels.kubernetes.clone()
     }
 
-    /// The newest connection replaces the others: the adaptor was restarted, or its older connection is half dead.
-    fn reserve(agent: &Agent, _: &Connection, _: u64) -> Option<Reservation> {
-        for older in agent.peers.kubernetes.all().into_iter().filter(|peer| !peer.is_closing()) {
-            log::info!("connection from {}: replaced by a newer one", older.connection.address);
-            older.close_gracefully("replaced by a newer connection of the worker node");
-        }
-        Some(Reservation::Unlimited)
+    /// A guest, until its hello names its pod: `ssh kubernetes@vm uptime` must not cost the pod its adaptor.
+    fn reserve(agent: &Agent, connection: &Connection, _: u64) -> Option<Place> {
+        Some(agent.limits.guests.admit_evicting(connection.clone(), None))
     }
 
-    async fn repeat_messages(_: &Agent, _: &Peer<Self>) {}
+    fn joined(peer: &Arc<Peer<Self>>) {
+        let peer = peer.clone();
+        tokio::spawn(async move {
+            if guest_time_is_up(&peer.credits, || peer.is_adaptor()).await {
+                peer.close_gracefully(GUEST_TIME_IS_UP);
+            }
+        });
+    }
+
+    /// The newest adaptor replaces the older one: it was restarted, or its older connection is half dead.
+    fn identified(agent: &Agent, peer: &Peer<Self>, pod: &PodId) {
+        let address = peer.connection.address;
+        if let Some(own) = agent.pod().filter(|own| own != pod) {
+            log::warn!("connection from {address}: its hello names pod {pod}, and this VM is pod {own}'s");
+            return peer.close_gracefully(&format!("this VM is pod {own}'s, not pod {pod}'s"));
+        }
+        match agent.peers.kubernetes.take_place(peer) {
+            Ok(None) => {}
+            Ok(Some(older)) => {
+                log::info!(
+                    "connection from {}: replaced by a newer one, from {address}",
+                    older.connection.address
+                );
+                older.close_gracefully(&format!(
+                    "replaced by a newer connection of the worker node, from {address}"
+                ));
+            }
+            Err(newer) => peer.close_gracefully(&format!(
+                "a newer connection of the worker node, from {}, has the place",
+                newer.connection.address
+            )),
+        }
+    }
+
+    /// `log`, for each line that the operator should hear of, the kept ones first. At most [`LOG_BATCH`] in [`LOG_PAUSE`].
+    async fn repeat_messages(_: &Agent, peer: &Peer<Self>) {
+        let mut newest = operator_log().subscribe();
+        let mut sent = 0;
+        loop {
+            newest.mark_unchanged();
+            let lines = operator_log().after(sent, LOG_BATCH);
+            let caught_up = lines.is_empty();
+            for line in lines {
+                let number = line.number;
+                if !peer.outbox.send_if_room(Control::Log(log_line(line))) {
+                    break;
+                }
+                sent = number;
+            }
+            if caught_up && newest.changed().await.is_err() {
+                return;
+            }
+            if !caught_up {
+                sleep(LOG_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn log_line(entry: Entry) -> LogLine {
+    LogLine {
+        seq: entry.number,
+        age: entry.at.elapsed().as_secs(),
+        level: level_name(entry.level).to_owned(),
+        text: entry.text,
+    }
+}
+
+/// Why a guest is closed after [`GUEST_TIME`].
+const GUEST_TIME_IS_UP: &str = "a login without a hello that names its pod may last 1 h";
+
+/// Waits until a peer has been a guest for [`GUEST_TIME`]; false if it has ended or is the adaptor by then.
+async fn guest_time_is_up(credits: &Credits, is_adaptor: impl Fn() -> bool) -> bool {
+    tokio::select! {
+        () = credits.gone() => false,
+        () = sleep(GUEST_TIME) => !is_adaptor(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use secure_comms_tunnel::flow::Side;
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_may_stay_for_an_hour_and_an_adaptor_longer() {
+        let credits = Credits::new(Side::Agent, Kubernetes::LIMITS);
+        let began = Instant::now();
+        assert!(guest_time_is_up(&credits, || false).await);
+        assert_eq!(began.elapsed(), GUEST_TIME);
+        assert!(!guest_time_is_up(&credits, || true).await, "the adaptor");
+        credits.end();
+        let began = Instant::now();
+        assert!(!guest_time_is_up(&credits, || false).await, "the connection has ended");
+        assert!(began.elapsed() < GUEST_TIME);
+    }
 }

@@ -9,8 +9,9 @@ use secure_comms_tunnel::link::Incoming;
 use secure_comms_tunnel::{Credits, outbound};
 use tokio::sync::{Semaphore, oneshot};
 
-use super::control::{becomes_control_channel, run_control_channel, settle_without_hello};
-use super::phase::{AgentPhase, Reservation};
+use super::control::{becomes_subsystem, run_control_channel, settle_without_hello};
+use super::phase::AgentPhase;
+use super::status;
 use crate::agent::Agent;
 use crate::connection::Connection;
 use crate::peers::link::{ForwardOpener, Offers, PeerLink, PeerPending, PeerReceiver, PeerSender};
@@ -19,13 +20,22 @@ use crate::peers::peer::Peer;
 /// Opens that may be in progress on a connection in addition to its streams; more are refused.
 const PENDING_OPENS: usize = 16;
 
+/// What a session channel may become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Subsystem {
+    /// The control channel.
+    Control,
+    /// One status, then the end of the channel.
+    Status,
+}
+
 /// What an authenticated connection may do, in either phase. Dropped with its SSH session.
 pub(super) trait PeerActions: Send {
     /// Takes the one session channel of the connection; false if it is taken.
     fn take_session_channel(&mut self) -> bool;
-    /// Reads the session channel until the sender is used, and runs the control channel on it from then on. Drop the
-    /// sender if the channel will not become the control channel.
-    fn control(&self, receiver: PeerReceiver, sender: PeerSender) -> oneshot::Sender<()>;
+    /// Reads the session channel until the sender is used, and runs the subsystem on it from then on. Drop the sender if the
+    /// channel will become none.
+    fn control(&self, receiver: PeerReceiver, sender: PeerSender) -> oneshot::Sender<Subsystem>;
     /// Serves a stream that the peer asks for.
     fn serve_stream(&self, name: &str, id: u32, pending: PeerPending);
     /// Adds a tunnel that the peer serves; false if there is no inbound of this name.
@@ -53,7 +63,13 @@ struct PeerSession<P> {
     peer: Arc<Peer<P>>,
     opens: Arc<Semaphore>,
     has_session_channel: bool,
-    _reservation: Reservation,
+}
+
+impl<P> Drop for PeerSession<P> {
+    fn drop(&mut self) {
+        // Now: tasks may keep the peer for some time.
+        self.peer.give_place_back();
+    }
 }
 
 impl<P: AgentPhase> PeerSession<P> {
@@ -63,12 +79,12 @@ impl<P: AgentPhase> PeerSession<P> {
         generation: u64,
         handle: Handle,
     ) -> Option<Box<dyn PeerActions>> {
-        let reservation = P::reserve(agent, connection, generation)?;
+        let place = P::reserve(agent, connection, generation)?;
         let credits = Credits::new(Side::Agent, P::LIMITS);
         let offers: Arc<Offers> = Arc::default();
         connection.set_authenticated(P::NAME, credits.clone(), P::LIMITS.held_max());
         let link = PeerLink::new(ForwardOpener::new(handle, offers.clone()), credits.clone());
-        let peer = Arc::new(Peer::new(connection.clone(), credits, link, offers));
+        let peer = Arc::new(Peer::new(connection.clone(), credits, link, offers, place));
         log::log!(
             connection.log_level(log::Level::Info),
             "connection from {}: authenticated for the {} phase",
@@ -76,12 +92,12 @@ impl<P: AgentPhase> PeerSession<P> {
             P::NAME
         );
         P::peers(agent).add(peer.clone());
+        P::joined(&peer);
         Some(Box::new(Self {
             agent: agent.clone(),
             peer,
             opens: Arc::new(Semaphore::new(P::LIMITS.streams + PENDING_OPENS)),
             has_session_channel: false,
-            _reservation: reservation,
         }))
     }
 
@@ -107,12 +123,14 @@ impl<P: AgentPhase> PeerActions for PeerSession<P> {
         first
     }
 
-    fn control(&self, mut receiver: PeerReceiver, sender: PeerSender) -> oneshot::Sender<()> {
+    fn control(&self, mut receiver: PeerReceiver, sender: PeerSender) -> oneshot::Sender<Subsystem> {
         let (begin, begun) = oneshot::channel();
         let (agent, peer) = (self.agent.clone(), self.peer.clone());
         tokio::spawn(async move {
-            if becomes_control_channel(&mut receiver, begun).await {
-                run_control_channel(agent, peer, receiver, sender).await;
+            match becomes_subsystem(&mut receiver, begun).await {
+                Some(Subsystem::Control) => run_control_channel(agent, peer, receiver, sender).await,
+                Some(Subsystem::Status) => status::serve(&agent, &peer, receiver, sender).await,
+                None => {}
             }
         });
         begin

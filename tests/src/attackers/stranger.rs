@@ -60,6 +60,8 @@ struct Seen {
     banner: String,
     host_key: String,
     gone: bool,
+    /// Description of the server's disconnect message.
+    reason: Option<String>,
 }
 
 impl std::fmt::Debug for Stranger {
@@ -144,6 +146,18 @@ impl Stranger {
     #[must_use]
     pub fn host_key(&self) -> String {
         self.seen.borrow().host_key.clone()
+    }
+
+    /// Reason in the agent's disconnect message, if one has come.
+    #[must_use]
+    pub fn reason(&self) -> Option<String> {
+        self.seen.borrow().reason.clone()
+    }
+
+    /// Control messages so far.
+    #[must_use]
+    pub fn heard(&self) -> Vec<Control> {
+        self.heard.borrow().clone()
     }
 
     /// Opens the control channel.
@@ -288,8 +302,13 @@ impl Handler for Permissive {
         Ok(())
     }
 
-    async fn disconnected(&mut self, _: DisconnectReason<russh::Error>) -> Result<(), russh::Error> {
-        self.observed.send_modify(|seen| seen.gone = true);
+    async fn disconnected(&mut self, reason: DisconnectReason<russh::Error>) -> Result<(), russh::Error> {
+        self.observed.send_modify(|seen| {
+            seen.gone = true;
+            if let DisconnectReason::ReceivedDisconnect(info) = reason {
+                seen.reason = Some(info.message);
+            }
+        });
         Ok(())
     }
 }

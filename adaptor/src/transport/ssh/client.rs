@@ -169,7 +169,9 @@ async fn connect_phase<P: ClientPhase>(
 fn handshake_error<P: ClientPhase>(shared: &Shared<P>, error: &russh::Error) -> ConnectError {
     match lock(&shared.wrong_key).take() {
         Some(shown) => ConnectError::WrongHostKey { shown },
-        None => ConnectError::Protocol("SSH handshake", cause(error)),
+        None => {
+            ConnectError::Protocol("SSH handshake", shared.disconnected().unwrap_or_else(|| cause(error)))
+        }
     }
 }
 
@@ -179,7 +181,8 @@ async fn authenticate<P: ClientPhase>(
     node_key: &WorkerNodeKey,
 ) -> Result<(), ConnectError> {
     let user = P::NAME.user();
-    let broken = |error: russh::Error| ConnectError::Protocol("authenticate", cause(&error));
+    let why = |error: &russh::Error| shared.disconnected().unwrap_or_else(|| cause(error));
+    let broken = |error: russh::Error| ConnectError::Protocol("authenticate", why(&error));
     if P::NAME == PhaseName::Attestation {
         match handle.authenticate_none(user).await.map_err(broken)? {
             AuthResult::Success => return Ok(()),
@@ -206,9 +209,10 @@ async fn refusal_or_break<P: ClientPhase>(shared: &Shared<P>, remaining: &Method
     }
     match shared.ended().await {
         TransportEnd::Refused => shared.refused(),
-        TransportEnd::Disconnected(why) | TransportEnd::Broken(why) => {
-            ConnectError::Protocol("authenticate", why)
+        TransportEnd::Disconnected(why) => {
+            ConnectError::Protocol("authenticate", format!("the agent disconnected: {why}"))
         }
+        TransportEnd::Broken(why) => ConnectError::Protocol("authenticate", why),
     }
 }
 
@@ -222,9 +226,9 @@ impl<P: ClientPhase> SshConnection<P> {
     ) -> Result<(impl Receiver + use<P>, impl Sender + use<P>), ConnectError> {
         let broken = |why: String| ConnectError::Protocol("open the control channel", why);
         let opened = self.handle.channel_open_session().await;
-        let mut channel = opened.map_err(|error| broken(cause(&error)))?;
+        let mut channel = opened.map_err(|error| broken(self.why(&error)))?;
         let requested = channel.request_subsystem(true, CONTROL_SUBSYSTEM).await;
-        requested.map_err(|error| broken(cause(&error)))?;
+        requested.map_err(|error| broken(self.why(&error)))?;
         loop {
             match channel.wait().await {
                 Some(ChannelMsg::Success) => return Ok(split(channel)),
@@ -234,7 +238,9 @@ impl<P: ClientPhase> SshConnection<P> {
                         "it has no subsystem {CONTROL_SUBSYSTEM}: it is not an agent"
                     )));
                 }
-                _ => return Err(broken("it was closed".into())),
+                _ => {
+                    return Err(broken(self.shared.disconnected().unwrap_or_else(|| "it was closed".into())));
+                }
             }
         }
     }
@@ -252,8 +258,13 @@ impl<P: ClientPhase> SshConnection<P> {
                 lock(&self.shared.requested).remove(name);
                 Ok(false)
             }
-            Err(error) => Err(ConnectError::Protocol("ask for a forward", cause(&error))),
+            Err(error) => Err(ConnectError::Protocol("ask for a forward", self.why(&error))),
         }
+    }
+
+    /// Why a request failed: the agent's reason, if it disconnected with one.
+    fn why(&self, error: &russh::Error) -> String {
+        self.shared.disconnected().unwrap_or_else(|| cause(error))
     }
 
     /// Opens streams to the agent's outbounds.

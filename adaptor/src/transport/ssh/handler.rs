@@ -76,6 +76,14 @@ impl<P: ClientPhase> Shared<P> {
         self.credits.end();
     }
 
+    /// Why the agent disconnected, if it did.
+    pub(super) fn disconnected(&self) -> Option<String> {
+        match &*self.end.borrow() {
+            Some(TransportEnd::Disconnected(why)) => Some(format!("the agent disconnected: {why}")),
+            _ => None,
+        }
+    }
+
     pub(super) async fn ended(&self) -> TransportEnd {
         let mut end = self.end.subscribe();
         let end = end.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
