@@ -22,8 +22,7 @@ pub use self::advice::LOST;
 pub(crate) use self::driver::{Driver, Ended, Entry, Stop};
 pub(crate) use self::plan::{AttestationLimits, Plan};
 pub(crate) use self::status::StatusReporter;
-pub use self::status::{Endpoint, Observer, PodEvent, PodSnapshot, PodState};
-pub use self::vm_log::VmLine;
+pub use self::status::{Endpoint, Observer, PodEvent, PodSnapshot, PodState, VmLine};
 
 #[cfg(test)]
 mod driver_tests;

@@ -96,6 +96,14 @@ impl Connection {
         }
     }
 
+    /// For the line about the end of the connection: for how long the peer has answered nothing, if that is notable.
+    pub(crate) fn silence(&self) -> String {
+        match self.guard.unanswered().map(|silence| silence.as_secs()) {
+            None | Some(0) => String::new(),
+            Some(seconds) => format!("; nothing had arrived for {seconds} s"),
+        }
+    }
+
     /// Waits until flow control has ended, because the connection was cut or the peer exceeded its credit. Never returns
     /// before the peer has authenticated.
     pub(crate) async fn flow_control_ended(&self) {
@@ -150,5 +158,71 @@ impl Connection {
             credits.end();
         }
         self.guard.cut();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use secure_comms_ssh::guard::{Guarded, Peer};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::time::sleep;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_end_says_how_long_the_peer_was_silent() {
+        let (own, mut other) = duplex(64);
+        let (mut socket, guard) = Guarded::new(own, Peer::Client);
+        let connection = Connection::new(1, "192.0.2.1:1".parse().unwrap(), guard);
+        sleep(Duration::from_secs(7)).await;
+        assert_eq!(connection.silence(), "", "nothing was asked");
+        socket.write_all(b"are you there?").await.unwrap();
+        assert_eq!(connection.silence(), "");
+        sleep(Duration::from_secs(20)).await;
+        assert_eq!(connection.silence(), "; nothing had arrived for 20 s");
+        other.write_all(b"SSH-2.0-x\r\n").await.unwrap();
+        socket.read_exact(&mut [0; 4]).await.unwrap();
+        assert_eq!(connection.silence(), "");
+    }
+
+    #[test]
+    fn only_the_first_refused_login_of_a_connection_is_logged() {
+        let connection = Connection::new(1, "192.0.2.1:1".parse().unwrap(), Guard::default());
+        let _ = connection.phase.set(PhaseName::Kubernetes);
+        let levels = [(); 3].map(|()| connection.count_login_refusal());
+        assert_eq!(levels, [Level::Info, Level::Debug, Level::Debug]);
+    }
+
+    fn connection() -> Connection {
+        Connection::new(1, "192.0.2.1:1".parse().unwrap(), Guard::default())
+    }
+
+    #[tokio::test]
+    async fn a_connection_without_a_session_is_cut() {
+        let connection = connection();
+        connection.end("evicted");
+        connection.until_cut().await;
+        assert_eq!(connection.end_reason(), Some("evicted"));
+    }
+
+    #[tokio::test]
+    async fn the_first_reason_counts_and_is_one_short_line() {
+        let connection = connection();
+        connection.session_started();
+        assert_eq!(connection.end_reason(), None);
+        let waits = connection.clone();
+        let waits = tokio::spawn(async move { waits.end_requested().await.to_owned() });
+        tokio::task::yield_now().await;
+        connection.end(&format!("a\nforged\u{1b}[2J: {}", "x".repeat(70_000)));
+        connection.end("a later one");
+        let reason = waits.await.unwrap();
+        assert!(
+            reason.starts_with("a\\nforged\\u{1b}[2J: xxx") && reason.len() < REASON_MAX + 60,
+            "{reason}"
+        );
+        // Also for one who comes late.
+        assert_eq!(connection.end_requested().await, reason);
     }
 }

@@ -13,6 +13,8 @@ pub(crate) mod operator_log;
 
 pub(crate) mod log_limits;
 
+pub(crate) mod progress;
+
 pub mod systemd;
 
 pub mod listener;

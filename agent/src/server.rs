@@ -136,12 +136,12 @@ impl Server {
     /// Logs how a connection ended. Lines about clients that never authenticated are limited.
     fn log_end<E: std::fmt::Display>(&self, connection: &Connection, ended: Result<(), E>) {
         let level = connection.log_level(log::Level::Info);
-        let address = connection.address;
+        let (address, silence) = (connection.address, connection.silence());
         match (connection.end_reason(), ended) {
             // How the session ended follows from our reason.
-            (Some(reason), _) => log::log!(level, "connection from {address}: ended: {reason}"),
-            (None, Ok(())) => log::log!(level, "connection from {address}: closed"),
-            (None, Err(error)) => log::log!(level, "connection from {address}: ended: {error}"),
+            (Some(reason), _) => log::log!(level, "connection from {address}: ended: {reason}{silence}"),
+            (None, Ok(())) => log::log!(level, "connection from {address}: closed{silence}"),
+            (None, Err(error)) => log::log!(level, "connection from {address}: ended: {error}{silence}"),
         }
     }
 }

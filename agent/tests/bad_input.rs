@@ -239,6 +239,8 @@ fn a_variable_with_a_typo_is_warned_of() {
     agent.says(
         "<4>environment variable SECURE_COMMS_LGO: not known to the agent; did you mean SECURE_COMMS_LOG?",
     );
+    // Signals are handled once it listens.
+    agent.address();
     assert_eq!(agent.terminate().code(), Some(0));
 }
 

@@ -96,3 +96,49 @@ async fn repeated_refusals_do_not_fill_the_log() {
     let refusals = lines.matches("refusing a stream").count();
     assert!((1..=16).contains(&refusals), "{refusals} refusals are logged");
 }
+
+#[tokio::test]
+async fn strangers_that_reconnect_do_not_fill_the_log() {
+    let place = Place::new();
+    let mut agent = place.start(&FREE_PORTS, &[]);
+    let address = agent.address();
+    for number in 0..MANY {
+        let mut stranger =
+            client::connect(Arc::new(client::Config::default()), address, Stranger).await.unwrap();
+        // Each user name would be a line, and the end of the connection another.
+        for attempt in 0..3 {
+            let user = format!("user{number}-{attempt}");
+            if stranger.authenticate_none(user).await.is_err() {
+                break;
+            }
+        }
+        drop(stranger);
+        drop(attest(address).await);
+    }
+    assert_eq!(agent.terminate().code(), Some(0));
+    let log = agent.rest();
+    let lines = log.lines().filter(|line| line.contains("connection from")).count();
+    // Those of one minute, or of two.
+    assert!((1..=2 * (20 + 20 + 60)).contains(&lines), "{lines} lines of {MANY} strangers:\n{log}");
+    let refused = log.lines().filter(|line| line.contains("refused")).count();
+    assert!(refused <= 40, "{refused} refusals are logged");
+}
+
+// The log is read by a blocking call.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hello_with_thousands_of_names_is_one_line() {
+    let place = Place::new();
+    let mut agent = place.start(&FREE_PORTS, &[]);
+    let stranger = attest(agent.address()).await;
+    let session = stranger.channel_open_session().await.unwrap();
+    session.request_subsystem(true, "secure-comms").await.unwrap();
+    let names: Vec<String> = (0..5000).map(|number| format!("\"n{number}\"")).collect();
+    let hello =
+        format!(r#"{{"hello":{{"version":1,"outbounds":[{}],"inbounds":[]}}}}"#, names.join(",")) + "\n";
+    session.data_bytes(hello.into_bytes()).await.unwrap();
+    let line = agent.says("tunnels of the Attestation phase: ");
+    assert!(line.contains("n0, n1,") && line.ends_with(" and 4992 more"), "{line}");
+    assert_eq!(agent.terminate().code(), Some(0));
+    let rest = agent.rest();
+    assert!(!rest.contains("no matching"), "{rest}");
+}

@@ -174,7 +174,7 @@ pub const KBS_PAUSE_MIN: Duration = Duration::from_secs(10);
 /// an attestation at the KBS.
 pub const KEYS_RETRY_MAX: Duration = Duration::from_secs(60);
 /// Known errors of one peer after which its pauses grow beyond [`RETRY_MAX`].
-pub const SAME_ANSWERS: u32 = 8;
+pub const SAME_ANSWERS: u32 = 12;
 /// Longest interval of `keys` messages while the agent waits for its keys.
 pub const KEYS_REPORT: Duration = Duration::from_secs(15);
 /// Time that attestation peers have to close their connections after `upgrade`.
@@ -183,7 +183,7 @@ pub const UPGRADE_DRAIN: Duration = Duration::from_secs(1);
 pub const FAREWELL: Duration = Duration::from_millis(500);
 /// Connections that receive the reason of their end at a time. Others are cut at once, so that a flood takes bounded
 /// memory.
-pub const FAREWELLS_MAX: usize = 32;
+pub const FAREWELLS_MAX: usize = 16;
 /// A fresh agent admits attestation peers again if no worker node has logged in for this long.
 pub const FIRST_LOGIN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time for which an attempt to set up the pod network waits for the VM's own network: DHCP may be late.

@@ -292,3 +292,21 @@ impl Pings {
 fn lock(pings: &Mutex<Pings>) -> std::sync::MutexGuard<'_, Pings> {
     pings.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_wait_leaves_half_of_the_queue_to_the_rest() {
+        let outbox = Outbox::default();
+        outbox.send(Control::Ping(0));
+        let queued = (1..1000).filter(|number| outbox.send_if_room(Control::Ping(*number))).count();
+        assert_eq!(queued, OUTBOX / 2 - 1);
+        for number in 0..OUTBOX as u64 / 2 {
+            outbox.send(Control::Pong(number));
+        }
+        let messages = outbox.0.messages.lock().unwrap();
+        assert_eq!(messages.front(), Some(&Control::Ping(0)), "nothing was dropped");
+    }
+}

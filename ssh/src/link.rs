@@ -5,7 +5,7 @@ use std::future::Future;
 use russh::{Channel, ChannelOpenFailure};
 use secure_comms_protocol::TunnelName;
 use secure_comms_protocol::limits::CHANNEL_OPEN;
-use secure_comms_tunnel::flow::StreamError;
+use secure_comms_tunnel::flow::{Flow, StreamError};
 use secure_comms_tunnel::{Credits, Link, OpenError, Receiver, Sender, Stream};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -59,30 +59,17 @@ impl<O: Opener> Link for SshLink<O> {
             other => OpenError::Refused(other.to_string()),
         })?;
         let (done, opened) = oneshot::channel();
-        let open = self.opener.open(name, flow.id());
-        let credits = self.credits.clone();
-        // A task of its own runs to the end even if our future is dropped. Otherwise a server session that receives
-        // the answer to a dropped open would end after a refusal, and leak the channel after a confirmation.
-        tokio::spawn(async move {
-            if let Err(Ok(late)) = done.send(open.await) {
-                // The client of the inbound has left. The session may wait for us to take messages before it takes our
-                // close (D1), and then neither a cut nor the end of the connection would reach it. Or it may be gone.
-                let (mut receiver, sender) = split(late);
-                tokio::select! {
-                    _ = sender.close() => {}
-                    () = async { while receiver.recv().await.is_some() {} } => {}
-                    () = credits.gone() => {}
-                }
-            }
-        });
+        tokio::spawn(answered(self.opener.open(name, flow.id()), flow, self.credits.clone(), done));
         tokio::select! {
             opened = timeout(CHANNEL_OPEN, opened) => match opened {
-                Ok(Ok(Ok(channel))) => {
+                Ok(Ok((Ok(channel), flow))) => {
                     let (receiver, sender) = split(channel);
                     Ok(Stream { receiver, sender, flow })
                 }
-                Ok(Ok(Err(russh::Error::ChannelOpenFailure(reason)))) => Err(OpenError::Refused(describe(&reason))),
-                Ok(Ok(Err(_)) | Err(_)) => Err(OpenError::LinkGone),
+                Ok(Ok((Err(russh::Error::ChannelOpenFailure(reason)), _))) => {
+                    Err(OpenError::Refused(describe(&reason)))
+                }
+                Ok(Ok((Err(_), _)) | Err(_)) => Err(OpenError::LinkGone),
                 Err(_) => Err(OpenError::Refused(format!("no answer within {} s", CHANNEL_OPEN.as_secs()))),
             },
             () = self.credits.gone() => Err(OpenError::LinkGone),
@@ -94,6 +81,34 @@ impl<O: Opener> Link for SshLink<O> {
     }
 }
 
+/// The answer to an open, with the stream's place on the connection.
+type Answer<M> = (Result<Channel<M>, russh::Error>, Flow);
+
+/// Waits for the answer to an open, and passes it to `done`. Runs in a task of its own, to the end even if the opener has
+/// left: a server session that receives the answer to a dropped open would end after a refusal, and leak the channel after a
+/// confirmation. The stream keeps its place until then, so a peer that answers no open gets a limited number of them.
+async fn answered<M: Message>(
+    open: impl Future<Output = Result<Channel<M>, russh::Error>>,
+    flow: Flow,
+    credits: Credits,
+    done: oneshot::Sender<Answer<M>>,
+) {
+    let answer = tokio::select! {
+        answer = open => answer,
+        () = credits.gone() => return,
+    };
+    if let Err((Ok(late), _flow)) = done.send((answer, flow)) {
+        // The client of the inbound has left. The session may wait for us to take messages before it takes our close (D1), and
+        // then neither a cut nor the end of the connection would reach it. Or it may be gone.
+        let (mut receiver, sender) = split(late);
+        tokio::select! {
+            _ = sender.close() => {}
+            () = async { while receiver.recv().await.is_some() {} } => {}
+            () = credits.gone() => {}
+        }
+    }
+}
+
 fn describe(reason: &ChannelOpenFailure) -> String {
     match reason {
         ChannelOpenFailure::AdministrativelyProhibited => {
@@ -101,5 +116,72 @@ fn describe(reason: &ChannelOpenFailure) -> String {
         }
         ChannelOpenFailure::ConnectFailed => "connect failed: its server can't be reached".into(),
         other => other.description().to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use secure_comms_protocol::limits::CreditLimits;
+    use secure_comms_tunnel::flow::{PeerFlow, Side};
+    use tokio::time::Instant;
+
+    use super::*;
+
+    /// A peer that answers no open.
+    #[derive(Clone, Default)]
+    struct Mute(Arc<AtomicUsize>);
+
+    impl Opener for Mute {
+        type Message = russh::client::Msg;
+
+        fn open(
+            &self,
+            _: &TunnelName,
+            _: u32,
+        ) -> impl Future<Output = Result<Channel<Self::Message>, russh::Error>> + Send + 'static {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            pending()
+        }
+    }
+
+    fn link() -> (SshLink<Mute>, Mute, Credits) {
+        let credits = Credits::new(Side::Agent, CreditLimits::ATTESTATION);
+        credits.set_peer_mode(PeerFlow::WindowOnly);
+        let mute = Mute::default();
+        (SshLink::new(mute.clone(), credits.clone()), mute, credits)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn opens_that_are_never_answered_are_limited() {
+        let (link, mute, credits) = link();
+        let (name, most) = (TunnelName::kbs(), CreditLimits::ATTESTATION.streams);
+        for number in 0..3 * most {
+            // The client leaves in one case, and waits for the timeout in the other.
+            let opened = match number % 2 {
+                0 => timeout(CHANNEL_OPEN / 2, link.open(&name)).await.ok(),
+                _ => Some(link.open(&name).await),
+            };
+            assert!(!matches!(opened, Some(Ok(_))));
+        }
+        assert_eq!(mute.0.load(Ordering::Relaxed), most, "opens that wait at the peer");
+        let Err(OpenError::Refused(why)) = link.open(&name).await else { panic!("one more was opened") };
+        assert!(why.contains("too many open streams"), "{why}");
+        credits.end();
+        timeout(CHANNEL_OPEN, credits.idle()).await.expect("the places are given back with the connection");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_open_is_given_up_in_time_and_with_the_connection() {
+        let (link, _, credits) = link();
+        let began = Instant::now();
+        let Err(OpenError::Refused(why)) = link.open(&TunnelName::kbs()).await else { panic!("opened") };
+        assert!(why == "no answer within 160 s" && began.elapsed() == CHANNEL_OPEN, "{why}");
+        let name = TunnelName::kbs();
+        let (opened, ()) = tokio::join!(link.open(&name), async { credits.end() });
+        assert!(matches!(opened, Err(OpenError::LinkGone)));
     }
 }

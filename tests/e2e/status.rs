@@ -384,12 +384,7 @@ async fn every_disconnect_says_its_reason() -> Result<()> {
     attester.wait_for_text("Entering interactive session", PATIENCE).await?;
     let mut slow = Raw::secured(scene.ssh, Offer::default()).await?;
     let reason = "did not authenticate within 10 s";
-    let disconnect = loop {
-        let packet = slow.receive().await?;
-        if packet.first() == Some(&message::DISCONNECT) {
-            break packet;
-        }
-    };
+    let disconnect = slow.expect(&[message::DISCONNECT]).await?;
     ensure!(String::from_utf8_lossy(&disconnect).contains(reason), "{disconnect:?}");
     says(&agent, &format!("ended: {reason}")).await?;
 

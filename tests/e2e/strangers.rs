@@ -146,6 +146,41 @@ async fn strangers_that_answer_garbage_cost_an_attempt_each() -> Result<()> {
     Ok(())
 }
 
+/// Reconnects as soon as its attempt has failed, and so is a newcomer every time. Never returns.
+async fn reconnects_all_the_time(agent: SocketAddr, failed: watch::Sender<u64>) -> Result<()> {
+    let mut last = 0;
+    loop {
+        // It may be evicted by another.
+        let Ok(stranger) = Stranger::attest(agent, &pod_id()?, Answer::Closes).await else { continue };
+        let own = |message: &Control| matches!(message, Control::Keys(keys) if keys.error.is_some() && keys.attempt > last);
+        let heard = stranger.hears(own).await;
+        if let Ok(Control::Keys(keys)) = heard {
+            last = keys.attempt;
+            failed.send_modify(|failed| *failed += 1);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_that_reconnect_do_not_starve_a_peer_that_failed() -> Result<()> {
+    let scene = scene().await?;
+    let agent = scene.agent().await?;
+    scene.kbs.deny("default/sshclient/publicKey");
+    let adaptor = scene.adaptor()?;
+    adaptor.wait_for_text("keys: attempt", PATIENCE).await?;
+    let (mut strangers, failed) = (JoinSet::new(), watch::Sender::new(0));
+    for _ in 0..3 {
+        strangers.spawn(reconnects_all_the_time(scene.ssh, failed.clone()));
+    }
+    timeout(PATIENCE, failed.subscribe().wait_for(|failed| *failed > 10))
+        .await
+        .context("the strangers had no attempts")??;
+    scene.kbs.allow("default/sshclient/publicKey");
+    works(&scene, &adaptor).await.with_context(|| agent.log())?;
+    strangers.shutdown().await;
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn silent_strangers_lose_their_attempt_with_a_reason() -> Result<()> {
     let scene = scene().await?;

@@ -81,7 +81,10 @@ async fn a_server_that_comes_late_is_said_to_be_waited_for() {
         let _server = tokio::net::UnixListener::bind(&path).unwrap();
         connecting.await.unwrap().unwrap();
         let done = said("done after").await;
-        assert!(done.starts_with(&format!("INFO: tunnel LATE: waiting for {path_text}: done after ")), "{done}");
+        assert!(
+            done.starts_with(&format!("INFO: tunnel LATE: waiting for {path_text}: done after ")),
+            "{done}"
+        );
         assert_eq!(lines_with("tunnel LATE").len(), 2);
     })
     .await;

@@ -8,7 +8,6 @@ use std::time::Duration;
 use secure_comms_protocol::{KeyProgress, PhaseName, PodId, TunnelName};
 use tokio::sync::watch;
 
-use super::vm_log::VmLine;
 use crate::throttle::Throttle;
 
 /// Where local clients of a tunnel connect.
@@ -130,6 +129,36 @@ impl fmt::Display for PodEvent {
             }
             Self::PublishedAgain => f.write_str("keys published to the KBS again"),
             Self::PublishFailed(why) => write!(f, "publishing the keys again: {why}"),
+        }
+    }
+}
+
+/// A line of the log of the agent in the VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmLine {
+    /// Whether it is a warning or an error.
+    pub is_warning: bool,
+    /// One line, fit for a log.
+    pub text: String,
+    /// Its age when it arrived, in seconds.
+    pub age: u64,
+    /// Lines before it that the agent did not keep, or that were too many to show.
+    pub missed: u64,
+}
+
+/// Age from which a line says how old it is, in seconds.
+const OLD: u64 = 2;
+
+impl fmt::Display for VmLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VM: {}", self.text)?;
+        if self.age >= OLD {
+            write!(f, " ({} s ago)", self.age)?;
+        }
+        match self.missed {
+            0 => Ok(()),
+            1 => f.write_str(" (1 line before it was left out)"),
+            missed => write!(f, " ({missed} lines before it were left out)"),
         }
     }
 }

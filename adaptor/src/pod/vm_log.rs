@@ -4,7 +4,6 @@
 //! their number is limited here, whatever the VM sends.
 
 use std::convert::Infallible;
-use std::fmt;
 use std::future::pending;
 use std::time::Duration;
 
@@ -13,42 +12,12 @@ use secure_comms_protocol::limits::LOG_KEPT;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::status::{PodEvent, StatusReporter};
+use super::status::{PodEvent, StatusReporter, VmLine};
 
 /// Lines that may be shown at once: all that an agent keeps, and some new ones.
 const BURST: u32 = LOG_KEPT as u32 + 10;
 /// Time after which one more may be shown.
 const REFILL: Duration = Duration::from_secs(1);
-/// Age from which a line says how old it is, in seconds.
-const OLD: u64 = 2;
-
-/// A line of the log of the agent in the VM.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct VmLine {
-    /// Whether it is a warning or an error.
-    pub is_warning: bool,
-    /// One line, fit for a log.
-    pub text: String,
-    /// Its age when it arrived, in seconds.
-    pub age: u64,
-    /// Lines before it that the agent did not keep, or that were too many to show.
-    pub missed: u64,
-}
-
-impl fmt::Display for VmLine {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "VM: {}", self.text)?;
-        if self.age >= OLD {
-            write!(f, " ({} s ago)", self.age)?;
-        }
-        match self.missed {
-            0 => Ok(()),
-            1 => f.write_str(" (1 line before it was left out)"),
-            missed => write!(f, " ({missed} lines before it were left out)"),
-        }
-    }
-}
-
 /// What was shown of a pod's VM, over all its connections.
 #[derive(Debug)]
 pub(super) struct VmLog {

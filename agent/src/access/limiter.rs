@@ -11,7 +11,7 @@ use crate::connection::Connection;
 use crate::os::log_limits::EVICTED;
 
 /// The reason that an evicted connection receives.
-const REASON: &str = "evicted: connection limit reached";
+const EVICTION: &str = "evicted: connection limit reached";
 
 /// Limits the connections of one kind. A newcomer evicts another connection instead of being refused, so a flood slows an
 /// honest peer but can't lock it out.
@@ -72,8 +72,8 @@ impl ConnectionLimiter {
             && let Some(index) = eviction_candidate(&held, exempt)
         {
             let evicted = held.swap_remove(index);
-            log::log!(EVICTED.level(log::Level::Info), "connection from {}: {REASON}", evicted.address);
-            evicted.end(REASON);
+            log::log!(EVICTED.level(log::Level::Info), "connection from {}: {EVICTION}", evicted.address);
+            evicted.end(EVICTION);
         }
         held.push(connection);
         Place { limiter: self.clone(), id }

@@ -9,7 +9,7 @@ use super::log_output::{Sink, would_block};
 /// Bytes of text that may wait.
 const QUEUE_MAX: usize = 64 * 1024;
 
-/// Lines on their way to an output.
+/// Lines that go to an output.
 #[derive(Debug)]
 pub(super) struct LogQueue {
     sink: Sink,

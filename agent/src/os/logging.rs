@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use log::{LevelFilter, Log, Metadata, Record};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 use secure_comms_keys::text::one_line;
 use tokio::sync::Notify;
 
@@ -120,6 +120,13 @@ impl Logger {
         // A panic in another thread must not stop the log.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// The level of a record: debug for lines of libraries beyond their limit.
+    fn level_of(&self, record: &Record<'_>) -> Level {
+        let is_library = LIBRARY_TARGETS.iter().any(|library| record.target().starts_with(library));
+        let counts = is_library && self.enabled(record.metadata());
+        if counts { LIBRARIES.level(record.level()) } else { record.level() }
+    }
 }
 
 impl Log for Logger {
@@ -130,20 +137,15 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        let (enabled, for_operator) = (self.enabled(record.metadata()), is_for_operator(record.metadata()));
+        let level = self.level_of(record);
+        let enabled = level <= self.level && self.enabled(record.metadata());
+        let for_operator = level == record.level() && is_for_operator(record.metadata());
         if !enabled && !for_operator {
             return;
         }
-        let mut level = record.level();
-        if LIBRARY_TARGETS.iter().any(|library| record.target().starts_with(library)) {
-            level = LIBRARIES.level(level);
-            if level > self.level {
-                return;
-            }
-        }
         let text = one_line(&record.args().to_string(), LINE_MAX);
         if for_operator {
-            operator_log().add(record.level(), &text);
+            operator_log().add(level, &text);
         }
         if enabled && !self.queue().push(level, text) {
             WAITING.notify_one();

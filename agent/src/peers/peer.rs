@@ -98,14 +98,16 @@ impl<P: Phase> Peer<P> {
         self.is_adaptor.load(Ordering::Relaxed)
     }
 
-    /// The peer no longer counts among a limited number.
-    fn give_place_back(&self) {
-        drop(self.limited.lock().unwrap_or_else(PoisonError::into_inner).take());
-    }
-
     /// Whether the peer serves this tunnel.
     pub(crate) fn offers(&self, name: &TunnelName) -> bool {
         self.offers.has(name)
+    }
+}
+
+impl<P> Peer<P> {
+    /// The peer no longer counts among a limited number: it has become the adaptor, or its session has ended.
+    pub(crate) fn give_place_back(&self) {
+        drop(self.limited.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 }
 
@@ -135,14 +137,7 @@ impl<P: Phase> Peers<P> {
 
     /// Removes the peer of this connection, if it is one of this phase.
     pub(crate) fn remove(&self, id: u64) {
-        self.list().retain(|peer| {
-            let stays = peer.connection.id != id;
-            if !stays {
-                // Now, for tasks may keep the peer for some time.
-                peer.give_place_back();
-            }
-            stays
-        });
+        self.list().retain(|peer| peer.connection.id != id);
         self.notify_changed();
     }
 

@@ -18,6 +18,7 @@ use super::attempt_queue::{AttemptQueue, Next};
 use super::kbs_fetch::{self, FetchError};
 use crate::agent::Agent;
 use crate::os::log_limits::{Repeated, UNPROVEN};
+use crate::os::progress::with_progress;
 use crate::peers::deadlines::KbsDeadlines;
 use crate::peers::peer::Peer;
 use secure_comms_keys::{KeyError, PodKeys};
@@ -70,6 +71,7 @@ impl GuestApi {
                 .await
                 .map_err(|source| AttemptError::Fetch { path: path.clone(), source })
         };
+        let fetch = with_progress(format!("fetching {path} through api-server-rest"), KEY_FETCH, fetch);
         match timeout(KEY_FETCH, fetch).await {
             Ok(result) => result,
             Err(_) => Err(AttemptError::TimedOut { path }),
@@ -77,8 +79,8 @@ impl GuestApi {
     }
 }
 
-/// Makes attempts until one brings keys; returns them, and the pod whose they are. Each uses one peer that offers the KBS, by
-/// the order and with the pauses of the [`AttemptQueue`].
+/// Makes attempts until one brings keys; returns them, and the pod that they belong to. Each uses one peer that offers the KBS, by the order and with the pauses of the
+/// [`AttemptQueue`].
 ///
 /// Cancellation: ends the current attempt; its routes and its peer's exemption from eviction stay for the caller to clear.
 pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> (PodKeys, PodId) {
@@ -93,9 +95,10 @@ pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> (PodKeys, PodId
     };
     for attempt in 1.. {
         let peer = next_peer(agent, &mut queue).await;
-        // The next peer in the queue has named its pod.
+        // An eligible peer has named its pod.
         let Some(pod) = peer.pod.get() else { continue };
-        match try_peer(agent, guest, &peer, pod, &queue, &deadlines).await {
+        let attempt_of = AttemptPeer { peer: &peer, pod };
+        match try_peer(agent, guest, attempt_of, &queue, &deadlines).await {
             Ok(keys) => {
                 failure.succeeded();
                 agent.attempt.progress.send_replace(Some(KeyProgress { attempt, error: None }));
@@ -179,13 +182,19 @@ async fn next_peer(agent: &Agent, queue: &mut AttemptQueue) -> Arc<Peer<Attestat
     }
 }
 
+/// The peer of an attempt, and the pod that it has named.
+#[derive(Clone, Copy)]
+struct AttemptPeer<'a> {
+    peer: &'a Peer<Attestation>,
+    pod: &'a PodId,
+}
+
 /// Makes one attempt. Always waits for the end of the fetch, because two must not run in parallel. When the peer fails,
 /// its streams are refused, so that the rest of the fetch fails fast.
 async fn try_peer(
     agent: &Agent,
     guest: &GuestApi,
-    peer: &Peer<Attestation>,
-    pod: &PodId,
+    AttemptPeer { peer, pod }: AttemptPeer<'_>,
     queue: &AttemptQueue,
     deadlines: &KbsDeadlines,
 ) -> Result<PodKeys, AttemptError> {

@@ -7,6 +7,7 @@ use tokio::time::{sleep, timeout};
 use super::attestation::{self, GuestApi};
 use crate::access::policy::Attesters;
 use crate::agent::Agent;
+use crate::os::progress::with_progress;
 use secure_comms_keys::PodKeys;
 
 /// Enters the phase with the keys of a pod, and returns once a worker node has logged in. If none does within [`FIRST_LOGIN_TIMEOUT`], attestation
@@ -28,7 +29,7 @@ pub(crate) async fn until_latched(
         upgrade_attesters(agent).await;
         tokio::select! {
             biased;
-            () = agent.policy.until_latched() => break,
+            () = with_progress("login of the worker node", FIRST_LOGIN_TIMEOUT, agent.policy.until_latched()) => break,
             () = sleep(FIRST_LOGIN_TIMEOUT) => {}
         }
         if agent.policy.reopen_attestation(attesters.clone()).is_err() {

@@ -65,6 +65,13 @@ struct PeerSession<P> {
     has_session_channel: bool,
 }
 
+impl<P> Drop for PeerSession<P> {
+    fn drop(&mut self) {
+        // Now: tasks may keep the peer for some time.
+        self.peer.give_place_back();
+    }
+}
+
 impl<P: AgentPhase> PeerSession<P> {
     fn join(
         agent: &Arc<Agent>,
@@ -78,8 +85,12 @@ impl<P: AgentPhase> PeerSession<P> {
         connection.set_authenticated(P::NAME, credits.clone(), P::LIMITS.held_max());
         let link = PeerLink::new(ForwardOpener::new(handle, offers.clone()), credits.clone());
         let peer = Arc::new(Peer::new(connection.clone(), credits, link, offers, place));
-        let level = connection.log_level(log::Level::Info);
-        log::log!(level, "connection from {}: authenticated for the {} phase", connection.address, P::NAME);
+        log::log!(
+            connection.log_level(log::Level::Info),
+            "connection from {}: authenticated for the {} phase",
+            connection.address,
+            P::NAME
+        );
         P::peers(agent).add(peer.clone());
         P::joined(&peer);
         Some(Box::new(Self {
