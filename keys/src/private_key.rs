@@ -23,19 +23,23 @@ fn from_seed(seed: &[u8; Ed25519PrivateKey::BYTE_SIZE]) -> PrivateKey {
 
 /// Reads a private key. A comment in it is dropped.
 pub(crate) fn parse(pem: &[u8]) -> Result<PrivateKey, PrivateKeyFault> {
+    // An error names only labels that are listed here: in a damaged text the key itself may stand in a label's place.
     let pem = Pem::find(checked_text(pem)?)?;
     match pem.label {
         "OPENSSH PRIVATE KEY" => parse_openssh(&pem.decode()?),
         "PRIVATE KEY" => {
-            let key = SigningKey::from_pkcs8_der(&pem.decode()?)
-                .map_err(|error| PrivateKeyFault::BadPkcs8(error.to_string()))?;
+            // The decoder's error is dropped: it quotes the algorithm, which may be any bytes of a damaged key.
+            let key = SigningKey::from_pkcs8_der(&pem.decode()?).map_err(|_| PrivateKeyFault::BadPkcs8)?;
             Ok(from_seed(key.as_bytes()))
         }
         "ENCRYPTED PRIVATE KEY" => Err(PrivateKeyFault::Encrypted),
         label @ ("RSA PRIVATE KEY" | "EC PRIVATE KEY" | "DSA PRIVATE KEY") => {
             Err(PrivateKeyFault::NotEd25519(format!("a '{label}'")))
         }
-        label => Err(PrivateKeyFault::NotPrivateKey(label.to_owned())),
+        "PUBLIC KEY" => Err(PrivateKeyFault::NotPrivateKey("a 'PUBLIC KEY'")),
+        "RSA PUBLIC KEY" => Err(PrivateKeyFault::NotPrivateKey("an 'RSA PUBLIC KEY'")),
+        "CERTIFICATE" => Err(PrivateKeyFault::NotPrivateKey("a 'CERTIFICATE'")),
+        _ => Err(PrivateKeyFault::NotPrivateKey("a PEM text of another label")),
     }
 }
 

@@ -12,7 +12,7 @@ use secure_comms_tunnel::netns::{self, Namespace, NamespaceError};
 use tokio::time::{sleep, timeout};
 use zeroize::Zeroizing;
 
-use super::kbs_fetch::{self, FetchError};
+use super::kbs_fetch::{self, Fault, FetchError};
 use crate::agent::Agent;
 use crate::os::log_limits::Repeated;
 use crate::peers::deadlines::KbsDeadlines;
@@ -25,12 +25,9 @@ enum AttemptError {
     /// `api-server-rest` could not be reached.
     #[error("connecting to api-server-rest at {address}: {source}")]
     Connect { address: SocketAddr, source: NamespaceError },
-    /// `api-server-rest` did not return the resource.
-    #[error("fetching {path} through api-server-rest: {source}")]
-    Fetch { path: String, source: FetchError },
-    /// `api-server-rest` did not answer within [`KEY_FETCH`].
-    #[error("fetching {path} through api-server-rest: no answer within {} s", KEY_FETCH.as_secs())]
-    TimedOut { path: String },
+    /// `api-server-rest` did not return the resource, or not in time.
+    #[error("{0}")]
+    Fetch(#[from] FetchError),
     /// A resource is not a key.
     #[error("the keys from the KBS: {0}")]
     Keys(#[from] KeyError),
@@ -63,14 +60,10 @@ impl GuestApi {
         let fetch = async {
             let connect = netns::connect(self.namespace.as_ref(), self.address).await;
             let stream = connect.map_err(|source| AttemptError::Connect { address: self.address, source })?;
-            kbs_fetch::fetch(stream, &path)
-                .await
-                .map_err(|source| AttemptError::Fetch { path: path.clone(), source })
+            Ok(kbs_fetch::fetch(stream, &path).await?)
         };
-        match timeout(KEY_FETCH, fetch).await {
-            Ok(result) => result,
-            Err(_) => Err(AttemptError::TimedOut { path }),
-        }
+        let late = |_| Err(FetchError::new(&path, Fault::TimedOut).into());
+        timeout(KEY_FETCH, fetch).await.unwrap_or_else(late)
     }
 }
 
@@ -218,3 +211,7 @@ async fn watch_for_failure(
         }
     }
 }
+
+#[cfg(test)]
+#[path = "attestation_tests.rs"]
+mod tests;
