@@ -28,6 +28,8 @@ pub mod netns;
 
 mod backoff;
 
+mod reminder;
+
 pub use backoff::Backoff;
 pub use flow::{Credits, Flow};
 pub use inbound::Inbound;
@@ -35,4 +37,5 @@ pub use intercept::{FromServer, Interceptor, ToServer};
 pub use link::{Event, Incoming, Link, OpenError, Receiver, Sender, Stream};
 pub use outbound::Outbounds;
 pub use relay::{relay, relay_through};
+pub use reminder::Reminder;
 pub use socket::Socket;

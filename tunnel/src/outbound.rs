@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::marker::PhantomData;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use secure_comms_protocol::limits::{OUTBOUND_CONNECT, TCP_CONNECT};
@@ -17,6 +18,7 @@ use crate::flow::{Credits, Flow, StreamError};
 use crate::intercept::{Interceptor, PassThrough};
 use crate::link::{Incoming, Stream};
 use crate::relay::{relay, relay_through, report};
+use crate::reminder::Reminder;
 use crate::socket::Socket;
 
 /// The outbounds of one phase, one of which may have an interceptor.
@@ -100,11 +102,37 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
 }
 
 impl<P, I> Permit<P, I> {
-    /// Connects to the server, with retries and backoff. Dropping the future stops the attempt.
+    /// Connects to the server, with retries and backoff. The log says what a longer wait is for. Dropping the future stops the
+    /// attempt.
     ///
     /// # Errors
     /// The server can't be reached within [`OUTBOUND_CONNECT`], or within its own connect timeout if that is longer.
     pub async fn connect(&self) -> Result<Socket, ConnectError> {
+        let Server { target, connect_timeout } = &self.server;
+        let end = Instant::now() + OUTBOUND_CONNECT.max(*connect_timeout);
+        let fault = Mutex::new("no answer".to_owned());
+        let attempts = self.attempts(&fault);
+        tokio::pin!(attempts);
+        let mut reminder = Reminder::start();
+        let connected = loop {
+            tokio::select! {
+                connected = &mut attempts => break connected,
+                () = reminder.due() => {
+                    let left = end.saturating_duration_since(Instant::now()).as_secs_f32();
+                    let fault = fault.lock().unwrap_or_else(PoisonError::into_inner);
+                    log::warn!("tunnel {}: waiting for {target}: {fault}; {left:.0} s left", self.name);
+                }
+            }
+        };
+        if reminder.was_due() && connected.is_ok() {
+            let waited = reminder.waited().as_secs_f32();
+            log::info!("tunnel {}: {target} answered after {waited:.1} s", self.name);
+        }
+        connected
+    }
+
+    /// Keeps the fault of the last attempt in `fault`.
+    async fn attempts(&self, fault: &Mutex<String>) -> Result<Socket, ConnectError> {
         let Server { target, connect_timeout } = &self.server;
         let start = Instant::now();
         let end = start + OUTBOUND_CONNECT.max(*connect_timeout);
@@ -123,6 +151,7 @@ impl<P, I> Permit<P, I> {
             if next >= last {
                 return Err(ConnectError { target: target.clone(), source });
             }
+            *fault.lock().unwrap_or_else(PoisonError::into_inner) = source.to_string();
             sleep_until(next).await;
         }
     }
