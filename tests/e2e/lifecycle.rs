@@ -313,6 +313,38 @@ async fn garbage_keys_are_reported_and_later_good_keys_are_used() -> Result<()> 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_answer_with_the_key_in_it_is_quoted_in_no_log() -> Result<()> {
+    const CANARY: &str = "b3BlbnNzaC1rZXkt";
+    let mut scene = scene().await?;
+    let answer = Arc::new(RwLock::new(Vec::new()));
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    scene.guest = Rest::start(any, Backend::Bytes(answer.clone())).await?;
+    let pem = format!("-----BEGIN OPENSSH PRIVATE KEY-----\n{CANARY}\n-----END OPENSSH PRIVATE KEY-----\n");
+    let set = async |text: String| *answer.write().await = text.into_bytes();
+    set(format!("HTTP/1.1 500 {CANARY}\r\n\r\n{pem}")).await;
+    let agent = scene.debugged_agent().await?;
+    let adaptor = scene.adaptor()?;
+    let mut mark = 0;
+    for (text, cause) in [
+        (format!("HTTP/1.1 203 OK\r\n\r\n{pem}"), "status 203"),
+        (format!("HTTP/1.1 302 Found\r\nLocation: /{CANARY}\r\n\r\n{pem}"), "status 302"),
+        (format!("HTTP/1.1 200 OK\r\nContent-Length: {CANARY}\r\n\r\n"), "Content-Length is not a length"),
+        (format!("HTTP/1.1 100 {CANARY}\r\n\r\nHTTP/1.1 200 OK\r\n\r\n{pem}"), "private key"),
+    ] {
+        set(text).await;
+        let line = adaptor
+            .wait_from(mark, |line| line.contains("keys: attempt") && line.contains(cause), PATIENCE)
+            .await?;
+        ensure!(!line.contains("bytes more"), "the end is cut off: {line}");
+        mark = adaptor.mark();
+    }
+    for log in [agent.log(), adaptor.log()] {
+        ensure!(!log.contains(CANARY), "{log}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_kbs_over_https_works_end_to_end_through_the_tunnel() -> Result<()> {
     let kbs = KbsOptions { https: true, ..KbsOptions::default() };
     let scene = Scene::new(SceneOptions { kbs, ..SceneOptions::default() }).await?;
