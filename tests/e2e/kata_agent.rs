@@ -577,7 +577,8 @@ async fn a_whole_pod_lives_on_one_connection() -> Result<()> {
     let sandbox = CreateSandboxRequest { sandbox_id: pod.scene.pod.clone(), ..Default::default() };
     pod.within("CreateSandbox", runtime.create_sandbox(&sandbox)).await??;
     ensure!(!directory.exists(), "the kata agent kept its directory");
-    let details = agent.get_guest_details(Context::default(), &GuestDetailsRequest::new());
+    let request = GuestDetailsRequest::new();
+    let details = agent.get_guest_details(Context::default(), &request);
     pod.within("GetGuestDetails", details).await??;
     let mut pause = start(&pod, &runtime, "pause", 1).await?;
     let caller = agent.clone();

@@ -1,6 +1,8 @@
 //! Whatever starts first, ends, restarts or is cut off: the pod comes up, and stays the same pod.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -9,10 +11,12 @@ use secure_comms_tests::harness::process::{Child, Signal};
 use secure_comms_tests::harness::scene::{
     PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, says, says_after, scene, up, works,
 };
+use secure_comms_tests::simulators::guest::{Backend, Rest};
 use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::simulators::kbs::{Fault, KbsOptions, LoggedRequest};
 use secure_comms_tests::simulators::tcp_proxy::TcpProxy;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::RwLock;
 use tokio::time::{sleep, timeout};
 
 const MIB: u64 = 1024 * 1024;
