@@ -4,13 +4,14 @@
 use std::collections::HashMap;
 use std::io;
 use std::marker::PhantomData;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use secure_comms_protocol::limits::{OUTBOUND_CONNECT, TCP_CONNECT};
 use secure_comms_protocol::tag::Host;
 use secure_comms_protocol::{OutboundTag, Phase, Refusal, RefusalReason, Target, TunnelName};
 use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use crate::backoff::Backoff;
@@ -33,6 +34,8 @@ pub struct Outbounds<P, I = PassThrough> {
 struct Server {
     target: Target,
     connect_timeout: Duration,
+    /// Has one permit: of several streams that wait for the server, one says so.
+    reports: Arc<Semaphore>,
 }
 
 /// Proof that the name of a stream was looked up and allowed, from [`Outbounds::permit`]. Only a permit can be dialled.
@@ -59,7 +62,9 @@ impl<P: Phase> Outbounds<P> {
             .into_iter()
             .filter(|tag| tag.phases.includes(P::NAME))
             .map(|tag| {
-                (tag.name.clone(), Server { target: tag.target.clone(), connect_timeout: Duration::ZERO })
+                let reports = Arc::new(Semaphore::new(1));
+                let target = tag.target.clone();
+                (tag.name.clone(), Server { target, connect_timeout: Duration::ZERO, reports })
             })
             .collect();
         Self { servers, intercepted: None, phase: PhantomData }
@@ -108,23 +113,27 @@ impl<P, I> Permit<P, I> {
     /// # Errors
     /// The server can't be reached within [`OUTBOUND_CONNECT`], or within its own connect timeout if that is longer.
     pub async fn connect(&self) -> Result<Socket, ConnectError> {
-        let Server { target, connect_timeout } = &self.server;
+        let Server { target, connect_timeout, reports } = &self.server;
         let end = Instant::now() + OUTBOUND_CONNECT.max(*connect_timeout);
         let fault = Mutex::new("no answer".to_owned());
         let attempts = self.attempts(&fault);
         tokio::pin!(attempts);
-        let mut reminder = Reminder::start();
+        let (mut reminder, mut report) = (Reminder::start(), None);
         let connected = loop {
             tokio::select! {
                 connected = &mut attempts => break connected,
                 () = reminder.due() => {
+                    report = report.or_else(|| reports.try_acquire().ok());
+                    if report.is_none() {
+                        continue;
+                    }
                     let left = end.saturating_duration_since(Instant::now()).as_secs_f32();
                     let fault = fault.lock().unwrap_or_else(PoisonError::into_inner);
                     log::warn!("tunnel {}: waiting for {target}: {fault}; {left:.0} s left", self.name);
                 }
             }
         };
-        if reminder.was_due() && connected.is_ok() {
+        if report.is_some() && connected.is_ok() {
             let waited = reminder.waited().as_secs_f32();
             log::info!("tunnel {}: {target} answered after {waited:.1} s", self.name);
         }
@@ -133,7 +142,7 @@ impl<P, I> Permit<P, I> {
 
     /// Keeps the fault of the last attempt in `fault`.
     async fn attempts(&self, fault: &Mutex<String>) -> Result<Socket, ConnectError> {
-        let Server { target, connect_timeout } = &self.server;
+        let Server { target, connect_timeout, .. } = &self.server;
         let start = Instant::now();
         let end = start + OUTBOUND_CONNECT.max(*connect_timeout);
         let mut backoff = Backoff::default();
