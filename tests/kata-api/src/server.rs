@@ -222,7 +222,10 @@ impl AgentService for Arrived {
     ) -> ttrpc::Result<Empty> {
         self.note(Request::CreateSandbox(request));
         if let Some(directory) = &self.own_directory {
-            std::fs::remove_dir_all(directory).map_err(|error| failure(&error.to_string()))?;
+            match std::fs::remove_dir_all(directory) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(failure(&error.to_string())),
+                _ => {}
+            }
         }
         Ok(Empty::new())
     }
