@@ -5,8 +5,8 @@
 //! make directories for bind mounts, and read the VM's mounts.
 //!
 //! In the order data passes: [`requests`] splits the stream into [`frame`]s; [`edit`] changes requests, whose [`protobuf`] it
-//! reads field by field; `mounts` waits for what a container needs; `reply` builds refusals. docs/KATA-AGENT.md has the
-//! reasons.
+//! reads field by field; `waiting` holds requests, and `mounts` waits for what a container needs; `reply` builds refusals; the
+//! `session` is what both directions know of one connection. docs/KATA-AGENT.md has the reasons.
 
 pub mod edit;
 pub mod frame;
@@ -14,22 +14,23 @@ mod mounts;
 pub mod protobuf;
 mod reply;
 pub mod requests;
+mod session;
+mod waiting;
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use bytes::Bytes;
-use secure_comms_protocol::limits::{HELD_BYTES_MAX, HELD_REQUESTS_MAX, KATA_AGENT_CONNECT, REPLIES_MAX};
+use bytes::{Buf, Bytes};
+use secure_comms_protocol::limits::KATA_AGENT_CONNECT;
 use secure_comms_protocol::{Kubernetes, OutboundTag, TunnelName};
 use secure_comms_tunnel::Outbounds;
 use secure_comms_tunnel::intercept::{FromServer, InterceptError, Interceptor, ToServer};
 use secure_comms_tunnel::netns::Namespace;
-use tokio::sync::Notify;
-use tokio::task::JoinSet;
 
 use frame::Scanner;
 use reply::RequestRefusal;
-use requests::{Held, Out, Requests};
+use requests::{Out, Requests};
+use session::Session;
+use waiting::Waiting;
 
 /// The outbounds of the Kubernetes phase. The one to the kata agent gets its connect timeout and its interceptor; containers
 /// join the network namespace `pod_namespace`, a name or a path.
@@ -41,13 +42,6 @@ pub(crate) fn outbounds(
         .with_connect_timeout(&TunnelName::kata_agent(), KATA_AGENT_CONNECT)
         .with_interceptor(TunnelName::kata_agent(), KataAgent::new(pod_namespace))
 }
-
-/// The client does not read our refusals.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "refusing requests: {REPLIES_MAX} refusals wait, and the client takes none; see the log of the runtime"
-)]
-struct RepliesUnread;
 
 /// The interceptor of the tunnel to the kata agent.
 #[derive(Clone, Debug)]
@@ -68,67 +62,13 @@ impl Interceptor for KataAgent {
     type FromServer = FromKataAgent;
 
     fn begin(&self) -> (ToKataAgent, FromKataAgent) {
-        let replies = Arc::<Replies>::default();
+        let session = Arc::<Session>::default();
         let to = ToKataAgent {
             requests: Requests::new(self.namespace.clone()),
             waiting: Waiting::default(),
-            replies: replies.clone(),
+            session: session.clone(),
         };
-        (to, FromKataAgent { scanner: Scanner::default(), replies })
-    }
-}
-
-/// Our replies, from one half of the interceptor to the other.
-#[derive(Debug, Default)]
-struct Replies {
-    waiting: Mutex<VecDeque<Bytes>>,
-    added: Notify,
-}
-
-impl Replies {
-    fn waiting(&self) -> MutexGuard<'_, VecDeque<Bytes>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn refuse(&self, stream: u32, refusal: &RequestRefusal) -> Result<(), RepliesUnread> {
-        log::warn!("tunnel KATAAGENT: refusing the request of ttrpc stream {stream}: {refusal}");
-        let mut waiting = self.waiting();
-        if waiting.len() >= REPLIES_MAX {
-            return Err(RepliesUnread);
-        }
-        waiting.push_back(refusal.reply(stream));
-        drop(waiting);
-        self.added.notify_one();
-        Ok(())
-    }
-}
-
-/// Held requests, which wait for their mounts. Dropped with the tunnel.
-#[derive(Debug, Default)]
-struct Waiting {
-    tasks: JoinSet<Waited>,
-    bytes: usize,
-}
-
-#[derive(Debug)]
-struct Waited {
-    stream: u32,
-    bytes: usize,
-    result: Result<Bytes, RequestRefusal>,
-}
-
-impl Waiting {
-    fn hold(&mut self, Held { stream, frame, mounts }: Held) -> Result<(), RequestRefusal> {
-        let bytes = frame.len();
-        if self.tasks.len() >= HELD_REQUESTS_MAX || self.bytes + bytes > HELD_BYTES_MAX {
-            return Err(RequestRefusal::TooMany);
-        }
-        self.bytes += bytes;
-        self.tasks.spawn(async move {
-            let result = mounts::prepare(mounts).await.map(|()| frame);
-            Waited { stream, bytes, result }
-        });
-        Ok(())
+        (to, FromKataAgent { scanner: Scanner::default(), discarding: false, session })
     }
 }
 
@@ -137,7 +77,7 @@ impl Waiting {
 pub struct ToKataAgent {
     requests: Requests,
     waiting: Waiting,
-    replies: Arc<Replies>,
+    session: Arc<Session>,
 }
 
 impl ToServer for ToKataAgent {
@@ -156,38 +96,52 @@ impl ToServer for ToKataAgent {
                 Out::Refuse { stream, refusal } => (stream, refusal),
             };
             if result.is_ok() {
-                result = self.replies.refuse(stream, &refusal);
+                result = self.session.refuse(stream, &refusal);
             }
         })?;
+        self.session.saw(self.requests.seen());
         Ok(result?)
     }
 
+    /// A ttrpc client that ends its half is gone: it reads no answer, so nothing may be done for it any more.
     fn ended(&mut self) -> Result<(), InterceptError> {
-        Ok(self.requests.end()?)
+        self.requests.end()?;
+        let dropped = self.waiting.drop_all() + self.requests.drop_released();
+        if dropped > 0 {
+            log::warn!(
+                "tunnel KATAAGENT: the runtime closed its connection; dropping {dropped} held requests, the kata agent \
+                 does not see them"
+            );
+        }
+        self.session.client_ended();
+        Ok(())
+    }
+
+    fn cost(&self) -> Option<&'static str> {
+        self.session.cost()
     }
 
     fn has_pending(&self) -> bool {
-        self.requests.has_released() || !self.waiting.tasks.is_empty()
+        self.requests.has_released() || !self.waiting.is_empty()
     }
 
     async fn next_released(&mut self) -> Result<Option<Bytes>, InterceptError> {
         loop {
-            if let Some(frame) = self.requests.due() {
-                return Ok(Some(frame));
-            }
-            let Some(waited) = self.waiting.tasks.join_next().await else {
-                // A released request is waiting for the end of a frame, which the next messages bring.
-                return std::future::pending().await;
+            let (stream, refusal) = match self.requests.due() {
+                Some(Out::Pass(frame)) => return Ok(Some(frame)),
+                Some(Out::Refuse { stream, refusal }) => (stream, refusal),
+                // A released request is not held again.
+                Some(Out::Hold(_)) => return Ok(None),
+                None => match self.waiting.next().await? {
+                    Ok(held) => {
+                        self.requests.release(held);
+                        continue;
+                    }
+                    Err(refused) => refused,
+                },
             };
-            let Waited { stream, bytes, result } = waited?;
-            self.waiting.bytes -= bytes;
-            match result {
-                Ok(frame) => self.requests.release(frame),
-                Err(refusal) => {
-                    self.replies.refuse(stream, &refusal)?;
-                    return Ok(None);
-                }
-            }
+            self.session.refuse(stream, &refusal)?;
+            return Ok(None);
         }
     }
 }
@@ -196,32 +150,67 @@ impl ToServer for ToKataAgent {
 #[derive(Debug)]
 pub struct FromKataAgent {
     scanner: Scanner,
-    replies: Arc<Replies>,
+    /// The current frame is too long: it was refused, and its bytes are dropped.
+    discarding: bool,
+    session: Arc<Session>,
+}
+
+impl FromKataAgent {
+    /// Whether all frames that were begun to be passed are complete. Of a header nothing passes before the whole.
+    fn at_boundary(&self) -> bool {
+        self.scanner.left() == 0 || self.discarding
+    }
 }
 
 impl FromServer for FromKataAgent {
-    fn inspect(&mut self, mut data: &[u8]) -> Result<(), InterceptError> {
-        while !data.is_empty() {
-            let (used, _) = self.scanner.advance(data)?;
-            data = data.get(used..).unwrap_or_default();
+    fn on_data(&mut self, mut data: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), InterceptError> {
+        // The bytes before `at` pass.
+        let mut at = 0;
+        while let Some(rest) = data.get(at..).filter(|rest| !rest.is_empty()) {
+            let (in_data, fresh) = (self.scanner.left() > 0, self.scanner.at_boundary());
+            let (used, header) = self.scanner.advance(rest)?;
+            match header {
+                None if in_data && !self.discarding => at += used,
+                None if in_data => data.advance(used),
+                // The beginning of a header, which the scanner keeps.
+                None => data.truncate(at),
+                Some(header) => {
+                    self.discarding = header.is_too_long();
+                    if fresh && !self.discarding {
+                        at += used;
+                        continue;
+                    }
+                    out(data.split_to(at));
+                    data.advance(used);
+                    at = 0;
+                    if self.discarding {
+                        self.session.refuse(header.stream, &RequestRefusal::AnswerTooLong(header.length))?;
+                    } else {
+                        out(Bytes::copy_from_slice(&header.to_bytes()));
+                    }
+                }
+            }
         }
+        out(data);
         Ok(())
     }
 
     fn ended(&mut self) -> Result<(), InterceptError> {
-        Ok(self.scanner.end()?)
+        self.scanner.end()?;
+        self.session.server_ended();
+        Ok(())
     }
 
     fn read_limit(&self) -> usize {
-        if self.replies.waiting().is_empty() { usize::MAX } else { self.scanner.until_boundary() }
+        if self.session.has_replies() && !self.at_boundary() { self.scanner.left() } else { usize::MAX }
     }
 
     fn next_injected(&mut self) -> Option<Bytes> {
-        if self.scanner.at_boundary() { self.replies.waiting().pop_front() } else { None }
+        if self.at_boundary() { self.session.next_reply() } else { None }
     }
 
     async fn injection_ready(&mut self) {
-        self.replies.added.notified().await;
+        self.session.reply_added().await;
     }
 }
 

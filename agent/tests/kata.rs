@@ -15,7 +15,7 @@ mod messages;
 
 // The modules that messages.rs imports.
 use agent_protocol_forwarder::kata::{KataAgent, edit, frame};
-use frame::{HEADER, Header, REQUEST, RESPONSE};
+use frame::{HEADER, Header, RESPONSE};
 use harness::{Connection, FIXED, KERNEL, Raw, quiet, unix, within};
 use messages::{CreateContainer, CreateSandbox, Oci, Response, decode, request};
 use prost::Message;
@@ -188,18 +188,17 @@ async fn a_refusal_fits_between_the_frames_of_a_busy_server() {
 }
 
 #[tokio::test]
-async fn a_held_container_arrives_before_its_clients_eof() {
+async fn a_held_container_is_dropped_when_its_client_has_gone() {
     within(async {
         let directory = tempfile::tempdir().unwrap();
-        let source = directory.path().join("made");
         let connection = Connection::new(FIXED);
         let (mut server, socket) = unix();
         let (relay, raw) = connection.raw_through(interceptor(), socket).await;
-        send(&raw, &bind(&source, false), 1024).await;
+        send(&raw, &bind(directory.path(), true), 1024).await;
+        send(&raw, &request(3, "StartContainer", b"c"), 1024).await;
         raw.sender.eof().await.unwrap();
-        assert_eq!(decode(&next(&mut server).await).method, "CreateContainer");
+        assert_eq!(decode(&next(&mut server).await).method, "StartContainer");
         assert_eq!(server.read(&mut [0]).await.unwrap(), 0);
-        assert!(source.is_dir());
         drop(server);
         relay.await.unwrap().unwrap();
     })
@@ -230,9 +229,28 @@ async fn a_held_container_stalls_no_other_request() {
 }
 
 #[tokio::test]
+async fn a_pods_connection_that_is_lost_says_what_that_costs() {
+    within(async {
+        let connection = Connection::new(FIXED);
+        let (server, socket) = unix();
+        let (relay, raw) = connection.raw_through(interceptor(), socket).await;
+        send(&raw, &request(1, "CreateSandbox", b""), 1024).await;
+        raw.sender.close().await.unwrap();
+        let text = relay.await.unwrap().unwrap_err().to_string();
+        assert_eq!(
+            text,
+            "the other end closed the stream before its end; a runtime connection was lost: the pod will end"
+        );
+        drop(server);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_bad_frame_on_either_side_ends_the_tunnel_with_a_reason() {
     within(async {
-        let too_long = Header { length: (4 << 20) + 1, stream: 1, kind: REQUEST, flags: 0 }.to_bytes();
+        // A type that ttrpc does not have.
+        let too_long = Header { length: (4 << 20) + 1, stream: 1, kind: 4, flags: 0 }.to_bytes();
         let cut = &messages::frame(DATA, 1, b"data")[..12];
         for (bytes, text) in [
             (

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 const PATH: &str = "/run/netns/podns";
 
@@ -98,10 +99,7 @@ pub(crate) fn exercise(data: &[u8]) {
         2 => raw(data, namespace),
         _ => {
             let other = request(b"WriteStdin", data);
-            assert_eq!(
-                edited(&other, namespace),
-                Edited { request: Cow::Borrowed(&other), mounts: Mounts::default() }
-            );
+            assert_eq!(edited(&other, namespace), untouched(&other, None));
             assert_eq!(recognise(&other, true), Verdict::Pass);
         }
     }
@@ -115,6 +113,10 @@ fn request(method: &[u8], payload: &[u8]) -> Vec<u8> {
     request
 }
 
+fn untouched(request: &[u8], timeout: Option<Duration>) -> Edited<'_> {
+    Edited { request: Cow::Borrowed(request), mounts: Mounts::default(), method: None, timeout }
+}
+
 fn edited<'a>(request: &'a [u8], namespace: Option<&str>) -> Edited<'a> {
     edit::request(request, namespace).expect("somebody else's decoder takes it")
 }
@@ -124,7 +126,7 @@ fn container(payload: &[u8], namespace: Option<&str>) {
     let request = request(b"CreateContainer", payload);
     assert!((0..64).all(|seen| recognise(&request[..seen.min(request.len())], false) != Verdict::Pass));
     let Ok(before) = before else { return drop(edit::request(&request, namespace)) };
-    let Edited { request: after, mounts } = edited(&request, namespace);
+    let Edited { request: after, mounts, .. } = edited(&request, namespace);
     assert_eq!(mounts, wanted(&before));
     let Some(path) = namespace else { return assert_eq!(*after, *request) };
     let mut expected = before;
@@ -163,7 +165,7 @@ fn path(mut bytes: &[u8]) -> PathBuf {
 fn sandbox(payload: &[u8], namespace: Option<&str>) {
     let request = request(b"CreateSandbox", payload);
     let Ok(before) = Sandbox::decode(payload) else { return drop(edit::request(&request, namespace)) };
-    let Edited { request: after, mounts } = edited(&request, namespace);
+    let Edited { request: after, mounts, .. } = edited(&request, namespace);
     assert_eq!(mounts, Mounts::default());
     let payload = Request::decode(&*after).expect("it is still a request").payload;
     assert_eq!(Sandbox::decode(&*payload).expect("it is still one"), Sandbox { dns: Vec::new(), ..before });
@@ -176,8 +178,8 @@ fn raw(request: &[u8], namespace: Option<&str>) {
     let touched =
         before.service == SERVICE && matches!(&*before.method, b"CreateContainer" | b"CreateSandbox");
     if !touched {
-        let untouched = Edited { request: Cow::Borrowed(request), mounts: Mounts::default() };
-        return assert_eq!(after, Ok(untouched));
+        let timeout = u64::try_from(before.timeout_nano).ok().filter(|nanos| *nanos > 0);
+        return assert_eq!(after, Ok(untouched(request, timeout.map(Duration::from_nanos))));
     }
     let Ok(Edited { request: after, .. }) = after else { return };
     let after = Request::decode(&*after).expect("it is still a request");

@@ -82,10 +82,24 @@ fn shown(fetched: &Result<Vec<u8>, FetchError>) -> Result<&[u8], String> {
 }
 
 /// The body of a valid answer, by a reader that implements RFC 9112 only for those.
-fn expected(answer: &[u8]) -> Option<&[u8]> {
-    let begin = answer.iter().position(|byte| !b"\r\n".contains(byte))?;
+fn expected(mut answer: &[u8]) -> Option<&[u8]> {
+    loop {
+        let begin = answer.iter().position(|byte| !b"\r\n".contains(byte))?;
+        answer = &answer[begin..];
+        // The reader skips interim answers: all 1xx but 101.
+        let status = answer.get(8..)?.trim_ascii_start();
+        if !status.starts_with(b"1") || status.starts_with(b"101") {
+            return final_body(answer);
+        }
+        let ends = |window: &&[u8]| window.ends_with(b"\n\n") || window.ends_with(b"\n\r\n");
+        let end = (1..=answer.len()).find(|end| ends(&&answer[..*end]))?;
+        answer = &answer[end..];
+    }
+}
+
+fn final_body(answer: &[u8]) -> Option<&[u8]> {
     let mut length = None;
-    let mut rest = &answer[begin..];
+    let mut rest = answer;
     for number in 0.. {
         let end = rest.iter().position(|byte| *byte == b'\n')?;
         let line = rest[..end].strip_suffix(b"\r").unwrap_or(&rest[..end]).to_ascii_lowercase();

@@ -105,14 +105,17 @@ pub enum PrivateKeyFault {
     #[error("{0} is not an Ed25519 key")]
     NotEd25519(String),
     /// A PEM text with something else in it.
-    #[error("a '{0}' is not a private key")]
-    NotPrivateKey(String),
+    #[error("{0} is not a private key")]
+    NotPrivateKey(&'static str),
     /// What an OpenSSH PEM text wraps is damaged.
     #[error("bad OpenSSH key: {0}")]
     BadOpenSsh(String),
     /// What a PKCS#8 PEM text wraps is damaged, or a key of another algorithm.
-    #[error("not an Ed25519 key in PKCS#8: {0}")]
-    BadPkcs8(String),
+    #[error("damaged, or not an Ed25519 key in PKCS#8")]
+    BadPkcs8,
+    /// The public half in a PKCS#8 text is not that of the private half.
+    #[error("its public half belongs to another key")]
+    OtherHalf,
 }
 
 /// What is wrong with a list of public keys.

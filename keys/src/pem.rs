@@ -42,7 +42,7 @@ impl<'a> Pem<'a> {
             }
         }
         found.ok_or_else(|| match other {
-            Some(label) => PrivateKeyFault::NotPrivateKey(label.to_owned()),
+            Some(label) => PrivateKeyFault::NotPrivateKey(content(label)),
             None => PrivateKeyFault::NotPem,
         })
     }
@@ -60,6 +60,17 @@ fn is_label(text: &str) -> bool {
         (1..=LABEL_WORD_MAX).contains(&word.len()) && word.bytes().all(|b| b.is_ascii_uppercase())
     };
     text.len() <= LABEL_MAX && text.split(' ').all(is_word)
+}
+
+/// What a PEM text without a private key holds. Only labels that are listed here are named: in a damaged text the key itself may
+/// stand in a label's place.
+fn content(label: &str) -> &'static str {
+    match label {
+        "PUBLIC KEY" => "a 'PUBLIC KEY'",
+        "RSA PUBLIC KEY" => "an 'RSA PUBLIC KEY'",
+        "CERTIFICATE" => "a 'CERTIFICATE'",
+        _ => "a PEM text of another label",
+    }
 }
 
 fn bad(fault: impl Into<String>) -> PrivateKeyFault {

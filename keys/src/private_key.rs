@@ -26,6 +26,7 @@ fn from_seed(seed: &[u8; Ed25519PrivateKey::BYTE_SIZE]) -> PrivateKey {
 
 /// Reads a private key. A comment in it is dropped.
 pub(crate) fn parse(pem: &[u8]) -> Result<PrivateKey, PrivateKeyFault> {
+    // An error names only labels that are listed here: in a damaged text the key itself may stand in a label's place.
     let text = checked_text(pem)?;
     let pem = Pem::find(&text)?;
     match pem.label {
@@ -35,22 +36,20 @@ pub(crate) fn parse(pem: &[u8]) -> Result<PrivateKey, PrivateKeyFault> {
         label @ ("RSA PRIVATE KEY" | "EC PRIVATE KEY" | "DSA PRIVATE KEY") => {
             Err(PrivateKeyFault::NotEd25519(format!("a '{label}'")))
         }
-        label => Err(PrivateKeyFault::NotPrivateKey(label.to_owned())),
+        _ => Err(PrivateKeyFault::NotPrivateKey("a PEM text of another label")),
     }
 }
 
 fn parse_pkcs8(der: &[u8]) -> Result<PrivateKey, PrivateKeyFault> {
-    let error = match SigningKey::from_pkcs8_der(der) {
-        Ok(key) => return Ok(from_seed(key.as_bytes())),
-        Err(error) => error,
-    };
-    let Some((seed, public)) = explicit_public_key(der) else {
-        return Err(PrivateKeyFault::BadPkcs8(error.to_string()));
-    };
+    // The decoder's error is dropped: it quotes the algorithm, which may be any bytes of a damaged key.
+    if let Ok(key) = SigningKey::from_pkcs8_der(der) {
+        return Ok(from_seed(key.as_bytes()));
+    }
+    let (seed, public) = explicit_public_key(der).ok_or(PrivateKeyFault::BadPkcs8)?;
     let key = from_seed(seed);
     match key.key_data() {
         KeypairData::Ed25519(pair) if &pair.public.0 == public => Ok(key),
-        _ => Err(PrivateKeyFault::BadPkcs8(OTHER_HALF.to_owned())),
+        _ => Err(PrivateKeyFault::OtherHalf),
     }
 }
 

@@ -116,6 +116,20 @@ fn a_damaged_key_is_not_quoted_in_place_of_a_name() {
 }
 
 #[test]
+fn no_label_and_no_algorithm_is_quoted() {
+    // In PKCS#8 the object identifier of an algorithm: 1.3.115.101.99.114.101.116 are the letters of a secret.
+    let der = b"\x30\x12\x02\x01\x00\x30\x09\x06\x07\x2b\x73\x65\x63\x72\x65\x74\x04\x02\x04\x00";
+    let pkcs8 =
+        format!("-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n", Base64::encode_string(der));
+    for (pem, quoted) in
+        [(pkcs8, "115"), ("-----BEGIN MY SECRET-----\n-----END MY SECRET-----".into(), "SECRET")]
+    {
+        let text = parse(pem.as_bytes()).unwrap_err().to_string();
+        assert!(!text.contains(quoted), "{text}");
+    }
+}
+
+#[test]
 fn a_damaged_first_line_is_not_quoted() {
     let pem = generate().unwrap().to_openssh(LineEnding::LF).unwrap();
     let body = pem.lines().nth(2).unwrap();

@@ -57,6 +57,14 @@ fn what_is_not_an_ed25519_line_is_refused_with_advice() {
     }
 }
 
+#[test]
+fn only_known_types_are_quoted() {
+    for secret in ["ssh-c2VjcmV0", "sk-c2VjcmV0", "ecdsa-c2VjcmV0 AAAA", "ssh-rsa-c2VjcmV0@x"] {
+        let text = node_fault(secret);
+        assert!(text.contains("line 1: a key of an unknown type") && !text.contains("c2Vjcm"), "{text}");
+    }
+}
+
 proptest! {
     #[test]
     fn a_text_without_a_key_is_an_error_in_one_line(text: String) {

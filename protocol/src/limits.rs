@@ -146,7 +146,9 @@ pub const HELD_REQUESTS_MAX: usize = 64;
 /// Total size of the requests that one stream holds back, in bytes.
 pub const HELD_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Replies of the interceptor that may wait on one stream until its client takes them.
-pub const REPLIES_MAX: usize = 64;
+pub const REPLIES_MAX: usize = 4096;
+/// Replies of the interceptor beyond this number have a code and no text.
+pub const REPLIES_WITH_TEXT_MAX: usize = 64;
 /// Time that a container waits for its annotated volumes to be mounted.
 pub const VOLUME_MOUNT: Duration = Duration::from_secs(180);
 /// Timeout of a channel open.

@@ -5,21 +5,25 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use secure_comms_tests::harness::process::Child;
-use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, up};
+use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, says, up};
 use secure_comms_tests::harness::test_namespace::TestNamespace;
 use secure_comms_tests::simulators::kata_api::VOLUMES;
 use secure_comms_tests::simulators::kata_api::api::agent::{
-    CreateContainerRequest, CreateSandboxRequest, Storage,
+    CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, GetOOMEventRequest,
+    GuestDetailsRequest, ReadStreamRequest, RemoveContainerRequest, RemoveStaleVirtiofsShareMountsRequest,
+    SignalProcessRequest, StartContainerRequest, Storage, WaitProcessRequest,
 };
 use secure_comms_tests::simulators::kata_api::api::oci::{Linux, LinuxNamespace, Mount, Spec};
 use secure_comms_tests::simulators::kata_api::client::Runtime;
 use secure_comms_tests::simulators::kata_api::protobuf::{Message, MessageField};
-use secure_comms_tests::simulators::kata_api::server::{KataServer, Request, output};
+use secure_comms_tests::simulators::kata_api::server::{KataServer, OWN_DIRECTORY, Request, output};
 use secure_comms_tests::simulators::kata_api::ttrpc::Error;
+use secure_comms_tests::simulators::kata_api::ttrpc::context::Context;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixListener};
 use tokio::task::JoinSet;
@@ -41,7 +45,10 @@ impl Pod {
         let mut scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
         let namespace = TestNamespace::new("kata")?;
         scene.pod_namespace = namespace.path().display().to_string();
-        scene.kata_socket = scene.path("agent.sock");
+        // Where the kata agent has it by default, and removes it.
+        let directory = scene.path(OWN_DIRECTORY);
+        std::fs::create_dir(&directory)?;
+        scene.kata_socket = directory.join("agent.sock");
         scene.write_user_data().await?;
         let (agent, adaptor) = (scene.agent().await?, scene.adaptor()?);
         up(&adaptor).await?;
@@ -347,7 +354,11 @@ async fn a_kata_agent_that_comes_late_is_waited_for() -> Result<()> {
     // This later request is answered, so the others are very unlikely to have reached a kata agent.
     let mut other = client(endpoint(&pod.adaptor, "VMSERVICE").await?).await?;
     secure_comms_tests::simulators::kata::client::echo_roundtrip(&mut other, 200, 1).await?;
+    // It is not waited for in silence.
+    let socket = pod.scene.kata_socket.display().to_string();
+    says(&pod.agent, &format!("tunnel KATAAGENT: waiting for {socket}: No such file or directory")).await?;
     let kata = pod.kata_agent().await?;
+    says(&pod.agent, &format!("tunnel KATAAGENT: {socket} answered after")).await?;
     while let Some(answer) = pod.within("an early runtime", early.join_next()).await? {
         answer??;
     }
@@ -389,10 +400,9 @@ async fn a_malformed_frame_of_a_runtime_ends_only_its_tunnel() -> Result<()> {
     let (pod, kata) = Pod::with_kata_agent().await?;
     let bystander = pod.runtime().await?;
     pod.within("Check", bystander.check()).await??;
-    // Only the header comes: the agent must not wait for the data of an oversized frame.
+    // Only where the end of a frame is unknown: no frame begins with these bytes.
     for (what, bytes) in [
-        ("a frame that is too long", header(4 * MIB + 1, 1, 1)),
-        ("a data frame that is too long", header(u32::MAX, 1, 3)),
+        ("a frame of no type that is too long", header(4 * MIB + 1, 1, 4)),
         ("no ttrpc", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec()),
     ] {
         let mut stream = pod.stream().await?;
@@ -424,7 +434,7 @@ async fn a_malformed_frame_of_a_runtime_ends_only_its_tunnel() -> Result<()> {
 async fn a_malformed_frame_of_the_kata_agent_ends_only_its_tunnel() -> Result<()> {
     let pod = Pod::up().await?;
     for bytes in
-        [header(4 * MIB + 1, 1, 2), header(u32::MAX, 1, 3), [header(100, 1, 2), vec![10; 50]].concat()]
+        [header(4 * MIB + 1, 1, 2), header(u32::MAX, 1, 0), [header(100, 1, 2), vec![10; 50]].concat()]
     {
         let listener = UnixListener::bind(&pod.scene.kata_socket)?;
         let runtime = pod.runtime().await?;
@@ -442,6 +452,207 @@ async fn a_malformed_frame_of_the_kata_agent_ends_only_its_tunnel() -> Result<()
     let runtime = pod.runtime().await?;
     pod.within("Check", runtime.check()).await??;
     Ok(())
+}
+
+/// The stream ids and codes of the next answers; code 0 is none.
+async fn answers(pod: &Pod, stream: &mut TcpStream, count: usize) -> Result<Vec<(u32, i32)>> {
+    use secure_comms_tests::simulators::kata_api::ttrpc::Response;
+    let mut all = Vec::new();
+    for _ in 0..count {
+        let mut head = [0; 10];
+        pod.within("an answer", stream.read_exact(&mut head)).await??;
+        let mut body = vec![0; usize::try_from(u32::from_be_bytes(head[..4].try_into()?))?];
+        pod.within("an answer", stream.read_exact(&mut body)).await??;
+        let code = Response::parse_from_bytes(&body)?.status.code.value();
+        all.push((u32::from_be_bytes(head[4..8].try_into()?), code));
+    }
+    all.sort_unstable();
+    Ok(all)
+}
+
+fn check(stream: u32) -> Result<Vec<u8>> {
+    use secure_comms_tests::simulators::kata_api::ttrpc::Request;
+    let check = Request { service: "grpc.Health".into(), method: "Check".into(), ..Default::default() };
+    let data = check.write_to_bytes()?;
+    Ok([header(u32::try_from(data.len())?, stream, 1), data].concat())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frame_that_is_too_long_ends_only_its_call() -> Result<()> {
+    let (pod, _kata) = Pod::with_kata_agent().await?;
+    let mut stream = pod.stream().await?;
+    let long = [header(4 * MIB + 1, 3, 1), vec![10; 4 * 1024 * 1024 + 1]].concat();
+    let cut = [header(2, 5, 1), vec![10, 100]].concat();
+    stream.write_all(&[check(1)?, long, cut, check(7)?].concat()).await?;
+    let answered = answers(&pod, &mut stream, 4).await?;
+    ensure!(answered == [(1, 0), (3, 8), (5, 3), (7, 0)], "{answered:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_too_long_ends_only_its_call() -> Result<()> {
+    let pod = Pod::up().await?;
+    let listener = UnixListener::bind(&pod.scene.kata_socket)?;
+    let mut stream = pod.stream().await?;
+    stream.write_all(&check(1)?).await?;
+    let (mut server, _) = pod.within("the agent's connection", listener.accept()).await??;
+    let long = [header(4 * MIB + 1, 1, 2), vec![10; 4 * 1024 * 1024 + 1], header(0, 3, 2)].concat();
+    server.write_all(&long).await?;
+    let answered = answers(&pod, &mut stream, 2).await?;
+    ensure!(answered == [(1, 8), (3, 0)], "{answered:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_container_is_made_for_a_runtime_that_gave_up() -> Result<()> {
+    let (pod, kata) = Pod::with_kata_agent().await?;
+    let mut volumes = Vec::new();
+    for (id, leaves) in [("late", false), ("left", true)] {
+        let volume = pod.scene.path(id);
+        std::fs::create_dir(&volume)?;
+        let mut sent = container(id, vec![]);
+        let spec = sent.OCI.mut_or_insert_default();
+        spec.Mounts.push(bind(&volume));
+        spec.Annotations.insert(VOLUMES.into(), volume.display().to_string());
+        let runtime = pod.runtime().await?;
+        let time = if leaves { PATIENCE } else { Duration::from_secs(2) };
+        let call = tokio::spawn(async move { runtime.create_container_within(&sent, time).await });
+        says(&pod.agent, &format!("a container waits for its volume {}", volume.display())).await?;
+        if leaves {
+            call.abort();
+            says(&pod.agent, "the runtime closed its connection; dropping 1 held requests").await?;
+        } else {
+            ensure!(pod.within("CreateContainer", call).await??.is_err(), "it was made without its volume");
+            says(&pod.agent, "nothing was mounted there within 2.0 s").await?;
+        }
+        volumes.push(Mounted::at(&volume)?);
+    }
+    // A later container arrives, so the others would have.
+    let runtime = pod.runtime().await?;
+    pod.within("CreateContainer", runtime.create_container(&container("next", vec![]))).await??;
+    ensure!(kata.has_container("next") && !kata.has_container("late") && !kata.has_container("left"));
+    Ok(())
+}
+
+fn copy(length: usize) -> CopyFileRequest {
+    // With its envelope a frame of 1,048,811 bytes, as the runtime sends them.
+    CopyFileRequest {
+        path: "/run/kata-containers/shared/containers/resolv.conf".into(),
+        file_size: 3_000_000,
+        data: vec![7; length],
+        ..CopyFileRequest::default()
+    }
+}
+
+/// A container's start, and the calls that stay open as long as it runs.
+async fn start(pod: &Pod, runtime: &Runtime, id: &str, files: usize) -> Result<JoinSet<()>> {
+    let agent = runtime.agent();
+    for _ in 0..files {
+        pod.within("CopyFile", agent.copy_file(Context::default(), &copy(MIB as usize))).await??;
+    }
+    pod.within("CreateContainer", runtime.create_container(&container(id, vec![]))).await??;
+    let request = StartContainerRequest { container_id: id.into(), ..Default::default() };
+    pod.within("StartContainer", agent.start_container(Context::default(), &request)).await??;
+    let mut open = JoinSet::new();
+    let request = WaitProcessRequest { container_id: id.into(), ..Default::default() };
+    let (caller, wait) = (agent.clone(), request.clone());
+    open.spawn(async move { drop(caller.wait_process(Context::default(), &wait).await.unwrap()) });
+    let (caller, request) =
+        (agent.clone(), ReadStreamRequest { container_id: id.into(), ..Default::default() });
+    open.spawn(async move {
+        let error = caller.read_stderr(Context::default(), &request).await.unwrap_err().to_string();
+        assert!(error.len() > 5000, "an error of {} bytes", error.len());
+    });
+    Ok(open)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_whole_pod_lives_on_one_connection() -> Result<()> {
+    let pod = Pod::up().await?;
+    let directory = pod.scene.kata_socket.parent().context("its directory")?.to_owned();
+    let mut kata = pod.kata_agent().await?;
+    let runtime = pod.runtime().await?;
+    let agent = runtime.agent().clone();
+    pod.within("Check", runtime.check()).await??;
+    let sandbox = CreateSandboxRequest { sandbox_id: pod.scene.pod.clone(), ..Default::default() };
+    pod.within("CreateSandbox", runtime.create_sandbox(&sandbox)).await??;
+    ensure!(!directory.exists(), "the kata agent kept its directory");
+    let request = GuestDetailsRequest::new();
+    let details = agent.get_guest_details(Context::default(), &request);
+    pod.within("GetGuestDetails", details).await??;
+    let mut pause = start(&pod, &runtime, "pause", 1).await?;
+    let caller = agent.clone();
+    let oom =
+        tokio::spawn(
+            async move { caller.get_oom_event(Context::default(), &GetOOMEventRequest::new()).await },
+        );
+    let mut app = start(&pod, &runtime, "app", 3).await?;
+    for _ in 0..20 {
+        pod.within("Check", runtime.check()).await??;
+        for id in ["pause", "app"] {
+            pod.within("StatsContainer", runtime.stats_container(id)).await??;
+        }
+        let taken = pod.within("WriteStdin", runtime.write_stdin("app", vec![1; 32 * 1024])).await??;
+        ensure!(taken == 32 * 1024);
+        pod.within("ReadStdout", runtime.read_stdout("app", 32 * 1024)).await??;
+    }
+    let absent = StartContainerRequest { container_id: "absent".into(), ..Default::default() };
+    let error = pod.within("StartContainer", agent.start_container(Context::default(), &absent)).await?;
+    let error = error.err().context("a container was started that is not there")?.to_string();
+    ensure!(error.len() > 5000, "{error}");
+    // Nobody can reach the kata agent a second time, and the agent says what it waits for.
+    let second = pod.runtime().await?;
+    let second = tokio::spawn(async move { second.check().await });
+    let text = format!("waiting for {}: No such file or directory", pod.scene.kata_socket.display());
+    says(&pod.agent, &text).await?;
+    ensure!(!second.is_finished());
+    ensure!(app.try_join_next().is_none() && pause.try_join_next().is_none() && !oom.is_finished());
+    for (id, mut open) in [("app", app), ("pause", pause)] {
+        let request = SignalProcessRequest { container_id: id.into(), signal: 9, ..Default::default() };
+        pod.within("SignalProcess", agent.signal_process(Context::default(), &request)).await??;
+        while let Some(ended) = pod.within("a call that was open", open.join_next()).await? {
+            ended?;
+        }
+        let request = RemoveContainerRequest { container_id: id.into(), ..Default::default() };
+        pod.within("RemoveContainer", agent.remove_container(Context::default(), &request)).await??;
+    }
+    let request = RemoveStaleVirtiofsShareMountsRequest::new();
+    let stale = agent.remove_stale_virtiofs_share_mounts(Context::default(), &request);
+    pod.within("RemoveStaleVirtiofsShareMounts", stale).await??;
+    let request = DestroySandboxRequest::new();
+    pod.within("DestroySandbox", agent.destroy_sandbox(Context::default(), &request)).await??;
+    ensure!(pod.within("GetOOMEvent", oom).await??.is_err(), "an event after the end");
+    pod.within("the kata agent's exit", kata.exited()).await??;
+    says(&pod.agent, "the kata agent closed the connection after DestroySandbox").await?;
+    ensure!(pod.within("Check", runtime.check()).await?.is_err(), "it outlived the kata agent");
+    ensure!(!pod.agent.log().contains("the pod will end"), "{}", pod.agent.log());
+    second.abort();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_connection_works_where_the_image_has_the_socket() -> Result<()> {
+    let pod = Pod::up().await?;
+    // As in the image; and the directory that the kata agent removes exists as well.
+    std::fs::create_dir(pod.scene.path("kata-agent"))?;
+    let socket = pod.scene.path("kata-agent/agent.sock");
+    std::os::unix::fs::symlink(&socket, &pod.scene.kata_socket)?;
+    let _kata = KataServer::start(&socket).await?;
+    let first = pod.runtime().await?;
+    pod.within("CreateSandbox", first.create_sandbox(&CreateSandboxRequest::new())).await??;
+    let second = pod.runtime().await?;
+    pod.within("Check", second.check()).await??;
+    pod.within("Check", first.check()).await??;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_connection_of_a_pod_says_what_it_costs() -> Result<()> {
+    let (pod, kata) = Pod::with_kata_agent().await?;
+    let runtime = pod.runtime().await?;
+    pod.within("CreateSandbox", runtime.create_sandbox(&CreateSandboxRequest::new())).await??;
+    kata.stop().await?;
+    says(&pod.agent, "a runtime connection was lost: the pod will end").await
 }
 
 #[tokio::test(flavor = "multi_thread")]

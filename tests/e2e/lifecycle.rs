@@ -1,6 +1,8 @@
 //! Whatever starts first, ends, restarts or is cut off: the pod comes up, and stays the same pod.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -9,10 +11,13 @@ use secure_comms_tests::harness::process::{Child, Signal};
 use secure_comms_tests::harness::scene::{
     PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, says, says_after, scene, up, works,
 };
+use secure_comms_tests::simulators::guest::{Backend, Rest};
 use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::simulators::kbs::{Fault, KbsOptions, LoggedRequest};
 use secure_comms_tests::simulators::tcp_proxy::TcpProxy;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::Command;
+use tokio::sync::RwLock;
 use tokio::time::{sleep, timeout};
 
 const MIB: u64 = 1024 * 1024;
@@ -314,6 +319,38 @@ async fn garbage_keys_are_reported_and_later_good_keys_are_used() -> Result<()> 
     scene.kbs.set_fault(Fault::None);
     works(&scene, &adaptor).await?;
     ensure!(agent.lines().iter().all(|line| !line.text.contains("nonsense")), "{}", agent.log());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_with_the_key_in_it_is_quoted_in_no_log() -> Result<()> {
+    const CANARY: &str = "b3BlbnNzaC1rZXkt";
+    let mut scene = scene().await?;
+    let answer = Arc::new(RwLock::new(Vec::new()));
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    scene.guest = Rest::start(any, Backend::Bytes(answer.clone())).await?;
+    let pem = format!("-----BEGIN OPENSSH PRIVATE KEY-----\n{CANARY}\n-----END OPENSSH PRIVATE KEY-----\n");
+    let set = async |text: String| *answer.write().await = text.into_bytes();
+    set(format!("HTTP/1.1 500 {CANARY}\r\n\r\n{pem}")).await;
+    let agent = scene.debugged_agent().await?;
+    let adaptor = scene.adaptor()?;
+    let mut mark = 0;
+    for (text, cause) in [
+        (format!("HTTP/1.1 203 OK\r\n\r\n{pem}"), "status 203"),
+        (format!("HTTP/1.1 302 Found\r\nLocation: /{CANARY}\r\n\r\n{pem}"), "status 302"),
+        (format!("HTTP/1.1 200 OK\r\nContent-Length: {CANARY}\r\n\r\n"), "Content-Length is not a length"),
+        (format!("HTTP/1.1 100 {CANARY}\r\n\r\nHTTP/1.1 200 OK\r\n\r\n{pem}"), "private key"),
+    ] {
+        set(text).await;
+        let line = adaptor
+            .wait_from(mark, |line| line.contains("keys: attempt") && line.contains(cause), PATIENCE)
+            .await?;
+        ensure!(!line.contains("bytes more"), "the end is cut off: {line}");
+        mark = adaptor.mark();
+    }
+    for log in [agent.log(), adaptor.log()] {
+        ensure!(!log.contains(CANARY), "{log}");
+    }
     Ok(())
 }
 

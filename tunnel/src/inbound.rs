@@ -9,18 +9,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use secure_comms_protocol::limits::{
-    CHANNEL_OPEN, INBOUND_CLIENTS_MAX, INBOUND_WAIT, RETRY_MIN, WAIT_REPEAT, WAIT_REPORT,
+    CHANNEL_OPEN, INBOUND_CLIENTS_MAX, INBOUND_WAIT, RETRY_MIN, WAIT_REPEAT,
 };
 use secure_comms_protocol::{Bind, InboundTag, TunnelName};
 use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::backoff::Backoff;
 use crate::link::{Link, OpenError, Stream};
 use crate::netns::{self, Namespace, NamespaceError};
 use crate::relay::{relay, report};
+use crate::reminder::Reminder;
 use crate::socket::Socket;
 
 /// Timeout for an inbound's network namespace, which another service makes at boot.
@@ -271,12 +272,11 @@ async fn serve_client<L: Link>(
     let opened = {
         let opening = open_stream(&name, &socket, &mut links, &linked);
         tokio::pin!(opening);
-        let start = Instant::now();
-        let mut next = start + WAIT_REPORT;
-        let mut reports = false;
+        let (mut reminder, mut reports) = (Reminder::start(), false);
         loop {
-            if let Ok(opened) = timeout_at(next, &mut opening).await {
-                break opened;
+            tokio::select! {
+                opened = &mut opening => break opened,
+                () = reminder.due() => {}
             }
             reports = reports || !waiting.swap(true, Ordering::Relaxed);
             if reports {
@@ -284,10 +284,9 @@ async fn serve_client<L: Link>(
                     true => ("the other end to reach its server", CHANNEL_OPEN),
                     false => ("a peer", INBOUND_WAIT),
                 };
-                let left = limit.saturating_sub(start.elapsed()).as_secs();
+                let left = limit.saturating_sub(reminder.waited()).as_secs();
                 log::info!("inbound {name}: a client waits for {what}, {left} s left");
             }
-            next += WAIT_REPEAT;
         }
     };
     match opened {

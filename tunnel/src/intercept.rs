@@ -39,6 +39,10 @@ pub trait ToServer: Send {
     /// # Errors
     /// The stream ended inside a unit of the protocol.
     fn ended(&mut self) -> Result<(), InterceptError>;
+    /// What it costs if the stream ends with an error now, for the log.
+    fn cost(&self) -> Option<&'static str> {
+        None
+    }
     /// Whether the interceptor holds a piece back. The server sees the end of the stream only when it holds none.
     fn has_pending(&self) -> bool;
     /// Waits until a piece that was held back may go to the server, at this point of the byte stream. Returns none if
@@ -51,13 +55,15 @@ pub trait ToServer: Send {
     fn next_released(&mut self) -> impl Future<Output = Result<Option<Bytes>, InterceptError>> + Send;
 }
 
-/// Inspects the bytes that the server sends, and injects pieces of its own between them.
+/// Inspects the bytes that the server sends, drops some of them, and injects pieces of its own between them.
 pub trait FromServer: Send {
-    /// Inspects bytes that are about to be sent on the stream.
+    /// Handles bytes of the server.
+    ///
+    /// Passes to `out`, in order, the pieces that are sent on the stream now. The interceptor may keep a few bytes.
     ///
     /// # Errors
     /// The stream must end.
-    fn inspect(&mut self, data: &[u8]) -> Result<(), InterceptError>;
+    fn on_data(&mut self, data: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), InterceptError>;
     /// Handles the end of the server's bytes.
     ///
     /// # Errors
@@ -66,7 +72,7 @@ pub trait FromServer: Send {
     /// Most bytes that may be read from the server next, at least one. It is less than the rest of the stream when a
     /// piece waits to be injected at a boundary.
     fn read_limit(&self) -> usize;
-    /// Next piece to inject, if one waits and the byte stream is at a boundary.
+    /// Next piece to inject, if one waits and the bytes that were passed end at a boundary.
     fn next_injected(&mut self) -> Option<Bytes>;
     /// Waits until there may be a piece to inject.
     ///
@@ -107,7 +113,8 @@ impl ToServer for PassThrough {
 }
 
 impl FromServer for PassThrough {
-    fn inspect(&mut self, _: &[u8]) -> Result<(), InterceptError> {
+    fn on_data(&mut self, data: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), InterceptError> {
+        out(data);
         Ok(())
     }
 

@@ -35,7 +35,7 @@ pub mod netns;
 
 mod backoff;
 
-mod waiting;
+mod reminder;
 
 pub use backoff::Backoff;
 pub use flow::{Credits, Flow};
@@ -45,4 +45,5 @@ pub use link::{Event, Incoming, Link, OpenError, Receiver, Sender, Stream};
 pub use names::Resolver;
 pub use outbound::Outbounds;
 pub use relay::{relay, relay_through};
+pub use reminder::Reminder;
 pub use socket::Socket;

@@ -4,12 +4,13 @@
 use std::collections::HashMap;
 use std::io;
 use std::marker::PhantomData;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use secure_comms_protocol::limits::OUTBOUND_CONNECT;
 use secure_comms_protocol::{OutboundTag, Phase, Refusal, RefusalReason, Target, TunnelName};
 use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::backoff::Backoff;
@@ -19,8 +20,8 @@ use crate::intercept::{Interceptor, PassThrough};
 use crate::link::{Incoming, Stream};
 use crate::names::Resolver;
 use crate::relay::{relay, relay_through, report};
+use crate::reminder::Reminder;
 use crate::socket::Socket;
-use crate::waiting::reported;
 
 /// The outbounds of one phase, one of which may have an interceptor.
 #[derive(Clone, Debug)]
@@ -34,6 +35,8 @@ pub struct Outbounds<P, I = PassThrough> {
 struct Server {
     target: Target,
     connect_timeout: Duration,
+    /// Has one permit: of several streams that wait for the server, one says so.
+    reports: Arc<Semaphore>,
 }
 
 /// Proof that the name of a stream was looked up and allowed, from [`Outbounds::permit`]. Only a permit can be dialled.
@@ -60,7 +63,9 @@ impl<P: Phase> Outbounds<P> {
             .into_iter()
             .filter(|tag| tag.phases.includes(P::NAME))
             .map(|tag| {
-                (tag.name.clone(), Server { target: tag.target.clone(), connect_timeout: Duration::ZERO })
+                let reports = Arc::new(Semaphore::new(1));
+                let target = tag.target.clone();
+                (tag.name.clone(), Server { target, connect_timeout: Duration::ZERO, reports })
             })
             .collect();
         Self { servers, intercepted: None, phase: PhantomData }
@@ -103,22 +108,42 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
 }
 
 impl<P, I> Permit<P, I> {
-    /// Connects to the server, with retries and backoff. A wait of more than a second is in
-    /// the log. Dropping the future stops the attempt.
+    /// Connects to the server, with retries and backoff. The log says what a longer wait is for. Dropping the future stops the
+    /// attempt.
     ///
     /// # Errors
     /// The server can't be reached within [`OUTBOUND_CONNECT`], or within its own connect timeout if that is longer.
     pub async fn connect(&self) -> Result<Socket, ConnectError> {
-        let Server { target, connect_timeout } = &self.server;
-        let limit = OUTBOUND_CONNECT.max(*connect_timeout);
-        let last_error = Mutex::new(String::new());
-        let detail = || last_error.lock().map(|error| error.clone()).unwrap_or_default();
-        let what = format!("tunnel {}: waiting for {target}", self.name);
-        reported(self.connect_silently(&last_error), what, limit, detail).await
+        let Server { target, connect_timeout, reports } = &self.server;
+        let end = Instant::now() + OUTBOUND_CONNECT.max(*connect_timeout);
+        let fault = Mutex::new("no answer".to_owned());
+        let attempts = self.attempts(&fault);
+        tokio::pin!(attempts);
+        let (mut reminder, mut report) = (Reminder::start(), None);
+        let connected = loop {
+            tokio::select! {
+                connected = &mut attempts => break connected,
+                () = reminder.due() => {
+                    report = report.or_else(|| reports.try_acquire().ok());
+                    if report.is_none() {
+                        continue;
+                    }
+                    let left = end.saturating_duration_since(Instant::now()).as_secs_f32();
+                    let fault = fault.lock().unwrap_or_else(PoisonError::into_inner);
+                    log::warn!("tunnel {}: waiting for {target}: {fault}; {left:.0} s left", self.name);
+                }
+            }
+        };
+        if report.is_some() && connected.is_ok() {
+            let waited = reminder.waited().as_secs_f32();
+            log::info!("tunnel {}: {target} answered after {waited:.1} s", self.name);
+        }
+        connected
     }
 
-    async fn connect_silently(&self, last_error: &Mutex<String>) -> Result<Socket, ConnectError> {
-        let Server { target, connect_timeout } = &self.server;
+    /// Keeps the fault of the last attempt in `fault`.
+    async fn attempts(&self, fault: &Mutex<String>) -> Result<Socket, ConnectError> {
+        let Server { target, connect_timeout, .. } = &self.server;
         let resolver = Resolver::default();
         let start = Instant::now();
         let end = start + OUTBOUND_CONNECT.max(*connect_timeout);
@@ -137,9 +162,7 @@ impl<P, I> Permit<P, I> {
             if next >= last {
                 return Err(ConnectError { target: target.clone(), source });
             }
-            if let Ok(mut error) = last_error.lock() {
-                *error = format!(": {source}");
-            }
+            *fault.lock().unwrap_or_else(PoisonError::into_inner) = source.to_string();
             sleep_until(next).await;
         }
     }

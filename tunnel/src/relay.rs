@@ -5,6 +5,7 @@
 //! reads the socket and sends. When *receive* sees the stream closed, it ends *read_local* wherever that waits. An
 //! interceptor, where a tunnel has one, works in *receive* and in *read_local*.
 
+use std::collections::VecDeque;
 use std::future::pending;
 use std::io;
 use std::pin::Pin;
@@ -43,6 +44,14 @@ pub enum RelayError {
     /// The interceptor can't continue after the bytes it has seen.
     #[error("{0}")]
     Intercept(InterceptError),
+    /// An end that the interceptor knows to cost something.
+    #[error("{fault}; {cost}")]
+    Costly {
+        /// How the stream ended.
+        fault: Box<RelayError>,
+        /// What that costs.
+        cost: &'static str,
+    },
 }
 
 /// Moves bytes both ways until both ends are done; then closes socket and stream.
@@ -93,7 +102,9 @@ pub(crate) fn report(name: &TunnelName, result: Result<(), RelayError>) {
     match result {
         Ok(()) => {}
         Err(error @ RelayError::Overrun(_)) => log::error!("tunnel {name}: {error}"),
-        Err(error @ RelayError::Intercept(_)) => log::warn!("tunnel {name}: {error}"),
+        Err(error @ (RelayError::Intercept(_) | RelayError::Costly { .. })) => {
+            log::warn!("tunnel {name}: {error}")
+        }
         Err(error) => log::debug!("tunnel {name}: {error}"),
     }
 }
@@ -114,9 +125,24 @@ impl<S: Sender> Ends<'_, S> {
         receiver: &mut R,
     ) -> Result<(), RelayError> {
         let (mut to_server, mut from_server) = interceptor.begin();
-        let receive = self.receive(receiver, &mut to_server);
+        let result = self.run_both(&mut to_server, &mut from_server, receiver).await;
+        result.map_err(|fault| match to_server.cost() {
+            Some(cost) if !matches!(fault, RelayError::Overrun(_)) => {
+                RelayError::Costly { fault: Box::new(fault), cost }
+            }
+            _ => fault,
+        })
+    }
+
+    async fn run_both<R: Receiver>(
+        &self,
+        to_server: &mut impl ToServer,
+        from_server: &mut impl FromServer,
+        receiver: &mut R,
+    ) -> Result<(), RelayError> {
+        let receive = self.receive(receiver, to_server);
         let write_local = self.write_local();
-        let read_local = self.read_local(&mut from_server);
+        let read_local = self.read_local(from_server);
         tokio::pin!(receive, write_local, read_local);
         let (mut all_written, mut all_read) = (false, false);
         while !(all_written && all_read) {
@@ -237,19 +263,27 @@ impl<S: Sender> Ends<'_, S> {
     /// Sends the bytes of the socket and the pieces that the interceptor injects. Ends with the socket's end of file.
     async fn read_local(&self, from_server: &mut impl FromServer) -> Result<(), RelayError> {
         let mut read_size = READ_MIN;
-        let mut injected = Bytes::new();
+        // Pieces that are to be sent before anything else is read.
+        let mut pieces = VecDeque::new();
         loop {
             let credit = tokio::select! {
                 biased;
                 credit = self.flow.ready() => credit,
                 error = self.socket.failed() => return Err(error.into()),
             };
-            if injected.is_empty() {
-                injected = from_server.next_injected().unwrap_or_default();
+            if pieces.is_empty() {
+                pieces.extend(from_server.next_injected());
             }
-            let data = if injected.is_empty() {
+            if pieces.is_empty() {
                 match self.read_server(credit, &mut read_size, from_server).await? {
-                    Read::Data(data) => data,
+                    Read::Data(data) => {
+                        let mut out = |piece: Bytes| {
+                            if !piece.is_empty() {
+                                pieces.push_back(piece);
+                            }
+                        };
+                        from_server.on_data(data, &mut out).map_err(RelayError::Intercept)?;
+                    }
                     Read::Nothing => continue,
                     Read::End => {
                         from_server.ended().map_err(RelayError::Intercept)?;
@@ -257,9 +291,12 @@ impl<S: Sender> Ends<'_, S> {
                         return self.sender.eof().await.or(Ok(()));
                     }
                 }
-            } else {
-                injected.split_to(credit.min(injected.len()))
-            };
+            }
+            let Some(piece) = pieces.front_mut() else { continue };
+            let data = piece.split_to(credit.min(piece.len()));
+            if piece.is_empty() {
+                pieces.pop_front();
+            }
             self.flow.spend(data.len());
             if self.sender.send(data).await.is_err() {
                 // receive reports a connection that is gone.
@@ -292,14 +329,13 @@ impl<S: Sender> Ends<'_, S> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Read::Nothing),
             Err(error) => return Err(error.into()),
         }
-        from_server.inspect(&data).map_err(RelayError::Intercept)?;
         Ok(Read::Data(data.freeze()))
     }
 }
 
 /// Result of one read of the socket.
 enum Read {
-    /// Bytes to send.
+    /// Bytes of the server.
     Data(Bytes),
     /// No bytes yet, or a piece to inject may be ready.
     Nothing,

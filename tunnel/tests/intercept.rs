@@ -81,9 +81,14 @@ impl ToServer for To {
 }
 
 impl FromServer for From {
-    fn inspect(&mut self, data: &[u8]) -> Result<(), InterceptError> {
+    fn on_data(&mut self, data: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), InterceptError> {
         self.between = data.ends_with(b"\n");
-        if data.contains(&b'!') { Err("reading lines: a bad one".into()) } else { Ok(()) }
+        if data.contains(&b'!') {
+            return Err("reading lines: a bad one".into());
+        }
+        // A tilde is dropped.
+        data.split(|byte| *byte == b'~').for_each(|piece| out(data.slice_ref(piece)));
+        Ok(())
     }
 
     fn ended(&mut self) -> Result<(), InterceptError> {
@@ -157,6 +162,25 @@ async fn an_injected_piece_waits_for_a_boundary() {
         server.shutdown().await.unwrap();
         raw.sender.eof().await.unwrap();
         assert_eq!(raw.receive().await, (b"d\nwake\ne\n".to_vec(), Some(Event::Eof)));
+        relay.await.unwrap().unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn bytes_of_the_server_may_be_dropped() {
+    within(async {
+        let (connection, parts) = (Connection::new(FIXED), Parts::default());
+        let (mut server, socket) = tcp().await;
+        let (relay, mut raw) = connection.raw_through(parts.clone(), socket).await;
+        let lines = "~~one~two~\n".repeat(5);
+        let writing = async {
+            server.write_all(lines.as_bytes()).await.unwrap();
+            server.shutdown().await.unwrap();
+        };
+        raw.sender.eof().await.unwrap();
+        let ((), (got, end)) = tokio::join!(writing, raw.receive());
+        assert_eq!((got, end), ("onetwo\n".repeat(5).into_bytes(), Some(Event::Eof)));
         relay.await.unwrap().unwrap();
     })
     .await;

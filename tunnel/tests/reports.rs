@@ -75,16 +75,13 @@ async fn a_server_that_comes_late_is_said_to_be_waited_for() {
         let line = said("tunnel LATE: waiting for").await;
         let path_text = path.display();
         let expected = format!(
-            "INFO: tunnel LATE: waiting for {path_text}: 99 s left: No such file or directory (os error 2)"
+            "WARN: tunnel LATE: waiting for {path_text}: No such file or directory (os error 2); 99 s left"
         );
         assert_eq!(line, expected);
         let _server = tokio::net::UnixListener::bind(&path).unwrap();
         connecting.await.unwrap().unwrap();
-        let done = said("done after").await;
-        assert!(
-            done.starts_with(&format!("INFO: tunnel LATE: waiting for {path_text}: done after ")),
-            "{done}"
-        );
+        let done = said("answered after").await;
+        assert!(done.starts_with(&format!("INFO: tunnel LATE: {path_text} answered after ")), "{done}");
         assert_eq!(lines_with("tunnel LATE").len(), 2);
     })
     .await;

@@ -49,7 +49,19 @@ pub struct DaemonConfig {
 
 impl<'de> Deserialize<'de> for DaemonConfig {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(ByKey)
+        // The error keeps line and column, which serde_json finds at the end of any text.
+        deserializer.deserialize_map(ByKey).map_err(|error| D::Error::custom(unquoted(&error.to_string())))
+    }
+}
+
+/// An error without the string that it quotes: a file written twice as JSON is one string, with the private key in it.
+fn unquoted(error: &str) -> String {
+    match (error.find("string \""), error.rfind("\", expected ")) {
+        (Some(begin), Some(end)) => {
+            let (before, after) = (error.get(..begin), error.get(end + 1..));
+            format!("{}a string{}", before.unwrap_or_default(), after.unwrap_or_default())
+        }
+        _ => error.to_owned(),
     }
 }
 

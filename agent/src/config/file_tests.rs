@@ -54,6 +54,29 @@ async fn a_broken_daemon_config_is_reported_with_its_place() {
     assert!(result.unwrap_err().to_string().contains("longer than 1048576 bytes"));
 }
 
+#[tokio::test]
+async fn no_error_quotes_a_string_of_the_daemon_config() {
+    let file = r#"{"sc-pp-prv": "c2VjcmV0", "sc": true}"#;
+    let quoted = serde_json::to_string(file).unwrap();
+    for json in [
+        quoted.clone(),
+        quoted[..quoted.len() - 1].to_owned() + ", expected \"",
+        r#"{"sc": "c2VjcmV0"}"#.to_owned(),
+        r#"{"sc": "c2VjcmV0\", expected a"}"#.to_owned(),
+        r#"{"pod-network": "c2VjcmV0"}"#.to_owned(),
+        r#"{"sc-pp-prv": ["c2VjcmV0"]}"#.to_owned(),
+        r#"{"sc-pp-prv": {"c2VjcmV0": 1}}"#.to_owned(),
+        r#"{"sc-pp-prv": "c2VjcmV0\q"}"#.to_owned(),
+        r#"{"sc-pp-prv": "c2VjcmV0", "sc-pp-prv": "c2VjcmV0"}"#.to_owned(),
+        r#"{"sc-pp-prv": "c2VjcmV0"} c2VjcmV0"#.to_owned(),
+    ] {
+        let (_, result) = read_text(json.as_bytes()).await;
+        let error = result.unwrap_err();
+        let texts = format!("{error} {error:?}");
+        assert!(!texts.contains("c2Vjcm") && texts.contains(" at line 1 column "), "{json} gave {texts}");
+    }
+}
+
 /// Takes each step once the reader waits again.
 async fn steps(path: &Path, steps: Vec<Box<dyn FnOnce()>>) -> Result<DaemonConfig, DaemonConfigError> {
     let script = async {

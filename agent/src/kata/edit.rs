@@ -4,8 +4,9 @@ use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use super::protobuf::{self, Field, Fields, Malformed, put};
+use super::protobuf::{self, Field, Fields, Malformed, put, put_number};
 
 /// The service of the requests.
 pub const SERVICE: &[u8] = b"grpc.AgentService";
@@ -19,6 +20,7 @@ mod request {
     pub(super) const SERVICE: u32 = 1;
     pub(super) const METHOD: u32 = 2;
     pub(super) const PAYLOAD: u32 = 3;
+    pub(super) const TIMEOUT_NANO: u32 = 4;
 }
 /// Field numbers of the kata agent's messages, each named by its path.
 mod kata {
@@ -106,6 +108,10 @@ pub struct Edited<'a> {
     pub request: Cow<'a, [u8]>,
     /// Mounts to wait for before the request passes.
     pub mounts: Mounts,
+    /// The method, if it is one that is edited.
+    pub method: Option<Method>,
+    /// Time that the runtime waits for the answer, if that is limited.
+    pub timeout: Option<Duration>,
 }
 
 /// Bind mounts of a container.
@@ -122,10 +128,12 @@ pub struct Mounts {
 /// # Errors
 /// The request is one that is edited, and malformed.
 pub fn request<'a>(request: &'a [u8], namespace: Option<&str>) -> Result<Edited<'a>, Malformed> {
-    let untouched = Edited { request: Cow::Borrowed(request), mounts: Mounts::default() };
     let service = protobuf::last(request, request::SERVICE)?;
     let payload = protobuf::last(request, request::PAYLOAD)?;
-    let (payload_after, mounts) = match Method::of(service, protobuf::last(request, request::METHOD)?) {
+    let method = Method::of(service, protobuf::last(request, request::METHOD)?);
+    let timeout = timeout(request)?;
+    let untouched = Edited { request: Cow::Borrowed(request), mounts: Mounts::default(), method, timeout };
+    let (payload_after, mounts) = match method {
         None => return Ok(untouched),
         Some(Method::CreateSandbox) => (create_sandbox(payload)?, Mounts::default()),
         Some(Method::CreateContainer) => (create_container(payload, namespace)?, mounts(payload)?),
@@ -133,7 +141,30 @@ pub fn request<'a>(request: &'a [u8], namespace: Option<&str>) -> Result<Edited<
     if *payload_after == *payload {
         return Ok(Edited { mounts, ..untouched });
     }
-    Ok(Edited { request: Cow::Owned(with_payload(request, &payload_after)?), mounts })
+    Ok(Edited { request: Cow::Owned(with_payload(request, &payload_after)?), mounts, ..untouched })
+}
+
+/// Zero and negative numbers mean that there is no limit, as in ttrpc's own servers.
+fn timeout(request: &[u8]) -> Result<Option<Duration>, Malformed> {
+    let nanos = protobuf::last_number(request, request::TIMEOUT_NANO)?.unwrap_or_default();
+    Ok(i64::try_from(nanos).ok().and(Some(nanos)).filter(|nanos| *nanos > 0).map(Duration::from_nanos))
+}
+
+/// The request with a shorter timeout, which never makes it longer.
+///
+/// # Errors
+/// The request is malformed.
+pub fn with_timeout(request: &[u8], left: Duration) -> Result<Vec<u8>, Malformed> {
+    let mut out = Vec::with_capacity(request.len());
+    for field in Fields::of(request) {
+        let field = field?;
+        if field.number != request::TIMEOUT_NANO {
+            out.extend_from_slice(field.raw);
+        }
+    }
+    // At least one: zero would mean no limit.
+    put_number(request::TIMEOUT_NANO, u64::try_from(left.as_nanos()).unwrap_or(u64::MAX).max(1), &mut out);
+    Ok(out)
 }
 
 /// The request with another payload, at the place of its last one: the one that counts.

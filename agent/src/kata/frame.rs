@@ -11,11 +11,13 @@ pub const HEADER: usize = 10;
 pub const REQUEST: u8 = 1;
 /// The type of a response.
 pub const RESPONSE: u8 = 2;
+/// The type of data of a stream.
+const DATA: u8 = 3;
 
 /// Why a stream of frames can't be read any further.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    /// The header announces more data than ttrpc allows, or is not a header.
+    /// A header announces more data than ttrpc allows, and has a type that ttrpc does not know: it is no header.
     #[error(
         "reading ttrpc frames: a header announces {0} bytes, and a frame has at most {TTRPC_DATA_MAX}; check that both \
          ends of the tunnel speak ttrpc"
@@ -45,15 +47,20 @@ impl Header {
     /// Reads a header.
     ///
     /// # Errors
-    /// The data would be too long.
+    /// The bytes are no header of ttrpc, so the begin of the next frame is unknown.
     pub fn parse(bytes: [u8; HEADER]) -> Result<Self, FrameError> {
         let [l0, l1, l2, l3, s0, s1, s2, s3, kind, flags] = bytes;
         let announced = u32::from_be_bytes([l0, l1, l2, l3]);
         let length = usize::try_from(announced).unwrap_or(usize::MAX);
-        if length > TTRPC_DATA_MAX {
+        if length > TTRPC_DATA_MAX && !(REQUEST..=DATA).contains(&kind) {
             return Err(FrameError::TooLong(announced));
         }
         Ok(Self { length, stream: u32::from_be_bytes([s0, s1, s2, s3]), kind, flags })
+    }
+
+    /// Whether the frame is longer than ttrpc allows. Its data must be discarded, and its call refused.
+    pub fn is_too_long(&self) -> bool {
+        self.length > TTRPC_DATA_MAX
     }
 
     /// Writes the header. A length above `u32::MAX` is written as that, which every reader refuses.
@@ -92,7 +99,7 @@ impl Scanner {
     /// is complete.
     ///
     /// # Errors
-    /// The header announces too much data.
+    /// The header is none of ttrpc.
     pub fn advance(&mut self, data: &[u8]) -> Result<(usize, Option<Header>), FrameError> {
         let used = data.len().min(self.until_boundary());
         if self.left > 0 {

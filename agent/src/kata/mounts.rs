@@ -6,38 +6,48 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use secure_comms_protocol::limits::VOLUME_MOUNT;
+use secure_comms_tunnel::Reminder;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::edit::Mounts;
 use super::reply::RequestRefusal;
 
+/// Time after which the mount table is read again, whatever the kernel says.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// The mounts that this process sees (proc_pid_mountinfo(5)).
 const MOUNT_INFO: &str = "/proc/self/mountinfo";
 
-/// Makes missing sources, and waits until something is mounted on each volume.
+/// Makes missing sources, and waits until something is mounted on each volume, at most until `end`.
 ///
 /// # Errors
-/// A source can't be made, or nothing is mounted on a volume for [`VOLUME_MOUNT`].
-pub(super) async fn prepare(mounts: Mounts) -> Result<(), RequestRefusal> {
+/// A source can't be made, or not all is there in time.
+pub(super) async fn prepare(mounts: Mounts, end: Instant) -> Result<(), RequestRefusal> {
+    let start = Instant::now();
     let (done, made) = oneshot::channel();
     // On a separate thread: a file system that hangs must not stall the agent.
     std::thread::Builder::new()
         .name("mounts".into())
-        .spawn(move || drop(done.send(make(mounts))))
+        .spawn(move || {
+            let volumes = make(mounts, || done.is_closed());
+            drop(done.send(volumes));
+        })
         .map_err(RequestRefusal::Mounts)?;
-    let volumes =
-        made.await.map_err(|_| RequestRefusal::Mounts(io::Error::other("its thread ended early")))??;
-    if volumes.is_empty() { Ok(()) } else { mounted(&volumes).await }
+    let Ok(made) = timeout_at(end, made).await else { return Err(RequestRefusal::Sources(start.elapsed())) };
+    let volumes = made.map_err(|_| RequestRefusal::Mounts(io::Error::other("its thread ended early")))??;
+    if volumes.is_empty() { Ok(()) } else { mounted(&volumes, end).await }
 }
 
-/// Makes missing sources. Returns the canonical paths of the volumes, which the mount table has.
-fn make(mounts: Mounts) -> Result<Vec<PathBuf>, RequestRefusal> {
+/// Makes missing sources, until the request `is_gone`. Returns the canonical paths of the volumes, which the mount table has.
+fn make(mounts: Mounts, is_gone: impl Fn() -> bool) -> Result<Vec<PathBuf>, RequestRefusal> {
     for source in mounts.sources {
+        if is_gone() {
+            return Ok(Vec::new());
+        }
         if source.exists() {
             continue;
         }
@@ -53,22 +63,33 @@ fn make(mounts: Mounts) -> Result<Vec<PathBuf>, RequestRefusal> {
     mounts.volumes.into_iter().map(resolved).collect()
 }
 
-/// Waits until something is mounted on each of `volumes`.
-async fn mounted(volumes: &[PathBuf]) -> Result<(), RequestRefusal> {
+/// Waits until something is mounted on each of `volumes`, at most until `end`.
+async fn mounted(volumes: &[PathBuf], end: Instant) -> Result<(), RequestRefusal> {
     let table = MountTable::open().map_err(RequestRefusal::Mounts)?;
-    let deadline = Instant::now() + VOLUME_MOUNT;
-    let mut waited_for = None;
+    let mut reminder = Reminder::start();
     loop {
         let points = table.points().map_err(RequestRefusal::Mounts)?;
-        let Some(missing) = volumes.iter().find(|volume| !points.contains(volume)) else { return Ok(()) };
-        if waited_for.replace(missing) != Some(missing) {
-            log::info!("tunnel KATAAGENT: a container waits for its volume {}", missing.display());
+        let Some(missing) = volumes.iter().find(|volume| !points.contains(volume)) else { break };
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(RequestRefusal::Volume { path: missing.clone(), waited: reminder.waited() });
         }
-        match timeout_at(deadline, table.changed()).await {
-            Ok(changed) => changed.map_err(RequestRefusal::Mounts)?,
-            Err(_) => return Err(RequestRefusal::Volume { path: missing.clone() }),
+        tokio::select! {
+            changed = table.changed() => changed.map_err(RequestRefusal::Mounts)?,
+            () = reminder.due() => log::warn!(
+                "tunnel KATAAGENT: a container waits for its volume {}: nothing is mounted there; {:.0} s left",
+                missing.display(),
+                end.saturating_duration_since(Instant::now()).as_secs_f32()
+            ),
+            // The wait does not rest on the kernel's event alone.
+            () = sleep(left.min(LOOK_AGAIN)) => {}
         }
     }
+    if reminder.was_due() {
+        let waited = reminder.waited().as_secs_f32();
+        log::info!("tunnel KATAAGENT: the volumes of a container came after {waited:.1} s, it goes on");
+    }
+    Ok(())
 }
 
 /// The mount table. The kernel reports each change since it was opened as an exceptional condition.

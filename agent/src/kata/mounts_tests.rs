@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tempfile::{TempDir, tempdir};
 
+use secure_comms_protocol::limits::VOLUME_MOUNT;
+use tokio::time::{Duration, Instant};
+
 use super::{MountTable, mount_point, mounted, prepare};
 use crate::kata::edit::Mounts;
 use crate::kata::reply::RequestRefusal;
@@ -31,6 +34,10 @@ fn directory() -> (TempDir, PathBuf) {
     let directory = tempdir().unwrap();
     let path = directory.path().canonicalize().unwrap();
     (directory, path)
+}
+
+fn end() -> Instant {
+    Instant::now() + VOLUME_MOUNT
 }
 
 fn made(directory: &Path, name: &str) -> PathBuf {
@@ -84,7 +91,7 @@ async fn a_container_waits_for_all_of_its_volumes() {
     symlink(&two, &alias).unwrap();
     std::fs::create_dir_all(&two).unwrap();
     let sources = vec![one.clone(), alias.clone(), path.join("plain")];
-    let waiting = tokio::spawn(prepare(Mounts { sources, volumes: vec![one.clone(), alias] }));
+    let waiting = tokio::spawn(prepare(Mounts { sources, volumes: vec![one.clone(), alias] }, end()));
     let table = MountTable::open().unwrap();
     while !one.exists() {
         tokio::task::yield_now().await;
@@ -104,11 +111,16 @@ async fn a_container_waits_for_all_of_its_volumes() {
 async fn a_volume_that_does_not_come_is_named() {
     let (_directory, path) = directory();
     let volume = made(&path, "never");
-    let refusal = mounted(std::slice::from_ref(&volume)).await.unwrap_err();
-    assert!(matches!(&refusal, RequestRefusal::Volume { path } if *path == volume), "{refusal}");
-    let text =
-        format!("waiting for the volume {}: nothing was mounted there within 180 s;", volume.display());
-    assert!(refusal.to_string().starts_with(&text), "{refusal}");
+    for (seconds, named) in [(180, "180.0"), (10, "10.0"), (0, "0.0")] {
+        let end = Instant::now() + Duration::from_secs(seconds);
+        let refusal = mounted(std::slice::from_ref(&volume), end).await.unwrap_err();
+        assert!(matches!(&refusal, RequestRefusal::Volume { path, .. } if *path == volume), "{refusal}");
+        let text = format!(
+            "waiting for the volume {}: nothing was mounted there within {named} s;",
+            volume.display()
+        );
+        assert!(refusal.to_string().starts_with(&text), "{refusal}");
+    }
 }
 
 #[tokio::test]
@@ -120,7 +132,7 @@ async fn sources_that_are_missing_are_made_and_the_others_left_alone() {
     std::fs::set_permissions(&private, PermissionsExt::from_mode(0o700)).unwrap();
     let missing = path.join("a/b c");
     let sources = vec![file.clone(), private.clone(), missing.clone()];
-    prepare(Mounts { sources, volumes: vec![] }).await.unwrap();
+    prepare(Mounts { sources, volumes: vec![] }, end()).await.unwrap();
     assert_eq!(std::fs::read(file).unwrap(), b"x");
     let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o7777;
     assert_eq!((mode(&private), mode(&missing)), (0o700, 0o755));
@@ -131,7 +143,8 @@ async fn a_source_that_cannot_be_made_is_named() {
     let (_directory, path) = directory();
     std::fs::write(path.join("file"), "x").unwrap();
     let source = path.join("file/below");
-    let refusal = prepare(Mounts { sources: vec![source.clone()], volumes: vec![] }).await.unwrap_err();
+    let refusal =
+        prepare(Mounts { sources: vec![source.clone()], volumes: vec![] }, end()).await.unwrap_err();
     let text = format!("making {}, the source of a bind mount: Not a directory", source.display());
     assert!(refusal.to_string().starts_with(&text), "{refusal}");
 }

@@ -1,5 +1,7 @@
 //! Protobuf's wire format: fields, without message definitions (<https://protobuf.dev/programming-guides/encoding/>).
 
+/// The wire type of numbers of variable length.
+const VARINT: u64 = 0;
 /// The wire type of strings, bytes and messages.
 const LENGTH_DELIMITED: u64 = 2;
 
@@ -150,6 +152,22 @@ pub fn contents(message: &[u8], wanted: u32) -> Result<Vec<&[u8]>, Malformed> {
 /// `message` is malformed.
 pub fn last(message: &[u8], wanted: u32) -> Result<&[u8], Malformed> {
     Ok(contents(message, wanted)?.pop().unwrap_or_default())
+}
+
+/// The number in this field. The last of several counts; none if there is none.
+///
+/// # Errors
+/// `message` is malformed.
+pub fn last_number(message: &[u8], wanted: u32) -> Result<Option<u64>, Malformed> {
+    let mut found = None;
+    for field in Fields::of(message) {
+        let field = field?;
+        let (_, kind, value) = key(field.raw)?;
+        if field.number == wanted && kind == VARINT {
+            found = Some(varint(value)?.0);
+        }
+    }
+    Ok(found)
 }
 
 fn put_varint(mut value: u64, out: &mut Vec<u8>) {

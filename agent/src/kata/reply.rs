@@ -2,9 +2,10 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bytes::Bytes;
-use secure_comms_protocol::limits::{HELD_BYTES_MAX, HELD_REQUESTS_MAX, TTRPC_DATA_MAX, VOLUME_MOUNT};
+use secure_comms_protocol::limits::{HELD_BYTES_MAX, HELD_REQUESTS_MAX, TTRPC_DATA_MAX};
 
 use super::frame::{HEADER, Header, RESPONSE};
 use super::protobuf::{Malformed, put, put_number};
@@ -24,6 +25,17 @@ pub enum RequestRefusal {
     /// The request is malformed.
     #[error("reading the request: {0}; check that the runtime and the kata agent are of one version")]
     Malformed(#[from] Malformed),
+    /// The frame is longer than ttrpc allows.
+    #[error(
+        "reading a frame of {0} bytes: ttrpc allows {TTRPC_DATA_MAX}; the frame was dropped, send less in one call"
+    )]
+    FrameTooLong(usize),
+    /// A frame of the kata agent is longer than ttrpc allows.
+    #[error(
+        "reading the kata agent's frame of {0} bytes: ttrpc allows {TTRPC_DATA_MAX}; the frame was dropped, ask for less in \
+         one call"
+    )]
+    AnswerTooLong(usize),
     /// The edited request is too long.
     #[error(
         "adding the pod's network namespace: the request of {0} bytes becomes longer than the {TTRPC_DATA_MAX} of \
@@ -46,14 +58,27 @@ pub enum RequestRefusal {
     },
     /// Nothing was mounted on a volume in time.
     #[error(
-        "waiting for the volume {}: nothing was mounted there within {} s; see the log of what mounts it in the VM",
+        "waiting for the volume {}: nothing was mounted there within {:.1} s; see the log of what mounts it in the VM",
         path.display(),
-        VOLUME_MOUNT.as_secs()
+        waited.as_secs_f32()
     )]
     Volume {
         /// Path of the volume.
         path: PathBuf,
+        /// How long it was waited for: the request's timeout, at most `limits::VOLUME_MOUNT`.
+        waited: Duration,
     },
+    /// The sources of bind mounts were not made in time.
+    #[error(
+        "making the sources of bind mounts: not done within {:.1} s; check the file systems of the VM",
+        .0.as_secs_f32()
+    )]
+    Sources(Duration),
+    /// The request was ready to pass when its timeout had ended.
+    #[error(
+        "passing the request on: its timeout has ended; give the runtime a longer create_container_timeout"
+    )]
+    TimedOut,
     /// The VM's mounts could not be read.
     #[error(
         "looking at the VM's mounts: {0}; check that the agent may read /proc/self/mountinfo and start threads"
@@ -65,11 +90,16 @@ impl RequestRefusal {
     /// The code, from google.rpc.Code.
     fn code(&self) -> u64 {
         match self {
-            Self::Malformed(_) => 3,               // INVALID_ARGUMENT
-            Self::Volume { .. } => 4,              // DEADLINE_EXCEEDED
-            Self::TooLong(_) | Self::TooMany => 8, // RESOURCE_EXHAUSTED
-            Self::Source { .. } => 9,              // FAILED_PRECONDITION
-            Self::Mounts(_) => 13,                 // INTERNAL
+            // INVALID_ARGUMENT
+            Self::Malformed(_) => 3,
+            // DEADLINE_EXCEEDED
+            Self::Volume { .. } | Self::Sources(_) | Self::TimedOut => 4,
+            // RESOURCE_EXHAUSTED
+            Self::FrameTooLong(_) | Self::AnswerTooLong(_) | Self::TooLong(_) | Self::TooMany => 8,
+            // FAILED_PRECONDITION
+            Self::Source { .. } => 9,
+            // INTERNAL
+            Self::Mounts(_) => 13,
         }
     }
 
@@ -77,6 +107,15 @@ impl RequestRefusal {
     pub fn reply(&self, stream: u32) -> Bytes {
         let mut text = self.to_string();
         text.truncate(text.floor_char_boundary(TEXT_MAX));
+        self.with_text(stream, &text)
+    }
+
+    /// A response of some 30 bytes, for a client that does not read those it has: with the code, without the text.
+    pub fn short_reply(&self, stream: u32) -> Bytes {
+        self.with_text(stream, "")
+    }
+
+    fn with_text(&self, stream: u32, text: &str) -> Bytes {
         let mut status = Vec::new();
         put_number(CODE, self.code(), &mut status);
         put(MESSAGE, text.as_bytes(), &mut status);

@@ -1,5 +1,6 @@
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use prost::Message;
 
@@ -24,10 +25,18 @@ fn refusals_have_a_code_and_say_why() {
     for (refusal, code, part) in [
         (RequestRefusal::Malformed(Malformed::Truncated), 3, "it ends within a field; check"),
         (
-            RequestRefusal::Volume { path: "/v".into() },
+            RequestRefusal::Volume { path: "/v".into(), waited: Duration::from_millis(9960) },
             4,
-            "the volume /v: nothing was mounted there within 180 s",
+            "the volume /v: nothing was mounted there within 10.0 s",
         ),
+        (
+            RequestRefusal::Sources(Duration::from_secs(10)),
+            4,
+            "not done within 10.0 s; check the file systems",
+        ),
+        (RequestRefusal::TimedOut, 4, "its timeout has ended"),
+        (RequestRefusal::FrameTooLong(5), 8, "a frame of 5 bytes: ttrpc allows 4194304"),
+        (RequestRefusal::AnswerTooLong(5), 8, "the kata agent's frame of 5 bytes: ttrpc allows 4194304"),
         (RequestRefusal::TooLong(5), 8, "the request of 5 bytes becomes longer than the 4194304"),
         (RequestRefusal::TooMany, 8, "64 requests, or 8388608 bytes of them"),
         (
@@ -41,11 +50,15 @@ fn refusals_have_a_code_and_say_why() {
         assert_eq!(heard, code, "{message}");
         assert!(message.contains(part), "{message}");
     }
+    let short = RequestRefusal::TooMany.short_reply(7);
+    let Status { code, message } = Response::decode(&short[HEADER..]).unwrap().status.unwrap();
+    assert_eq!((code, message.as_str(), short[7]), (8, "", 7));
+    assert!(short.len() < 32, "{}", short.len());
 }
 
 #[test]
 fn a_long_text_is_cut_between_characters() {
     let path = PathBuf::from("/é".repeat(1000));
-    let message = heard(&RequestRefusal::Volume { path }).message;
+    let message = heard(&RequestRefusal::Volume { path, waited: Duration::ZERO }).message;
     assert!((1021..=1024).contains(&message.len()), "{}", message.len());
 }

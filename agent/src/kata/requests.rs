@@ -7,11 +7,13 @@ use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use secure_comms_protocol::limits::TTRPC_DATA_MAX;
+use tokio::time::{Duration, Instant};
 
-use super::edit::{self, Edited, Mounts, Verdict, recognise};
+use super::edit::{self, Edited, Method, Mounts, Verdict, recognise};
 use super::frame::{FrameError, HEADER, Header, REQUEST, Scanner};
+use super::protobuf::Malformed;
 use super::reply::RequestRefusal;
 
 /// Bytes of a request that are searched for its service and method. Those of the edited requests take 36.
@@ -42,6 +44,39 @@ pub struct Held {
     pub frame: Bytes,
     /// Mounts to wait for.
     pub mounts: Mounts,
+    /// The end of the request's own timeout, if it has one.
+    pub deadline: Option<Instant>,
+}
+
+impl Held {
+    /// The request at the time when it passes: with what is left of its timeout, so that the kata agent does not work on it after
+    /// the runtime has given up.
+    fn passing(self) -> Out {
+        let Self { stream, frame, mounts: _, deadline } = self;
+        let Some(deadline) = deadline else { return Out::Pass(frame) };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Out::Refuse { stream, refusal: RequestRefusal::TimedOut };
+        }
+        match with_timeout(&frame, left) {
+            Ok(frame) => Out::Pass(frame),
+            Err(refusal) => Out::Refuse { stream, refusal },
+        }
+    }
+}
+
+fn with_timeout(frame: &[u8], left: Duration) -> Result<Bytes, RequestRefusal> {
+    let Some((header, request)) = frame.split_first_chunk() else { return Ok(Bytes::new()) };
+    // It was parsed when it came, and then edited.
+    let header = Header::parse(*header).map_err(|_| Malformed::Truncated)?;
+    Ok(whole(header, &edit::with_timeout(request, left)?))
+}
+
+fn whole(header: Header, data: &[u8]) -> Bytes {
+    let mut frame = BytesMut::with_capacity(HEADER + data.len());
+    frame.extend_from_slice(&Header { length: data.len(), ..header }.to_bytes());
+    frame.extend_from_slice(data);
+    frame.freeze()
 }
 
 /// How the current frame is treated.
@@ -50,7 +85,28 @@ enum FrameState {
     Unknown,
     Pass,
     Assemble,
+    /// It is too long, and was refused: its bytes are dropped, so that the next frame is found.
+    Discard,
 }
+
+/// What a connection was used for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// `CreateSandbox`: this is the one connection of a pod's runtime.
+    pub sandbox: bool,
+    /// `DestroySandbox`: the pod has ended, so the connection may.
+    pub destroyed: bool,
+}
+
+impl Seen {
+    /// Notes a request that is not edited, by its beginning.
+    fn note(&mut self, beginning: &[u8]) {
+        self.destroyed |= beginning.starts_with(DESTROY_SANDBOX);
+    }
+}
+
+/// The beginning of a request to destroy the sandbox, as every encoder writes it.
+const DESTROY_SANDBOX: &[u8] = b"\x0a\x11grpc.AgentService\x12\x0eDestroySandbox";
 
 /// The requests of one connection.
 #[derive(Debug)]
@@ -66,8 +122,9 @@ pub struct Requests {
     kept: Vec<Bytes>,
     /// The current frame, while it is assembled.
     frame: BytesMut,
-    /// Released frames that wait for the end of the current one.
-    ready: VecDeque<Bytes>,
+    seen: Seen,
+    /// Released requests that wait for the end of the current frame.
+    ready: VecDeque<Held>,
 }
 
 impl Requests {
@@ -82,6 +139,7 @@ impl Requests {
             known: 0,
             kept: Vec::new(),
             frame: BytesMut::new(),
+            seen: Seen::default(),
             ready: VecDeque::new(),
         }
     }
@@ -96,18 +154,25 @@ impl Requests {
         while let Some(rest) = message.get(at..).filter(|rest| !rest.is_empty()) {
             match self.state {
                 FrameState::Unknown => {
-                    let (used, verdict) = self.classify(rest)?;
+                    let (used, state) = self.classify(rest)?;
                     at += used;
-                    match verdict {
-                        Verdict::More => {}
-                        Verdict::Pass => {
-                            self.kept.drain(..).for_each(|piece| out(Out::Pass(piece)));
-                            self.state = FrameState::Pass;
-                        }
-                        Verdict::Assemble => {
+                    self.state = state;
+                    match state {
+                        FrameState::Unknown => {}
+                        FrameState::Pass => self.kept.drain(..).for_each(|piece| out(Out::Pass(piece))),
+                        FrameState::Assemble => {
                             pass(message.split_to(begin), out);
                             self.assemble(&message.split_to(at - begin));
                             (begin, at) = (0, 0);
+                        }
+                        FrameState::Discard => {
+                            pass(message.split_to(begin), out);
+                            message.advance(at - begin);
+                            self.kept.clear();
+                            (begin, at) = (0, 0);
+                            // At once: the runtime need not wait until it has sent what is dropped.
+                            let refusal = RequestRefusal::FrameTooLong(self.header.length);
+                            out(Out::Refuse { stream: self.header.stream, refusal });
                         }
                     }
                 }
@@ -115,6 +180,10 @@ impl Requests {
                 FrameState::Assemble => {
                     let (used, _) = self.scanner.advance(rest)?;
                     self.frame.extend_from_slice(&message.split_to(used));
+                }
+                FrameState::Discard => {
+                    let (used, _) = self.scanner.advance(rest)?;
+                    message.advance(used);
                 }
             }
             if !self.scanner.at_boundary() || matches!(self.state, FrameState::Unknown) {
@@ -126,7 +195,7 @@ impl Requests {
             if !self.ready.is_empty() {
                 pass(message.split_to(at), out);
                 at = 0;
-                self.ready.drain(..).for_each(|frame| out(Out::Pass(frame)));
+                self.ready.drain(..).for_each(|held| out(held.passing()));
             }
             begin = at;
         }
@@ -141,16 +210,19 @@ impl Requests {
     }
 
     /// Reads more of a frame whose state is unknown.
-    fn classify(&mut self, rest: &[u8]) -> Result<(usize, Verdict), FrameError> {
+    fn classify(&mut self, rest: &[u8]) -> Result<(usize, FrameState), FrameError> {
         let mut used = 0;
         if self.scanner.left() == 0 {
             let header;
             (used, header) = self.scanner.advance(rest)?;
-            let Some(header) = header else { return Ok((used, Verdict::More)) };
-            if header.kind != REQUEST {
-                return Ok((used, Verdict::Pass));
-            }
+            let Some(header) = header else { return Ok((used, FrameState::Unknown)) };
             (self.header, self.known) = (header, 0);
+            if header.is_too_long() {
+                return Ok((used, FrameState::Discard));
+            }
+            if header.kind != REQUEST {
+                return Ok((used, FrameState::Pass));
+            }
         }
         let rest = rest.iter().skip(used).take(self.scanner.left());
         let room = self.beginning.iter_mut().skip(self.known);
@@ -159,7 +231,15 @@ impl Requests {
         self.known += more;
         let beginning = self.beginning.get(..self.known).unwrap_or_default();
         let whole = self.known == BEGINNING || self.scanner.left() == 0;
-        Ok((used + more, recognise(beginning, whole)))
+        let state = match recognise(beginning, whole) {
+            Verdict::More => FrameState::Unknown,
+            Verdict::Pass => FrameState::Pass,
+            Verdict::Assemble => FrameState::Assemble,
+        };
+        if matches!(state, FrameState::Pass) {
+            self.seen.note(beginning);
+        }
+        Ok((used + more, state))
     }
 
     /// Starts to assemble a frame from the pieces that were kept, and `last`.
@@ -173,29 +253,40 @@ impl Requests {
     /// Edits the assembled frame, which is complete.
     fn finish(&mut self) -> Out {
         let (stream, frame) = (self.header.stream, std::mem::take(&mut self.frame).freeze());
-        match self.edit(frame) {
-            Ok((frame, mounts)) if mounts.sources.is_empty() => Out::Pass(frame),
-            Ok((frame, mounts)) => Out::Hold(Held { stream, frame, mounts }),
+        match self.edit(stream, frame) {
+            Ok(held) if held.mounts.sources.is_empty() => Out::Pass(held.frame),
+            Ok(held) => Out::Hold(held),
             Err(refusal) => Out::Refuse { stream, refusal },
         }
     }
 
-    fn edit(&self, frame: Bytes) -> Result<(Bytes, Mounts), RequestRefusal> {
+    fn edit(&mut self, stream: u32, frame: Bytes) -> Result<Held, RequestRefusal> {
         let data = frame.get(HEADER..).unwrap_or_default();
-        let Edited { request, mounts } = edit::request(data, self.namespace.as_deref())?;
-        let Cow::Owned(request) = request else { return Ok((frame, mounts)) };
+        let Edited { request, mounts, method, timeout } = edit::request(data, self.namespace.as_deref())?;
+        self.seen.sandbox |= method == Some(Method::CreateSandbox);
+        // A timeout beyond what a clock can hold is none.
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let Cow::Owned(request) = request else { return Ok(Held { stream, frame, mounts, deadline }) };
         if request.len() > TTRPC_DATA_MAX {
             return Err(RequestRefusal::TooLong(data.len()));
         }
-        let mut edited = BytesMut::with_capacity(HEADER + request.len());
-        edited.extend_from_slice(&Header { length: request.len(), ..self.header }.to_bytes());
-        edited.extend_from_slice(&request);
-        Ok((edited.freeze(), mounts))
+        Ok(Held { stream, frame: whole(self.header, &request), mounts, deadline })
     }
 
-    /// Releases a held request. It passes at the next frame boundary, from [`Requests::take`] or [`Requests::due`].
-    pub fn release(&mut self, frame: Bytes) {
-        self.ready.push_back(frame);
+    /// What has passed or was edited so far.
+    pub fn seen(&self) -> Seen {
+        self.seen
+    }
+
+    /// Releases a held request. It passes at the next frame boundary, from [`Requests::take`] or [`Requests::due`], if its timeout
+    /// has not ended by then.
+    pub fn release(&mut self, held: Held) {
+        self.ready.push_back(held);
+    }
+
+    /// Drops released requests; returns how many there were.
+    pub fn drop_released(&mut self) -> usize {
+        self.ready.drain(..).count()
     }
 
     /// Whether released requests wait for a frame boundary.
@@ -204,8 +295,8 @@ impl Requests {
     }
 
     /// A released request, if the stream is at a frame boundary.
-    pub fn due(&mut self) -> Option<Bytes> {
-        if self.scanner.at_boundary() { self.ready.pop_front() } else { None }
+    pub fn due(&mut self) -> Option<Out> {
+        if self.scanner.at_boundary() { self.ready.pop_front().map(Held::passing) } else { None }
     }
 
     /// Checks that the stream may end here.

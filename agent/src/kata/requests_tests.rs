@@ -1,4 +1,5 @@
 use std::ops::Range;
+use std::time::Duration;
 
 use bytes::Bytes;
 use proptest::collection::vec;
@@ -7,10 +8,10 @@ use proptest::sample::Index;
 use prost::Message;
 use secure_comms_protocol::limits::TTRPC_DATA_MAX;
 
-use super::{Held, Out, Requests};
-use crate::kata::edit::request as edit_request;
+use super::{Held, Out, Requests, Seen};
+use crate::kata::edit::{Mounts, request as edit_request};
 use crate::kata::frame::{FrameError, HEADER, Header, RESPONSE};
-use crate::kata::messages::{CreateContainer, CreateSandbox, Oci, decode, frame, request};
+use crate::kata::messages::{CreateContainer, CreateSandbox, Oci, Request, decode, frame, request};
 use crate::kata::reply::RequestRefusal;
 
 const PATH: &str = "/run/netns/podns";
@@ -28,6 +29,10 @@ fn take(requests: &mut Requests, messages: &[Bytes]) -> Result<Vec<Out>, FrameEr
         requests.take(message.clone(), &mut |out| all.push(out))?;
     }
     Ok(all)
+}
+
+fn held(frame: impl Into<Bytes>) -> Held {
+    Held { stream: 1, frame: frame.into(), mounts: Mounts::default(), deadline: None }
 }
 
 /// The bytes that pass; panics on any other result.
@@ -116,8 +121,8 @@ proptest! {
         let cut = cut.index(stream.len() + 1);
         let mut requests = requests();
         let mut got = passed(take(&mut requests, &[Bytes::copy_from_slice(&stream[..cut])]).unwrap());
-        requests.release("RELEASED".into());
-        got.extend(requests.due());
+        requests.release(held("RELEASED"));
+        got.extend(passed(requests.due().into_iter().collect()));
         prop_assert!(requests.due().is_none());
         got.extend(passed(take(&mut requests, &[Bytes::copy_from_slice(&stream[cut..])]).unwrap()));
         prop_assert!(!requests.has_released());
@@ -171,7 +176,9 @@ fn a_container_with_bind_mounts_is_held_and_others_pass() {
     let container = CreateContainer::with_mounts(&["/a"], "/a").encode_to_vec();
     let message = [request(9, "CreateContainer", &container), frame(DATA, 11, b"x")].concat();
     let outs = take(&mut requests(), &[message.into()]).unwrap();
-    let [Out::Hold(Held { stream: 9, frame, mounts }), Out::Pass(_)] = &outs[..] else { panic!("{outs:?}") };
+    let [Out::Hold(Held { stream: 9, frame, mounts, .. }), Out::Pass(_)] = &outs[..] else {
+        panic!("{outs:?}")
+    };
     assert_eq!(mounts.volumes, mounts.sources);
     assert_eq!(CreateContainer::decode(&*decode(frame).payload).unwrap().namespaces().len(), 1);
 }
@@ -211,13 +218,161 @@ fn a_request_in_an_odd_order_is_edited_too() {
     assert!(CreateSandbox::decode(&*decode(&after).payload).unwrap().dns.is_empty());
 }
 
+fn with_timeout(timeout_nano: i64) -> Bytes {
+    let container = CreateContainer::with_mounts(&["/a"], "/a").encode_to_vec();
+    let before = request(9, "CreateContainer", &container);
+    let data = Request { timeout_nano, ..decode(&before) }.encode_to_vec();
+    frame(1, 9, &data).into()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_held_request_passes_with_what_is_left_of_its_timeout() {
+    for (nanos, after, left) in [
+        (10_000_000_000, 4, Some(6_000_000_000)),
+        (10_000_000_000, 10, None),
+        (10_000_000_000, 11, None),
+        // No limit, as in ttrpc's servers.
+        (0, 200, Some(0)),
+        (-1, 200, Some(-1)),
+        (i64::MIN, 200, Some(i64::MIN)),
+    ] {
+        let mut requests = requests();
+        let Some(Out::Hold(held)) = take(&mut requests, &[with_timeout(nanos)]).unwrap().pop() else {
+            panic!("it is not held")
+        };
+        let before = held.frame.clone();
+        tokio::time::advance(Duration::from_secs(after)).await;
+        requests.release(held);
+        match (requests.due().unwrap(), left) {
+            (Out::Pass(frame), Some(left)) => {
+                assert_eq!(decode(&frame), Request { timeout_nano: left, ..decode(&before) });
+                let header = Header::parse(frame[..HEADER].try_into().unwrap()).unwrap();
+                assert_eq!((header.length, header.stream), (frame.len() - HEADER, 9));
+            }
+            (Out::Refuse { stream: 9, refusal: RequestRefusal::TimedOut }, None) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_timeout_that_ends_within_another_frame_counts_too() {
+    let mut requests = requests();
+    let Some(Out::Hold(held)) = take(&mut requests, &[with_timeout(5_000_000_000)]).unwrap().pop() else {
+        panic!("it is not held")
+    };
+    let data = frame(DATA, 11, b"data");
+    passed(take(&mut requests, &[data[..12].to_vec().into()]).unwrap());
+    requests.release(held);
+    assert!(requests.due().is_none());
+    tokio::time::advance(Duration::from_secs(5)).await;
+    let outs = take(&mut requests, &[data[12..].to_vec().into()]).unwrap();
+    assert!(
+        matches!(&outs[..], [Out::Pass(_), Out::Refuse { stream: 9, refusal: RequestRefusal::TimedOut }]),
+        "{outs:?}"
+    );
+}
+
 #[test]
-fn too_long_a_frame_and_an_end_within_one_are_errors() {
+fn a_frame_that_is_too_long_is_refused_and_its_neighbours_pass() {
+    let before = request(1, "WriteStdin", b"a");
+    for kind in [1, RESPONSE, DATA] {
+        for stream in [0, 2, 3, u32::MAX] {
+            let long = frame(kind, stream, &vec![0x0a; TTRPC_DATA_MAX + 1]);
+            let all = Bytes::from([&before[..], &long, &sandbox(5), &frame(DATA, 7, b"")].concat());
+            for step in [all.len(), 32 * 1024, 1021] {
+                let messages: Vec<_> = all.chunks(step).map(Bytes::copy_from_slice).collect();
+                let mut requests = requests();
+                let outs = take(&mut requests, &messages).unwrap();
+                assert_eq!(requests.end(), Ok(()));
+                let refused = |out: &Out| {
+                    matches!(out, Out::Refuse { stream: refused, refusal: RequestRefusal::FrameTooLong(4_194_305) }
+                        if *refused == stream)
+                };
+                assert_eq!(outs.iter().filter(|out| refused(out)).count(), 1);
+                let passed = passed(outs.into_iter().filter(|out| !refused(out)).collect()).concat();
+                assert_eq!(passed[..before.len()], before);
+                let rest = &passed[before.len()..];
+                assert_eq!((rest[7], rest[rest.len() - 3]), (5, 7), "its bytes are dropped");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_header_that_comes_in_pieces_is_refused_once_it_is_whole() {
+    let long = Header { length: u32::MAX as usize, stream: 3, kind: 1, flags: 0 }.to_bytes();
+    let mut requests = requests();
+    for byte in &long[..9] {
+        assert!(take(&mut requests, &[Bytes::copy_from_slice(&[*byte])]).unwrap().is_empty());
+    }
+    let outs = take(&mut requests, &[Bytes::copy_from_slice(&long[9..])]).unwrap();
+    assert!(matches!(&outs[..], [Out::Refuse { stream: 3, .. }]), "{outs:?}");
+    assert!(take(&mut requests, &[vec![7; 9000].into()]).unwrap().is_empty());
+    assert_eq!(requests.end(), Err(FrameError::Truncated(u32::MAX as usize - 9000)));
+}
+
+/// The kata agent answers each of these on its stream, so none may end the connection here.
+#[test]
+fn odd_frames_pass_for_the_kata_agent_to_judge() {
+    let names = "grpc.AgentService";
+    for odd in [
+        frame(1, 1, b""),
+        frame(1, 0, &sandbox(1)[HEADER..HEADER + 34]),
+        frame(0, 3, b"x"),
+        frame(4, 3, b"x"),
+        frame(255, 3, b""),
+        frame(RESPONSE, 3, b"x"),
+        frame(DATA, 0, b""),
+        request(2, "WriteStdin", b""),
+        request(0, "StartContainer", b""),
+        request(1, "", b""),
+        request(1, names, b""),
+    ] {
+        let all = Bytes::from([&odd[..], &request(5, "WriteStdin", b"")].concat());
+        for step in [all.len(), 1] {
+            let messages: Vec<_> = all.chunks(step).map(Bytes::copy_from_slice).collect();
+            let mut requests = requests();
+            assert_eq!(passed(take(&mut requests, &messages).unwrap()).concat(), all, "{odd:?}");
+            assert_eq!(requests.end(), Ok(()));
+        }
+    }
+}
+
+#[test]
+fn a_request_that_is_cut_is_refused_and_its_neighbours_pass() {
+    let next = request(5, "WriteStdin", b"");
+    for data in [&b"\xff\xff\xff"[..], &[0x0a, 0x7f], &sandbox(1)[HEADER..HEADER + 40]] {
+        let all = Bytes::from([&frame(1, 3, data)[..], &next].concat());
+        let outs = take(&mut requests(), &[all]).unwrap();
+        let [Out::Refuse { stream: 3, refusal: RequestRefusal::Malformed(_) }, Out::Pass(passed)] = &outs[..]
+        else {
+            panic!("{outs:?}")
+        };
+        assert_eq!(*passed, next);
+    }
+}
+
+#[test]
+fn the_pods_connection_is_known_by_its_sandbox() {
+    let mut requests = requests();
+    take(&mut requests, &[request(1, "StartContainer", b"DestroySandbox").into()]).unwrap();
+    assert_eq!(requests.seen(), Seen::default());
+    take(&mut requests, &[sandbox(3).into()]).unwrap();
+    assert_eq!(requests.seen(), Seen { sandbox: true, destroyed: false });
+    for byte in request(5, "DestroySandbox", b"") {
+        take(&mut requests, &[vec![byte].into()]).unwrap();
+    }
+    assert_eq!(requests.seen(), Seen { sandbox: true, destroyed: true });
+}
+
+#[test]
+fn bytes_that_are_no_ttrpc_and_an_end_within_a_frame_are_errors() {
     let longest = Header { length: TTRPC_DATA_MAX, stream: 1, kind: DATA, flags: 0 };
     let mut requests = requests();
     take(&mut requests, &[Bytes::copy_from_slice(&longest.to_bytes())]).unwrap();
     assert_eq!(requests.end(), Err(FrameError::Truncated(TTRPC_DATA_MAX)));
-    let over = Header { length: TTRPC_DATA_MAX + 1, ..longest }.to_bytes();
+    let over = Header { length: TTRPC_DATA_MAX + 1, kind: 4, ..longest }.to_bytes();
     let error = take(&mut self::requests(), &[Bytes::copy_from_slice(&over)]).unwrap_err();
     assert_eq!(error, FrameError::TooLong(4_194_305));
     let mut requests = self::requests();

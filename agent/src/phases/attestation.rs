@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use zeroize::Zeroizing;
 
 use super::attempt_queue::{AttemptQueue, Next};
-use super::kbs_fetch::{self, FetchError};
+use super::kbs_fetch::{self, Fault, FetchError};
 use crate::agent::Agent;
 use crate::os::log_limits::{Repeated, UNPROVEN};
 use crate::os::progress::with_progress;
@@ -29,12 +29,9 @@ enum AttemptError {
     /// `api-server-rest` could not be reached.
     #[error("connecting to api-server-rest at {address}: {source}")]
     Connect { address: SocketAddr, source: NamespaceError },
-    /// `api-server-rest` did not return the resource.
-    #[error("fetching {path} through api-server-rest: {source}")]
-    Fetch { path: String, source: FetchError },
-    /// `api-server-rest` did not answer within [`KEY_FETCH`].
-    #[error("fetching {path} through api-server-rest: no answer within {} s", KEY_FETCH.as_secs())]
-    TimedOut { path: String },
+    /// `api-server-rest` did not return the resource, or not in time.
+    #[error("{0}")]
+    Fetch(#[from] FetchError),
     /// A resource is not a key.
     #[error("the keys from the KBS: {0}")]
     Keys(#[from] KeyError),
@@ -67,15 +64,11 @@ impl GuestApi {
         let fetch = async {
             let connect = netns::connect(self.namespace.as_ref(), self.address).await;
             let stream = connect.map_err(|source| AttemptError::Connect { address: self.address, source })?;
-            kbs_fetch::fetch(stream, &path)
-                .await
-                .map_err(|source| AttemptError::Fetch { path: path.clone(), source })
+            Ok(kbs_fetch::fetch(stream, &path).await?)
         };
         let fetch = with_progress(format!("fetching {path} through api-server-rest"), KEY_FETCH, fetch);
-        match timeout(KEY_FETCH, fetch).await {
-            Ok(result) => result,
-            Err(_) => Err(AttemptError::TimedOut { path }),
-        }
+        let late = |_| Err(FetchError::new(&path, Fault::TimedOut).into());
+        timeout(KEY_FETCH, fetch).await.unwrap_or_else(late)
     }
 }
 
@@ -248,3 +241,7 @@ async fn watch_for_failure(
         }
     }
 }
+
+#[cfg(test)]
+#[path = "attestation_tests.rs"]
+mod tests;

@@ -1,8 +1,9 @@
 //! The runtime's side of a connection to a kata agent.
 
+use std::time::Duration;
 use tokio::net::TcpStream;
 use ttrpc::r#async::{Client, transport::Socket};
-use ttrpc::context::Context;
+use ttrpc::context::{Context, with_duration};
 
 use crate::api::agent::{
     CheckRequest, CreateContainerRequest, CreateSandboxRequest, HealthCheckResponse, ReadStreamRequest,
@@ -10,8 +11,8 @@ use crate::api::agent::{
 };
 use crate::api::agent_ttrpc::{AgentServiceClient, HealthClient};
 
-/// A connection; its clones share it, and calls may be concurrent. Calls have no deadline; the tests set their own, as
-/// the kata agent's runtime does.
+/// A connection; its clones share it, and calls may be concurrent. Calls have no deadline but where one is named; the tests
+/// set their own, as the kata agent's runtime does.
 #[derive(Clone)]
 pub struct Runtime {
     agent: AgentServiceClient,
@@ -40,6 +41,24 @@ impl Runtime {
     /// If it is refused, or the connection ends.
     pub async fn create_container(&self, request: &CreateContainerRequest) -> ttrpc::Result<()> {
         self.agent.create_container(Context::default(), request).await.map(drop)
+    }
+
+    /// `grpc.AgentService/CreateContainer`, whose caller gives up after this time.
+    ///
+    /// # Errors
+    /// If it is refused or late, or the connection ends.
+    pub async fn create_container_within(
+        &self,
+        request: &CreateContainerRequest,
+        time: Duration,
+    ) -> ttrpc::Result<()> {
+        self.agent.create_container(with_duration(time), request).await.map(drop)
+    }
+
+    /// The kata agent's other methods.
+    #[must_use]
+    pub fn agent(&self) -> &AgentServiceClient {
+        &self.agent
     }
 
     /// `grpc.AgentService/StatsContainer`.

@@ -16,7 +16,9 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::{Request, StatusCode};
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::RwLock;
 
 use crate::accept::Serving;
 use crate::http::{self, Reply, reply};
@@ -36,6 +38,8 @@ pub enum Backend {
     Local(Arc<Cdh>),
     /// Behind the unix socket of a [`CdhSocket`].
     Unix(PathBuf),
+    /// Not HTTP of this simulator's: these bytes answer every request.
+    Bytes(Arc<RwLock<Vec<u8>>>),
 }
 
 /// A running REST front, `GET /cdh/resource/<repo>/<type>/<tag>`; stops when dropped.
@@ -55,7 +59,15 @@ impl Rest {
         let addr = listener.local_addr().context("guest: reading the bound address")?;
         let serving = Serving::start(listener, move |stream| {
             let backend = backend.clone();
-            async move { http::serve(stream, HEAD_LIMIT, |request| answer(backend.clone(), request)).await }
+            async move {
+                match backend {
+                    // The client may close the connection early.
+                    Backend::Bytes(bytes) => drop(answer_with(&bytes, stream).await),
+                    backend => {
+                        http::serve(stream, HEAD_LIMIT, |request| answer(backend.clone(), request)).await;
+                    }
+                }
+            }
         });
         Ok(Self { addr, _serving: serving })
     }
@@ -65,6 +77,16 @@ impl Rest {
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
+}
+
+async fn answer_with(bytes: &RwLock<Vec<u8>>, mut stream: TcpStream) -> Result<()> {
+    let mut request = Vec::new();
+    while !request.ends_with(b"\r\n\r\n") {
+        anyhow::ensure!(stream.read_buf(&mut request).await? > 0, "guest: the request has no end");
+    }
+    let bytes = bytes.read().await.clone();
+    stream.write_all(&bytes).await?;
+    Ok(stream.shutdown().await?)
 }
 
 /// With any method, and without a cause, as the real one answers.
@@ -83,6 +105,7 @@ impl Backend {
         match self {
             Self::Local(cdh) => cdh.fetch(path).await,
             Self::Unix(socket) => socket::fetch(socket, path).await,
+            Self::Bytes(_) => anyhow::bail!("guest: bytes are no backend"),
         }
     }
 }

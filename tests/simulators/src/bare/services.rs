@@ -16,7 +16,8 @@ use super::say;
 /// Network namespace of the pod's containers.
 const POD_NAMESPACE: &str = "/run/netns/podns";
 /// Directories that the services need.
-pub(super) const DIRECTORIES: [&str; 2] = ["/run/kata-containers", "/run/confidential-containers"];
+pub(super) const DIRECTORIES: [&str; 3] =
+    ["/run/kata-agent", "/run/kata-containers", "/run/confidential-containers"];
 
 /// Pause before an ended service is restarted.
 const PAUSE: Duration = Duration::from_millis(300);
@@ -37,7 +38,7 @@ const SERVICES: [Service; 5] = [
     Service {
         program: SIMULATOR,
         name: "kata-agent",
-        args: &["--socket", "/run/kata-containers/agent.sock"],
+        args: &["--socket", "/run/kata-agent/agent.sock"],
         in_pod: false,
     },
     Service {
@@ -66,7 +67,7 @@ const SERVICES: [Service; 5] = [
             POD_NAMESPACE,
             "-secure-comms",
             "-kata-agent-socket",
-            "/run/kata-containers/agent.sock",
+            "/run/kata-agent/agent.sock",
         ],
         in_pod: false,
     },
