@@ -13,6 +13,7 @@ use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::simulators::kbs::{Fault, KbsOptions, LoggedRequest};
 use secure_comms_tests::simulators::tcp_proxy::TcpProxy;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::Command;
 use tokio::time::{sleep, timeout};
 
 const MIB: u64 = 1024 * 1024;
