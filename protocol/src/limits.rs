@@ -71,8 +71,8 @@ pub const WINDOW_UNUSED: Duration = Duration::from_secs(10);
 pub const TCP_CONNECT: Duration = Duration::from_secs(5);
 /// Timeout of the handshake, from the TCP connect to the end of authentication.
 pub const AUTHENTICATE: Duration = Duration::from_secs(10);
-/// Authentication attempts of one connection.
-pub const AUTH_TRIES: usize = 6;
+/// Refused authentication attempts of one connection: six keys, and the method `none`, which clients ask first.
+pub const AUTH_TRIES: usize = 7;
 /// Connections that have not authenticated yet. At the limit one from the source with the most connections is evicted.
 pub const UNAUTHENTICATED_MAX: usize = 16;
 /// Connections that wait for one of these places, or have not sent their first line. At the limit one from the source

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use russh::keys::{Algorithm, PrivateKey};
-use russh::{Limits, MethodKind, MethodSet, Preferred, SshId, cipher, client, compression, kex, server};
+use russh::{Limits, MethodKind, MethodSet, Preferred, SshId, cipher, client, compression, kex, mac, server};
 use secure_comms_protocol::PhaseName;
 use secure_comms_protocol::limits::{
     AUTH_TRIES, KEEPALIVE, KEEPALIVE_TRIES, MESSAGE_MAX, REKEY_TIME, SILENCE, SSH_WINDOW,
@@ -37,8 +37,8 @@ fn preferred() -> Preferred {
         key: Cow::Borrowed(&[Algorithm::Ed25519]),
         host_key_certificates: Cow::Borrowed(&[]),
         cipher: Cow::Borrowed(&[cipher::AES_256_GCM, cipher::CHACHA20_POLY1305]),
-        // Both ciphers are AEADs: they need no MAC.
-        mac: Cow::Borrowed(&[]),
+        // Never used, because both ciphers are AEADs. Paramiko and libssh give up on an empty list.
+        mac: Cow::Borrowed(&[mac::HMAC_SHA256_ETM, mac::HMAC_SHA512_ETM]),
         compression: Cow::Borrowed(&[compression::NONE]),
     }
 }

@@ -1,6 +1,7 @@
 //! Fields with a wrong length, without text, or with senseless values; most of them before a login.
 
 use anyhow::{Context, Result, ensure};
+use secure_comms_protocol::limits::AUTH_TRIES;
 use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Key, Offer, Packet, Raw, message};
 use secure_comms_tests::harness::scene::PATIENCE;
@@ -278,7 +279,7 @@ async fn too_many_login_attempts_end_the_connection() -> Result<()> {
         while let Ok(let_in) = raw.authenticate(&packet).await {
             ensure!(!let_in, "{packet:?} is let in");
             tries += 1;
-            ensure!(tries <= 6, "{packet:?}: try {tries}");
+            ensure!(tries <= AUTH_TRIES, "{packet:?}: try {tries}");
         }
         raw.ends().await?;
     }
