@@ -31,6 +31,11 @@ async fn ends(child: Child) -> Output {
     timeout(PATIENCE, child.wait_with_output()).await.unwrap().unwrap()
 }
 
+/// The agent has said hello; the adaptor may or may not have received it, and so be up.
+fn ended_by_term(output: &Output) -> bool {
+    matches!(output.status.code(), Some(0 | 143))
+}
+
 fn signal(child: &Child, signal: Signal) {
     kill(Pid::from_raw(child.id().unwrap().try_into().unwrap()), signal).unwrap();
 }
@@ -81,7 +86,7 @@ async fn one_adaptor_drives_a_pod_at_a_time() {
     let second = spawn(&store, &agent, &trustee);
     agent.seen.wait("hello", 2).await;
     signal(&second, Signal::SIGTERM);
-    assert_eq!(ends(second).await.status.code(), Some(0));
+    assert!(ended_by_term(&ends(second).await));
 }
 
 #[tokio::test]
@@ -104,5 +109,5 @@ async fn without_trustee_a_pod_needs_its_user_data_first() {
     let child = spawn(&store, &agent, &["--no-trustee"]);
     agent.seen.wait("hello", 1).await;
     signal(&child, Signal::SIGTERM);
-    assert_eq!(ends(child).await.status.code(), Some(0));
+    assert!(ended_by_term(&ends(child).await));
 }
