@@ -282,7 +282,7 @@ async fn a_signal_ends_the_wait_for_a_namespace() {
     let agent = Agent::start(Mode::attestation()).await;
     let inbound = "KUBERNETES_PHASE:LOG:none-such:7000";
     let mut connect = connect(&directory.path().join("store"), &kbs, &agent, &["--inbounds", inbound]);
-    connect.log.wait("inbound LOG: waiting for its network namespace, ", 1).await;
+    connect.log.wait("waiting for network namespace", 1).await;
     connect.signal(Signal::SIGINT);
     assert_eq!(connect.ends().await.code(), Some(130));
 }
