@@ -455,34 +455,42 @@ async fn a_dropped_adaptor_stops_its_pods() {
     assert_eq!(world.adaptor.resume_all().await.unwrap(), [pod()]);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_fixed_port_is_free_once_the_pod_is_stopped() {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = free.local_addr().unwrap().port();
-    drop(free);
-    let (kbs, _, _) = kbs_in(KbsMode::Accepts).await;
+    let listeners: Vec<_> = (0..16).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let ports: Vec<_> = listeners.iter().map(|listener| listener.local_addr().unwrap().port()).collect();
+    drop(listeners);
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("socket");
-    let tags = format!("KUBERNETES_PHASE:KATAAGENT:{port},KUBERNETES_PHASE:X:{}", socket.display());
+    let mut tags = format!("KUBERNETES_PHASE:KATAAGENT:{}", socket.display());
+    for (index, port) in ports.iter().enumerate() {
+        tags += &format!(",KUBERNETES_PHASE:X{index}:{port}");
+    }
+    let are_free = || {
+        for port in &ports {
+            std::net::TcpListener::bind(("127.0.0.1", *port)).unwrap();
+        }
+        assert!(!socket.exists());
+    };
+    let (kbs, _, _) = kbs_in(KbsMode::Accepts).await;
     let world = World::custom(kbs, &tags).await;
     for round in 0..20 {
-        let endpoints = world.prepared(soon()).await.unwrap_or_else(|e| panic!("{round}: {e}"));
-        assert_eq!(endpoints.len(), 2);
+        let endpoints = world.prepared(soon()).await.unwrap_or_else(|error| panic!("{round}: {error}"));
+        assert_eq!(endpoints.len(), 17);
         if round % 2 == 0 {
             world.stop().await.unwrap();
         } else {
             world.suspend().await;
         }
-        assert!(!socket.exists());
+        are_free();
     }
     // After a prepare that failed, too.
-    let (fails, _, _) = kbs_in(KbsMode::Hangs("")).await;
-    let failing = World::custom(fails, &tags).await;
+    let (hangs, _, _) = kbs_in(KbsMode::Hangs("")).await;
+    let failing = World::custom(hangs, &tags).await;
     for _ in 0..3 {
-        let prepared = failing.adaptor.prepare(&pod(), Deadline::after(Duration::from_millis(100))).await;
+        let prepared = failing.prepared(Deadline::after(Duration::from_millis(100))).await;
         assert!(matches!(prepared, Err(AdaptorError::Kbs(_))), "{prepared:?}");
-        world.prepared(soon()).await.unwrap();
-        world.stop().await.unwrap();
+        are_free();
     }
 }
 

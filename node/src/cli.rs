@@ -32,6 +32,12 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Bring one pod's tunnels up and keep them up, in the foreground
+    #[command(
+        after_help = "Example: the keys come from a KBS, and a service of the node is reached from the pod:\n  \
+        secure-comms-adaptor connect --pod-id 3f2a --address 10.0.0.7 --kbs kbs.example:8080 \\\n    \
+        --kbs-admin-key admin.pem --outbounds KUBERNETES_PHASE:LOG:127.0.0.1:5170\n\n\
+        It ends with 0 on SIGTERM, SIGINT or SIGHUP once the pod is up, with 128 and the signal's number before."
+    )]
     Connect(Box<ConnectArgs>),
     /// Print the apf.json fragment for a pod VM without Trustee (secret: it holds the pod's private key)
     UserData(UserDataArgs),

@@ -334,7 +334,10 @@ fn a_store_that_may_not_be_written_is_an_error_with_a_fix() {
     // A copy that any user may run: a user that is not root may not write to /var/lib.
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let program = dir.path().join("adaptor");
-    fs::copy(env!("CARGO_BIN_EXE_secure-comms-adaptor"), &program).unwrap();
+    // Not by this process: another test's fork would hold the file open for writing, which keeps it from being started.
+    let copied =
+        Command::new("cp").arg(env!("CARGO_BIN_EXE_secure-comms-adaptor")).arg(&program).status().unwrap();
+    assert!(copied.success());
     let mut command = Command::new(program);
     command.env_clear().args(["keygen", "--store", "/var/lib/secure-comms-test"]);
     if nix::unistd::geteuid().is_root() {

@@ -282,7 +282,7 @@ async fn a_signal_ends_the_wait_for_a_namespace() {
     let agent = Agent::start(Mode::attestation()).await;
     let inbound = "KUBERNETES_PHASE:LOG:none-such:7000";
     let mut connect = connect(&directory.path().join("store"), &kbs, &agent, &["--inbounds", inbound]);
-    connect.log.wait("inbound LOG: waiting for its network namespace, ", 1).await;
+    connect.log.wait("waiting for network namespace", 1).await;
     connect.signal(Signal::SIGINT);
     assert_eq!(connect.ends().await.code(), Some(130));
 }
@@ -302,86 +302,6 @@ async fn nohup_is_respected() {
     connect.log.wait("keys: attempt 1: still here", 1).await;
     connect.signal(Signal::SIGTERM);
     assert_eq!(connect.ends().await.code(), Some(143));
-}
-
-fn other_command(arguments: &[&str], store: &std::path::Path) -> std::process::Output {
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"));
-    command.args(arguments).arg("--store").arg(store).output().unwrap()
-}
-
-#[tokio::test]
-async fn one_adaptor_drives_a_pod_at_a_time() {
-    let directory = tempfile::tempdir().unwrap();
-    let (kbs, asked) = support::kbs().await;
-    let store = directory.path().join("store");
-    let opened = DirectoryStore::open(&store).unwrap();
-    let agent = Agent::start(latched(&opened).await).await;
-    let mut first = connect(&store, &kbs, &agent, &[]);
-    first.log.wait("kubernetes phase up", 1).await;
-    let (requests, connections) = (asked.all().len(), agent.seen.count("connection"));
-    let expected =
-        format!("another adaptor (pid {}) drives pod pod-1: end it first", first.child.id().unwrap());
-    for more in [&[][..], &["--delete-on-exit"], &["--no-trustee"]] {
-        let mut second = if more == ["--no-trustee"] {
-            without_trustee(&store, &agent)
-        } else {
-            connect(&store, &kbs, &agent, more)
-        };
-        assert_eq!(second.ends().await.code(), Some(1), "{:?}", second.log.all());
-        assert_eq!(second.log.count(&expected), 1, "{:?}", second.log.all());
-    }
-    assert_eq!(asked.all().len(), requests, "the others have changed nothing");
-    assert_eq!(agent.seen.count("connection"), connections);
-    // Commands that drive no pod need no lock.
-    let user_data = directory.path().join("user-data");
-    for arguments in [
-        &["keygen", "--pod-id", "pod-1"][..],
-        &["user-data", "--pod-id", "pod-1", "--output", user_data.to_str().unwrap()],
-    ] {
-        let output = other_command(arguments, &store);
-        assert!(output.status.success(), "{arguments:?}: {output:?}");
-    }
-    first.signal(Signal::SIGKILL);
-    first.child.wait().await.unwrap();
-    let mut second = connect(&store, &kbs, &agent, &[]);
-    second.log.wait("kubernetes phase up", 1).await;
-    second.signal(Signal::SIGTERM);
-    assert_eq!(second.ends().await.code(), Some(0));
-}
-
-fn without_trustee(store: &std::path::Path, agent: &Agent) -> Connect {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"));
-    command
-        .args(["connect", "--no-trustee", "--pod-id", pod().as_str()])
-        .args(["--address", &agent.address.to_string(), "--store"])
-        .arg(store)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
-    Connect::spawn(&mut command)
-}
-
-#[tokio::test]
-async fn without_trustee_a_pod_needs_its_user_data_first() {
-    let directory = tempfile::tempdir().unwrap();
-    let store = directory.path().join("store");
-    let agent = Agent::start(Mode::attestation()).await;
-    let mut early = without_trustee(&store, &agent);
-    assert_eq!(early.ends().await.code(), Some(1), "{:?}", early.log.all());
-    let expected = "pod pod-1 has no key here: run user-data first (wrong --store?)";
-    assert_eq!(early.log.count(expected), 1, "{:?}", early.log.all());
-    assert_eq!(std::fs::read_dir(store.join("pods")).unwrap().count(), 0);
-    assert_eq!(agent.seen.count("connection"), 0);
-    // With its user data the same command waits for the VM.
-    let output = directory.path().join("user-data");
-    let made =
-        other_command(&["user-data", "--pod-id", "pod-1", "--output", output.to_str().unwrap()], &store);
-    assert!(made.status.success(), "{made:?}");
-    agent.become_(latched(&DirectoryStore::open(&store).unwrap()).await);
-    let mut connect = without_trustee(&store, &agent);
-    connect.log.wait("kubernetes phase up", 1).await;
-    connect.signal(Signal::SIGTERM);
-    assert_eq!(connect.ends().await.code(), Some(0));
 }
 
 #[tokio::test]

@@ -135,11 +135,15 @@ async fn a_frozen_adaptor_is_replaced_by_a_new_one_at_once() -> Result<()> {
     let frozen = scene.adaptor()?;
     works(&scene, &frozen).await?;
     frozen.stop()?;
-    // The frozen one holds the pod's lock: the new one runs on another machine, with a copy of the store.
-    let (store, locked) = (scene.path("store"), scene.path("locked"));
-    std::fs::rename(&store, &locked)?;
-    let copied = Command::new("cp").arg("-a").arg(&locked).arg(&store).status().await?;
-    ensure!(copied.success(), "cp: {copied}");
+    // With the same store it would be two adaptors for one pod.
+    let mut refused = scene.adaptor()?;
+    ensure!(refused.wait_exit(PATIENCE).await?.code() == Some(1), "{}", refused.log());
+    ensure!(refused.log().contains("another adaptor (pid "), "{}", refused.log());
+    // As when a pod moves to a worker node that has a copy of the keys.
+    std::fs::rename(scene.path("store"), scene.path("frozen-store"))?;
+    let mut copy = tokio::process::Command::new("cp");
+    let copied = copy.arg("-a").arg(scene.path("frozen-store")).arg(scene.path("store")).status().await?;
+    ensure!(copied.success(), "copying the store: {copied}");
     let adaptor = scene.adaptor()?;
     works(&scene, &adaptor).await?;
     ensure!(agent.log().contains("replaced by a newer one"), "{}", agent.log());

@@ -26,7 +26,7 @@ fn top() -> PathBuf {
 /// The scripts that people start: executable files of these directories with a `#!` line.
 fn scripts() -> Vec<PathBuf> {
     let mut scripts = Vec::new();
-    for directory in ["image", "tests", "deploy"] {
+    for directory in ["image", "tests", "tests/stock-clients", "deploy"] {
         for entry in std::fs::read_dir(top().join(directory)).unwrap() {
             let path = entry.unwrap().path();
             let is_script = path.is_file() && std::fs::read(&path).unwrap().starts_with(b"#!");
@@ -40,7 +40,7 @@ fn scripts() -> Vec<PathBuf> {
 async fn help_of_every_program_is_0_on_standard_output() -> Result<()> {
     let binaries = ensure_built().await?;
     let mut programs = scripts();
-    assert!(programs.len() >= 14, "{programs:?}");
+    assert!(programs.len() >= 15, "{programs:?}");
     programs.extend([&binaries.agent, &binaries.adaptor, &binaries.simulator].map(Clone::clone));
     programs.extend(
         [

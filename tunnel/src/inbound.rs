@@ -205,7 +205,7 @@ async fn bind_tcp(
             Err(error) if namespace.is_some() && not_yet(&error) && Instant::now() < deadline => {
                 if Instant::now() >= next_report {
                     let left = deadline.saturating_duration_since(Instant::now()).as_secs();
-                    log::warn!("inbound {name}: waiting for its network namespace, {left} s left: {error}");
+                    log::warn!("inbound {name}: waiting for network namespace, {left} s left: {error}");
                     next_report = Instant::now() + WAIT_REPEAT;
                 }
                 sleep(RETRY_MIN).await;

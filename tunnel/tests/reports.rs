@@ -94,7 +94,7 @@ async fn a_namespace_that_does_not_come_is_said_to_be_waited_for() {
         let tag = parse_list::<InboundTag>("KUBERNETES_PHASE:NETNS:no-such-netns:0").unwrap().remove(0);
         let binding = tokio::spawn(async move { Inbound::bind(&tag).await.map(drop) });
         let line = said("inbound NETNS").await;
-        assert!(line.contains("waiting for its network namespace, ") && line.contains(" s left: "), "{line}");
+        assert!(line.contains("waiting for network namespace, ") && line.contains(" s left: "), "{line}");
         assert!(line.contains("/run/netns/no-such-netns"), "{line}");
         binding.abort();
     })

@@ -164,7 +164,7 @@ impl fmt::Display for VmLine {
 }
 
 /// Receives every event of every pod. It is called in the pod's task and must not block: while it does, the pod's
-/// connection stands still.
+/// connection stands still. A panic in it ends the pod's task.
 pub type Observer = Arc<dyn Fn(&PodId, &PodEvent) + Send + Sync>;
 
 /// The last error of each kind that can keep a pod from coming up.

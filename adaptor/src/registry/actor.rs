@@ -109,7 +109,7 @@ impl Actor {
     ) -> Self {
         let states = status.subscribe();
         Self {
-            status: EndGuard { status, done: false },
+            status: EndGuard { id: id.clone(), status, done: false },
             id,
             shared,
             pods,
@@ -144,6 +144,7 @@ impl Actor {
                 Woken::Command(Some(command)) => self.accept(command),
                 // The adaptor was dropped.
                 Woken::Command(None) => {
+                    self.status.status.closed();
                     self.status.status.set_state(PodState::Stopped);
                     break;
                 }
@@ -547,16 +548,17 @@ impl Actor {
 
 /// Sets the final state if the task ends without having done so: a panic, an abort, or a runtime that is gone.
 struct EndGuard {
+    id: PodId,
     status: StatusReporter,
     done: bool,
 }
 
 impl EndGuard {
     fn fail(&self, why: &str) {
+        let reason = format!("the pod's task ended unexpectedly ({why}): prepare the pod again");
+        tracing::error!("pod {}: {reason}", self.id);
         self.status.closed();
-        self.status.set_state(PodState::Failed {
-            reason: format!("the pod's task ended unexpectedly ({why}): prepare the pod again"),
-        });
+        self.status.set_state(PodState::Failed { reason });
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 /// Most bytes that wait to be written. A pipe holds 64 KiB more.
 const QUEUE_MAX: usize = 1 << 20;
 
-/// Writes lines in the background, in order. A stream that blocks never blocks a caller: once `QUEUE_MAX` bytes wait,
+/// Writes lines in the background, in order. A stream that blocks never blocks a caller: once 1 MiB waits,
 /// further lines are dropped, and in their place a line says how many. Clones write to the same stream.
 #[derive(Clone)]
 pub struct Writer(Arc<Shared>);
