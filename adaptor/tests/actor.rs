@@ -1,4 +1,4 @@
-//! A pod's task: commands that cross, callers that leave, a KBS that does not answer, and an end that nobody ordered.
+//! A pod's task: commands that cross, callers that leave, a KBS that does not answer, and an unexpected end.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "the helpers of a test fail loudly")]
 
 mod support;
@@ -418,7 +418,7 @@ async fn a_task_that_panics_says_so_and_can_be_replaced() {
     sleep(Duration::from_millis(50)).await;
     assert!(TcpStream::connect(&local).await.is_err());
     world.prepare().await;
-    assert_eq!(now.borrow_and_update().state, PodState::Prepared, "those that watch the pod go on");
+    assert_eq!(now.borrow_and_update().state, PodState::Prepared, "subscribers stay subscribed");
     world.stop().await.unwrap();
     assert!(world.adaptor.snapshot(&pod()).is_none());
 }

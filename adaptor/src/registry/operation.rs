@@ -214,7 +214,7 @@ impl Context {
     async fn unless_cancelled<T>(&self, work: impl Future<Output = T>) -> Result<T, AdaptorError> {
         let mut cancel = self.cancel.clone();
         let cancelled = async {
-            // Nothing can cancel the operation any more: it is not one of those that wait in a queue.
+            // Nothing can cancel the operation any more: a republication is dropped instead.
             if cancel.wait_for(|cancelled| *cancelled).await.is_err() {
                 pending().await
             }
