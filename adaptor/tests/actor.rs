@@ -276,7 +276,8 @@ async fn a_dropped_stop_or_suspend_goes_on() {
         let world = World::new("").await;
         for polls in 0.. {
             let (_agent, local) = world.up().await;
-            let _client = hold_stream(&local).await;
+            // Dropped while the streams drain.
+            let _client = if polls == 1 { Some(hold_stream(&local).await) } else { None };
             let end = async {
                 if stops {
                     world.stop().await.unwrap();
@@ -368,7 +369,7 @@ async fn random_command(adaptor: Arc<Adaptor>, command: u64, agent: Agent, polls
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn commands_that_cross_leave_a_pod_that_works() {
-    for seed in 1..=4 {
+    for seed in 1..=3 {
         let mut world = World::new("").await;
         let (agent, _) = world.up().await;
         let mut dice = Dice(seed);
@@ -376,7 +377,7 @@ async fn commands_that_cross_leave_a_pod_that_works() {
         // The second adaptor can use the pod once the first one is gone.
         world = world.restart("");
         let mut calls = tokio::task::JoinSet::new();
-        for _ in 0..60 {
+        for _ in 0..50 {
             let polls = if dice.roll(3) == 0 { 1 } else { usize::MAX };
             calls.spawn(random_command(adaptor.clone(), dice.roll(9), agent.clone(), polls));
             match dice.roll(4) {
