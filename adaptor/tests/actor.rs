@@ -686,3 +686,25 @@ async fn a_lost_connection_says_what_it_cost() {
     world.events.wait("channel down: ", 2).await;
     assert_eq!(world.events.count("by the reconnect"), 1, "{:?}", world.events.all());
 }
+
+#[tokio::test]
+async fn a_stop_interrupts_a_publication_of_a_pod_that_is_up() {
+    let (kbs, requests, mode) = kbs_in(KbsMode::Accepts).await;
+    let world = World::custom(kbs, KATAAGENT).await;
+    let (_agent, local) = world.up().await;
+    *mode.lock().unwrap() = KbsMode::Hangs("");
+    let id = pod();
+    let stop = async {
+        requests.wait("publicKey", 2).await;
+        echoes(&local).await;
+        let begin = Instant::now();
+        let stopped = world.stop().await;
+        assert!(begin.elapsed() < 2 * AT_ONCE, "{:?}", begin.elapsed());
+        assert!(matches!(stopped, Err(AdaptorError::NotDeleted { .. })), "{stopped:?}");
+    };
+    let (published, ()) = tokio::join!(world.adaptor.publish_keys(&id), stop);
+    assert!(matches!(published, Err(AdaptorError::Stopped(_))), "{published:?}");
+    *mode.lock().unwrap() = KbsMode::Accepts;
+    world.stop().await.unwrap();
+    world.nothing_is_left(&local).await;
+}

@@ -52,7 +52,7 @@ pub(super) struct Actor {
     ending: Option<Ending>,
     /// Whether nothing of the pod can be in the KBS.
     untouched: bool,
-    /// Whether the last operation was interrupted while it waited, as a rule for the KBS.
+    /// Whether the stop interrupted a wait that was, as a rule, for the KBS.
     kbs_is_silent: bool,
     next_report: Option<Instant>,
 }

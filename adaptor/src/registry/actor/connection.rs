@@ -37,6 +37,8 @@ impl Actor {
     }
 
     pub(super) fn on_start_deadline(&mut self) {
+        // The pod may have come up at the same moment.
+        self.on_state();
         let last_seen = self.status.status.last_seen();
         if let Some(channel) = &mut self.channel {
             channel.give_up(&self.id, last_seen);

@@ -17,11 +17,12 @@ impl Actor {
         if let Some(operation) = &self.operation {
             operation.cancel.send_replace(true);
         }
-        if let Some(publishing) = self.publishing.take()
-            && let Some(reply) = publishing.reply
-        {
-            let error = self.stopped();
-            self.answer(reply, Err(error));
+        if let Some(publishing) = self.publishing.take() {
+            self.kbs_is_silent = true;
+            if let Some(reply) = publishing.reply {
+                let error = self.stopped();
+                self.answer(reply, Err(error));
+            }
         }
         if let Some(channel) = &mut self.channel {
             if let Some(reply) = channel.take_waiter() {
