@@ -281,9 +281,9 @@ pub(super) async fn delete(id: PodId, shared: Arc<Shared>, deletion: Deletion) -
     {
         let resource = resource::pod_private_key(&id);
         let deleted = kbs.within(deletion.deadline.left()).delete(&resource).await;
-        deleted.map_err(|source| {
-            let source = Box::new(source);
-            AdaptorError::NotDeleted { pod: id.clone(), resource, source }
+        deleted.map_err(|error| {
+            let cause = Box::new(error);
+            AdaptorError::NotDeleted { pod: id.clone(), resource, cause }
         })?;
     }
     Ok(shared.store.forget(&id).await?)
