@@ -110,7 +110,7 @@ impl Adaptor {
             },
             None => command,
         };
-        // Those that watch the pod go on watching it.
+        // Subscribers of the ended task stay subscribed.
         let status = pods.get(id).map(|pod| pod.status.clone());
         let status = status
             .unwrap_or_else(|| StatusReporter::new(id.clone(), Arc::clone(&self.shared.config.observer)));

@@ -185,3 +185,49 @@ async fn files_that_others_may_access_are_refused() {
         chain(&error)
     );
 }
+
+#[tokio::test]
+async fn a_pod_has_one_lock_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (open(dir.path()), open(dir.path()));
+    assert!(a.lock_pod(&pod("a")).await.unwrap().is_none(), "no record, no lock");
+    assert_eq!(fs::read_dir(dir.path().join("pods")).unwrap().count(), 0);
+    for id in ["a", "b"] {
+        a.pod_key(&pod(id)).await.unwrap();
+    }
+    let held = a.lock_pod(&pod("a")).await.unwrap().unwrap();
+    let refused = b.lock_pod(&pod("a")).await.unwrap_err();
+    assert!(
+        matches!(&refused, StoreError::Locked { pid: Some(pid), .. } if *pid == std::process::id()),
+        "{refused}"
+    );
+    let other = b.lock_pod(&pod("b")).await.unwrap().unwrap();
+    // Whatever is in the file: it only names the holder.
+    for broken in ["", "x", "-1", "99999999999999999999"] {
+        fs::write(dir.path().join("pods/a/adaptor.pid"), broken).unwrap();
+        let refused = b.lock_pod(&pod("a")).await.unwrap_err().to_string();
+        assert_eq!(refused, "another adaptor drives pod a: end it first, or use another --store");
+    }
+    // What needs no lock.
+    b.pod_key(&pod("a")).await.unwrap();
+    assert_eq!(b.pods().await.unwrap(), [pod("a"), pod("b")]);
+    drop(held);
+    drop(b.lock_pod(&pod("a")).await.unwrap().unwrap());
+    drop(other);
+}
+
+#[tokio::test]
+async fn the_lock_of_a_pod_does_not_outlive_its_record() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (open(dir.path()), open(dir.path()));
+    a.pod_key(&pod("a")).await.unwrap();
+    let held = a.lock_pod(&pod("a")).await.unwrap().unwrap();
+    a.forget(&pod("a")).await.unwrap();
+    assert_eq!(fs::read_dir(dir.path().join("pods")).unwrap().count(), 0);
+    // Another pod of the same id.
+    b.pod_key(&pod("a")).await.unwrap();
+    let again = b.lock_pod(&pod("a")).await.unwrap().unwrap();
+    drop(held);
+    assert!(matches!(a.lock_pod(&pod("a")).await, Err(StoreError::Locked { .. })));
+    drop(again);
+}

@@ -199,7 +199,7 @@ impl Driver {
         }
     }
 
-    /// The agent may be a stranger that only answers pings: the other addresses get their turn.
+    /// The agent may be a stranger that only answers pings: the other addresses are tried, too.
     async fn on_no_keys(
         &mut self,
         session: Session<Attestation>,

@@ -30,7 +30,7 @@ pub(crate) struct Plan {
     pub(crate) attestation_limits: AttestationLimits,
 }
 
-/// How long a connection in the Attestation phase is kept, whoever is at the other end. That phase authenticates neither
+/// How long a connection in the Attestation phase is kept. That phase authenticates neither
 /// end, so a stranger at one address could hold the pod there, and no other address would be tried.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AttestationLimits {

@@ -47,15 +47,15 @@ pub enum AdaptorError {
     },
     /// The KBS did not delete the pod's key. The key is still in the store, so that the pod can be stopped again.
     #[error(
-        "stop pod {pod}: {resource} may still be in the KBS: stop the pod again, or delete it from the KBS by hand"
+        "stop pod {pod}: {resource} may still be in the KBS: {cause}; then stop the pod again, or delete it from the KBS by hand"
     )]
     NotDeleted {
         /// Id of the pod.
         pod: PodId,
         /// The resource that may still be in the KBS.
         resource: String,
-        /// Why.
-        source: Box<KbsError>,
+        /// Why. It is part of the text.
+        cause: Box<KbsError>,
     },
     /// The pod is not prepared.
     #[error("pod {0}: not prepared: prepare it first")]

@@ -214,7 +214,7 @@ impl Context {
     async fn unless_cancelled<T>(&self, work: impl Future<Output = T>) -> Result<T, AdaptorError> {
         let mut cancel = self.cancel.clone();
         let cancelled = async {
-            // Nothing can cancel the operation any more: it is not one of those that wait in a queue.
+            // Nothing can cancel the operation any more: a republication is dropped instead.
             if cancel.wait_for(|cancelled| *cancelled).await.is_err() {
                 pending().await
             }
@@ -281,9 +281,9 @@ pub(super) async fn delete(id: PodId, shared: Arc<Shared>, deletion: Deletion) -
     {
         let resource = resource::pod_private_key(&id);
         let deleted = kbs.within(deletion.deadline.left()).delete(&resource).await;
-        deleted.map_err(|source| {
-            let source = Box::new(source);
-            AdaptorError::NotDeleted { pod: id.clone(), resource, source }
+        deleted.map_err(|error| {
+            let cause = Box::new(error);
+            AdaptorError::NotDeleted { pod: id.clone(), resource, cause }
         })?;
     }
     Ok(shared.store.forget(&id).await?)
