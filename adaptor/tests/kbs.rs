@@ -535,7 +535,8 @@ fn make_ca(params: &mut rcgen::CertificateParams) {
 
 #[tokio::test]
 async fn the_kbs_certificate_itself_is_trusted() {
-    let cases: [(&str, &[&str], fn(&mut rcgen::CertificateParams)); 4] = [
+    type Case<'a> = (&'a str, &'a [&'a str], fn(&mut rcgen::CertificateParams));
+    let cases: [Case<'_>; 4] = [
         ("a CA, as of plain openssl req -x509", &["127.0.0.1"], make_ca),
         ("a CA without a name", &[], make_ca),
         ("no CA, without a name", &[], |_| {}),
