@@ -12,6 +12,7 @@ use super::tls;
 /// The longest text of a cause, in bytes.
 const CAUSE_MAX: usize = 300;
 const UNREACHABLE: &str = "; check that it runs, --kbs-url, and the network";
+const UNRESOLVED: &str = "; check the name in --kbs-url, and this node's DNS: a name of the cluster resolves only with the cluster's DNS";
 
 /// Why an attempt failed.
 pub(super) enum Failure {
@@ -58,13 +59,12 @@ fn explain(error: &reqwest::Error, url: &str) -> (String, String) {
     if error.is_timeout() {
         return ("no answer in time".to_owned(), UNREACHABLE.to_owned());
     }
-    let text = match () {
-        () if cause.contains("failed to lookup address") => {
-            format!("its host name does not resolve: {cause}")
-        }
-        () if error.is_connect() => format!("connect: {cause}"),
-        () => cause,
-    };
+    // The client's own word for this layer, whichever resolver it uses.
+    if chain(error).any(|layer| layer.to_string() == "dns error") {
+        let cause = cause.strip_prefix("failed to lookup address information: ").unwrap_or(&cause);
+        return (format!("its host name does not resolve: {cause}"), UNRESOLVED.to_owned());
+    }
+    let text = if error.is_connect() { format!("connect: {cause}") } else { cause };
     (text, UNREACHABLE.to_owned())
 }
 
