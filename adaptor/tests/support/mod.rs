@@ -69,8 +69,13 @@ impl Lines {
     }
 }
 
+/// A KBS that accepts every request and records it.
+pub async fn kbs() -> (url::Url, Lines) {
+    kbs_with_disk(Arc::default()).await
+}
+
 /// A KBS that records every request and accepts it, unless its disk is full: then it answers as Trustee does.
-pub async fn kbs(full: Arc<AtomicBool>) -> (url::Url, Lines) {
+pub async fn kbs_with_disk(full: Arc<AtomicBool>) -> (url::Url, Lines) {
     let lines = Lines::default();
     let requests = lines.clone();
     let app = axum::Router::new().fallback(move |request: axum::extract::Request| {
@@ -130,7 +135,7 @@ impl World {
     pub async fn new(outbounds: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let kbs_full = Arc::default();
-        let (kbs, published) = kbs(Arc::clone(&kbs_full)).await;
+        let (kbs, published) = kbs_with_disk(Arc::clone(&kbs_full)).await;
         let (adaptor, events, store) = build(&directory, Some(&kbs), outbounds);
         Self { adaptor, events, published, store, kbs_full, directory, kbs }
     }
@@ -144,7 +149,7 @@ impl World {
     pub async fn user_data() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let kbs_full = Arc::default();
-        let (kbs, published) = kbs(Arc::clone(&kbs_full)).await;
+        let (kbs, published) = kbs_with_disk(Arc::clone(&kbs_full)).await;
         let (adaptor, events, store) = build(&directory, None, "");
         Self { adaptor, events, published, store, kbs_full, directory, kbs }
     }
