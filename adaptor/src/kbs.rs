@@ -4,6 +4,7 @@
 
 mod auth;
 mod cause;
+mod chain;
 mod error;
 mod error_body;
 mod pace;
@@ -96,7 +97,7 @@ impl KbsClient {
             .pool_max_idle_per_host(0)
             .user_agent(concat!("secure-comms-adaptor/", env!("CARGO_PKG_VERSION")));
         http = http.tls_backend_preconfigured(tls::config(settings)?);
-        let http = http.build().map_err(|error| KbsError::Setup(cause::root(&error)))?;
+        let http = http.build().map_err(|error| KbsError::Setup(chain::root(&error)))?;
         let url = settings.url.as_str().trim_end_matches('/');
         let url = url.strip_suffix(API).unwrap_or(url).trim_end_matches('/').to_owned();
         Ok(Self { http, url, admin, retry_for })
