@@ -189,7 +189,9 @@ impl KbsClient {
                 return Err(KbsError::Unreachable { url: self.url.clone(), tries, seconds, last, advice });
             };
             if failure.text != reported {
-                tracing::warn!("KBS at {}: {}{}; retrying", self.url, failure.text, failure.advice);
+                let seconds = pause.as_secs();
+                let when = if seconds == 0 { String::new() } else { format!(" in {seconds} s") };
+                tracing::warn!("KBS at {}: {}{}; retrying{when}", self.url, failure.text, failure.advice);
                 reported = failure.text;
             }
             tokio::time::sleep(pause).await;
