@@ -4,6 +4,7 @@
 
 mod auth;
 mod cause;
+mod chain;
 mod error;
 mod error_body;
 mod names;
@@ -102,7 +103,7 @@ impl KbsClient {
             .pool_max_idle_per_host(0)
             .user_agent(concat!("secure-comms-adaptor/", env!("CARGO_PKG_VERSION")));
         http = http.tls_backend_preconfigured(tls::config(settings)?);
-        let http = http.build().map_err(|error| KbsError::Setup(cause::root(&error)))?;
+        let http = http.build().map_err(|error| KbsError::Setup(chain::root(&error)))?;
         let url = settings.url.as_str().trim_end_matches('/');
         let url = url.strip_suffix(API).unwrap_or(url).trim_end_matches('/').to_owned();
         Ok(Self { http, url, admin, retry_for })
@@ -204,7 +205,9 @@ impl KbsClient {
                 return Err(KbsError::Unreachable { url: self.url.clone(), tries, seconds, last, advice });
             };
             if failure.text != reported {
-                tracing::warn!("KBS at {}: {}{}; retrying", self.url, failure.text, failure.advice);
+                let seconds = pause.as_secs();
+                let when = if seconds == 0 { String::new() } else { format!(" in {seconds} s") };
+                tracing::warn!("KBS at {}: {}{}; retrying{when}", self.url, failure.text, failure.advice);
                 reported = failure.text;
             }
             tokio::time::sleep(pause).await;

@@ -704,4 +704,5 @@ async fn a_host_that_does_not_resolve_is_named_as_such() {
         "{text}"
     );
     assert!(!text.contains("client error") && !text.contains("dns error"), "{text}");
+    assert!(!text.contains("does not resolve") || text.ends_with("only with the cluster's DNS"), "{text}");
 }

@@ -16,7 +16,6 @@ use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::simulators::kbs::{Fault, KbsOptions, LoggedRequest};
 use secure_comms_tests::simulators::tcp_proxy::TcpProxy;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::process::Command;
 use tokio::sync::RwLock;
 use tokio::time::{sleep, timeout};
 
@@ -479,7 +478,7 @@ async fn a_final_stop_deletes_the_pods_key_everywhere() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_final_stop_that_the_kbs_cannot_carry_out_keeps_the_key() -> Result<()> {
     let mut scene = scene().await?;
-    scene.deadline = 20;
+    scene.deadline = 10;
     let _agent = scene.agent().await?;
     let mut command = scene.adaptor_command(&[scene.ssh])?;
     command.arg("--delete-on-exit");

@@ -1,18 +1,15 @@
 //! Why an attempt got no answer, in words for operators: the cause at the root, without the layers of the HTTP client.
 
-use std::error::Error;
-use std::io;
 use std::time::Duration;
 
-use secure_comms_keys::text::one_line;
 use secure_comms_tunnel::names::LookupError;
 
 use super::KbsError;
+use super::chain::{chain, root};
 use super::tls;
 
-/// The longest text of a cause, in bytes.
-const CAUSE_MAX: usize = 300;
 const UNREACHABLE: &str = "; check that it runs, --kbs-url, and the network";
+const UNRESOLVED: &str = "; check the name in --kbs-url, and this node's DNS: a name of the cluster resolves only with the cluster's DNS";
 
 /// Why an attempt failed.
 pub(super) enum Failure {
@@ -59,30 +56,9 @@ fn explain(error: &reqwest::Error, url: &str) -> (String, String) {
     if error.is_timeout() {
         return ("no answer in time".to_owned(), UNREACHABLE.to_owned());
     }
-    let lookup = chain(error).find_map(|source| source.downcast_ref::<LookupError>());
-    let text = match lookup {
-        Some(lookup) => lookup.to_string(),
-        None if error.is_connect() => format!("connect: {cause}"),
-        None => cause,
-    };
+    if let Some(lookup) = chain(error).find_map(|layer| layer.downcast_ref::<LookupError>()) {
+        return (lookup.to_string(), UNRESOLVED.to_owned());
+    }
+    let text = if error.is_connect() { format!("connect: {cause}") } else { cause };
     (text, UNREACHABLE.to_owned())
-}
-
-/// The error and its sources, those that I/O errors wrap included.
-pub(super) fn chain<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
-    let next = |error: &&'a (dyn Error + 'static)| -> Option<&'a (dyn Error + 'static)> {
-        let error: &'a (dyn Error + 'static) = *error;
-        // `source` of an I/O error skips the error that it wraps.
-        match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
-            Some(held) => Some(held),
-            None => error.source(),
-        }
-    };
-    std::iter::successors(Some(error), next)
-}
-
-/// The cause at the root, in one line. The layers above it only repeat the URL, or say "client error".
-pub(super) fn root(error: &reqwest::Error) -> String {
-    let cause = chain(error).last().map(ToString::to_string).unwrap_or_default();
-    one_line(&cause, CAUSE_MAX)
 }

@@ -29,7 +29,9 @@ struct TrusteeError {
 impl ErrorBody {
     /// Reads a body; `html` says that the response calls itself HTML.
     pub(super) fn read(body: &[u8], html: bool) -> Self {
-        if let Ok(error) = serde_json::from_slice::<TrusteeError>(body) {
+        let error = serde_json::from_slice::<TrusteeError>(body).ok();
+        // Another server's JSON is shown as it is.
+        if let Some(error) = error.filter(|error| !error.r#type.is_empty() || !error.detail.is_empty()) {
             let variant = error.r#type.rsplit('/').next().unwrap_or_default().to_owned();
             return Self { variant, detail: error.detail, page: html };
         }
@@ -113,5 +115,6 @@ mod tests {
         assert_eq!(shown("<title>without end", true), " (a web page)");
         assert_eq!(shown("İ<title>ok</title>", true), " (a web page: ok)");
         assert_eq!(shown("no page", false), " no page");
+        assert_eq!(shown(r#"{"message":"no Route matched"}"#, false), r#" {"message":"no Route matched"}"#);
     }
 }

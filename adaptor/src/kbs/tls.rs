@@ -9,8 +9,9 @@ use rustls::pki_types::pem::PemObject;
 use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore};
 use url::{Host, Url};
 
+use super::chain::{chain, root};
 use super::pin::PinVerifier;
-use super::{KbsError, KbsSettings, cause};
+use super::{KbsError, KbsSettings};
 
 /// `secp521r1` (RFC 5480, 2.1.1.1), as DER. *ring* has no signatures with this curve.
 const P521: &[u8] = &[0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x23];
@@ -75,7 +76,7 @@ fn remedy(url: &Url) -> String {
 }
 
 fn tls_error(error: &reqwest::Error) -> Option<&rustls::Error> {
-    cause::chain(error).find_map(|error| error.downcast_ref())
+    chain(error).find_map(|error| error.downcast_ref())
 }
 
 /// Why the server's certificate was refused, if it was, and what to do. A retry does not help then.
@@ -128,7 +129,7 @@ pub(super) fn handshake_hint(error: &reqwest::Error, url: &str) -> Option<String
             Some("; does the KBS speak TLS there? If not, write http:// in --kbs-url".to_owned())
         }
         Some(_) => Some("; check the TLS configuration of the KBS".to_owned()),
-        None if cause::root(error).contains("tls handshake eof") => {
+        None if root(error).contains("tls handshake eof") => {
             Some("; does the KBS speak TLS there? If not, write http:// in --kbs-url".to_owned())
         }
         None => None,

@@ -70,13 +70,13 @@ impl Lines {
     }
 }
 
-/// A KBS that records every request and accepts it.
+/// A KBS that accepts every request and records it.
 pub async fn kbs() -> (url::Url, Lines) {
-    kbs_that_may_be_full(Arc::default()).await
+    kbs_with_disk(Arc::default()).await
 }
 
-/// As [`kbs`], but its disk is full while `full` is set: then it answers as Trustee does.
-pub async fn kbs_that_may_be_full(full: Arc<AtomicBool>) -> (url::Url, Lines) {
+/// A KBS that records every request and accepts it, unless its disk is full: then it answers as Trustee does.
+pub async fn kbs_with_disk(full: Arc<AtomicBool>) -> (url::Url, Lines) {
     let lines = Lines::default();
     let requests = lines.clone();
     let app = axum::Router::new().fallback(move |request: axum::extract::Request| {
@@ -174,7 +174,7 @@ impl World {
     pub async fn new(outbounds: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let kbs_full = Arc::default();
-        let (kbs, published) = kbs_that_may_be_full(Arc::clone(&kbs_full)).await;
+        let (kbs, published) = kbs_with_disk(Arc::clone(&kbs_full)).await;
         let (adaptor, events, store) = build(&directory, Some(&kbs), outbounds);
         Self { adaptor, events, published, store, kbs_full, directory, kbs }
     }
@@ -208,7 +208,7 @@ impl World {
     pub async fn user_data() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let kbs_full = Arc::default();
-        let (kbs, published) = kbs_that_may_be_full(Arc::clone(&kbs_full)).await;
+        let (kbs, published) = kbs_with_disk(Arc::clone(&kbs_full)).await;
         let (adaptor, events, store) = build(&directory, None, "");
         // As the command `user-data` does.
         store.pod_key(&pod()).await.unwrap();

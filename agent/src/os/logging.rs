@@ -95,7 +95,7 @@ pub async fn write_waiting() {
 }
 
 /// Prints the last text of a process that fails to stderr, behind the lines that wait. Waits for a reader at most
-/// [`LAST_LINES`]: a process that ends must not hang because its output is not read.
+/// `LAST_LINES`: a process that ends must not hang because its output is not read.
 pub fn print_last(text: &str) {
     log::logger().flush();
     // Without a descriptor there is nothing to print to; the exit code reports the failure too.
