@@ -94,7 +94,7 @@ pub enum StoreError {
     #[error("key store")]
     File(#[from] FileError),
     /// A key file holds no usable key. It is never replaced silently, because the VM would reject the new key.
-    #[error("key store: {}: no usable key: restore the file from a backup, or delete it to have a new key made", .path.display())]
+    #[error("key store: {}: no usable key: restore the file from a backup; without one, delete it: a new key is made, and running VMs are lost", .path.display())]
     BrokenKey {
         /// Path of the file.
         path: PathBuf,

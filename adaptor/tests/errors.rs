@@ -107,8 +107,8 @@ fn sources(path: &Path, found: &mut Vec<PathBuf>) {
 #[test]
 fn no_error_type_shows_its_source() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let mut files = vec![root.join("tunnel/src/inbound.rs")];
-    for folder in ["adaptor/src", "keys/src", "node/src"] {
+    let mut files = Vec::new();
+    for folder in ["adaptor/src", "keys/src", "node/src", "tunnel/src"] {
         sources(&root.join(folder), &mut files);
     }
     assert!(files.len() > 40, "{} files", files.len());

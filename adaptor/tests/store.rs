@@ -146,7 +146,7 @@ async fn a_broken_key_is_reported_and_never_replaced() {
         }
         let expected = |file: &Path, role: &str| {
             format!(
-                "key store: {}: no usable key: restore the file from a backup, or delete it to have a new key made: \
+                "key store: {}: no usable key: restore the file from a backup; without one, delete it: a new key is made, and running VMs are lost: \
                  reading {role}: {fault}; give an unencrypted Ed25519 key (ssh-keygen -t ed25519 -N '')",
                 file.display()
             )

@@ -315,7 +315,7 @@ fn an_unusable_store_is_an_error_with_file_and_fix() {
     fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
     fs::write(&key, "garbage").unwrap();
     failure(format!(
-        "key store: {}: no usable key: restore the file from a backup, or delete it to have a new key made: \
+        "key store: {}: no usable key: restore the file from a backup; without one, delete it: a new key is made, and running VMs are lost: \
          reading the worker node's private key: not PEM: no '-----BEGIN' line; \
          give an unencrypted Ed25519 key (ssh-keygen -t ed25519 -N '')",
         key.display()

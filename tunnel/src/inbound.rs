@@ -219,8 +219,8 @@ async fn bind_tcp(
 /// takes two steps), or its `lo` is not up.
 fn not_yet(error: &NamespaceError) -> bool {
     match error {
-        NamespaceError::Open { source, .. } => source.kind() == io::ErrorKind::NotFound,
-        NamespaceError::Enter { source, .. } => source.kind() == io::ErrorKind::InvalidInput,
+        NamespaceError::Open { cause, .. } => cause.kind() == io::ErrorKind::NotFound,
+        NamespaceError::Enter { cause, .. } => cause.kind() == io::ErrorKind::InvalidInput,
         NamespaceError::Io(source) => source.kind() == io::ErrorKind::AddrNotAvailable,
     }
 }

@@ -27,20 +27,20 @@ pub struct Namespace(PathBuf);
 #[derive(Debug, thiserror::Error)]
 pub enum NamespaceError {
     /// The namespace does not exist, or we may not open it.
-    #[error("opening network namespace {path}: {source}; is netns@podns.service running?", path = path.display())]
+    #[error("opening network namespace {path}: {cause}; is netns@podns.service running?", path = path.display())]
     Open {
         /// Path of the namespace.
         path: PathBuf,
         /// Error that caused it.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The thread could not enter the namespace.
-    #[error("entering network namespace {path}: {source}; this needs CAP_SYS_ADMIN", path = path.display())]
+    #[error("entering network namespace {path}: {cause}; this needs CAP_SYS_ADMIN", path = path.display())]
     Enter {
         /// Path of the namespace.
         path: PathBuf,
         /// Error that caused it.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The operation inside the namespace failed.
     #[error(transparent)]
@@ -87,9 +87,9 @@ where
 }
 
 fn enter(path: &Path) -> Result<(), NamespaceError> {
-    let file = File::open(path).map_err(|source| NamespaceError::Open { path: path.into(), source })?;
+    let file = File::open(path).map_err(|cause| NamespaceError::Open { path: path.into(), cause })?;
     setns(file, CloneFlags::CLONE_NEWNET)
-        .map_err(|errno| NamespaceError::Enter { path: path.into(), source: errno.into() })
+        .map_err(|errno| NamespaceError::Enter { path: path.into(), cause: errno.into() })
 }
 
 /// Listens on `address`, in `namespace` if there is one. Dropping the future closes the listener.

@@ -50,10 +50,10 @@ pub struct Permit<P, I = PassThrough> {
 
 /// The server of an outbound could not be reached.
 #[derive(Debug, thiserror::Error)]
-#[error("connecting to {target}: {source}")]
+#[error("connecting to {target}: {cause}")]
 pub struct ConnectError {
     target: Target,
-    source: io::Error,
+    cause: io::Error,
 }
 
 impl<P: Phase> Outbounds<P> {
@@ -151,18 +151,17 @@ impl<P, I> Permit<P, I> {
         loop {
             let limit = end.min(Instant::now() + OUTBOUND_CONNECT);
             let result = timeout_at(limit, dial(&resolver, target)).await;
-            let source = match result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            let cause = match result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                 Ok(socket) => return Ok(socket),
                 Err(error) => error,
             };
             // WouldBlock: the backlog of a running unix server is full, and a unix connect does not wait for room.
-            let last =
-                if source.kind() == io::ErrorKind::WouldBlock { end } else { start + *connect_timeout };
+            let last = if cause.kind() == io::ErrorKind::WouldBlock { end } else { start + *connect_timeout };
             let next = Instant::now() + backoff.next_pause();
             if next >= last {
-                return Err(ConnectError { target: target.clone(), source });
+                return Err(ConnectError { target: target.clone(), cause });
             }
-            *fault.lock().unwrap_or_else(PoisonError::into_inner) = source.to_string();
+            *fault.lock().unwrap_or_else(PoisonError::into_inner) = cause.to_string();
             sleep_until(next).await;
         }
     }

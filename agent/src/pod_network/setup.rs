@@ -116,8 +116,8 @@ impl PodNetwork {
         match self.open().await {
             Ok(namespaces) => self.clear(&namespaces).await,
             // A namespace that was removed took everything in it along.
-            Err(PodNetworkError::Namespace(NamespaceError::Open { source, .. }))
-                if source.kind() == io::ErrorKind::NotFound =>
+            Err(PodNetworkError::Namespace(NamespaceError::Open { cause, .. }))
+                if cause.kind() == io::ErrorKind::NotFound =>
             {
                 // The second interface came back by itself, without its addresses.
                 let mut kept = self.secondary.lock().await;
@@ -131,7 +131,7 @@ impl PodNetwork {
 
     async fn open(&self) -> Result<Arc<Namespaces>, PodNetworkError> {
         let path = self.namespace.path();
-        let file = |source| NamespaceError::Open { path: path.into(), source };
+        let file = |cause| NamespaceError::Open { path: path.into(), cause };
         Ok(Arc::new(Namespaces {
             pod: Net::inside(&self.namespace).await?,
             pod_file: File::open(path).map_err(file)?,

@@ -28,7 +28,7 @@ pub enum MakeError {
     },
     /// A step failed.
     #[error(
-        "making network namespace {}: {step}: {source}; this needs CAP_SYS_ADMIN, and a service that may mount and write there",
+        "making network namespace {}: {step}: {cause}; this needs CAP_SYS_ADMIN, and a service that may mount and write there",
         path.display()
     )]
     Step {
@@ -37,7 +37,7 @@ pub enum MakeError {
         /// The step that failed.
         step: &'static str,
         /// Error that caused it.
-        source: io::Error,
+        cause: io::Error,
     },
     /// No thread could be started.
     #[error("making a network namespace: {0}; check the limits on threads")]
@@ -59,7 +59,7 @@ impl Namespace {
 
 /// Must run on a thread that ends afterwards, because the thread stays in the new namespace.
 fn make(path: &Path) -> Result<bool, MakeError> {
-    let failed = |step| move |source| MakeError::Step { path: path.to_owned(), step, source };
+    let failed = |step| move |cause| MakeError::Step { path: path.to_owned(), step, cause };
     let directory = path.parent().unwrap_or(Path::new("/"));
     std::fs::create_dir_all(directory).map_err(failed("making its directory"))?;
     // `ip netns add` takes the same lock, so the second of two makers finds the namespace of the first.
@@ -82,7 +82,7 @@ fn make(path: &Path) -> Result<bool, MakeError> {
 
 /// Whether `path` is a network namespace. If it is not, an empty file exists there, on which one can be mounted.
 fn is_there(path: &Path) -> Result<bool, MakeError> {
-    let failed = |step| move |source| MakeError::Step { path: path.to_owned(), step, source };
+    let failed = |step| move |cause| MakeError::Step { path: path.to_owned(), step, cause };
     let created = OpenOptions::new().write(true).create_new(true).mode(0o000).open(path);
     match created {
         Ok(_) => return Ok(false),
