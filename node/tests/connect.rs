@@ -27,7 +27,9 @@ struct Connect {
 }
 
 fn command(store: &std::path::Path, kbs: &url::Url, agent: &Agent) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"));
+    // Not as under nohup, which this process may run under.
+    let mut command = Command::new("env");
+    command.args(["--default-signal=HUP", env!("CARGO_BIN_EXE_secure-comms-adaptor")]);
     arguments(&mut command, store, kbs, agent);
     command
 }

@@ -404,7 +404,8 @@ async fn a_wrong_pod_network_ends_the_agent_with_every_fault() {
 /// Runs the agent to make a namespace.
 async fn make(path: &str) -> Output {
     let mut command = Command::new(&ensure_built().await.unwrap().agent);
-    command.env("JOURNAL_STREAM", "1:1").args(["-pod-namespace", path, "-create-pod-namespace-only"]);
+    command.env("JOURNAL_STREAM", "1:1").env_remove("SECURE_COMMS_BIN_DIR");
+    command.args(["-pod-namespace", path, "-create-pod-namespace-only"]);
     command.output().await.unwrap()
 }
 

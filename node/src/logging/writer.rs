@@ -152,9 +152,8 @@ mod tests {
         let mut lines = BufReader::new(reader).lines().map(Result::unwrap);
         let kept = lines.by_ref().take_while(|text| *text == line).count();
         assert!((1000..4000).contains(&kept), "{kept}");
-        writer.flush(SOON);
         writer.line("newer");
-        assert_eq!(lines.next().unwrap(), "newer");
+        assert!(lines.any(|text| text == "newer"));
     }
 
     #[test]
@@ -165,9 +164,19 @@ mod tests {
         for _ in 0..5000 {
             writer.line(&line);
         }
-        let lines = BufReader::new(reader).lines().map(Result::unwrap);
-        let (kept, text) = lines.enumerate().find(|(_, text)| *text != line).unwrap();
-        assert_eq!(text, report(5000 - u64::try_from(kept).unwrap()));
+        let (mut kept, mut dropped) = (0, 0);
+        // More than one report, if the thread made room between two lines.
+        for text in BufReader::new(reader).lines().map(Result::unwrap) {
+            match text.strip_suffix(" lines dropped") {
+                Some(count) => dropped += count.parse::<u64>().unwrap(),
+                None => kept += 1,
+            }
+            if kept + dropped >= 5000 {
+                break;
+            }
+        }
+        assert!(dropped > 0);
+        assert_eq!(kept + dropped, 5000);
     }
 
     #[test]

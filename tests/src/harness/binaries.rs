@@ -9,7 +9,7 @@ use tokio::process::Command;
 use tokio::sync::OnceCell;
 
 /// Directory that holds the binaries; nothing is built if it is set.
-const BIN_DIR: &str = "SECURE_COMMS_BIN_DIR";
+pub(super) const BIN_DIR: &str = "SECURE_COMMS_BIN_DIR";
 /// With a program of this package: without one, cargo builds the shared dependencies again, with other features.
 const PROGRAMS: [&str; 4] = ["agent-protocol-forwarder", "secure-comms-adaptor", "simulator", "double"];
 

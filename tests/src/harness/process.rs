@@ -13,6 +13,8 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::Command;
 use tokio::sync::watch;
 
+use super::binaries::BIN_DIR;
+
 pub use super::binaries::{Binaries, ensure_built};
 
 /// Output stream of a line.
@@ -60,6 +62,8 @@ impl Child {
     /// If it cannot be started.
     pub fn spawn(name: impl Into<String>, mut command: Command) -> Result<Self> {
         let name = name.into();
+        // Ours: the programs warn of a variable of this prefix that they do not know.
+        command.env_remove(BIN_DIR);
         let program = command.as_std().get_program().to_owned();
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().with_context(|| format!("{name}: starting {}", program.display()))?;
