@@ -33,7 +33,7 @@ pub(super) async fn serve<P: Phase>(
 ) {
     let answer = async {
         // Each report connects to every target: two at a time are enough for people.
-        let _turn = agent.limits.reports.acquire().await;
+        let _permit = agent.limits.reports.acquire().await;
         let report = report(agent).await;
         send(&sender, Bytes::from(report)).await;
     };
