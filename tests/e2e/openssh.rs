@@ -6,6 +6,7 @@ use std::process::Stdio;
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::attackers::raw::{Offer, Packet, Raw, message};
 use secure_comms_tests::attackers::stranger::{Answer, Stranger};
+use secure_comms_tests::harness::control_channel::ControlChannel;
 use secure_comms_tests::harness::pod_keys::PodKeys;
 use secure_comms_tests::harness::process::Child;
 use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, free_port, kata_client};
@@ -104,50 +105,6 @@ async fn run(mut command: Command) -> Result<Ended> {
     Ok(Ended { success: output.status.success(), stderr })
 }
 
-/// Runs `ssh -s .. secure-comms`, to exchange control lines.
-struct ControlChannel {
-    child: tokio::process::Child,
-    stdin: ChildStdin,
-    lines: tokio::io::Lines<BufReader<ChildStdout>>,
-}
-
-impl ControlChannel {
-    fn open(mut command: Command) -> Result<Self> {
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
-        let mut child = command.spawn()?;
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Ok(Self { stdin: child.stdin.take().unwrap(), lines, child })
-    }
-
-    async fn say(&mut self, line: &str) -> Result<()> {
-        Ok(self.stdin.write_all(format!("{line}\n").as_bytes()).await?)
-    }
-
-    /// Waits for the next message of this kind.
-    async fn hears(&mut self, key: &str) -> Result<Value> {
-        let search = async {
-            while let Some(line) = self.lines.next_line().await? {
-                let mut message: Value = serde_json::from_str(&line).with_context(|| line.clone())?;
-                if let Some(content) = message.get_mut(key) {
-                    return Ok(content.take());
-                }
-            }
-            anyhow::bail!("the control channel ended without {key:?}")
-        };
-        timeout(PATIENCE, search).await.with_context(|| format!("waiting for {key:?}"))?
-    }
-
-    async fn ends(mut self) -> Result<()> {
-        // Reads to the end, so that a full pipe does not block ssh.
-        let rest = async {
-            while let Ok(Some(_)) = self.lines.next_line().await {}
-            self.child.wait().await
-        };
-        timeout(PATIENCE, rest).await.context("the control channel stays")??;
-        Ok(())
-    }
-}
-
 fn control(ssh: &OpenSsh, user: &str) -> Command {
     ssh.command(user, &["-s"], &["secure-comms"])
 }
@@ -198,8 +155,7 @@ async fn ssh_dash_r_serves_the_kbs_for_an_attestation() -> Result<()> {
     ensure!(vm.scene.cdh.fetches() == 0, "a peer that drives no pod was asked for its keys");
 
     let spec = format!("KBS:8080:{}", vm.scene.kbs.addr());
-    let mut peer =
-        ControlChannel::open(keyless.command("attestation", &["-R", &spec, "-s"], &["secure-comms"]))?;
+    let mut peer = ControlChannel::open(&keyless, "attestation", &["-R", &spec])?;
     let hello = peer.hears("hello").await?;
     ensure!(hello["phase"] == "attestation" && hello["inbounds"] == json!(["KBS"]), "{hello}");
     let pod = &vm.scene.pod;
@@ -228,7 +184,7 @@ async fn the_control_channel_sends_hello_and_answers_pings() -> Result<()> {
     ensure!(names("inbounds").contains(&"NODESERVICE".into()), "{hello}");
     ensure!(hello["instance"].as_str().is_some_and(|id| id.len() == 16), "{hello}");
 
-    let mut open = ControlChannel::open(control(&ssh, "kubernetes"))?;
+    let mut open = ControlChannel::open(&ssh, "kubernetes", &[])?;
     open.hears("hello").await?;
     open.say(r#"{"ping":41}"#).await?;
     ensure!(open.hears("pong").await? == 41);
@@ -251,7 +207,7 @@ async fn a_garbage_control_line_ends_only_its_connection() -> Result<()> {
     ] {
         let mark = vm.agent.mark();
         let ssh = vm.ssh()?;
-        let mut open = ControlChannel::open(control(&ssh, "kubernetes"))?;
+        let mut open = ControlChannel::open(&ssh, "kubernetes", &[])?;
         open.hears("hello").await?;
         // Cut in the middle of a long line, ssh can't write all of it.
         drop(open.say(line).await);
@@ -306,7 +262,7 @@ async fn agent_forwarding_gives_no_agent_and_x11_is_refused() -> Result<()> {
     let option = format!("ForwardAgent={}", forwarded.display());
     let mut command = ssh.command("kubernetes", &["-A", "-o", &option, "-s"], &["secure-comms"]);
     command.env("SSH_AUTH_SOCK", &own);
-    let mut open = ControlChannel::open(command)?;
+    let mut open = ControlChannel::start(command)?;
     open.hears("hello").await?;
     vm.agent.wait_for_text("agent forwarding refused", PATIENCE).await?;
     open.say(r#"{"ping":1}"#).await?;

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use secure_comms_protocol::Control;
 use secure_comms_tests::attackers::raw::{Offer, Raw, message};
 use secure_comms_tests::attackers::stranger::{Answer, Stranger};
+use secure_comms_tests::harness::control_channel::ControlChannel;
 use secure_comms_tests::harness::process::Child;
 use secure_comms_tests::harness::scene::{
     PATIENCE, Scene, client, endpoint, free_port, kata_client, pod_id, says, says_after, scene, up, works,
@@ -17,9 +18,9 @@ use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::simulators::kata::framed::Framed;
 use secure_comms_tests::simulators::openssh::OpenSsh;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
-use tokio::process::{ChildStdin, ChildStdout, Command};
+use tokio::process::Command;
 use tokio::time::timeout;
 
 const STATUS: &str = "secure-comms-status";
@@ -79,56 +80,10 @@ async fn status(scene: &Scene) -> Result<Value> {
     serde_json::from_str(&text).with_context(|| text.clone())
 }
 
-/// `ssh -s .. secure-comms`, to exchange control lines by hand.
-struct ControlChannel {
-    child: tokio::process::Child,
-    stdin: ChildStdin,
-    lines: tokio::io::Lines<BufReader<ChildStdout>>,
-}
-
-impl ControlChannel {
-    fn open(ssh: &OpenSsh, user: &str) -> Result<Self> {
-        let mut command = ssh.command(user, &["-s"], &["secure-comms"]);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-        let mut child = command.spawn()?;
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Ok(Self { stdin: child.stdin.take().unwrap(), lines, child })
-    }
-
-    async fn say(&mut self, message: &Value) -> Result<()> {
-        Ok(self.stdin.write_all(format!("{message}\n").as_bytes()).await?)
-    }
-
-    /// Waits for the next message of this kind.
-    async fn hears(&mut self, key: &str) -> Result<Value> {
-        let search = async {
-            while let Some(line) = self.lines.next_line().await? {
-                let mut message: Value = serde_json::from_str(&line).with_context(|| line.clone())?;
-                if let Some(content) = message.get_mut(key) {
-                    return Ok(content.take());
-                }
-            }
-            anyhow::bail!("the control channel ended without {key:?}")
-        };
-        timeout(PATIENCE, search).await.with_context(|| format!("waiting for {key:?}"))?
-    }
-
-    /// Checks that the agent still answers.
-    async fn answers(&mut self) -> Result<()> {
-        self.say(&json!({"ping": 7})).await?;
-        self.hears("pong").await.map(drop)
-    }
-
-    /// What `ssh` prints when the agent ends the connection.
-    async fn ends(mut self) -> Result<String> {
-        let mut text = String::new();
-        let rest = async {
-            while let Ok(Some(_)) = self.lines.next_line().await {}
-            self.child.stderr.take().unwrap().read_to_string(&mut text).await
-        };
-        timeout(PATIENCE, rest).await.context("the control channel stays")??;
-        Ok(text)
-    }
+/// Checks that the agent still answers on this control channel.
+async fn answers(channel: &mut ControlChannel) -> Result<()> {
+    channel.say(&json!({"ping": 7}).to_string()).await?;
+    channel.hears("pong").await.map(drop)
 }
 
 fn hello(pod: Option<&str>) -> Value {
@@ -176,28 +131,28 @@ async fn a_login_without_a_hello_replaces_nobody() -> Result<()> {
 async fn only_a_hello_that_names_this_pod_replaces_the_adaptor() -> Result<()> {
     let mut pod = Pod::up().await?;
     let ssh = worker_node(&pod.scene)?;
-    let mut early = ControlChannel::open(&ssh, "kubernetes")?;
+    let mut early = ControlChannel::open(&ssh, "kubernetes", &[])?;
     early.hears("hello").await?;
-    early.answers().await?;
+    answers(&mut early).await?;
 
     // Without a pod's name; and only the first hello counts.
-    let mut nameless = ControlChannel::open(&ssh, "kubernetes")?;
-    nameless.say(&hello(None)).await?;
-    nameless.say(&hello(Some(&pod.scene.pod))).await?;
-    nameless.answers().await?;
+    let mut nameless = ControlChannel::open(&ssh, "kubernetes", &[])?;
+    nameless.say(&hello(None).to_string()).await?;
+    nameless.say(&hello(Some(&pod.scene.pod)).to_string()).await?;
+    answers(&mut nameless).await?;
     pod.is_undisturbed().await.context("a hello without a pod")?;
 
     for (name, reason) in [(pod_id()?, "this VM is pod "), ("../etc".into(), "pod id")] {
-        let mut other = ControlChannel::open(&ssh, "kubernetes")?;
-        other.say(&hello(Some(&name))).await?;
+        let mut other = ControlChannel::open(&ssh, "kubernetes", &[])?;
+        other.say(&hello(Some(&name)).to_string()).await?;
         let said = other.ends().await?;
         ensure!(said.contains("Received disconnect from") && said.contains(reason), "{said}");
         pod.is_undisturbed().await.with_context(|| format!("a hello of pod {name}"))?;
     }
 
     // The adaptor comes back by itself, as the newest login.
-    let mut newer = ControlChannel::open(&ssh, "kubernetes")?;
-    newer.say(&hello(Some(&pod.scene.pod))).await?;
+    let mut newer = ControlChannel::open(&ssh, "kubernetes", &[])?;
+    newer.say(&hello(Some(&pod.scene.pod)).to_string()).await?;
     let replaced = "replaced by a newer connection of the worker node, from 127.0.0.1:";
     let line = pod.adaptor.wait_from(pod.mark, |line| line.contains("channel down"), PATIENCE).await?;
     ensure!(line.contains(replaced), "{line}");
@@ -208,8 +163,8 @@ async fn only_a_hello_that_names_this_pod_replaces_the_adaptor() -> Result<()> {
 
     // However late it says hello, an older login does not replace a newer one.
     let mark = pod.adaptor.mark();
-    early.answers().await?;
-    early.say(&hello(Some(&pod.scene.pod))).await?;
+    answers(&mut early).await?;
+    early.say(&hello(Some(&pod.scene.pod)).to_string()).await?;
     let said = early.ends().await?;
     ensure!(said.contains("has the place"), "{said}");
     works(&pod.scene, &pod.adaptor).await?;
@@ -340,8 +295,8 @@ async fn the_vms_warnings_reach_the_operator() -> Result<()> {
     let line = adaptor.wait_for_text(warning, PATIENCE).await?;
     let shown = adaptor.lines().iter().filter(|line| line.text.contains(warning)).count();
     let mark = adaptor.mark();
-    let mut newer = ControlChannel::open(&worker_node(&scene)?, "kubernetes")?;
-    newer.say(&hello(Some(&scene.pod))).await?;
+    let mut newer = ControlChannel::open(&worker_node(&scene)?, "kubernetes", &[])?;
+    newer.say(&hello(Some(&scene.pod)).to_string()).await?;
     says_after(&adaptor, mark, "channel down").await?;
     says_after(&adaptor, mark, "kubernetes phase up").await?;
     works(&scene, &adaptor).await?;
@@ -393,13 +348,13 @@ async fn every_disconnect_says_its_reason() -> Result<()> {
     received(&attester, "the keys are here; come back as user kubernetes").await?;
 
     let ssh = worker_node(&scene)?;
-    let mut garbage = ControlChannel::open(&ssh, "kubernetes")?;
-    garbage.say(&json!([1])).await?;
+    let mut garbage = ControlChannel::open(&ssh, "kubernetes", &[])?;
+    garbage.say(&json!([1]).to_string()).await?;
     let said = garbage.ends().await?;
     ensure!(said.contains("control line: not a control message: expected a JSON object"), "{said}");
     says(&agent, "ended: control line: not a control message").await?;
-    let mut polite = ControlChannel::open(&ssh, "kubernetes")?;
-    polite.say(&json!({"bye": {"reason": "lunch\n"}})).await?;
+    let mut polite = ControlChannel::open(&ssh, "kubernetes", &[])?;
+    polite.say(&json!({"bye": {"reason": "lunch\n"}}).to_string()).await?;
     let said = polite.ends().await?;
     ensure!(said.contains("the peer said bye: lunch"), "{said}");
 

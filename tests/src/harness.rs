@@ -7,6 +7,7 @@
 //! - [`drawn`]: ports and ids at random;
 //! - [`kept_directory`]: where a scene has its files, and how a later process continues it;
 //! - [`scene`]: one pod with everything around it, on this machine's loopback;
+//! - [`control_channel`]: the control channel by hand, over the stock client;
 //! - [`vm`]: the same with the VM's programs in network namespaces;
 //! - [`pod_site`]: the VM's and the worker node's ends of a pod's network.
 
@@ -16,6 +17,7 @@ pub mod test_namespace;
 
 pub mod pod_keys;
 
+pub mod control_channel;
 pub mod drawn;
 pub mod kept_directory;
 pub mod pod_site;
