@@ -14,9 +14,8 @@ use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::simulators::kata::framed::Framed;
 use secure_comms_tests::simulators::openssh::OpenSsh;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixListener;
-use tokio::process::{ChildStdin, ChildStdout, Command};
+use tokio::process::Command;
 use tokio::time::timeout;
 
 const MIB: u64 = 1024 * 1024;
