@@ -1,33 +1,26 @@
 //! Inbounds: the listening side of tunnels, to which local clients connect.
 
+mod listen;
+
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
-use secure_comms_protocol::limits::{
-    CHANNEL_OPEN, INBOUND_CLIENTS_MAX, INBOUND_WAIT, RETRY_MIN, WAIT_REPEAT,
-};
-use secure_comms_protocol::{Bind, InboundTag, TunnelName};
-use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
+use secure_comms_protocol::limits::{CHANNEL_OPEN, INBOUND_CLIENTS_MAX, INBOUND_WAIT, RETRY_MIN};
+use secure_comms_protocol::{InboundTag, TunnelName};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::backoff::Backoff;
 use crate::link::{Link, OpenError, Stream};
-use crate::netns::{self, Namespace, NamespaceError};
 use crate::relay::{relay, report};
 use crate::reminder::Reminder;
 use crate::socket::Socket;
 
-/// Timeout for an inbound's network namespace, which another service makes at boot.
-const NAMESPACE_WAIT: Duration = Duration::from_secs(30);
-/// Clients of a unix socket that may wait to be accepted; std uses the same number for TCP.
-const BACKLOG: u32 = 128;
+pub use listen::BindError;
+
+use listen::Listener;
 
 /// Reports an inbound that a panic ends: its port is closed from then on, and the process may live on.
 struct PanicReport<'a>(&'a TunnelName);
@@ -40,60 +33,12 @@ impl Drop for PanicReport<'_> {
     }
 }
 
-/// An inbound can't listen. Its text has the cause, which is therefore no source of it.
-#[derive(Debug, thiserror::Error)]
-#[error("inbound {tag}: listening: {cause}{}", bind_advice(.cause, *.is_path))]
-pub struct BindError {
-    tag: String,
-    cause: NamespaceError,
-    /// Whether the inbound is a unix socket.
-    is_path: bool,
-}
-
-fn bind_advice(cause: &NamespaceError, is_path: bool) -> &'static str {
-    let NamespaceError::Io(error) = cause else { return "" };
-    match (error.kind(), is_path) {
-        (io::ErrorKind::AddrInUse, false) => {
-            "; another program listens on this port: choose another one, or 0 for any that is free"
-        }
-        (io::ErrorKind::AddrInUse, true) => {
-            "; a program listens on this path, or it is another file: choose another path"
-        }
-        (io::ErrorKind::NotFound, true) => "; make its directory",
-        (io::ErrorKind::PermissionDenied, true) => "; choose a directory that this user may write to",
-        (io::ErrorKind::PermissionDenied, false) => "; choose a port above 1023, or run as root",
-        _ => "",
-    }
-}
-
 /// A listening inbound; [`Inbound::serve`] serves its clients.
 #[derive(Debug)]
 pub struct Inbound {
     tag: InboundTag,
     listener: Listener,
     local: String,
-}
-
-#[derive(Debug)]
-enum Listener {
-    Tcp(TcpListener),
-    /// Dropped in this order. While the listener exists, no other process takes the path for a stale socket; otherwise
-    /// we could remove the new socket of another process.
-    Unix {
-        _unlink: UnlinkOnDrop,
-        listener: UnixListener,
-    },
-}
-
-#[derive(Debug)]
-struct UnlinkOnDrop(PathBuf);
-
-impl Drop for UnlinkOnDrop {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            log::debug!("removing {}: {error}", self.0.display());
-        }
-    }
 }
 
 impl Inbound {
@@ -104,15 +49,7 @@ impl Inbound {
     /// # Errors
     /// The address is in use, or the namespace can't be entered.
     pub async fn bind(tag: &InboundTag) -> Result<Self, BindError> {
-        let is_path = matches!(tag.bind, Bind::Unix(_));
-        let error = |cause| BindError { tag: tag.to_string(), cause, is_path };
-        let (listener, local) = match &tag.bind {
-            Bind::Unix(path) => bind_unix(Path::new(path)).await.map_err(|e| error(e.into()))?,
-            Bind::Tcp { namespace, port } => {
-                let namespace = namespace.as_deref().map(Namespace::new);
-                bind_tcp(&tag.name, namespace, *port).await.map_err(error)?
-            }
-        };
+        let (listener, local) = Listener::bind(tag).await?;
         Ok(Self { tag: tag.clone(), listener, local })
     }
 
@@ -157,7 +94,7 @@ impl Inbound {
                         unserved = now;
                     }
                 }
-                accepted = self.accept(), if room => match accepted {
+                accepted = self.listener.accept(), if room => match accepted {
                     Ok(socket) => {
                         failing = None;
                         let client = serve_client(name.clone(), socket, links.clone(), waiting.clone());
@@ -176,78 +113,6 @@ impl Inbound {
             }
         }
     }
-
-    async fn accept(&self) -> io::Result<Socket> {
-        match &self.listener {
-            Listener::Tcp(listener) => {
-                let (stream, _) = listener.accept().await?;
-                Socket::tcp(stream).map_err(|_| io::ErrorKind::ConnectionAborted.into())
-            }
-            Listener::Unix { listener, .. } => Ok(listener.accept().await?.0.into()),
-        }
-    }
-}
-
-async fn bind_tcp(
-    name: &TunnelName,
-    namespace: Option<Namespace>,
-    port: u16,
-) -> Result<(Listener, String), NamespaceError> {
-    let deadline = Instant::now() + NAMESPACE_WAIT;
-    let mut next_report = Instant::now();
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    loop {
-        match netns::listen(namespace.as_ref(), address).await {
-            Ok(listener) => {
-                let local = listener.local_addr()?.to_string();
-                return Ok((Listener::Tcp(listener), local));
-            }
-            Err(error) if namespace.is_some() && not_yet(&error) && Instant::now() < deadline => {
-                if Instant::now() >= next_report {
-                    let left = deadline.saturating_duration_since(Instant::now()).as_secs();
-                    log::warn!("inbound {name}: waiting for network namespace, {left} s left: {error}");
-                    next_report = Instant::now() + WAIT_REPEAT;
-                }
-                sleep(RETRY_MIN).await;
-            }
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// Whether a namespace is still being made: its file does not exist, nothing is mounted on its file (`ip netns add`
-/// takes two steps), or its `lo` is not up.
-fn not_yet(error: &NamespaceError) -> bool {
-    match error {
-        NamespaceError::Open { cause, .. } => cause.kind() == io::ErrorKind::NotFound,
-        NamespaceError::Enter { cause, .. } => cause.kind() == io::ErrorKind::InvalidInput,
-        NamespaceError::Io(source) => source.kind() == io::ErrorKind::AddrNotAvailable,
-    }
-}
-
-async fn bind_unix(path: &Path) -> io::Result<(Listener, String)> {
-    let mut socket = UnixSocket::new_stream()?;
-    if let Err(error) = socket.bind(path) {
-        if error.kind() != io::ErrorKind::AddrInUse || !is_stale(path).await {
-            return Err(error);
-        }
-        std::fs::remove_file(path)?;
-        socket = UnixSocket::new_stream()?;
-        socket.bind(path)?;
-    }
-    let unlink = UnlinkOnDrop(path.into());
-    // Before the socket listens, so that no other user can connect first.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    let listener = socket.listen(BACKLOG)?;
-    Ok((Listener::Unix { _unlink: unlink, listener }, path.display().to_string()))
-}
-
-/// Whether `path` is the socket of a process that was killed. No other file may be removed.
-async fn is_stale(path: &Path) -> bool {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
-    // Any other error (a full backlog, no permission) means that a process listens.
-    let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-    is_socket && UnixStream::connect(path).await.is_err_and(refused)
 }
 
 /// How serving a client ended.
