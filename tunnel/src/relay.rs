@@ -31,7 +31,7 @@ const READ_MIN: usize = 2048;
 pub enum RelayError {
     /// The local socket failed.
     #[error("the local socket: {0}")]
-    Socket(#[from] io::Error),
+    Socket(io::Error),
     /// The other end closed the stream before its end, or the connection is gone.
     #[error("the other end closed the stream before its end")]
     Cut,
@@ -52,6 +52,13 @@ pub enum RelayError {
         /// What that costs.
         cost: &'static str,
     },
+}
+
+// Without `#[from]`, which would make the error a source, too: the text has it already.
+impl From<io::Error> for RelayError {
+    fn from(error: io::Error) -> Self {
+        Self::Socket(error)
+    }
 }
 
 /// Moves bytes both ways until both ends are done; then closes socket and stream.

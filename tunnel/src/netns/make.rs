@@ -41,7 +41,14 @@ pub enum MakeError {
     },
     /// No thread could be started.
     #[error("making a network namespace: {0}; check the limits on threads")]
-    Thread(#[from] io::Error),
+    Thread(io::Error),
+}
+
+// Without `#[from]`, which would make the error a source, too: the text has it already.
+impl From<io::Error> for MakeError {
+    fn from(error: io::Error) -> Self {
+        Self::Thread(error)
+    }
 }
 
 impl Namespace {
