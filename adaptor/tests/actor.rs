@@ -12,7 +12,7 @@ use secure_comms_adaptor::pod::PodState;
 use secure_comms_adaptor::store::{Store, StoreError};
 use secure_comms_adaptor::{Adaptor, AdaptorError, Deadline, Endpoint};
 use support::agent::{Agent, Mode};
-use support::{KATAAGENT, KbsMode, PATIENCE, World, addresses, echoes, kbs_in, pod, refused};
+use support::{KATAAGENT, KbsMode, PATIENCE, World, addresses, echoes, kbs_in, own_port, pod, refused};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
@@ -458,9 +458,7 @@ async fn a_dropped_adaptor_stops_its_pods() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_fixed_port_is_free_once_the_pod_is_stopped() {
-    let listeners: Vec<_> = (0..16).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    let ports: Vec<_> = listeners.iter().map(|listener| listener.local_addr().unwrap().port()).collect();
-    drop(listeners);
+    let ports: Vec<_> = (0..16).map(|_| own_port()).collect();
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("socket");
     let mut tags = format!("KUBERNETES_PHASE:KATAAGENT:{}", socket.display());

@@ -103,7 +103,7 @@ async fn a_start_past_its_deadline_reports_the_last_error() {
     );
     agent.seen.wait("gone", 1).await;
     // An address where nothing listens: the error has the address and the cause.
-    let unused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let unused = std::net::SocketAddr::from(([127, 0, 0, 1], support::own_port()));
     let error = world.start(&addresses(&[unused]), Duration::from_secs(1)).await.unwrap_err().to_string();
     assert!(
         error.contains(&format!("connecting: {unused}: attestation: TCP connect: Connection refused")),

@@ -159,7 +159,7 @@ async fn outputs_that_are_not_read_stall_nothing() {
     let (kbs, _) = support::kbs().await;
     let agent = Agent::start(Mode::attestation()).await;
     let store = directory.path().join("store");
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = support::own_port();
     let inbound = format!("KUBERNETES_PHASE:KATAAGENT:{port}");
     // Both pipes are full from the start, and nothing reads them.
     let (_stdout, stdout) = full_pipe();

@@ -4,7 +4,7 @@
 
 pub mod agent;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -237,6 +237,17 @@ impl World {
 /// The inbounds of a pod, if a test wants no others.
 pub const KATAAGENT: &str = "KUBERNETES_PHASE:KATAAGENT:0";
 
+/// A port of 127.0.0.1 that no other test of this process gets, also once it is closed: the kernel gives out none below 32768.
+pub fn own_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    loop {
+        let port = 10_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 20_000;
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
+
 fn build(
     directory: &tempfile::TempDir,
     kbs: Option<&url::Url>,
@@ -260,7 +271,7 @@ fn build_with(
         KeySource::Kbs(KbsClient::new(&settings, Duration::from_secs(60)).unwrap())
     });
     let config = Config {
-        inbounds: parse_list(inbounds).unwrap(),
+        inbounds: parse_list(&inbounds.replace("KATAAGENT:0", &format!("KATAAGENT:{}", own_port()))).unwrap(),
         outbounds: parse_list(outbounds).unwrap(),
         rekey_bytes: REKEY_BYTES,
         observer: Arc::new(move |_, event| {
