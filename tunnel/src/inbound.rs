@@ -125,8 +125,8 @@ enum Ended {
     Unserved(String),
 }
 
-/// Serves one client: waits for a stream, and relays. Of the clients of an inbound that wait for long, the first one says so, every [`WAIT_REPEAT`] again;
-/// `waiting` is set until one has a stream.
+/// Serves one client: waits for a stream, and relays. Of the clients of an inbound that wait for long, the first one reports
+/// it, as a [`Reminder`] asks; `waiting` is set until one has a stream.
 async fn serve_client<L: Link>(
     name: TunnelName,
     socket: Socket,

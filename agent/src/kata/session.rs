@@ -52,7 +52,7 @@ impl Session {
         if waiting >= REPLIES_MAX {
             return Err(RepliesUnread);
         }
-        // A burst of faulty calls must not end the others, so many refusals may wait, but only some with their texts.
+        // A burst of faulty calls must not end the others: thousands of refusals may wait, a few of them with their texts.
         let is_short = waiting >= REPLIES_WITH_TEXT_MAX;
         state.replies.push_back(if is_short { refusal.short_reply(stream) } else { refusal.reply(stream) });
         drop(state);

@@ -4,12 +4,10 @@ use std::fmt::Display;
 use std::pin::pin;
 use std::time::Duration;
 
+use secure_comms_protocol::limits::WAIT_REPEAT;
 use tokio::time::{Instant, sleep};
 
-/// Interval of the lines about a wait.
-const INTERVAL: Duration = Duration::from_secs(15);
-
-/// Waits for `future`. Every 15 s logs `what` is waited for, and how much is left of `limit`, which the caller enforces. The
+/// Waits for `future`. Every [`WAIT_REPEAT`] logs `what` is waited for, and how much is left of `limit`, which the caller enforces. The
 /// caller has logged that the wait began.
 ///
 /// Cancellation: as `future`.
@@ -20,7 +18,7 @@ pub(crate) async fn with_progress<F: Future>(what: impl Display, limit: Duration
         tokio::select! {
             biased;
             output = &mut future => return output,
-            () = sleep(INTERVAL) => {
+            () = sleep(WAIT_REPEAT) => {
                 let left = limit.saturating_sub(began.elapsed()).as_secs();
                 log::info!("{what}: still waiting, at most {left} s more");
             }

@@ -15,7 +15,7 @@ const HEAD_MAX: usize = 16 * 1024;
 const HEADERS_MAX: usize = 64;
 /// Interim answers (1xx) that are skipped.
 const INTERIM_MAX: usize = 8;
-/// A longer part of a path is cut in errors, to so many bytes: "pp-" and eight digits of a pod id.
+/// Length in bytes to which an error cuts a part of a path: "pp-" and eight digits of a pod id.
 const PART_MAX: usize = 20;
 const PART_CUT: usize = 11;
 

@@ -139,7 +139,7 @@ fn stream(
     if !kind.is_fifo() && !kind.is_char_device() {
         return Err(refused(path, "it is neither a file nor a stream: give the path of a file"));
     }
-    // Never O_CREAT: if it has gone meanwhile, no file takes its place.
+    // Never O_CREAT: no file takes the place of a stream that was removed since the check.
     let open = |flags: OFlag| OpenOptions::new().write(true).custom_flags((flags | more).bits()).open(path);
     let failed = || FileError::io("writing", path);
     // Closing a trial open would end a reader that came for it, so a trial that works is what is used.

@@ -1,7 +1,6 @@
 //! What a caller waits for, for the operator.
 
-use std::time::Duration;
-
+use secure_comms_protocol::limits::{WAIT_REPEAT, WAIT_REPORT};
 use tokio::time::Instant;
 
 use super::{Actor, Ending, Teardown};
@@ -9,11 +8,6 @@ use crate::deadline::Deadline;
 use crate::key_source::KeySource;
 use crate::pod::PodEvent;
 use crate::registry::channel::Channel;
-
-/// A caller that waits for longer than this learns what for.
-const FIRST_REPORT: Duration = Duration::from_secs(1);
-/// The interval of the reports after the first one.
-const REPORT_INTERVAL: Duration = Duration::from_secs(15);
 
 impl Actor {
     /// What a caller waits for now, and until when.
@@ -32,13 +26,13 @@ impl Actor {
     pub(super) fn schedule_report(&mut self) {
         self.next_report = match (self.waits_for(), self.next_report) {
             (None, _) => None,
-            (Some(_), None) => Some(Instant::now() + FIRST_REPORT),
+            (Some(_), None) => Some(Instant::now() + WAIT_REPORT),
             (Some(_), at) => at,
         };
     }
 
     pub(super) fn report(&mut self) {
-        self.next_report = Some(Instant::now() + REPORT_INTERVAL);
+        self.next_report = Some(Instant::now() + WAIT_REPEAT);
         if let Some((what, deadline)) = self.waits_for() {
             let left = deadline.map(|deadline| deadline.left());
             self.status.status.emit(&PodEvent::Waiting { what, left });
