@@ -30,6 +30,30 @@ pub struct Hello {
     pub inbounds: Vec<String>,
     /// Names of the sender's outbounds in this phase.
     pub outbounds: Vec<String>,
+    /// First 64 hex digits of the digest of the VM's init-data. Only the agent sends it, if it knows them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_data: Option<String>,
+    /// The configuration that the agent runs with. Only the agent sends it, in the Kubernetes phase.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub config: Option<AgentConfig>,
+}
+
+/// What an agent runs with and lets in. The agent is measured, what feeds it may not be: so the adaptor compares this with
+/// what it expects before it gives the agent a client.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AgentConfig {
+    /// Pod whose keys the agent has; none if the keys are from the user data.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod_id: Option<String>,
+    /// SHA256 fingerprints of the worker-node keys that may log in.
+    pub worker_nodes: Vec<String>,
+    /// Tags of all inbounds, of both phases.
+    pub inbounds: Vec<String>,
+    /// Tags of all outbounds, of both phases.
+    pub outbounds: Vec<String>,
+    /// What user data may decide: `none`, `tunnels` or `all`.
+    pub user_data: String,
 }
 
 /// Names of the tunnels of one end in one phase.

@@ -12,6 +12,8 @@ mod name;
 
 pub mod tag;
 
+mod init_data;
+
 pub mod resource;
 
 mod banner;
@@ -26,7 +28,8 @@ pub mod limits;
 
 pub use banner::{Banner, BannerHint, LoginState};
 pub use control::{Control, Credit, KeyProgress};
-pub use hello::{Hello, Mismatch, MismatchKind, TunnelNames};
+pub use hello::{AgentConfig, Hello, Mismatch, MismatchKind, TunnelNames};
+pub use init_data::{InitDataDigest, InitDataDigestError};
 pub use name::{NameError, PodId, PodIdError, TunnelName};
 pub use phase::{Attestation, Kubernetes, Phase, PhaseName};
 pub use refusal::{Refusal, RefusalKind, RefusalReason};

@@ -10,7 +10,7 @@
 use proptest::prelude::*;
 use secure_comms_protocol::control::{Bye, ControlError, Empty, Lines, LogLine};
 use secure_comms_protocol::limits::CONTROL_LINE_MAX;
-use secure_comms_protocol::{Control, Credit, Hello, KeyProgress, PhaseName};
+use secure_comms_protocol::{AgentConfig, Control, Credit, Hello, KeyProgress, PhaseName};
 
 fn parse(line: &str) -> Control {
     Control::parse(line.as_bytes()).unwrap().expect("a message we know")
@@ -47,6 +47,27 @@ fn each_line_of_the_protocol_survives_a_round_trip() {
         outbounds: vec!["KATAAGENT".into()],
         ..Hello::default()
     };
+    let kubernetes_hello = Hello {
+        version: 1,
+        phase: Some(PhaseName::Kubernetes),
+        init_data: Some("ab".repeat(32)),
+        config: Some(AgentConfig {
+            pod_id: Some("p1".into()),
+            worker_nodes: vec!["SHA256:x".into()],
+            inbounds: vec!["BOTH_PHASES:KBS:8080".into()],
+            outbounds: vec!["KUBERNETES_PHASE:KATAAGENT:/run/k".into()],
+            user_data: "none".into(),
+        }),
+        ..Hello::default()
+    };
+    let config = concat!(
+        r#"{"pod_id":"p1","worker_nodes":["SHA256:x"],"inbounds":["BOTH_PHASES:KBS:8080"],"#,
+        r#""outbounds":["KUBERNETES_PHASE:KATAAGENT:/run/k"],"user_data":"none"}"#
+    );
+    let kubernetes_line = format!(
+        r#"{{"hello":{{"version":1,"phase":"kubernetes","inbounds":[],"outbounds":[],"init_data":"{}","config":{config}}}}}"#,
+        "ab".repeat(32)
+    );
     let progress =
         |attempt, error: Option<&str>| Control::Keys(KeyProgress { attempt, error: error.map(Into::into) });
     let cases = [
@@ -58,6 +79,7 @@ fn each_line_of_the_protocol_survives_a_round_trip() {
             r#"{"hello":{"version":1,"credit":524288,"phase":"attestation","instance":"0a1b","inbounds":["KBS"],"outbounds":["KATAAGENT"]}}"#,
             Control::Hello(agent_hello),
         ),
+        (&kubernetes_line, Control::Hello(kubernetes_hello)),
         (
             r#"{"keys":{"attempt":3,"error":"api-server-rest: connection refused"}}"#,
             progress(3, Some("api-server-rest: connection refused")),
@@ -176,9 +198,28 @@ fn empty_lines_and_carriage_returns_are_blanks() {
 fn any_message() -> impl Strategy<Value = Control> {
     let names = || proptest::collection::vec(any::<String>(), 0..3);
     let phase = proptest::option::of(prop_oneof![Just(PhaseName::Attestation), Just(PhaseName::Kubernetes)]);
-    let hello = (any::<u32>(), any::<Option<u32>>(), any::<Option<String>>(), phase, names(), names())
-        .prop_map(|(version, credit, pod_id, phase, inbounds, outbounds)| {
+    let config = (any::<Option<String>>(), names(), names(), names(), any::<String>()).prop_map(
+        |(pod_id, worker_nodes, inbounds, outbounds, user_data)| AgentConfig {
+            pod_id,
+            worker_nodes,
+            inbounds,
+            outbounds,
+            user_data,
+        },
+    );
+    let hello = (
+        any::<u32>(),
+        any::<Option<u32>>(),
+        any::<Option<String>>(),
+        phase,
+        names(),
+        names(),
+        proptest::option::of(config),
+    )
+        .prop_map(|(version, credit, pod_id, phase, inbounds, outbounds, config)| {
             Control::Hello(Hello {
+                init_data: pod_id.clone(),
+                config,
                 version,
                 credit,
                 instance: pod_id.clone(),

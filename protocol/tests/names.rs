@@ -10,8 +10,8 @@
 use std::hash::{BuildHasher, RandomState};
 
 use proptest::prelude::*;
-use secure_comms_protocol::resource::pod_private_key;
-use secure_comms_protocol::{PodId, TunnelName};
+use secure_comms_protocol::resource::{pod_keys, separate};
+use secure_comms_protocol::{InitDataDigest, PodId, TunnelName};
 
 #[test]
 fn a_pod_id_is_a_kbs_path_segment_and_a_file_name() {
@@ -19,7 +19,11 @@ fn a_pod_id_is_a_kbs_path_segment_and_a_file_name() {
     for good in ["a", "0", "A.b_c-d", "a..", &hex, &"x".repeat(128)] {
         let pod: PodId = good.parse().unwrap();
         assert_eq!((pod.as_str(), pod.to_string().as_str()), (good, good));
-        assert_eq!(pod_private_key(&pod), format!("default/pp-{good}/privateKey"));
+        assert_eq!(pod_keys(&pod, None), format!("default/pp-{good}/keys"));
+        assert_eq!(separate::pod_private_key(&pod), format!("default/pp-{good}/privateKey"));
+        let digest: InitDataDigest = "0aF".repeat(32).parse().unwrap();
+        let of_digest = pod_keys(&pod, Some(&digest));
+        assert_eq!(of_digest, format!("default/pp-{good}/{}0", "0af".repeat(21)));
     }
 }
 
@@ -94,7 +98,9 @@ proptest! {
     fn a_pod_id_never_leaves_its_directory_or_its_kbs_path(text in any::<String>()) {
         if let Ok(pod) = text.parse::<PodId>() {
             prop_assert!(!pod.as_str().contains('/') && !pod.as_str().starts_with('.'));
-            prop_assert_eq!(pod_private_key(&pod).split('/').count(), 3);
+            for path in [pod_keys(&pod, None), separate::pod_private_key(&pod)] {
+                prop_assert_eq!(path.split('/').count(), 3);
+            }
         }
     }
 }

@@ -250,9 +250,11 @@ impl Context {
         let within = || deadline.map_or_else(|| kbs.clone(), |deadline| kbs.within(deadline.left()));
         self.step.send_replace(format!("the KBS at {} to take the keys", kbs.url()));
         let line = node_key.public()?.authorized_keys_line()? + "\n";
-        within().publish(resource::WORKER_NODE_PUBLIC_KEY, line.as_bytes()).await?;
+        within().publish(resource::separate::WORKER_NODE_PUBLIC_KEY, line.as_bytes()).await?;
         *sent = true;
-        Ok(within().publish(&resource::pod_private_key(&self.id), pod_key.to_pem()?.as_bytes()).await?)
+        Ok(within()
+            .publish(&resource::separate::pod_private_key(&self.id), pod_key.to_pem()?.as_bytes())
+            .await?)
     }
 }
 
@@ -279,7 +281,7 @@ pub(super) async fn delete(id: PodId, shared: Arc<Shared>, deletion: Deletion) -
     if let KeySource::Kbs(kbs) = &shared.key_source
         && !deletion.untouched
     {
-        let resource = resource::pod_private_key(&id);
+        let resource = resource::separate::pod_private_key(&id);
         let deleted = kbs.within(deletion.deadline.left()).delete(&resource).await;
         deleted.map_err(|error| {
             let cause = Box::new(error);

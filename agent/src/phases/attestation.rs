@@ -55,8 +55,8 @@ const SILENT: &str = "the attestation peer offers the KBS and brings no answer f
 impl GuestApi {
     /// Fetches a pod's keys, one after the other: each fetch is a full attestation.
     async fn keys(&self, pod: &PodId) -> Result<PodKeys, AttemptError> {
-        let host = self.resource(resource::pod_private_key(pod)).await?;
-        let worker_node = self.resource(resource::WORKER_NODE_PUBLIC_KEY.to_owned()).await?;
+        let host = self.resource(resource::separate::pod_private_key(pod)).await?;
+        let worker_node = self.resource(resource::separate::WORKER_NODE_PUBLIC_KEY.to_owned()).await?;
         Ok(PodKeys::parse(&host, &worker_node)?)
     }
 

@@ -12,7 +12,7 @@ use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::pod::{PodEvent, PodState};
 use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Deadline, Endpoint};
 use secure_comms_protocol::PodId;
-use secure_comms_protocol::resource::pod_private_key;
+use secure_comms_protocol::resource::separate::pod_private_key;
 use tokio::time::timeout;
 
 use super::events::Events;
