@@ -49,14 +49,14 @@ fn remedy(plan: &Plan, failures: &[Failure]) -> String {
     let kubernetes = || failures.iter().filter_map(|failure| failure.kubernetes.as_ref());
     if kubernetes().any(|error| matches!(error, ConnectError::Refused { .. })) {
         let node = plan.node_key.public().map(|key| key.to_string()).unwrap_or_default();
-        let source = if attests {
-            "the list of worker nodes in its keys (--worker-node-keys of its first adaptor)"
+        let check = if attests {
+            "its keys were published with another worker-node key: restore worker-node.key in --store, or give this key to \
+             the other adaptor with --worker-node-keys"
         } else {
-            "sc-wn-pub in its user data"
+            "check that sc-wn-pub in its user data is this node's"
         };
         return format!(
-            "; the agent has this pod's key and rejects this worker node's ({node}): check that {source} is this \
-             node's, and start a new VM"
+            "; the agent has this pod's key and rejects this worker node's ({node}): {check}, and start a new VM"
         );
     }
     let all = || failures.iter().flat_map(|failure| failure.attestation.iter().chain(&failure.kubernetes));
