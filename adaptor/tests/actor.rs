@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use secure_comms_adaptor::pod::PodState;
 use secure_comms_adaptor::store::{Store, StoreError};
-use secure_comms_adaptor::{Adaptor, AdaptorError, Deadline, Endpoint};
+use secure_comms_adaptor::{Adaptor, AdaptorError, Deadline, Endpoint, PodSpec};
 use support::agent::{Agent, Mode};
 use support::{KATAAGENT, KbsMode, PATIENCE, World, addresses, echoes, kbs_in, own_port, pod, refused};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -30,7 +30,7 @@ impl World {
     }
 
     async fn prepared(&self, deadline: Deadline) -> Result<Vec<Endpoint>, AdaptorError> {
-        self.adaptor.prepare(&pod(), deadline).await
+        self.adaptor.prepare(&pod(), PodSpec::default(), deadline).await
     }
 
     async fn stop(&self) -> Result<(), AdaptorError> {
@@ -350,7 +350,7 @@ async fn random_command(adaptor: Arc<Adaptor>, command: u64, agent: Agent, polls
     let deadline = Deadline::after(Duration::from_millis(700));
     let call = async {
         let result = match command {
-            0 | 1 => adaptor.prepare(&pod(), deadline).await.map(drop),
+            0 | 1 => adaptor.prepare(&pod(), PodSpec::default(), deadline).await.map(drop),
             2 | 3 => adaptor.start(&pod(), &at, deadline).await,
             4 => adaptor.restore_listeners(&pod()).await.map(drop),
             5 => adaptor.publish_keys(&pod()).await,
@@ -437,7 +437,8 @@ fn a_runtime_that_is_gone_ends_its_pods() {
     assert!(matches!(world.state(), PodState::Failed { .. }), "{:?}", world.state());
     // The KBS was the first runtime's.
     runtime().block_on(async {
-        let prepared = world.adaptor.prepare(&pod(), Deadline::after(Duration::from_secs(1))).await;
+        let prepared =
+            world.adaptor.prepare(&pod(), PodSpec::default(), Deadline::after(Duration::from_secs(1))).await;
         assert!(matches!(prepared, Err(AdaptorError::Kbs(_))), "{prepared:?}");
         let restored = world.adaptor.restore_listeners(&pod()).await.unwrap();
         assert_eq!(restored.unwrap().len(), 1);
@@ -500,7 +501,7 @@ async fn a_second_adaptor_is_refused_until_the_first_one_ends() {
     let second = world.second();
     let at = addresses(&[agent.address]);
     let refused = [
-        second.prepare(&pod(), soon()).await.map(drop),
+        second.prepare(&pod(), PodSpec::default(), soon()).await.map(drop),
         second.restore_listeners(&pod()).await.map(drop),
         second.publish_keys(&pod()).await,
         second.stop(&pod()).await,
@@ -535,7 +536,7 @@ async fn two_adaptors_that_race_for_a_new_pod_share_nothing() {
         let world = World::new("").await;
         let second = world.second();
         let id = pod();
-        let (a, b) = tokio::join!(world.prepared(soon()), second.prepare(&id, soon()));
+        let (a, b) = tokio::join!(world.prepared(soon()), second.prepare(&id, PodSpec::default(), soon()));
         assert_eq!(usize::from(a.is_ok()) + usize::from(b.is_ok()), 1, "{a:?} {b:?}");
         // The loser has not deleted the winner's key.
         assert_eq!(world.store.pods().await.unwrap(), [pod()]);

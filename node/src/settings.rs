@@ -13,9 +13,10 @@ use std::time::Duration;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::kbs::KbsSettings;
 use secure_comms_adaptor::key_source::KeySource;
+use secure_comms_keys::WorkerNodeKeys;
 use secure_comms_keys::text::escape;
 use secure_comms_protocol::tag::{Tag, parse_lists};
-use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
+use secure_comms_protocol::{InboundTag, InitDataDigest, OutboundTag, PodId};
 
 use crate::cli::{KeygenArgs, UserDataArgs};
 use crate::logging::{Level, LogFormat};
@@ -41,6 +42,12 @@ pub struct ConnectSettings {
     pub store: PathBuf,
     /// Where the VM gets its keys.
     pub key_source: KeySource<KbsSettings>,
+    /// Digest of the init-data that the VM is started with; `None`: as when the pod was started first, if it was.
+    pub init_data: Option<InitDataDigest>,
+    /// Further worker nodes that may log in to the pod.
+    pub worker_nodes: Option<WorkerNodeKeys>,
+    /// Whether agents before version 0.2 are served.
+    pub old_agents: bool,
     /// Time limit of the start, calls to the KBS included.
     pub deadline: Duration,
     /// Bytes in one direction after which the session keys are renewed.

@@ -53,11 +53,11 @@ pub(crate) struct GuestApi {
 const SILENT: &str = "the attestation peer offers the KBS and brings no answer from it";
 
 impl GuestApi {
-    /// Fetches a pod's keys, one after the other: each fetch is a full attestation.
+    /// Fetches a pod's keys: one text, so that nobody who cannot read the pod's key can change the worker nodes' keys.
     async fn keys(&self, pod: &PodId) -> Result<PodKeys, AttemptError> {
-        let host = self.resource(resource::separate::pod_private_key(pod)).await?;
-        let worker_node = self.resource(resource::separate::WORKER_NODE_PUBLIC_KEY.to_owned()).await?;
-        Ok(PodKeys::parse(&host, &worker_node)?)
+        let text = self.resource(resource::pod_keys(pod, None)).await?;
+        let text = Zeroizing::new(String::from_utf8_lossy(&text).into_owned());
+        Ok(PodKeys::from_text(&text)?)
     }
 
     async fn resource(&self, path: String) -> Result<Zeroizing<Vec<u8>>, AttemptError> {
