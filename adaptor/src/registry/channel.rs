@@ -14,9 +14,10 @@ use super::operation::{Served, Work};
 use super::shared::Shared;
 use crate::address::Address;
 use crate::deadline::Deadline;
-use crate::pod::{AttestationLimits, Driver, Ended, Entry, Plan, PodState, StatusReporter, Stop};
+use crate::pod::{AttestationLimits, Driver, Ended, Entry, LostLimits, Plan, PodState, StatusReporter, Stop};
 use crate::transport::routes::Routes;
 use crate::transport::session::Tunnels;
+use crate::transport::ssh::Answered;
 
 /// The shortest time between two publications, so that neither a stranger in place of the agent nor an agent that never
 /// gets its keys makes many.
@@ -46,17 +47,24 @@ impl Channel {
             kubernetes: Tunnels::new(inbounds, outbounds),
             rekey_bytes: shared.config.rekey_bytes,
             attestation_limits: AttestationLimits::default(),
+            // `open` sets both.
+            lost_limits: LostLimits::for_start(Duration::ZERO),
+            answered: Answered::default(),
         }
     }
 
     /// Without a start, the pod was started by an earlier process.
     pub(super) fn open(
-        plan: Plan,
+        mut plan: Plan,
         routes: Arc<Routes>,
         status: StatusReporter,
         start: Option<StartOrder>,
     ) -> Self {
         let entry = if start.is_some() { Entry::New } else { Entry::Restarted };
+        if let Some(start) = &start {
+            plan.lost_limits = LostLimits::for_start(start.deadline.total());
+        }
+        plan.answered = status.answered().clone();
         let (order, orders) = watch::channel(None);
         let driver = Driver::new(plan, routes, status, orders);
         let waiter = start.map(|order| (order.deadline, order.reply));
