@@ -27,6 +27,11 @@ impl Deadline {
         self.at.saturating_duration_since(Instant::now())
     }
 
+    /// The time that there was for the whole.
+    pub(crate) fn total(&self) -> Duration {
+        self.total
+    }
+
     /// The time that there was for the whole, in seconds.
     pub(crate) fn total_seconds(&self) -> u64 {
         self.total.as_secs()

@@ -18,10 +18,19 @@ mod failover;
 
 mod withdrawal;
 
+mod slots;
+
+mod candidate;
+
+mod candidates;
+
+mod reach;
+
 mod driver;
 
 pub use self::advice::LOST;
 pub(crate) use self::driver::{Driver, Ended, Entry, Stop};
+pub(crate) use self::lost_vm::LostLimits;
 pub(crate) use self::plan::{AttestationLimits, Plan};
 pub(crate) use self::status::StatusReporter;
 pub use self::status::{Endpoint, Observer, PodEvent, PodSnapshot, PodState, VmLine};

@@ -90,9 +90,14 @@ impl Publication {
         self.kbs.url()
     }
 
-    /// An agent attests, or will: it needs the keys.
-    pub(crate) fn need(&self) {
-        self.needed.send_replace(true);
+    /// An agent attests, or will: it needs the keys. True if none was known to need them.
+    pub(crate) fn need(&self) -> bool {
+        !self.needed.send_replace(true)
+    }
+
+    /// Whether a VM may need the keys.
+    pub(crate) fn is_needed(&self) -> bool {
+        *self.needed.borrow()
     }
 
     /// Whether the private key is known not to be in the KBS.

@@ -178,8 +178,12 @@ impl Adaptor {
     ///
     /// # Errors
     /// The pod is not prepared, is started already, or did not come up; a `stop` or `suspend` came. After an error
-    /// connecting is not retried, and the pod can be started again. A VM that is lost fails the start at once, but only
-    /// if every address of the pod says so: while another one cannot be reached, the right VM may still be booting there.
+    /// connecting is not retried, and the pod can be started again. Its keys stay where they are.
+    ///
+    /// A VM that is lost fails the start before its deadline: if every address of the pod, those that its names resolve to
+    /// included, shows nothing else in at least 3 rounds over at least 10 s and a third of the deadline. None of this is
+    /// proven, and one address that cannot be reached, or answers anything else, keeps the start going. Until then the
+    /// state shows it ([`PodState::Connecting`](crate::pod::PodState::Connecting)).
     ///
     /// # Cancellation
     /// Dropping the future drops the wait only: the start goes on until it is up or its deadline passes.
@@ -199,6 +203,14 @@ impl Adaptor {
     /// The pod now; `None` if it has no task.
     pub fn snapshot(&self, id: &PodId) -> Option<PodSnapshot> {
         self.pods.lock().get(id).map(|pod| pod.status.snapshot())
+    }
+
+    /// Whether an SSH server has answered at an address of the pod since its task began. Then its VM may have its keys,
+    /// or be about to get them, whatever became of a start: deleting them could end a pod that is coming up.
+    ///
+    /// False if the pod has no task.
+    pub fn was_answered(&self, id: &PodId) -> bool {
+        self.pods.lock().get(id).is_some_and(|pod| pod.status.answered().get())
     }
 
     /// All pods now, in no order.

@@ -120,7 +120,7 @@ async fn connect_logs_each_event_once_and_ends_on_a_signal() {
         format!("pod pod-1: attestation: connected to {address}"),
         "pod pod-1: tunnel KATAAGENT, Attestation phase: the agent serves it, but no --inbounds tag here listens for it".to_owned(),
         "pod pod-1: keys: attempt 3: not yet".to_owned(),
-        "pod pod-1: attestation done; reconnecting for the Kubernetes phase".to_owned(),
+        format!("pod pod-1: attestation done at {address}; reconnecting for the Kubernetes phase"),
         format!("pod pod-1: kubernetes phase up at {address}"),
         "pod pod-1: SIGTERM: ending; a second signal ends at once".to_owned(),
         "pod pod-1: stopped".to_owned(),

@@ -54,6 +54,8 @@ struct Shared {
     unanswered: AtomicU64,
     /// Why the server is not one for SSH.
     complaint: Mutex<Option<String>>,
+    /// Whether the peer's identification has arrived.
+    identified: AtomicBool,
 }
 
 impl Shared {
@@ -83,6 +85,7 @@ impl Default for Guard {
             since: Instant::now(),
             unanswered: AtomicU64::new(0),
             complaint: Mutex::default(),
+            identified: AtomicBool::new(false),
         }))
     }
 }
@@ -98,6 +101,11 @@ impl Guard {
     /// nothing, or that it is one.
     pub fn not_ssh(&self) -> Option<String> {
         self.0.complaint.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether the peer has said that it speaks SSH (RFC 4253 4.2).
+    pub fn identified(&self) -> bool {
+        self.0.identified.load(Ordering::Relaxed)
     }
 
     /// Cuts the connection: the session ends at once with an I/O error.
@@ -210,6 +218,9 @@ impl<S> Guarded<S> {
         let result = strict.feed(data);
         if !was_checked {
             *guard.0.complaint.lock().unwrap_or_else(PoisonError::into_inner) = strict.complaint();
+            if strict.identified() {
+                guard.0.identified.store(true, Ordering::Relaxed);
+            }
         }
         result
     }

@@ -1,6 +1,7 @@
 //! What an operator reads when no address of a pod could be connected to, and what to do about it.
 
 use secure_comms_protocol::InitDataDigest;
+use secure_comms_protocol::limits::ADDRESSES_MAX;
 
 use super::connect::Failure;
 use super::plan::Plan;
@@ -11,12 +12,29 @@ pub const LOST: &str = "the VM answers with a host key that is not this pod's an
     this pod; if the VM has its keys from user data, give --no-trustee; else a stranger posed as the KBS, or the address \
     belongs to another VM: make a new VM, and use HTTPS to the KBS to prevent it";
 
+/// Addresses whose failure is shown: as many as one host name can have.
+const FAILURES_SHOWN: usize = ADDRESSES_MAX;
+
+/// What follows [`LOST`] while a start goes on.
+const LOST_SO_FAR: &str =
+    "; nothing of it is proven: the start fails only if every address goes on like this for a while";
+
+/// The text for a VM that has been found lost at every address, while connecting goes on.
+pub(super) fn lost_so_far(starting: bool) -> String {
+    if starting { format!("{LOST}{LOST_SO_FAR}") } else { LOST.to_owned() }
+}
+
 /// The causes of the failures in one line, and the remedy if there is one.
-pub(super) fn explain(plan: &Plan, failures: &[Failure]) -> String {
+pub(super) fn explain(plan: &Plan, failures: &[&Failure]) -> String {
     if failures.is_empty() {
         return "the pod's host names resolve to no address".to_owned();
     }
-    failures.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ") + &remedy(plan, failures)
+    let mut texts: Vec<_> = failures.iter().take(FAILURES_SHOWN).map(ToString::to_string).collect();
+    let more = failures.len().saturating_sub(FAILURES_SHOWN);
+    if more > 0 {
+        texts.push(format!("and {more} more addresses"));
+    }
+    texts.join("; ") + &remedy(plan, failures)
 }
 
 /// What to say if an agent in the Attestation phase names other init-data than the expected. It asks the KBS for its keys
@@ -44,7 +62,7 @@ pub(super) fn init_data_mismatch(expected: Option<&InitDataDigest>, agents: Opti
     }
 }
 
-fn remedy(plan: &Plan, failures: &[Failure]) -> String {
+fn remedy(plan: &Plan, failures: &[&Failure]) -> String {
     let attests = plan.attestation.attests();
     let kubernetes = || failures.iter().filter_map(|failure| failure.kubernetes.as_ref());
     if kubernetes().any(|error| matches!(error, ConnectError::Refused { .. })) {

@@ -66,6 +66,7 @@ impl Failure {
 }
 
 /// Races all addresses of the pod, and all addresses that a name resolves to. `first` is the phase to try first at each.
+/// Attempts that share `lock` authenticate in the Kubernetes phase one at a time.
 ///
 /// # Errors
 /// One failure for each address that was tried; none if the names resolve to nothing.
@@ -73,12 +74,12 @@ pub(super) async fn connect_any(
     plan: &Plan,
     first: PhaseName,
     hold: &AuthHold,
+    lock: &AuthLock,
 ) -> Result<Connected, Vec<Failure>> {
     // Where the Kubernetes phase is expected, an agent that offers only Attestation may be a stranger.
     let settles = move |(_, session): &(SocketAddr, AnySession)| {
         first == PhaseName::Attestation || matches!(session, AnySession::Kubernetes(_))
     };
-    let lock = AuthLock::default();
     let connect_address = |address: Address| {
         let (plan, lock, hold) = (plan.clone(), lock.clone(), hold.clone());
         async move {
@@ -96,7 +97,11 @@ pub(super) async fn connect_any(
     }
 }
 
-async fn resolve(address: &Address, first: PhaseName) -> Result<Vec<SocketAddr>, Failure> {
+/// The socket addresses of an address.
+///
+/// # Errors
+/// The name cannot be looked up.
+pub(super) async fn resolve(address: &Address, first: PhaseName) -> Result<Vec<SocketAddr>, Failure> {
     let name = match &address.host {
         Host::Ip(ip) => return Ok(vec![(*ip, address.port).into()]),
         Host::Name(name) => name,
@@ -114,7 +119,7 @@ async fn resolve(address: &Address, first: PhaseName) -> Result<Vec<SocketAddr>,
 }
 
 /// The connection attempts at one address.
-struct Attempt {
+pub(super) struct Attempt {
     plan: Plan,
     dial: Dial,
     lock: AuthLock,
@@ -123,13 +128,22 @@ struct Attempt {
 }
 
 impl Attempt {
-    fn new(plan: Plan, address: SocketAddr, lock: AuthLock, hold: AuthHold) -> Self {
-        let dial = Dial { address, node_key: plan.node_key.clone(), rekey_bytes: plan.rekey_bytes, hold };
+    pub(super) fn new(plan: Plan, address: SocketAddr, lock: AuthLock, hold: AuthHold) -> Self {
+        let dial = Dial {
+            address,
+            node_key: plan.node_key.clone(),
+            rekey_bytes: plan.rekey_bytes,
+            hold,
+            answered: plan.answered.clone(),
+        };
         Self { plan, dial, lock, failure: Failure::new(address), detector: LostVmDetector::default() }
     }
 
     /// Alternates between the phases for as long as the agent says that it is in the other one.
-    async fn run(mut self, first: PhaseName) -> Result<AnySession, Failure> {
+    ///
+    /// # Errors
+    /// The last error of each phase that was tried.
+    pub(super) async fn run(mut self, first: PhaseName) -> Result<AnySession, Failure> {
         /// Attestation and Kubernetes, and both again to be sure that the VM is lost.
         const ATTEMPTS_MAX: usize = 4;
         let mut phase = first;

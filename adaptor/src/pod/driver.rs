@@ -1,34 +1,35 @@
-//! Drives one pod's channel: first Attestation, then Kubernetes, which is kept up until the pod is stopped.
+//! Drives one pod's channel: reaches the agent (`reach`), then keeps the Kubernetes phase up until the pod is stopped.
 //!
 //! ```text
-//! new -------> connect: Attestation first --+--> run_attestation --- upgrade or end ---+
-//!                                           |                                          v
-//! restarted -> connect: Kubernetes first ---+--> run_kubernetes --- end ---> connect: Kubernetes first
+//! new: Attestation first ---------+--> reach: every address at once, in either phase
+//! restarted: Kubernetes first ----+       |
+//!                     ^                   v Kubernetes phase up at one address; the other connections end
+//!                     +---- end --- run_kubernetes
 //! ```
 //! Where a connection falls silent in either phase, a failover connects to the agent while the old connection exists.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_protocol::limits::RETRY_MAX;
-use secure_comms_protocol::{Attestation, Kubernetes, PhaseName};
+use secure_comms_protocol::{Kubernetes, PhaseName};
 use secure_comms_tunnel::Backoff;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
 
-use super::advice::{LOST, explain, init_data_mismatch};
-use super::connect::{AnySession, Connected, Failure, connect_any};
-use super::failover::await_failover;
+use super::candidates::Reached;
+use super::connect::{AnySession, Connected};
+use super::failover::{await_failover, failover_reason};
 use super::plan::Plan;
 use super::status::{PodEvent, PodState, StatusReporter};
 use super::vm_log::VmLog;
 use super::withdrawal::Withdrawal;
 use crate::transport::routes::Routes;
-use crate::transport::session::{AttestationEvent, Session};
-use crate::transport::ssh::AuthHold;
+use crate::transport::session::Session;
+use crate::transport::ssh::AuthLock;
 
 /// An order to end the channel from this side.
 #[derive(Clone, Debug)]
@@ -59,16 +60,16 @@ pub(crate) enum Ended {
 #[derive(Debug)]
 pub(crate) struct Driver {
     pub(super) plan: Plan,
-    routes: Arc<Routes>,
+    pub(super) routes: Arc<Routes>,
     pub(super) status: StatusReporter,
     pub(super) stop: watch::Receiver<Option<Stop>>,
     /// The start fails for good when the VM is lost. Once the pod was up, connecting is retried without limit.
-    starting: bool,
+    pub(super) starting: bool,
     backoff: Backoff,
     /// When the Kubernetes phase last came up.
     last_up: Option<Instant>,
-    /// Whether an agent sent `upgrade` since the Kubernetes phase was last up.
-    upgraded: bool,
+    /// Connections of the Attestation phase that end, each within a second.
+    pub(super) ending: JoinSet<()>,
     /// The mismatches reported last, so that a reconnect does not repeat them.
     reported_mismatches: HashMap<PhaseName, String>,
     /// What was shown of the VM's log.
@@ -91,7 +92,7 @@ impl Driver {
             starting: true,
             backoff: Backoff::default(),
             last_up: None,
-            upgraded: false,
+            ending: JoinSet::new(),
             reported_mismatches: HashMap::new(),
             vm_log: VmLog::default(),
         }
@@ -113,133 +114,24 @@ impl Driver {
     }
 
     async fn connect_until_ended(&mut self, mut first: PhaseName) -> Ended {
+        let mut found = None;
         loop {
-            match self.connect_once(first).await {
-                Ok(next) => first = next,
-                Err(ended) => return ended,
-            }
-        }
-    }
-
-    /// Connects, and serves the connection and its failovers until the last one ends; or pauses if connecting fails.
-    /// Returns the phase to try first the next time.
-    async fn connect_once(&mut self, first: PhaseName) -> Result<PhaseName, Ended> {
-        let hold = AuthHold::default();
-        let result = tokio::select! {
-            _ = stopped(&mut self.stop) => return Err(Ended::Stopped),
-            result = connect_any(&self.plan, first, &hold) => result,
-        };
-        let mut next = match result {
-            Ok(connected) => Some(connected),
-            Err(failures) => {
-                self.on_connect_failed(&failures)?;
-                self.pause().await?;
-                return Ok(first);
-            }
-        };
-        while let Some(Connected { index, address, session }) = next {
-            // The address that worked is tried first the next time.
-            if let Some(addresses) = self.plan.addresses.get_mut(..=index) {
-                addresses.rotate_right(1);
-            }
-            self.status.connected();
-            next = match session {
-                AnySession::Attestation(session) => self.run_attestation(address, session).await?,
-                AnySession::Kubernetes(session) => self.run_kubernetes(address, session).await?,
+            let reached = match found.take() {
+                Some(Connected { index, address, session: AnySession::Kubernetes(session) }) => {
+                    Ok(Reached { index, address, session })
+                }
+                attesting => self.reach(first, attesting).await,
             };
+            let served = match reached {
+                Ok(Reached { address, session, .. }) => self.run_kubernetes(address, session).await,
+                Err(ended) => return ended,
+            };
+            found = match served {
+                Ok(found) => found,
+                Err(ended) => return ended,
+            };
+            first = PhaseName::Kubernetes;
         }
-        Ok(PhaseName::Kubernetes)
-    }
-
-    /// Serves a connection in the Attestation phase until the agent has its keys or the connection ends. Returns the
-    /// connection of a failover, if one replaced it.
-    async fn run_attestation(
-        &mut self,
-        address: SocketAddr,
-        mut session: Session<Attestation>,
-    ) -> Result<Option<Connected>, Ended> {
-        let since = Instant::now();
-        if let Some(publication) = &self.plan.publication {
-            // Before the state changes, which has the keys published.
-            publication.need();
-        }
-        let expected = self.plan.init_data.as_ref();
-        self.status.init_data(init_data_mismatch(expected, session.agent().init_data.as_deref()));
-        self.status.set_state(PodState::Attesting { attempt: 0, last_error: None });
-        self.status.emit(&PodEvent::Attesting(address));
-        self.report_mismatches(PhaseName::Attestation, session.tunnel_mismatches());
-        self.routes.set_attestation(session.link());
-        let (plan, liveness) = (self.plan.clone(), session.liveness());
-        let mut failover = pin!(await_failover(&plan, &liveness, PhaseName::Attestation));
-        let limits = self.plan.attestation_limits;
-        let mut no_progress = pin!(sleep(limits.progress));
-        let mut no_keys = pin!(sleep(limits.total));
-        loop {
-            tokio::select! {
-                stop = stopped(&mut self.stop) => {
-                    self.routes.close();
-                    session.close(stop.reason).await;
-                    return Err(Ended::Stopped);
-                }
-                event = session.next_event() => match event {
-                    AttestationEvent::Keys(keys) => {
-                        no_progress.as_mut().reset(Instant::now() + limits.progress);
-                        self.status.keys(keys);
-                    }
-                    AttestationEvent::Upgrade => return self.on_upgrade(session).await.map(|()| None),
-                    AttestationEvent::Ended(why) => {
-                        return self.on_attestation_ended(&why.to_string(), since).await.map(|()| None);
-                    }
-                },
-                connected = &mut failover => {
-                    self.routes.close();
-                    self.down(PhaseName::Attestation, failover_reason(address, &connected));
-                    return Ok(Some(connected));
-                }
-                () = &mut no_progress => {
-                    return self.on_no_keys(session, since, "reported nothing on its keys", limits.progress).await;
-                }
-                () = &mut no_keys => {
-                    return self.on_no_keys(session, since, "did not get its keys", limits.total).await;
-                }
-            }
-        }
-    }
-
-    /// The agent may be a stranger that only answers pings: the other addresses are tried, too.
-    async fn on_no_keys(
-        &mut self,
-        session: Session<Attestation>,
-        since: Instant,
-        what: &str,
-        limit: Duration,
-    ) -> Result<Option<Connected>, Ended> {
-        let why = format!("the agent {what} within {} s; trying every address again", limit.as_secs());
-        self.routes.close();
-        session.close("no progress with the keys").await;
-        self.on_attestation_ended(&why, since).await.map(|()| None)
-    }
-
-    /// The agent has its keys: leaves the Attestation phase.
-    async fn on_upgrade(&mut self, session: Session<Attestation>) -> Result<(), Ended> {
-        self.status.set_state(PodState::Upgrading);
-        self.status.emit(&PodEvent::Upgrade);
-        self.routes.close();
-        // The agent ends the connection when it is ready for the next one.
-        session.close("reconnecting for the Kubernetes phase").await;
-        // A stranger could send `upgrade` again and again.
-        if std::mem::replace(&mut self.upgraded, true) {
-            self.pause().await?;
-        }
-        Ok(())
-    }
-
-    async fn on_attestation_ended(&mut self, why: &str, since: Instant) -> Result<(), Ended> {
-        self.routes.close();
-        self.down(PhaseName::Attestation, why.to_owned());
-        // The peer was not authenticated and may be a stranger: another address comes first now.
-        self.plan.addresses.rotate_left(1);
-        self.pause_if_short_lived(since).await
     }
 
     /// Serves a connection in the Kubernetes phase until it ends. Returns the connection of a failover, if one
@@ -266,7 +158,7 @@ impl Driver {
                 return Ok(Some(connected));
             }
         }
-        (self.starting, self.upgraded) = (false, false);
+        self.starting = false;
         if self.last_up.replace(since).is_none_or(|last| last.elapsed() >= 2 * RETRY_MAX) {
             self.backoff.reset();
         }
@@ -274,7 +166,7 @@ impl Driver {
         let instance = session.agent().instance.clone().unwrap_or_default();
         self.status.up(address, instance.clone());
         self.report_mismatches(PhaseName::Kubernetes, session.tunnel_mismatches());
-        let liveness = session.liveness();
+        let (liveness, lock) = (session.liveness(), AuthLock::default());
         let vm_log = self.vm_log.show(session.take_log(), &instance, &self.status);
         tokio::select! {
             never = vm_log => match never {},
@@ -292,7 +184,7 @@ impl Driver {
                 self.pause_if_short_lived(since).await?;
                 Ok(None)
             }
-            connected = await_failover(&self.plan, &liveness, PhaseName::Kubernetes) => {
+            connected = await_failover(&self.plan, &liveness, PhaseName::Kubernetes, &lock) => {
                 self.routes.close();
                 let why = failover_reason(address, &connected) + &cost(&session);
                 drop(session);
@@ -333,25 +225,7 @@ impl Driver {
         Ok(())
     }
 
-    fn on_connect_failed(&self, failures: &[Failure]) -> Result<(), Ended> {
-        // While another address cannot be reached, the pod's VM may still be booting there: the lost one may be a stale
-        // address, or a stranger's.
-        let lost = !failures.is_empty() && failures.iter().all(|failure| failure.vm_lost);
-        let why = if lost {
-            // After the start, a new VM may still appear at the same address.
-            if self.starting {
-                return Err(Ended::VmLost);
-            }
-            LOST.to_owned()
-        } else {
-            explain(&self.plan, failures)
-        };
-        self.status.connect_failed(&why);
-        self.set_degraded(why);
-        Ok(())
-    }
-
-    fn down(&self, phase: PhaseName, why: String) {
+    pub(super) fn down(&self, phase: PhaseName, why: String) {
         self.status.down(phase, &why);
         self.set_degraded(why);
     }
@@ -363,7 +237,7 @@ impl Driver {
         });
     }
 
-    fn report_mismatches(&mut self, phase: PhaseName, line: Option<&str>) {
+    pub(super) fn report_mismatches(&mut self, phase: PhaseName, line: Option<&str>) {
         let reported = self.reported_mismatches.insert(phase, line.unwrap_or_default().to_owned());
         if let Some(line) = line
             && reported.as_deref() != Some(line)
@@ -371,11 +245,6 @@ impl Driver {
             self.status.emit(&PodEvent::TunnelMismatch(line.to_owned()));
         }
     }
-}
-
-/// Why the connection to `address` was replaced.
-fn failover_reason(address: SocketAddr, connected: &Connected) -> String {
-    format!("connection to {address} timed out; failed over to {}", connected.address)
 }
 
 /// What the end of the connection costs: its streams cannot go on over another one.

@@ -10,11 +10,15 @@ use secure_comms_protocol::tag::parse_list;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use super::{AttestationLimits, Driver, Ended, Entry, Plan, PodSnapshot, PodState, StatusReporter, Stop};
+use super::{
+    AttestationLimits, Driver, Ended, Entry, LOST, LostLimits, Plan, PodSnapshot, PodState, StatusReporter,
+    Stop,
+};
 use crate::key_source::KeySource;
 use crate::support::agent::{Agent, Mode};
 use crate::support::{KATAAGENT, Lines, PATIENCE, addresses, pod};
 use crate::transport::session::Tunnels;
+use crate::transport::ssh::Answered;
 
 const LONG: Duration = Duration::from_secs(600);
 
@@ -43,6 +47,8 @@ impl Driven {
             kubernetes: Tunnels::new(&inbounds, &outbounds),
             rekey_bytes: REKEY_BYTES,
             attestation_limits: limits,
+            lost_limits: LostLimits::for_start(LONG),
+            answered: Answered::default(),
         };
         let events = Lines::default();
         let recorded = events.clone();
@@ -51,6 +57,11 @@ impl Driven {
         let (order, orders) = watch::channel(None);
         let driver = Driver::new(plan, Arc::default(), status, orders);
         Self { driver, events, now, order, latched }
+    }
+
+    fn lost_after(mut self, limits: LostLimits) -> Self {
+        self.driver.plan.lost_limits = limits;
+        self
     }
 
     async fn until_up(self, entry: Entry) {
@@ -66,6 +77,11 @@ impl Driven {
     }
 }
 
+/// Limits that no test reaches.
+fn patient() -> AttestationLimits {
+    AttestationLimits { progress: LONG, total: LONG, share: LONG }
+}
+
 /// An agent that answers nothing yet, as one whose VM is booting.
 fn booting(latched: &Mode) -> Mode {
     Mode { hangs_up: true, ..latched.clone() }
@@ -78,39 +94,33 @@ fn lost() -> Mode {
 }
 
 #[tokio::test]
-async fn an_agent_that_reports_nothing_does_not_keep_the_pod() {
-    let limits = AttestationLimits { progress: Duration::from_secs(1), total: LONG };
+async fn an_agent_that_reports_nothing_is_connected_to_again() {
+    let limits = AttestationLimits { progress: Duration::from_secs(1), ..patient() };
     for entry in [Entry::New, Entry::Restarted] {
         // It answers pings, as an agent does, and has nothing else to say.
-        let impostor = Agent::start(Mode::attestation()).await;
         let agent = Agent::start(Mode::attestation()).await;
-        let driven = Driven::new(&[impostor.address, agent.address], limits);
-        agent.become_(booting(&driven.latched));
+        let driven = Driven::new(&[agent.address], limits);
         let (events, latched) = (driven.events.clone(), driven.latched.clone());
         let vm = async {
             events.wait("attestation: connected to", 1).await;
             agent.become_(latched);
-            events
-                .wait("the agent reported nothing on its keys within 1 s; trying every address again", 1)
-                .await;
+            events.wait("the agent reported nothing on its keys within 1 s; connecting again", 1).await;
         };
         tokio::join!(driven.until_up(entry), vm);
     }
 }
 
 #[tokio::test]
-async fn an_agent_that_never_gets_its_keys_does_not_keep_the_pod() {
-    let impostor = Agent::start(Mode::attestation()).await;
+async fn an_agent_that_never_gets_its_keys_is_connected_to_again() {
     let agent = Agent::start(Mode::attestation()).await;
-    let limits = AttestationLimits { progress: LONG, total: Duration::from_secs(2) };
-    let driven = Driven::new(&[impostor.address, agent.address], limits);
-    agent.become_(booting(&driven.latched));
+    let limits = AttestationLimits { total: Duration::from_secs(2), ..patient() };
+    let driven = Driven::new(&[agent.address], limits);
     let (events, latched) = (driven.events.clone(), driven.latched.clone());
     let vm = async {
         events.wait("attestation: connected to", 1).await;
         agent.become_(latched);
         for attempt in 1..20 {
-            impostor.keys(attempt, "not yet");
+            agent.keys(attempt, "not yet");
             sleep(Duration::from_millis(100)).await;
         }
         events.wait("the agent did not get its keys within 2 s", 1).await;
@@ -121,7 +131,7 @@ async fn an_agent_that_never_gets_its_keys_does_not_keep_the_pod() {
 #[tokio::test]
 async fn reports_on_the_keys_keep_an_attestation() {
     let agent = Agent::start(Mode::attestation()).await;
-    let limits = AttestationLimits { progress: Duration::from_secs(2), total: LONG };
+    let limits = AttestationLimits { progress: Duration::from_secs(2), ..patient() };
     let driven = Driven::new(&[agent.address], limits);
     let (events, latched) = (driven.events.clone(), driven.latched.clone());
     let vm = async {
@@ -137,6 +147,89 @@ async fn reports_on_the_keys_keep_an_attestation() {
 }
 
 #[tokio::test]
+async fn a_stranger_that_attests_holds_up_no_other_address() {
+    for entry in [Entry::New, Entry::Restarted] {
+        let impostor = Agent::start(Mode::attestation()).await;
+        let agent = Agent::start(Mode::attestation()).await;
+        let driven = Driven::new(&[impostor.address, agent.address], patient());
+        let (events, now, latched) = (driven.events.clone(), driven.now.clone(), driven.latched.clone());
+        let vm = async {
+            impostor.seen.wait("hello", 1).await;
+            agent.seen.wait("hello", 1).await;
+            impostor.keys(7, "no");
+            let named = format!("keys: attempt 7: {}: no", impostor.address);
+            events.wait(&named, 1).await;
+            let shown =
+                PodState::Attesting { attempt: 7, last_error: Some(format!("{}: no", impostor.address)) };
+            assert_eq!(now.borrow().state, shown);
+            agent.upgrade(latched);
+            impostor
+                .seen
+                .wait("the peer said bye: the Kubernetes phase is up on another connection", 1)
+                .await;
+        };
+        tokio::join!(driven.until_up(entry), vm);
+        assert_eq!(events.count(&format!("kubernetes phase up at {}", agent.address)), 1);
+        assert_eq!(impostor.seen.count("hello pod-1"), 1, "{:?}", impostor.seen.all());
+    }
+}
+
+#[tokio::test]
+async fn forged_upgrades_disturb_no_other_session() {
+    let impostor = Agent::start(Mode::attestation()).await;
+    let agent = Agent::start(Mode::attestation()).await;
+    let driven = Driven::new(&[impostor.address, agent.address], patient());
+    let (events, latched) = (driven.events.clone(), driven.latched.clone());
+    let vm = async {
+        agent.seen.wait("hello", 1).await;
+        for forged in 1..4 {
+            impostor.seen.wait("hello", forged).await;
+            impostor.upgrade(Mode::attestation());
+        }
+        events.wait(&format!("attestation done at {}", impostor.address), 3).await;
+        assert_eq!(agent.seen.count("connection"), 1, "{:?}", agent.seen.all());
+        agent.upgrade(latched);
+    };
+    tokio::join!(driven.until_up(Entry::New), vm);
+    assert_eq!(events.count("connection ended"), 0, "{:?}", events.all());
+}
+
+#[tokio::test]
+async fn more_strangers_than_slots_do_not_keep_the_agent_out() {
+    let mut strangers = Vec::new();
+    for _ in 0..9 {
+        strangers.push(Agent::start(Mode::attestation()).await);
+    }
+    let agent = Agent::start(Mode::attestation()).await;
+    let mut at: Vec<_> = strangers.iter().map(|stranger| stranger.address).collect();
+    at.push(agent.address);
+    let driven = Driven::new(&at, AttestationLimits { share: Duration::from_secs(1), ..patient() });
+    let (events, latched) = (driven.events.clone(), driven.latched.clone());
+    let vm = async {
+        agent.seen.wait("hello", 1).await;
+        assert_ne!(events.count("within 1 s; other addresses wait"), 0, "{:?}", events.all());
+        agent.upgrade(latched);
+    };
+    tokio::join!(driven.until_up(Entry::New), vm);
+}
+
+#[tokio::test]
+async fn a_stranger_that_hangs_up_does_not_slow_another_address_down() {
+    let impostor = Agent::start(Mode { hangs_up: true, ..Mode::attestation() }).await;
+    let agent = Agent::start(Mode { hangs_up: true, ..Mode::attestation() }).await;
+    let driven = Driven::new(&[impostor.address, agent.address], patient());
+    let latched = driven.latched.clone();
+    let vm = async {
+        impostor.seen.wait("auth attestation", 3).await;
+        agent.become_(latched);
+    };
+    tokio::join!(driven.until_up(Entry::New), vm);
+}
+
+/// One finding is enough, so that whatever withholds the verdict is not time.
+const AT_ONCE: LostLimits = LostLimits { rounds: 1, time: Duration::ZERO };
+
+#[tokio::test]
 async fn one_lost_vm_among_the_addresses_does_not_fail_a_start() {
     // A stale address that is another pod's now comes first, and then last.
     for stale_first in [true, false] {
@@ -146,28 +239,82 @@ async fn one_lost_vm_among_the_addresses_does_not_fail_a_start() {
         if !stale_first {
             at.reverse();
         }
-        let driven = Driven::new(&at, AttestationLimits::default());
+        let driven = Driven::new(&at, patient()).lost_after(AT_ONCE);
         agent.become_(booting(&driven.latched));
         let (events, latched) = (driven.events.clone(), driven.latched.clone());
         let vm = async {
             events.wait("connecting: ", 1).await;
+            stale.seen.wait("auth attestation", 3).await;
             agent.become_(latched);
         };
         tokio::join!(driven.until_up(Entry::New), vm);
+        assert_eq!(events.count("lost to this pod"), 0, "{:?}", events.all());
     }
 }
 
 #[tokio::test]
-async fn a_start_fails_if_every_address_has_a_lost_vm() {
+async fn a_start_fails_if_every_address_goes_on_showing_a_lost_vm() {
     let agents = [Agent::start(lost()).await, Agent::start(lost()).await];
-    let driven = Driven::new(&agents.map(|agent| agent.address), AttestationLimits::default());
+    let limits = LostLimits { rounds: 3, time: Duration::from_millis(500) };
+    let driven = Driven::new(&agents.each_ref().map(|agent| agent.address), patient()).lost_after(limits);
+    let events = driven.events.clone();
     let ended = timeout(PATIENCE, driven.driver.run(Entry::New)).await;
     assert_eq!(ended.unwrap(), Ended::VmLost);
+    assert_eq!(
+        events.count("the start fails only if every address goes on like this"),
+        1,
+        "{:?}",
+        events.all()
+    );
+    for agent in agents {
+        // A finding takes one refusal to attest, and one before it finds the phase.
+        assert!(agent.seen.count("auth attestation") >= 3, "{:?}", agent.seen.all());
+    }
+}
+
+#[tokio::test]
+async fn a_stranger_that_poses_as_a_lost_vm_delays_a_start_only_as_long_as_it_lasts() {
+    let agent = Agent::start(lost()).await;
+    let driven = Driven::new(&[agent.address], patient());
+    let (events, now, latched) = (driven.events.clone(), driven.now.clone(), driven.latched.clone());
+    let vm = async {
+        events.wait("it is lost to this pod", 1).await;
+        let state = now.borrow().state.clone();
+        assert!(
+            matches!(&state, PodState::Connecting { last_error: Some(why) } if why.contains(LOST)),
+            "{state:?}"
+        );
+        agent.seen.wait("auth attestation", 8).await;
+        agent.become_(latched);
+    };
+    tokio::join!(driven.until_up(Entry::New), vm);
+}
+
+#[tokio::test]
+async fn a_stranger_with_a_new_host_key_each_time_is_no_lost_vm() {
+    let agent = Agent::start(lost()).await;
+    let driven = Driven::new(&[agent.address], patient()).lost_after(AT_ONCE);
+    agent.script((0..16).map(|_| lost()).chain([driven.latched.clone()]).collect::<Vec<_>>());
+    driven.until_up(Entry::New).await;
+}
+
+#[tokio::test]
+async fn a_name_that_cannot_be_looked_up_withholds_the_verdict() {
+    let agent = Agent::start(lost()).await;
+    let mut driven = Driven::new(&[agent.address], patient()).lost_after(AT_ONCE);
+    driven.driver.plan.addresses.push("no-such-name.invalid:2222".parse().unwrap());
+    let (events, latched) = (driven.events.clone(), driven.latched.clone());
+    let vm = async {
+        events.wait("no-such-name.invalid", 1).await;
+        agent.seen.wait("auth attestation", 4).await;
+        agent.become_(latched);
+    };
+    tokio::join!(driven.until_up(Entry::New), vm);
 }
 
 #[tokio::test]
 async fn no_address_at_all_is_no_lost_vm() {
-    let driven = Driven::new(&[], AttestationLimits::default());
+    let driven = Driven::new(&[], patient());
     let (events, order) = (driven.events.clone(), driven.order);
     let stop = async {
         events.wait("connecting: ", 1).await;

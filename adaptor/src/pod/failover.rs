@@ -5,6 +5,7 @@
 //! So the old connection is replaced only if a new one is ready and the old one had the time to recover, too.
 
 use std::future::pending;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use secure_comms_protocol::PhaseName;
@@ -13,7 +14,12 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::connect::{Connected, connect_any};
 use super::plan::Plan;
 use crate::transport::session::Liveness;
-use crate::transport::ssh::AuthHold;
+use crate::transport::ssh::{AuthHold, AuthLock};
+
+/// Why the connection to `address` was replaced.
+pub(super) fn failover_reason(address: SocketAddr, connected: &Connected) -> String {
+    format!("connection to {address} timed out; failed over to {}", connected.address)
+}
 
 /// The interval at which unanswered traffic is checked for, and the pause between failed attempts.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -32,8 +38,14 @@ const HANDSHAKE_TIMEOUT_MIN: Duration = Duration::from_secs(2);
 
 /// Waits until the connection is silent and a new one has replaced it.
 ///
-/// `first` is the phase to try first. Dropping the future drops the new connection.
-pub(super) async fn await_failover(plan: &Plan, liveness: &Liveness, first: PhaseName) -> Connected {
+/// `first` is the phase to try first, and `lock` that of the other attempts at the pod's addresses. Dropping the future
+/// drops the new connection.
+pub(super) async fn await_failover(
+    plan: &Plan,
+    liveness: &Liveness,
+    first: PhaseName,
+    lock: &AuthLock,
+) -> Connected {
     loop {
         until_silent(liveness).await;
         tracing::debug!("pod {}: failover: the agent is silent; opening a new connection", plan.id);
@@ -41,7 +53,7 @@ pub(super) async fn await_failover(plan: &Plan, liveness: &Liveness, first: Phas
         while is_silent(liveness) {
             let hold = AuthHold::closed();
             let result = tokio::select! {
-                result = connect_any(plan, first, &hold) => result,
+                result = connect_any(plan, first, &hold, lock) => result,
                 () = hold_until_primary_is_dead(liveness, &hold, handshake_timeout, &mut deadline) => {
                     handshake_timeout *= 2;
                     continue;

@@ -1,20 +1,27 @@
 //! What a driver needs to know about its pod.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use secure_comms_protocol::tag::Host;
 use secure_comms_protocol::{Attestation, InitDataDigest, Kubernetes, PodId};
 
+use super::lost_vm::LostLimits;
 use crate::address::Address;
 use crate::key_source::KeySource;
 use crate::publication::Publication;
 use crate::transport::session::Tunnels;
+use crate::transport::ssh::Answered;
 use secure_comms_keys::{PodPublic, WorkerNodeKey};
 
 /// [`AttestationLimits::progress`].
 const ATTESTATION_PROGRESS: Duration = Duration::from_secs(3 * 60);
 /// [`AttestationLimits::total`].
 const ATTESTATION_TOTAL: Duration = Duration::from_secs(10 * 60);
+/// [`AttestationLimits::share`]: most agents get their keys within some seconds. One that takes longer goes on when its
+/// address has a slot again.
+const ATTESTATION_SHARE: Duration = Duration::from_secs(30);
 
 /// The addresses, keys and tunnels of one pod.
 #[derive(Clone, Debug)]
@@ -34,20 +41,34 @@ pub(crate) struct Plan {
     /// Bytes in one direction after which the session keys are renewed.
     pub(crate) rekey_bytes: usize,
     pub(crate) attestation_limits: AttestationLimits,
+    /// When a start fails because the VM is lost.
+    pub(crate) lost_limits: LostLimits,
+    /// Learns of an SSH server at one of the addresses.
+    pub(crate) answered: Answered,
 }
 
-/// How long a connection in the Attestation phase is kept. That phase authenticates neither
-/// end, so a stranger at one address could hold the pod there, and no other address would be tried.
+impl Plan {
+    /// The same plan for one socket address only.
+    pub(crate) fn at(&self, address: SocketAddr) -> Self {
+        let only = Address { host: Host::Ip(address.ip()), port: address.port() };
+        Self { addresses: vec![only], ..self.clone() }
+    }
+}
+
+/// How long a connection in the Attestation phase is kept. That phase authenticates neither end: a stranger could hold
+/// the pod's only address for as long as it answers pings, while the agent there has its keys already.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AttestationLimits {
     /// Without a report of the agent on its keys. It reports each attempt, and an attempt takes less than a minute.
     pub(crate) progress: Duration,
     /// Without the end of the phase, whatever the agent reports.
     pub(crate) total: Duration,
+    /// While another address waits for a slot.
+    pub(crate) share: Duration,
 }
 
 impl Default for AttestationLimits {
     fn default() -> Self {
-        Self { progress: ATTESTATION_PROGRESS, total: ATTESTATION_TOTAL }
+        Self { progress: ATTESTATION_PROGRESS, total: ATTESTATION_TOTAL, share: ATTESTATION_SHARE }
     }
 }

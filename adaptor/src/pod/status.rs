@@ -9,6 +9,7 @@ use secure_comms_protocol::{InitDataDigest, KeyProgress, PhaseName, PodId, Tunne
 use tokio::sync::watch;
 
 use crate::throttle::Throttle;
+use crate::transport::ssh::Answered;
 
 /// Where local clients of a tunnel connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,8 +81,8 @@ pub enum PodEvent {
     Attesting(SocketAddr),
     /// An attempt of the agent to get its keys ended.
     Keys(KeyProgress),
-    /// The agent has its keys. The adaptor reconnects for the Kubernetes phase.
-    Upgrade,
+    /// The agent at this address says that it has its keys. The adaptor reconnects for the Kubernetes phase.
+    Upgrade(SocketAddr),
     /// The Kubernetes phase is up at this address.
     Up(SocketAddr),
     /// A connection in this phase ended, and why.
@@ -127,7 +128,9 @@ impl fmt::Display for PodEvent {
             Self::Keys(KeyProgress { attempt, error: Some(error) }) => {
                 write!(f, "keys: attempt {attempt}: {error}")
             }
-            Self::Upgrade => f.write_str("attestation done; reconnecting for the Kubernetes phase"),
+            Self::Upgrade(address) => {
+                write!(f, "attestation done at {address}; reconnecting for the Kubernetes phase")
+            }
             Self::Up(address) => write!(f, "kubernetes phase up at {address}"),
             Self::Down(PhaseName::Kubernetes, why) => write!(f, "channel down: {why}"),
             Self::Down(PhaseName::Attestation, why) => write!(f, "attestation: connection ended: {why}"),
@@ -189,8 +192,6 @@ struct LastSeen {
     connected: bool,
     connecting: Option<String>,
     keys: Option<String>,
-    /// The error in `keys`, without the number of the attempt.
-    keys_error: Option<String>,
     publish: Option<String>,
     /// The agent says that it has other init-data than is expected.
     init_data: Option<String>,
@@ -219,6 +220,7 @@ pub(crate) struct StatusReporter {
     observer: Observer,
     seen: Arc<Mutex<LastSeen>>,
     throttles: Arc<Mutex<Throttles>>,
+    answered: Answered,
 }
 
 /// Limits of the events that an unproven peer can cause as often as it likes, by new connections or new texts.
@@ -246,7 +248,7 @@ impl Throttles {
     fn of(&mut self, event: &PodEvent) -> Option<&mut Throttle> {
         match event {
             PodEvent::Keys(_) => Some(&mut self.keys),
-            PodEvent::Attesting(_) | PodEvent::Upgrade | PodEvent::Down(PhaseName::Attestation, _) => {
+            PodEvent::Attesting(_) | PodEvent::Upgrade(_) | PodEvent::Down(PhaseName::Attestation, _) => {
                 Some(&mut self.connections)
             }
             PodEvent::ConnectFailed(_) => Some(&mut self.failures),
@@ -274,6 +276,7 @@ impl StatusReporter {
             observer,
             seen: Arc::default(),
             throttles: Arc::default(),
+            answered: Answered::default(),
         }
     }
 
@@ -285,8 +288,22 @@ impl StatusReporter {
         self.current.borrow().clone()
     }
 
+    /// Whether an SSH server has answered at an address of the pod, in any of its starts.
+    pub(crate) fn answered(&self) -> &Answered {
+        &self.answered
+    }
+
     pub(crate) fn set_state(&self, state: PodState) {
-        self.current.send_modify(|current| current.state = state);
+        self.current.send_if_modified(|current| {
+            let changes = current.state != state;
+            current.state = state;
+            changes
+        });
+    }
+
+    /// An agent that attests needs the keys: observers of the state see to their publication.
+    pub(super) fn keys_needed(&self) {
+        self.current.send_modify(|_| {});
     }
 
     /// The inbounds listen.
@@ -359,6 +376,11 @@ impl StatusReporter {
         }
     }
 
+    /// While an address is connected: why the others are not.
+    pub(super) fn others_failed(&self, why: Option<String>) {
+        self.seen().connecting = why;
+    }
+
     /// Connecting succeeded: earlier connect errors no longer count.
     pub(super) fn connected(&self) {
         let mut seen = self.seen();
@@ -377,19 +399,11 @@ impl StatusReporter {
         self.emit(&PodEvent::Down(phase, why.to_owned()));
     }
 
-    /// An attempt of the agent to get its keys ended. Emits an event when the failures start, when their cause changes,
-    /// and when they end.
-    pub(super) fn keys(&self, keys: KeyProgress) {
-        let before = self.seen().keys_error.clone();
-        {
-            let mut seen = self.seen();
-            seen.keys = keys.error.as_ref().map(|error| format!("attempt {}: {error}", keys.attempt));
-            seen.keys_error.clone_from(&keys.error);
-        }
-        let hint = self.seen().init_data.as_ref().map(|hint| format!("; {hint}")).unwrap_or_default();
-        let last_error = keys.error.as_ref().map(|error| format!("{error}{hint}"));
-        self.set_state(PodState::Attesting { attempt: keys.attempt, last_error });
-        if keys.error.is_none() || keys.error != before {
+    /// An attempt of an agent to get its keys ended. Emits an event if it is news: when the failures at its address
+    /// start, when their cause changes, and when they end.
+    pub(super) fn keys(&self, keys: KeyProgress, news: bool) {
+        self.seen().keys = keys.error.as_ref().map(|error| format!("attempt {}: {error}", keys.attempt));
+        if news {
             self.emit(&PodEvent::Keys(keys));
         }
     }
@@ -439,8 +453,8 @@ mod tests {
         for n in 0..10_000 {
             status.emit(&PodEvent::Attesting(([127, 0, 0, 1], 1).into()));
             status.emit(&PodEvent::TunnelMismatch(format!("tunnel x{n}")));
-            status.keys(keys(n));
-            status.emit(&PodEvent::Upgrade);
+            status.keys(keys(n), true);
+            status.emit(&PodEvent::Upgrade(([127, 0, 0, 1], 1).into()));
             status.down(PhaseName::Attestation, &n.to_string());
             status.connect_failed(&n.to_string());
         }
@@ -452,7 +466,7 @@ mod tests {
         status.down(PhaseName::Kubernetes, "gone");
         assert_eq!(events.lock().unwrap().len(), emitted + 2);
         tokio::time::sleep(std::time::Duration::from_secs(60)).await;
-        status.keys(keys(1));
+        status.keys(keys(1), true);
         assert_eq!(events.lock().unwrap().last().unwrap(), "keys: attempt 1: no 1");
     }
 }

@@ -13,6 +13,7 @@ use crate::kbs::KbsError;
 use crate::publication::{Publication, PublicationError};
 use crate::text::with_causes;
 use crate::transport::session::Session;
+use crate::transport::ssh::AuthLock;
 
 /// The time for one deletion, its retries included. After it the operator learns why there is no end yet.
 const WITHDRAW: Duration = Duration::from_secs(10);
@@ -34,12 +35,13 @@ impl Driver {
     pub(super) async fn withdraw_key(&mut self, session: &mut Session<Kubernetes>) -> Withdrawal {
         let Some(publication) = self.plan.publication.clone() else { return Withdrawal::Done };
         let (plan, liveness, mut stop) = (self.plan.clone(), session.liveness(), self.stop.clone());
+        let lock = AuthLock::default();
         tokio::select! {
             biased;
             () = self.until_gone(&publication) => Withdrawal::Done,
             stop = stopped(&mut stop) => Withdrawal::Stopped(stop),
             why = session.ended() => Withdrawal::Ended(why.to_string()),
-            connected = await_failover(&plan, &liveness, PhaseName::Kubernetes) => Withdrawal::Replaced(connected),
+            connected = await_failover(&plan, &liveness, PhaseName::Kubernetes, &lock) => Withdrawal::Replaced(connected),
         }
     }
 

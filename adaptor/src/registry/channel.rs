@@ -14,10 +14,11 @@ use super::operation::{Served, Work};
 use super::shared::Shared;
 use crate::address::Address;
 use crate::deadline::Deadline;
-use crate::pod::{AttestationLimits, Driver, Ended, Entry, Plan, PodState, StatusReporter, Stop};
+use crate::pod::{AttestationLimits, Driver, Ended, Entry, LostLimits, Plan, PodState, StatusReporter, Stop};
 use crate::publication::Publication;
 use crate::transport::routes::Routes;
 use crate::transport::session::Tunnels;
+use crate::transport::ssh::Answered;
 
 /// The shortest time between two publications, so that neither a stranger in place of the agent nor an agent that never
 /// gets its keys makes many.
@@ -55,17 +56,24 @@ impl Channel {
             kubernetes: Tunnels::new(inbounds, outbounds),
             rekey_bytes: shared.config.rekey_bytes,
             attestation_limits: AttestationLimits::default(),
+            // `open` sets both.
+            lost_limits: LostLimits::for_start(Duration::ZERO),
+            answered: Answered::default(),
         }
     }
 
     /// Without a start, the pod was started by an earlier process.
     pub(super) fn open(
-        plan: Plan,
+        mut plan: Plan,
         routes: Arc<Routes>,
         status: StatusReporter,
         start: Option<StartOrder>,
     ) -> Self {
         let entry = if start.is_some() { Entry::New } else { Entry::Restarted };
+        if let Some(start) = &start {
+            plan.lost_limits = LostLimits::for_start(start.deadline.total());
+        }
+        plan.answered = status.answered().clone();
         let (order, orders) = watch::channel(None);
         let driver = Driver::new(plan, routes, status, orders);
         let waiter = start.map(|order| (order.deadline, order.reply));
@@ -130,14 +138,14 @@ impl Republish {
         self.forget();
     }
 
-    /// The agent reported a failed attempt to get its keys, or is back in the Attestation phase. `gone` says that the keys
-    /// are not in the KBS.
-    pub(super) fn on_state(&mut self, state: &PodState, gone: bool) {
-        match state {
-            PodState::Attesting { last_error, .. } => {
+    /// The agent reported a failed attempt to get its keys, or is back in the Attestation phase. `gone` says
+    /// whether the keys are not in the KBS; it is `None` if no VM needs them there.
+    pub(super) fn on_state(&mut self, state: &PodState, gone: Option<bool>) {
+        match (state, gone) {
+            (PodState::Attesting { last_error, .. }, Some(gone)) => {
                 self.wanted |= last_error.is_some() || self.had_keys || gone;
             }
-            PodState::Up { .. } => {
+            (PodState::Up { .. }, _) => {
                 self.had_keys = true;
                 self.forget();
                 // The agent has proven itself: the next one that attests need not wait.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::support::agent::{Agent, Mode};
 use crate::support::{PATIENCE, pod};
 use crate::transport::session::{Session, Tunnels};
-use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial};
+use crate::transport::ssh::{self, Answered, AuthHold, AuthLock, ConnectError, Dial};
 use secure_comms_keys::{PodKey, WorkerNodeKey};
 use secure_comms_protocol::control::{Bye, LogLine};
 use secure_comms_protocol::limits::{LOG_TEXT_MAX, REKEY_BYTES};
@@ -18,7 +18,13 @@ use tokio::net::TcpListener;
 use tokio::time::timeout;
 
 fn dial(address: SocketAddr, node_key: &WorkerNodeKey) -> Dial {
-    Dial { address, node_key: node_key.clone(), rekey_bytes: REKEY_BYTES, hold: AuthHold::default() }
+    Dial {
+        address,
+        node_key: node_key.clone(),
+        rekey_bytes: REKEY_BYTES,
+        hold: AuthHold::default(),
+        answered: Answered::default(),
+    }
 }
 
 fn tunnels<P: Phase>(outbounds: &str) -> Tunnels<P> {

@@ -12,7 +12,9 @@ mod handler;
 mod client;
 
 pub(crate) use self::auth_hold::{AuthHold, AuthLock};
-pub(crate) use self::client::{AgentLink, Dial, SshConnection, connect_attestation, connect_kubernetes};
+pub(crate) use self::client::{
+    AgentLink, Answered, Dial, SshConnection, connect_attestation, connect_kubernetes,
+};
 pub(crate) use self::error::ConnectError;
 pub(crate) use self::handler::TransportEnd;
 pub(crate) use self::phase::ClientPhase;

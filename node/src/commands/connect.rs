@@ -8,6 +8,7 @@ use std::time::Duration;
 use secure_comms_adaptor::kbs::{KbsClient, KbsError};
 use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::pod::{PodEvent, PodState};
+use secure_comms_adaptor::store::{DirectoryStore, Store as _};
 use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Deadline, Endpoint, PodSpec};
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::resource::pod_keys;
@@ -85,7 +86,10 @@ async fn serve(
     signals: &mut Signals,
     events: &Events,
 ) -> Result<Option<EndSignal>, ConnectError> {
-    let adaptor = build_adaptor(settings, events)?;
+    let store = Arc::new(open_store(&settings.store).map_err(ConnectError::Store)?);
+    // Before this start makes one.
+    let known = store.known_pod_key(&settings.pod).await.map_err(AdaptorError::from)?.is_some();
+    let adaptor = build_adaptor(store, settings, events)?;
     let restored = tokio::select! {
         restored = restore(&adaptor, settings, deadline) => restored,
         signal = signals.next() => return interrupted(&adaptor, settings, signals, signal).await,
@@ -95,19 +99,49 @@ async fn serve(
         signal = signals.next() => return interrupted(&adaptor, settings, signals, signal).await,
     };
     if let Err(error) = started {
-        // The cause of the failed start is what the operator needs: a failing cleanup is only logged.
         let error = ConnectError::from(error);
-        if let Err(cleanup) = end(&adaptor, settings, signals).await {
-            let [cause, cleanup] = [&error, &cleanup].map(with_causes);
-            // The same again if another adaptor drives the pod.
-            if cleanup != cause {
-                tracing::error!("cleaning up after the failed start: {cleanup}");
-            }
-        }
+        end_failed_start(&adaptor, settings, signals, known, &error).await;
         return Err(error);
     }
     let signal = signals.next().await;
     end_after(signal, &adaptor, settings, signals).await
+}
+
+/// Ends after a failed start. What failed it is not proven: an SSH server that answered may be the pod's VM, or stand
+/// before it. So `--delete-on-exit` deletes only the keys that this start made, and that no VM can have.
+async fn end_failed_start(
+    adaptor: &Adaptor,
+    settings: &ConnectSettings,
+    signals: &mut Signals,
+    known: bool,
+    error: &ConnectError,
+) {
+    let pod = &settings.pod;
+    let reason = match (known, adaptor.was_answered(pod)) {
+        (_, true) => "an SSH server has answered at its address, so that its VM may have its keys",
+        (true, false) => "they are from before this start",
+        (false, false) => {
+            // The cause of the failed start is what the operator needs: a failing cleanup is only logged.
+            if let Err(cleanup) = end(adaptor, settings, signals).await {
+                let [cause, cleanup] = [error, &cleanup].map(with_causes);
+                // The same again if another adaptor drives the pod.
+                if cleanup != cause {
+                    tracing::error!("cleaning up after the failed start: {cleanup}");
+                }
+            }
+            return;
+        }
+    };
+    if settings.delete_on_exit {
+        tracing::warn!(
+            "pod {pod}: --delete-on-exit: the start failed, but the keys are kept: {reason}; to bring the pod up, run \
+             connect again; to delete the keys, run connect --delete-on-exit again and end it with SIGTERM"
+        );
+    }
+    tokio::select! {
+        () = adaptor.suspend(pod) => {}
+        signal = signals.next() => tracing::warn!("pod {pod}: {signal} during the end: open streams are cut"),
+    }
 }
 
 fn with_causes(error: &ConnectError) -> String {
@@ -147,8 +181,11 @@ async fn end_after(
     end(adaptor, settings, signals).await
 }
 
-fn build_adaptor(settings: &ConnectSettings, events: &Events) -> Result<Adaptor, ConnectError> {
-    let store = Arc::new(open_store(&settings.store).map_err(ConnectError::Store)?);
+fn build_adaptor(
+    store: Arc<DirectoryStore>,
+    settings: &ConnectSettings,
+    events: &Events,
+) -> Result<Adaptor, ConnectError> {
     let key_source = match &settings.key_source {
         KeySource::Kbs(kbs) => KeySource::Kbs(KbsClient::new(kbs, settings.deadline)?),
         KeySource::UserData => KeySource::UserData,

@@ -55,7 +55,7 @@ fn line(pod: &PodId, event: &PodEvent) -> String {
             let error = error.as_deref().map(escape);
             object("keys", pod, [("attempt", json!(attempt)), ("error", json!(error))])
         }
-        PodEvent::Upgrade => object("attested", pod, []),
+        PodEvent::Upgrade(address) => object("attested", pod, [("address", json!(address))]),
         PodEvent::Up(address) => object("up", pod, [("address", json!(address))]),
         PodEvent::Down(phase, why) => {
             object("down", pod, [("phase", json!(phase)), ("reason", json!(escape(why)))])

@@ -83,6 +83,16 @@ impl StrictKex {
         self.seen.is_none()
     }
 
+    /// Whether the identification of SSH 2 has arrived.
+    pub(super) fn identified(&self) -> bool {
+        self.seen.as_ref().is_none_or(|seen| {
+            matches!(
+                first_packet(seen, self.peer.marker()),
+                First::Incomplete { identified: true } | First::Unmarked | First::Marked
+            )
+        })
+    }
+
     /// What is wrong with a server that has said something, but not that it speaks SSH.
     pub(super) fn complaint(&self) -> Option<String> {
         let seen = self.seen.as_ref().filter(|seen| !seen.is_empty() && self.peer == Peer::Server)?;

@@ -27,8 +27,8 @@ impl Actor {
 
     pub(super) fn on_state(&mut self) {
         let state = self.states.borrow_and_update().state.clone();
-        let gone = self.publication.as_ref().is_some_and(|publication| publication.is_gone());
-        self.republish.on_state(&state, gone);
+        let needed = self.publication.as_ref().filter(|publication| publication.is_needed());
+        self.republish.on_state(&state, needed.map(|publication| publication.is_gone()));
         let up = matches!(state, PodState::Up { .. });
         if let Some(channel) = &mut self.channel
             && up

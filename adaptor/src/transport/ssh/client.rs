@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use russh::client::{self, AuthResult, Handle, Msg};
 use russh::keys::PrivateKeyWithHashAlg;
@@ -34,6 +35,32 @@ pub(crate) struct Dial {
     pub(crate) rekey_bytes: usize,
     /// What the attempt waits for before it authenticates.
     pub(crate) hold: AuthHold,
+    /// Learns of an SSH server at the address.
+    pub(crate) answered: Answered,
+}
+
+/// Whether an SSH server has answered at an address of the pod.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Answered(Arc<AtomicBool>);
+
+impl Answered {
+    pub(crate) fn get(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Records at the end of an attempt, however it ends, whether an SSH server answered.
+struct RecordAnswer<'a> {
+    guard: Guard,
+    answered: &'a Answered,
+}
+
+impl Drop for RecordAnswer<'_> {
+    fn drop(&mut self) {
+        if self.guard.identified() {
+            self.answered.0.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 /// Cuts the connection when dropped: dropping a russh handle does not end its session.
@@ -141,6 +168,7 @@ async fn connect_phase<P: ClientPhase>(
     tcp.set_nodelay(true).map_err(ConnectError::Unreachable)?;
     let (socket, guard) = Guarded::new(tcp, Peer::Server);
     let cut = CutOnDrop(guard.clone());
+    let _answer = RecordAnswer { guard: guard.clone(), answered: &dial.answered };
     let shared = Shared::new(host, outbounds);
     let handshake = async {
         let mut config = profile::client(dial.rekey_bytes);

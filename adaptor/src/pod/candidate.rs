@@ -1,0 +1,215 @@
+//! One socket address at which the pod's VM may be: connects there again and again, and serves the Attestation phase,
+//! until the Kubernetes phase is up there or elsewhere.
+//!
+//! In the Attestation phase nothing is proven. So each address has a task, a backoff and limits of its own: whatever
+//! answers at one of them holds up no other.
+
+use std::net::SocketAddr;
+use std::pin::pin;
+
+use secure_comms_protocol::limits::RETRY_MAX;
+use secure_comms_protocol::{Attestation, KeyProgress, Kubernetes, PhaseName};
+use secure_comms_tunnel::Backoff;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, interval_at, sleep};
+
+use super::connect::{AnySession, Attempt, Failure};
+use super::failover::{await_failover, failover_reason};
+use super::plan::Plan;
+use super::slots::Slots;
+use crate::transport::session::{AttestationEvent, Session};
+use crate::transport::ssh::{AgentLink, AuthHold, AuthLock};
+
+/// What a candidate reports.
+#[derive(Debug)]
+pub(super) enum Report {
+    /// A round of attempts failed.
+    Failed(Failure),
+    /// Connected in the Attestation phase.
+    Attesting {
+        link: AgentLink<Attestation>,
+        mismatches: Option<String>,
+        /// What the agent says of the VM's init-data.
+        init_data: Option<String>,
+    },
+    Keys(KeyProgress),
+    /// The agent says that it has its keys.
+    Upgrade,
+    /// The connection in the Attestation phase ended, and why.
+    Ended(String),
+}
+
+/// What all candidates of a pod share.
+#[derive(Clone, Debug)]
+pub(super) struct Common {
+    pub(super) plan: Plan,
+    /// Only one of them authenticates in the Kubernetes phase at a time.
+    pub(super) lock: AuthLock,
+    pub(super) slots: Slots,
+    /// Holds the reason for the agents once the candidates are to end.
+    pub(super) end: watch::Receiver<Option<&'static str>>,
+    pub(super) reports: mpsc::Sender<(SocketAddr, Report)>,
+}
+
+/// The task of one address.
+pub(super) struct Candidate {
+    common: Common,
+    address: SocketAddr,
+    /// The phase to try first the next time.
+    first: PhaseName,
+    backoff: Backoff,
+    /// Whether the agent here said `upgrade` before.
+    upgraded: bool,
+}
+
+/// How an attestation ended.
+enum Attested {
+    /// Another connection replaced it.
+    Replaced(AnySession),
+    /// The address is tried again, at once or after a pause.
+    Again { pause: bool },
+    /// The candidate is to end.
+    End,
+}
+
+impl Candidate {
+    pub(super) fn new(common: Common, address: SocketAddr, first: PhaseName) -> Self {
+        Self { common, address, first, backoff: Backoff::default(), upgraded: false }
+    }
+
+    /// Returns the session once the Kubernetes phase is up here; nothing if the candidate was to end before. Starts with
+    /// the session that was found already, if any.
+    ///
+    /// Dropping the future cuts the connection.
+    pub(super) async fn run(mut self, mut found: Option<AnySession>) -> Option<Session<Kubernetes>> {
+        let mut end = self.common.end.clone();
+        loop {
+            let slots = self.common.slots.clone();
+            let connected = async {
+                let slot = slots.take().await;
+                let connected = match found.take() {
+                    Some(session) => Ok(session),
+                    None => self.connect().await,
+                };
+                (slot, connected)
+            };
+            let (slot, connected) = tokio::select! {
+                _ = ordered(&mut end) => return None,
+                connected = connected => connected,
+            };
+            let mut next = connected.map(Attested::Replaced);
+            let pause = loop {
+                next = match next {
+                    Ok(Attested::Replaced(AnySession::Kubernetes(session))) => return Some(session),
+                    Ok(Attested::Replaced(AnySession::Attestation(session))) => {
+                        Ok(self.attest(session).await)
+                    }
+                    Ok(Attested::Again { pause }) => break pause,
+                    Ok(Attested::End) => return None,
+                    Err(failure) => {
+                        self.report(Report::Failed(failure)).await;
+                        break true;
+                    }
+                };
+            };
+            drop(slot);
+            if pause {
+                tokio::select! {
+                    _ = ordered(&mut end) => return None,
+                    () = self.backoff.pause() => {}
+                }
+            }
+        }
+    }
+
+    async fn connect(&self) -> Result<AnySession, Failure> {
+        let Common { plan, lock, .. } = &self.common;
+        Attempt::new(plan.clone(), self.address, lock.clone(), AuthHold::default()).run(self.first).await
+    }
+
+    /// Serves a connection in the Attestation phase until the agent has its keys, the connection ends, or one of its
+    /// limits passes.
+    async fn attest(&mut self, mut session: Session<Attestation>) -> Attested {
+        let since = Instant::now();
+        // An agent that had its keys in the meantime is in the Kubernetes phase.
+        self.first = PhaseName::Kubernetes;
+        let (link, mismatches) = (session.link(), session.tunnel_mismatches().map(str::to_owned));
+        let init_data = session.agent().init_data.clone();
+        self.report(Report::Attesting { link, mismatches, init_data }).await;
+        let plan = self.common.plan.at(self.address);
+        let (liveness, limits) = (session.liveness(), plan.attestation_limits);
+        let (lock, mut end) = (self.common.lock.clone(), self.common.end.clone());
+        let mut failover = pin!(await_failover(&plan, &liveness, PhaseName::Attestation, &lock));
+        let (mut no_progress, mut no_keys) = (pin!(sleep(limits.progress)), pin!(sleep(limits.total)));
+        let mut share = interval_at(Instant::now() + limits.share, limits.share);
+        let (why, bye) = loop {
+            tokio::select! {
+                reason = ordered(&mut end) => {
+                    session.close(reason).await;
+                    return Attested::End;
+                }
+                event = session.next_event() => match event {
+                    AttestationEvent::Keys(keys) => {
+                        no_progress.as_mut().reset(Instant::now() + limits.progress);
+                        self.report(Report::Keys(keys)).await;
+                    }
+                    AttestationEvent::Upgrade => return self.upgrade(session).await,
+                    AttestationEvent::Ended(why) => break (why.to_string(), None),
+                },
+                connected = &mut failover => {
+                    self.report(Report::Ended(failover_reason(self.address, &connected))).await;
+                    return Attested::Replaced(connected.session);
+                }
+                () = &mut no_progress => break (
+                    format!("the agent reported nothing on its keys within {} s; connecting again", limits.progress.as_secs()),
+                    Some("no progress with the keys"),
+                ),
+                () = &mut no_keys => break (
+                    format!("the agent did not get its keys within {} s; connecting again", limits.total.as_secs()),
+                    Some("no progress with the keys"),
+                ),
+                _ = share.tick() => if self.common.slots.is_crowded() {
+                    break (
+                        format!("the agent did not get its keys within {} s; other addresses wait", limits.share.as_secs()),
+                        Some("other addresses wait"),
+                    )
+                },
+            }
+        };
+        if let Some(bye) = bye {
+            session.close(bye).await;
+        }
+        self.report(Report::Ended(why)).await;
+        self.again_after(since)
+    }
+
+    /// The agent has its keys, or says so.
+    async fn upgrade(&mut self, session: Session<Attestation>) -> Attested {
+        self.report(Report::Upgrade).await;
+        // The agent ends the connection when it is ready for the next one.
+        session.close("reconnecting for the Kubernetes phase").await;
+        // A stranger could send `upgrade` again and again.
+        Attested::Again { pause: std::mem::replace(&mut self.upgraded, true) }
+    }
+
+    /// A connection that ended soon is not retried in a tight loop. One that lasted resets the backoff.
+    fn again_after(&mut self, since: Instant) -> Attested {
+        let lasted = since.elapsed() >= RETRY_MAX;
+        if lasted {
+            self.backoff.reset();
+        }
+        Attested::Again { pause: !lasted }
+    }
+
+    async fn report(&self, report: Report) {
+        // The receiver is gone once the candidates are to end: then nothing is shown any more.
+        drop(self.common.reports.send((self.address, report)).await);
+    }
+}
+
+/// Waits for the order to end.
+async fn ordered(end: &mut watch::Receiver<Option<&'static str>>) -> &'static str {
+    let order = end.wait_for(Option::is_some).await.ok().and_then(|order| *order);
+    // The sender was dropped: the driver is gone.
+    order.unwrap_or("the adaptor is gone")
+}
