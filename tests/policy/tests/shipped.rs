@@ -459,11 +459,22 @@ fn only_the_exact_path_is_a_pods() {
         "default/pp-one/publicKey".to_owned(),
         "other/pp-one/keys".to_owned(),
         "default/else/../pp-one".to_owned(),
+        "default/else".to_owned(),
+        "default/else/what/more".to_owned(),
     ];
     for path in paths {
         for request in forms(&path) {
             assert!(!allows(SHIPPED, &request, &token).unwrap(), "{request}");
         }
+    }
+}
+
+#[test]
+fn a_path_has_64_digits_although_tdx_has_more() {
+    let digest = digest_of(&digest::SHA384, INIT_DATA);
+    let token = evidence("tdx", &digest);
+    for length in (0..=96).filter(|length| *length != 64) {
+        assert!(!reads(&format!("default/pp-one/{}", &hex(&digest)[..length]), &token), "{length}");
     }
 }
 
