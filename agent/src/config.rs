@@ -9,6 +9,9 @@ pub mod file;
 
 mod daemon_config;
 
+pub mod init_data;
+mod toml;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
