@@ -10,6 +10,7 @@ mod error_body;
 mod names;
 mod pace;
 mod pin;
+mod posts;
 mod response;
 mod tls;
 mod verdict;
@@ -31,6 +32,7 @@ pub use self::auth::TokenError;
 use self::cause::{Cause, Failure};
 pub use self::error::KbsError;
 use self::pace::{Pace, REQUEST_TIMEOUT_MAX};
+use self::posts::Posts;
 use self::response::KbsResponse;
 use self::verdict::Verdict;
 
@@ -70,6 +72,7 @@ pub struct KbsClient {
     url: String,
     admin: Option<Arc<Admin>>,
     retry_for: Duration,
+    posts: Posts,
 }
 
 impl KbsClient {
@@ -106,7 +109,7 @@ impl KbsClient {
         let http = http.build().map_err(|error| KbsError::Setup(chain::root(&error)))?;
         let url = settings.url.as_str().trim_end_matches('/');
         let url = url.strip_suffix(API).unwrap_or(url).trim_end_matches('/').to_owned();
-        Ok(Self { http, url, admin, retry_for })
+        Ok(Self { http, url, admin, retry_for, posts: Posts::default() })
     }
 
     /// The same client with calls that take no longer than `limit` either.
@@ -119,13 +122,19 @@ impl KbsClient {
         &self.url
     }
 
+    /// Whether a request of this client, or of one that was cloned from it, may have left something at `path`.
+    pub(crate) fn may_hold(&self, path: &str) -> bool {
+        self.posts.may_hold(path)
+    }
+
     /// Creates or overwrites the resource at `path` (`<repository>/<type>/<tag>`).
     ///
     /// # Errors
     /// The resource is too large, the KBS refuses it, or every attempt failed.
     ///
     /// # Cancellation
-    /// Dropping the future stops the retries. A request that was sent may still take effect.
+    /// Dropping the future stops the retries. A request that was sent may still take effect; a later
+    /// [`delete`](Self::delete) waits for its answer.
     pub async fn publish(&self, path: &str, bytes: &[u8]) -> Result<(), KbsError> {
         if bytes.len() > RESOURCE_MAX {
             return Err(KbsError::TooLarge { path: path.to_owned(), len: bytes.len() });
@@ -146,13 +155,30 @@ impl KbsClient {
     /// Trustee's answer to a failed `DELETE` does not say whether the resource was missing or the storage failed. So
     /// such an answer counts as success only once the resource was overwritten: then its content is gone for certain.
     ///
+    /// A publication of this client that the KBS has not answered yet could be carried out after the deletion. So it is
+    /// waited for, for half of the time limit; if it is answered later, the resource is deleted once more.
+    ///
     /// # Errors
-    /// The KBS refuses, or every attempt failed. The resource may then still be there.
+    /// The KBS refuses, every attempt failed, or a publication is still without an answer ([`KbsError::Unanswered`]). The
+    /// resource may then still be there, or come back.
     ///
     /// # Cancellation
     /// Dropping the future stops the retries. A request that was sent may still take effect.
     pub async fn delete(&self, path: &str) -> Result<(), KbsError> {
         let pace = &mut Pace::new(self.retry_for);
+        let answered = self.posts.answered(path, self.retry_for / 2).await;
+        self.delete_once(path, pace).await?;
+        if !answered {
+            if !self.posts.answered(path, pace.left()).await {
+                return Err(KbsError::Unanswered { url: self.url.clone(), path: path.to_owned() });
+            }
+            self.delete_once(path, pace).await?;
+        }
+        self.posts.deleted(path);
+        Ok(())
+    }
+
+    async fn delete_once(&self, path: &str, pace: &mut Pace) -> Result<(), KbsError> {
         let nothing = Bytes::new();
         match self.retry(Method::DELETE, path, &nothing, pace).await? {
             Verdict::Missing => {
@@ -194,7 +220,12 @@ impl KbsClient {
         let mut reported = String::new();
         loop {
             let limit = pace.next_timeout();
-            let failure = match self.attempt(method.clone(), path, body.clone(), limit).await {
+            let attempt = if method == Method::POST {
+                self.post_attempt(path, body.clone(), limit).await
+            } else {
+                self.attempt(method.clone(), path, body.clone(), limit).await
+            };
+            let failure = match attempt {
                 Ok(verdict) => return Ok(verdict),
                 Err(Failure::Permanent(error)) => return Err(error),
                 Err(Failure::Transient(failure)) => failure,
@@ -211,6 +242,25 @@ impl KbsClient {
                 reported = failure.text;
             }
             tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// An attempt in a task of its own, which goes on after `limit` and after this future is dropped: only its answer
+    /// says that the KBS will not carry it out later.
+    async fn post_attempt(&self, path: &str, body: Bytes, limit: Duration) -> Result<Verdict, Failure> {
+        let mut post = self.posts.begin(path);
+        let (client, path) = (self.clone(), path.to_owned());
+        let attempt = tokio::spawn(async move {
+            let result = client.attempt(Method::POST, &path, body, REQUEST_TIMEOUT_MAX).await;
+            if matches!(&result, Err(failure) if failure.not_sent()) {
+                post.not_sent();
+            }
+            result
+        });
+        match tokio::time::timeout(limit, attempt).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(ended)) => Err(Failure::Permanent(KbsError::Setup(ended.to_string()))),
+            Err(_) => Err(Failure::Transient(Cause::no_answer())),
         }
     }
 
@@ -234,6 +284,7 @@ impl KbsClient {
                 text: format!("answered {response}"),
                 advice: response.advice(advice),
                 retry_after: response.retry_after,
+                not_sent: false,
             })),
             settled => Ok(settled),
         }

@@ -13,7 +13,7 @@
 //! use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 //! use secure_comms_adaptor::key_source::KeySource;
 //! use secure_comms_adaptor::store::DirectoryStore;
-//! use secure_comms_adaptor::{Adaptor, Config, Deadline};
+//! use secure_comms_adaptor::{Adaptor, Config, Deadline, PodSpec};
 //! use secure_comms_protocol::limits::REKEY_BYTES;
 //! use secure_comms_protocol::tag::parse_list;
 //!
@@ -25,6 +25,8 @@
 //! let config = Config {
 //!     inbounds: parse_list("KUBERNETES_PHASE:KATAAGENT:0").map_err(|faults| format!("{faults:?}"))?,
 //!     outbounds: parse_list("BOTH_PHASES:KBS:kbs.example:8080").map_err(|faults| format!("{faults:?}"))?,
+//!     worker_nodes: None,
+//!     old_agents: false,
 //!     rekey_bytes: REKEY_BYTES,
 //!     observer: Arc::new(|pod, event| println!("pod {pod}: {event}")),
 //! };
@@ -33,7 +35,8 @@
 //!
 //! // Before the VM starts: its keys are published, and local clients can connect.
 //! let deadline = Deadline::after(Duration::from_secs(300));
-//! for endpoint in adaptor.prepare(&pod, deadline).await? {
+//! let init_data = "0a1b".repeat(16).parse()?;
+//! for endpoint in adaptor.prepare(&pod, PodSpec::bound_to(Some(init_data)), deadline).await? {
 //!     println!("tunnel {} listens on {}", endpoint.name, endpoint.local);
 //! }
 //! // Once the VM has an address: returns when the Kubernetes phase is up.
@@ -52,7 +55,7 @@
 
 pub mod registry;
 pub use deadline::Deadline;
-pub use registry::{Adaptor, AdaptorError, Config, Endpoint};
+pub use registry::{Adaptor, AdaptorError, Config, Endpoint, PodSpec};
 
 pub mod address;
 mod deadline;
@@ -60,6 +63,7 @@ pub mod key_source;
 pub mod store;
 
 pub mod kbs;
+mod publication;
 pub mod user_data;
 
 pub mod pod;

@@ -16,6 +16,8 @@ mod advice;
 
 mod failover;
 
+mod withdrawal;
+
 mod driver;
 
 pub use self::advice::LOST;

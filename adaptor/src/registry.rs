@@ -20,8 +20,8 @@ use self::actor::Actor;
 use self::command::{Command, Reply, StartOrder};
 pub use self::error::AdaptorError;
 use self::pods::{PodHandle, Pods};
-pub use self::shared::Config;
 use self::shared::Shared;
+pub use self::shared::{Config, PodSpec};
 use crate::address::Address;
 use crate::deadline::Deadline;
 use crate::kbs::KbsClient;
@@ -135,8 +135,13 @@ impl Adaptor {
     ///
     /// # Cancellation
     /// Dropping the future drops the wait only.
-    pub async fn prepare(&self, id: &PodId, deadline: Deadline) -> Result<Vec<Endpoint>, AdaptorError> {
-        self.ask(id, |reply| Command::Prepare { deadline, reply }).await
+    pub async fn prepare(
+        &self,
+        id: &PodId,
+        spec: PodSpec,
+        deadline: Deadline,
+    ) -> Result<Vec<Endpoint>, AdaptorError> {
+        self.ask(id, |reply| Command::Prepare { spec, deadline, reply }).await
     }
 
     /// Listens again for the local clients of a pod that an earlier process started. `None` if the pod was never

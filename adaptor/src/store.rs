@@ -7,12 +7,13 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 use secure_comms_keys::{FileError, KeyError, PodKey, WorkerNodeKey};
-use secure_comms_protocol::PodId;
+use secure_comms_protocol::{InitDataDigest, PodId};
 
 use crate::address::Address;
 pub use directory::DirectoryStore;
 
-/// Keeps the worker-node key, and a record of each pod: its key and its addresses.
+/// Keeps the worker-node key, and a record of each pod: its key, its addresses, the init-data that its VM must show, and
+/// where in the KBS its key may be.
 ///
 /// # Concurrency
 /// Tasks, adaptors and processes may use one store at the same time. Each method is atomic: it takes effect as a whole or
@@ -66,6 +67,31 @@ pub trait Store: Send + Sync + Debug {
     /// The store cannot be read, or the stored addresses are damaged.
     async fn addresses(&self, pod: &PodId) -> Result<Vec<Address>, StoreError>;
 
+    /// The digest of the init-data that the pod's VM must show; `None` if none is expected.
+    ///
+    /// # Errors
+    /// The store cannot be read, or the stored digest is damaged.
+    async fn init_data(&self, pod: &PodId) -> Result<Option<InitDataDigest>, StoreError>;
+
+    /// Saves the digest of the init-data that the pod's VM must show, in place of an earlier one.
+    ///
+    /// # Errors
+    /// The pod has no record, or the store cannot be written. Saving what is stored already succeeds on a read-only store.
+    async fn save_init_data(&self, pod: &PodId, digest: Option<&InitDataDigest>) -> Result<(), StoreError>;
+
+    /// Paths of the KBS under which the pod's private key may be. `None` if that was never recorded: the pod's record is
+    /// of a version before 0.2.
+    ///
+    /// # Errors
+    /// The store cannot be read, or the stored paths are damaged.
+    async fn published(&self, pod: &PodId) -> Result<Option<Vec<String>>, StoreError>;
+
+    /// Saves the paths of the KBS under which the pod's private key may be, in place of earlier ones.
+    ///
+    /// # Errors
+    /// As for [`save_init_data`](Self::save_init_data).
+    async fn save_published(&self, pod: &PodId, paths: &[String]) -> Result<(), StoreError>;
+
     /// Locks a pod for the adaptor that serves it, until the lock is dropped or the process ends. `None` if the pod has no
     /// record: there is nothing to lock then. Other methods need no lock.
     ///
@@ -108,6 +134,9 @@ pub enum StoreError {
     /// A file of addresses is damaged.
     #[error("key store: {}: not a JSON list of addresses: delete the file, and name the addresses with --address", .0.display())]
     BrokenAddresses(PathBuf),
+    /// A file that says where in the KBS the pod's key is, or which init-data its VM has, is damaged.
+    #[error("key store: {}: damaged: restore the file from a backup; without one, end the pod with --delete-on-exit", .0.display())]
+    BrokenRecord(PathBuf),
     /// The pod has no record.
     #[error("key store: pod {0} is not known: prepare it first")]
     UnknownPod(PodId),

@@ -13,7 +13,7 @@ use std::time::Duration;
 use secure_comms_adaptor::kbs::{AdminSettings, KbsClient, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::store::{DirectoryStore, Store};
-use secure_comms_adaptor::{Adaptor, Config, Deadline};
+use secure_comms_adaptor::{Adaptor, Config, Deadline, PodSpec};
 use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
 
@@ -35,13 +35,20 @@ async fn prepare(store: &Path, inbounds: &str) -> Box<dyn Error> {
     let config = Config {
         inbounds: parse_list(inbounds).unwrap(),
         outbounds: Vec::new(),
+        worker_nodes: None,
+        old_agents: false,
         rekey_bytes: REKEY_BYTES,
         observer: Arc::new(|_, _| {}),
     };
     let store = Arc::new(DirectoryStore::open(store).unwrap());
     let adaptor = Adaptor::new(store, KeySource::UserData, config);
     let pod = "p1".parse().unwrap();
-    Box::new(adaptor.prepare(&pod, Deadline::after(Duration::from_secs(60))).await.unwrap_err())
+    Box::new(
+        adaptor
+            .prepare(&pod, PodSpec::default(), Deadline::after(Duration::from_secs(60)))
+            .await
+            .unwrap_err(),
+    )
 }
 
 #[tokio::test]

@@ -66,7 +66,11 @@ impl WorkerNodeKeys {
         self.0.iter().map(|key| PublicKey::from(*key).fingerprint(HashAlg::Sha256).to_string())
     }
 
-    pub(crate) fn to_lines(&self) -> Result<String, KeyError> {
+    /// The keys as `authorized_keys` lines, which [`Self::parse`] reads.
+    ///
+    /// # Errors
+    /// A key can't be encoded.
+    pub fn to_lines(&self) -> Result<String, KeyError> {
         let mut lines = String::new();
         for key in &self.0 {
             lines.push_str(&PublicKey::from(*key).to_openssh().map_err(KeyError::encode)?);

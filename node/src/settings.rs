@@ -1,6 +1,7 @@
 //! Settings: the flags and the environment, validated as a whole. All faults are reported together.
 
 mod connect;
+mod init_data;
 mod units;
 mod variables;
 
@@ -13,9 +14,10 @@ use std::time::Duration;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::kbs::KbsSettings;
 use secure_comms_adaptor::key_source::KeySource;
+use secure_comms_keys::WorkerNodeKeys;
 use secure_comms_keys::text::escape;
 use secure_comms_protocol::tag::{Tag, parse_lists};
-use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
+use secure_comms_protocol::{InboundTag, InitDataDigest, OutboundTag, PodId};
 
 use crate::cli::{KeygenArgs, UserDataArgs};
 use crate::logging::{Level, LogFormat};
@@ -41,6 +43,12 @@ pub struct ConnectSettings {
     pub store: PathBuf,
     /// Where the VM gets its keys.
     pub key_source: KeySource<KbsSettings>,
+    /// The init-data that the VM is started with.
+    pub init_data: ExpectedInitData,
+    /// Further worker nodes that may log in to the pod.
+    pub worker_nodes: Option<WorkerNodeKeys>,
+    /// Whether agents before version 0.2 are served.
+    pub old_agents: bool,
     /// Time limit of the start, calls to the KBS included.
     pub deadline: Duration,
     /// Bytes in one direction after which the session keys are renewed.
@@ -51,6 +59,18 @@ pub struct ConnectSettings {
     pub events: bool,
     /// What is valid and probably not meant, one a line.
     pub warnings: Vec<String>,
+}
+
+/// The init-data that a VM is expected to have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ExpectedInitData {
+    /// Not given: that of the pod's first start; none if it is new.
+    #[default]
+    AsBefore,
+    /// A rule says that none is expected.
+    Unbound,
+    /// Init-data of this digest.
+    Digest(InitDataDigest),
 }
 
 /// Settings of the log.

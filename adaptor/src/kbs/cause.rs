@@ -9,6 +9,7 @@ use super::chain::{chain, root};
 use super::tls;
 
 const UNREACHABLE: &str = "; check that it runs, --kbs-url, and the network";
+const NO_ANSWER: &str = "no answer in time";
 const UNRESOLVED: &str = "; check the name in --kbs-url, and this node's DNS: a name of the cluster resolves only with the cluster's DNS";
 
 /// Why an attempt failed.
@@ -25,6 +26,20 @@ pub(super) struct Cause {
     pub(super) advice: String,
     /// How long the KBS asks to wait.
     pub(super) retry_after: Option<Duration>,
+    /// Whether the request had no connection, so that the KBS cannot carry it out.
+    pub(super) not_sent: bool,
+}
+
+impl Cause {
+    /// The KBS did not answer in the time of an attempt.
+    pub(super) fn no_answer() -> Self {
+        Self {
+            text: NO_ANSWER.to_owned(),
+            advice: UNREACHABLE.to_owned(),
+            retry_after: None,
+            not_sent: false,
+        }
+    }
 }
 
 impl Failure {
@@ -37,7 +52,15 @@ impl Failure {
             return Self::Permanent(KbsError::Setup(root(error)));
         }
         let (text, advice) = explain(error, url);
-        Self::Transient(Cause { text, advice, retry_after: None })
+        Self::Transient(Cause { text, advice, retry_after: None, not_sent: error.is_connect() })
+    }
+
+    /// Whether the KBS cannot have received the request.
+    pub(super) fn not_sent(&self) -> bool {
+        match self {
+            Self::Transient(cause) => cause.not_sent,
+            Self::Permanent(error) => matches!(error, KbsError::Certificate { .. } | KbsError::Setup(_)),
+        }
     }
 }
 
@@ -54,7 +77,7 @@ fn explain(error: &reqwest::Error, url: &str) -> (String, String) {
         );
     }
     if error.is_timeout() {
-        return ("no answer in time".to_owned(), UNREACHABLE.to_owned());
+        return (NO_ANSWER.to_owned(), UNREACHABLE.to_owned());
     }
     if let Some(lookup) = chain(error).find_map(|layer| layer.downcast_ref::<LookupError>()) {
         return (lookup.to_string(), UNRESOLVED.to_owned());

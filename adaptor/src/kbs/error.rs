@@ -51,6 +51,16 @@ pub enum KbsError {
         /// Fault of the certificate, and what to do.
         cause: String,
     },
+    /// A publication has no answer, so that the KBS may still carry it out.
+    #[error(
+        "KBS at {url}: it has not answered an earlier request to publish {path}, and may still carry it out; check that it runs, and its load"
+    )]
+    Unanswered {
+        /// URL of the KBS.
+        url: String,
+        /// Path of the resource.
+        path: String,
+    },
     /// Every attempt failed until the time limit.
     #[error("KBS at {url}: gave up after {tries} {} in {seconds} s: {last}{advice}", noun(.tries))]
     Unreachable {

@@ -37,7 +37,8 @@ impl Pace {
         }
     }
 
-    fn left(&self) -> Duration {
+    /// The time until its time limit.
+    pub(super) fn left(&self) -> Duration {
         self.deadline.saturating_duration_since(Instant::now())
     }
 

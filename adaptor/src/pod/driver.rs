@@ -19,12 +19,13 @@ use secure_comms_tunnel::Backoff;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::advice::{LOST, explain};
+use super::advice::{LOST, explain, init_data_mismatch};
 use super::connect::{AnySession, Connected, Failure, connect_any};
 use super::failover::await_failover;
 use super::plan::Plan;
 use super::status::{PodEvent, PodState, StatusReporter};
 use super::vm_log::VmLog;
+use super::withdrawal::Withdrawal;
 use crate::transport::routes::Routes;
 use crate::transport::session::{AttestationEvent, Session};
 use crate::transport::ssh::AuthHold;
@@ -57,10 +58,10 @@ pub(crate) enum Ended {
 /// Drives one pod's channel.
 #[derive(Debug)]
 pub(crate) struct Driver {
-    plan: Plan,
+    pub(super) plan: Plan,
     routes: Arc<Routes>,
-    status: StatusReporter,
-    stop: watch::Receiver<Option<Stop>>,
+    pub(super) status: StatusReporter,
+    pub(super) stop: watch::Receiver<Option<Stop>>,
     /// The start fails for good when the VM is lost. Once the pod was up, connecting is retried without limit.
     starting: bool,
     backoff: Backoff,
@@ -158,6 +159,12 @@ impl Driver {
         mut session: Session<Attestation>,
     ) -> Result<Option<Connected>, Ended> {
         let since = Instant::now();
+        if let Some(publication) = &self.plan.publication {
+            // Before the state changes, which has the keys published.
+            publication.need();
+        }
+        let expected = self.plan.init_data.as_ref();
+        self.status.init_data(init_data_mismatch(expected, session.agent().init_data.as_deref()));
         self.status.set_state(PodState::Attesting { attempt: 0, last_error: None });
         self.status.emit(&PodEvent::Attesting(address));
         self.report_mismatches(PhaseName::Attestation, session.tunnel_mismatches());
@@ -243,6 +250,22 @@ impl Driver {
         mut session: Session<Kubernetes>,
     ) -> Result<Option<Connected>, Ended> {
         let since = Instant::now();
+        match self.withdraw_key(&mut session).await {
+            Withdrawal::Done => {}
+            Withdrawal::Stopped(stop) => {
+                session.close(stop.reason).await;
+                return Err(Ended::Stopped);
+            }
+            Withdrawal::Ended(why) => {
+                self.down(PhaseName::Kubernetes, why);
+                self.pause_if_short_lived(since).await?;
+                return Ok(None);
+            }
+            Withdrawal::Replaced(connected) => {
+                self.down(PhaseName::Kubernetes, failover_reason(address, &connected));
+                return Ok(Some(connected));
+            }
+        }
         (self.starting, self.upgraded) = (false, false);
         if self.last_up.replace(since).is_none_or(|last| last.elapsed() >= 2 * RETRY_MAX) {
             self.backoff.reset();
@@ -333,7 +356,7 @@ impl Driver {
         self.set_degraded(why);
     }
 
-    fn set_degraded(&self, why: String) {
+    pub(super) fn set_degraded(&self, why: String) {
         self.status.set_state(match self.last_up {
             Some(_) => PodState::Down { reason: why },
             None => PodState::Connecting { last_error: Some(why) },
@@ -365,7 +388,7 @@ fn cost(session: &Session<Kubernetes>) -> String {
 }
 
 /// Waits for the order to stop.
-async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
+pub(super) async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
     let order = stop.wait_for(Option::is_some).await.ok().and_then(|stop| stop.clone());
     // The sender was dropped: the adaptor is gone, and no order can come any more.
     order.unwrap_or(Stop { reason: "the adaptor is gone", drain: Duration::ZERO })

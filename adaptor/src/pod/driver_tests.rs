@@ -37,6 +37,8 @@ impl Driven {
             addresses: addresses(at),
             node_key,
             pod_key: key.public().unwrap(),
+            init_data: None,
+            publication: None,
             attestation: KeySource::Kbs(Tunnels::new(&inbounds, &outbounds)),
             kubernetes: Tunnels::new(&inbounds, &outbounds),
             rekey_bytes: REKEY_BYTES,

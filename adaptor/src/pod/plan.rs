@@ -1,11 +1,13 @@
 //! What a driver needs to know about its pod.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use secure_comms_protocol::{Attestation, Kubernetes, PodId};
+use secure_comms_protocol::{Attestation, InitDataDigest, Kubernetes, PodId};
 
 use crate::address::Address;
 use crate::key_source::KeySource;
+use crate::publication::Publication;
 use crate::transport::session::Tunnels;
 use secure_comms_keys::{PodPublic, WorkerNodeKey};
 
@@ -22,6 +24,10 @@ pub(crate) struct Plan {
     pub(crate) addresses: Vec<Address>,
     pub(crate) node_key: WorkerNodeKey,
     pub(crate) pod_key: PodPublic,
+    /// Digest of the init-data that the VM is started with, if one is expected.
+    pub(crate) init_data: Option<InitDataDigest>,
+    /// The pod's keys at the KBS; none if the VM has its keys from user data.
+    pub(crate) publication: Option<Arc<Publication>>,
     /// For a VM that attests: the tunnels of the Attestation phase.
     pub(crate) attestation: KeySource<Tunnels<Attestation>>,
     pub(crate) kubernetes: Tunnels<Kubernetes>,

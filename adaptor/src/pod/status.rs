@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use secure_comms_protocol::{KeyProgress, PhaseName, PodId, TunnelName};
+use secure_comms_protocol::{InitDataDigest, KeyProgress, PhaseName, PodId, TunnelName};
 use tokio::sync::watch;
 
 use crate::throttle::Throttle;
@@ -26,6 +26,8 @@ pub struct PodSnapshot {
     pub state: PodState,
     /// Where its local clients connect; empty while it is not served.
     pub endpoints: Vec<Endpoint>,
+    /// Digest of the init-data that its VM must show; `None` if none is expected, or it is not served.
+    pub init_data: Option<InitDataDigest>,
 }
 
 /// The state of a pod's channel.
@@ -99,6 +101,16 @@ pub enum PodEvent {
         /// The time until its deadline; `None` if it has none.
         left: Option<Duration>,
     },
+    /// The keys were published to the KBS.
+    Published,
+    /// The VM has its keys: they were deleted from the KBS, before the first local client is served.
+    Withdrawn,
+    /// They could not be deleted from the KBS. No local client is served until they are. Emitted when the failures start
+    /// and when their cause changes.
+    WithdrawFailed(String),
+    /// The agent says that its VM has other init-data than is expected, so that it asks for its keys under another path.
+    /// The agent is not proven: it is a hint.
+    InitDataMismatch(String),
     /// The keys were published again, because the agent asked for them in vain or a second time.
     PublishedAgain,
     /// Publishing them again failed. Emitted when the failures start and when their cause changes.
@@ -127,6 +139,10 @@ impl fmt::Display for PodEvent {
             Self::Waiting { what, left: Some(left) } => {
                 write!(f, "waiting for {what} ({} s left)", left.as_secs())
             }
+            Self::Published => f.write_str("keys published to the KBS"),
+            Self::Withdrawn => f.write_str("the VM has its keys: deleted from the KBS"),
+            Self::WithdrawFailed(why) => f.write_str(why),
+            Self::InitDataMismatch(what) => f.write_str(what),
             Self::PublishedAgain => f.write_str("keys published to the KBS again"),
             Self::PublishFailed(why) => write!(f, "publishing the keys again: {why}"),
         }
@@ -176,6 +192,8 @@ struct LastSeen {
     /// The error in `keys`, without the number of the attempt.
     keys_error: Option<String>,
     publish: Option<String>,
+    /// The agent says that it has other init-data than is expected.
+    init_data: Option<String>,
 }
 
 impl fmt::Display for LastSeen {
@@ -188,7 +206,8 @@ impl fmt::Display for LastSeen {
             (Some(connecting), None) => write!(f, "connecting: {connecting}"),
             (None, Some(keys)) => write!(f, "keys: {keys}"),
             (Some(connecting), Some(keys)) => write!(f, "connecting: {connecting}; keys: {keys}"),
-        }
+        }?;
+        self.init_data.as_ref().map_or(Ok(()), |init_data| write!(f, "; {init_data}"))
     }
 }
 
@@ -231,7 +250,7 @@ impl Throttles {
                 Some(&mut self.connections)
             }
             PodEvent::ConnectFailed(_) => Some(&mut self.failures),
-            PodEvent::TunnelMismatch(_) => Some(&mut self.mismatches),
+            PodEvent::TunnelMismatch(_) | PodEvent::InitDataMismatch(_) => Some(&mut self.mismatches),
             _ => None,
         }
     }
@@ -248,7 +267,7 @@ impl fmt::Debug for StatusReporter {
 
 impl StatusReporter {
     pub(crate) fn new(id: PodId, observer: Observer) -> Self {
-        let snapshot = PodSnapshot { state: PodState::NotPrepared, endpoints: Vec::new() };
+        let snapshot = PodSnapshot { state: PodState::NotPrepared, endpoints: Vec::new(), init_data: None };
         Self {
             id,
             current: watch::Sender::new(snapshot),
@@ -273,13 +292,21 @@ impl StatusReporter {
     /// The inbounds listen.
     pub(crate) fn prepared(&self, endpoints: Vec<Endpoint>) {
         self.current.send_modify(|current| {
-            *current = PodSnapshot { state: PodState::Prepared, endpoints };
+            *current = PodSnapshot { state: PodState::Prepared, endpoints, init_data: None };
         });
+    }
+
+    /// The pod's VM must show this init-data.
+    pub(crate) fn bound(&self, init_data: Option<InitDataDigest>) {
+        self.current.send_modify(|current| current.init_data = init_data);
     }
 
     /// The inbounds are closed.
     pub(crate) fn closed(&self) {
-        self.current.send_modify(|current| current.endpoints.clear());
+        self.current.send_modify(|current| {
+            current.endpoints.clear();
+            current.init_data = None;
+        });
     }
 
     /// The last errors, for a start that ran into its deadline.
@@ -304,7 +331,11 @@ impl StatusReporter {
             }
         }
         match event {
-            PodEvent::Down(..) | PodEvent::ConnectFailed(..) | PodEvent::PublishFailed(..) => {
+            PodEvent::Down(..)
+            | PodEvent::ConnectFailed(..)
+            | PodEvent::PublishFailed(..)
+            | PodEvent::WithdrawFailed(..)
+            | PodEvent::InitDataMismatch(..) => {
                 tracing::warn!("pod {}: {event}", self.id)
             }
             PodEvent::Keys(KeyProgress { error: Some(_), .. }) => tracing::warn!("pod {}: {event}", self.id),
@@ -355,9 +386,33 @@ impl StatusReporter {
             seen.keys = keys.error.as_ref().map(|error| format!("attempt {}: {error}", keys.attempt));
             seen.keys_error.clone_from(&keys.error);
         }
-        self.set_state(PodState::Attesting { attempt: keys.attempt, last_error: keys.error.clone() });
+        let hint = self.seen().init_data.as_ref().map(|hint| format!("; {hint}")).unwrap_or_default();
+        let last_error = keys.error.as_ref().map(|error| format!("{error}{hint}"));
+        self.set_state(PodState::Attesting { attempt: keys.attempt, last_error });
         if keys.error.is_none() || keys.error != before {
             self.emit(&PodEvent::Keys(keys));
+        }
+    }
+
+    /// The key was deleted from the KBS: earlier failures to do so no longer count.
+    pub(super) fn withdrawn(&self) {
+        self.seen().connecting = None;
+        self.emit(&PodEvent::Withdrawn);
+    }
+
+    /// The key could not be deleted from the KBS, so that no client is served.
+    pub(super) fn withdraw_failed(&self, why: &str) {
+        let before = self.seen().connecting.replace(why.to_owned());
+        if before.as_deref() != Some(why) {
+            self.emit(&PodEvent::WithdrawFailed(why.to_owned()));
+        }
+    }
+
+    /// What an agent in the Attestation phase says of its init-data, if that is not what is expected.
+    pub(super) fn init_data(&self, mismatch: Option<String>) {
+        let before = std::mem::replace(&mut self.seen().init_data, mismatch.clone());
+        if let Some(mismatch) = mismatch.filter(|mismatch| before.as_ref() != Some(mismatch)) {
+            self.emit(&PodEvent::InitDataMismatch(mismatch));
         }
     }
 

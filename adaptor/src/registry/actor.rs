@@ -23,11 +23,12 @@ use tokio::time::{Instant, sleep_until};
 use super::channel::{Channel, Republish};
 use super::command::{Command, Reply};
 use super::error::AdaptorError;
-use super::operation::{Acquired, Operation, Served, Work};
+use super::operation::{Acquired, Context, Controls, Operation, Pod, Served, Work};
 use super::pods::Pods;
 use super::shared::Shared;
 use crate::deadline::Deadline;
 use crate::pod::{Ended, PodSnapshot, PodState, StatusReporter};
+use crate::publication::Publication;
 use crate::store::PodLock;
 
 /// One pod's task.
@@ -43,6 +44,8 @@ pub(super) struct Actor {
     /// Results that are sent once the state is up to date.
     answers: Vec<Box<dyn FnOnce() + Send>>,
     lock: Option<PodLock>,
+    /// None if the VMs have their keys from user data.
+    publication: Option<Arc<Publication>>,
     served: Option<Served>,
     operation: Option<Operation>,
     /// Publishes the keys of a pod that is served, while its channel goes on.
@@ -102,6 +105,7 @@ impl Actor {
         status: StatusReporter,
     ) -> Self {
         let states = status.subscribe();
+        let publication = shared.publication(&id);
         Self {
             status: EndGuard { id: id.clone(), status, done: false },
             id,
@@ -112,6 +116,7 @@ impl Actor {
             queue: VecDeque::new(),
             answers: Vec::new(),
             lock: None,
+            publication,
             served: None,
             operation: None,
             publishing: None,
@@ -181,6 +186,16 @@ impl Actor {
             () = until(republish_at) => Woken::Republish,
             () = until(self.next_report) => Woken::Report,
         }
+    }
+
+    fn context(&self) -> (Context, Controls) {
+        Context::new(Pod {
+            id: self.id.clone(),
+            shared: Arc::clone(&self.shared),
+            publication: self.publication.clone(),
+            locked: self.lock.is_some(),
+            served: self.served.is_some(),
+        })
     }
 
     /// Sends the result once the task has brought the state up to date.

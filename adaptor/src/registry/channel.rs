@@ -15,6 +15,7 @@ use super::shared::Shared;
 use crate::address::Address;
 use crate::deadline::Deadline;
 use crate::pod::{AttestationLimits, Driver, Ended, Entry, Plan, PodState, StatusReporter, Stop};
+use crate::publication::Publication;
 use crate::transport::routes::Routes;
 use crate::transport::session::Tunnels;
 
@@ -35,13 +36,21 @@ pub(super) struct Channel {
 
 impl Channel {
     /// What the driver needs to know.
-    pub(super) fn plan(id: &PodId, shared: &Shared, served: &Served, addresses: Vec<Address>) -> Plan {
+    pub(super) fn plan(
+        id: &PodId,
+        shared: &Shared,
+        served: &Served,
+        publication: Option<Arc<Publication>>,
+        addresses: Vec<Address>,
+    ) -> Plan {
         let (inbounds, outbounds) = (&shared.config.inbounds, &shared.config.outbounds);
         Plan {
             id: id.clone(),
             addresses,
             node_key: served.node_key.clone(),
             pod_key: served.pod_key,
+            init_data: served.init_data.clone(),
+            publication,
             attestation: shared.key_source.as_ref().map(|_| Tunnels::new(inbounds, outbounds)),
             kubernetes: Tunnels::new(inbounds, outbounds),
             rekey_bytes: shared.config.rekey_bytes,
@@ -121,13 +130,18 @@ impl Republish {
         self.forget();
     }
 
-    /// The agent reported a failed attempt to get its keys, or is back in the Attestation phase.
-    pub(super) fn on_state(&mut self, state: &PodState) {
+    /// The agent reported a failed attempt to get its keys, or is back in the Attestation phase. `gone` says that the keys
+    /// are not in the KBS.
+    pub(super) fn on_state(&mut self, state: &PodState, gone: bool) {
         match state {
-            PodState::Attesting { last_error, .. } => self.wanted |= last_error.is_some() || self.had_keys,
+            PodState::Attesting { last_error, .. } => {
+                self.wanted |= last_error.is_some() || self.had_keys || gone;
+            }
             PodState::Up { .. } => {
                 self.had_keys = true;
                 self.forget();
+                // The agent has proven itself: the next one that attests need not wait.
+                self.last = None;
             }
             _ => self.wanted = false,
         }

@@ -3,6 +3,7 @@
 use tokio::sync::oneshot;
 
 use super::error::AdaptorError;
+use super::shared::PodSpec;
 use crate::address::Address;
 use crate::deadline::Deadline;
 use crate::pod::Endpoint;
@@ -14,6 +15,7 @@ pub(super) type Reply<T> = oneshot::Sender<Result<T, AdaptorError>>;
 #[derive(Debug)]
 pub(super) enum Command {
     Prepare {
+        spec: PodSpec,
         deadline: Deadline,
         reply: Reply<Vec<Endpoint>>,
     },

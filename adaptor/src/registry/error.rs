@@ -5,6 +5,7 @@ use secure_comms_protocol::PodId;
 use secure_comms_tunnel::inbound::BindError;
 
 use crate::kbs::KbsError;
+use crate::publication::PublicationError;
 use crate::store::StoreError;
 
 /// Error of an operation on a pod. Its text says what to do next.
@@ -87,6 +88,16 @@ pub enum AdaptorError {
         /// The last error of each kind.
         last_seen: String,
     },
+}
+
+impl From<PublicationError> for AdaptorError {
+    fn from(error: PublicationError) -> Self {
+        match error {
+            PublicationError::Store(error) => error.into(),
+            PublicationError::Kbs(error) => error.into(),
+            PublicationError::Key(error) => error.into(),
+        }
+    }
 }
 
 /// The advice after the last error, unless that has its own: two would contradict each other.

@@ -8,8 +8,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use secure_comms_keys::{PodKey, PodPublic, WorkerNodeKey};
-use secure_comms_protocol::{PodId, resource};
+use secure_comms_keys::{PodPublic, WorkerNodeKey};
+use secure_comms_protocol::{InitDataDigest, PodId};
 use secure_comms_tunnel::Inbound;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -17,11 +17,11 @@ use tokio::time::timeout_at;
 
 use super::command::{Reply, StartOrder};
 use super::error::AdaptorError;
-use super::shared::Shared;
+use super::shared::{PodSpec, Shared};
 use crate::address::Address;
 use crate::deadline::Deadline;
-use crate::key_source::KeySource;
 use crate::pod::Endpoint;
+use crate::publication::{Keys, Publication, PublicationError};
 use crate::store::{PodLock, StoreError};
 use crate::text::with_causes;
 use crate::transport::routes::Routes;
@@ -31,8 +31,9 @@ pub(super) type Work<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 /// The time limit for deleting the resource of a pod that is stopped. A KBS that does not answer must not hold up the
 /// stop: its caller gets an error and can stop the pod again.
 pub(super) const KBS_DELETE: Duration = Duration::from_secs(10);
-/// The same where the stop interrupted a wait for the KBS: that it does not answer is known.
-pub(super) const KBS_DELETE_SILENT: Duration = Duration::from_secs(2);
+/// The same where the stop interrupted a wait for the KBS, which may not answer at all. Half of it is for the answer to a
+/// publication that is under way.
+pub(super) const KBS_DELETE_SILENT: Duration = Duration::from_secs(4);
 
 /// What serves a prepared pod's local clients. Dropping it closes the inbounds.
 #[derive(Debug)]
@@ -41,6 +42,8 @@ pub(super) struct Served {
     pub(super) routes: Arc<Routes>,
     pub(super) node_key: WorkerNodeKey,
     pub(super) pod_key: PodPublic,
+    /// Digest of the init-data that the pod's VM must show.
+    pub(super) init_data: Option<InitDataDigest>,
     pub(super) inbounds: JoinSet<()>,
 }
 
@@ -53,6 +56,8 @@ pub(super) struct Acquired {
     pub(super) addresses: Vec<Address>,
     /// Whether the keys were published.
     pub(super) published: bool,
+    /// The init-data that the pod's VM must show from now on, if that is known.
+    pub(super) init_data: Option<Option<InitDataDigest>>,
     /// Whether nothing of the pod can be in the KBS: the key was made by this operation, never left it, and is deleted.
     pub(super) untouched: bool,
 }
@@ -85,22 +90,39 @@ pub(super) struct Context {
     pub(super) locked: bool,
     /// Whether the pod is served already.
     pub(super) served: bool,
+    /// The pod's keys at the KBS; none if the VMs have their keys from user data.
+    pub(super) publication: Option<Arc<Publication>>,
     cancel: watch::Receiver<bool>,
     step: watch::Sender<String>,
+}
+
+/// A pod, as its task knows it.
+pub(super) struct Pod {
+    pub(super) id: PodId,
+    pub(super) shared: Arc<Shared>,
+    pub(super) publication: Option<Arc<Publication>>,
+    pub(super) locked: bool,
+    pub(super) served: bool,
 }
 
 /// The ends of a context that the pod's task keeps.
 pub(super) type Controls = (watch::Sender<bool>, watch::Receiver<String>);
 
 impl Context {
-    pub(super) fn new(id: PodId, shared: Arc<Shared>, locked: bool, served: bool) -> (Self, Controls) {
+    pub(super) fn new(pod: Pod) -> (Self, Controls) {
         let (cancel, cancelled) = watch::channel(false);
         let (step, steps) = watch::channel("the store".to_owned());
-        (Self { id, shared, locked, served, cancel: cancelled, step }, (cancel, steps))
+        let Pod { id, shared, publication, locked, served } = pod;
+        (Self { id, shared, locked, served, publication, cancel: cancelled, step }, (cancel, steps))
     }
 
-    /// Finds or makes the keys, listens, and publishes. On an error the key that it made is deleted.
-    pub(super) async fn prepare(self, deadline: Deadline) -> (Acquired, Result<(), AdaptorError>) {
+    /// Finds or makes the keys, listens, and publishes. On an error a key that it made is deleted, unless it may be in the
+    /// KBS: then the pod stays known, so that a later call can delete it there.
+    pub(super) async fn prepare(
+        self,
+        spec: PodSpec,
+        deadline: Deadline,
+    ) -> (Acquired, Result<(), AdaptorError>) {
         let mut acquired = Acquired::default();
         let known = match self.shared.store.known_pod_key(&self.id).await {
             Ok(key) => key.is_some(),
@@ -109,16 +131,16 @@ impl Context {
         if !known && !self.shared.key_source.attests() {
             return (acquired, Err(AdaptorError::NoKey(self.id.clone())));
         }
-        let mut sent = false;
-        let result = self.prepare_with(&mut acquired, deadline, &mut sent).await;
+        let result = self.prepare_with(&mut acquired, &spec, deadline).await;
         if let Err(error) = &result {
             // Before the record is deleted, so that the ports are free when the caller hears of the error.
             close(acquired.served.take()).await;
             // The record of a pod that another adaptor drives is that adaptor's.
             let ours = !matches!(error, AdaptorError::Store(StoreError::Locked { .. }));
-            if !known && ours {
+            let left = self.publication.as_ref().is_some_and(|publication| publication.has_left());
+            if !known && ours && !left {
                 match self.shared.store.forget(&self.id).await {
-                    Ok(()) => acquired.untouched = !sent,
+                    Ok(()) => acquired.untouched = true,
                     Err(error) => tracing::error!(
                         "pod {}: cleaning up after a failed prepare: {}",
                         self.id,
@@ -133,8 +155,8 @@ impl Context {
     async fn prepare_with(
         &self,
         acquired: &mut Acquired,
+        spec: &PodSpec,
         deadline: Deadline,
-        sent: &mut bool,
     ) -> Result<(), AdaptorError> {
         let store = &self.shared.store;
         let (node_key, pod_key) = (store.worker_node_key().await?, store.pod_key(&self.id).await?);
@@ -149,9 +171,29 @@ impl Context {
                 waiting_for: self.step.borrow().clone(),
             })??);
         }
-        self.unless_cancelled(self.publish(&node_key, &pod_key, Some(deadline), sent)).await??;
-        acquired.published = true;
+        let init_data = spec.init_data.as_ref();
+        match &self.publication {
+            Some(publication) => {
+                self.step.send_replace(format!("the KBS at {} to take the keys", publication.url()));
+                let was_up = self.was_up(publication).await?;
+                self.unless_cancelled(publication.bind(init_data, deadline)).await??;
+                if !was_up {
+                    let keys = Keys { node: &node_key, pod: &pod_key };
+                    let publish = publication.publish(keys, Some(deadline));
+                    acquired.published = self.unless_cancelled(publish).await??;
+                }
+            }
+            None => store.save_init_data(&self.id, init_data).await?,
+        }
+        acquired.init_data = Some(spec.init_data.clone());
         Ok(())
+    }
+
+    /// Whether the pod was up, so that its key was deleted from the KBS. Its VM may run, with containers that could read
+    /// the key there: it is published when an agent attests.
+    async fn was_up(&self, publication: &Publication) -> Result<bool, AdaptorError> {
+        Ok(publication.recorded().await?.is_empty()
+            && !self.shared.store.addresses(&self.id).await?.is_empty())
     }
 
     /// Listens again for a pod that was started before. Acquires nothing if it was not, or is served already.
@@ -171,17 +213,22 @@ impl Context {
         }
         acquired.lock = self.lock().await?;
         let node_key = store.worker_node_key().await?;
+        let init_data = store.init_data(&self.id).await?;
+        if let Some(publication) = &self.publication {
+            // The channel must know whether the key is there.
+            publication.recorded().await?;
+        }
         let listening = self.listen(node_key, pod_key.public()?);
         acquired.served = Some(self.unless_cancelled(listening).await??);
+        acquired.init_data = Some(init_data);
         acquired.addresses = addresses;
         Ok(())
     }
 
-    /// Publishes the keys, which must be there.
+    /// Publishes the keys, which the store must have, unless the pod is up: then its VM has them.
     pub(super) async fn publish_keys(self) -> (Acquired, Result<(), AdaptorError>) {
         let mut acquired = Acquired::default();
         let result = self.publish_keys_with(&mut acquired).await;
-        acquired.published = result.is_ok();
         (acquired, result)
     }
 
@@ -192,7 +239,11 @@ impl Context {
         };
         acquired.lock = self.lock().await?;
         let node_key = store.worker_node_key().await?;
-        self.unless_cancelled(self.publish(&node_key, &pod_key, None, &mut false)).await?
+        let Some(publication) = &self.publication else { return Ok(()) };
+        self.step.send_replace(format!("the KBS at {} to take the keys", publication.url()));
+        let publish = publication.publish(Keys { node: &node_key, pod: &pod_key }, None);
+        acquired.published = self.unless_cancelled(publish).await??;
+        Ok(())
     }
 
     /// Saves the addresses of a start.
@@ -235,26 +286,7 @@ impl Context {
             endpoints.push(Endpoint { name: tag.name.clone(), local: inbound.local().to_owned() });
             inbounds.spawn(routes.serve(inbound));
         }
-        Ok(Served { endpoints, routes, node_key, pod_key, inbounds })
-    }
-
-    /// `sent` becomes true before the pod's key can leave this process.
-    async fn publish(
-        &self,
-        node_key: &WorkerNodeKey,
-        pod_key: &PodKey,
-        deadline: Option<Deadline>,
-        sent: &mut bool,
-    ) -> Result<(), AdaptorError> {
-        let KeySource::Kbs(kbs) = &self.shared.key_source else { return Ok(()) };
-        let within = || deadline.map_or_else(|| kbs.clone(), |deadline| kbs.within(deadline.left()));
-        self.step.send_replace(format!("the KBS at {} to take the keys", kbs.url()));
-        let line = node_key.public()?.authorized_keys_line()? + "\n";
-        within().publish(resource::separate::WORKER_NODE_PUBLIC_KEY, line.as_bytes()).await?;
-        *sent = true;
-        Ok(within()
-            .publish(&resource::separate::pod_private_key(&self.id), pod_key.to_pem()?.as_bytes())
-            .await?)
+        Ok(Served { endpoints, routes, node_key, pod_key, init_data: None, inbounds })
     }
 }
 
@@ -276,16 +308,21 @@ pub(super) struct Deletion {
 }
 
 /// Deletes the pod from the KBS, unless nothing of it can be there, and then from the store.
-pub(super) async fn delete(id: PodId, shared: Arc<Shared>, deletion: Deletion) -> Result<(), AdaptorError> {
+pub(super) async fn delete(
+    id: PodId,
+    shared: Arc<Shared>,
+    publication: Option<Arc<Publication>>,
+    deletion: Deletion,
+) -> Result<(), AdaptorError> {
     let _lock = if deletion.locked { None } else { shared.store.lock_pod(&id).await? };
-    if let KeySource::Kbs(kbs) = &shared.key_source
+    if let Some(publication) = publication
         && !deletion.untouched
     {
-        let resource = resource::separate::pod_private_key(&id);
-        let deleted = kbs.within(deletion.deadline.left()).delete(&resource).await;
-        deleted.map_err(|error| {
-            let cause = Box::new(error);
-            AdaptorError::NotDeleted { pod: id.clone(), resource, cause }
+        publication.end(deletion.deadline).await.map_err(|(resource, error)| match error {
+            PublicationError::Kbs(cause) => {
+                AdaptorError::NotDeleted { pod: id.clone(), resource, cause: Box::new(cause) }
+            }
+            error => error.into(),
         })?;
     }
     Ok(shared.store.forget(&id).await?)

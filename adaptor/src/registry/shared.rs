@@ -3,11 +3,13 @@
 use std::fmt;
 use std::sync::Arc;
 
-use secure_comms_protocol::{InboundTag, OutboundTag};
+use secure_comms_keys::WorkerNodeKeys;
+use secure_comms_protocol::{InboundTag, InitDataDigest, OutboundTag, PodId};
 
 use crate::kbs::KbsClient;
 use crate::key_source::KeySource;
 use crate::pod::Observer;
+use crate::publication::{Policy, Publication};
 use crate::store::Store;
 
 /// What all pods of an adaptor have in common.
@@ -17,6 +19,10 @@ pub struct Config {
     pub inbounds: Vec<InboundTag>,
     /// Outbounds of each pod, KBS included.
     pub outbounds: Vec<OutboundTag>,
+    /// Further worker nodes that may log in to the pods, besides this one.
+    pub worker_nodes: Option<WorkerNodeKeys>,
+    /// Whether agents before version 0.2 are served: their two separate resources are published as well.
+    pub old_agents: bool,
     /// Bytes in one direction after which the session keys of a connection are renewed.
     pub rekey_bytes: usize,
     /// Receives every event of every pod.
@@ -32,10 +38,36 @@ impl fmt::Debug for Config {
     }
 }
 
+/// What is particular to one pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PodSpec {
+    /// Digest of the init-data that the pod's VM is started with. The pod's keys are published under a path that names
+    /// it, which a resource policy can bind to the VM's evidence. `None`: the path binds no VM.
+    pub init_data: Option<InitDataDigest>,
+}
+
+impl PodSpec {
+    /// A pod whose VM is started with init-data of this digest, if any.
+    pub fn bound_to(init_data: Option<InitDataDigest>) -> Self {
+        Self { init_data }
+    }
+}
+
 /// The store, the KBS and the configuration.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) store: Arc<dyn Store>,
     pub(super) key_source: KeySource<KbsClient>,
     pub(super) config: Config,
+}
+
+impl Shared {
+    /// A pod's keys at the KBS; none if the VMs have their keys from user data.
+    pub(super) fn publication(&self, id: &PodId) -> Option<Arc<Publication>> {
+        let KeySource::Kbs(kbs) = &self.key_source else { return None };
+        let (worker_nodes, old_agents) = (self.config.worker_nodes.clone(), self.config.old_agents);
+        let policy = Policy { worker_nodes, old_agents };
+        Some(Arc::new(Publication::new(id.clone(), Arc::clone(&self.store), kbs.clone(), policy)))
+    }
 }

@@ -1,5 +1,5 @@
-//! The store in a directory: `worker-node.key`, and `pods/<pod id>/` with `key`, `addresses.json` and, while an adaptor
-//! serves the pod, `adaptor.pid`.
+//! The store in a directory: `worker-node.key`, and `pods/<pod id>/` with `key`, `addresses.json`,
+//! `init-data`, `published.json` and, while an adaptor serves the pod, `adaptor.pid`.
 //!
 //! Writers of all processes hold a lock, so an unfinished file that a lock holder finds was left by a crash.
 
@@ -13,8 +13,8 @@ use async_trait::async_trait;
 use secure_comms_keys::private_directory::own_directory;
 use secure_comms_keys::private_file::{self, TEMP_PREFIX};
 use secure_comms_keys::{FileError, KeyError, PodKey, WorkerNodeKey};
-use secure_comms_protocol::PodId;
 use secure_comms_protocol::limits::KEY_MAX;
+use secure_comms_protocol::{InitDataDigest, PodId};
 use zeroize::Zeroizing;
 
 use super::{PodLock, Store, StoreError};
@@ -86,6 +86,16 @@ impl DirectoryStore {
 
     fn addresses_file(&self, pod: &PodId) -> PathBuf {
         self.pod_directory(pod).join("addresses.json")
+    }
+
+    /// The digest of the init-data that the pod's VM must show; missing if none is expected.
+    fn init_data_file(&self, pod: &PodId) -> PathBuf {
+        self.pod_directory(pod).join("init-data")
+    }
+
+    /// The paths of the KBS under which the pod's private key may be. Missing in a record of a version before 0.2.
+    fn published_file(&self, pod: &PodId) -> PathBuf {
+        self.pod_directory(pod).join("published.json")
     }
 
     fn lock(&self) -> Result<Locked, FileError> {
@@ -169,6 +179,8 @@ impl DirectoryStore {
             own_directory(&self.pod_directory(pod))?;
             private_file::sync_directory(&self.pods_directory())?;
             let pem = PodKey::generate().and_then(|key| key.to_pem()).map_err(StoreError::Key)?;
+            // Before the key, which makes the record: a new key is nowhere in the KBS.
+            private_file::replace(&self.published_file(pod), b"[]")?;
             Ok(private_file::create(&path, pem.as_bytes())?)
         })
     }
@@ -195,18 +207,64 @@ impl DirectoryStore {
         Ok(())
     }
 
+    /// Writes a file of the pod's record.
+    fn write_record(&self, pod: &PodId, path: &Path, content: &[u8]) -> Result<(), StoreError> {
+        let _locked = self.lock()?;
+        if !self.key_file(pod).exists() {
+            return Err(StoreError::UnknownPod(pod.clone()));
+        }
+        Ok(private_file::replace(path, content)?)
+    }
+
+    fn write_init_data(&self, pod: &PodId, digest: Option<&InitDataDigest>) -> Result<(), StoreError> {
+        if self.read_init_data(pod).is_ok_and(|there| there.as_ref() == digest) && self.key_file(pod).exists()
+        {
+            return Ok(());
+        }
+        // An empty file is no digest: so it is replaced atomically, and never removed.
+        let text = digest.map_or("", InitDataDigest::as_str);
+        self.write_record(pod, &self.init_data_file(pod), text.as_bytes())
+    }
+
+    fn read_init_data(&self, pod: &PodId) -> Result<Option<InitDataDigest>, StoreError> {
+        let path = self.init_data_file(pod);
+        let digest = match private_file::read(&path, KEY_MAX) {
+            Err(error) if error.is_not_found() => return Ok(None),
+            digest => digest?,
+        };
+        if digest.is_empty() {
+            return Ok(None);
+        }
+        let digest = std::str::from_utf8(&digest).ok().and_then(|digest| digest.parse().ok());
+        digest.map(Some).ok_or(StoreError::BrokenRecord(path))
+    }
+
+    fn write_published(&self, pod: &PodId, paths: &[String]) -> Result<(), StoreError> {
+        let there = self.read_published(pod);
+        if there.is_ok_and(|there| there.as_deref() == Some(paths)) && self.key_file(pod).exists() {
+            return Ok(());
+        }
+        let json = serde_json::Value::from(paths).to_string();
+        self.write_record(pod, &self.published_file(pod), json.as_bytes())
+    }
+
+    fn read_published(&self, pod: &PodId) -> Result<Option<Vec<String>>, StoreError> {
+        let path = self.published_file(pod);
+        let json = match private_file::read(&path, KEY_MAX) {
+            Err(error) if error.is_not_found() => return Ok(None),
+            json => json?,
+        };
+        serde_json::from_slice(&json).map(Some).map_err(|_| StoreError::BrokenRecord(path))
+    }
+
     fn write_addresses(&self, pod: &PodId, addresses: &[Address]) -> Result<(), StoreError> {
         // A restart saves the same addresses: that must work on a full or read-only disk.
         if self.read_addresses(pod).is_ok_and(|there| there == addresses) && self.key_file(pod).exists() {
             return Ok(());
         }
-        let _locked = self.lock()?;
-        if !self.key_file(pod).exists() {
-            return Err(StoreError::UnknownPod(pod.clone()));
-        }
         let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
         let json = serde_json::Value::from(texts).to_string();
-        Ok(private_file::replace(&self.addresses_file(pod), json.as_bytes())?)
+        self.write_record(pod, &self.addresses_file(pod), json.as_bytes())
     }
 
     fn read_addresses(&self, pod: &PodId) -> Result<Vec<Address>, StoreError> {
@@ -316,6 +374,26 @@ impl Store for DirectoryStore {
     async fn addresses(&self, pod: &PodId) -> Result<Vec<Address>, StoreError> {
         let pod = pod.clone();
         self.on_disk(move |store| store.read_addresses(&pod)).await
+    }
+
+    async fn init_data(&self, pod: &PodId) -> Result<Option<InitDataDigest>, StoreError> {
+        let pod = pod.clone();
+        self.on_disk(move |store| store.read_init_data(&pod)).await
+    }
+
+    async fn save_init_data(&self, pod: &PodId, digest: Option<&InitDataDigest>) -> Result<(), StoreError> {
+        let (pod, digest) = (pod.clone(), digest.cloned());
+        self.on_disk(move |store| store.write_init_data(&pod, digest.as_ref())).await
+    }
+
+    async fn published(&self, pod: &PodId) -> Result<Option<Vec<String>>, StoreError> {
+        let pod = pod.clone();
+        self.on_disk(move |store| store.read_published(&pod)).await
+    }
+
+    async fn save_published(&self, pod: &PodId, paths: &[String]) -> Result<(), StoreError> {
+        let (pod, paths) = (pod.clone(), paths.to_vec());
+        self.on_disk(move |store| store.write_published(&pod, &paths)).await
     }
 
     async fn lock_pod(&self, pod: &PodId) -> Result<Option<PodLock>, StoreError> {

@@ -14,7 +14,7 @@ use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::pod::PodState;
 use secure_comms_adaptor::store::{DirectoryStore, Store};
-use secure_comms_adaptor::{Adaptor, Config, Deadline};
+use secure_comms_adaptor::{Adaptor, Config, Deadline, PodSpec};
 use secure_comms_keys::{PodKey, WorkerNodePublic};
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::limits::REKEY_BYTES;
@@ -229,7 +229,8 @@ impl World {
 
     /// Prepares the pod, and returns the address of its KATAAGENT inbound.
     pub async fn prepare(&self) -> String {
-        let endpoints = self.adaptor.prepare(&pod(), Deadline::after(PATIENCE)).await.unwrap();
+        let endpoints =
+            self.adaptor.prepare(&pod(), PodSpec::default(), Deadline::after(PATIENCE)).await.unwrap();
         endpoints.iter().find(|endpoint| endpoint.name.as_str() == "KATAAGENT").unwrap().local.clone()
     }
 }
@@ -273,6 +274,8 @@ fn build_with(
     let config = Config {
         inbounds: parse_list(&inbounds.replace("KATAAGENT:0", &format!("KATAAGENT:{}", own_port()))).unwrap(),
         outbounds: parse_list(outbounds).unwrap(),
+        worker_nodes: None,
+        old_agents: false,
         rekey_bytes: REKEY_BYTES,
         observer: Arc::new(move |_, event| {
             let event = event.to_string();

@@ -1,8 +1,6 @@
 //! `connect`: serves one pod in the foreground, until a signal.
 
-use std::convert::Infallible;
 use std::error::Error as _;
-use std::future::pending;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,14 +8,14 @@ use std::time::Duration;
 use secure_comms_adaptor::kbs::{KbsClient, KbsError};
 use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::pod::{PodEvent, PodState};
-use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Deadline, Endpoint};
-use secure_comms_protocol::PodId;
-use secure_comms_protocol::resource::separate::pod_private_key;
+use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Deadline, Endpoint, PodSpec};
+use secure_comms_protocol::resource::pod_keys;
+use secure_comms_protocol::{InitDataDigest, PodId};
 use tokio::time::timeout;
 
 use super::events::Events;
 use super::open_store;
-use crate::settings::ConnectSettings;
+use crate::settings::{ConnectSettings, ExpectedInitData};
 use crate::signals::{EndSignal, Signals};
 
 /// Time limit for deleting the pod after a signal: a service manager kills the process soon after.
@@ -92,12 +90,8 @@ async fn serve(
         restored = restore(&adaptor, settings, deadline) => restored,
         signal = signals.next() => return interrupted(&adaptor, settings, signals, signal).await,
     };
-    // Runs next to the start and the connection, until the end.
-    let publish = publish_restored(&adaptor, &settings.pod, matches!(restored, Ok(Some(_))));
-    tokio::pin!(publish);
     let started = tokio::select! {
         started = bring_up(&adaptor, settings, events, restored, deadline) => started,
-        never = &mut publish => match never {},
         signal = signals.next() => return interrupted(&adaptor, settings, signals, signal).await,
     };
     if let Err(error) = started {
@@ -112,10 +106,7 @@ async fn serve(
         }
         return Err(error);
     }
-    let signal = tokio::select! {
-        signal = signals.next() => signal,
-        never = &mut publish => match never {},
-    };
+    let signal = signals.next().await;
     end_after(signal, &adaptor, settings, signals).await
 }
 
@@ -166,6 +157,8 @@ fn build_adaptor(settings: &ConnectSettings, events: &Events) -> Result<Adaptor,
     let config = Config {
         inbounds: settings.inbounds.clone(),
         outbounds: settings.outbounds.clone(),
+        worker_nodes: settings.worker_nodes.clone(),
+        old_agents: settings.old_agents,
         rekey_bytes: settings.rekey_bytes,
         observer: Arc::new(move |pod: &PodId, event: &PodEvent| events.happened(pod, event)),
     };
@@ -196,9 +189,11 @@ async fn bring_up(
     restored: Result<Option<Vec<Endpoint>>, AdaptorError>,
     deadline: Deadline,
 ) -> Result<(), AdaptorError> {
-    let endpoints = match restored? {
-        Some(endpoints) => endpoints,
-        None => adaptor.prepare(&settings.pod, deadline).await?,
+    let restored = restored?;
+    warn_if_unbound(adaptor, settings);
+    let endpoints = match restored {
+        Some(endpoints) if !is_rebound(adaptor, settings) => endpoints,
+        _ => adaptor.prepare(&settings.pod, spec(settings), deadline).await?,
     };
     for endpoint in endpoints {
         tracing::info!("pod {}: inbound {} listens on {}", settings.pod, endpoint.name, endpoint.local);
@@ -207,18 +202,42 @@ async fn bring_up(
     adaptor.start(&settings.pod, &settings.addresses, deadline).await
 }
 
-/// Publishes the keys of a restored pod, and retries for as long as the KBS is unreachable. Never returns.
-async fn publish_restored(adaptor: &Adaptor, pod: &PodId, restored: bool) -> Infallible {
-    if restored {
-        // Each call logs why the KBS is unreachable.
-        while let Err(error) = adaptor.publish_keys(pod).await {
-            if !matches!(error, AdaptorError::Kbs(KbsError::Unreachable { .. })) {
-                tracing::error!("pod {pod}: publishing its keys again: {:#}", anyhow::Error::from(error));
-                break;
-            }
-        }
+/// The init-data that the adaptor expects of the pod's VM now.
+fn known_init_data(adaptor: &Adaptor, settings: &ConnectSettings) -> Option<InitDataDigest> {
+    adaptor.snapshot(&settings.pod).and_then(|pod| pod.init_data)
+}
+
+fn spec(settings: &ConnectSettings) -> PodSpec {
+    PodSpec::bound_to(match &settings.init_data {
+        ExpectedInitData::Digest(digest) => Some(digest.clone()),
+        ExpectedInitData::AsBefore | ExpectedInitData::Unbound => None,
+    })
+}
+
+/// Whether other init-data is expected than when the pod was started. Without a flag the earlier one holds.
+fn is_rebound(adaptor: &Adaptor, settings: &ConnectSettings) -> bool {
+    settings.init_data != ExpectedInitData::AsBefore
+        && spec(settings).init_data != known_init_data(adaptor, settings)
+}
+
+fn warn_if_unbound(adaptor: &Adaptor, settings: &ConnectSettings) {
+    let is_unbound = settings.init_data == ExpectedInitData::AsBefore
+        && matches!(settings.key_source, KeySource::Kbs(_))
+        && known_init_data(adaptor, settings).is_none();
+    if is_unbound {
+        tracing::warn!(
+            "pod {}: its keys are bound to no VM: no init-data is expected, so whoever starts a VM that the KBS accepts can \
+             fetch them, also the cloud; give the VM's init-data with --init-data, --init-data-digest or --init-data-rules, \
+             and use the resource policy of deploy/",
+            settings.pod
+        );
     }
-    pending().await
+}
+
+/// Where the pod's key may still be in the KBS.
+fn resource(adaptor: &Adaptor, settings: &ConnectSettings) -> String {
+    let init_data = known_init_data(adaptor, settings).or_else(|| spec(settings).init_data);
+    pod_keys(&settings.pod, init_data.as_ref())
 }
 
 /// Ends in good order, or at once on a signal, which it returns.
@@ -227,16 +246,17 @@ async fn end(
     settings: &ConnectSettings,
     signals: &mut Signals,
 ) -> Result<Option<EndSignal>, ConnectError> {
+    // The snapshot is gone at the end.
+    let resource = resource(adaptor, settings);
     tokio::select! {
-        ended = end_in_order(adaptor, settings) => ended.map(|()| None),
+        ended = end_in_order(adaptor, settings, &resource) => ended.map(|()| None),
         signal = signals.next() => {
             let pod = &settings.pod;
             tracing::warn!("pod {pod}: {signal} during the end: open streams are cut");
             if settings.delete_on_exit {
                 tracing::warn!(
-                    "pod {pod}: its deletion may be incomplete: delete {} from the KBS by hand, or run connect \
-                     --delete-on-exit again and end it",
-                    pod_private_key(pod)
+                    "pod {pod}: its deletion may be incomplete: delete {resource} from the KBS by hand, or run connect \
+                     --delete-on-exit again and end it"
                 );
             }
             Ok(Some(signal))
@@ -244,7 +264,11 @@ async fn end(
     }
 }
 
-async fn end_in_order(adaptor: &Adaptor, settings: &ConnectSettings) -> Result<(), ConnectError> {
+async fn end_in_order(
+    adaptor: &Adaptor,
+    settings: &ConnectSettings,
+    resource: &str,
+) -> Result<(), ConnectError> {
     if !settings.delete_on_exit {
         adaptor.suspend(&settings.pod).await;
         return Ok(());
@@ -253,7 +277,7 @@ async fn end_in_order(adaptor: &Adaptor, settings: &ConnectSettings) -> Result<(
         Ok(stopped) => Ok(stopped?),
         Err(_) => Err(ConnectError::Delete {
             pod: settings.pod.clone(),
-            resource: pod_private_key(&settings.pod),
+            resource: resource.to_owned(),
             seconds: DELETE_TIMEOUT.as_secs(),
         }),
     }

@@ -66,6 +66,12 @@ fn line(pod: &PodId, event: &PodEvent) -> String {
             let left = left.map(|left| left.as_secs());
             object("waiting", pod, [("for", json!(escape(what))), ("left", json!(left))])
         }
+        PodEvent::Published => object("published", pod, []),
+        PodEvent::Withdrawn => object("withdrawn", pod, []),
+        PodEvent::WithdrawFailed(why) => object("withdraw-failed", pod, [("reason", json!(escape(why)))]),
+        PodEvent::InitDataMismatch(what) => {
+            object("init-data-mismatch", pod, [("text", json!(escape(what)))])
+        }
         PodEvent::PublishedAgain => object("published-again", pod, []),
         PodEvent::PublishFailed(why) => object("publish-failed", pod, [("reason", json!(escape(why)))]),
         PodEvent::Stopped => object("stopped", pod, []),

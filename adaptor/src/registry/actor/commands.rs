@@ -1,12 +1,10 @@
 //! What the commands do that `suspend` and `stop` do not overtake.
 
-use std::sync::Arc;
-
 use super::{Actor, Publishing};
-use crate::pod::PodState;
+use crate::pod::{PodEvent, PodState};
 use crate::registry::command::Command;
 use crate::registry::error::AdaptorError;
-use crate::registry::operation::{Acquired, Context, Operation, Then, Work};
+use crate::registry::operation::{Acquired, Operation, Then, Work};
 use crate::text::with_causes;
 
 impl Actor {
@@ -57,16 +55,14 @@ impl Actor {
     }
 
     pub(super) fn begin(&mut self, command: Command) {
-        let locked = self.lock.is_some();
-        let (context, (cancel, step)) =
-            Context::new(self.id.clone(), Arc::clone(&self.shared), locked, self.served.is_some());
+        let (context, (cancel, step)) = self.context();
         let (then, work, deadline): (_, Work<_>, _) = match command {
-            Command::Prepare { deadline, reply } => {
+            Command::Prepare { spec, deadline, reply } => {
                 if self.served.is_none() {
                     self.status.status.set_state(PodState::Preparing);
                 }
                 self.untouched = false;
-                (Then::Prepared(reply), Box::pin(context.prepare(deadline)), Some(deadline))
+                (Then::Prepared(reply), Box::pin(context.prepare(spec, deadline)), Some(deadline))
             }
             Command::RestoreListeners { reply } => (Then::Restored(reply), Box::pin(context.restore()), None),
             Command::Resume { reply } => (Then::Resumed(reply), Box::pin(context.restore()), None),
@@ -105,6 +101,7 @@ impl Actor {
         self.kbs_is_silent = matches!(result, Err(AdaptorError::Stopped(_)));
         if acquired.published {
             self.republish.published();
+            self.status.status.emit(&PodEvent::Published);
         }
         // A failed operation keeps what an earlier one has acquired, and nothing else.
         if result.is_ok() {
@@ -112,6 +109,10 @@ impl Actor {
             if let Some(served) = acquired.served {
                 self.status.status.prepared(served.endpoints.clone());
                 self.served = Some(served);
+            }
+            if let (Some(served), Some(init_data)) = (&mut self.served, acquired.init_data) {
+                self.status.status.bound(init_data.clone());
+                served.init_data = init_data;
             }
         } else if self.served.is_none() {
             self.failed(&result);

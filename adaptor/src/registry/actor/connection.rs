@@ -8,7 +8,7 @@ use crate::pod::{Ended, Entry, LOST, PodEvent, PodState};
 use crate::registry::channel::Channel;
 use crate::registry::command::StartOrder;
 use crate::registry::error::AdaptorError;
-use crate::registry::operation::{Acquired, Context};
+use crate::registry::operation::Acquired;
 use crate::text::with_causes;
 
 impl Actor {
@@ -16,7 +16,8 @@ impl Actor {
     pub(super) fn open_channel(&mut self, addresses: Vec<Address>, start: Option<StartOrder>) {
         let Some(served) = &self.served else { return };
         let entry = if start.is_some() { Entry::New } else { Entry::Restarted };
-        let plan = Channel::plan(&self.id, &self.shared, served, addresses);
+        let publication = self.publication.clone();
+        let plan = Channel::plan(&self.id, &self.shared, served, publication, addresses);
         // Before the driver runs: a start must not take the final state of an earlier one for its own.
         self.status.status.begin();
         self.republish.begin(entry);
@@ -26,7 +27,8 @@ impl Actor {
 
     pub(super) fn on_state(&mut self) {
         let state = self.states.borrow_and_update().state.clone();
-        self.republish.on_state(&state);
+        let gone = self.publication.as_ref().is_some_and(|publication| publication.is_gone());
+        self.republish.on_state(&state, gone);
         let up = matches!(state, PodState::Up { .. });
         if let Some(channel) = &mut self.channel
             && up
@@ -76,8 +78,7 @@ impl Actor {
     }
 
     pub(super) fn publish_again(&mut self) {
-        let locked = self.lock.is_some();
-        let (context, _) = Context::new(self.id.clone(), Arc::clone(&self.shared), locked, true);
+        let (context, _) = self.context();
         self.republish.published();
         self.publishing = Some(Publishing { work: Box::pin(context.publish_keys()), reply: None });
     }
@@ -89,6 +90,8 @@ impl Actor {
         }
         match (publishing.reply, result) {
             (Some(reply), result) => self.answer(reply, result),
+            // The pod came up meanwhile.
+            (None, Ok(())) if !acquired.published => {}
             (None, Ok(())) => self.status.status.emit(&PodEvent::PublishedAgain),
             (None, Err(error)) => self.status.status.publish_failed(&with_causes(&error)),
         }

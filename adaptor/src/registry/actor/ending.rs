@@ -52,7 +52,7 @@ impl Actor {
             let (id, shared) = (self.id.clone(), Arc::clone(&self.shared));
             let deadline = Deadline::after(if self.kbs_is_silent { KBS_DELETE_SILENT } else { KBS_DELETE });
             let deletion = Deletion { locked: self.lock.is_some(), untouched: self.untouched, deadline };
-            let work = Box::pin(delete(id, shared, deletion));
+            let work = Box::pin(delete(id, shared, self.publication.clone(), deletion));
             ending.teardown = Some(Teardown::Deleting { work, deadline });
         }
         suspends.into_iter().for_each(|reply| self.answer(reply, Ok(())));
@@ -62,6 +62,8 @@ impl Actor {
         if let Some(ending) = &mut self.ending {
             ending.teardown = None;
         }
+        // What a later command finds is in the store.
+        self.publication = self.shared.publication(&self.id);
         self.status.status.closed();
         self.status.status.set_state(PodState::Stopped);
     }
@@ -71,6 +73,7 @@ impl Actor {
         let Some(ending) = &mut self.ending else { return };
         ending.teardown = None;
         let first = ending.stops.pop_front();
+        self.publication = self.shared.publication(&self.id);
         if result.is_ok() {
             self.untouched = true;
             let stops = std::mem::take(&mut ending.stops);
