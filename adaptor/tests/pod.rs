@@ -34,11 +34,8 @@ async fn a_new_pod_needs_one_handshake_in_each_phase() {
     let local = world.prepare().await;
     assert_eq!(world.prepare().await, local, "a second prepare changes nothing");
     assert_eq!(
-        world.published.all()[..2],
-        [
-            "POST /kbs/v0/resource/default/sshclient/publicKey",
-            "POST /kbs/v0/resource/default/pp-pod-1/privateKey"
-        ]
+        world.published.all(),
+        ["POST /kbs/v0/resource/default/pp-pod-1/keys", "POST /kbs/v0/resource/default/pp-pod-1/keys"]
     );
     let latched = world.latched().await;
     let at = addresses(&[agent.address]);
@@ -59,10 +56,13 @@ async fn a_new_pod_needs_one_handshake_in_each_phase() {
     assert_eq!(
         events,
         [
+            "keys published to the KBS".to_owned(),
+            "keys published to the KBS".to_owned(),
             format!("attestation: connected to {address}"),
             "tunnel KATAAGENT, Attestation phase: the agent serves it, but no --inbounds tag here listens for it".to_owned(),
             "keys: attempt 1: api-server-rest: \\u{1b}[31mconnection refused".to_owned(),
             format!("attestation done at {address}; reconnecting for the Kubernetes phase"),
+            "the VM has its keys: deleted from the KBS".to_owned(),
             format!("kubernetes phase up at {address}"),
         ]
     );
@@ -159,7 +159,7 @@ async fn a_rejected_worker_node_key_is_reported_with_advice() {
     let agent = Agent::start(Mode::kubernetes(world.pod_key().await, other)).await;
     let error = world.start(&addresses(&[agent.address]), SOON).await.unwrap_err().to_string();
     assert!(error.contains("rejects this worker node's (SHA256:"), "{error}");
-    assert!(error.contains("check that default/sshclient/publicKey in the KBS is this node's"), "{error}");
+    assert!(error.contains("its keys were published with another worker-node key"), "{error}");
 }
 
 #[tokio::test]
@@ -209,7 +209,8 @@ async fn a_stopped_pod_says_bye_and_leaves_nothing() {
     assert_eq!(pod_now.borrow().state, PodState::Stopped);
     assert!(pod_now.borrow().endpoints.is_empty());
     assert_eq!(agent.seen.count("the peer said bye: the pod is being deleted"), 1);
-    assert_eq!(world.published.count("DELETE /kbs/v0/resource/default/pp-pod-1/privateKey"), 1);
+    // Once it was up, and at its end to be sure.
+    assert_eq!(world.published.count("DELETE /kbs/v0/resource/default/pp-pod-1/keys"), 2);
     assert!(world.store.known_pod_key(&pod()).await.unwrap().is_none());
     assert!(world.adaptor.snapshot(&pod()).is_none());
     assert!(tokio::net::TcpStream::connect(local).await.is_err());

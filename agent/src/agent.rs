@@ -7,13 +7,13 @@ use secure_comms_protocol::control::{Empty, KeyProgress};
 use secure_comms_protocol::limits::{
     ATTESTATION_PEERS_MAX, FAREWELLS_MAX, GUESTS_MAX, STATUS_REPORTS_MAX, UNAUTHENTICATED_MAX, WAITING_MAX,
 };
-use secure_comms_protocol::{Attestation, Control, Kubernetes, PodId};
+use secure_comms_protocol::{AgentConfig, Attestation, Control, Kubernetes, PodId};
 use secure_comms_tunnel::Outbounds;
 use tokio::sync::{Semaphore, watch};
 
 use crate::access::limiter::ConnectionLimiter;
 use crate::access::policy::AccessPolicy;
-use crate::config::Config;
+use crate::config::{Announced, Config};
 use crate::kata::{self, KataAgent};
 use crate::peers::peer::Peers;
 use crate::peers::routes::Routes;
@@ -33,6 +33,10 @@ pub(crate) struct Agent {
     pub(crate) attempt: Attempt,
     /// Random hex that names this process to its peers.
     pub(crate) instance: String,
+    /// What hello announces of the configuration.
+    pub(crate) announced: Announced,
+    /// The only pod that an adaptor may name, if flags or init-data say so.
+    pub(crate) expected_pod: Option<PodId>,
     /// When this process started.
     pub(crate) started: Instant,
     /// The failing step of the pod network, empty if it is up; and whether there is one.
@@ -136,6 +140,8 @@ impl Agent {
                 progress: watch::Sender::new(None),
             },
             instance,
+            announced: Announced::new(config),
+            expected_pod: config.pod_id.clone(),
             started: Instant::now(),
             pod_network: watch::Sender::default(),
             has_pod_network: config.pod_network.is_some(),
@@ -157,6 +163,17 @@ impl Agent {
     /// The pod whose keys are in use, if the agent knows it.
     pub(crate) fn pod(&self) -> Option<PodId> {
         self.pod.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The configuration in use, for `hello` and the status; none before the keys are here.
+    pub(crate) fn config(&self) -> Option<AgentConfig> {
+        let worker_nodes = self.policy.worker_nodes()?;
+        Some(self.announced.with_keys(self.pod().as_ref(), worker_nodes))
+    }
+
+    /// The pod that this VM is for, as far as it is known.
+    pub(crate) fn own_pod(&self) -> Option<PodId> {
+        self.pod().or_else(|| self.expected_pod.clone())
     }
 
     /// Sends every attestation peer the result of the attempt and the invitation to come back as `kubernetes`.

@@ -1,6 +1,8 @@
-//! The configuration: flags and the daemon config (apf.json), valid as a whole.
+//! The configuration: flags, measured init-data and the daemon config (apf.json), valid as a whole.
 //!
-//! In: the arguments of the process, the daemon config's file. Out: a [`Config`], or every fault with its fix.
+//! In: the arguments of the process and the files. Out: a [`Config`], or every fault with its fix. What a source may decide depends
+//! on who can write it: flags are measured and decide everything, init-data counts once the keys are here, and user data
+//! decides what the flag `-secure-comms-user-data` allows.
 
 pub mod flags;
 mod go_flags;
@@ -8,27 +10,40 @@ mod go_flags;
 pub mod file;
 
 mod daemon_config;
+pub mod user_data;
+
+pub mod init_data;
+mod toml;
+
+mod announced;
+mod tunnels;
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use secure_comms_keys::{KeyError, PodKeys, WorkerNodeKeys, base64};
-use secure_comms_protocol::tag::{self, InboundTag, OutboundTag, Tag, TagErrors};
+use secure_comms_protocol::limits::CONTROL_LINE_MAX;
+use secure_comms_protocol::tag::{InboundTag, OutboundTag};
+use secure_comms_protocol::{InitDataDigest, PodId};
 use secure_comms_tunnel::netns::Namespace;
 use zeroize::Zeroizing;
 
 use crate::pod_network::PodNetwork;
 use crate::pod_network::spec::{Faults, InterfaceName};
+pub(crate) use announced::Announced;
 pub use daemon_config::DaemonConfig;
 use flags::Options;
+use init_data::InitData;
+use tunnels::{Sources, Tunnels};
+use user_data::UserDataMode;
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// Secure Comms is not enabled.
     #[error(
-        "starting: Secure Comms is off, and this forwarder speaks nothing else; set the flag -secure-comms, or \
-         \"sc\": true with sc-pp-prv and sc-wn-pub in {0}"
+        "starting: Secure Comms is off, and this forwarder speaks nothing else; set the flag -secure-comms, or, for a \
+         pod that is not confidential, -secure-comms-user-data all with \"sc\": true, sc-pp-prv and sc-wn-pub in {0}"
     )]
     NotSecureComms(String),
     /// The keys in the daemon config are incomplete or invalid. The agent does not fall back to attestation.
@@ -40,8 +55,28 @@ pub enum ConfigError {
         fault: String,
     },
     /// All faults of all tags.
-    #[error("reading the tunnels: {0}; correct the flags or apf.json")]
+    #[error("reading the tunnels: {0}; correct the tags where they are given")]
     Tags(String),
+    /// The tunnels do not fit into the agent's hello.
+    #[error(
+        "reading the tunnels: the agent's hello, which lists them, would be {excess} bytes longer than a control line \
+         may be ({CONTROL_LINE_MAX}); name fewer tunnels, or shorter paths"
+    )]
+    TooManyTunnels {
+        /// Bytes beyond the limit.
+        excess: usize,
+    },
+    /// Flag and init-data name different pods.
+    #[error(
+        "reading init-data: 'sc-pod-id' names pod {init_data}, and -secure-comms-pod-id names pod {flag}; correct one of \
+         them"
+    )]
+    PodId {
+        /// The pod of the flag.
+        flag: PodId,
+        /// The pod of init-data.
+        init_data: PodId,
+    },
     /// The path of the kata agent's socket is invalid.
     #[error("reading -kata-agent-socket: {0}")]
     KataAgentSocket(String),
@@ -68,8 +103,15 @@ impl ConfigError {
     /// Exit code of the process: 2 if the command line is at fault, 1 if the daemon config is.
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::NotSecureComms(_) | Self::Tags(_) | Self::KataAgentSocket(_) | Self::HostInterface(_) => 2,
-            Self::UserData { .. } | Self::PodNetwork { .. } | Self::NoPodNamespace(_) => 1,
+            Self::NotSecureComms(_)
+            | Self::Tags(_)
+            | Self::TooManyTunnels { .. }
+            | Self::KataAgentSocket(_)
+            | Self::HostInterface(_) => 2,
+            Self::UserData { .. }
+            | Self::PodNetwork { .. }
+            | Self::NoPodNamespace(_)
+            | Self::PodId { .. } => 1,
         }
     }
 }
@@ -84,6 +126,17 @@ pub enum KeySource {
     },
     /// The user data: there is no Attestation phase.
     UserData(PodKeys),
+}
+
+/// What the configuration is read from, beyond the flags.
+#[derive(Clone, Debug, Default)]
+pub struct Inputs {
+    /// The daemon config, read under the mode of the flags.
+    pub daemon: Option<DaemonConfig>,
+    /// The `secure-comms.toml` of init-data.
+    pub init_data: Option<InitData>,
+    /// The digest of init-data.
+    pub digest: Option<InitDataDigest>,
 }
 
 /// The configuration of the agent, valid as a whole.
@@ -107,10 +160,20 @@ pub struct Config {
     pub outbounds: Vec<OutboundTag>,
     /// Source of the keys.
     pub source: KeySource,
+    /// Whether the keys are fetched as the two resources of versions before 0.2.
+    pub separate_resources: bool,
+    /// The digest of init-data, if the VM has any.
+    pub init_data: Option<InitDataDigest>,
+    /// The only pod that an adaptor may name, if flags or init-data say so.
+    pub pod_id: Option<PodId>,
+    /// What user data may decide.
+    pub user_data: UserDataMode,
     /// `namespace/name` of the pod, if known: for logs.
     pub pod: Option<String>,
     /// The pod's network, if the daemon config has one.
     pub pod_network: Option<PodNetwork>,
+    /// What was ignored or is weak, for the log.
+    pub warnings: Vec<String>,
 }
 
 impl Config {
@@ -119,45 +182,105 @@ impl Config {
     /// # Errors
     /// As [`Config::resolve`].
     pub fn check_flags(options: &Options) -> Result<(), ConfigError> {
-        match Self::resolve(options.clone(), None) {
-            Err(ConfigError::NotSecureComms(_)) => {
-                Self::resolve(Options { secure_comms: true, ..options.clone() }, None).map(drop)
+        match Self::resolve(options.clone(), Inputs::default()) {
+            Err(ConfigError::NotSecureComms(_)) if options.user_data == UserDataMode::All => {
+                Self::resolve(Options { secure_comms: true, ..options.clone() }, Inputs::default()).map(drop)
             }
             other => other.map(drop),
         }
     }
 
-    /// Validates flags and daemon config together.
+    /// Validates flags, init-data and daemon config together.
     ///
     /// # Errors
     /// The first fault; all faults of all tags count as one.
-    pub fn resolve(options: Options, daemon: Option<DaemonConfig>) -> Result<Self, ConfigError> {
+    pub fn resolve(options: Options, inputs: Inputs) -> Result<Self, ConfigError> {
+        let Inputs { daemon, init_data, digest } = inputs;
         let daemon = daemon.unwrap_or_default();
-        let source = key_source(&options, &daemon)?;
-        let kata_agent = kata_agent_outbound(&options.kata_agent_socket)?;
-        let file_tags = |tags: &'_ Option<String>| tags.clone().unwrap_or_default();
-        let inbounds = parse_tags::<InboundTag>(&options.inbounds, &file_tags(&daemon.inbounds));
-        let outbounds = parse_tags::<OutboundTag>(&options.outbounds, &file_tags(&daemon.outbounds));
-        let (inbounds, outbounds) = match (inbounds, outbounds) {
-            (Ok(inbounds), Ok(outbounds)) => (inbounds, outbounds),
-            (inbounds, outbounds) => return Err(tag_faults(inbounds.err(), outbounds.err())),
-        };
-        let kbs = InboundTag::parse("BOTH_PHASES:KBS:8080")
-            .map_err(|error| ConfigError::Tags(error.to_string()))?;
+        let mut warnings = ignored(&options, &daemon);
+        let mut source = key_source(&options, &daemon)?;
+        let attests = matches!(source, KeySource::Kbs { .. });
+        if !attests && init_data.is_some() {
+            warnings.push(
+                "init-data: secure-comms.toml ignored: the keys are from the user data, not from the KBS"
+                    .into(),
+            );
+        }
+        let init_data = init_data.filter(|_| attests).unwrap_or_default();
+        if let (KeySource::Kbs { worker_node }, Some(keys)) = (&mut source, &init_data.worker_node) {
+            if worker_node.replace(keys.clone()).is_some() {
+                warnings.push("user data: 'sc-wn-pub' ignored: init-data has it too".into());
+            }
+        }
+        let sources = Sources { options: &options, init_data: &init_data, daemon: &daemon };
+        let Tunnels { inbounds, outbounds } = tunnels::collect(&sources, &mut warnings)?;
         let pod_network = pod_network(&options, &daemon)?;
-        Ok(Self {
+        if attests {
+            warnings.extend(weaknesses(&options, digest.as_ref()));
+        }
+        let config = Self {
+            pod_id: pod_id(options.pod_id, init_data.pod_id)?,
             listen: options.listen,
             kata_agent_socket: options.kata_agent_socket,
             pod_namespace: options.pod_namespace,
             guest_api: options.guest_api,
             state_dir: options.state_dir,
             rekey_bytes: options.rekey_bytes,
-            inbounds: tag::with_built_in(inbounds, kbs),
-            outbounds: tag::with_built_in(outbounds, kata_agent),
+            inbounds,
+            outbounds,
             source,
+            separate_resources: options.separate_resources,
+            init_data: digest,
+            user_data: options.user_data,
             pod: pod(&daemon),
             pod_network,
-        })
+            warnings,
+        };
+        Announced::check(&config)?;
+        Ok(config)
+    }
+}
+
+/// A warning for each key of the daemon config that user data may not decide.
+fn ignored(options: &Options, daemon: &DaemonConfig) -> Vec<String> {
+    let warning = |key: &&str| {
+        let needed = options.user_data.needed_for(key)?;
+        let only = if needed == UserDataMode::All { ", for pods that are not confidential" } else { "" };
+        Some(format!(
+            "{}: '{key}' ignored: whoever runs the cloud can write it; -secure-comms-user-data {needed} in the image \
+             would let it count{only}",
+            file_of(options)
+        ))
+    };
+    daemon.ignored.iter().filter_map(warning).collect()
+}
+
+/// What is weaker than it could be where the keys are from the KBS.
+fn weaknesses(options: &Options, digest: Option<&InitDataDigest>) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if options.separate_resources {
+        warnings.push(
+            "-secure-comms-separate-resources: nothing binds the pod's key to the worker node's: whoever is on the way to \
+             the KBS can add a worker node; update the adaptor, and remove the flag"
+                .to_owned(),
+        );
+    } else if digest.is_none() {
+        let file = options.init_data_digest.as_ref().map_or_else(
+            || "-secure-comms-init-data-digest is empty".to_owned(),
+            |path| format!("{} does not exist", path.display()),
+        );
+        warnings.push(format!(
+            "no digest of init-data: {file}; the keys are fetched from default/pp-<pod id>/keys, which no resource \
+             policy can bind to this VM"
+        ));
+    }
+    warnings
+}
+
+fn pod_id(flag: Option<PodId>, init_data: Option<PodId>) -> Result<Option<PodId>, ConfigError> {
+    match (flag, init_data) {
+        (Some(flag), Some(init_data)) if flag != init_data => Err(ConfigError::PodId { flag, init_data }),
+        (flag, init_data) => Ok(flag.or(init_data)),
     }
 }
 
@@ -190,26 +313,6 @@ fn file_of(options: &Options) -> String {
         Some(path) => path.display().to_string(),
         None => "a daemon config (-config)".to_owned(),
     }
-}
-
-fn parse_tags<T: Tag>(flag: &str, file: &str) -> Result<Vec<T>, TagErrors> {
-    tag::parse_lists([flag, file])
-}
-
-fn tag_faults(inbounds: Option<TagErrors>, outbounds: Option<TagErrors>) -> ConfigError {
-    let inbounds = inbounds.map(|errors| format!("inbounds: {errors}"));
-    let outbounds = outbounds.map(|errors| format!("outbounds: {errors}"));
-    ConfigError::Tags(inbounds.into_iter().chain(outbounds).collect::<Vec<_>>().join("; "))
-}
-
-fn kata_agent_outbound(socket: &Path) -> Result<OutboundTag, ConfigError> {
-    let error = |fault: String| ConfigError::KataAgentSocket(fault);
-    let path = socket
-        .to_str()
-        .filter(|path| path.starts_with('/'))
-        .ok_or_else(|| error(format!("'{}': expected an absolute path in UTF-8", socket.display())))?;
-    OutboundTag::parse(&format!("KUBERNETES_PHASE:KATAAGENT:{path}"))
-        .map_err(|fault| error(fault.to_string()))
 }
 
 fn key_source(options: &Options, daemon: &DaemonConfig) -> Result<KeySource, ConfigError> {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use agent_protocol_forwarder::config::file;
 use agent_protocol_forwarder::config::flags::{self, Exit, MissingNamespace, Options};
-use agent_protocol_forwarder::config::{Config, ConfigError};
+use agent_protocol_forwarder::config::{Config, ConfigError, Inputs, init_data};
 use agent_protocol_forwarder::os::systemd::Notifier;
 use agent_protocol_forwarder::os::{environment, listener, logging};
 use agent_protocol_forwarder::{pod_network, run};
@@ -131,10 +131,18 @@ async fn serve(options: Options) -> Result<(), Exit> {
 /// Waits for the daemon config before anything starts: it decides whether there is an Attestation phase.
 async fn configuration(options: Options, notifier: &Notifier) -> Result<Config, Exit> {
     let daemon = match &options.config {
-        Some(path) => Some(file::wait_for(path, notifier).await.map_err(failed)?),
+        Some(path) => Some(file::wait_for(path, options.user_data, notifier).await.map_err(failed)?),
         None => None,
     };
-    Config::resolve(options, daemon).map_err(config_fault)
+    // After the daemon config: what takes init-data out of the user data writes these files first.
+    let init_data = options.init_data.as_deref().map(init_data::read).transpose().map_err(failed)?.flatten();
+    let digest = options.init_data_digest.as_deref().map(init_data::read_digest);
+    let digest = digest.transpose().map_err(failed)?.flatten();
+    let config = Config::resolve(options, Inputs { daemon, init_data, digest }).map_err(config_fault)?;
+    for warning in &config.warnings {
+        log::warn!("{warning}");
+    }
+    Ok(config)
 }
 
 fn listen_advice(error: &io::Error) -> &'static str {

@@ -20,7 +20,7 @@ use crate::agent::Agent;
 use crate::config::{Config, KeySource};
 use crate::os::log_limits::{Repeated, report_left_out};
 use crate::os::systemd::{Notifier, watchdog_interval};
-use crate::phases::attestation::{self, GuestApi};
+use crate::phases::attestation::{self, GuestApi, KeyResource};
 use crate::phases::kubernetes;
 use crate::server::Server;
 
@@ -35,7 +35,7 @@ pub enum RunError {
     Key(#[from] KeyError),
     /// An inbound could not be bound.
     #[error(
-        "{0}; end what is in its way, or correct its tag (-secure-comms-inbounds, or sc-inbounds in apf.json)"
+        "{0}; end what is in its way, or correct its tag (-secure-comms-inbounds, or sc-inbounds of init-data or apf.json)"
     )]
     Bind(#[from] inbound::BindError),
     /// The operating system gave no random bytes.
@@ -88,6 +88,11 @@ pub async fn run(
     let guest = GuestApi {
         namespace: config.pod_namespace.as_deref().map(Namespace::new),
         address: config.guest_api,
+        resource: if config.separate_resources {
+            KeyResource::Separate
+        } else {
+            KeyResource::Joint(config.init_data.clone())
+        },
     };
     let notifier = Arc::new(notifier);
     let network_status = agent.pod_network.subscribe();

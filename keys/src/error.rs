@@ -95,6 +95,9 @@ pub enum PrivateKeyFault {
     /// More than one private key: which one is meant?
     #[error("more than one private key in it")]
     Several,
+    /// More PEM texts than that of the key.
+    #[error("another PEM text in it")]
+    SecondPem,
     /// The PEM text is damaged.
     #[error("bad PEM: {0}")]
     BadPem(String),
@@ -124,6 +127,9 @@ pub enum PublicKeyFault {
     /// Not a text that could hold keys.
     #[error(transparent)]
     Text(#[from] TextFault),
+    /// The resource of a pod holds its private key only.
+    #[error("no line next to the private key")]
+    OnlyPrivate,
     /// Comments and blank lines only.
     #[error("no key, only comments")]
     NoKey,

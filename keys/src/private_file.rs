@@ -18,6 +18,7 @@ use crate::file_error::{FileError, PrivacyFault};
 pub const TEMP_PREFIX: &str = ".tmp-";
 
 const GROUP_AND_OTHERS: u32 = 0o077;
+const WRITE_OF_GROUP_AND_OTHERS: u32 = 0o022;
 
 /// Reads a file that is ours alone.
 ///
@@ -27,12 +28,31 @@ pub fn read(path: &Path, max: usize) -> Result<Zeroizing<Vec<u8>>, FileError> {
     read_at(AT_FDCWD, path, path, max)
 }
 
+/// Reads a file that no other user can have written, and that others may read.
+///
+/// # Errors
+/// It does not exist, is a link or no regular file, is not ours, others may write it, or it is larger than `max` bytes.
+pub fn read_ours(path: &Path, max: usize) -> Result<Zeroizing<Vec<u8>>, FileError> {
+    read_checked(AT_FDCWD, path, path, max, (WRITE_OF_GROUP_AND_OTHERS, 0o644))
+}
+
 /// Reads the file `name` of an open directory; `path` names it in errors.
 pub(crate) fn read_at(
     directory: BorrowedFd<'_>,
     name: &Path,
     path: &Path,
     max: usize,
+) -> Result<Zeroizing<Vec<u8>>, FileError> {
+    read_checked(directory, name, path, max, (GROUP_AND_OTHERS, 0o600))
+}
+
+/// Reads a file whose mode has no bit of `forbidden`; an error says to give it the mode `wanted`.
+fn read_checked(
+    directory: BorrowedFd<'_>,
+    name: &Path,
+    path: &Path,
+    max: usize,
+    (forbidden, wanted): (u32, u32),
 ) -> Result<Zeroizing<Vec<u8>>, FileError> {
     // Non-blocking, so that a FIFO in its place does not block before it is recognised.
     let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
@@ -44,7 +64,7 @@ pub(crate) fn read_at(
     if !metadata.is_file() {
         return Err(FileError::not_private(path, PrivacyFault::NotAFile));
     }
-    check(&metadata, path, GROUP_AND_OTHERS, 0o600)?;
+    check(&metadata, path, forbidden, wanted)?;
     let too_large = || FileError::TooLarge { path: path.to_owned(), max };
     let length = usize::try_from(metadata.len()).ok().filter(|&length| length <= max);
     let length = length.ok_or_else(too_large)?;

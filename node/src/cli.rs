@@ -78,6 +78,24 @@ pub struct ConnectArgs {
     /// `role` of the admin token [default: admin]
     #[arg(long, value_name = "NAME")]
     pub kbs_admin_role: Option<String>,
+    /// The init-data that the VM is started with: TOML, or base64 of its gzip [env: SECURE_COMMS_INIT_DATA]
+    #[arg(long, value_name = "FILE")]
+    pub init_data: Option<String>,
+    /// Its digest instead, SHA-256, SHA-384 or SHA-512 in hex [env: SECURE_COMMS_INIT_DATA_DIGEST]
+    #[arg(long, value_name = "HEX")]
+    pub init_data_digest: Option<String>,
+    /// Which init-data which pod has instead, TOML [env: SECURE_COMMS_INIT_DATA_RULES]
+    #[arg(long, value_name = "FILE")]
+    pub init_data_rules: Option<String>,
+    /// The pod in Kubernetes, for the rules [env: SECURE_COMMS_POD]
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub pod: Option<String>,
+    /// Public keys of further worker nodes that may log in, as authorized_keys [env: SECURE_COMMS_WORKER_NODE_KEYS]
+    #[arg(long, value_name = "FILE")]
+    pub worker_node_keys: Option<String>,
+    /// Serve agents before version 0.2, less safely [env: SECURE_COMMS_ALLOW_OLD_AGENTS=true]
+    #[arg(long)]
+    pub allow_old_agents: bool,
     /// The VM has its keys from user data, not from a KBS [env: SECURE_COMMS_NO_TRUSTEE=true]
     #[arg(long)]
     pub no_trustee: bool,

@@ -1,11 +1,14 @@
 //! The worker node's program, `secure-comms-adaptor`. `main.rs` parses and runs; the library is for its tests.
 //!
-//! The blocks are in the order of a run: [`cli`] parses the flags, [`settings`] validates them with the environment,
+//! The blocks are in the order of a run: [`cli`] parses the flags, [`settings`] validates them with the environment
+//! and reads the [`init_data`],
 //! [`logging`] starts the log, and one of the [`commands`] runs until it is done or one of the [`signals`] ends it.
 
 pub mod cli;
 
 pub mod settings;
+
+pub mod init_data;
 
 pub mod logging;
 

@@ -1,6 +1,7 @@
 //! Settings: the flags and the environment, validated as a whole. All faults are reported together.
 
 mod connect;
+mod init_data;
 mod units;
 mod variables;
 
@@ -42,8 +43,8 @@ pub struct ConnectSettings {
     pub store: PathBuf,
     /// Where the VM gets its keys.
     pub key_source: KeySource<KbsSettings>,
-    /// Digest of the init-data that the VM is started with; `None`: as when the pod was started first, if it was.
-    pub init_data: Option<InitDataDigest>,
+    /// The init-data that the VM is started with.
+    pub init_data: ExpectedInitData,
     /// Further worker nodes that may log in to the pod.
     pub worker_nodes: Option<WorkerNodeKeys>,
     /// Whether agents before version 0.2 are served.
@@ -58,6 +59,18 @@ pub struct ConnectSettings {
     pub events: bool,
     /// What is valid and probably not meant, one a line.
     pub warnings: Vec<String>,
+}
+
+/// The init-data that a VM is expected to have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ExpectedInitData {
+    /// Not given: that of the pod's first start; none if it is new.
+    #[default]
+    AsBefore,
+    /// A rule says that none is expected.
+    Unbound,
+    /// Init-data of this digest.
+    Digest(InitDataDigest),
 }
 
 /// Settings of the log.

@@ -197,5 +197,9 @@ pub const SHUTDOWN_DRAIN: Duration = Duration::from_secs(3);
 /// Extension of systemd's start timeout while the agent waits for its daemon config. It is requested twice within each
 /// extension.
 pub const START_EXTENSION: Duration = Duration::from_secs(60);
+/// Largest `secure-comms.toml` of init-data, in bytes.
+pub const INIT_DATA_MAX: usize = 64 * 1024;
+/// Tunnels that user data may add. The rest is refused.
+pub const USER_DATA_TUNNELS_MAX: usize = 64;
 /// Largest key resource, in bytes.
 pub const KEY_MAX: usize = 64 * 1024;

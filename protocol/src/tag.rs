@@ -41,7 +41,8 @@ impl PhaseSet {
         }
     }
 
-    fn overlaps(self, other: Self) -> bool {
+    /// Whether there is a phase in which tunnels of both sets exist.
+    pub fn overlaps(self, other: Self) -> bool {
         [PhaseName::Attestation, PhaseName::Kubernetes]
             .into_iter()
             .any(|phase| self.includes(phase) && other.includes(phase))

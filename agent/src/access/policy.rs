@@ -143,6 +143,14 @@ impl AccessPolicy {
         }
     }
 
+    /// Fingerprints of the keys that may log in to the Kubernetes phase; none before it.
+    pub(crate) fn worker_nodes(&self) -> Option<Vec<String>> {
+        match &self.inner().state {
+            State::Attestation { .. } => None,
+            State::Kubernetes { keys, .. } => Some(keys.worker_node_keys().fingerprints().collect()),
+        }
+    }
+
     /// Whether a connection of this generation could log in to the Kubernetes phase with this key.
     pub(crate) fn allows_login_with(&self, generation: u64, key: &PublicKey) -> bool {
         let inner = self.inner();

@@ -5,10 +5,16 @@ use std::marker::PhantomData;
 
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{DeserializeOwned, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::{
+    DeserializeOwned, DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor,
+};
 use zeroize::Zeroizing;
 
+use super::user_data::UserDataMode;
 use crate::pod_network::spec::PodNetworkConfig;
+
+/// The keys of Secure Comms in apf.json.
+const SECURE_COMMS: [&str; 5] = ["sc", "sc-pp-prv", "sc-wn-pub", "sc-inbounds", "sc-outbounds"];
 
 /// A text that is wiped on drop and not printed by Debug.
 #[derive(Clone)]
@@ -45,12 +51,30 @@ pub struct DaemonConfig {
     pub outbounds: Option<String>,
     /// `pod-network`.
     pub pod_network: Option<PodNetworkConfig>,
+    /// Keys of Secure Comms that are there and that user data may not decide. Their values were not read.
+    pub ignored: Vec<&'static str>,
 }
 
-impl<'de> Deserialize<'de> for DaemonConfig {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+impl DaemonConfig {
+    /// Reads the JSON text. Keys that user data may not decide under `mode` can hold anything: what is ignored decides nothing,
+    /// not even whether the VM starts.
+    ///
+    /// # Errors
+    /// The text is not a daemon config; with line and column.
+    pub fn read(text: &[u8], mode: UserDataMode) -> serde_json::Result<Self> {
+        let mut deserializer = serde_json::Deserializer::from_slice(text);
+        let config = ByKey(mode).deserialize(&mut deserializer)?;
+        deserializer.end()?;
+        Ok(config)
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for ByKey {
+    type Value = DaemonConfig;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<DaemonConfig, D::Error> {
         // The error keeps line and column, which serde_json finds at the end of any text.
-        deserializer.deserialize_map(ByKey).map_err(|error| D::Error::custom(unquoted(&error.to_string())))
+        deserializer.deserialize_map(self).map_err(|error| D::Error::custom(unquoted(&error.to_string())))
     }
 }
 
@@ -66,7 +90,7 @@ fn unquoted(error: &str) -> String {
 }
 
 /// Written by hand, so that an error about a value of the wrong type names its key.
-struct ByKey;
+struct ByKey(UserDataMode);
 
 impl<'de> Visitor<'de> for ByKey {
     type Value = DaemonConfig;
@@ -79,6 +103,14 @@ impl<'de> Visitor<'de> for ByKey {
         let mut config = DaemonConfig::default();
         let mut seen = Vec::new();
         while let Some(key) = map.next_key::<String>()? {
+            if let Some(ignored) = SECURE_COMMS.into_iter().find(|own| *own == key)
+                && self.0.needed_for(ignored).is_some()
+            {
+                if map.next_value::<Option<IgnoredAny>>()?.is_some() && !config.ignored.contains(&ignored) {
+                    config.ignored.push(ignored);
+                }
+                continue;
+            }
             match key.as_str() {
                 "pod-name" => config.pod_name = value(&key, &mut map)?,
                 "pod-namespace" => config.pod_namespace = value(&key, &mut map)?,

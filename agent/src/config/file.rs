@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep, timeout};
 use zeroize::Zeroizing;
 
 use super::daemon_config::DaemonConfig;
+use super::user_data::UserDataMode;
 use crate::os::log_limits::Repeated;
 use crate::os::systemd::Notifier;
 
@@ -72,12 +73,16 @@ enum Found {
 ///
 /// # Errors
 /// The file exists and is not a daemon config.
-pub async fn wait_for(path: &Path, notifier: &Notifier) -> Result<DaemonConfig, DaemonConfigError> {
+pub async fn wait_for(
+    path: &Path,
+    mode: UserDataMode,
+    notifier: &Notifier,
+) -> Result<DaemonConfig, DaemonConfigError> {
     let mut wait = Wait::new(path, notifier);
     loop {
         // Before the file is read, so that a write in between is an event.
         let watch = wait.watch();
-        let state = match look(path)? {
+        let state = match look(path, mode)? {
             Found::Complete(config) => {
                 wait.ended();
                 return Ok(*config);
@@ -177,7 +182,7 @@ impl<'a> Wait<'a> {
     }
 }
 
-fn look(path: &Path) -> Result<Found, DaemonConfigError> {
+fn look(path: &Path, mode: UserDataMode) -> Result<Found, DaemonConfigError> {
     let read_error = |source| DaemonConfigError::Read { path: path.to_owned(), source };
     let file = match File::open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Missing),
@@ -192,7 +197,7 @@ fn look(path: &Path) -> Result<Found, DaemonConfigError> {
         return Err(DaemonConfigError::TooLong { path: path.to_owned() });
     }
     let text = without_mark(text);
-    match serde_json::from_slice(&text) {
+    match DaemonConfig::read(&text, mode) {
         Ok(config) => Ok(Found::Complete(Box::new(config))),
         Err(error) if ends_early(&text) => Ok(Found::Truncated(error)),
         Err(source) => Err(DaemonConfigError::Parse { path: path.to_owned(), source }),

@@ -10,7 +10,7 @@ use super::*;
 const HANG: Duration = Duration::from_secs(60);
 
 async fn read(path: &Path) -> Result<DaemonConfig, DaemonConfigError> {
-    timeout(HANG, wait_for(path, &Notifier::default())).await.expect("it waits")
+    timeout(HANG, wait_for(path, UserDataMode::All, &Notifier::default())).await.expect("it waits")
 }
 
 async fn read_text(text: &[u8]) -> (PathBuf, Result<DaemonConfig, DaemonConfigError>) {
@@ -107,7 +107,10 @@ async fn a_byte_order_mark_is_skipped() {
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("apf.json");
             std::fs::write(&path, &text[..length]).unwrap();
-            assert!(matches!(look(&path), Ok(Found::Truncated(_))), "{length} bytes of {text:?}");
+            assert!(
+                matches!(look(&path, UserDataMode::All), Ok(Found::Truncated(_))),
+                "{length} bytes of {text:?}"
+            );
         }
     }
     // One is enough, and only at the beginning.

@@ -8,9 +8,11 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use argh::FromArgs;
-use secure_comms_protocol::limits;
+use secure_comms_keys::text::escape;
+use secure_comms_protocol::{PodId, limits};
 
 use super::go_flags::{FLAGS, Stop, normalise};
+use super::user_data::{AllowedHost, UserDataMode};
 
 const NAME: &str = "agent-protocol-forwarder";
 const ABOUT: &str = "\
@@ -40,6 +42,18 @@ pub struct Options {
     pub inbounds: String,
     /// Outbound tags as written.
     pub outbounds: String,
+    /// What user data may decide.
+    pub user_data: UserDataMode,
+    /// Hosts to which outbounds of user data may lead.
+    pub user_data_hosts: Vec<AllowedHost>,
+    /// Path of init-data's `secure-comms.toml`; none if there is none.
+    pub init_data: Option<PathBuf>,
+    /// Path of the digest of init-data; none if there is none.
+    pub init_data_digest: Option<PathBuf>,
+    /// The pod that this VM is for, if the image says so.
+    pub pod_id: Option<PodId>,
+    /// Whether the keys are fetched as the two resources of versions before 0.2.
+    pub separate_resources: bool,
     /// Address that the SSH server listens on.
     pub listen: SocketAddr,
     /// Address of `api-server-rest` in the pod's network namespace.
@@ -122,7 +136,7 @@ struct Flags {
     /// interface for the pod network tunnel (default: the one with the default route)
     #[argh(option)]
     host_interface: Option<String>,
-    /// enable Secure Comms; "sc": true in the daemon config does too
+    /// enable Secure Comms, with keys from the KBS after attestation
     #[argh(switch)]
     secure_comms: bool,
     /// inbound tags, comma separated, e.g. KUBERNETES_PHASE:NAME:8000
@@ -131,6 +145,25 @@ struct Flags {
     /// outbound tags, comma separated, e.g. KUBERNETES_PHASE:NAME:127.0.0.1:8000
     #[argh(option, default = "String::new()")]
     secure_comms_outbounds: String,
+    /// what the daemon config may decide beyond the pod's network: none, tunnels, or all (keys too; for pods that are not
+    /// confidential) (default none)
+    #[argh(option, default = "UserDataMode::None", from_str_fn(user_data_mode))]
+    secure_comms_user_data: UserDataMode,
+    /// hosts to which its outbounds may lead, beyond 127.0.0.1 and [::1]: HOST or HOST:PORT, comma separated
+    #[argh(option, default = "Hosts(Vec::new())", from_str_fn(hosts))]
+    secure_comms_user_data_hosts: Hosts,
+    /// secure-comms.toml of measured init-data; empty: none (default /run/peerpod/secure-comms.toml)
+    #[argh(option, default = "Some(\"/run/peerpod/secure-comms.toml\".into())", from_str_fn(path_or_none))]
+    secure_comms_init_data: Option<PathBuf>,
+    /// digest of init-data, in hex; empty: none (default /run/peerpod/initdata.digest)
+    #[argh(option, default = "Some(\"/run/peerpod/initdata.digest\".into())", from_str_fn(path_or_none))]
+    secure_comms_init_data_digest: Option<PathBuf>,
+    /// pod that this VM is for; an adaptor that names another is refused
+    #[argh(option, from_str_fn(pod_id))]
+    secure_comms_pod_id: Option<PodId>,
+    /// fetch the keys as the two resources of versions before 0.2, which nothing binds to one another
+    #[argh(switch)]
+    secure_comms_separate_resources: bool,
     /// address of the SSH server (default [::]:2222)
     #[argh(option, default = "default_listen()", from_str_fn(listener))]
     secure_comms_listen: SocketAddr,
@@ -170,6 +203,27 @@ fn path(text: &str) -> Result<PathBuf, String> {
 
 fn path_or_none(text: &str) -> Result<Option<PathBuf>, String> {
     if text.is_empty() { Ok(None) } else { path(text).map(Some) }
+}
+
+fn user_data_mode(text: &str) -> Result<UserDataMode, String> {
+    text.parse().map_err(|()| "expected none, tunnels or all".into())
+}
+
+/// As a type of its own: a `Vec` would be a flag that may be repeated.
+struct Hosts(Vec<AllowedHost>);
+
+fn hosts(text: &str) -> Result<Hosts, String> {
+    let list = text.split(',').map(str::trim).filter(|host| !host.is_empty());
+    let hosts = list.map(|host| {
+        host.parse().map_err(|()| {
+            format!("'{}': expected HOST or HOST:PORT, an IPv6 address in brackets", escape(host))
+        })
+    });
+    hosts.collect::<Result<_, _>>().map(Hosts)
+}
+
+fn pod_id(text: &str) -> Result<PodId, String> {
+    text.parse().map_err(|_| "expected the runtime's sandbox id: letters, digits, . _ -".into())
 }
 
 /// Go writes `:2222` for every address of the host.
@@ -284,6 +338,12 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Options, Exit> {
         secure_comms: flags.secure_comms,
         inbounds: flags.secure_comms_inbounds,
         outbounds: flags.secure_comms_outbounds,
+        user_data: flags.secure_comms_user_data,
+        user_data_hosts: flags.secure_comms_user_data_hosts.0,
+        init_data: flags.secure_comms_init_data,
+        init_data_digest: flags.secure_comms_init_data_digest,
+        pod_id: flags.secure_comms_pod_id,
+        separate_resources: flags.secure_comms_separate_resources,
         listen: flags.secure_comms_listen,
         guest_api: flags.secure_comms_guest_api,
         state_dir: flags.secure_comms_state_dir,

@@ -9,7 +9,7 @@ use secure_comms_protocol::control::KeyProgress;
 use secure_comms_protocol::limits::{
     KBS_FIRST_BYTE, KBS_FIRST_BYTE_MIN, KBS_PAUSE_MIN, KEY_FETCH, RETRY_MAX,
 };
-use secure_comms_protocol::{Attestation, PodId, TunnelName, resource};
+use secure_comms_protocol::{Attestation, InitDataDigest, PodId, TunnelName, resource};
 use secure_comms_tunnel::netns::{self, Namespace, NamespaceError};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use zeroize::Zeroizing;
@@ -47,17 +47,40 @@ pub(crate) struct GuestApi {
     pub(crate) namespace: Option<Namespace>,
     /// The address it listens on.
     pub(crate) address: SocketAddr,
+    /// The resource of a pod's keys.
+    pub(crate) resource: KeyResource,
+}
+
+/// How a pod's keys are kept in the KBS.
+#[derive(Clone, Debug)]
+pub(crate) enum KeyResource {
+    /// As one resource, under the digest of the VM's init-data if there is any.
+    Joint(Option<InitDataDigest>),
+    /// As the two resources of versions before 0.2.
+    Separate,
 }
 
 /// Why a peer whose KBS stream stays empty loses the attempt.
 const SILENT: &str = "the attestation peer offers the KBS and brings no answer from it";
 
 impl GuestApi {
-    /// Fetches a pod's keys: one text, so that nobody who cannot read the pod's key can change the worker nodes' keys.
+    /// Fetches a pod's keys. Each fetch is a full attestation.
+    ///
+    /// As one resource: whoever is on the way to the KBS can make an answer of his own, but can't read a true one. So he can keep
+    /// both keys from us or replace both, and never mix them.
     async fn keys(&self, pod: &PodId) -> Result<PodKeys, AttemptError> {
-        let text = self.resource(resource::pod_keys(pod, None)).await?;
-        let text = Zeroizing::new(String::from_utf8_lossy(&text).into_owned());
-        Ok(PodKeys::from_text(&text)?)
+        let digest = match &self.resource {
+            KeyResource::Joint(digest) => digest.as_ref(),
+            KeyResource::Separate => return self.separate_keys(pod).await,
+        };
+        let keys = self.resource(resource::pod_keys(pod, digest)).await?;
+        Ok(PodKeys::from_resource(&keys)?)
+    }
+
+    async fn separate_keys(&self, pod: &PodId) -> Result<PodKeys, AttemptError> {
+        let host = self.resource(resource::separate::pod_private_key(pod)).await?;
+        let worker_node = self.resource(resource::separate::WORKER_NODE_PUBLIC_KEY.to_owned()).await?;
+        Ok(PodKeys::parse(&host, &worker_node)?)
     }
 
     async fn resource(&self, path: String) -> Result<Zeroizing<Vec<u8>>, AttemptError> {

@@ -51,7 +51,11 @@ pub(super) async fn run_control_channel<P: AgentPhase>(
         inbounds: agent.tunnels.routes.names(P::NAME),
         outbounds: P::outbounds(&agent).names(),
     };
-    let ours = Hello::from_agent(P::NAME, &agent.instance, peer.credits.initial(), tunnels);
+    let ours = Hello {
+        init_data: agent.announced.init_data.as_ref().map(ToString::to_string),
+        config: P::config(&agent),
+        ..Hello::from_agent(P::NAME, &agent.instance, peer.credits.initial(), tunnels)
+    };
     peer.outbox.send(Control::Hello(ours.clone()));
     peer.set_controlled();
     let mut greeted = false;

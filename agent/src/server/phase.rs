@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use secure_comms_protocol::control::LogLine;
 use secure_comms_protocol::limits::{CreditLimits, GUEST_TIME, KEYS_REPORT, LOG_BATCH, LOG_PAUSE};
-use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PodId};
+use secure_comms_protocol::{AgentConfig, Attestation, Control, Kubernetes, Phase, PodId};
 use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use secure_comms_tunnel::{Credits, Outbounds};
 use tokio::time::{sleep, timeout};
@@ -30,6 +30,8 @@ pub(super) trait AgentPhase: Phase {
     fn outbounds(agent: &Agent) -> Arc<Outbounds<Self, Self::Interceptor>>
     where
         Self: Sized;
+    /// The configuration that its hello announces, to proven peers only.
+    fn config(agent: &Agent) -> Option<AgentConfig>;
     /// Reserves a place for a connection of this generation; none if the phase is over.
     fn reserve(agent: &Agent, connection: &Connection, generation: u64) -> Option<Place>;
     /// Called when a peer has joined.
@@ -68,7 +70,17 @@ impl AgentPhase for Attestation {
 
     fn joined(_: &Arc<Peer<Self>>) {}
 
-    fn identified(_: &Agent, _: &Peer<Self>, _: &PodId) {}
+    /// Refuses an adaptor of another pod before any attempt: addresses are used again, and a stranger could have this VM fetch
+    /// another pod's keys.
+    fn identified(agent: &Agent, peer: &Peer<Self>, pod: &PodId) {
+        if let Some(own) = agent.expected_pod.as_ref().filter(|own| *own != pod) {
+            refuse_other_pod(peer, pod, own);
+        }
+    }
+
+    fn config(_: &Agent) -> Option<AgentConfig> {
+        None
+    }
 
     /// `keys`, on every change and at least every [`KEYS_REPORT`], so that an operator sees why a pod is not attested.
     async fn repeat_messages(agent: &Agent, peer: &Peer<Self>) {
@@ -97,6 +109,10 @@ impl AgentPhase for Kubernetes {
         agent.tunnels.kubernetes.clone()
     }
 
+    fn config(agent: &Agent) -> Option<AgentConfig> {
+        agent.config()
+    }
+
     /// A guest, until its hello names its pod: `ssh kubernetes@vm uptime` must not cost the pod its adaptor.
     fn reserve(agent: &Agent, connection: &Connection, _: u64) -> Option<Place> {
         Some(agent.limits.guests.admit_evicting(connection.clone(), None))
@@ -114,9 +130,8 @@ impl AgentPhase for Kubernetes {
     /// The newest adaptor replaces the older one: it was restarted, or its older connection is half dead.
     fn identified(agent: &Agent, peer: &Peer<Self>, pod: &PodId) {
         let address = peer.connection.address;
-        if let Some(own) = agent.pod().filter(|own| own != pod) {
-            log::warn!("connection from {address}: its hello names pod {pod}, and this VM is pod {own}'s");
-            return peer.close_gracefully(&format!("this VM is pod {own}'s, not pod {pod}'s"));
+        if let Some(own) = agent.own_pod().filter(|own| own != pod) {
+            return refuse_other_pod(peer, pod, &own);
         }
         match agent.peers.kubernetes.take_place(peer) {
             Ok(None) => {}
@@ -159,6 +174,15 @@ impl AgentPhase for Kubernetes {
             }
         }
     }
+}
+
+fn refuse_other_pod<P: Phase>(peer: &Peer<P>, pod: &PodId, own: &PodId) {
+    let address = peer.connection.address;
+    log::log!(
+        peer.connection.log_level(log::Level::Warn),
+        "connection from {address}: its hello names pod {pod}, and this VM is pod {own}'s"
+    );
+    peer.close_gracefully(&format!("this VM is pod {own}'s, not pod {pod}'s"));
 }
 
 fn log_line(entry: Entry) -> LogLine {

@@ -90,6 +90,8 @@ async fn report(agent: &Agent) -> String {
         "inbounds": inbounds(agent),
         "outbounds": outbounds(agent).await,
         "keys": keys(agent),
+        "init_data": agent.announced.init_data.as_ref().map(ToString::to_string),
+        "config": config(agent),
         "pod_network": agent.pod_network_state().map(|state| one_line(&state, TEXT_MAX)),
     });
     bounded(report, log_lines())
@@ -178,6 +180,21 @@ fn keys(agent: &Agent) -> Value {
     let attempts = agent.attempt.progress.borrow().as_ref().map_or(0, |progress| progress.attempt);
     let last_error = agent.attempt.last_error().map(|error| one_line(&error, 2 * TEXT_MAX));
     json!({"attempts": attempts, "last_error": last_error})
+}
+
+/// As in hello, with as many entries of each list as a report may have.
+fn config(agent: &Agent) -> Option<Value> {
+    let config = agent.config()?;
+    let first = |list: Vec<String>| -> Vec<String> {
+        list.iter().take(STATUS_TUNNELS_MAX).map(|text| one_line(text, TEXT_MAX)).collect()
+    };
+    Some(json!({
+        "pod_id": config.pod_id,
+        "worker_nodes": first(config.worker_nodes),
+        "inbounds": first(config.inbounds),
+        "outbounds": first(config.outbounds),
+        "user_data": config.user_data,
+    }))
 }
 
 fn log_lines() -> Vec<Value> {

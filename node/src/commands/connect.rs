@@ -10,13 +10,13 @@ use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::pod::{PodEvent, PodState};
 use secure_comms_adaptor::store::{DirectoryStore, Store as _};
 use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Deadline, Endpoint, PodSpec};
-use secure_comms_protocol::PodId;
 use secure_comms_protocol::resource::pod_keys;
+use secure_comms_protocol::{InitDataDigest, PodId};
 use tokio::time::timeout;
 
 use super::events::Events;
 use super::open_store;
-use crate::settings::ConnectSettings;
+use crate::settings::{ConnectSettings, ExpectedInitData};
 use crate::signals::{EndSignal, Signals};
 
 /// Time limit for deleting the pod after a signal: a service manager kills the process soon after.
@@ -226,12 +226,11 @@ async fn bring_up(
     restored: Result<Option<Vec<Endpoint>>, AdaptorError>,
     deadline: Deadline,
 ) -> Result<(), AdaptorError> {
-    let endpoints = match restored? {
+    let restored = restored?;
+    warn_if_unbound(adaptor, settings);
+    let endpoints = match restored {
         Some(endpoints) if !is_rebound(adaptor, settings) => endpoints,
-        _ => {
-            let spec = PodSpec::bound_to(settings.init_data.clone());
-            adaptor.prepare(&settings.pod, spec, deadline).await?
-        }
+        _ => adaptor.prepare(&settings.pod, spec(settings), deadline).await?,
     };
     for endpoint in endpoints {
         tracing::info!("pod {}: inbound {} listens on {}", settings.pod, endpoint.name, endpoint.local);
@@ -240,16 +239,42 @@ async fn bring_up(
     adaptor.start(&settings.pod, &settings.addresses, deadline).await
 }
 
+/// The init-data that the adaptor expects of the pod's VM now.
+fn known_init_data(adaptor: &Adaptor, settings: &ConnectSettings) -> Option<InitDataDigest> {
+    adaptor.snapshot(&settings.pod).and_then(|pod| pod.init_data)
+}
+
+fn spec(settings: &ConnectSettings) -> PodSpec {
+    PodSpec::bound_to(match &settings.init_data {
+        ExpectedInitData::Digest(digest) => Some(digest.clone()),
+        ExpectedInitData::AsBefore | ExpectedInitData::Unbound => None,
+    })
+}
+
 /// Whether other init-data is expected than when the pod was started. Without a flag the earlier one holds.
 fn is_rebound(adaptor: &Adaptor, settings: &ConnectSettings) -> bool {
-    let before = adaptor.snapshot(&settings.pod).and_then(|pod| pod.init_data);
-    settings.init_data.is_some() && settings.init_data != before
+    settings.init_data != ExpectedInitData::AsBefore
+        && spec(settings).init_data != known_init_data(adaptor, settings)
+}
+
+fn warn_if_unbound(adaptor: &Adaptor, settings: &ConnectSettings) {
+    let is_unbound = settings.init_data == ExpectedInitData::AsBefore
+        && matches!(settings.key_source, KeySource::Kbs(_))
+        && known_init_data(adaptor, settings).is_none();
+    if is_unbound {
+        tracing::warn!(
+            "pod {}: its keys are bound to no VM: no init-data is expected, so whoever starts a VM that the KBS accepts can \
+             fetch them, also the cloud; give the VM's init-data with --init-data, --init-data-digest or --init-data-rules, \
+             and use the resource policy of deploy/",
+            settings.pod
+        );
+    }
 }
 
 /// Where the pod's key may still be in the KBS.
 fn resource(adaptor: &Adaptor, settings: &ConnectSettings) -> String {
-    let known = adaptor.snapshot(&settings.pod).and_then(|pod| pod.init_data);
-    pod_keys(&settings.pod, known.as_ref().or(settings.init_data.as_ref()))
+    let init_data = known_init_data(adaptor, settings).or_else(|| spec(settings).init_data);
+    pod_keys(&settings.pod, init_data.as_ref())
 }
 
 /// Ends in good order, or at once on a signal, which it returns.

@@ -12,7 +12,9 @@ use secure_comms_protocol::tag::{Host, with_built_in};
 use secure_comms_protocol::{Bind, InboundTag, OutboundTag, PhaseSet, Target, TunnelName};
 use url::Url;
 
-use super::{ConnectSettings, DEFAULT_KBS, Env, SettingsReader, UsageError, store_or_default, units};
+use super::{
+    ConnectSettings, DEFAULT_KBS, Env, SettingsReader, UsageError, init_data, store_or_default, units,
+};
 use crate::cli::ConnectArgs;
 
 const DEADLINE: Duration = Duration::from_secs(300);
@@ -48,6 +50,13 @@ impl ConnectSettings {
         } else {
             kbs(&mut reader, &args)
         };
+        let (init_data, worker_nodes, old_agents) = if no_trustee {
+            Default::default()
+        } else {
+            let old_agents = reader.boolean("SECURE_COMMS_ALLOW_OLD_AGENTS").unwrap_or(false);
+            let init_data = init_data::expected(&mut reader, &args);
+            (init_data, init_data::worker_nodes(&mut reader, &args), old_agents || args.allow_old_agents)
+        };
         let outbounds = match built_in {
             Some(tag) => with_built_in(outbounds, tag),
             None => outbounds,
@@ -60,9 +69,9 @@ impl ConnectSettings {
             outbounds,
             store: store_or_default(args.store),
             key_source,
-            init_data: None,
-            worker_nodes: None,
-            old_agents: false,
+            init_data,
+            worker_nodes,
+            old_agents,
             deadline,
             rekey_bytes,
             delete_on_exit: args.delete_on_exit,
@@ -160,7 +169,7 @@ fn refuse_kbs_flags(reader: &mut SettingsReader<'_>, args: &ConnectArgs) {
         ("--kbs-admin-issuer", args.kbs_admin_issuer.is_some()),
         ("--kbs-admin-role", args.kbs_admin_role.is_some()),
     ];
-    for (flag, _) in flags.into_iter().filter(|(_, given)| *given) {
+    for (flag, _) in flags.into_iter().chain(init_data::kbs_flags(args)).filter(|(_, given)| *given) {
         let advice = "contradicts --no-trustee (or SECURE_COMMS_NO_TRUSTEE=true): remove one of them";
         reader.faults.push(format!("{flag}: {advice}"));
     }
@@ -190,8 +199,35 @@ fn kbs(
         reader.faults.push("--kbs-ca: needs HTTPS: give an https URL with --kbs-url".to_owned());
     }
     let admin = admin(reader, args);
+    warn_of_kbs(reader, url.as_ref(), built_in.as_ref(), admin.is_some());
     let key_source = url.map(|url| KeySource::Kbs(KbsSettings { url, ca: args.kbs_ca.clone(), admin }));
     (key_source, built_in)
+}
+
+/// Warns of a KBS whose admin token or admin API can be had by others.
+fn warn_of_kbs(
+    reader: &mut SettingsReader<'_>,
+    url: Option<&Url>,
+    built_in: Option<&OutboundTag>,
+    has_admin: bool,
+) {
+    let Some(url) = url else { return };
+    if has_admin && url.scheme() == "http" {
+        reader.warnings.push(format!(
+            "--kbs-admin-key over {url}: whoever reads the cluster's network can take the admin token and is the KBS's \
+             admin for two minutes; the pods' keys pass it in the clear; give an https URL with --kbs-url"
+        ));
+    }
+    // As the URL without a flag is made: so that the same place is written the same.
+    let tunnels = built_in.and_then(|tag| Url::parse(&format!("http://{}", tag.target)).ok());
+    let place = |url: &Url| Some((url.host_str()?.to_owned(), url.port_or_known_default()?));
+    if tunnels.as_ref().and_then(place).is_some_and(|tunnels| place(url) == Some(tunnels)) {
+        reader.warnings.push(format!(
+            "--kbs and --kbs-url are the same place, {url}: whoever answers at a VM's address reaches the KBS's admin API \
+             through the tunnel KBS; let --kbs lead to a listener that serves attestation only, and give the admin's place \
+             with --kbs-url"
+        ));
+    }
 }
 
 fn url(reader: &mut SettingsReader<'_>, text: &str) -> Option<Url> {
