@@ -39,9 +39,16 @@ pub struct CreditLimits {
     pub stream_max: u32,
     /// Growth of all windows together, beyond their initial credit, in bytes.
     pub growth_pool: u32,
-    /// Number of streams that may be open at a time.
+    /// Number of streams that may be open at a time, of both ends together.
     pub streams: usize,
+    /// Most of them that one end may open, besides the reserve.
+    pub opener_streams: usize,
+    /// Of `streams`, those for the tunnel to the kata agent, opened by the adaptor. No others may take them.
+    pub reserved: usize,
 }
+
+/// A tunnel may open another stream while it has fewer than this many times those that its end may still open.
+pub const TUNNEL_SHARE: usize = 2;
 
 impl CreditLimits {
     /// Attestation phase, where the peer is unproven: at most 640 KiB for all streams of a connection.
@@ -51,6 +58,8 @@ impl CreditLimits {
         stream_max: 160 * 1024,
         growth_pool: 128 * 1024,
         streams: 16,
+        opener_streams: 16,
+        reserved: 0,
     };
     /// Kubernetes phase: at most 64 MiB for all streams of a connection.
     pub const KUBERNETES: Self = Self {
@@ -59,7 +68,14 @@ impl CreditLimits {
         stream_max: 16 * 1024 * 1024,
         growth_pool: 32 * 1024 * 1024,
         streams: 1024,
+        opener_streams: 768,
+        reserved: 64,
     };
+
+    /// Most streams of one tunnel, while no other has any: those beyond the reserve, if it has one.
+    pub const fn tunnel_streams(&self) -> usize {
+        (self.opener_streams * TUNNEL_SHARE).div_ceil(TUNNEL_SHARE + 1)
+    }
 
     /// Most bytes that may be in flight to us on one connection.
     pub const fn held_max(&self) -> usize {
@@ -155,8 +171,9 @@ pub const VOLUME_MOUNT: Duration = Duration::from_secs(180);
 pub const CHANNEL_OPEN: Duration = Duration::from_secs(160);
 /// A stream that the other end has closed is dropped when its local reader takes no bytes for this long.
 pub const FLUSH: Duration = Duration::from_secs(30);
-/// Clients of one inbound that may wait or be served at a time.
-pub const INBOUND_CLIENTS_MAX: usize = 1024;
+/// Clients of one inbound that may wait or be served at a time; others wait in the kernel's queue. Fewer than the
+/// streams of one tunnel, so that a client that is accepted is not refused for the number of streams.
+pub const INBOUND_CLIENTS_MAX: usize = 512;
 
 /// First backoff between retries; it doubles up to [`RETRY_MAX`], with jitter.
 pub const RETRY_MIN: Duration = Duration::from_millis(100);
