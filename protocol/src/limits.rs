@@ -104,16 +104,36 @@ pub const AUTHENTICATE: Duration = Duration::from_secs(10);
 pub const AUTH_TRIES: usize = 7;
 /// Connections that have not authenticated yet. At the limit one from the source with the most connections is evicted.
 pub const UNAUTHENTICATED_MAX: usize = 16;
+/// Of these places, those that are kept for sources from which a worker node has logged in.
+pub const UNAUTHENTICATED_KEPT: usize = 4;
 /// Connections that wait for one of these places, or have not sent their first line. At the limit one from the source
 /// with the most connections is evicted.
 pub const WAITING_MAX: usize = 256;
+/// Of these, those that are kept for sources from which a worker node has logged in.
+pub const WAITING_KEPT: usize = 16;
 /// A client that has sent nothing for this long is assumed to wait for our first line.
 pub const FIRST_LINE: Duration = Duration::from_secs(2);
 /// Interval of evictions among the connections that wait for a place, so that each admitted one has time for a
 /// handshake.
 pub const ADMISSION_PACE: Duration = Duration::from_millis(5);
-/// Peers in the Attestation phase. At the limit one from the source with the most connections is evicted.
+/// Peers in the Attestation phase. At the limit one from the source with the longest penalty is evicted, and among equals
+/// one from the source with the most connections.
 pub const ATTESTATION_PEERS_MAX: usize = 8;
+/// Of these seats, those that are kept for sources without a failed attempt.
+pub const ATTESTATION_PEERS_KEPT: usize = 2;
+/// Sources whose penalties are remembered.
+pub const SOURCES_MAX: usize = 512;
+/// Penalty of a source for each login to the Attestation phase; time works it off.
+pub const LOGIN_PENALTY: Duration = Duration::from_secs(1);
+/// Penalty of a source for the first attempt in which its peer was silent, took long or left; each further one costs twice
+/// as much.
+pub const FAILURE_PENALTY: Duration = Duration::from_secs(15);
+/// Longest penalty: a source comes behind the others for this long at most.
+pub const PENALTY_MAX: Duration = Duration::from_secs(60);
+/// Time in line that a source does not lose by its logins.
+pub const PENALTY_CREDIT: Duration = Duration::from_secs(10);
+/// Time after which the failed attempts of a source are forgotten, if no further one follows.
+pub const FAILURE_MEMORY: Duration = Duration::from_secs(600);
 /// Logins to the Kubernetes phase that have not said a `hello` with a pod id, such as a person's `ssh`. At the limit one
 /// from the source with the most logins is evicted.
 pub const GUESTS_MAX: usize = 8;
@@ -184,8 +204,12 @@ pub const RETRY_MAX: Duration = Duration::from_secs(5);
 pub const KEY_FETCH: Duration = Duration::from_secs(75);
 /// Timeout of the first byte of a KBS stream from its attestation peer, in the first attempts.
 pub const KBS_FIRST_BYTE_MIN: Duration = Duration::from_secs(5);
-/// Longest timeout of the first byte of a KBS stream: each attempt that ends with that timeout doubles it, up to this.
+/// Longest timeout of the first byte of a KBS stream: each failed attempt of a source doubles it for this source, up to
+/// this.
 pub const KBS_FIRST_BYTE: Duration = Duration::from_secs(20);
+/// Timeout of that first byte while a peer of another source waits that has no penalty; twice as long after each failed
+/// attempt of the source. So a crowd of silent sources costs little time each.
+pub const KBS_FIRST_BYTE_CONTESTED: Duration = Duration::from_secs(2);
 /// Idle timeout of a KBS stream after its first byte, so that a lost request is retried. Each attempt that ends with
 /// that timeout doubles it, up to [`KEY_FETCH`].
 pub const KBS_PAUSE_MIN: Duration = Duration::from_secs(10);
