@@ -177,10 +177,12 @@ pub const OUTBOUND_CONNECT: Duration = Duration::from_secs(10);
 pub const KATA_AGENT_CONNECT: Duration = Duration::from_secs(150);
 /// Longest data of a ttrpc frame, in bytes, without the header.
 pub const TTRPC_DATA_MAX: usize = 4 * 1024 * 1024;
-/// Requests to the kata agent that one stream may hold back at a time.
+/// Requests to the kata agent that one connection may hold back at a time, on all streams of the tunnel together.
 pub const HELD_REQUESTS_MAX: usize = 64;
-/// Total size of the requests that one stream holds back, in bytes.
+/// Total size of the requests that one connection holds back or assembles, in bytes.
 pub const HELD_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Threads that look at the mounts of held requests, for all connections together. One may hang in a file system.
+pub const MOUNT_THREADS_MAX: usize = 64;
 /// Replies of the interceptor that may wait on one stream until its client takes them.
 pub const REPLIES_MAX: usize = 4096;
 /// Replies of the interceptor beyond this number have a code and no text.

@@ -95,6 +95,14 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
         self
     }
 
+    /// The outbounds for a new connection, whose streams may share limits of the interceptor.
+    #[must_use]
+    pub fn for_connection(&self) -> Self {
+        let intercepted =
+            self.intercepted.as_ref().map(|(name, interceptor)| (name.clone(), interceptor.for_connection()));
+        Self { servers: self.servers.clone(), intercepted, phase: PhantomData }
+    }
+
     /// Names of the outbounds, for `hello`.
     pub fn names(&self) -> Vec<String> {
         self.servers.keys().map(ToString::to_string).collect()

@@ -6,7 +6,7 @@ use russh::server::Handle;
 use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, TunnelName};
 use secure_comms_tunnel::flow::{PeerFlow, Side};
 use secure_comms_tunnel::link::Incoming;
-use secure_comms_tunnel::{Credits, outbound};
+use secure_comms_tunnel::{Credits, Outbounds, outbound};
 use tokio::sync::oneshot;
 
 use super::control::{becomes_subsystem, run_control_channel, settle_without_hello};
@@ -55,13 +55,15 @@ pub(super) fn join(
     }
 }
 
-struct PeerSession<P> {
+struct PeerSession<P: AgentPhase> {
     agent: Arc<Agent>,
     peer: Arc<Peer<P>>,
+    /// Those of this connection: its streams share the limits of an interceptor.
+    outbounds: Outbounds<P, P::Interceptor>,
     has_session_channel: bool,
 }
 
-impl<P> Drop for PeerSession<P> {
+impl<P: AgentPhase> Drop for PeerSession<P> {
     fn drop(&mut self) {
         // Now: tasks may keep the peer for some time.
         self.peer.give_place_back();
@@ -89,7 +91,12 @@ impl<P: AgentPhase> PeerSession<P> {
         );
         P::peers(agent).add(peer.clone());
         P::joined(&peer);
-        Some(Box::new(Self { agent: agent.clone(), peer, has_session_channel: false }))
+        Some(Box::new(Self {
+            agent: agent.clone(),
+            peer,
+            outbounds: P::outbounds(agent).for_connection(),
+            has_session_channel: false,
+        }))
     }
 
     /// A peer that uses tunnels before it opens a session channel will send no hello: it gets no credits.
@@ -129,7 +136,7 @@ impl<P: AgentPhase> PeerActions for PeerSession<P> {
 
     fn serve_stream(&self, name: &str, id: u32, pending: PeerPending) {
         self.settle_without_session_channel();
-        let permit = P::outbounds(&self.agent).permit(name);
+        let permit = self.outbounds.permit(name);
         let admitted = match permit.and_then(|permit| permit.admit(&self.peer.credits)) {
             Ok(admitted) => admitted,
             Err(refusal) => {
