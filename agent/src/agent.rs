@@ -5,14 +5,16 @@ use std::time::Instant;
 
 use secure_comms_protocol::control::{Empty, KeyProgress};
 use secure_comms_protocol::limits::{
-    ATTESTATION_PEERS_MAX, FAREWELLS_MAX, GUESTS_MAX, STATUS_REPORTS_MAX, UNAUTHENTICATED_MAX, WAITING_MAX,
+    ATTESTATION_PEERS_KEPT, ATTESTATION_PEERS_MAX, FAREWELLS_MAX, GUESTS_MAX, STATUS_REPORTS_MAX,
+    UNAUTHENTICATED_KEPT, UNAUTHENTICATED_MAX, WAITING_KEPT, WAITING_MAX,
 };
 use secure_comms_protocol::{AgentConfig, Attestation, Control, Kubernetes, PodId};
 use secure_comms_tunnel::Outbounds;
 use tokio::sync::{Semaphore, watch};
 
-use crate::access::limiter::ConnectionLimiter;
+use crate::access::limiter::{ConnectionLimiter, Preference};
 use crate::access::policy::AccessPolicy;
+use crate::access::sources::Sources;
 use crate::config::{Announced, Config};
 use crate::kata::{self, KataAgent};
 use crate::peers::peer::Peers;
@@ -57,10 +59,29 @@ pub(crate) struct Limits {
     pub(crate) attesting: Arc<ConnectionLimiter>,
     /// Peers of the Kubernetes phase that have not said a hello with a pod id.
     pub(crate) guests: Arc<ConnectionLimiter>,
+    /// What is known of the sources of connections.
+    pub(crate) sources: Arc<Sources>,
     /// Statuses that are put together at a time.
     pub(crate) reports: Semaphore,
     /// Connections that receive why they end. Others are cut at once.
     pub(crate) farewells: Semaphore,
+}
+
+impl Limits {
+    fn new() -> Self {
+        let sources = Arc::<Sources>::default();
+        let proven = |kept| Preference::Proven(kept, sources.clone());
+        let unfailed = Preference::Unfailed(ATTESTATION_PEERS_KEPT, sources.clone());
+        Self {
+            waiting: ConnectionLimiter::new(WAITING_MAX, proven(WAITING_KEPT)),
+            unauthenticated: ConnectionLimiter::new(UNAUTHENTICATED_MAX, proven(UNAUTHENTICATED_KEPT)),
+            attesting: ConnectionLimiter::new(ATTESTATION_PEERS_MAX, unfailed),
+            guests: ConnectionLimiter::new(GUESTS_MAX, Preference::None),
+            reports: Semaphore::new(STATUS_REPORTS_MAX),
+            farewells: Semaphore::new(FAREWELLS_MAX),
+            sources,
+        }
+    }
 }
 
 /// The authenticated peers by phase.
@@ -120,14 +141,7 @@ impl Agent {
     pub(crate) fn new(config: &Config, policy: AccessPolicy, instance: String) -> Self {
         Self {
             policy,
-            limits: Limits {
-                waiting: ConnectionLimiter::new(WAITING_MAX),
-                unauthenticated: ConnectionLimiter::new(UNAUTHENTICATED_MAX),
-                attesting: ConnectionLimiter::new(ATTESTATION_PEERS_MAX),
-                guests: ConnectionLimiter::new(GUESTS_MAX),
-                reports: Semaphore::new(STATUS_REPORTS_MAX),
-                farewells: Semaphore::new(FAREWELLS_MAX),
-            },
+            limits: Limits::new(),
             peers: PhasePeers::default(),
             tunnels: Tunnels {
                 routes: Routes::new(&config.inbounds),

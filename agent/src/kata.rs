@@ -5,9 +5,10 @@
 //! make directories for bind mounts, and read the VM's mounts.
 //!
 //! In the order data passes: [`requests`] splits the stream into [`frame`]s; [`edit`] changes requests, whose [`protobuf`] it
-//! reads field by field; `waiting` holds requests, and `mounts` waits for what a container needs; `reply` builds refusals; the
+//! reads field by field; `waiting` holds requests within the `budget` of their connection, and `mounts` waits for what a container needs; `reply` builds refusals; the
 //! `session` is what both directions know of one connection. docs/KATA-AGENT.md has the reasons.
 
+mod budget;
 pub mod edit;
 pub mod frame;
 mod mounts;
@@ -26,6 +27,7 @@ use secure_comms_tunnel::Outbounds;
 use secure_comms_tunnel::intercept::{FromServer, InterceptError, Interceptor, ToServer};
 use secure_comms_tunnel::netns::Namespace;
 
+use budget::Budget;
 use frame::Scanner;
 use reply::RequestRefusal;
 use requests::{Out, Requests};
@@ -47,13 +49,14 @@ pub(crate) fn outbounds(
 #[derive(Clone, Debug)]
 pub struct KataAgent {
     namespace: Option<Arc<str>>,
+    budget: Budget,
 }
 
 impl KataAgent {
     /// Containers join the network namespace of this name or path. Without one they keep those of their spec.
     pub fn new(pod_namespace: Option<&str>) -> Self {
         let path = |text| Namespace::new(text).path().to_string_lossy().as_ref().into();
-        Self { namespace: pod_namespace.map(path) }
+        Self { namespace: pod_namespace.map(path), budget: Budget::default() }
     }
 }
 
@@ -64,11 +67,15 @@ impl Interceptor for KataAgent {
     fn begin(&self) -> (ToKataAgent, FromKataAgent) {
         let session = Arc::<Session>::default();
         let to = ToKataAgent {
-            requests: Requests::new(self.namespace.clone()),
-            waiting: Waiting::default(),
+            requests: Requests::within(self.namespace.clone(), self.budget.clone()),
+            waiting: Waiting::within(self.budget.clone()),
             session: session.clone(),
         };
         (to, FromKataAgent { scanner: Scanner::default(), discarding: false, session })
+    }
+
+    fn for_connection(&self) -> Self {
+        Self { namespace: self.namespace.clone(), budget: self.budget.of_another_connection() }
     }
 }
 

@@ -39,9 +39,16 @@ pub struct CreditLimits {
     pub stream_max: u32,
     /// Growth of all windows together, beyond their initial credit, in bytes.
     pub growth_pool: u32,
-    /// Number of streams that may be open at a time.
+    /// Number of streams that may be open at a time, of both ends together.
     pub streams: usize,
+    /// Most of them that one end may open, besides the reserve.
+    pub opener_streams: usize,
+    /// Of `streams`, those for the tunnel to the kata agent, opened by the adaptor. No others may take them.
+    pub reserved: usize,
 }
+
+/// A tunnel may open another stream while it has fewer than this many times those that its end may still open.
+pub const TUNNEL_SHARE: usize = 2;
 
 impl CreditLimits {
     /// Attestation phase, where the peer is unproven: at most 640 KiB for all streams of a connection.
@@ -51,6 +58,8 @@ impl CreditLimits {
         stream_max: 160 * 1024,
         growth_pool: 128 * 1024,
         streams: 16,
+        opener_streams: 16,
+        reserved: 0,
     };
     /// Kubernetes phase: at most 64 MiB for all streams of a connection.
     pub const KUBERNETES: Self = Self {
@@ -59,7 +68,14 @@ impl CreditLimits {
         stream_max: 16 * 1024 * 1024,
         growth_pool: 32 * 1024 * 1024,
         streams: 1024,
+        opener_streams: 768,
+        reserved: 64,
     };
+
+    /// Most streams of one tunnel, while no other has any: those beyond the reserve, if it has one.
+    pub const fn tunnel_streams(&self) -> usize {
+        (self.opener_streams * TUNNEL_SHARE).div_ceil(TUNNEL_SHARE + 1)
+    }
 
     /// Most bytes that may be in flight to us on one connection.
     pub const fn held_max(&self) -> usize {
@@ -88,16 +104,36 @@ pub const AUTHENTICATE: Duration = Duration::from_secs(10);
 pub const AUTH_TRIES: usize = 7;
 /// Connections that have not authenticated yet. At the limit one from the source with the most connections is evicted.
 pub const UNAUTHENTICATED_MAX: usize = 16;
+/// Of these places, those that are kept for sources from which a worker node has logged in.
+pub const UNAUTHENTICATED_KEPT: usize = 4;
 /// Connections that wait for one of these places, or have not sent their first line. At the limit one from the source
 /// with the most connections is evicted.
 pub const WAITING_MAX: usize = 256;
+/// Of these, those that are kept for sources from which a worker node has logged in.
+pub const WAITING_KEPT: usize = 16;
 /// A client that has sent nothing for this long is assumed to wait for our first line.
 pub const FIRST_LINE: Duration = Duration::from_secs(2);
 /// Interval of evictions among the connections that wait for a place, so that each admitted one has time for a
 /// handshake.
 pub const ADMISSION_PACE: Duration = Duration::from_millis(5);
-/// Peers in the Attestation phase. At the limit one from the source with the most connections is evicted.
+/// Peers in the Attestation phase. At the limit one from the source with the longest penalty is evicted, and among equals
+/// one from the source with the most connections.
 pub const ATTESTATION_PEERS_MAX: usize = 8;
+/// Of these seats, those that are kept for sources without a failed attempt.
+pub const ATTESTATION_PEERS_KEPT: usize = 2;
+/// Sources whose penalties are remembered.
+pub const SOURCES_MAX: usize = 512;
+/// Penalty of a source for each login to the Attestation phase; time works it off.
+pub const LOGIN_PENALTY: Duration = Duration::from_secs(1);
+/// Penalty of a source for the first attempt in which its peer was silent, took long or left; each further one costs twice
+/// as much.
+pub const FAILURE_PENALTY: Duration = Duration::from_secs(15);
+/// Longest penalty: a source comes behind the others for this long at most.
+pub const PENALTY_MAX: Duration = Duration::from_secs(60);
+/// Time in line that a source does not lose by its logins.
+pub const PENALTY_CREDIT: Duration = Duration::from_secs(10);
+/// Time after which the failed attempts of a source are forgotten, if no further one follows.
+pub const FAILURE_MEMORY: Duration = Duration::from_secs(600);
 /// Logins to the Kubernetes phase that have not said a `hello` with a pod id, such as a person's `ssh`. At the limit one
 /// from the source with the most logins is evicted.
 pub const GUESTS_MAX: usize = 8;
@@ -141,10 +177,12 @@ pub const OUTBOUND_CONNECT: Duration = Duration::from_secs(10);
 pub const KATA_AGENT_CONNECT: Duration = Duration::from_secs(150);
 /// Longest data of a ttrpc frame, in bytes, without the header.
 pub const TTRPC_DATA_MAX: usize = 4 * 1024 * 1024;
-/// Requests to the kata agent that one stream may hold back at a time.
+/// Requests to the kata agent that one connection may hold back at a time, on all streams of the tunnel together.
 pub const HELD_REQUESTS_MAX: usize = 64;
-/// Total size of the requests that one stream holds back, in bytes.
+/// Total size of the requests that one connection holds back or assembles, in bytes.
 pub const HELD_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Threads that look at the mounts of held requests, for all connections together. One may hang in a file system.
+pub const MOUNT_THREADS_MAX: usize = 64;
 /// Replies of the interceptor that may wait on one stream until its client takes them.
 pub const REPLIES_MAX: usize = 4096;
 /// Replies of the interceptor beyond this number have a code and no text.
@@ -155,8 +193,9 @@ pub const VOLUME_MOUNT: Duration = Duration::from_secs(180);
 pub const CHANNEL_OPEN: Duration = Duration::from_secs(160);
 /// A stream that the other end has closed is dropped when its local reader takes no bytes for this long.
 pub const FLUSH: Duration = Duration::from_secs(30);
-/// Clients of one inbound that may wait or be served at a time.
-pub const INBOUND_CLIENTS_MAX: usize = 1024;
+/// Clients of one inbound that may wait or be served at a time; others wait in the kernel's queue. Fewer than the
+/// streams of one tunnel, so that a client that is accepted is not refused for the number of streams.
+pub const INBOUND_CLIENTS_MAX: usize = 512;
 
 /// First backoff between retries; it doubles up to [`RETRY_MAX`], with jitter.
 pub const RETRY_MIN: Duration = Duration::from_millis(100);
@@ -167,8 +206,12 @@ pub const RETRY_MAX: Duration = Duration::from_secs(5);
 pub const KEY_FETCH: Duration = Duration::from_secs(75);
 /// Timeout of the first byte of a KBS stream from its attestation peer, in the first attempts.
 pub const KBS_FIRST_BYTE_MIN: Duration = Duration::from_secs(5);
-/// Longest timeout of the first byte of a KBS stream: each attempt that ends with that timeout doubles it, up to this.
+/// Longest timeout of the first byte of a KBS stream: each failed attempt of a source doubles it for this source, up to
+/// this.
 pub const KBS_FIRST_BYTE: Duration = Duration::from_secs(20);
+/// Timeout of that first byte while a peer of another source waits that has no penalty; twice as long after each failed
+/// attempt of the source. So a crowd of silent sources costs little time each.
+pub const KBS_FIRST_BYTE_CONTESTED: Duration = Duration::from_secs(2);
 /// Idle timeout of a KBS stream after its first byte, so that a lost request is retried. Each attempt that ends with
 /// that timeout doubles it, up to [`KEY_FETCH`].
 pub const KBS_PAUSE_MIN: Duration = Duration::from_secs(10);

@@ -28,6 +28,11 @@ impl TunnelName {
         Self("KATAAGENT".to_owned())
     }
 
+    /// Whether this is the tunnel to the kata agent.
+    pub fn is_kata_agent(&self) -> bool {
+        self.0.eq_ignore_ascii_case("KATAAGENT")
+    }
+
     /// Name as it was written.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -48,10 +48,8 @@ pub enum RefusalReason {
     NoOutbound,
     /// The adaptor has not requested the agent to forward streams of this name.
     NotRequested,
-    /// The connection has as many streams as it may have.
+    /// The connection has as many streams as it may have, or as its tunnel may have of them.
     TooManyStreams,
-    /// The connection has as many unanswered opens as it may have.
-    TooManyOpens,
     /// The stream id is in use, or belongs to the other end's range.
     BadStreamId(u32),
     /// The connection has ended.
@@ -69,7 +67,7 @@ impl RefusalReason {
             | Self::NotRequested
             | Self::BadStreamId(_)
             | Self::ConnectionGone => RefusalKind::Prohibited,
-            Self::TooManyStreams | Self::TooManyOpens => RefusalKind::Shortage,
+            Self::TooManyStreams => RefusalKind::Shortage,
             Self::Unreachable(_) => RefusalKind::ConnectFailed,
         }
     }
@@ -82,7 +80,6 @@ impl fmt::Display for RefusalReason {
             Self::NoOutbound => f.write_str("no outbound of this name in this phase"),
             Self::NotRequested => f.write_str("the adaptor has not asked for streams of this name"),
             Self::TooManyStreams => f.write_str("too many open streams on this connection; close some"),
-            Self::TooManyOpens => f.write_str("too many streams on this connection"),
             Self::BadStreamId(id) => write!(f, "stream id {id} is in use or not the opener's to give"),
             Self::ConnectionGone => f.write_str("the connection is gone"),
             Self::Unreachable(error) => f.write_str(error),

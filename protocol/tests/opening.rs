@@ -69,7 +69,6 @@ fn any_reason() -> impl Strategy<Value = RefusalReason> {
         Just(RefusalReason::NoOutbound),
         Just(RefusalReason::NotRequested),
         Just(RefusalReason::TooManyStreams),
-        Just(RefusalReason::TooManyOpens),
         any::<u32>().prop_map(RefusalReason::BadStreamId),
         Just(RefusalReason::ConnectionGone),
         "[a-z ]{0,20}".prop_map(RefusalReason::Unreachable),

@@ -54,7 +54,7 @@ impl<O: Opener> Link for SshLink<O> {
         &self,
         name: &TunnelName,
     ) -> Result<Stream<ChannelReceiver, ChannelSender<O::Message>>, OpenError> {
-        let flow = self.credits.open().await.map_err(|error| match error {
+        let flow = self.credits.open(name).await.map_err(|error| match error {
             StreamError::Gone => OpenError::LinkGone,
             other => OpenError::Refused(other.to_string()),
         })?;
@@ -158,7 +158,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn opens_that_are_never_answered_are_limited() {
         let (link, mute, credits) = link();
-        let (name, most) = (TunnelName::kbs(), CreditLimits::ATTESTATION.streams);
+        let (name, most) = (TunnelName::kbs(), CreditLimits::ATTESTATION.tunnel_streams());
         for number in 0..3 * most {
             // The client leaves in one case, and waits for the timeout in the other.
             let opened = match number % 2 {

@@ -127,6 +127,39 @@ async fn a_flood_that_attests_and_never_reads_keeps_nobody_out() -> Result<()> {
     withstands(Kind::NeverReads).await
 }
 
+/// A flood of 24 sources that offer the KBS and bring no answer from it, while the real adaptor comes from an address of its
+/// own. The adaptor must be up while the flood goes on.
+async fn withstands_peers_that_offer_the_kbs(kind: Kind) -> Result<()> {
+    let _turn = TURN.lock().await;
+    let scene = Scene::new(SceneOptions::default()).await?;
+    let agent = scene.agent().await?;
+    let attacked = AttackedAgent { scene, agent };
+    let flood = Flood::begin(kind, attacked.scene.ssh, 96);
+    let began = Instant::now();
+    flood.reaches(1000).await;
+    let rate = flood.got_far() as f64 / began.elapsed().as_secs_f64();
+    attacked.holds()?;
+    let start = Instant::now();
+    let adaptor = attacked.scene.adaptor()?;
+    up(&adaptor).await.with_context(|| format!("{}\n{}", adaptor.log(), attacked.agent.log()))?;
+    println!("{kind:?}: {rate:.0} logins/s; the adaptor was up in {:.1?}", start.elapsed());
+    // It still goes on.
+    flood.reaches(flood.opened() + 100).await;
+    attacked.carries(&adaptor).await?;
+    flood.end().await;
+    attacked.holds()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_that_leaves_kbs_streams_unanswered_keeps_nobody_out() -> Result<()> {
+    withstands_peers_that_offer_the_kbs(Kind::OffersKbs).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_that_confirms_kbs_streams_in_silence_keeps_nobody_out() -> Result<()> {
+    withstands_peers_that_offer_the_kbs(Kind::ConfirmsKbs).await
+}
+
 /// As many as are admitted, so none is evicted: each makes the agent write until it blocks, and read ahead.
 #[tokio::test(flavor = "multi_thread")]
 async fn strangers_that_never_read_use_limited_memory() -> Result<()> {

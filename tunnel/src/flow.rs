@@ -18,13 +18,15 @@ use std::sync::atomic::{AtomicI64, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use secure_comms_protocol::RefusalReason;
 use secure_comms_protocol::control::Credit;
 use secure_comms_protocol::limits::{CreditLimits, MESSAGE_COST_MIN, MESSAGE_MAX};
+use secure_comms_protocol::{RefusalReason, TunnelName};
 use tokio::sync::{Notify, watch};
 
+use self::places::Places;
 use self::window::Window;
 
+mod places;
 mod window;
 
 /// Low watermark of a sender, in bytes of credit: below it the sender waits for its high watermark, so that it does not
@@ -101,8 +103,8 @@ struct Table {
     /// Streams with credits, by stream id.
     streams: HashMap<u32, Arc<SendState>>,
     next_id: u32,
-    /// Number of streams, with those that wait for the peer's hello.
-    slots: usize,
+    /// Places of the streams, with those that wait for the peer's hello.
+    places: Places,
     /// Credit to give back, in bytes, by stream id.
     grants: HashMap<u32, u32>,
     /// Bytes of the growth pool that windows have taken.
@@ -203,13 +205,13 @@ impl Credits {
         drop(self.0.gone.subscribe().wait_for(|gone| *gone).await);
     }
 
-    /// Registers a stream that we are about to open, and gives it a stream id. Waits for the peer's flow control;
-    /// cancellation safe.
+    /// Registers a stream of `tunnel` that we are about to open, and gives it a stream id. Waits for the peer's flow
+    /// control; cancellation safe.
     ///
     /// # Errors
     /// Too many streams are open, or the connection ended before the peer's flow control was known.
-    pub async fn open(&self) -> Result<Flow, StreamError> {
-        let slot = self.slot()?;
+    pub async fn open(&self, tunnel: &TunnelName) -> Result<Flow, StreamError> {
+        let slot = self.slot(self.0.side, tunnel)?;
         let peer = self.peer().await?;
         let mut table = self.table();
         let mut id = table.next_id;
@@ -220,13 +222,21 @@ impl Credits {
         Ok(self.register(table, slot, id, peer))
     }
 
-    /// Registers a stream that the peer opens with this stream id. Waits for the peer's flow control; cancellation
-    /// safe.
+    /// Takes the place of a stream of `tunnel` that the peer asks to open, at once; [`Credits::accept`] registers it.
     ///
     /// # Errors
-    /// Too many streams are open, the peer may not use the id, or the connection ended.
-    pub async fn accept(&self, id: u32) -> Result<Flow, StreamError> {
-        let slot = self.slot()?;
+    /// Too many streams are open.
+    pub fn admit(&self, tunnel: &TunnelName) -> Result<Slot, StreamError> {
+        let peer = if self.0.side == Side::Adaptor { Side::Agent } else { Side::Adaptor };
+        self.slot(peer, tunnel)
+    }
+
+    /// Registers a stream that the peer opens with this stream id, at its place. Waits for the peer's flow control;
+    /// cancellation safe.
+    ///
+    /// # Errors
+    /// The peer may not use the id, or the connection ended.
+    pub async fn accept(&self, slot: Slot, id: u32) -> Result<Flow, StreamError> {
         let peer = self.peer().await?;
         let table = self.table();
         if matches!(peer, PeerFlow::Credits(_)) {
@@ -238,15 +248,14 @@ impl Credits {
         Ok(self.register(table, slot, id, peer))
     }
 
-    /// Takes room for one stream. It is taken before the peer's hello, so that a peer without a hello can't pile up
+    /// Takes the place of one stream. It is taken before the peer's hello, so that a peer without a hello can't pile up
     /// opens.
-    fn slot(&self) -> Result<Slot, StreamError> {
-        let mut table = self.table();
-        if table.slots >= self.0.limits.streams {
-            return Err(StreamError::TooMany);
+    fn slot(&self, opener: Side, tunnel: &TunnelName) -> Result<Slot, StreamError> {
+        if self.table().places.take(&self.0.limits, opener, tunnel) {
+            Ok(Slot { credits: self.clone(), opener, tunnel: tunnel.clone() })
+        } else {
+            Err(StreamError::TooMany)
         }
-        table.slots += 1;
-        Ok(Slot(self.clone()))
     }
 
     fn register(&self, mut table: MutexGuard<'_, Table>, slot: Slot, id: u32, peer: PeerFlow) -> Flow {
@@ -288,7 +297,7 @@ impl Credits {
 
     /// Number of streams that are open or wait for the peer's flow control.
     pub fn open_streams(&self) -> usize {
-        self.table().slots
+        self.table().places.taken()
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -301,14 +310,18 @@ fn next_id(id: u32, side: Side) -> u32 {
     id.checked_add(2).unwrap_or(if side == Side::Adaptor { 1 } else { 2 })
 }
 
-/// Place of one stream among those of its connection.
+/// Place of one stream among those of its connection, given back on drop.
 #[derive(Debug)]
-struct Slot(Credits);
+pub struct Slot {
+    credits: Credits,
+    opener: Side,
+    tunnel: TunnelName,
+}
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.0.table().slots -= 1;
-        self.0.0.slot_free.notify_one();
+        self.credits.table().places.give_back(self.opener, &self.tunnel);
+        self.credits.0.slot_free.notify_one();
     }
 }
 
@@ -370,12 +383,12 @@ impl Flow {
     /// stream with credits, and beyond that the rest of the growth pool. So a peer without a hello costs no more than
     /// one with a hello. A two-way stream needs this room: a connection that is held up does not take our bytes either.
     pub(crate) async fn window_only_room(&self) {
-        let shared = &self.slot.0.0;
+        let shared = &self.slot.credits.0;
         loop {
             let room = shared.window_only_room.notified();
             tokio::pin!(room);
             room.as_mut().enable();
-            let pool_used = self.slot.0.table().pool_used;
+            let pool_used = self.slot.credits.table().pool_used;
             if self.window_only_held.load(Relaxed) < shared.limits.initial
                 || pool_used < shared.limits.growth_pool
             {
@@ -387,8 +400,8 @@ impl Flow {
 
     /// Changes the number of bytes that a stream without credits holds.
     fn hold_window_only(&self, change: impl Fn(u32) -> u32) {
-        let initial = self.slot.0.0.limits.initial;
-        let mut table = self.slot.0.table();
+        let initial = self.slot.credits.0.limits.initial;
+        let mut table = self.slot.credits.table();
         let before = self.window_only_held.load(Relaxed);
         let after = change(before);
         self.window_only_held.store(after, Relaxed);
@@ -396,7 +409,7 @@ impl Flow {
             (table.pool_used + after.saturating_sub(initial)).saturating_sub(before.saturating_sub(initial));
         drop(table);
         if after < before {
-            self.slot.0.0.window_only_room.notify_waiters();
+            self.slot.credits.0.window_only_room.notify_waiters();
         }
     }
 
@@ -433,7 +446,7 @@ impl Flow {
         };
         let left = credit.outstanding.fetch_sub(cost.into(), Relaxed) - i64::from(cost);
         if left < -(MESSAGE_MAX as i64) {
-            self.slot.0.end();
+            self.slot.credits.end();
             return Err(Overrun(self.id));
         }
         Ok(cost)
@@ -448,8 +461,8 @@ impl Flow {
         if !window.consumed(cost) {
             return;
         }
-        let mut table = self.slot.0.table();
-        let limits = &self.slot.0.0.limits;
+        let mut table = self.slot.credits.table();
+        let limits = &self.slot.credits.0.limits;
         let before = window.grown(limits);
         let grant = window.batch(limits, limits.growth_pool - table.pool_used, table.round_trip);
         table.pool_used = table.pool_used - before + window.grown(limits);
@@ -458,21 +471,21 @@ impl Flow {
             *table.grants.entry(self.id).or_default() += grant;
         }
         drop(table);
-        self.slot.0.0.grants_waiting.notify_one();
+        self.slot.credits.0.grants_waiting.notify_one();
     }
 
     /// Waits until the connection has ended. Cancellation safe.
     pub async fn gone(&self) {
-        self.slot.0.gone().await;
+        self.slot.credits.gone().await;
     }
 }
 
 impl Drop for Flow {
     fn drop(&mut self) {
         let Some(credit) = &self.credit else { return self.hold_window_only(|_| 0) };
-        let mut table = self.slot.0.table();
+        let mut table = self.slot.credits.table();
         table.streams.remove(&self.id);
         table.grants.remove(&self.id);
-        table.pool_used -= credit.window().grown(&self.slot.0.0.limits);
+        table.pool_used -= credit.window().grown(&self.slot.credits.0.limits);
     }
 }

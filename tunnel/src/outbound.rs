@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::backoff::Backoff;
 use crate::dial;
-use crate::flow::{Credits, Flow, StreamError};
+use crate::flow::{Credits, Flow, Slot, StreamError};
 use crate::intercept::{Interceptor, PassThrough};
 use crate::link::{Incoming, Stream};
 use crate::names::Resolver;
@@ -46,6 +46,15 @@ pub struct Permit<P, I = PassThrough> {
     server: Server,
     interceptor: Option<I>,
     phase: PhantomData<P>,
+}
+
+/// A stream with a permit and a place on its connection, from [`Permit::admit`]; [`serve`] serves it. A peer can't have
+/// more of them than it may have streams.
+#[derive(Debug)]
+pub struct Admitted<P, I = PassThrough> {
+    permit: Permit<P, I>,
+    slot: Slot,
+    credits: Credits,
 }
 
 /// The server of an outbound could not be reached.
@@ -86,6 +95,14 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
         self
     }
 
+    /// The outbounds for a new connection, whose streams may share limits of the interceptor.
+    #[must_use]
+    pub fn for_connection(&self) -> Self {
+        let intercepted =
+            self.intercepted.as_ref().map(|(name, interceptor)| (name.clone(), interceptor.for_connection()));
+        Self { servers: self.servers.clone(), intercepted, phase: PhantomData }
+    }
+
     /// Names of the outbounds, for `hello`.
     pub fn names(&self) -> Vec<String> {
         self.servers.keys().map(ToString::to_string).collect()
@@ -104,6 +121,19 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
             _ => None,
         };
         Ok(Permit { name, server: server.clone(), interceptor, phase: PhantomData })
+    }
+}
+
+impl<P: Phase, I> Permit<P, I> {
+    /// Takes the stream's place on its connection.
+    ///
+    /// # Errors
+    /// Too many streams are open.
+    pub fn admit(self, credits: &Credits) -> Result<Admitted<P, I>, Refusal> {
+        match credits.admit(&self.name) {
+            Ok(slot) => Ok(Admitted { permit: self, slot, credits: credits.clone() }),
+            Err(error) => Err(Refusal::new(self.name.as_str(), P::NAME, &error.into())),
+        }
     }
 }
 
@@ -193,13 +223,9 @@ async fn dial(resolver: &Resolver, target: &Target) -> io::Result<Socket> {
 ///
 /// `id` is the stream id that the peer chose. A stream that can't be served is refused and logged. Returns when the
 /// stream has ended. Dropping the future resets the stream and the connection to the server.
-pub async fn serve<P: Phase, I: Interceptor>(
-    permit: Permit<P, I>,
-    credits: &Credits,
-    id: u32,
-    incoming: impl Incoming,
-) {
-    match prepare(&permit, credits, id).await {
+pub async fn serve<P: Phase, I: Interceptor>(admitted: Admitted<P, I>, id: u32, incoming: impl Incoming) {
+    let Admitted { permit, slot, credits } = admitted;
+    match prepare(slot, &permit, &credits, id).await {
         Ok((socket, flow)) => {
             let (receiver, sender) = incoming.accept().await;
             let stream = Stream { receiver, sender, flow };
@@ -217,13 +243,14 @@ pub async fn serve<P: Phase, I: Interceptor>(
 }
 
 async fn prepare<P: Phase, I>(
+    slot: Slot,
     permit: &Permit<P, I>,
     credits: &Credits,
     id: u32,
 ) -> Result<(Socket, Flow), Refusal> {
     let refusal = |reason| Refusal::new(permit.name.as_str(), P::NAME, &reason);
     // Registered before the confirmation goes out: credit for the stream may arrive right after it.
-    let flow = credits.accept(id).await.map_err(|error| refusal(error.into()))?;
+    let flow = credits.accept(slot, id).await.map_err(|error| refusal(error.into()))?;
     let connected = tokio::select! {
         connected = permit.connect() => connected.map_err(|error| error.to_string()),
         () = credits.gone() => Err(StreamError::Gone.to_string()),

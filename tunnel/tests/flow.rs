@@ -4,7 +4,8 @@
 mod harness;
 
 use harness::{
-    BULK, Connection, FIXED, KERNEL, check_end, check_pattern, quiet, tcp, unix, within, write_pattern,
+    BULK, Connection, FIXED, KERNEL, accept, check_end, check_pattern, quiet, tcp, tunnel, unix, within,
+    write_pattern,
 };
 use secure_comms_protocol::Credit;
 use secure_comms_protocol::limits::CreditLimits;
@@ -174,6 +175,8 @@ async fn a_window_takes_its_growth_from_the_pool_and_returns_it() {
             stream_max: 128 << 10,
             growth_pool: 96 << 10,
             streams: 8,
+            opener_streams: 8,
+            reserved: 0,
         };
         let connection = Connection::new(limits);
         let (first, holds_pool) = grow(&connection).await;
@@ -205,7 +208,7 @@ async fn a_peer_that_overruns_its_credit_loses_its_connection() {
         let id = raw.flow.id();
         assert!(matches!(relay.await.unwrap(), Err(RelayError::Overrun(Overrun(stream))) if stream == id));
         connection.adaptor.credits.gone().await;
-        assert!(connection.adaptor.credits.open().await.is_err());
+        assert!(connection.adaptor.credits.open(&tunnel()).await.is_err());
         drop(client);
     })
     .await;
@@ -258,24 +261,27 @@ async fn a_stalled_window_only_stream_ends_with_its_connection() {
 #[tokio::test]
 async fn waiting_streams_of_both_directions_are_counted() {
     within(async {
-        let credits = Credits::new(Side::Agent, CreditLimits { streams: 3, ..FIXED });
+        let credits = Credits::new(Side::Agent, CreditLimits { streams: 4, ..FIXED });
         let waiting: Vec<_> = [1, 3, 5]
             .map(|id| {
                 let credits = credits.clone();
-                tokio::spawn(async move { credits.accept(id).await.unwrap() })
+                tokio::spawn(async move { accept(&credits, id).await.unwrap() })
             })
             .into();
         quiet(|| credits.open_streams()).await;
-        assert_eq!(credits.accept(7).await.unwrap_err(), StreamError::TooMany);
+        assert_eq!(accept(&credits, 7).await.unwrap_err(), StreamError::TooMany);
         credits.set_peer_mode(PeerFlow::Credits(32 << 10));
         let mut flows = Vec::new();
         for flow in waiting {
             flows.push(flow.await.unwrap());
         }
-        assert_eq!(credits.open().await.unwrap_err(), StreamError::TooMany);
+        // One tunnel may not take the last place; the other end may.
+        let ours = credits.open(&tunnel()).await.unwrap();
+        assert_eq!(ours.id(), 2);
+        assert_eq!(credits.open(&tunnel()).await.unwrap_err(), StreamError::TooMany);
         flows.pop();
-        assert_eq!(credits.open().await.unwrap().id(), 2);
-        assert_eq!(credits.open_streams(), 2);
+        assert_eq!(credits.open(&tunnel()).await.unwrap().id(), 4);
+        assert_eq!(credits.open_streams(), 3);
     })
     .await;
 }
@@ -285,7 +291,7 @@ async fn a_dropped_open_before_hello_frees_its_room() {
     let credits = Credits::new(Side::Adaptor, CreditLimits { streams: 1, ..FIXED });
     let waiting = tokio::spawn({
         let credits = credits.clone();
-        async move { credits.open().await }
+        async move { credits.open(&tunnel()).await }
     });
     quiet(|| credits.open_streams()).await;
     assert_eq!(credits.open_streams(), 1);
@@ -301,16 +307,17 @@ async fn a_stream_id_belongs_to_one_side_and_is_used_once() {
         agent.set_peer_mode(PeerFlow::Credits(32 << 10));
         let adaptor = Credits::new(Side::Adaptor, FIXED);
         adaptor.set_peer_mode(PeerFlow::Credits(32 << 10));
-        let one = agent.accept(1).await.unwrap();
+        let one = accept(&agent, 1).await.unwrap();
         for (credits, bad) in [(&agent, 1), (&agent, 2), (&agent, 0), (&adaptor, 1), (&adaptor, 0)] {
-            assert_eq!(credits.accept(bad).await.unwrap_err(), StreamError::BadId(bad));
+            assert_eq!(accept(&credits, bad).await.unwrap_err(), StreamError::BadId(bad));
         }
         assert_eq!(agent.open_streams(), 1);
         drop(one);
-        drop(agent.accept(1).await.unwrap());
-        let (first, second) = (adaptor.open().await.unwrap(), adaptor.open().await.unwrap());
+        drop(accept(&agent, 1).await.unwrap());
+        let (first, second) =
+            (adaptor.open(&tunnel()).await.unwrap(), adaptor.open(&tunnel()).await.unwrap());
         assert_eq!((first.id(), second.id()), (1, 3));
-        assert_eq!(agent.open().await.unwrap().id(), 2);
+        assert_eq!(agent.open(&tunnel()).await.unwrap().id(), 2);
     })
     .await;
 }
@@ -321,7 +328,7 @@ async fn unknown_or_excessive_credit_does_no_harm() {
         let credits = Credits::new(Side::Adaptor, FIXED);
         credits.set_peer_mode(PeerFlow::Credits(32 << 10));
         credits.granted(Credit { stream: 99, bytes: 5 });
-        let flow = credits.open().await.unwrap();
+        let flow = credits.open(&tunnel()).await.unwrap();
         for _ in 0..10 {
             credits.granted(Credit { stream: flow.id(), bytes: u32::MAX });
         }
@@ -342,6 +349,8 @@ async fn every_window_from_the_smallest_on_keeps_moving() {
                 stream_max: initial,
                 growth_pool: 0,
                 streams: 4,
+                opener_streams: 4,
+                reserved: 0,
             };
             let connection = Connection::new(limits);
             let ((mut client, near), (mut server, far)) = (unix(), unix());
@@ -360,7 +369,7 @@ async fn waiting_for_hello_ends_with_the_connection() {
         let credits = Credits::new(Side::Adaptor, FIXED);
         let waiting = tokio::spawn({
             let credits = credits.clone();
-            async move { credits.open().await.map(|_| ()) }
+            async move { credits.open(&tunnel()).await.map(|_| ()) }
         });
         quiet(|| credits.open_streams()).await;
         credits.end();

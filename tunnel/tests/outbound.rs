@@ -5,11 +5,11 @@ mod harness;
 
 use std::time::Duration;
 
-use harness::{Connection, FIXED, quiet, within};
+use harness::{Connection, FIXED, accept, quiet, within};
 use secure_comms_protocol::limits::CreditLimits;
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{Attestation, Kubernetes, OutboundTag, RefusalKind, TunnelName};
-use secure_comms_tunnel::{Event, Link, OpenError, Outbounds, Receiver, Sender, outbound};
+use secure_comms_tunnel::{Event, Incoming, Link, OpenError, Outbounds, Receiver, Sender, outbound};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, UnixListener, UnixSocket, UnixStream};
 
@@ -98,14 +98,17 @@ async fn a_bad_stream_id_and_one_stream_too_many_are_refused() {
         let outbounds = Outbounds::<Kubernetes>::new(&tags(&format!("BOTH_PHASES:T:{port}")));
         let mut connection = Connection::new(CreditLimits { streams: 1, ..FIXED });
         let mut asks = connection.take_asks();
-        let hold = connection.agent.credits.accept(1).await.unwrap();
+        let hold = accept(&connection.agent.credits, 1).await.unwrap();
         let mut answer = async |id: u32, hold: &mut Option<secure_comms_tunnel::Flow>| {
             let link = connection.adaptor.clone();
             let asked = tokio::spawn(async move { link.open(&name("T")).await.map(|_| ()) });
             let ask = asks.recv().await.unwrap();
             let _hold = hold.take();
             let permit = outbounds.permit(&ask.name).unwrap();
-            outbound::serve(permit, &connection.agent.credits, id, ask.incoming).await;
+            match permit.admit(&connection.agent.credits) {
+                Ok(admitted) => outbound::serve(admitted, id, ask.incoming).await,
+                Err(refusal) => ask.incoming.refuse(refusal).await,
+            }
             asked.await.unwrap()
         };
         let full = "tunnel T, Kubernetes phase: too many open streams on this connection; close some";

@@ -276,11 +276,11 @@ impl Handler for Peer_ {
         _: &mut Session,
     ) -> Result<(), russh::Error> {
         self.agent.seen.push(format!("opens {host} in {}", self.mode.phase));
-        let (permit, credits) = (self.outbounds.permit(host), self.credits.clone());
+        let admitted = self.outbounds.permit(host).and_then(|permit| permit.admit(&self.credits));
         let pending = PendingChannel::new(channel, reply);
         tokio::spawn(async move {
-            match permit {
-                Ok(permit) => outbound::serve(permit, &credits, id, pending).await,
+            match admitted {
+                Ok(admitted) => outbound::serve(admitted, id, pending).await,
                 Err(refusal) => pending.refuse(refusal).await,
             }
         });

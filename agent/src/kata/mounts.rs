@@ -6,12 +6,13 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_tunnel::Reminder;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::edit::Mounts;
@@ -22,17 +23,27 @@ const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// The mounts that this process sees (proc_pid_mountinfo(5)).
 const MOUNT_INFO: &str = "/proc/self/mountinfo";
 
-/// Makes missing sources, and waits until something is mounted on each volume, at most until `end`.
+/// Makes missing sources, and waits until something is mounted on each volume, at most until `end`. Needs one of `threads`.
 ///
 /// # Errors
 /// A source can't be made, or not all is there in time.
-pub(super) async fn prepare(mounts: Mounts, end: Instant) -> Result<(), RequestRefusal> {
+pub(super) async fn prepare(
+    mounts: Mounts,
+    end: Instant,
+    threads: Arc<Semaphore>,
+) -> Result<(), RequestRefusal> {
     let start = Instant::now();
+    // The semaphore is never closed.
+    let Ok(Ok(permit)) = timeout_at(end, threads.acquire_owned()).await else {
+        return Err(RequestRefusal::TooManyThreads(start.elapsed()));
+    };
     let (done, made) = oneshot::channel();
     // On a separate thread: a file system that hangs must not stall the agent.
     std::thread::Builder::new()
         .name("mounts".into())
         .spawn(move || {
+            // Until the thread ends, whatever becomes of the request.
+            let _permit = permit;
             let volumes = make(mounts, || done.is_closed());
             drop(done.send(volumes));
         })

@@ -1,10 +1,12 @@
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tempfile::{TempDir, tempdir};
 
 use secure_comms_protocol::limits::VOLUME_MOUNT;
+use tokio::sync::Semaphore;
 use tokio::time::{Duration, Instant};
 
 use super::{MountTable, mount_point, mounted, prepare};
@@ -34,6 +36,10 @@ fn directory() -> (TempDir, PathBuf) {
     let directory = tempdir().unwrap();
     let path = directory.path().canonicalize().unwrap();
     (directory, path)
+}
+
+fn threads() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(1))
 }
 
 fn end() -> Instant {
@@ -91,7 +97,8 @@ async fn a_container_waits_for_all_of_its_volumes() {
     symlink(&two, &alias).unwrap();
     std::fs::create_dir_all(&two).unwrap();
     let sources = vec![one.clone(), alias.clone(), path.join("plain")];
-    let waiting = tokio::spawn(prepare(Mounts { sources, volumes: vec![one.clone(), alias] }, end()));
+    let waiting =
+        tokio::spawn(prepare(Mounts { sources, volumes: vec![one.clone(), alias] }, end(), threads()));
     let table = MountTable::open().unwrap();
     while !one.exists() {
         tokio::task::yield_now().await;
@@ -132,7 +139,7 @@ async fn sources_that_are_missing_are_made_and_the_others_left_alone() {
     std::fs::set_permissions(&private, PermissionsExt::from_mode(0o700)).unwrap();
     let missing = path.join("a/b c");
     let sources = vec![file.clone(), private.clone(), missing.clone()];
-    prepare(Mounts { sources, volumes: vec![] }, end()).await.unwrap();
+    prepare(Mounts { sources, volumes: vec![] }, end(), threads()).await.unwrap();
     assert_eq!(std::fs::read(file).unwrap(), b"x");
     let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o7777;
     assert_eq!((mode(&private), mode(&missing)), (0o700, 0o755));
@@ -143,8 +150,24 @@ async fn a_source_that_cannot_be_made_is_named() {
     let (_directory, path) = directory();
     std::fs::write(path.join("file"), "x").unwrap();
     let source = path.join("file/below");
-    let refusal =
-        prepare(Mounts { sources: vec![source.clone()], volumes: vec![] }, end()).await.unwrap_err();
+    let refusal = prepare(Mounts { sources: vec![source.clone()], volumes: vec![] }, end(), threads())
+        .await
+        .unwrap_err();
     let text = format!("making {}, the source of a bind mount: Not a directory", source.display());
     assert!(refusal.to_string().starts_with(&text), "{refusal}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_without_a_thread_for_its_mounts_is_refused_in_its_time() {
+    let (_directory, path) = directory();
+    let (threads, mounts) = (threads(), || Mounts { sources: vec![path.clone()], volumes: vec![] });
+    let hangs = threads.clone().acquire_owned().await.unwrap();
+    let (start, end) = (Instant::now(), Instant::now() + Duration::from_secs(10));
+    let refusal = prepare(mounts(), end, threads.clone()).await.unwrap_err();
+    assert!(matches!(refusal, RequestRefusal::TooManyThreads(_)), "{refusal}");
+    assert_eq!(start.elapsed(), Duration::from_secs(10));
+    drop(hangs);
+    // The thread that it has now needs real time.
+    tokio::time::resume();
+    prepare(mounts(), Instant::now() + VOLUME_MOUNT, threads).await.unwrap();
 }

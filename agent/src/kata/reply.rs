@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
-use secure_comms_protocol::limits::{HELD_BYTES_MAX, HELD_REQUESTS_MAX, TTRPC_DATA_MAX};
+use secure_comms_protocol::limits::{HELD_BYTES_MAX, HELD_REQUESTS_MAX, MOUNT_THREADS_MAX, TTRPC_DATA_MAX};
 
 use super::frame::{HEADER, Header, RESPONSE};
 use super::protobuf::{Malformed, put, put_number};
@@ -48,6 +48,13 @@ pub enum RequestRefusal {
          already; try again once some are done"
     )]
     TooMany,
+    /// All threads that may look at mounts hang.
+    #[error(
+        "looking at the sources of bind mounts: {MOUNT_THREADS_MAX} threads do so already, and none ended within {:.1} s; \
+         check the file systems of the VM",
+        .0.as_secs_f32()
+    )]
+    TooManyThreads(Duration),
     /// The source of a bind mount could not be made.
     #[error("making {}, the source of a bind mount: {source}; check the container's mounts", path.display())]
     Source {
@@ -95,7 +102,11 @@ impl RequestRefusal {
             // DEADLINE_EXCEEDED
             Self::Volume { .. } | Self::Sources(_) | Self::TimedOut => 4,
             // RESOURCE_EXHAUSTED
-            Self::FrameTooLong(_) | Self::AnswerTooLong(_) | Self::TooLong(_) | Self::TooMany => 8,
+            Self::FrameTooLong(_)
+            | Self::AnswerTooLong(_)
+            | Self::TooLong(_)
+            | Self::TooMany
+            | Self::TooManyThreads(_) => 8,
             // FAILED_PRECONDITION
             Self::Source { .. } => 9,
             // INTERNAL

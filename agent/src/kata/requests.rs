@@ -11,6 +11,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use secure_comms_protocol::limits::TTRPC_DATA_MAX;
 use tokio::time::{Duration, Instant};
 
+use super::budget::{Budget, Room};
 use super::edit::{self, Edited, Method, Mounts, Verdict, recognise};
 use super::frame::{FrameError, HEADER, Header, REQUEST, Scanner};
 use super::protobuf::Malformed;
@@ -18,6 +19,9 @@ use super::reply::RequestRefusal;
 
 /// Bytes of a request that are searched for its service and method. Those of the edited requests take 36.
 const BEGINNING: usize = 64;
+
+/// Longest message of which a part is kept, in bytes.
+const KEPT_MESSAGE_MAX: usize = 1024;
 
 /// The result for a part of the stream.
 #[derive(Debug)]
@@ -46,13 +50,15 @@ pub struct Held {
     pub mounts: Mounts,
     /// The end of the request's own timeout, if it has one.
     pub deadline: Option<Instant>,
+    /// Its room in the budget of the connection.
+    pub(super) room: Room,
 }
 
 impl Held {
     /// The request at the time when it passes: with what is left of its timeout, so that the kata agent does not work on it after
     /// the runtime has given up.
     fn passing(self) -> Out {
-        let Self { stream, frame, mounts: _, deadline } = self;
+        let Self { stream, frame, mounts: _, deadline, room: _ } = self;
         let Some(deadline) = deadline else { return Out::Pass(frame) };
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -120,18 +126,27 @@ pub struct Requests {
     known: usize,
     /// Pieces of the current frame from earlier messages, while its state is unknown.
     kept: Vec<Bytes>,
-    /// The current frame, while it is assembled.
+    /// The current frame, while it is assembled, and its room.
     frame: BytesMut,
+    room: Room,
+    budget: Budget,
     seen: Seen,
     /// Released requests that wait for the end of the current frame.
     ready: VecDeque<Held>,
 }
 
 impl Requests {
-    /// The requests of a new connection. Containers join the network namespace at this path.
+    /// The requests of a new stream, the only one of its connection. Containers join the network namespace at this path.
     pub fn new(namespace: Option<Arc<str>>) -> Self {
+        Self::within(namespace, Budget::default())
+    }
+
+    /// The requests of a new stream, within the budget of its connection.
+    pub(super) fn within(namespace: Option<Arc<str>>, budget: Budget) -> Self {
         Self {
             namespace,
+            budget,
+            room: Room::default(),
             scanner: Scanner::default(),
             state: FrameState::Unknown,
             header: Header { length: 0, stream: 0, kind: 0, flags: 0 },
@@ -149,6 +164,7 @@ impl Requests {
     /// # Errors
     /// The stream does not consist of ttrpc frames.
     pub fn take(&mut self, mut message: Bytes, out: &mut impl FnMut(Out)) -> Result<(), FrameError> {
+        let length = message.len();
         // The bytes before `begin` pass; those from `begin` to `at` belong to the current frame.
         let (mut begin, mut at) = (0, 0);
         while let Some(rest) = message.get(at..).filter(|rest| !rest.is_empty()) {
@@ -162,8 +178,13 @@ impl Requests {
                         FrameState::Pass => self.kept.drain(..).for_each(|piece| out(Out::Pass(piece))),
                         FrameState::Assemble => {
                             pass(message.split_to(begin), out);
-                            self.assemble(&message.split_to(at - begin));
+                            let last = message.split_to(at - begin);
                             (begin, at) = (0, 0);
+                            if let Err(refusal) = self.assemble(&last) {
+                                self.state = FrameState::Discard;
+                                self.kept.clear();
+                                out(Out::Refuse { stream: self.header.stream, refusal });
+                            }
                         }
                         FrameState::Discard => {
                             pass(message.split_to(begin), out);
@@ -202,7 +223,9 @@ impl Requests {
         if matches!(self.state, FrameState::Unknown) {
             let unknown = message.split_off(begin);
             if !unknown.is_empty() {
-                self.kept.push(unknown);
+                // Of a large message a copy of these few bytes: a part of it would keep the whole in memory.
+                let is_small = length <= KEPT_MESSAGE_MAX;
+                self.kept.push(if is_small { unknown } else { Bytes::copy_from_slice(&unknown) });
             }
         }
         pass(message, out);
@@ -243,11 +266,17 @@ impl Requests {
     }
 
     /// Starts to assemble a frame from the pieces that were kept, and `last`.
-    fn assemble(&mut self, last: &[u8]) {
+    ///
+    /// # Errors
+    /// The connection has no room for it.
+    fn assemble(&mut self, last: &[u8]) -> Result<(), RequestRefusal> {
+        let bytes = HEADER + self.header.length;
+        self.room = self.budget.room(bytes).ok_or(RequestRefusal::TooMany)?;
         self.state = FrameState::Assemble;
-        self.frame = BytesMut::with_capacity(HEADER + self.header.length);
+        self.frame = BytesMut::with_capacity(bytes);
         self.kept.drain(..).for_each(|piece| self.frame.extend_from_slice(&piece));
         self.frame.extend_from_slice(last);
+        Ok(())
     }
 
     /// Edits the assembled frame, which is complete.
@@ -261,16 +290,17 @@ impl Requests {
     }
 
     fn edit(&mut self, stream: u32, frame: Bytes) -> Result<Held, RequestRefusal> {
+        let room = std::mem::take(&mut self.room);
         let data = frame.get(HEADER..).unwrap_or_default();
         let Edited { request, mounts, method, timeout } = edit::request(data, self.namespace.as_deref())?;
         self.seen.sandbox |= method == Some(Method::CreateSandbox);
         // A timeout beyond what a clock can hold is none.
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let Cow::Owned(request) = request else { return Ok(Held { stream, frame, mounts, deadline }) };
+        let Cow::Owned(request) = request else { return Ok(Held { stream, frame, mounts, deadline, room }) };
         if request.len() > TTRPC_DATA_MAX {
             return Err(RequestRefusal::TooLong(data.len()));
         }
-        Ok(Held { stream, frame: whole(self.header, &request), mounts, deadline })
+        Ok(Held { stream, frame: whole(self.header, &request), mounts, deadline, room })
     }
 
     /// What has passed or was edited so far.

@@ -8,6 +8,7 @@ use proptest::sample::Index;
 use prost::Message;
 use secure_comms_protocol::limits::TTRPC_DATA_MAX;
 
+use super::super::budget::Room;
 use super::{Held, Out, Requests, Seen};
 use crate::kata::edit::{Mounts, request as edit_request};
 use crate::kata::frame::{FrameError, HEADER, Header, RESPONSE};
@@ -32,7 +33,7 @@ fn take(requests: &mut Requests, messages: &[Bytes]) -> Result<Vec<Out>, FrameEr
 }
 
 fn held(frame: impl Into<Bytes>) -> Held {
-    Held { stream: 1, frame: frame.into(), mounts: Mounts::default(), deadline: None }
+    Held { stream: 1, frame: frame.into(), mounts: Mounts::default(), deadline: None, room: Room::default() }
 }
 
 /// The bytes that pass; panics on any other result.

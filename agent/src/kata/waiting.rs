@@ -1,50 +1,48 @@
 //! Held requests, each of which waits for its mounts in a task. None outlives the runtime's interest in it: its own timeout, or the
 //! connection.
 
-use secure_comms_protocol::limits::{HELD_BYTES_MAX, HELD_REQUESTS_MAX, VOLUME_MOUNT};
+use secure_comms_protocol::limits::VOLUME_MOUNT;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 
+use super::budget::Budget;
 use super::mounts;
 use super::reply::RequestRefusal;
 use super::requests::Held;
 
-/// The held requests of one connection. Dropped with the tunnel.
-#[derive(Debug, Default)]
+/// The held requests of one stream, within the budget of its connection. Dropped with the stream.
+#[derive(Debug)]
 pub(super) struct Waiting {
-    tasks: JoinSet<Waited>,
-    bytes: usize,
+    tasks: JoinSet<Ready>,
+    budget: Budget,
 }
 
 /// The end of a wait: the request, or the stream that is refused and why.
 pub(super) type Ready = Result<Held, (u32, RequestRefusal)>;
 
-#[derive(Debug)]
-struct Waited {
-    bytes: usize,
-    ready: Ready,
-}
-
 impl Waiting {
+    /// No requests yet.
+    pub(super) fn within(budget: Budget) -> Self {
+        Self { tasks: JoinSet::new(), budget }
+    }
+
     /// Holds a request until its mounts are ready, at most until its own timeout or for [`VOLUME_MOUNT`].
     ///
     /// # Errors
-    /// Too many requests, or too many bytes of them, are held.
+    /// Too many requests, or too many bytes of them, are held on the connection.
     pub(super) fn hold(&mut self, mut held: Held) -> Result<(), RequestRefusal> {
-        let bytes = held.frame.len();
-        if self.tasks.len() >= HELD_REQUESTS_MAX || self.bytes + bytes > HELD_BYTES_MAX {
+        if !self.budget.hold(&mut held.room, held.frame.len()) {
             return Err(RequestRefusal::TooMany);
         }
-        self.bytes += bytes;
         let limit = Instant::now() + VOLUME_MOUNT;
         let end = held.deadline.map_or(limit, |deadline| deadline.min(limit));
         let mounts = std::mem::take(&mut held.mounts);
+        let threads = self.budget.threads().clone();
         self.tasks.spawn(async move {
-            let ready = match mounts::prepare(mounts, end).await {
+            match mounts::prepare(mounts, end, threads).await {
                 Ok(()) => Ok(held),
                 Err(refusal) => Err((held.stream, refusal)),
-            };
-            Waited { bytes, ready }
+            }
         });
         Ok(())
     }
@@ -59,14 +57,12 @@ impl Waiting {
     /// # Errors
     /// A task panicked.
     pub(super) async fn next(&mut self) -> Result<Ready, JoinError> {
-        let Some(waited) = self.tasks.join_next().await else { return std::future::pending().await };
-        let Waited { bytes, ready } = waited?;
-        self.bytes -= bytes;
-        Ok(ready)
+        let Some(ready) = self.tasks.join_next().await else { return std::future::pending().await };
+        ready
     }
 
     /// Drops every request; returns how many there were.
     pub(super) fn drop_all(&mut self) -> usize {
-        std::mem::take(self).tasks.len()
+        std::mem::take(&mut self.tasks).len()
     }
 }

@@ -24,6 +24,44 @@ pub(crate) struct KbsDeadlines {
     pub(crate) silent: Arc<Notify>,
     /// Set when a stream was closed for a pause.
     pub(crate) paused: Arc<AtomicBool>,
+    /// How far the streams have come.
+    pub(crate) first: Arc<watch::Sender<FirstByte>>,
+}
+
+/// The first byte of an attempt's streams.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum FirstByte {
+    /// No stream was opened.
+    #[default]
+    Unasked,
+    /// The first stream was opened then.
+    Asked(Instant),
+    /// A stream has brought a byte.
+    Arrived,
+}
+
+impl KbsDeadlines {
+    /// Waits until the peer has brought no byte for this long since it was asked. Never returns once it has brought one.
+    pub(crate) async fn silent_for(&self, limit: Duration) {
+        let mut first = self.first.subscribe();
+        loop {
+            let now = *first.borrow_and_update();
+            let due = match now {
+                FirstByte::Asked(at) => at + limit,
+                FirstByte::Arrived => return std::future::pending().await,
+                // Nothing to wait for but the change.
+                FirstByte::Unasked => {
+                    if first.changed().await.is_err() {
+                        return std::future::pending().await;
+                    }
+                    continue;
+                }
+            };
+            if timeout_at(due, first.changed()).await.is_err() {
+                return;
+            }
+        }
+    }
 }
 
 /// The deadline of a stream; both halves move it.
@@ -74,7 +112,15 @@ pub(super) async fn open_with_deadlines(
     name: &TunnelName,
     deadlines: &KbsDeadlines,
 ) -> Result<Stream<DeadlineReceiver, DeadlineSender>, OpenError> {
-    let first = Instant::now() + deadlines.first_byte;
+    let now = Instant::now();
+    deadlines.first.send_if_modified(|first| {
+        let fresh = *first == FirstByte::Unasked;
+        if fresh {
+            *first = FirstByte::Asked(now);
+        }
+        fresh
+    });
+    let first = now + deadlines.first_byte;
     let Stream { receiver, sender, flow } = match timeout_at(first, link.open(name)).await {
         Ok(opened) => opened?,
         Err(_) => {
@@ -104,6 +150,10 @@ impl Receiver for DeadlineReceiver {
         tokio::select! {
             biased;
             event = self.receiver.recv() => {
+                let had_bytes = matches!(*deadline.borrow(), Deadline::NextByte(_));
+                if !had_bytes && matches!(event, Some(Event::Data(_))) {
+                    limits.first.send_replace(FirstByte::Arrived);
+                }
                 deadline.send_replace(Deadline::NextByte(Instant::now() + limits.pause));
                 event
             }

@@ -1,26 +1,36 @@
 //! The queue for attempts: through which attestation peer the next one is made, and when.
 //!
-//! First come, first served: a peer joins at the end when it connects, and goes to the end when its attempt begins. So a
-//! stranger that reconnects all the time never overtakes a peer that waits. After a failure the peer pauses; the others
-//! need not.
+//! Sources take turns, in the order in which they are due (access/sources.rs): one that came later, had an attempt or has a
+//! penalty comes behind the others. Of the connections of one source the first that came is served first, and goes to the
+//! end when its attempt begins. So a stranger that reconnects all the time never overtakes a peer that waits. After a failure
+//! the peer pauses; the others need not.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_protocol::limits::{KEYS_RETRY_MAX, RETRY_MAX, RETRY_MIN, SAME_ANSWERS};
 use tokio::time::Instant;
 
+use crate::access::sources::{Source, Sources};
+
 /// Errors of one peer that are remembered, and thus the number of times that its pauses may start over.
 const REMEMBERED: usize = 8;
 
-/// The peers that wait for an attempt, the next one first.
-#[derive(Debug, Default)]
-pub(super) struct AttemptQueue(Vec<Waiting>);
+/// The peers that wait for an attempt, in the order in which they came.
+#[derive(Debug)]
+pub(super) struct AttemptQueue {
+    waiting: Vec<Waiting>,
+    sources: Arc<Sources>,
+}
 
 #[derive(Debug)]
 struct Waiting {
     /// Id of the peer's connection.
     id: u64,
+    source: Source,
+    /// When it came or had its last attempt: when it is due if its source is not remembered.
+    since: Instant,
     /// Whether an attempt was made through the peer.
     tried: bool,
     /// End of the pause after its last failure; none before the first.
@@ -40,44 +50,61 @@ pub(super) enum Next {
 }
 
 impl AttemptQueue {
+    /// An empty queue, with what is known of the sources.
+    pub(super) fn new(sources: Arc<Sources>) -> Self {
+        Self { waiting: Vec::new(), sources }
+    }
+
     /// Adds newcomers at the end, and removes peers that have left.
-    pub(super) fn update(&mut self, connected: &[u64]) {
-        self.0.retain(|waiting| connected.contains(&waiting.id));
-        for &id in connected {
+    pub(super) fn update(&mut self, connected: &[(u64, Source)], now: Instant) {
+        self.waiting.retain(|waiting| connected.iter().any(|(id, _)| *id == waiting.id));
+        for &(id, source) in connected {
             if self.find(id).is_none() {
-                self.0.push(Waiting { id, tried: false, ready: None, pace: Pace::default() });
+                let (since, pace) = (now, Pace::default());
+                self.waiting.push(Waiting { id, source, since, tried: false, ready: None, pace });
             }
         }
     }
 
-    /// The first peer that is `eligible` and does not pause.
+    /// The peer that is `eligible` and does not pause, of the source that is due first.
     pub(super) fn next(&self, now: Instant, eligible: impl Fn(u64) -> bool) -> Next {
-        let mut next = Next::None;
-        for waiting in self.0.iter().filter(|waiting| eligible(waiting.id)) {
-            match (waiting.ready, next) {
-                (Some(ready), Next::Later(earliest)) if ready > now => {
-                    next = Next::Later(earliest.min(ready))
-                }
-                (Some(ready), _) if ready > now => next = Next::Later(ready),
-                _ => return Next::Now(waiting.id),
-            }
+        let (pausing, ready): (Vec<_>, Vec<_>) = self
+            .waiting
+            .iter()
+            .filter(|waiting| eligible(waiting.id))
+            .partition(|waiting| waiting.pauses(now));
+        // Of equals the first.
+        match ready.into_iter().min_by_key(|waiting| self.sources.due(waiting.source, waiting.since)) {
+            Some(first) => Next::Now(first.id),
+            None => pausing.iter().filter_map(|waiting| waiting.ready).min().map_or(Next::None, Next::Later),
         }
-        next
     }
 
-    /// Moves a peer to the end, because its attempt begins. Returns whether it is the first attempt through this peer.
-    pub(super) fn begin(&mut self, id: u64) -> bool {
-        let Some(index) = self.0.iter().position(|waiting| waiting.id == id) else { return false };
-        let waiting = self.0.remove(index);
+    /// Whether a peer of another source than that of `current` is `eligible` and could begin at once, without a penalty.
+    pub(super) fn is_contested(&self, current: Source, now: Instant, eligible: impl Fn(u64) -> bool) -> bool {
+        self.waiting.iter().any(|waiting| {
+            waiting.source != current
+                && !waiting.pauses(now)
+                && self.sources.due(waiting.source, waiting.since) <= now
+                && eligible(waiting.id)
+        })
+    }
+
+    /// Moves a peer to the end, because its attempt begins; its source, too. Returns whether it is the first attempt through
+    /// this peer.
+    pub(super) fn begin(&mut self, id: u64, now: Instant) -> bool {
+        let Some(index) = self.waiting.iter().position(|waiting| waiting.id == id) else { return false };
+        let waiting = self.waiting.remove(index);
+        self.sources.attempt_begins(waiting.source, now);
         let first = !waiting.tried;
-        self.0.push(Waiting { tried: true, ..waiting });
+        self.waiting.push(Waiting { tried: true, since: now, ..waiting });
         first
     }
 
     /// Starts the pause of a peer whose attempt has failed with this error. Returns the pause, if it is longer than all
     /// before.
     pub(super) fn failed(&mut self, id: u64, error: &str, now: Instant) -> Option<Duration> {
-        let waiting = self.0.iter_mut().find(|waiting| waiting.id == id)?;
+        let waiting = self.waiting.iter_mut().find(|waiting| waiting.id == id)?;
         let before = waiting.pace.step();
         waiting.pace.failed(error);
         let step = waiting.pace.step();
@@ -92,7 +119,13 @@ impl AttemptQueue {
     }
 
     fn find(&self, id: u64) -> Option<&Waiting> {
-        self.0.iter().find(|waiting| waiting.id == id)
+        self.waiting.iter().find(|waiting| waiting.id == id)
+    }
+}
+
+impl Waiting {
+    fn pauses(&self, now: Instant) -> bool {
+        self.ready.is_some_and(|ready| ready > now)
     }
 }
 

@@ -6,9 +6,20 @@ const EVERY: fn(u64) -> bool = |_| true;
 /// More than any pause.
 const LONG: Duration = Duration::from_secs(61);
 
+/// A peer of a source of its own.
+fn peer(id: u64) -> (u64, Source) {
+    from(id, u32::try_from(id).unwrap())
+}
+
+/// A peer of this source.
+fn from(id: u64, source: u32) -> (u64, Source) {
+    (id, Source::of((std::net::Ipv4Addr::from_bits(source), 1).into()))
+}
+
 /// Attempts with a clock of their own; every attempt fails after `lasts`.
 struct Model {
     queue: AttemptQueue,
+    sources: Arc<Sources>,
     connected: Vec<u64>,
     now: Instant,
     lasts: Duration,
@@ -16,14 +27,32 @@ struct Model {
 
 impl Model {
     fn new(connected: &[u64]) -> Self {
-        let mut queue = AttemptQueue::default();
-        queue.update(connected);
-        Self { queue, connected: connected.to_vec(), now: Instant::now(), lasts: Duration::from_millis(20) }
+        let sources = Arc::<Sources>::default();
+        let queue = AttemptQueue::new(sources.clone());
+        let mut model = Self {
+            queue,
+            sources,
+            connected: Vec::new(),
+            now: Instant::now(),
+            lasts: Duration::from_millis(20),
+        };
+        connected.iter().for_each(|id| model.connect(*id));
+        model
+    }
+
+    fn connect(&mut self, id: u64) {
+        self.sources.logged_in(peer(id).1, self.now);
+        self.connected.push(id);
+        self.update();
+    }
+
+    fn update(&mut self) {
+        self.queue.update(&self.connected.iter().map(|id| peer(*id)).collect::<Vec<_>>(), self.now);
     }
 
     /// Waits for the next attempt, which fails with `error`; returns whose it was.
     fn attempt(&mut self, error: &str) -> u64 {
-        self.queue.update(&self.connected);
+        self.update();
         let id = match self.queue.next(self.now, EVERY) {
             Next::Now(id) => id,
             Next::Later(at) => {
@@ -34,7 +63,7 @@ impl Model {
             }
             Next::None => panic!("peers are connected"),
         };
-        self.queue.begin(id);
+        self.queue.begin(id, self.now);
         self.now += self.lasts;
         self.queue.failed(id, error, self.now);
         id
@@ -42,7 +71,7 @@ impl Model {
 
     fn reconnect(&mut self, old: u64, new: u64) {
         self.connected.retain(|id| *id != old);
-        self.connected.push(new);
+        self.connect(new);
     }
 }
 
@@ -84,7 +113,7 @@ fn every_peer_is_served_again_after_at_most_all_others() {
 #[test]
 fn peers_are_served_in_the_order_in_which_they_came() {
     let mut model = Model::new(&[4, 9]);
-    model.connected.push(12);
+    model.connect(12);
     assert_eq!([(); 3].map(|()| model.attempt("no")), [4, 9, 12]);
     // One that is not eligible keeps its place.
     model.now += LONG;
@@ -108,13 +137,72 @@ fn a_newcomer_need_not_wait_for_the_pauses_of_others() {
 
 #[test]
 fn only_a_peer_without_an_attempt_is_a_newcomer() {
-    let mut queue = AttemptQueue::default();
+    let (mut queue, now) = (AttemptQueue::new(Arc::default()), Instant::now());
     assert!(queue.is_newcomer(3), "not even known");
-    queue.update(&[3]);
+    queue.update(&[peer(3)], now);
     assert!(queue.is_newcomer(3));
-    assert!(queue.begin(3) && !queue.begin(3) && !queue.is_newcomer(3));
-    assert!(!queue.begin(4), "it has left");
+    assert!(queue.begin(3, now) && !queue.begin(3, now) && !queue.is_newcomer(3));
+    assert!(!queue.begin(4, now), "it has left");
     assert_eq!(queue.failed(4, "", Instant::now()), None);
+}
+
+#[test]
+fn turns_go_to_sources_however_many_connections_they_have() {
+    let (mut queue, mut now) = (AttemptQueue::new(Arc::default()), Instant::now());
+    // The last one comes from another source than the crowd.
+    let mut peers: Vec<_> = (0..7).map(|id| from(id, 1)).collect();
+    peers.push(from(7, 2));
+    queue.update(&peers, now);
+    let served = [(); 6].map(|()| {
+        now += Duration::from_secs(1);
+        let Next::Now(id) = queue.next(now, EVERY) else { panic!("none pauses") };
+        queue.begin(id, now);
+        id
+    });
+    assert_eq!(served, [0, 7, 1, 7, 2, 7]);
+}
+
+#[test]
+fn a_source_with_a_penalty_comes_behind_the_others_and_is_not_shut_out() {
+    let (sources, mut now) = (Arc::<Sources>::default(), Instant::now());
+    let mut queue = AttemptQueue::new(sources.clone());
+    let (failed, failed_source) = peer(1);
+    sources.attempt_failed(failed_source, now);
+    queue.update(&[peer(1)], now);
+    assert_eq!(queue.next(now, EVERY), Next::Now(failed), "alone it need not wait");
+    // Ever new sources come, one a second.
+    let mut served = 0;
+    for id in 2..1000 {
+        now += Duration::from_secs(1);
+        let fresh = peer(id);
+        sources.logged_in(fresh.1, now);
+        queue.update(&[peer(1), fresh], now);
+        let Next::Now(next) = queue.next(now, EVERY) else { panic!("none pauses") };
+        queue.begin(next, now);
+        if next == failed {
+            assert!(served > 0 || id >= 15, "the penalty is shorter than it should be");
+            served += 1;
+            sources.attempt_failed(failed_source, now);
+        }
+    }
+    assert!(served >= 14, "{served} attempts of the source that fails");
+}
+
+#[test]
+fn only_a_source_without_a_penalty_contests_an_attempt() {
+    let (sources, now) = (Arc::<Sources>::default(), Instant::now());
+    let mut queue = AttemptQueue::new(sources.clone());
+    queue.update(&[from(1, 1), from(2, 1)], now);
+    let current = from(1, 1).1;
+    assert!(!queue.is_contested(current, now, EVERY), "its own source");
+    queue.update(&[from(1, 1), from(2, 1), from(3, 3)], now);
+    assert!(queue.is_contested(current, now, EVERY));
+    assert!(!queue.is_contested(current, now, |id| id != 3));
+    sources.attempt_failed(from(3, 3).1, now);
+    assert!(!queue.is_contested(current, now, EVERY));
+    assert!(queue.is_contested(current, now + LONG, EVERY), "the penalty is over");
+    queue.failed(3, "denied", now + LONG);
+    assert!(!queue.is_contested(current, now + LONG, EVERY), "it pauses");
 }
 
 /// Attempts within an hour, if each fails with the next of `errors`.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use secure_comms_protocol::control::KeyProgress;
 use secure_comms_protocol::limits::{
-    KBS_FIRST_BYTE, KBS_FIRST_BYTE_MIN, KBS_PAUSE_MIN, KEY_FETCH, RETRY_MAX,
+    KBS_FIRST_BYTE, KBS_FIRST_BYTE_CONTESTED, KBS_FIRST_BYTE_MIN, KBS_PAUSE_MIN, KEY_FETCH, RETRY_MAX,
 };
 use secure_comms_protocol::{Attestation, InitDataDigest, PodId, TunnelName, resource};
 use secure_comms_tunnel::netns::{self, Namespace, NamespaceError};
@@ -16,10 +16,11 @@ use zeroize::Zeroizing;
 
 use super::attempt_queue::{AttemptQueue, Next};
 use super::kbs_fetch::{self, Fault, FetchError};
+use crate::access::sources::Source;
 use crate::agent::Agent;
 use crate::os::log_limits::{Repeated, UNPROVEN};
 use crate::os::progress::with_progress;
-use crate::peers::deadlines::KbsDeadlines;
+use crate::peers::deadlines::{FirstByte, KbsDeadlines};
 use crate::peers::peer::Peer;
 use secure_comms_keys::{KeyError, PodKeys};
 
@@ -100,35 +101,39 @@ impl GuestApi {
 ///
 /// Cancellation: ends the current attempt; its routes and its peer's exemption from eviction stay for the caller to clear.
 pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> (PodKeys, PodId) {
-    let mut queue = AttemptQueue::default();
+    let sources = &agent.limits.sources;
+    let mut queue = AttemptQueue::new(sources.clone());
     let mut failure = Repeated::new("getting the keys from the KBS").throttled(&UNPROVEN);
-    // Short at first, so that a lost answer costs little; longer after each miss, so that a slow KBS can answer.
-    let mut deadlines = KbsDeadlines {
-        first_byte: KBS_FIRST_BYTE_MIN,
-        pause: KBS_PAUSE_MIN,
-        silent: Arc::default(),
-        paused: Arc::default(),
-    };
+    let mut pause = KBS_PAUSE_MIN;
     for attempt in 1.. {
         let peer = next_peer(agent, &mut queue).await;
         // An eligible peer has named its pod.
         let Some(pod) = peer.pod.get() else { continue };
-        let attempt_of = AttemptPeer { peer: &peer, pod };
-        match try_peer(agent, guest, attempt_of, &queue, &deadlines).await {
+        let source = Source::of(peer.connection.address);
+        let attempt_of = AttemptPeer { peer: &peer, pod, source };
+        // Short at first, so that a lost answer costs little; longer after each miss, so that a slow KBS can answer.
+        let deadlines = KbsDeadlines {
+            first_byte: after_failures(agent, source, KBS_FIRST_BYTE_MIN),
+            pause,
+            // A late notification from a stream of this attempt must not end the next one.
+            silent: Arc::default(),
+            paused: Arc::default(),
+            first: Arc::default(),
+        };
+        match try_peer(agent, guest, attempt_of, &mut queue, &deadlines).await {
             Ok(keys) => {
                 failure.succeeded();
                 agent.attempt.progress.send_replace(Some(KeyProgress { attempt, error: None }));
                 return (keys, pod.clone());
             }
             Err(error) => {
-                if matches!(error, AttemptError::Peer(SILENT)) {
-                    deadlines.first_byte = (deadlines.first_byte * 2).min(KBS_FIRST_BYTE);
+                // An error that the KBS has answered with is none of the peer's.
+                if matches!(error, AttemptError::Peer(_)) {
+                    sources.attempt_failed(source, Instant::now());
                 }
-                if deadlines.paused.swap(false, Ordering::Relaxed) {
-                    deadlines.pause = (deadlines.pause * 2).min(KEY_FETCH);
+                if deadlines.paused.load(Ordering::Relaxed) {
+                    pause = (pause * 2).min(KEY_FETCH);
                 }
-                // A late notification from a stream of this attempt must not end the next one.
-                deadlines.silent = Arc::default();
                 failure.failed(&error);
                 let error = error.to_string();
                 report_pause(&peer, queue.failed(peer.connection.id, &error, Instant::now()));
@@ -137,6 +142,12 @@ pub(crate) async fn get_keys(agent: &Agent, guest: &GuestApi) -> (PodKeys, PodId
         }
     }
     std::future::pending().await
+}
+
+/// A limit on a silence, doubled for each attempt that the source has failed, up to [`KBS_FIRST_BYTE`].
+fn after_failures(agent: &Agent, source: Source, limit: Duration) -> Duration {
+    let failures = agent.limits.sources.failures(source, Instant::now());
+    limit.saturating_mul(2_u32.saturating_pow(failures)).min(KBS_FIRST_BYTE)
 }
 
 /// Logs that a peer pauses for longer than the usual retries, each time that the pause grows.
@@ -159,17 +170,21 @@ fn is_eligible(peer: &Peer<Attestation>) -> bool {
         && !peer.credits.is_gone()
 }
 
+fn id_and_source(peer: &Peer<Attestation>) -> (u64, Source) {
+    (peer.connection.id, Source::of(peer.connection.address))
+}
+
 /// Waits for the peer of the next attempt.
 async fn next_peer(agent: &Agent, queue: &mut AttemptQueue) -> Arc<Peer<Attestation>> {
     let mut changes = agent.peers.attestation.changes();
     loop {
         let peers = agent.peers.attestation.all();
-        queue.update(&peers.iter().map(|peer| peer.connection.id).collect::<Vec<_>>());
+        queue.update(&peers.iter().map(|peer| id_and_source(peer)).collect::<Vec<_>>(), Instant::now());
         let find = |id| peers.iter().find(|peer| peer.connection.id == id && is_eligible(peer));
         let later = match queue.next(Instant::now(), |id| find(id).is_some()) {
             Next::Now(id) => {
                 if let Some(peer) = find(id) {
-                    if queue.begin(id)
+                    if queue.begin(id, Instant::now())
                         && let Some(pod) = peer.pod.get()
                     {
                         // Once for each peer; results of its attempts are logged when they change.
@@ -203,6 +218,7 @@ async fn next_peer(agent: &Agent, queue: &mut AttemptQueue) -> Arc<Peer<Attestat
 struct AttemptPeer<'a> {
     peer: &'a Peer<Attestation>,
     pod: &'a PodId,
+    source: Source,
 }
 
 /// Makes one attempt. Always waits for the end of the fetch, because two must not run in parallel. When the peer fails,
@@ -210,10 +226,11 @@ struct AttemptPeer<'a> {
 async fn try_peer(
     agent: &Agent,
     guest: &GuestApi,
-    AttemptPeer { peer, pod }: AttemptPeer<'_>,
-    queue: &AttemptQueue,
+    of: AttemptPeer<'_>,
+    queue: &mut AttemptQueue,
     deadlines: &KbsDeadlines,
 ) -> Result<PodKeys, AttemptError> {
+    let AttemptPeer { peer, pod, .. } = of;
     let routes = &agent.tunnels.routes;
     agent.attempt.set_peer(Some(peer.connection.id));
     routes.set_attestation(peer, deadlines);
@@ -221,7 +238,7 @@ async fn try_peer(
     tokio::pin!(fetch);
     let fetched = tokio::select! {
         result = &mut fetch => Ok(result),
-        reason = watch_for_failure(agent, peer, queue, deadlines) => Err(reason),
+        reason = watch_for_failure(agent, of, queue, deadlines) => Err(reason),
     };
     let result = match fetched {
         Ok(result) => result,
@@ -243,24 +260,37 @@ async fn try_peer(
 /// Waits until the peer has failed the attempt; returns the reason. Keeps the routes up to date with its offers.
 async fn watch_for_failure(
     agent: &Agent,
-    peer: &Peer<Attestation>,
-    queue: &AttemptQueue,
+    AttemptPeer { peer, source, .. }: AttemptPeer<'_>,
+    queue: &mut AttemptQueue,
     deadlines: &KbsDeadlines,
 ) -> &'static str {
     let mut changes = agent.peers.attestation.changes();
     let overtime = sleep(KBS_FIRST_BYTE);
-    tokio::pin!(overtime);
-    let mut late = false;
+    // Only while others wait; then a silence is not waited for to the end.
+    let silence = deadlines.silent_for(after_failures(agent, source, KBS_FIRST_BYTE_CONTESTED));
+    tokio::pin!(overtime, silence);
+    let (mut late, mut silent) = (false, false);
     loop {
         tokio::select! {
             () = peer.credits.gone() => return "the attestation peer left in the middle of its attempt",
             () = deadlines.silent.notified() => return SILENT,
             () = &mut overtime, if !late => late = true,
+            () = &mut silence, if !silent => silent = true,
             _ = changes.changed() => agent.tunnels.routes.set_attestation(peer, deadlines),
         }
-        let peers = || agent.peers.attestation.all();
-        if late && peers().iter().any(|other| is_eligible(other) && queue.is_newcomer(other.connection.id)) {
+        if !late && !silent {
+            continue;
+        }
+        let peers = agent.peers.attestation.all();
+        queue.update(&peers.iter().map(|peer| id_and_source(peer)).collect::<Vec<_>>(), Instant::now());
+        let eligible = |id| peers.iter().any(|other| other.connection.id == id && is_eligible(other));
+        if late && peers.iter().any(|other| is_eligible(other) && queue.is_newcomer(other.connection.id)) {
             return "the attestation peer took long, and another has come";
+        }
+        // It may have answered since, and then it is not silent.
+        let has_answered = *deadlines.first.borrow() == FirstByte::Arrived;
+        if silent && !has_answered && queue.is_contested(source, Instant::now(), eligible) {
+            return SILENT;
         }
     }
 }

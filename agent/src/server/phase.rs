@@ -7,9 +7,10 @@ use secure_comms_protocol::limits::{CreditLimits, GUEST_TIME, KEYS_REPORT, LOG_B
 use secure_comms_protocol::{AgentConfig, Attestation, Control, Kubernetes, Phase, PodId};
 use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use secure_comms_tunnel::{Credits, Outbounds};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::access::limiter::Place;
+use crate::access::sources::Source;
 use crate::agent::Agent;
 use crate::connection::Connection;
 use crate::kata::KataAgent;
@@ -61,11 +62,13 @@ impl AgentPhase for Attestation {
     }
 
     fn reserve(agent: &Agent, connection: &Connection, generation: u64) -> Option<Place> {
-        let exempt = agent.attempt.peer();
-        agent
-            .policy
-            .allows_attestation(generation)
-            .then(|| agent.limits.attesting.admit_evicting(connection.clone(), exempt))
+        if !agent.policy.allows_attestation(generation) {
+            return None;
+        }
+        let limits = &agent.limits;
+        // Before it takes its place: a flood must not look calm while it does.
+        limits.sources.logged_in(Source::of(connection.address), Instant::now());
+        Some(limits.attesting.admit_evicting(connection.clone(), agent.attempt.peer()))
     }
 
     fn joined(_: &Arc<Peer<Self>>) {}
@@ -115,6 +118,7 @@ impl AgentPhase for Kubernetes {
 
     /// A guest, until its hello names its pod: `ssh kubernetes@vm uptime` must not cost the pod its adaptor.
     fn reserve(agent: &Agent, connection: &Connection, _: u64) -> Option<Place> {
+        agent.limits.sources.proved(Source::of(connection.address), Instant::now());
         Some(agent.limits.guests.admit_evicting(connection.clone(), None))
     }
 
@@ -208,7 +212,6 @@ async fn guest_time_is_up(credits: &Credits, is_adaptor: impl Fn() -> bool) -> b
 #[cfg(test)]
 mod tests {
     use secure_comms_tunnel::flow::Side;
-    use tokio::time::Instant;
 
     use super::*;
 

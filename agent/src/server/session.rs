@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use russh::server::Handle;
-use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, Refusal, RefusalReason, TunnelName};
+use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, TunnelName};
 use secure_comms_tunnel::flow::{PeerFlow, Side};
 use secure_comms_tunnel::link::Incoming;
-use secure_comms_tunnel::{Credits, outbound};
-use tokio::sync::{Semaphore, oneshot};
+use secure_comms_tunnel::{Credits, Outbounds, outbound};
+use tokio::sync::oneshot;
 
 use super::control::{becomes_subsystem, run_control_channel, settle_without_hello};
 use super::phase::AgentPhase;
@@ -16,9 +16,6 @@ use crate::agent::Agent;
 use crate::connection::Connection;
 use crate::peers::link::{ForwardOpener, Offers, PeerLink, PeerPending, PeerReceiver, PeerSender};
 use crate::peers::peer::Peer;
-
-/// Opens that may be in progress on a connection in addition to its streams; more are refused.
-const PENDING_OPENS: usize = 16;
 
 /// What a session channel may become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,14 +55,15 @@ pub(super) fn join(
     }
 }
 
-struct PeerSession<P> {
+struct PeerSession<P: AgentPhase> {
     agent: Arc<Agent>,
     peer: Arc<Peer<P>>,
-    opens: Arc<Semaphore>,
+    /// Those of this connection: its streams share the limits of an interceptor.
+    outbounds: Outbounds<P, P::Interceptor>,
     has_session_channel: bool,
 }
 
-impl<P> Drop for PeerSession<P> {
+impl<P: AgentPhase> Drop for PeerSession<P> {
     fn drop(&mut self) {
         // Now: tasks may keep the peer for some time.
         self.peer.give_place_back();
@@ -96,7 +94,7 @@ impl<P: AgentPhase> PeerSession<P> {
         Some(Box::new(Self {
             agent: agent.clone(),
             peer,
-            opens: Arc::new(Semaphore::new(P::LIMITS.streams + PENDING_OPENS)),
+            outbounds: P::outbounds(agent).for_connection(),
             has_session_channel: false,
         }))
     }
@@ -138,12 +136,9 @@ impl<P: AgentPhase> PeerActions for PeerSession<P> {
 
     fn serve_stream(&self, name: &str, id: u32, pending: PeerPending) {
         self.settle_without_session_channel();
-        let Ok(open) = self.opens.clone().try_acquire_owned() else {
-            tokio::spawn(pending.refuse(Refusal::new(name, P::NAME, &RefusalReason::TooManyOpens)));
-            return;
-        };
-        let permit = match P::outbounds(&self.agent).permit(name) {
-            Ok(permit) => permit,
+        let permit = self.outbounds.permit(name);
+        let admitted = match permit.and_then(|permit| permit.admit(&self.peer.credits)) {
+            Ok(admitted) => admitted,
             Err(refusal) => {
                 let connection = &self.peer.connection;
                 log::log!(
@@ -156,11 +151,7 @@ impl<P: AgentPhase> PeerActions for PeerSession<P> {
                 return;
             }
         };
-        let credits = self.peer.credits.clone();
-        tokio::spawn(async move {
-            outbound::serve(permit, &credits, id, pending).await;
-            drop(open);
-        });
+        tokio::spawn(outbound::serve(admitted, id, pending));
     }
 
     fn add_forward(&self, name: &str, port: u32) -> bool {

@@ -2,6 +2,7 @@
 //!  pod, and must not bring the agent down.
 
 use anyhow::{Context, Result, ensure};
+use secure_comms_protocol::limits::CreditLimits;
 use secure_comms_tests::attackers::attacked_agent::{AttackedAgent, answers};
 use secure_comms_tests::attackers::raw::{Packet, Raw, message, uint};
 use secure_comms_tests::harness::scene::PATIENCE;
@@ -120,7 +121,8 @@ async fn too_many_streams_are_refused_and_leave_nothing_open() -> Result<()> {
     }
     let rss = attacked.agent.rss_kib()?;
     println!("{opened} streams, {refused} refused; RSS of the agent {rss} KiB");
-    ensure!(opened == 1024 && refused == 476, "{opened} streams, {refused} refused");
+    let most = CreditLimits::KUBERNETES.tunnel_streams() + CreditLimits::KUBERNETES.reserved;
+    ensure!(opened == most && opened + refused == 1500, "{opened} streams, {refused} refused");
     answers(&mut raw).await?;
     drop(raw);
     attacked.agent.wait_for_files(files, PATIENCE).await?;

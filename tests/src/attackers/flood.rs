@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use crate::attackers::raw::{Key, Offer, Packet, Raw, message};
+use crate::attackers::raw::{Key, Offer, Packet, Raw, cut, message, uint};
 
 /// What each connection of a flood does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,11 +25,11 @@ pub enum Kind {
     OpensChannels,
     /// Attests, sends requests in an endless loop, and never reads a reply.
     NeverReads,
+    /// Attests, says hello, offers the KBS, and answers none of the agent's streams.
+    OffersKbs,
+    /// As [`Kind::OffersKbs`]; confirms the streams and sends nothing on them.
+    ConfirmsKbs,
 }
-
-/// Every kind.
-pub const KINDS: [Kind; 5] =
-    [Kind::Silent, Kind::Drips, Kind::FailsToAuthenticate, Kind::OpensChannels, Kind::NeverReads];
 
 /// A running flood; ends when dropped.
 #[derive(Debug)]
@@ -41,6 +41,17 @@ pub struct Flood {
 
 /// Number of source addresses of this machine.
 const SOURCES: u8 = 200;
+/// Those of a flood that offers the KBS.
+const KBS_SOURCES: u8 = 24;
+
+impl Kind {
+    fn sources(self) -> u8 {
+        match self {
+            Self::OffersKbs | Self::ConfirmsKbs => KBS_SOURCES,
+            _ => SOURCES,
+        }
+    }
+}
 
 impl Flood {
     /// Starts a flood of `at_once` connections at a time.
@@ -50,7 +61,7 @@ impl Flood {
         let mut connections = JoinSet::new();
         for number in 0..at_once {
             let (opened, let_in) = (opened.clone(), let_in.clone());
-            let last = 2 + u8::try_from(number % u64::from(SOURCES)).unwrap_or_default();
+            let last = 2 + u8::try_from(number % u64::from(kind.sources())).unwrap_or_default();
             let source = IpAddr::from(Ipv4Addr::new(127, 0, 0, last));
             connections.spawn(async move {
                 loop {
@@ -135,8 +146,31 @@ async fn pester(kind: Kind, mut raw: Raw, got_far: &AtomicU64) -> Result<()> {
                 raw.write(&questions).await?;
             }
         }
+        Kind::OffersKbs => {
+            offer_kbs(&mut raw, got_far).await?;
+        }
+        Kind::ConfirmsKbs => {
+            offer_kbs(&mut raw, got_far).await?;
+            for ours in 10.. {
+                let open = raw.expect(&[message::CHANNEL_OPEN]).await?;
+                let (_, rest) = cut(open.get(1..).context("a channel open")?)?;
+                let confirmation = Packet::new(message::CHANNEL_OPEN_CONFIRMATION);
+                let confirmation = confirmation.uint(uint(rest, 0)?).uint(ours).uint(1 << 20).uint(1 << 15);
+                raw.send(&confirmation).await?;
+            }
+        }
     }
     raw.ends().await
+}
+
+/// Attests as an adaptor does, up to its hello and its offer of the KBS.
+async fn offer_kbs(raw: &mut Raw, got_far: &AtomicU64) -> Result<()> {
+    attest(raw, got_far).await?;
+    let control = raw.open_control(0).await?;
+    raw.send(&Packet::global("tcpip-forward").string("KBS").uint(1)).await?;
+    let pod = "a".repeat(64);
+    let hello = format!("{{\"hello\":{{\"version\":1,\"credit\":32768,\"pod_id\":\"{pod}\"}}}}\n");
+    raw.send(&Packet::data(control, hello)).await
 }
 
 async fn attest(raw: &mut Raw, got_far: &AtomicU64) -> Result<()> {

@@ -91,6 +91,8 @@ mod tests {
         stream_max: 1 << 20,
         growth_pool: 2 << 20,
         streams: 4,
+        opener_streams: 4,
+        reserved: 0,
     };
     const ROUND_TRIP: Duration = Duration::from_millis(80);
 

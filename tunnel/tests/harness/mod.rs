@@ -29,6 +29,8 @@ pub(crate) const FIXED: CreditLimits = CreditLimits {
     stream_max: 32 * 1024,
     growth_pool: 0,
     streams: 64,
+    opener_streams: 64,
+    reserved: 0,
 };
 
 /// Far more than any kernel buffer between two local sockets, in bytes.
@@ -204,8 +206,8 @@ impl Connection {
         I::ToServer: 'static,
         I::FromServer: 'static,
     {
-        let flow = self.adaptor.credits.open().await.unwrap();
-        let theirs = self.agent.credits.accept(flow.id()).await.unwrap();
+        let flow = self.adaptor.credits.open(&tunnel()).await.unwrap();
+        let theirs = accept(&self.agent.credits, flow.id()).await.unwrap();
         let [(receiver, sender), raw] = self.halves(flow.id());
         let stream = Stream { receiver, sender, flow };
         let task = tokio::spawn(async move { relay_through(&interceptor, socket, stream).await });
@@ -214,9 +216,9 @@ impl Connection {
 
     /// Relays between two sockets, over a stream that the adaptor opened; its id, and both relays.
     pub(crate) async fn join(&self, adaptor: Socket, agent: Socket) -> (u32, Relay, Relay) {
-        let flow = self.adaptor.credits.open().await.unwrap();
+        let flow = self.adaptor.credits.open(&tunnel()).await.unwrap();
         let id = flow.id();
-        let theirs = self.agent.credits.accept(id).await.unwrap();
+        let theirs = accept(&self.agent.credits, id).await.unwrap();
         let [(receiver, sender), raw] = self.halves(id);
         let near = tokio::spawn(relay(adaptor, Stream { receiver, sender, flow }));
         let far = tokio::spawn(relay(agent, Stream { receiver: raw.0, sender: raw.1, flow: theirs }));
@@ -228,10 +230,10 @@ impl Connection {
         let (mut asks, credits) = (self.take_asks(), self.agent.credits.clone());
         tokio::spawn(async move {
             while let Some(Ask { name, id, incoming }) = asks.recv().await {
-                let (permit, credits) = (outbounds.permit(&name), credits.clone());
+                let admitted = outbounds.permit(&name).and_then(|permit| permit.admit(&credits));
                 tokio::spawn(async move {
-                    match permit {
-                        Ok(permit) => outbound::serve(permit, &credits, id, incoming).await,
+                    match admitted {
+                        Ok(admitted) => outbound::serve(admitted, id, incoming).await,
                         Err(refusal) => incoming.refuse(refusal).await,
                     }
                 });
@@ -243,6 +245,16 @@ impl Connection {
     pub(crate) fn take_asks(&mut self) -> mpsc::UnboundedReceiver<Ask> {
         self.asks.take().unwrap()
     }
+}
+
+/// A tunnel of streams whose tunnel does not matter.
+pub(crate) fn tunnel() -> TunnelName {
+    TunnelName::kbs()
+}
+
+/// Registers a stream that the peer opens.
+pub(crate) async fn accept(credits: &Credits, id: u32) -> Result<Flow, StreamError> {
+    credits.accept(credits.admit(&tunnel())?, id).await
 }
 
 fn halves(wire: &Arc<Wire>, id: u32) -> [(MemReceiver, MemSender); 2] {
@@ -321,7 +333,7 @@ impl Link for MemLink {
     type Sender = MemSender;
 
     async fn open(&self, name: &TunnelName) -> Result<Stream<MemReceiver, MemSender>, OpenError> {
-        let flow = self.credits.open().await.map_err(|error| match error {
+        let flow = self.credits.open(name).await.map_err(|error| match error {
             StreamError::Gone => OpenError::LinkGone,
             other => OpenError::Refused(other.to_string()),
         })?;

@@ -10,9 +10,9 @@ use russh::{Channel, ChannelId, ChannelOpenFailure};
 use secure_comms_protocol::{Refusal, RefusalReason, TunnelName};
 use secure_comms_ssh::channel::PendingChannel;
 use secure_comms_tunnel::flow::Side;
-use secure_comms_tunnel::outbound::{self, Permit};
+use secure_comms_tunnel::outbound::{self, Admitted};
 use secure_comms_tunnel::{Credits, Incoming, Outbounds};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 
 use super::error::{ConnectError, cause};
 use super::phase::ClientPhase;
@@ -43,8 +43,6 @@ pub(super) struct Shared<P: ClientPhase> {
     /// The tunnel names that the agent was asked to forward.
     pub(super) requested: Mutex<HashSet<TunnelName>>,
     refusals: AtomicU32,
-    /// One permit for each stream of the agent that is open or being opened.
-    streams: Arc<Semaphore>,
     banner: Mutex<Option<String>>,
     pub(super) wrong_key: Mutex<Option<String>>,
     end: watch::Sender<Option<TransportEnd>>,
@@ -62,7 +60,6 @@ impl<P: ClientPhase> Shared<P> {
             credits: Credits::new(Side::Adaptor, P::CREDIT),
             requested: Mutex::default(),
             refusals: AtomicU32::new(0),
-            streams: Arc::new(Semaphore::new(P::CREDIT.streams)),
             banner: Mutex::default(),
             wrong_key: Mutex::default(),
             end: watch::Sender::new(None),
@@ -108,29 +105,26 @@ impl<P: ClientPhase> Shared<P> {
         ConnectError::Refused { phase: P::NAME, banner: lock(&self.banner).clone() }
     }
 
-    /// The permit for a stream of the agent, and its place among the connection's streams.
-    fn admit(&self, name: &str) -> Result<(Permit<P>, OwnedSemaphorePermit), Refusal> {
+    /// Admits a stream of the agent: with a permit, and a place among the connection's streams.
+    fn admit(&self, name: &str) -> Result<Admitted<P>, Refusal> {
         let refusal = |reason| Refusal::new(name, P::NAME, &reason);
         if !name.parse().is_ok_and(|name| lock(&self.requested).contains(&name)) {
             return Err(refusal(RefusalReason::NotRequested));
         }
-        let place = self.streams.clone().try_acquire_owned();
-        let place = place.map_err(|_| refusal(RefusalReason::TooManyStreams))?;
-        Ok((self.outbounds.permit(name)?, place))
+        self.outbounds.permit(name)?.admit(&self.credits)
     }
 
     /// Serves a stream of the agent in a task of its own, because the caller is russh's session loop.
     fn serve_stream(self: Arc<Self>, name: &str, id: u32, pending: PendingChannel<Msg>) {
-        let admitted = self.admit(name);
-        tokio::spawn(async move {
-            match admitted {
-                Ok((permit, _place)) => outbound::serve(permit, &self.credits, id, pending).await,
-                Err(refusal) => {
-                    self.log_refusal("refused the agent", &refusal.reason);
-                    pending.refuse(refusal).await;
-                }
+        match self.admit(name) {
+            Ok(admitted) => {
+                tokio::spawn(outbound::serve(admitted, id, pending));
             }
-        });
+            Err(refusal) => {
+                self.log_refusal("refused the agent", &refusal.reason);
+                tokio::spawn(pending.refuse(refusal));
+            }
+        }
     }
 }
 

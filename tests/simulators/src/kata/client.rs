@@ -63,6 +63,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> EchoSession<S> {
         Ok(start.elapsed())
     }
 
+    /// Waits until the other side ends, without another byte.
+    ///
+    /// # Errors
+    /// If the stream fails, or a byte comes.
+    pub async fn until_end(&mut self) -> Result<()> {
+        expect_eof(&mut self.read).await.context("echo")
+    }
+
     /// Half-closes, and checks that the other side then ends without another byte.
     ///
     /// # Errors
