@@ -48,7 +48,8 @@ impl PodNetwork {
     /// A step failed; the steps before it were undone.
     pub(super) async fn set_up(&self) -> Result<(), PodNetworkError> {
         let namespaces = self.open().await?;
-        self.clear(&namespaces).await?;
+        // The firewall of an earlier process stays until it is replaced.
+        self.clear_tunnel(&namespaces).await?;
         let made = self.make(&namespaces).await;
         if made.is_err()
             && let Err(error) = self.clear(&namespaces).await
@@ -174,17 +175,16 @@ impl PodNetwork {
     /// The kernel refuses. Without these rules a tunnel must not exist: its packets prove nothing but their source address.
     fn put_up_firewall(&self) -> Result<(), PodNetworkError> {
         let Spec { worker_node, port, .. } = self.spec;
-        let put_up = firewall::put_up(worker_node, port);
-        let advice = match &put_up {
-            Err(error) if firewall::lacks_nftables(error) => {
+        let tracked = firewall::put_up(worker_node, port).map_err(|source| {
+            let advice = if firewall::lacks_nftables(&source) {
                 "the kernel lacks nf_tables, without which anyone could send into the tunnel; use a kernel that has it"
-            }
-            _ => {
-                "without it anyone could send into the tunnel; see `nft list tables` for another owner of inet secure-comms"
-            }
-        };
-        let tracked = put_up
-            .step(|| format!("dropping packets to port {port} that are not from {worker_node}"), advice)?;
+            } else {
+                "without it anyone could send into the tunnel; this needs CAP_NET_ADMIN, and that no other program owns the \
+                 table inet secure-comms"
+            };
+            let step = format!("dropping packets to port {port} that are not from {worker_node}");
+            PodNetworkError::Step { step, source, advice }
+        })?;
         if let Some(error) = tracked {
             log::warn!(
                 "pod network: the NOTRACK rules are left out: {error}: the kernel may lack notrack (nft_ct); connection \
@@ -196,14 +196,18 @@ impl PodNetwork {
 
     /// Undoes each part, even if others fail; but the firewall stays as long as the tunnel does.
     async fn clear(&self, namespaces: &Arc<Namespaces>) -> Result<(), PodNetworkError> {
+        self.clear_tunnel(namespaces).await?;
+        remove_firewall()
+    }
+
+    /// Undoes each part but the firewall, even if others fail.
+    async fn clear_tunnel(&self, namespaces: &Arc<Namespaces>) -> Result<(), PodNetworkError> {
         let pod = &namespaces.pod;
-        let returned = self.return_secondary(namespaces).await;
-        let routes = ip_route::remove_foreign(pod, &self.spec).await;
-        let removed = match self.remove_tunnel(pod).await {
-            Ok(()) => remove_firewall(),
-            failed => failed,
-        };
-        all_of([returned, routes, removed])
+        all_of([
+            self.return_secondary(namespaces).await,
+            ip_route::remove_foreign(pod, &self.spec).await,
+            self.remove_tunnel(pod).await,
+        ])
     }
 
     /// Removes VXLAN links with our name, and one that has our id and port, which the kernel allows only once.
@@ -269,6 +273,6 @@ pub(super) fn log_remarks(remarks: &[String]) {
 }
 
 fn remove_firewall() -> Result<(), PodNetworkError> {
-    firewall::remove()
-        .step(|| "removing the firewall".into(), "remove it with `nft delete table inet secure-comms`")
+    let removed = firewall::remove();
+    removed.step(|| "removing the firewall".into(), "remove it with `nft delete table inet secure-comms`")
 }
