@@ -26,6 +26,7 @@
 //!     inbounds: parse_list("KUBERNETES_PHASE:KATAAGENT:0").map_err(|faults| format!("{faults:?}"))?,
 //!     outbounds: parse_list("BOTH_PHASES:KBS:kbs.example:8080").map_err(|faults| format!("{faults:?}"))?,
 //!     rekey_bytes: REKEY_BYTES,
+//!     require_pq: true,
 //!     observer: Arc::new(|pod, event| println!("pod {pod}: {event}")),
 //! };
 //! let adaptor = Adaptor::new(store, KeySource::Kbs(kbs), config);

@@ -36,6 +36,7 @@ async fn prepare(store: &Path, inbounds: &str) -> Box<dyn Error> {
         inbounds: parse_list(inbounds).unwrap(),
         outbounds: Vec::new(),
         rekey_bytes: REKEY_BYTES,
+        require_pq: false,
         observer: Arc::new(|_, _| {}),
     };
     let store = Arc::new(DirectoryStore::open(store).unwrap());

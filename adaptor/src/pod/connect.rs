@@ -124,7 +124,13 @@ struct Attempt {
 
 impl Attempt {
     fn new(plan: Plan, address: SocketAddr, lock: AuthLock, hold: AuthHold) -> Self {
-        let dial = Dial { address, node_key: plan.node_key.clone(), rekey_bytes: plan.rekey_bytes, hold };
+        let dial = Dial {
+            address,
+            node_key: plan.node_key.clone(),
+            rekey_bytes: plan.rekey_bytes,
+            kex: plan.kex,
+            hold,
+        };
         Self { plan, dial, lock, failure: Failure::new(address), detector: LostVmDetector::default() }
     }
 

@@ -1,5 +1,6 @@
 //! What a driver needs to know about its pod.
 
+use secure_comms_ssh::profile::KeyExchange;
 use std::time::Duration;
 
 use secure_comms_protocol::{Attestation, Kubernetes, PodId};
@@ -27,6 +28,8 @@ pub(crate) struct Plan {
     pub(crate) kubernetes: Tunnels<Kubernetes>,
     /// Bytes in one direction after which the session keys are renewed.
     pub(crate) rekey_bytes: usize,
+    /// Which key exchange is offered and accepted.
+    pub(crate) kex: KeyExchange,
     pub(crate) attestation_limits: AttestationLimits,
 }
 

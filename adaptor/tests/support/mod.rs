@@ -274,6 +274,7 @@ fn build_with(
         inbounds: parse_list(&inbounds.replace("KATAAGENT:0", &format!("KATAAGENT:{}", own_port()))).unwrap(),
         outbounds: parse_list(outbounds).unwrap(),
         rekey_bytes: REKEY_BYTES,
+        require_pq: false,
         observer: Arc::new(move |_, event| {
             let event = event.to_string();
             recorded.push(event.clone());

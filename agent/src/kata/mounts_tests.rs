@@ -10,6 +10,7 @@ use tokio::time::{Duration, Instant};
 use super::{MountTable, mount_point, mounted, prepare};
 use crate::kata::edit::Mounts;
 use crate::kata::reply::RequestRefusal;
+use crate::kata::sources::MountPrefixes;
 
 /// A tmpfs, unmounted on drop.
 struct Volume(PathBuf);
@@ -38,6 +39,10 @@ fn directory() -> (TempDir, PathBuf) {
 
 fn end() -> Instant {
     Instant::now() + VOLUME_MOUNT
+}
+
+fn below(directory: &Path) -> MountPrefixes {
+    directory.to_str().unwrap().parse().unwrap()
 }
 
 fn made(directory: &Path, name: &str) -> PathBuf {
@@ -91,7 +96,8 @@ async fn a_container_waits_for_all_of_its_volumes() {
     symlink(&two, &alias).unwrap();
     std::fs::create_dir_all(&two).unwrap();
     let sources = vec![one.clone(), alias.clone(), path.join("plain")];
-    let waiting = tokio::spawn(prepare(Mounts { sources, volumes: vec![one.clone(), alias] }, end()));
+    let waiting =
+        tokio::spawn(prepare(Mounts { sources, volumes: vec![one.clone(), alias] }, below(&path), end()));
     let table = MountTable::open().unwrap();
     while !one.exists() {
         tokio::task::yield_now().await;
@@ -132,7 +138,7 @@ async fn sources_that_are_missing_are_made_and_the_others_left_alone() {
     std::fs::set_permissions(&private, PermissionsExt::from_mode(0o700)).unwrap();
     let missing = path.join("a/b c");
     let sources = vec![file.clone(), private.clone(), missing.clone()];
-    prepare(Mounts { sources, volumes: vec![] }, end()).await.unwrap();
+    prepare(Mounts { sources, volumes: vec![] }, below(&path), end()).await.unwrap();
     assert_eq!(std::fs::read(file).unwrap(), b"x");
     let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o7777;
     assert_eq!((mode(&private), mode(&missing)), (0o700, 0o755));
@@ -143,8 +149,33 @@ async fn a_source_that_cannot_be_made_is_named() {
     let (_directory, path) = directory();
     std::fs::write(path.join("file"), "x").unwrap();
     let source = path.join("file/below");
-    let refusal =
-        prepare(Mounts { sources: vec![source.clone()], volumes: vec![] }, end()).await.unwrap_err();
+    let refusal = prepare(Mounts { sources: vec![source.clone()], volumes: vec![] }, below(&path), end())
+        .await
+        .unwrap_err();
     let text = format!("making {}, the source of a bind mount: Not a directory", source.display());
     assert!(refusal.to_string().starts_with(&text), "{refusal}");
+}
+
+#[tokio::test]
+async fn a_source_elsewhere_is_left_to_the_kata_agent() {
+    let (_directory, path) = directory();
+    let (inside, outside) = (made(&path, "inside"), path.join("outside/deep"));
+    let sources = vec![outside.clone(), inside.join("made")];
+    let mounts = Mounts { sources, volumes: vec![] };
+    prepare(mounts, below(&inside), end()).await.unwrap();
+    assert!(inside.join("made").is_dir() && !path.join("outside").exists());
+}
+
+#[tokio::test]
+async fn a_volume_that_may_not_be_made_is_refused_at_once() {
+    let (_directory, path) = directory();
+    let (inside, outside) = (made(&path, "inside"), path.join("outside"));
+    let mounts = Mounts { sources: vec![outside.clone()], volumes: vec![outside.clone()] };
+    let refusal = prepare(mounts, below(&inside), end()).await.unwrap_err();
+    let text = format!(
+        "waiting for the volume {}: it is missing and not made: it is not below -secure-comms-mount-prefixes;",
+        outside.display()
+    );
+    assert!(refusal.to_string().starts_with(&text), "{refusal}");
+    assert!(!outside.exists());
 }

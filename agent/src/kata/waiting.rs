@@ -8,12 +8,14 @@ use tokio::time::Instant;
 use super::mounts;
 use super::reply::RequestRefusal;
 use super::requests::Held;
+use super::sources::MountPrefixes;
 
 /// The held requests of one connection. Dropped with the tunnel.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Waiting {
     tasks: JoinSet<Waited>,
     bytes: usize,
+    prefixes: MountPrefixes,
 }
 
 /// The end of a wait: the request, or the stream that is refused and why.
@@ -26,6 +28,11 @@ struct Waited {
 }
 
 impl Waiting {
+    /// Holds nothing yet. Sources of bind mounts are made below the `prefixes`.
+    pub(super) fn new(prefixes: MountPrefixes) -> Self {
+        Self { tasks: JoinSet::new(), bytes: 0, prefixes }
+    }
+
     /// Holds a request until its mounts are ready, at most until its own timeout or for [`VOLUME_MOUNT`].
     ///
     /// # Errors
@@ -39,8 +46,9 @@ impl Waiting {
         let limit = Instant::now() + VOLUME_MOUNT;
         let end = held.deadline.map_or(limit, |deadline| deadline.min(limit));
         let mounts = std::mem::take(&mut held.mounts);
+        let prefixes = self.prefixes.clone();
         self.tasks.spawn(async move {
-            let ready = match mounts::prepare(mounts, end).await {
+            let ready = match mounts::prepare(mounts, prefixes, end).await {
                 Ok(()) => Ok(held),
                 Err(refusal) => Err((held.stream, refusal)),
             };
@@ -67,6 +75,7 @@ impl Waiting {
 
     /// Drops every request; returns how many there were.
     pub(super) fn drop_all(&mut self) -> usize {
-        std::mem::take(self).tasks.len()
+        self.bytes = 0;
+        std::mem::take(&mut self.tasks).len()
     }
 }

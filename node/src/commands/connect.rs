@@ -167,6 +167,7 @@ fn build_adaptor(settings: &ConnectSettings, events: &Events) -> Result<Adaptor,
         inbounds: settings.inbounds.clone(),
         outbounds: settings.outbounds.clone(),
         rekey_bytes: settings.rekey_bytes,
+        require_pq: settings.require_pq,
         observer: Arc::new(move |pod: &PodId, event: &PodEvent| events.happened(pod, event)),
     };
     Ok(Adaptor::new(store, key_source, config))

@@ -7,7 +7,7 @@ use strsim::jaro_winkler;
 
 const PREFIX: &str = "SECURE_COMMS_";
 /// Variables of this program and, as they may share a config map, of the agent. Those of the tests end with `_DIR`.
-const KNOWN: [&str; 11] = [
+const KNOWN: [&str; 12] = [
     "SECURE_COMMS_LOG",
     "SECURE_COMMS_LOG_FORMAT",
     "SECURE_COMMS_EVENTS",
@@ -15,6 +15,7 @@ const KNOWN: [&str; 11] = [
     "SECURE_COMMS_OUTBOUNDS",
     "SECURE_COMMS_KBS_ADDR",
     "SECURE_COMMS_NO_TRUSTEE",
+    "SECURE_COMMS_REQUIRE_PQ",
     "SECURE_COMMS_PP_INBOUNDS",
     "SECURE_COMMS_PP_OUTBOUNDS",
     "SECURE_COMMS_BIN_DIR",
