@@ -28,6 +28,7 @@
 //!     worker_nodes: None,
 //!     old_agents: false,
 //!     rekey_bytes: REKEY_BYTES,
+//!     require_pq: true,
 //!     observer: Arc::new(|pod, event| println!("pod {pod}: {event}")),
 //! };
 //! let adaptor = Adaptor::new(store, KeySource::Kbs(kbs), config);

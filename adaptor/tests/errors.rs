@@ -38,6 +38,7 @@ async fn prepare(store: &Path, inbounds: &str) -> Box<dyn Error> {
         worker_nodes: None,
         old_agents: false,
         rekey_bytes: REKEY_BYTES,
+        require_pq: false,
         observer: Arc::new(|_, _| {}),
     };
     let store = Arc::new(DirectoryStore::open(store).unwrap());

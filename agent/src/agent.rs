@@ -146,7 +146,11 @@ impl Agent {
             tunnels: Tunnels {
                 routes: Routes::new(&config.inbounds),
                 attestation: Arc::new(Outbounds::new(&config.outbounds)),
-                kubernetes: Arc::new(kata::outbounds(&config.outbounds, config.pod_namespace.as_deref())),
+                kubernetes: Arc::new(kata::outbounds(
+                    &config.outbounds,
+                    config.pod_namespace.as_deref(),
+                    &config.mount_prefixes,
+                )),
             },
             attempt: Attempt {
                 peer: Mutex::default(),

@@ -28,11 +28,12 @@ use secure_comms_protocol::{InitDataDigest, PodId};
 use secure_comms_tunnel::netns::Namespace;
 use zeroize::Zeroizing;
 
+use crate::kata::sources::MountPrefixes;
 use crate::pod_network::PodNetwork;
 use crate::pod_network::spec::{Faults, InterfaceName};
 pub(crate) use announced::Announced;
 pub use daemon_config::DaemonConfig;
-use flags::Options;
+use flags::{Options, StatePlace};
 use init_data::InitData;
 use tunnels::{Sources, Tunnels};
 use user_data::UserDataMode;
@@ -152,6 +153,12 @@ pub struct Config {
     pub guest_api: SocketAddr,
     /// Directory of the latched keys.
     pub state_dir: PathBuf,
+    /// Where that directory may be.
+    pub state_place: StatePlace,
+    /// Whether only post-quantum key exchange is offered and accepted.
+    pub require_pq: bool,
+    /// Directories below which the sources of bind mounts are made.
+    pub mount_prefixes: MountPrefixes,
     /// Bytes on a connection after which it is rekeyed.
     pub rekey_bytes: usize,
     /// All inbounds, with the built-in one.
@@ -225,6 +232,9 @@ impl Config {
             pod_namespace: options.pod_namespace,
             guest_api: options.guest_api,
             state_dir: options.state_dir,
+            state_place: options.state_place,
+            require_pq: options.require_pq,
+            mount_prefixes: options.mount_prefixes,
             rekey_bytes: options.rekey_bytes,
             inbounds,
             outbounds,

@@ -5,7 +5,8 @@
 //! make directories for bind mounts, and read the VM's mounts.
 //!
 //! In the order data passes: [`requests`] splits the stream into [`frame`]s; [`edit`] changes requests, whose [`protobuf`] it
-//! reads field by field; `waiting` holds requests within the `budget` of their connection, and `mounts` waits for what a container needs; `reply` builds refusals; the
+//! reads field by field; `waiting` holds requests within the `budget` of their connection, and `mounts` waits for what a container needs,
+//! whose `sources` are made; `reply` builds refusals; the
 //! `session` is what both directions know of one connection. docs/KATA-AGENT.md has the reasons.
 
 mod budget;
@@ -16,6 +17,7 @@ pub mod protobuf;
 mod reply;
 pub mod requests;
 mod session;
+pub mod sources;
 mod waiting;
 
 use std::sync::Arc;
@@ -32,17 +34,19 @@ use frame::Scanner;
 use reply::RequestRefusal;
 use requests::{Out, Requests};
 use session::Session;
+use sources::MountPrefixes;
 use waiting::Waiting;
 
 /// The outbounds of the Kubernetes phase. The one to the kata agent gets its connect timeout and its interceptor; containers
-/// join the network namespace `pod_namespace`, a name or a path.
+/// join the network namespace `pod_namespace`, a name or a path. Sources of bind mounts are made below `mount_prefixes`.
 pub(crate) fn outbounds(
     tags: &[OutboundTag],
     pod_namespace: Option<&str>,
+    mount_prefixes: &MountPrefixes,
 ) -> Outbounds<Kubernetes, KataAgent> {
     Outbounds::new(tags)
         .with_connect_timeout(&TunnelName::kata_agent(), KATA_AGENT_CONNECT)
-        .with_interceptor(TunnelName::kata_agent(), KataAgent::new(pod_namespace))
+        .with_interceptor(TunnelName::kata_agent(), KataAgent::new(pod_namespace, mount_prefixes.clone()))
 }
 
 /// The interceptor of the tunnel to the kata agent.
@@ -50,13 +54,15 @@ pub(crate) fn outbounds(
 pub struct KataAgent {
     namespace: Option<Arc<str>>,
     budget: Budget,
+    prefixes: MountPrefixes,
 }
 
 impl KataAgent {
-    /// Containers join the network namespace of this name or path. Without one they keep those of their spec.
-    pub fn new(pod_namespace: Option<&str>) -> Self {
+    /// Containers join the network namespace of this name or path. Without one they keep those of their spec. Sources of bind
+    /// mounts are made below the `prefixes`.
+    pub fn new(pod_namespace: Option<&str>, prefixes: MountPrefixes) -> Self {
         let path = |text| Namespace::new(text).path().to_string_lossy().as_ref().into();
-        Self { namespace: pod_namespace.map(path), budget: Budget::default() }
+        Self { namespace: pod_namespace.map(path), budget: Budget::default(), prefixes }
     }
 }
 
@@ -68,14 +74,15 @@ impl Interceptor for KataAgent {
         let session = Arc::<Session>::default();
         let to = ToKataAgent {
             requests: Requests::within(self.namespace.clone(), self.budget.clone()),
-            waiting: Waiting::within(self.budget.clone()),
+            waiting: Waiting::within(self.budget.clone(), self.prefixes.clone()),
             session: session.clone(),
         };
         (to, FromKataAgent { scanner: Scanner::default(), discarding: false, session })
     }
 
     fn for_connection(&self) -> Self {
-        Self { namespace: self.namespace.clone(), budget: self.budget.of_another_connection() }
+        let (namespace, prefixes) = (self.namespace.clone(), self.prefixes.clone());
+        Self { namespace, budget: self.budget.of_another_connection(), prefixes }
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! In: a [`spec`]. Out: links, addresses, routes and rules in the kernel; a status text for systemd. Only these files name
 //! rtnetlink. In the order in which the network is made: the VM's interface that the tunnel's packets leave by
-//! (`underlay`), the tunnel (`vxlan`), its routes and neighbours (`ip_route`), rules that keep its packets out of connection
-//! tracking (`notrack`), the VM's second interface, where the pod gets it (`secondary`, `restore`). `setup` does these steps and undoes
+//! (`underlay`), rules that let only the worker node's packets in (`firewall`), the tunnel (`vxlan`), its routes and neighbours
+//! (`ip_route`), the VM's second interface, where the pod gets it (`secondary`, `restore`). `setup` does these steps and undoes
 //! them, `supervisor` retries them.
 //!
 //! For the undo the kernel's state shows what the agent made. So the next start also undoes what a killed agent, or a set-up
@@ -18,8 +18,8 @@ mod setup;
 mod underlay;
 mod vxlan;
 
+mod firewall;
 mod ip_route;
-mod notrack;
 mod restore;
 mod secondary;
 

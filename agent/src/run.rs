@@ -7,6 +7,7 @@ use std::sync::Arc;
 use secure_comms_keys::{AttestationKey, KeyError};
 use secure_comms_protocol::PhaseName;
 use secure_comms_protocol::limits::{RETRY_MIN, SHUTDOWN_DRAIN};
+use secure_comms_ssh::profile::KeyExchange;
 use secure_comms_tunnel::netns::Namespace;
 use secure_comms_tunnel::{Inbound, inbound};
 use tokio::net::TcpListener;
@@ -17,6 +18,7 @@ use tokio::time::{interval, sleep, timeout};
 use crate::access::latch::{Latch, LatchError};
 use crate::access::policy::{AccessPolicy, Attesters, PersistKeys};
 use crate::agent::Agent;
+use crate::config::flags::StatePlace;
 use crate::config::{Config, KeySource};
 use crate::os::log_limits::{Repeated, report_left_out};
 use crate::os::systemd::{Notifier, watchdog_interval};
@@ -53,7 +55,7 @@ pub enum RunError {
 /// The directory or the keys in it can't be used.
 pub fn check_state_dir(config: &Config) -> Result<(), RunError> {
     if matches!(config.source, KeySource::Kbs { .. }) {
-        Latch::new(&config.state_dir).check()?;
+        Latch::new(&config.state_dir).check(config.state_place == StatePlace::AnyDisk)?;
     }
     Ok(())
 }
@@ -103,7 +105,11 @@ pub async fn run(
         tokio::spawn(network.supervise(agent.pod_network.clone(), async { drop(stopped.await) }))
     });
     notifier.ready(&status(&agent, &network_status));
-    let server = Arc::new(Server::new(agent.clone(), config.rekey_bytes));
+    let server = Arc::new(Server::new(
+        agent.clone(),
+        config.rekey_bytes,
+        KeyExchange::post_quantum(config.require_pq),
+    ));
     let accept = tasks.spawn(accept(server, listener));
     tasks.spawn(report_left_out());
     tasks.spawn(run_phases(agent.clone(), guest, start));

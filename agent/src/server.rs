@@ -23,6 +23,7 @@ use russh::Disconnect;
 use russh::server::Handle;
 use secure_comms_protocol::limits::{AUTHENTICATE, FAREWELL, FIRST_LINE};
 use secure_comms_ssh::guard::{self, Guarded};
+use secure_comms_ssh::profile::{KeyExchange, nothing_in_common};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
@@ -52,8 +53,8 @@ enum Handshake {
 
 impl Server {
     /// A server for the peers of `agent`. Its sessions ask for new session keys after `rekey_bytes` bytes.
-    pub(crate) fn new(agent: Arc<Agent>, rekey_bytes: usize) -> Self {
-        Self { agent, configs: HostConfigs::new(rekey_bytes) }
+    pub(crate) fn new(agent: Arc<Agent>, rekey_bytes: usize, kex: KeyExchange) -> Self {
+        Self { agent, configs: HostConfigs::new(rekey_bytes, kex) }
     }
 
     /// Serves one connection until it ends. `id` is unique, and grows from connection to connection.
@@ -87,7 +88,7 @@ impl Server {
         // Wakes everything that still waits on this connection.
         connection.cut();
         self.agent.peers.remove(id);
-        self.log_end(&connection, ended);
+        self.log_end(&connection, ended.map_err(|error| session_fault(&error)));
     }
 
     /// Admits a connection once its client has sent its first line, or has waited [`FIRST_LINE`] for ours.
@@ -186,6 +187,11 @@ async fn say_farewell(handle: &Handle, reason: &str) {
         () = disconnect => {}
         () = sleep(FAREWELL) => {}
     }
+}
+
+/// Why a session ended.
+fn session_fault(error: &russh::Error) -> String {
+    nothing_in_common(error, "-secure-comms-require-pq").unwrap_or_else(|| error.to_string())
 }
 
 fn authentication_timeout() -> io::Error {

@@ -212,8 +212,16 @@ fn exposed_or_broken_latched_keys_stop_the_start() {
 }
 
 #[test]
-fn a_state_directory_outside_of_memory_is_warned_of() {
+fn a_state_directory_outside_of_memory_is_refused_or_warned_of() {
     let place = Place::new();
+    let fault = "checking -secure-comms-state-dir /proc/self/state: it is not on a tmpfs or ramfs";
+    let args = ["-secure-comms-state-dir", "/proc/self/state", "-secure-comms-state-dir-on-disk=false"];
+    let output = place.run(&[&FREE_PORTS[..], &args].concat(), &[]);
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{log}");
+    assert!(log.contains(fault) && log.contains("set -secure-comms-state-dir-on-disk if"), "{log}");
+    assert!(!log.contains("listens on"), "it fails before it listens: {log}");
+
     let warning = "<4>-secure-comms-state-dir /proc/self/state: it is not on a tmpfs";
     let args = [&FREE_PORTS[..], &["-secure-comms-state-dir", "/proc/self/state"]].concat();
     let mut agent = place.start(&args, &[]);

@@ -29,7 +29,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 const DATA: u8 = 3;
 
 fn interceptor() -> KataAgent {
-    KataAgent::new(Some("/run/netns/podns"))
+    KataAgent::new(Some("/run/netns/podns"), std::env::temp_dir().to_str().unwrap().parse().unwrap())
 }
 
 /// Sends `data` in messages of this length, as credit allows.

@@ -2,7 +2,7 @@
 //! compared.
 
 use agent_protocol_forwarder::kata::edit::{self, Edited, Mounts, SERVICE, VOLUMES, Verdict, recognise};
-use agent_protocol_forwarder::kata::protobuf::put;
+use agent_protocol_forwarder::kata::protobuf::{Malformed, put};
 use prost::Message;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -29,6 +29,19 @@ struct Container {
     container_id: Vec<u8>,
     #[prost(message, optional, tag = "6")]
     oci: Option<Oci>,
+}
+
+/// The messages of a container, not merged.
+#[derive(Clone, PartialEq, Message)]
+struct Parts {
+    #[prost(bytes = "vec", repeated, tag = "6")]
+    ocis: Vec<Vec<u8>>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct OciParts {
+    #[prost(bytes = "vec", repeated, tag = "8")]
+    linuxes: Vec<Vec<u8>>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -126,6 +139,10 @@ fn container(payload: &[u8], namespace: Option<&str>) {
     let request = request(b"CreateContainer", payload);
     assert!((0..64).all(|seen| recognise(&request[..seen.min(request.len())], false) != Verdict::Pass));
     let Ok(before) = before else { return drop(edit::request(&request, namespace)) };
+    if let Some(name) = repeated(payload) {
+        assert_eq!(edit::request(&request, namespace), Err(Malformed::Repeated(name)));
+        return;
+    }
     let Edited { request: after, mounts, .. } = edited(&request, namespace);
     assert_eq!(mounts, wanted(&before));
     let Some(path) = namespace else { return assert_eq!(*after, *request) };
@@ -136,6 +153,19 @@ fn container(payload: &[u8], namespace: Option<&str>) {
     let payload = Request::decode(&*after).expect("it is still a request").payload;
     assert_eq!(Container::decode(&*payload).expect("it is still one"), expected);
     assert_eq!(edited(&after, namespace).request, after, "there is nothing left to edit");
+}
+
+/// The message of a container that comes more than once: protobuf merges them, the kata agent does not.
+fn repeated(payload: &[u8]) -> Option<&'static str> {
+    let Parts { ocis } = Parts::decode(payload).expect("it is a container");
+    match &*ocis {
+        [] => None,
+        [oci] => {
+            let OciParts { linuxes } = OciParts::decode(&**oci).expect("it is an OCI");
+            (linuxes.len() > 1).then_some("Linux")
+        }
+        _ => Some("OCI"),
+    }
 }
 
 /// Sources of bind mounts, and the ones that are annotated as volumes.

@@ -1,6 +1,6 @@
 //! Properties of the parser of any command line.
 
-use agent_protocol_forwarder::config::flags::{self, Exit, MissingNamespace, Options};
+use agent_protocol_forwarder::config::flags::{self, Exit, MissingNamespace, Options, StatePlace};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
@@ -71,6 +71,9 @@ fn write(options: &Options) -> Vec<String> {
         format!("-secure-comms-listen={}", options.listen),
         format!("-secure-comms-guest-api={}", options.guest_api),
         format!("-secure-comms-state-dir={}", path(&options.state_dir)),
+        format!("-secure-comms-state-dir-on-disk={}", options.state_place == StatePlace::AnyDisk),
+        format!("-secure-comms-require-pq={}", options.require_pq),
+        format!("-secure-comms-mount-prefixes={}", options.mount_prefixes),
         format!("-secure-comms-rekey-bytes={}", options.rekey_bytes),
     ]
 }

@@ -108,6 +108,9 @@ pub struct ConnectArgs {
     /// Data in a direction after which new session keys are made, as 64MiB or 1GiB; at least 1MiB [default: 32GiB]
     #[arg(long, value_name = "SIZE")]
     pub rekey_bytes: Option<String>,
+    /// Only post-quantum key exchange (mlkem768x25519-sha256), in both phases [env: SECURE_COMMS_REQUIRE_PQ=true]
+    #[arg(long)]
+    pub require_pq: bool,
     /// On a signal that ends it, forget the pod: delete its key and its KBS resource [default: keep, to resume]
     #[arg(long)]
     pub delete_on_exit: bool,

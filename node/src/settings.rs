@@ -53,6 +53,8 @@ pub struct ConnectSettings {
     pub deadline: Duration,
     /// Bytes in one direction after which the session keys are renewed.
     pub rekey_bytes: usize,
+    /// Whether only post-quantum key exchange is offered and accepted.
+    pub require_pq: bool,
     /// Whether the end deletes the pod's key and its KBS resource.
     pub delete_on_exit: bool,
     /// Whether events are written to standard output, as JSON.

@@ -3,7 +3,10 @@
 use std::borrow::Cow;
 
 use russh::keys::{Algorithm, PrivateKey};
-use russh::{Limits, MethodKind, MethodSet, Preferred, SshId, cipher, client, compression, kex, mac, server};
+use russh::{
+    AlgorithmKind, Limits, MethodKind, MethodSet, Preferred, SshId, cipher, client, compression, kex, mac,
+    server,
+};
 use secure_comms_protocol::PhaseName;
 use secure_comms_protocol::limits::{
     AUTH_TRIES, KEEPALIVE, KEEPALIVE_TRIES, MESSAGE_MAX, REKEY_TIME, SILENCE, SSH_WINDOW,
@@ -19,21 +22,81 @@ const UNAUTHENTICATED_CHANNEL_QUEUE: usize = 4;
 /// only makes small messages wait behind bulk data, and pollutes the caches.
 const SESSION_QUEUE: usize = 4;
 
+/// Most bytes that are quoted of a peer's list of algorithms.
+const OFFER_MAX: usize = 200;
+
 /// First line that both ends send (RFC 4253 4.2).
 const IDENTIFICATION: &str = concat!("SSH-2.0-SecureComms_", env!("CARGO_PKG_VERSION"));
 
-/// Algorithms of both ends. Without the four extension names in the list, russh silently turns strict key exchange off.
-fn preferred() -> Preferred {
-    const KEX: &[kex::Name] = &[
-        kex::MLKEM768X25519_SHA256,
-        kex::CURVE25519,
-        kex::EXTENSION_SUPPORT_AS_CLIENT,
-        kex::EXTENSION_SUPPORT_AS_SERVER,
-        kex::EXTENSION_OPENSSH_STRICT_KEX_AS_CLIENT,
-        kex::EXTENSION_OPENSSH_STRICT_KEX_AS_SERVER,
-    ];
+/// Which key exchange an end offers and accepts, first and in each renewal of the session keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KeyExchange {
+    /// Post-quantum where the other end has it, else X25519.
+    #[default]
+    Any,
+    /// Post-quantum only: who records the traffic can't read it with a quantum computer of later years.
+    PostQuantum,
+}
+
+impl KeyExchange {
+    /// The one that an end uses for which post-quantum key exchange is required, or not.
+    pub fn post_quantum(required: bool) -> Self {
+        if required { Self::PostQuantum } else { Self::Any }
+    }
+
+    /// All of its names. Without the four extension names in the list, russh silently turns strict key exchange off.
+    fn names(self) -> &'static [kex::Name] {
+        const ANY: &[kex::Name] = &[
+            kex::MLKEM768X25519_SHA256,
+            kex::CURVE25519,
+            kex::EXTENSION_SUPPORT_AS_CLIENT,
+            kex::EXTENSION_SUPPORT_AS_SERVER,
+            kex::EXTENSION_OPENSSH_STRICT_KEX_AS_CLIENT,
+            kex::EXTENSION_OPENSSH_STRICT_KEX_AS_SERVER,
+        ];
+        const POST_QUANTUM: &[kex::Name] = &[
+            kex::MLKEM768X25519_SHA256,
+            kex::EXTENSION_SUPPORT_AS_CLIENT,
+            kex::EXTENSION_SUPPORT_AS_SERVER,
+            kex::EXTENSION_OPENSSH_STRICT_KEX_AS_CLIENT,
+            kex::EXTENSION_OPENSSH_STRICT_KEX_AS_SERVER,
+        ];
+        match self {
+            Self::Any => ANY,
+            Self::PostQuantum => POST_QUANTUM,
+        }
+    }
+}
+
+/// Says what two ends have not in common, if that is why a session failed; none for other errors. What the peer offered is
+/// quoted as one line of ASCII and cut: anyone may have said it. `required_by` is the setting of this end that requires
+/// post-quantum key exchange.
+pub fn nothing_in_common(error: &russh::Error, required_by: &str) -> Option<String> {
+    let russh::Error::NoCommonAlgo { kind, ours, theirs } = error else { return None };
+    let is_extension = |name: &str| name.starts_with("ext-info-") || name.starts_with("kex-strict-");
+    let ours: Vec<_> = ours.iter().map(String::as_str).filter(|name| !is_extension(name)).collect();
+    let theirs: Vec<_> = theirs.iter().map(String::as_str).filter(|name| !is_extension(name)).collect();
+    let offered = theirs.join(",");
+    let shown = offered.get(..offered.floor_char_boundary(OFFER_MAX)).unwrap_or_default().escape_default();
+    let more = if offered.len() > OFFER_MAX { "..." } else { "" };
+    let post_quantum = kex::MLKEM768X25519_SHA256.as_ref();
+    Some(if matches!(kind, AlgorithmKind::Kex) && ours == [post_quantum] {
+        format!(
+            "the other end offers no post-quantum key exchange: {required_by} requires {post_quantum} here, it offers \
+             {shown}{more}; update it, or see who changes the connection on its way"
+        )
+    } else {
+        format!(
+            "the other end has no {kind:?} algorithm of ours ({}): it offers {shown}{more}",
+            ours.join(",")
+        )
+    })
+}
+
+/// Algorithms of both ends.
+fn preferred(kex: KeyExchange) -> Preferred {
     Preferred {
-        kex: Cow::Borrowed(KEX),
+        kex: Cow::Borrowed(kex.names()),
         key: Cow::Borrowed(&[Algorithm::Ed25519]),
         host_key_certificates: Cow::Borrowed(&[]),
         cipher: Cow::Borrowed(&[cipher::AES_256_GCM, cipher::CHACHA20_POLY1305]),
@@ -48,7 +111,12 @@ fn limits(rekey_bytes: usize) -> Limits {
 }
 
 /// Configuration of the agent's server in a phase. `rekey_bytes` is the limit in each direction, in bytes.
-pub fn server(phase: PhaseName, host_key: PrivateKey, rekey_bytes: usize) -> server::Config {
+pub fn server(
+    phase: PhaseName,
+    host_key: PrivateKey,
+    rekey_bytes: usize,
+    kex: KeyExchange,
+) -> server::Config {
     let methods: &[MethodKind] = &[MethodKind::None, MethodKind::PublicKey];
     server::Config {
         server_id: SshId::Standard(Cow::Borrowed(IDENTIFICATION)),
@@ -65,7 +133,7 @@ pub fn server(phase: PhaseName, host_key: PrivateKey, rekey_bytes: usize) -> ser
             PhaseName::Attestation => UNAUTHENTICATED_CHANNEL_QUEUE,
             PhaseName::Kubernetes => CHANNEL_QUEUE,
         },
-        preferred: preferred(),
+        preferred: preferred(kex),
         max_auth_attempts: AUTH_TRIES,
         inactivity_timeout: Some(SILENCE),
         keepalive_interval: Some(KEEPALIVE),
@@ -76,14 +144,14 @@ pub fn server(phase: PhaseName, host_key: PrivateKey, rekey_bytes: usize) -> ser
 }
 
 /// Configuration of the adaptor's client. `rekey_bytes` is the limit in each direction, in bytes.
-pub fn client(rekey_bytes: usize) -> client::Config {
+pub fn client(rekey_bytes: usize, kex: KeyExchange) -> client::Config {
     client::Config {
         client_id: SshId::Standard(Cow::Borrowed(IDENTIFICATION)),
         limits: limits(rekey_bytes),
         window_size: SSH_WINDOW,
         maximum_packet_size: MESSAGE_MAX as u32,
         channel_buffer_size: CHANNEL_QUEUE,
-        preferred: preferred(),
+        preferred: preferred(kex),
         inactivity_timeout: Some(SILENCE),
         keepalive_interval: Some(KEEPALIVE),
         keepalive_max: KEEPALIVE_TRIES,

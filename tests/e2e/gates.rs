@@ -171,6 +171,7 @@ async fn bulk_streams_complete_over_small_socket_buffers() -> Result<()> {
         .arg(scene.path("apf.json"))
         .arg("-secure-comms-state-dir")
         .arg(scene.path("agent-state"))
+        .arg("-secure-comms-state-dir-on-disk")
         .arg("-secure-comms-inbounds")
         .arg(format!("KUBERNETES_PHASE:NODESERVICE:{}", there.display()));
     let agent = Child::spawn("agent", agent)?;

@@ -3,6 +3,9 @@
 //!  namespace and for mounts.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
+#[path = "kata_agent/sources.rs"]
+mod sources;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;

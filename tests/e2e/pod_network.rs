@@ -5,6 +5,8 @@
 mod caa;
 #[path = "pod_network/secondary.rs"]
 mod secondary;
+#[path = "pod_network/strangers.rs"]
+mod strangers;
 
 use std::os::unix::net::UnixDatagram;
 use std::process::Output;

@@ -133,6 +133,7 @@ impl Attempt {
             address,
             node_key: plan.node_key.clone(),
             rekey_bytes: plan.rekey_bytes,
+            kex: plan.kex,
             hold,
             answered: plan.answered.clone(),
         };

@@ -7,6 +7,7 @@ use std::time::Duration;
 use secure_comms_keys::{PodKey, WorkerNodeKey};
 use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
+use secure_comms_ssh::profile::KeyExchange;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
@@ -46,6 +47,7 @@ impl Driven {
             attestation: KeySource::Kbs(Tunnels::new(&inbounds, &outbounds)),
             kubernetes: Tunnels::new(&inbounds, &outbounds),
             rekey_bytes: REKEY_BYTES,
+            kex: KeyExchange::Any,
             attestation_limits: limits,
             lost_limits: LostLimits::for_start(LONG),
             answered: Answered::default(),

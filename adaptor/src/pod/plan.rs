@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use secure_comms_protocol::tag::Host;
 use secure_comms_protocol::{Attestation, InitDataDigest, Kubernetes, PodId};
+use secure_comms_ssh::profile::KeyExchange;
 
 use super::lost_vm::LostLimits;
 use crate::address::Address;
@@ -40,6 +41,8 @@ pub(crate) struct Plan {
     pub(crate) kubernetes: Tunnels<Kubernetes>,
     /// Bytes in one direction after which the session keys are renewed.
     pub(crate) rekey_bytes: usize,
+    /// Which key exchange is offered and accepted.
+    pub(crate) kex: KeyExchange,
     pub(crate) attestation_limits: AttestationLimits,
     /// When a start fails because the VM is lost.
     pub(crate) lost_limits: LostLimits,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::limits::SHUTDOWN_DRAIN;
+use secure_comms_ssh::profile::KeyExchange;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -55,6 +56,7 @@ impl Channel {
             attestation: shared.key_source.as_ref().map(|_| Tunnels::new(inbounds, outbounds)),
             kubernetes: Tunnels::new(inbounds, outbounds),
             rekey_bytes: shared.config.rekey_bytes,
+            kex: KeyExchange::post_quantum(shared.config.require_pq),
             attestation_limits: AttestationLimits::default(),
             // `open` sets both.
             lost_limits: LostLimits::for_start(Duration::ZERO),

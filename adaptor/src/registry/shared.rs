@@ -25,6 +25,8 @@ pub struct Config {
     pub old_agents: bool,
     /// Bytes in one direction after which the session keys of a connection are renewed.
     pub rekey_bytes: usize,
+    /// Whether only post-quantum key exchange is offered and accepted, in both phases.
+    pub require_pq: bool,
     /// Receives every event of every pod.
     pub observer: Observer,
 }

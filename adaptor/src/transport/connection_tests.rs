@@ -12,6 +12,7 @@ use secure_comms_protocol::control::{Bye, LogLine};
 use secure_comms_protocol::limits::{LOG_TEXT_MAX, REKEY_BYTES};
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PhaseName};
+use secure_comms_ssh::profile::KeyExchange;
 use secure_comms_tunnel::Link;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -22,6 +23,7 @@ fn dial(address: SocketAddr, node_key: &WorkerNodeKey) -> Dial {
         address,
         node_key: node_key.clone(),
         rekey_bytes: REKEY_BYTES,
+        kex: KeyExchange::Any,
         hold: AuthHold::default(),
         answered: Answered::default(),
     }

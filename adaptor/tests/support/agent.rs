@@ -17,7 +17,7 @@ use secure_comms_protocol::{Control, Hello, Kubernetes, PhaseName};
 use secure_comms_ssh::channel::{PendingChannel, split};
 use secure_comms_ssh::control::{self, Outbox};
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
-use secure_comms_ssh::profile;
+use secure_comms_ssh::profile::{self, KeyExchange};
 use secure_comms_tunnel::flow::Side;
 use secure_comms_tunnel::{Credits, Incoming, Outbounds, outbound};
 use tokio::net::{TcpListener, TcpStream};
@@ -132,7 +132,7 @@ impl Agent {
         self.seen.push("connection");
         let (socket, guard) = Guarded::new(socket, Peer::Client);
         guard.set_read_ahead_limit(CreditLimits::KUBERNETES.held_max());
-        let config = profile::server(mode.phase, (*mode.host.ssh()).clone(), REKEY_BYTES);
+        let config = profile::server(mode.phase, (*mode.host.ssh()).clone(), REKEY_BYTES, KeyExchange::Any);
         let outbounds = parse_list(&format!("KUBERNETES_PHASE:KATAAGENT:{}", self.kata)).unwrap();
         let handler = Peer_ {
             agent: self.clone(),

@@ -277,6 +277,7 @@ fn build_with(
         worker_nodes: None,
         old_agents: false,
         rekey_bytes: REKEY_BYTES,
+        require_pq: false,
         observer: Arc::new(move |_, event| {
             let event = event.to_string();
             recorded.push(event.clone());

@@ -1,6 +1,6 @@
 //! The latched keys: stored until the VM reboots, so that a restarted agent does not attest again.
 //!
-//! The directory must be on a tmpfs, which is encrypted memory in a confidential VM. Everything here fails closed: a file
+//! The directory must be on a tmpfs, which is encrypted memory in a confidential VM, unless the operator says otherwise. Everything here fails closed: a file
 //! that another user could have written, or that can't be read, is an error and never "no keys". Without keys the agent
 //! would attest again, and an attacker that answers as the KBS would own a VM that already runs a pod.
 
@@ -38,6 +38,13 @@ pub enum LatchError {
         /// The fault.
         fault: PrivacyFault,
     },
+    /// The directory is not in memory.
+    #[error(
+        "checking -secure-comms-state-dir {}: it is not on a tmpfs or ramfs: the keys of this boot would reach a disk, where \
+         the host can read them; name a directory below /run, or set -secure-comms-state-dir-on-disk if the disk is \
+         encrypted with a key of this VM", .0.display()
+    )]
+    OnDisk(PathBuf),
     /// Another user could have written the keys or could read them.
     #[error(
         "checking the latched keys in {}: {fault}; it must be ours alone; reboot the VM to start over", path.display()
@@ -84,20 +91,24 @@ impl Latch {
         Self { directory: directory.into() }
     }
 
-    /// Checks the directory, and the keys in it. Warns if it is not on a tmpfs: that is no fault, because a disk may be
-    /// encrypted with a key of this VM, which can't be seen here.
+    /// Checks the directory, and the keys in it. `may_be_on_disk`: the operator says that the disk is encrypted with a key of
+    /// this VM, which can't be seen here.
     ///
     /// # Errors
-    /// Those of [`Self::load`].
-    pub(crate) fn check(&self) -> Result<(), LatchError> {
+    /// Those of [`Self::load`], or it is on a disk.
+    pub(crate) fn check(&self, may_be_on_disk: bool) -> Result<(), LatchError> {
         self.load()?;
-        if !is_in_memory(&self.directory) {
-            log::warn!(
-                "-secure-comms-state-dir {}: it is not on a tmpfs: the keys of this boot may reach a disk, where the host \
-                 can read them, and outlast a reboot; name a directory below /run",
-                self.directory.display()
-            );
+        if is_in_memory(&self.directory) {
+            return Ok(());
         }
+        if !may_be_on_disk {
+            return Err(LatchError::OnDisk(self.directory.clone()));
+        }
+        log::warn!(
+            "-secure-comms-state-dir {}: it is not on a tmpfs: unless its disk is encrypted with a key of this VM, the host \
+             can read the keys of this boot; they outlast a reboot",
+            self.directory.display()
+        );
         Ok(())
     }
 
@@ -157,8 +168,8 @@ const RAMFS: u64 = 0x8584_58f6;
 /// Whether a directory is on a tmpfs or ramfs. One that does not exist is on the file system of its nearest parent.
 fn is_in_memory(directory: &Path) -> bool {
     let mut found = directory.ancestors().filter_map(|path| statfs(path).ok());
-    // If nothing is known there is nothing to warn of.
-    found.next().is_none_or(|found| {
+    // A system that can't be asked is not known to be memory.
+    found.next().is_some_and(|found| {
         let kind = found.filesystem_type();
         kind == TMPFS_MAGIC || u64::try_from(kind.0).is_ok_and(|kind| kind == RAMFS)
     })

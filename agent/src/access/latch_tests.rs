@@ -31,7 +31,8 @@ fn mode(path: &Path) -> u32 {
 }
 
 fn refused(latch: &Latch, parts: &[&str]) {
-    let faults = [latch.load().unwrap_err(), latch.store(&keys()).unwrap_err(), latch.check().unwrap_err()];
+    let faults =
+        [latch.load().unwrap_err(), latch.store(&keys()).unwrap_err(), latch.check(true).unwrap_err()];
     for text in faults.map(|error| error.to_string()) {
         for part in parts {
             assert!(text.contains(part), "{part:?} is not in {text:?}");
@@ -92,7 +93,7 @@ fn a_directory_that_others_may_use_is_refused() {
         let chmod = format!("run chmod 0700 {}", latch.directory.display());
         refused(&latch, &[&format!("(mode {others:04o})"), &chmod]);
         set_mode(&latch.directory, 0o700);
-        latch.check().unwrap();
+        latch.check(true).unwrap();
     }
 }
 
@@ -166,4 +167,15 @@ fn a_tmpfs_differs_from_a_disk() {
     {
         assert_eq!(is_in_memory(Path::new(path)), in_memory, "{path}");
     }
+}
+
+#[test]
+fn a_directory_outside_of_memory_needs_the_operators_word() {
+    // The file system of processes: no memory of the VM's, and no disk either.
+    let elsewhere = Latch::new("/proc/self/state");
+    let fault = elsewhere.check(false).unwrap_err().to_string();
+    assert!(fault.contains("it is not on a tmpfs or ramfs") && fault.contains("-on-disk"), "{fault}");
+    elsewhere.check(true).unwrap();
+    // Neither the directory nor the one above exists.
+    Latch::new("/dev/shm/secure-comms-none/state").check(false).unwrap();
 }

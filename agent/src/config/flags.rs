@@ -11,6 +11,8 @@ use argh::FromArgs;
 use secure_comms_keys::text::escape;
 use secure_comms_protocol::{PodId, limits};
 
+use crate::kata::sources::MountPrefixes;
+
 use super::go_flags::{FLAGS, Stop, normalise};
 use super::user_data::{AllowedHost, UserDataMode};
 
@@ -60,6 +62,12 @@ pub struct Options {
     pub guest_api: SocketAddr,
     /// Directory of the latched keys.
     pub state_dir: PathBuf,
+    /// Where that directory may be.
+    pub state_place: StatePlace,
+    /// Whether `-secure-comms-require-pq` is set.
+    pub require_pq: bool,
+    /// Directories below which the sources of bind mounts are made.
+    pub mount_prefixes: MountPrefixes,
     /// Bytes on a connection after which it is rekeyed.
     pub rekey_bytes: usize,
     /// Flags that were given and are ignored.
@@ -75,6 +83,15 @@ pub enum MissingNamespace {
     Made,
     /// Make it, and exit.
     MadeOnly,
+}
+
+/// Where the directory of the latched keys may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatePlace {
+    /// In memory only, which ends with the boot and which the host can't read.
+    Memory,
+    /// Anywhere: the operator says that the disk is encrypted with a key of this VM.
+    AnyDisk,
 }
 
 /// An early end of the process: it prints `text` and exits with `code`.
@@ -173,6 +190,16 @@ struct Flags {
     /// directory for this boot's keys, on a tmpfs (default /run/secure-comms)
     #[argh(option, default = "PathBuf::from(\"/run/secure-comms\")", from_str_fn(path))]
     secure_comms_state_dir: PathBuf,
+    /// let that directory be on a disk, which must be encrypted with a key of this VM
+    #[argh(switch)]
+    secure_comms_state_dir_on_disk: bool,
+    /// only post-quantum key exchange (mlkem768x25519-sha256), in both phases
+    #[argh(switch)]
+    secure_comms_require_pq: bool,
+    /// directories below which missing sources of bind mounts are made, comma separated; empty: none
+    /// (default /run/kata-containers,/run/cloud-volumes,/var/lib/kubelet)
+    #[argh(option, default = "default_mount_prefixes()", from_str_fn(mount_prefixes))]
+    secure_comms_mount_prefixes: MountPrefixes,
     /// bytes after which a connection is rekeyed, e.g. 64M or 1GiB (default 32GiB, at least 1MiB)
     #[argh(option, default = "limits::REKEY_BYTES", from_str_fn(rekey_bytes))]
     secure_comms_rekey_bytes: usize,
@@ -195,6 +222,14 @@ struct Flags {
 
 fn default_listen() -> SocketAddr {
     (std::net::Ipv6Addr::UNSPECIFIED, limits::SSH_PORT).into()
+}
+
+fn default_mount_prefixes() -> MountPrefixes {
+    MountPrefixes::default()
+}
+
+fn mount_prefixes(text: &str) -> Result<MountPrefixes, String> {
+    text.parse()
 }
 
 fn path(text: &str) -> Result<PathBuf, String> {
@@ -347,6 +382,13 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Options, Exit> {
         listen: flags.secure_comms_listen,
         guest_api: flags.secure_comms_guest_api,
         state_dir: flags.secure_comms_state_dir,
+        state_place: if flags.secure_comms_state_dir_on_disk {
+            StatePlace::AnyDisk
+        } else {
+            StatePlace::Memory
+        },
+        require_pq: flags.secure_comms_require_pq,
+        mount_prefixes: flags.secure_comms_mount_prefixes,
         rekey_bytes: flags.secure_comms_rekey_bytes,
         unused: unused.map(|flag| flag.name).collect(),
     })

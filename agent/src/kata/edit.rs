@@ -92,7 +92,7 @@ pub fn recognise(beginning: &[u8], whole: bool) -> Verdict {
             Some(Err(_)) if is_name(before) && before.len() >= NAME_MAX => return Verdict::Pass,
             Some(Err(Malformed::Truncated)) | None => return Verdict::Assemble,
             // Malformed: the kata agent refuses it.
-            Some(Err(Malformed::InvalidField)) => return Verdict::Pass,
+            Some(Err(Malformed::InvalidField | Malformed::Repeated(_))) => return Verdict::Pass,
         }
     }
 }
@@ -197,8 +197,11 @@ pub fn create_sandbox(payload: &[u8]) -> Result<Cow<'_, [u8]>, Malformed> {
 /// A `CreateContainerRequest` whose container joins the network namespace at the path `namespace`, and no other.
 ///
 /// # Errors
-/// The payload is malformed.
+/// The payload is malformed, or it is not clear which of several messages the kata agent takes.
 pub fn create_container<'a>(payload: &'a [u8], namespace: Option<&str>) -> Result<Cow<'a, [u8]>, Malformed> {
+    if let Some(oci) = only_oci(payload)? {
+        protobuf::only(oci, kata::OCI_LINUX, "Linux")?;
+    }
     let path = [kata::CREATE_CONTAINER_OCI, kata::OCI_LINUX, kata::LINUX_NAMESPACES];
     let is_network = |namespace: &[u8]| Ok(protobuf::last(namespace, kata::NAMESPACE_TYPE)? == NETWORK);
     let Some(namespace) = namespace else {
@@ -213,7 +216,11 @@ pub fn create_container<'a>(payload: &'a [u8], namespace: Option<&str>) -> Resul
     Ok(Cow::Owned(with(&payload, &path, &ours)?))
 }
 
-/// `message` with one more field at the end of `path`, in the last message of each step; missing messages are added. Does not
+fn only_oci(payload: &[u8]) -> Result<Option<&[u8]>, Malformed> {
+    protobuf::only(payload, kata::CREATE_CONTAINER_OCI, "OCI")
+}
+
+/// `message` with one more field at the end of `path`; missing messages are added. Each step has one message at most. Does not
 /// append a second message instead: protobuf would merge the two, but in the kata agent's decoder (the crate `protobuf` 3) the
 /// second replaces the first.
 fn with(message: &[u8], path: &[u32], content: &[u8]) -> Result<Vec<u8>, Malformed> {
@@ -267,11 +274,11 @@ fn without<'a>(
 /// The bind mounts of a `CreateContainerRequest`.
 ///
 /// # Errors
-/// The payload is malformed.
+/// The payload is malformed, or has several OCI messages.
 pub fn mounts(payload: &[u8]) -> Result<Mounts, Malformed> {
     let mut found = Mounts::default();
     let mut listed: &[u8] = &[];
-    for oci in protobuf::contents(payload, kata::CREATE_CONTAINER_OCI)? {
+    if let Some(oci) = only_oci(payload)? {
         for mount in protobuf::contents(oci, kata::OCI_MOUNTS)? {
             if protobuf::last(mount, kata::MOUNT_TYPE)? == b"bind" {
                 found.sources.push(path(protobuf::last(mount, kata::MOUNT_SOURCE)?));

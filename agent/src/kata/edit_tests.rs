@@ -41,13 +41,38 @@ fn golden_bytes_of_a_container_without_a_network_namespace() {
 
 #[test]
 fn golden_bytes_of_a_container_with_two_network_namespaces() {
-    // OCI { unknown 14 "x", Linux { "network" "/a", unknown 13: 1, "pid" } }, unknown 15, OCI { Linux { "network" } }
-    let first = "321d 720178 4218 320d0a076e6574776f726b12022f61 6801 32050a03706964";
-    let before = hex(&format!("{first} 7a0178 320d 420b 32090a076e6574776f726b"));
-    let after = "320e 720178 4209 6801 32050a03706964 7a0178";
-    // In the last OCI: the only one that counts for a decoder that does not merge.
-    let ours = "321f 421d 321b 0a076e6574776f726b 12102f72756e2f6e65746e732f706f646e73";
-    assert_eq!(create_container(&before, Some(PATH)).unwrap(), [hex(after), hex(ours)].concat());
+    // OCI { unknown 14 "x", Linux { "network" "/a", unknown 13: 1, "pid", "network" } }, unknown 15
+    let network = "32090a076e6574776f726b";
+    let before =
+        hex(&format!("3228 720178 4223 320d0a076e6574776f726b12022f61 6801 32050a03706964 {network} 7a0178"));
+    let after =
+        "322b 720178 4226 6801 32050a03706964 321b 0a076e6574776f726b 12102f72756e2f6e65746e732f706f646e73";
+    assert_eq!(create_container(&before, Some(PATH)).unwrap(), hex(&format!("{after} 7a0178")));
+}
+
+#[test]
+fn a_message_that_two_decoders_read_differently_is_refused() {
+    // What we would edit: a container in the pod's network. What the kata agent would take: the last OCI, or the last Linux.
+    let linux = "4207 3205 0a03706964";
+    let cases = [
+        ("OCI", format!("3209 {linux} 7a0178 3209 {linux}")),
+        ("OCI", format!("3209 {linux} 3200")),
+        ("OCI", "3200 0a0163 3200".into()),
+        ("Linux", format!("3212 {linux} {linux}")),
+        ("Linux", format!("320e {linux} 720178 4200")),
+        ("Linux", "3204 4200 4200".into()),
+    ];
+    for (name, payload) in cases {
+        let payload = hex(&payload);
+        let bytes = messages::request(1, "CreateContainer", &payload);
+        for namespace in [Some(PATH), None] {
+            let fault = request(&bytes[HEADER..], namespace).unwrap_err();
+            assert_eq!(fault, Malformed::Repeated(name), "{}", payload.escape_ascii());
+        }
+        // Of a request that is not edited nothing is read.
+        let bytes = messages::request(1, "UpdateContainer", &payload);
+        assert_eq!(request(&bytes[HEADER..], Some(PATH)).unwrap().request, &bytes[HEADER..]);
+    }
 }
 
 #[test]
@@ -150,13 +175,8 @@ fn bind_mounts_and_their_volumes_are_found() {
     let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect::<Vec<_>>();
     let expected = Mounts { sources: paths(&["/a", "/b/c", "/"]), volumes: paths(&["/a", "/b/c"]) };
     assert_eq!(mounts(&container.encode_to_vec()), Ok(expected));
-    // An annotation in another part of the same message.
-    let split = [
-        CreateContainer::with_mounts(&["/a"], "/z").encode_to_vec(),
-        CreateContainer::with_mounts(&["/z"], "/a").encode_to_vec(),
-    ];
-    let expected = Mounts { sources: paths(&["/a", "/z"]), volumes: paths(&["/a"]) };
-    assert_eq!(mounts(&split.concat()), Ok(expected));
+    let split = [container.encode_to_vec(), CreateContainer::with_mounts(&["/z"], "/a").encode_to_vec()];
+    assert_eq!(mounts(&split.concat()), Err(Malformed::Repeated("OCI")));
 }
 
 proptest! {
@@ -164,10 +184,14 @@ proptest! {
     fn a_container_changes_in_its_network_namespace_only(
         parts in vec(messages::create_container(), 0..4), stream: u32,
     ) {
-        // Protobuf merges them.
+        // Protobuf merges them. The kata agent does not, so one of them has the OCI.
         let payload: Vec<u8> = parts.iter().flat_map(Message::encode_to_vec).collect();
         let before = CreateContainer::decode(&payload[..]).unwrap();
         let bytes = messages::request(stream, "CreateContainer", &payload);
+        if parts.iter().filter(|part| part.oci.is_some()).count() > 1 {
+            prop_assert_eq!(request(&bytes[HEADER..], Some(PATH)), Err(Malformed::Repeated("OCI")));
+            return Ok(());
+        }
         let edit = request(&bytes[HEADER..], Some(PATH)).unwrap();
         let after = Request::decode(&edit.request[..]).unwrap();
         prop_assert_eq!(CreateContainer::decode(&after.payload[..]).unwrap(), edited(before));

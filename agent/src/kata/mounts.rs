@@ -1,10 +1,9 @@
 //! The mounts of a container: makes missing sources of bind mounts, waits for volumes.
 
 use std::ffi::OsString;
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,18 +16,21 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::edit::Mounts;
 use super::reply::RequestRefusal;
+use super::sources::{self, MountPrefixes, Source};
 
 /// Time after which the mount table is read again, whatever the kernel says.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// The mounts that this process sees (proc_pid_mountinfo(5)).
 const MOUNT_INFO: &str = "/proc/self/mountinfo";
 
-/// Makes missing sources, and waits until something is mounted on each volume, at most until `end`. Needs one of `threads`.
+/// Makes missing sources below the `prefixes`, and waits until something is mounted on each volume, at most until `end`. A
+/// source that may not be made is left to the kata agent, whose policy decides. Needs one of `threads`.
 ///
 /// # Errors
-/// A source can't be made, or not all is there in time.
+/// A source can't be made, a volume may not be made, or not all is there in time.
 pub(super) async fn prepare(
     mounts: Mounts,
+    prefixes: MountPrefixes,
     end: Instant,
     threads: Arc<Semaphore>,
 ) -> Result<(), RequestRefusal> {
@@ -44,7 +46,7 @@ pub(super) async fn prepare(
         .spawn(move || {
             // Until the thread ends, whatever becomes of the request.
             let _permit = permit;
-            let volumes = make(mounts, || done.is_closed());
+            let volumes = make(mounts, &prefixes, || done.is_closed());
             drop(done.send(volumes));
         })
         .map_err(RequestRefusal::Mounts)?;
@@ -54,22 +56,33 @@ pub(super) async fn prepare(
 }
 
 /// Makes missing sources, until the request `is_gone`. Returns the canonical paths of the volumes, which the mount table has.
-fn make(mounts: Mounts, is_gone: impl Fn() -> bool) -> Result<Vec<PathBuf>, RequestRefusal> {
+fn make(
+    mounts: Mounts,
+    prefixes: &MountPrefixes,
+    is_gone: impl Fn() -> bool,
+) -> Result<Vec<PathBuf>, RequestRefusal> {
+    sources::own_umask().map_err(RequestRefusal::Mounts)?;
     for source in mounts.sources {
         if is_gone() {
             return Ok(Vec::new());
         }
-        if source.exists() {
-            continue;
+        match sources::make(&source, prefixes) {
+            Ok(Source::Exists) => {}
+            Ok(Source::Made) => {
+                log::info!("tunnel KATAAGENT: made {}, the source of a bind mount", source.display());
+            }
+            Ok(Source::Left(why)) if mounts.volumes.contains(&source) => {
+                return Err(RequestRefusal::VolumeLeft { path: source, why });
+            }
+            Ok(Source::Left(why)) => log::warn!(
+                "tunnel KATAAGENT: {}, the source of a bind mount, is missing and not made: {why}; the kata agent decides",
+                source.display()
+            ),
+            Err(error) => return Err(RequestRefusal::Source { path: source, source: error }),
         }
-        // Independent of our umask, because the container may have any user.
-        fs::create_dir_all(&source)
-            .and_then(|()| fs::set_permissions(&source, Permissions::from_mode(0o755)))
-            .map_err(|error| RequestRefusal::Source { path: source.clone(), source: error })?;
-        log::info!("tunnel KATAAGENT: made {}, the source of a bind mount", source.display());
     }
     let resolved = |volume: PathBuf| {
-        fs::canonicalize(&volume).map_err(|error| RequestRefusal::Source { path: volume, source: error })
+        sources::resolved(&volume).map_err(|error| RequestRefusal::Source { path: volume, source: error })
     };
     mounts.volumes.into_iter().map(resolved).collect()
 }

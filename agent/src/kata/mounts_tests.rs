@@ -12,6 +12,7 @@ use tokio::time::{Duration, Instant};
 use super::{MountTable, mount_point, mounted, prepare};
 use crate::kata::edit::Mounts;
 use crate::kata::reply::RequestRefusal;
+use crate::kata::sources::MountPrefixes;
 
 /// A tmpfs, unmounted on drop.
 struct Volume(PathBuf);
@@ -44,6 +45,10 @@ fn threads() -> Arc<Semaphore> {
 
 fn end() -> Instant {
     Instant::now() + VOLUME_MOUNT
+}
+
+fn below(directory: &Path) -> MountPrefixes {
+    directory.to_str().unwrap().parse().unwrap()
 }
 
 fn made(directory: &Path, name: &str) -> PathBuf {
@@ -97,8 +102,12 @@ async fn a_container_waits_for_all_of_its_volumes() {
     symlink(&two, &alias).unwrap();
     std::fs::create_dir_all(&two).unwrap();
     let sources = vec![one.clone(), alias.clone(), path.join("plain")];
-    let waiting =
-        tokio::spawn(prepare(Mounts { sources, volumes: vec![one.clone(), alias] }, end(), threads()));
+    let waiting = tokio::spawn(prepare(
+        Mounts { sources, volumes: vec![one.clone(), alias] },
+        below(&path),
+        end(),
+        threads(),
+    ));
     let table = MountTable::open().unwrap();
     while !one.exists() {
         tokio::task::yield_now().await;
@@ -139,7 +148,7 @@ async fn sources_that_are_missing_are_made_and_the_others_left_alone() {
     std::fs::set_permissions(&private, PermissionsExt::from_mode(0o700)).unwrap();
     let missing = path.join("a/b c");
     let sources = vec![file.clone(), private.clone(), missing.clone()];
-    prepare(Mounts { sources, volumes: vec![] }, end(), threads()).await.unwrap();
+    prepare(Mounts { sources, volumes: vec![] }, below(&path), end(), threads()).await.unwrap();
     assert_eq!(std::fs::read(file).unwrap(), b"x");
     let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o7777;
     assert_eq!((mode(&private), mode(&missing)), (0o700, 0o755));
@@ -150,9 +159,10 @@ async fn a_source_that_cannot_be_made_is_named() {
     let (_directory, path) = directory();
     std::fs::write(path.join("file"), "x").unwrap();
     let source = path.join("file/below");
-    let refusal = prepare(Mounts { sources: vec![source.clone()], volumes: vec![] }, end(), threads())
-        .await
-        .unwrap_err();
+    let refusal =
+        prepare(Mounts { sources: vec![source.clone()], volumes: vec![] }, below(&path), end(), threads())
+            .await
+            .unwrap_err();
     let text = format!("making {}, the source of a bind mount: Not a directory", source.display());
     assert!(refusal.to_string().starts_with(&text), "{refusal}");
 }
@@ -163,11 +173,35 @@ async fn a_request_without_a_thread_for_its_mounts_is_refused_in_its_time() {
     let (threads, mounts) = (threads(), || Mounts { sources: vec![path.clone()], volumes: vec![] });
     let hangs = threads.clone().acquire_owned().await.unwrap();
     let (start, end) = (Instant::now(), Instant::now() + Duration::from_secs(10));
-    let refusal = prepare(mounts(), end, threads.clone()).await.unwrap_err();
+    let refusal = prepare(mounts(), below(&path), end, threads.clone()).await.unwrap_err();
     assert!(matches!(refusal, RequestRefusal::TooManyThreads(_)), "{refusal}");
     assert_eq!(start.elapsed(), Duration::from_secs(10));
     drop(hangs);
     // The thread that it has now needs real time.
     tokio::time::resume();
-    prepare(mounts(), Instant::now() + VOLUME_MOUNT, threads).await.unwrap();
+    prepare(mounts(), below(&path), Instant::now() + VOLUME_MOUNT, threads).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_source_elsewhere_is_left_to_the_kata_agent() {
+    let (_directory, path) = directory();
+    let (inside, outside) = (made(&path, "inside"), path.join("outside/deep"));
+    let sources = vec![outside.clone(), inside.join("made")];
+    let mounts = Mounts { sources, volumes: vec![] };
+    prepare(mounts, below(&inside), end(), threads()).await.unwrap();
+    assert!(inside.join("made").is_dir() && !path.join("outside").exists());
+}
+
+#[tokio::test]
+async fn a_volume_that_may_not_be_made_is_refused_at_once() {
+    let (_directory, path) = directory();
+    let (inside, outside) = (made(&path, "inside"), path.join("outside"));
+    let mounts = Mounts { sources: vec![outside.clone()], volumes: vec![outside.clone()] };
+    let refusal = prepare(mounts, below(&inside), end(), threads()).await.unwrap_err();
+    let text = format!(
+        "waiting for the volume {}: it is missing and not made: it is not below -secure-comms-mount-prefixes;",
+        outside.display()
+    );
+    assert!(refusal.to_string().starts_with(&text), "{refusal}");
+    assert!(!outside.exists());
 }

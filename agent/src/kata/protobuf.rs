@@ -14,6 +14,10 @@ pub enum Malformed {
     /// A field number or wire type is invalid, or a number has more than 64 bits.
     #[error("invalid tag or wire type")]
     InvalidField,
+    /// A message that there may be one of comes several times. Protobuf merges them; the kata agent's decoder (the crate
+    /// `protobuf` 3) takes the last.
+    #[error("it has several '{0}', and decoders differ in which counts")]
+    Repeated(&'static str),
 }
 
 /// One field of a message.
@@ -144,6 +148,18 @@ pub fn contents(message: &[u8], wanted: u32) -> Result<Vec<&[u8]>, Malformed> {
         }
     }
     Ok(found)
+}
+
+/// The content of the only message with this field number, whose `name` an error has; none if there is none.
+///
+/// # Errors
+/// `message` is malformed, or has several.
+pub fn only<'a>(message: &'a [u8], wanted: u32, name: &'static str) -> Result<Option<&'a [u8]>, Malformed> {
+    match *contents(message, wanted)? {
+        [] => Ok(None),
+        [one] => Ok(Some(one)),
+        _ => Err(Malformed::Repeated(name)),
+    }
 }
 
 /// The content of the string or bytes with this field number. The last of several counts; a missing one is empty.

@@ -9,6 +9,7 @@ use secure_comms_protocol::limits::{HELD_BYTES_MAX, HELD_REQUESTS_MAX, MOUNT_THR
 
 use super::frame::{HEADER, Header, RESPONSE};
 use super::protobuf::{Malformed, put, put_number};
+use super::sources::Why;
 
 /// The longest text of a refusal, in bytes.
 const TEXT_MAX: usize = 1024;
@@ -63,6 +64,17 @@ pub enum RequestRefusal {
         /// Error of the system.
         source: io::Error,
     },
+    /// A volume is missing, and may not be made.
+    #[error(
+        "waiting for the volume {}: it is missing and not made: {why}; name its directory there, or make it in the VM",
+        path.display()
+    )]
+    VolumeLeft {
+        /// Path of the volume.
+        path: PathBuf,
+        /// Why it is not made.
+        why: Why,
+    },
     /// Nothing was mounted on a volume in time.
     #[error(
         "waiting for the volume {}: nothing was mounted there within {:.1} s; see the log of what mounts it in the VM",
@@ -108,7 +120,7 @@ impl RequestRefusal {
             | Self::TooMany
             | Self::TooManyThreads(_) => 8,
             // FAILED_PRECONDITION
-            Self::Source { .. } => 9,
+            Self::Source { .. } | Self::VolumeLeft { .. } => 9,
             // INTERNAL
             Self::Mounts(_) => 13,
         }

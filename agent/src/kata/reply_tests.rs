@@ -24,6 +24,7 @@ fn refusals_have_a_code_and_say_why() {
     let failed = || io::Error::from(io::ErrorKind::PermissionDenied);
     for (refusal, code, part) in [
         (RequestRefusal::Malformed(Malformed::Truncated), 3, "it ends within a field; check"),
+        (RequestRefusal::Malformed(Malformed::Repeated("OCI")), 3, "it has several 'OCI', and decoders"),
         (
             RequestRefusal::Volume { path: "/v".into(), waited: Duration::from_millis(9960) },
             4,

@@ -9,21 +9,23 @@ use super::budget::Budget;
 use super::mounts;
 use super::reply::RequestRefusal;
 use super::requests::Held;
+use super::sources::MountPrefixes;
 
 /// The held requests of one stream, within the budget of its connection. Dropped with the stream.
 #[derive(Debug)]
 pub(super) struct Waiting {
     tasks: JoinSet<Ready>,
     budget: Budget,
+    prefixes: MountPrefixes,
 }
 
 /// The end of a wait: the request, or the stream that is refused and why.
 pub(super) type Ready = Result<Held, (u32, RequestRefusal)>;
 
 impl Waiting {
-    /// No requests yet.
-    pub(super) fn within(budget: Budget) -> Self {
-        Self { tasks: JoinSet::new(), budget }
+    /// No requests yet. Sources of bind mounts are made below the `prefixes`.
+    pub(super) fn within(budget: Budget, prefixes: MountPrefixes) -> Self {
+        Self { tasks: JoinSet::new(), budget, prefixes }
     }
 
     /// Holds a request until its mounts are ready, at most until its own timeout or for [`VOLUME_MOUNT`].
@@ -37,9 +39,9 @@ impl Waiting {
         let limit = Instant::now() + VOLUME_MOUNT;
         let end = held.deadline.map_or(limit, |deadline| deadline.min(limit));
         let mounts = std::mem::take(&mut held.mounts);
-        let threads = self.budget.threads().clone();
+        let (threads, prefixes) = (self.budget.threads().clone(), self.prefixes.clone());
         self.tasks.spawn(async move {
-            match mounts::prepare(mounts, end, threads).await {
+            match mounts::prepare(mounts, prefixes, end, threads).await {
                 Ok(()) => Ok(held),
                 Err(refusal) => Err((held.stream, refusal)),
             }

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use nix::errno::Errno;
 use secure_comms_tunnel::netns::{Namespace, NamespaceError};
 use tokio::sync::Mutex;
 
@@ -12,7 +11,7 @@ use super::error::{PodNetworkError, Step};
 use super::netlink::Net;
 use super::secondary::{Kept, SecondaryInterface};
 use super::spec::{InterfaceName, Spec};
-use super::{interface, ip_route, notrack, secondary, underlay, vxlan};
+use super::{firewall, interface, ip_route, secondary, underlay, vxlan};
 
 /// Lines about routes and neighbours that are left out, at most.
 const REMARKS_MAX: usize = 16;
@@ -49,7 +48,8 @@ impl PodNetwork {
     /// A step failed; the steps before it were undone.
     pub(super) async fn set_up(&self) -> Result<(), PodNetworkError> {
         let namespaces = self.open().await?;
-        self.clear(&namespaces).await?;
+        // The firewall of an earlier process stays until it is replaced.
+        self.clear_tunnel(&namespaces).await?;
         let made = self.make(&namespaces).await;
         if made.is_err()
             && let Err(error) = self.clear(&namespaces).await
@@ -122,8 +122,8 @@ impl PodNetwork {
                 // The second interface came back by itself, without its addresses.
                 let mut kept = self.secondary.lock().await;
                 let (host, file) = (open_host()?, open_host_file()?);
-                let returned = secondary::return_to_host(&host, None, &file, &mut kept).await;
-                all_of([returned, remove_rules()])
+                // The firewall stays: processes may still hold the namespace open, and with it the tunnel.
+                secondary::return_to_host(&host, None, &file, &mut kept).await
             }
             Err(error) => Err(error),
         }
@@ -146,21 +146,14 @@ impl PodNetwork {
             return Err(PodNetworkError::Taken(taken.name));
         }
         let over = underlay::find(self.host_interface.as_ref(), spec).await?;
+        // Before the link exists, so before the first packet.
+        self.put_up_firewall()?;
         let tunnel = vxlan::add(&namespaces.host, pod, &namespaces.pod_file, spec, &over).await?;
         let mtu = vxlan::set_mtu(pod, &tunnel, spec, &over).await?;
         // Connected only if it is a single host: which networks are on the link is for the worker node's routes to say.
         interface::add_address(pod, &tunnel, spec.pod, spec.pod.is_host()).await?;
-        // Before the link is up, so before the first packet.
-        let rules = notrack::add(spec.worker_node, spec.port);
         interface::set_up(pod, &tunnel).await?;
         let left_out = ip_route::add_all(pod, &tunnel, spec).await?;
-        if let Err(error) = rules {
-            log::warn!(
-                "pod network: the NOTRACK rules are left out: {}; connection tracking, where the VM has it on, tracks the \
-                 tunnel",
-                without_nftables(&error)
-            );
-        }
         log::info!(
             "pod network: '{}' {} in {}, VXLAN {} from {} ('{}') to {} port {}, MTU {mtu}",
             spec.interface,
@@ -176,14 +169,44 @@ impl PodNetwork {
         Ok(())
     }
 
-    /// Undoes each part, even if others fail.
+    /// Drops the packets of strangers to the tunnel.
+    ///
+    /// # Errors
+    /// The kernel refuses. Without these rules a tunnel must not exist: its packets prove nothing but their source address.
+    fn put_up_firewall(&self) -> Result<(), PodNetworkError> {
+        let Spec { worker_node, port, .. } = self.spec;
+        let tracked = firewall::put_up(worker_node, port).map_err(|source| {
+            let advice = if firewall::lacks_nftables(&source) {
+                "the kernel lacks nf_tables, without which anyone could send into the tunnel; use a kernel that has it"
+            } else {
+                "without it anyone could send into the tunnel; this needs CAP_NET_ADMIN, and that no other program owns the \
+                 table inet secure-comms"
+            };
+            let step = format!("dropping packets to port {port} that are not from {worker_node}");
+            PodNetworkError::Step { step, source, advice }
+        })?;
+        if let Some(error) = tracked {
+            log::warn!(
+                "pod network: the NOTRACK rules are left out: {error}: the kernel may lack notrack (nft_ct); connection \
+                 tracking, where the VM has it on, tracks the tunnel"
+            );
+        }
+        Ok(())
+    }
+
+    /// Undoes each part, even if others fail; but the firewall stays as long as the tunnel does.
     async fn clear(&self, namespaces: &Arc<Namespaces>) -> Result<(), PodNetworkError> {
+        self.clear_tunnel(namespaces).await?;
+        remove_firewall()
+    }
+
+    /// Undoes each part but the firewall, even if others fail.
+    async fn clear_tunnel(&self, namespaces: &Arc<Namespaces>) -> Result<(), PodNetworkError> {
         let pod = &namespaces.pod;
         all_of([
             self.return_secondary(namespaces).await,
             ip_route::remove_foreign(pod, &self.spec).await,
             self.remove_tunnel(pod).await,
-            remove_rules(),
         ])
     }
 
@@ -249,16 +272,7 @@ pub(super) fn log_remarks(remarks: &[String]) {
     }
 }
 
-fn remove_rules() -> Result<(), PodNetworkError> {
-    notrack::remove()
-        .step(|| "removing the NOTRACK rules".into(), "remove them with `nft delete table inet secure-comms`")
-}
-
-fn without_nftables(error: &io::Error) -> String {
-    match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::EPROTONOSUPPORT | Errno::EOPNOTSUPP | Errno::ENOENT) => {
-            format!("{error}: the kernel lacks nf_tables, or its notrack (nft_ct)")
-        }
-        _ => error.to_string(),
-    }
+fn remove_firewall() -> Result<(), PodNetworkError> {
+    let removed = firewall::remove();
+    removed.step(|| "removing the firewall".into(), "remove it with `nft delete table inet secure-comms`")
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use russh::server::Config;
-use secure_comms_ssh::profile;
+use secure_comms_ssh::profile::{self, KeyExchange};
 
 use crate::access::policy::Admission;
 
@@ -11,13 +11,14 @@ use crate::access::policy::Admission;
 #[derive(Debug)]
 pub(super) struct HostConfigs {
     rekey_bytes: usize,
+    kex: KeyExchange,
     newest: Mutex<Option<(u64, Arc<Config>)>>,
 }
 
 impl HostConfigs {
     /// Configurations that ask for new session keys after `rekey_bytes` bytes.
-    pub(super) fn new(rekey_bytes: usize) -> Self {
-        Self { rekey_bytes, newest: Mutex::default() }
+    pub(super) fn new(rekey_bytes: usize, kex: KeyExchange) -> Self {
+        Self { rekey_bytes, kex, newest: Mutex::default() }
     }
 
     /// The configuration of an admission.
@@ -27,7 +28,7 @@ impl HostConfigs {
             Some((generation, config)) if *generation == admission.generation => config.clone(),
             _ => {
                 let host_key = (*admission.host_key).clone();
-                let config = Arc::new(profile::server(admission.phase, host_key, self.rekey_bytes));
+                let config = Arc::new(profile::server(admission.phase, host_key, self.rekey_bytes, self.kex));
                 *newest = Some((admission.generation, config.clone()));
                 config
             }

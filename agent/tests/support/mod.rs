@@ -50,7 +50,7 @@ impl Place {
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_agent-protocol-forwarder"));
         command.arg("-config").arg(self.path("apf.json"));
-        command.arg("-secure-comms-state-dir").arg(self.path("state"));
+        command.arg("-secure-comms-state-dir").arg(self.path("state")).arg("-secure-comms-state-dir-on-disk");
         command.args(["-pod-namespace", "", "-secure-comms-listen", "127.0.0.1:0"]).args(args);
         // Under a journal it logs to stderr, wherever the tests run.
         command.env_clear().env("JOURNAL_STREAM", "1:1").stdin(Stdio::null());

@@ -197,6 +197,7 @@ fn build_adaptor(
         worker_nodes: settings.worker_nodes.clone(),
         old_agents: settings.old_agents,
         rekey_bytes: settings.rekey_bytes,
+        require_pq: settings.require_pq,
         observer: Arc::new(move |pod: &PodId, event: &PodEvent| events.happened(pod, event)),
     };
     Ok(Adaptor::new(store, key_source, config))

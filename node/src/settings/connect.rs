@@ -41,6 +41,7 @@ impl ConnectSettings {
             reader.tags(("--outbounds", std::mem::take(&mut args.outbounds)), "SECURE_COMMS_OUTBOUNDS");
         let deadline = deadline(&mut reader, args.deadline.as_deref());
         let rekey_bytes = rekey_bytes(&mut reader, args.rekey_bytes.as_deref());
+        let require_pq = reader.boolean("SECURE_COMMS_REQUIRE_PQ").unwrap_or(false) || args.require_pq;
         let events: Option<Events> =
             reader.value_or_default(("--events", args.events.take()), "SECURE_COMMS_EVENTS");
         let no_trustee = reader.boolean("SECURE_COMMS_NO_TRUSTEE").unwrap_or(false) || args.no_trustee;
@@ -74,6 +75,7 @@ impl ConnectSettings {
             old_agents,
             deadline,
             rekey_bytes,
+            require_pq,
             delete_on_exit: args.delete_on_exit,
             events: events == Some(Events::Json),
             warnings,

@@ -158,7 +158,10 @@ async fn agent(
     command.args(["-secure-comms", "-pod-namespace", "", "-secure-comms-listen", &ssh.to_string()]);
     command.arg("-config").arg(user_data);
     command.arg("-kata-agent-socket").arg(directory.join("kata.sock"));
-    command.arg("-secure-comms-state-dir").arg(directory.join("state"));
+    command
+        .arg("-secure-comms-state-dir")
+        .arg(directory.join("state"))
+        .arg("-secure-comms-state-dir-on-disk");
     let agent = Child::spawn("agent", place.in_vm(command))?;
     agent.wait_for_text("listens on", PATIENCE).await?;
     Ok(agent)

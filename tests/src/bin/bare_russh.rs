@@ -18,7 +18,7 @@ use russh::server::{self, Auth, ChannelOpenHandle, Msg, Session};
 use russh::{Channel, ChannelMsg};
 use secure_comms_protocol::PhaseName;
 use secure_comms_protocol::limits::{MESSAGE_MAX, REKEY_BYTES};
-use secure_comms_ssh::profile;
+use secure_comms_ssh::profile::{self, KeyExchange};
 use secure_comms_tests::usage::is_help;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -118,7 +118,7 @@ fn measure_kind(kind: Kind) -> Result<Round> {
         match kind {
             Kind::Tcp => measure(Tcp(socket)).await,
             Kind::Ssh => {
-                let config = Arc::new(profile::client(REKEY_BYTES));
+                let config = Arc::new(profile::client(REKEY_BYTES, KeyExchange::Any));
                 let mut handle: Handle<AnyServer> = client::connect_stream(config, socket, AnyServer).await?;
                 ensure!(handle.authenticate_none("bare").await?.success(), "not let in");
                 measure(handle.channel_open_session().await?).await
@@ -258,7 +258,7 @@ fn cpu() -> Result<Duration> {
 async fn serve_ssh(socket: TcpStream) -> Result<()> {
     let seed = std::array::from_fn(|at| at as u8);
     let key = PrivateKey::new(KeypairData::Ed25519(Ed25519Keypair::from_seed(&seed)), "")?;
-    let config = Arc::new(profile::server(PhaseName::Kubernetes, key, REKEY_BYTES));
+    let config = Arc::new(profile::server(PhaseName::Kubernetes, key, REKEY_BYTES, KeyExchange::Any));
     let (opened, channel) = oneshot::channel();
     let session = tokio::spawn(server::run_stream(config, socket, AnyClient(Some(opened))).await?);
     serve(channel.await?).await?;

@@ -175,9 +175,9 @@ impl Pod {
     /// If it is not so.
     pub async fn containers(&self) -> Result<()> {
         let runtime = Runtime::new(client(endpoint(&self.adaptor, "KATAAGENT").await?).await?);
-        let refused = runtime.create_container(&container("/usr/no-such-source", false)).await;
-        let refused = refused.err().context("a source on the read-only root was made")?.to_string();
-        ensure!(refused.contains("making /usr/no-such-source"), "{refused}");
+        let refused = runtime.create_container(&container("/usr/no-such-volume", true)).await;
+        let refused = refused.err().context("a volume outside of the prefixes was made")?.to_string();
+        ensure!(refused.contains("/usr/no-such-volume: it is missing and not made"), "{refused}");
 
         let volume = "/run/kata-containers/volume";
         let request = container(volume, true);

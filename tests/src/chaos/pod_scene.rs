@@ -183,6 +183,7 @@ impl PodScene {
             args.extend(["-config".into(), path("apf.json").into()]);
             args.extend(["-kata-agent-socket".into(), path("kata.sock").into()]);
             args.extend(["-secure-comms-state-dir".into(), path("state").into()]);
+            args.push("-secure-comms-state-dir-on-disk".into());
             let service = format!("KUBERNETES_PHASE:VMSERVICE:{}", path("vm.sock").display());
             args.extend(["-secure-comms-outbounds".into(), service.into()]);
             common.program(Side::Agent, route.namespace(Side::Agent).await, args)?

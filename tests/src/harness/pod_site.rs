@@ -137,7 +137,7 @@ impl PodSite {
         let mut command = self.vm.command(&ensure_built().await?.agent);
         command.env("JOURNAL_STREAM", "1:1").arg("-secure-comms").arg("-config").arg(self.path("apf.json"));
         command.arg("-pod-namespace").arg(self.pod.path());
-        command.arg("-secure-comms-state-dir").arg(self.path("state"));
+        command.arg("-secure-comms-state-dir").arg(self.path("state")).arg("-secure-comms-state-dir-on-disk");
         Ok(command)
     }
 

@@ -73,6 +73,7 @@ impl Vm {
             .arg(path("apf.json"))
             .arg("-secure-comms-state-dir")
             .arg(path("state"))
+            .arg("-secure-comms-state-dir-on-disk")
             .arg("-secure-comms-inbounds")
             .arg(format!("KUBERNETES_PHASE:NODESERVICE:{}:{NODE_SERVICE_PORT}", pod.name()))
             .arg("-secure-comms-outbounds")

@@ -12,7 +12,7 @@ use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, TunnelName};
 use secure_comms_ssh::channel::split;
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
 use secure_comms_ssh::link::{Opener, SshLink};
-use secure_comms_ssh::profile;
+use secure_comms_ssh::profile::{self, KeyExchange};
 use secure_comms_tunnel::{Credits, Outbounds, Receiver, Sender};
 use tokio::net::TcpStream;
 use tokio::sync::OwnedMutexGuard;
@@ -33,6 +33,8 @@ pub(crate) struct Dial {
     pub(crate) node_key: WorkerNodeKey,
     /// Bytes in one direction after which the session keys are renewed.
     pub(crate) rekey_bytes: usize,
+    /// Which key exchange is offered and accepted.
+    pub(crate) kex: KeyExchange,
     /// What the attempt waits for before it authenticates.
     pub(crate) hold: AuthHold,
     /// Learns of an SSH server at the address.
@@ -171,7 +173,7 @@ async fn connect_phase<P: ClientPhase>(
     let _answer = RecordAnswer { guard: guard.clone(), answered: &dial.answered };
     let shared = Shared::new(host, outbounds);
     let handshake = async {
-        let mut config = profile::client(dial.rekey_bytes);
+        let mut config = profile::client(dial.rekey_bytes, dial.kex);
         if !dial.hold.is_open() {
             // russh sends keepalives before authentication, too, and ends an unauthenticated connection that receives one.
             // The pings of the control channel are enough.

@@ -3,6 +3,7 @@
 use std::io;
 
 use secure_comms_protocol::{BannerHint, LoginState, PhaseName};
+use secure_comms_ssh::profile::nothing_in_common;
 use secure_comms_tunnel::names::LookupError;
 
 use crate::text::quote;
@@ -73,6 +74,6 @@ pub(super) fn cause(error: &russh::Error) -> String {
         russh::Error::IO(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
             "the other end closed the connection".into()
         }
-        other => quote(&other.to_string()),
+        other => nothing_in_common(other, "--require-pq").unwrap_or_else(|| quote(&other.to_string())),
     }
 }
