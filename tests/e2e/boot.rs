@@ -177,7 +177,8 @@ async fn the_image_with_systemd_confines_the_agent_and_recovers_it() -> Result<(
         "vxlan-port": 4789,
         "vxlan-id": 555001,
     }}))?;
-    let pod = Pod::start(scene(false).await?, "fast", Boot::Fast, UserData::NoCloudWithInitData(apf.clone())).await?;
+    let pod = Pod::start(scene(false).await?, "fast", Boot::Fast, UserData::NoCloudWithInitData(apf.clone()))
+        .await?;
     pod.works().await?;
     pod.has(&apf).await?;
     pod.network("pod0").await?;

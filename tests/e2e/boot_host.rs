@@ -37,7 +37,8 @@ async fn kernel_is_closed(pod: &Pod) -> Result<()> {
     let counter = pod.inspection.run(&["od", "-An", "-tx8", "-j16", "-N8", msr]).await?;
     ensure!(counter.trim().len() == 16, "{msr}: {counter}");
     let write = ["dd", "if=/dev/zero", &format!("of={msr}"), "bs=8", "seek=2", "count=1", "conv=notrunc"];
-    let refused = pod.inspection.run(&write).await.err().context("a register of the processor was written")?;
+    let refused =
+        pod.inspection.run(&write).await.err().context("a register of the processor was written")?;
     ensure!(refused.to_string().contains("Operation not permitted"), "{refused}");
     Ok(())
 }
@@ -46,8 +47,7 @@ async fn kernel_is_closed(pod: &Pod) -> Result<()> {
 async fn a_host_runs_nothing_in_the_vm_by_credentials() -> Result<()> {
     let scene = scene(false).await?;
     let options = options("host-credentials", &scene, Boot::Disk(None))?;
-    let pod =
-        Pod::start_as(scene, MachineOptions { host: HostCredentials::Hostile, ..options }).await?;
+    let pod = Pod::start_as(scene, MachineOptions { host: HostCredentials::Hostile, ..options }).await?;
     pod.works().await?;
     for unit in ["host-smbios.service", "h.service"] {
         let state = pod.inspection.run(&["systemctl", "show", "-P", "LoadState", unit]).await?;
@@ -67,10 +67,8 @@ async fn a_host_runs_nothing_in_the_vm_by_credentials() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_the_measured_option_the_host_is_root() -> Result<()> {
     let scene = scene(false).await?;
-    let boot = Boot::Direct {
-        root_hash: artifacts()?.root_hash()?,
-        without: Some("systemd.import_credentials=no"),
-    };
+    let boot =
+        Boot::Direct { root_hash: artifacts()?.root_hash()?, without: Some("systemd.import_credentials=no") };
     let options = MachineOptions { host: HostCredentials::Hostile, ..options("host-is-root", &scene, boot)? };
     let machine = Machine::start(MachinePermit::take().await, &options).await?;
     for program in HostCredentials::PROGRAMS {
@@ -125,7 +123,8 @@ async fn a_root_that_is_verified_in_part_never_serves() -> Result<()> {
     let disk = directory.path().join("podvm.raw");
     std::fs::copy(artifacts()?.file("podvm.raw")?, &disk)?;
     // If the tree would be read from other places, the first block does not verify.
-    let why = if shorten(&disk)? { "checking what dm-verity covers" } else { "reading the root's superblock" };
+    let why =
+        if shorten(&disk)? { "checking what dm-verity covers" } else { "reading the root's superblock" };
     let scene = scene(false).await?;
     let options = options("verified-in-part", &scene, Boot::Disk(Some(disk)))?;
     let options = MachineOptions { no_reboot: true, ..options };

@@ -30,7 +30,9 @@ pub enum CapabilityError {
     )]
     Refused(String),
     /// The ban on new capabilities was refused.
-    #[error("giving up capabilities: forbidding new ones: {0}; the service's system call filter must allow prctl")]
+    #[error(
+        "giving up capabilities: forbidding new ones: {0}; the service's system call filter must allow prctl"
+    )]
     NoNewPrivileges(Errno),
     /// The threads can't be listed.
     #[error("giving up capabilities: reading {THREADS}: {0}; mount /proc")]
@@ -57,6 +59,9 @@ impl From<CapsError> for CapabilityError {
 /// # Errors
 /// They can't: a process that would keep them must not begin to serve.
 pub fn check() -> Result<(), CapabilityError> {
+    if caps::read(None, CapSet::Permitted)?.is_empty() {
+        return Ok(());
+    }
     let effective = caps::read(None, CapSet::Effective)?;
     // The same ones: a filter refuses the call all the same.
     Ok(caps::set(None, CapSet::Effective, &effective)?)
@@ -87,6 +92,9 @@ pub async fn keep_only(keep: &[Capability]) -> Result<Vec<Capability>, Capabilit
 fn give_up(keep: &CapsHashSet) -> Result<(), CapabilityError> {
     nix::sys::prctl::set_no_new_privs().map_err(CapabilityError::NoNewPrivileges)?;
     let permitted = caps::read(None, CapSet::Permitted)?;
+    if permitted.is_empty() {
+        return Ok(());
+    }
     // First, because it needs a capability.
     if permitted.contains(&Capability::CAP_SETPCAP) {
         for capability in caps::all().difference(keep) {
@@ -135,7 +143,8 @@ fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
 mod tests {
     use super::*;
 
-    const STATUS: &str = "Name:\tnetns\nState:\tR (running)\nCapInh:\t0000000000000000\nCapPrm:\t0000000000201000\n";
+    const STATUS: &str =
+        "Name:\tnetns\nState:\tR (running)\nCapInh:\t0000000000000000\nCapPrm:\t0000000000201000\n";
 
     #[test]
     fn a_status_has_the_permitted_capabilities() {

@@ -20,7 +20,10 @@ pub enum HostCredentials {
 
 /// A unit that prints a line on the console, and pulls no other unit in.
 fn unit(name: &str) -> String {
-    format!("[Unit]\nDefaultDependencies=no\n[Service]\nType=oneshot\nRemainAfterExit=yes\n{}", printing(name))
+    format!(
+        "[Unit]\nDefaultDependencies=no\n[Service]\nType=oneshot\nRemainAfterExit=yes\n{}",
+        printing(name)
+    )
 }
 
 fn printing(name: &str) -> String {
@@ -29,7 +32,8 @@ fn printing(name: &str) -> String {
 
 /// The credentials: the name of each, and its content.
 fn by_smbios() -> [(&'static str, String); 6] {
-    let agent = format!("[Service]\nExecStartPre=+/usr/bin/sh -c 'echo {HOST_RAN}agent-drop-in >/dev/ttyS0'\n");
+    let agent =
+        format!("[Service]\nExecStartPre=+/usr/bin/sh -c 'echo {HOST_RAN}agent-drop-in >/dev/ttyS0'\n");
     [
         // systemd-debug-generator(8)
         ("systemd.extra-unit.host-smbios.service", unit("smbios")),

@@ -65,8 +65,7 @@ mod tests {
 
     #[test]
     fn a_socket_is_found_in_the_kernels_table() {
-        let listening =
-            "ffff8880: 00000002 00000000 00010000 0001 01 12345 /run/systemd/private";
+        let listening = "ffff8880: 00000002 00000000 00010000 0001 01 12345 /run/systemd/private";
         assert_eq!(line(listening), Some((SockType::Stream, "/run/systemd/private".to_owned())));
         assert_eq!(line("ffff8880: 00000003 00000000 00000000 0002 03 1 @name").unwrap().1, "@name");
         assert_eq!(line("ffff8880: 00000003 00000000 00000000 0001 03 12345"), None);
