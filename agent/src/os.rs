@@ -19,4 +19,6 @@ pub mod systemd;
 
 pub mod listener;
 
+pub mod capabilities;
+
 pub mod environment;

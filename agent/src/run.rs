@@ -20,10 +20,12 @@ use crate::access::policy::{AccessPolicy, Attesters, PersistKeys};
 use crate::agent::Agent;
 use crate::config::flags::StatePlace;
 use crate::config::{Config, KeySource};
+use crate::os::capabilities::{self, Capability, CapabilityError};
 use crate::os::log_limits::{Repeated, report_left_out};
 use crate::os::systemd::{Notifier, watchdog_interval};
 use crate::phases::attestation::{self, GuestApi, KeyResource};
 use crate::phases::kubernetes;
+use crate::pod_network::PodNetwork;
 use crate::server::Server;
 
 /// Why the agent could not start.
@@ -40,6 +42,9 @@ pub enum RunError {
         "{0}; end what is in its way, or correct its tag (-secure-comms-inbounds, or sc-inbounds of init-data or apf.json)"
     )]
     Bind(#[from] inbound::BindError),
+    /// Capabilities that nothing needs any more could not be given up.
+    #[error(transparent)]
+    Capabilities(#[from] CapabilityError),
     /// The operating system gave no random bytes.
     #[error("naming this agent process: {0}; check that the VM has a source of randomness")]
     Random(String),
@@ -63,13 +68,14 @@ pub fn check_state_dir(config: &Config) -> Result<(), RunError> {
 /// Runs the agent on a bound listener until `shutdown`, then drains its streams for at most [`SHUTDOWN_DRAIN`].
 ///
 /// # Errors
-/// The agent could not start.
+/// The agent could not start, or could not give up its capabilities: it stops then, rather than serve with them.
 pub async fn run(
     config: Config,
     listener: TcpListener,
     notifier: Notifier,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), RunError> {
+    capabilities::check()?;
     let (policy, start) = access_policy(&config)?;
     let agent = Arc::new(Agent::new(&config, policy, instance()?));
     let mut tasks = JoinSet::new();
@@ -114,7 +120,10 @@ pub async fn run(
     tasks.spawn(report_left_out());
     tasks.spawn(run_phases(agent.clone(), guest, start));
     tasks.spawn(report_to_systemd(agent.clone(), network_status, notifier.clone()));
-    shutdown.await;
+    let fault = tokio::select! {
+        () = &mut shutdown => None,
+        fault = give_up_capabilities(&agent, config.pod_network.as_ref()) => Some(fault),
+    };
     notifier.stopping("stopping: open streams may finish");
     accept.abort();
     drain(&agent).await;
@@ -124,7 +133,23 @@ pub async fn run(
     {
         log::error!("undoing the pod network: {error}");
     }
-    Ok(())
+    fault.map_or(Ok(()), |fault| Err(fault.into()))
+}
+
+/// Gives up the capabilities of this process as soon as the keys are final and nothing has to enter another network namespace
+/// any more. What remains: `CAP_NET_ADMIN`, if there is a pod network, whose repair and undo need it. Returns only a failure.
+async fn give_up_capabilities(agent: &Agent, network: Option<&PodNetwork>) -> CapabilityError {
+    agent.policy.until_latched().await;
+    if let Some(network) = network {
+        network.until_open().await;
+    }
+    let keep: &[Capability] = if network.is_some() { &[Capability::CAP_NET_ADMIN] } else { &[] };
+    match capabilities::keep_only(keep).await {
+        Ok(left) if left.is_empty() => log::info!("capabilities: none from now on"),
+        Ok(left) => log::info!("capabilities: only {left:?} from now on, for the pod network"),
+        Err(error) => return error,
+    }
+    std::future::pending().await
 }
 
 /// The phase that the agent starts in.

@@ -7,8 +7,10 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail, ensure};
 use secure_comms_tests::boot::{
-    AGENT, Boot, Machine, MachineOptions, MachinePermit, Platform, Pod, UserData, apf_json, artifacts, scene,
+    AGENT, Boot, Machine, MachineOptions, MachinePermit, Pod, UserData, apf_json, artifacts, scene,
+    sees_only_its_own,
 };
+use secure_comms_tests::harness::scene::PATIENCE;
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -57,8 +59,12 @@ async fn a_bare_vm_takes_its_tunnels_from_a_fw_cfg_credential() -> Result<()> {
     Ok(())
 }
 
-/// With systemd: the units are as they should be, and the agent is sandboxed.
-async fn systemd_is_content(pod: &Pod) -> Result<()> {
+/// What the agent keeps when it has latched: CAP_NET_ADMIN for a pod network, else nothing.
+const NET_ADMIN: &str = "0000000000001000";
+const NO_CAPABILITY: &str = "0000000000000000";
+
+/// With systemd: the units are as they should be, and the agent is sandboxed, with these capabilities.
+async fn systemd_is_content(pod: &Pod, capabilities: &str) -> Result<()> {
     let inspection = &pod.inspection;
     let show = inspection
         .run(&[
@@ -66,33 +72,68 @@ async fn systemd_is_content(pod: &Pod) -> Result<()> {
             "show",
             "agent-protocol-forwarder.service",
             "-p",
-            "ActiveState,SubState,Type,NRestarts,Result",
+            "ActiveState,SubState,Type,NRestarts,Result,MemorySwapMax",
         ])
         .await?;
-    for property in ["ActiveState=active", "SubState=running", "Type=notify", "NRestarts=0", "Result=success"]
-    {
+    for property in [
+        "ActiveState=active",
+        "SubState=running",
+        "Type=notify",
+        "NRestarts=0",
+        "Result=success",
+        "MemorySwapMax=0",
+    ] {
         ensure!(show.lines().any(|line| line == property), "no {property} in {show}");
     }
     let failed = inspection.run(&["systemctl", "list-units", "--failed", "--plain", "--no-legend"]).await?;
     ensure!(failed.trim().is_empty(), "failed units: {failed}");
 
     let agent = inspection.process(AGENT).await?;
-    let status = inspection.read(&format!("/proc/{}/status", agent.pid)).await?;
-    let field = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        line.map(str::trim).with_context(|| format!("no {name} in {status}"))
-    };
-    // Bit 12 is CAP_NET_ADMIN, for the pod network, 21 CAP_SYS_ADMIN, for setns(2).
-    for capabilities in ["CapEff", "CapPrm", "CapBnd"] {
-        ensure!(field(capabilities)? == "0000000000201000", "{capabilities}: {status}");
-    }
-    ensure!(field("NoNewPrivs")? == "1" && field("Seccomp")? == "2", "the agent is not confined: {status}");
+    has_capabilities(pod, agent.pid, capabilities).await?;
     let init = inspection.process("systemd").await.or(inspection.process("init").await)?;
     ensure!(agent.mnt != init.mnt, "the agent is in PID 1's mount namespace");
     ensure!(agent.net == init.net, "the agent is not in the VM's network namespace");
     let mode = inspection.run(&["stat", "-c", "%a %n", "/run/secure-comms", "/run/peerpod/apf.json"]).await?;
     ensure!(mode == "700 /run/secure-comms\n600 /run/peerpod/apf.json\n", "{mode}");
+    sees_only_its_own(pod).await?;
     confined(pod).await
+}
+
+/// Waits until every thread of the agent has these capabilities: it gives the others up once it has latched.
+async fn has_capabilities(pod: &Pod, pid: i32, capabilities: &str) -> Result<()> {
+    let start = tokio::time::Instant::now();
+    loop {
+        let threads = pod.inspection.run(&["ls", &format!("/proc/{pid}/task")]).await?;
+        let mut wrong = None;
+        for thread in threads.split_whitespace() {
+            let status = pod.inspection.read(&format!("/proc/{pid}/task/{thread}/status")).await?;
+            let is = |name: &str, value: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+                line.is_some_and(|line| line.trim() == value)
+            };
+            // The bounding set can't shrink without CAP_SETPCAP; "no new privileges" makes it void.
+            let expected = is("CapEff", capabilities)
+                && is("CapPrm", capabilities)
+                && is("CapInh", NO_CAPABILITY)
+                && is("CapAmb", NO_CAPABILITY)
+                && is("CapBnd", "0000000000201000");
+            ensure!(is("NoNewPrivs", "1") && is("Seccomp", "2"), "the agent is not confined: {status}");
+            wrong = wrong.or((!expected).then_some(status));
+        }
+        let Some(status) = wrong else { return Ok(()) };
+        ensure!(start.elapsed() < PATIENCE, "other capabilities than {capabilities}: {status}");
+        // No event of the VM shows this.
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
+}
+
+/// Checks that the attestation agent gets the flag for init-data exactly if there are some.
+async fn attestation_agent_has_init_data(pod: &Pod, expected: bool) -> Result<()> {
+    let command = pod.inspection.process("attestation-agent").await?.command;
+    let flag = ["--initdata-toml", "/run/peerpod/initdata.toml"];
+    let found = command.windows(2).any(|words| words == flag);
+    ensure!(found == expected && command.len() == if expected { 5 } else { 3 }, "{command:?}");
+    Ok(())
 }
 
 /// systemd's rating of the agent's unit; 10 is without a sandbox. The two capabilities, the network and root remain.
@@ -136,16 +177,20 @@ async fn the_image_with_systemd_confines_the_agent_and_recovers_it() -> Result<(
         "vxlan-port": 4789,
         "vxlan-id": 555001,
     }}))?;
-    let pod = Pod::start(scene(false).await?, "fast", Boot::Fast, UserData::Smbios(apf.clone())).await?;
+    let pod = Pod::start(scene(false).await?, "fast", Boot::Fast, UserData::NoCloudWithInitData(apf.clone()))
+        .await?;
     pod.works().await?;
     pod.has(&apf).await?;
     pod.network("pod0").await?;
+    systemd_is_content(&pod, NET_ADMIN).await?;
+    attestation_agent_has_init_data(&pod, true).await?;
+    // Without the capabilities that it had at its start.
     pod.containers().await?;
-    systemd_is_content(&pod).await?;
     boot_time(&pod).await?;
     pod.listeners().await?;
     pod.agent_killed().await?;
     pod.network("pod0").await?;
+    has_capabilities(&pod, pod.inspection.process(AGENT).await?.pid, NET_ADMIN).await?;
     pod.machine.passed();
     Ok(())
 }
@@ -157,7 +202,9 @@ async fn the_verified_disk_boots_and_attests_after_a_reboot() -> Result<()> {
         Pod::start(scene(false).await?, "disk", Boot::Disk(None), UserData::NoCloud(apf.clone())).await?;
     pod.works().await?;
     pod.has(&apf).await?;
-    systemd_is_content(&pod).await?;
+    systemd_is_content(&pod, NO_CAPABILITY).await?;
+    attestation_agent_has_init_data(&pod, false).await?;
+    pod.containers().await?;
     boot_time(&pod).await?;
     let mounts = pod.inspection.read("/proc/self/mounts").await?;
     let root = mounts.lines().find(|line| line.split(' ').nth(1) == Some("/")).context("no root")?;
@@ -177,15 +224,8 @@ async fn the_verified_disk_boots_and_attests_after_a_reboot() -> Result<()> {
 /// A machine that must not come up: it prints the reason and powers off, without having served.
 async fn refuses_to_start(name: &'static str, boot: Boot, why: &str) -> Result<()> {
     let scene = scene(false).await?;
-    let user_data = UserData::Smbios(apf_json(&json!({}))?);
-    let options = MachineOptions {
-        name,
-        boot,
-        platform: Platform::default(),
-        ssh: scene.ssh,
-        user_data,
-        no_reboot: true,
-    };
+    let user_data = UserData::NoCloud(apf_json(&json!({}))?);
+    let options = MachineOptions { no_reboot: true, ..MachineOptions::new(name, boot, scene.ssh, user_data) };
     let mut machine = Machine::start(MachinePermit::take().await, &options).await?;
     let (status, served) = machine.ends_without_serving().await?;
     ensure!(!served, "it served SSH");
@@ -205,7 +245,8 @@ async fn a_wrong_root_hash_never_serves() -> Result<()> {
     let mut root_hash = artifacts()?.root_hash()?;
     let last = if root_hash.ends_with('0') { "1" } else { "0" };
     root_hash.replace_range(root_hash.len() - 1.., last);
-    refuses_to_start("wrong-root-hash", Boot::Direct { root_hash }, "the root partition").await
+    let boot = Boot::Direct { root_hash, without: None };
+    refuses_to_start("wrong-root-hash", boot, "the root partition").await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -214,7 +255,7 @@ async fn a_tampered_root_never_serves() -> Result<()> {
     let disk = directory.path().join("podvm.raw");
     std::fs::copy(artifacts()?.file("podvm.raw")?, &disk)?;
     tamper(&disk)?;
-    refuses_to_start("tampered-root", Boot::Disk(Some(disk)), "mounting").await
+    refuses_to_start("tampered-root", Boot::Disk(Some(disk)), "reading the root's superblock").await
 }
 
 /// Inverts a bit in the root's first block, after the superblock, where only dm-verity detects it.

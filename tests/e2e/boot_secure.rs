@@ -24,6 +24,12 @@ fn run(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
+async fn start_on(platform: Platform, name: &'static str, boot: Boot, user_data: UserData) -> Result<Pod> {
+    let scene = scene(false).await?;
+    let options = MachineOptions { platform, ..MachineOptions::new(name, boot, scene.ssh, user_data) };
+    Pod::start_as(scene, options).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_signed_disk_boots_under_secure_boot() -> Result<()> {
     let directory = tempfile::tempdir()?;
@@ -35,8 +41,7 @@ async fn a_signed_disk_boots_under_secure_boot() -> Result<()> {
 
     let user_data = UserData::NoCloud(apf_json(&json!({}))?);
     let boot = Boot::Disk(Some(disk));
-    let pod =
-        Pod::start_on(Platform::SecureBoot, scene(false).await?, "secure-boot", boot, user_data).await?;
+    let pod = start_on(Platform::SecureBoot, "secure-boot", boot, user_data).await?;
     pod.works().await?;
     // Four bytes of attributes, then the value.
     let variable = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c";
@@ -52,13 +57,11 @@ async fn a_signed_disk_boots_under_secure_boot() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unsigned_disk_never_starts_under_secure_boot() -> Result<()> {
     let scene = scene(false).await?;
+    let user_data = UserData::NoCloud(apf_json(&json!({}))?);
     let options = MachineOptions {
-        name: "secure-boot-unsigned",
-        boot: Boot::Disk(None),
         platform: Platform::SecureBoot,
-        ssh: scene.ssh,
-        user_data: UserData::Smbios(apf_json(&json!({}))?),
         no_reboot: true,
+        ..MachineOptions::new("secure-boot-unsigned", Boot::Disk(None), scene.ssh, user_data)
     };
     let machine = Machine::start(MachinePermit::take().await, &options).await?;
     println!("{}", machine.says_after(0, "Access Denied").await?);
@@ -75,7 +78,7 @@ async fn an_unsigned_disk_never_starts_under_secure_boot() -> Result<()> {
 async fn the_registers_of_a_tpm_are_as_predicted() -> Result<()> {
     let predicted = run(Command::new(image_tool("measure")).arg(artifacts()?.file("podvm.efi")?))?;
     let user_data = UserData::NoCloud(apf_json(&json!({}))?);
-    let pod = Pod::start_on(Platform::Tpm, scene(false).await?, "tpm", Boot::Disk(None), user_data).await?;
+    let pod = start_on(Platform::Tpm, "tpm", Boot::Disk(None), user_data).await?;
     pod.works().await?;
     ensure!(predicted.lines().count() == 2, "a register too few or too many: {predicted}");
     for line in predicted.lines() {

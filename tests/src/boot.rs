@@ -5,14 +5,18 @@
 //! port 2222 of the guest. So the VM reaches the KBS through the agent's tunnel only.
 
 mod artifacts;
+mod confinement;
 mod firmware;
+mod host_credentials;
 mod machine;
 mod pod;
 mod tpm;
 mod user_data;
 
 pub use artifacts::{Artifacts, artifacts};
+pub use confinement::sees_only_its_own;
 pub use firmware::{Certificate, test_certificate};
+pub use host_credentials::{HOST_RAN, HostCredentials};
 pub use machine::{Boot, Machine, MachineOptions, MachinePermit, Platform};
 pub use pod::{AGENT, Pod, scene};
 pub use user_data::{UserData, apf_json};

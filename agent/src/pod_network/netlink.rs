@@ -19,6 +19,7 @@ const GROUPS: [MulticastGroup; 5] = [
 ];
 
 /// The kernel's network configuration in one namespace.
+#[derive(Debug)]
 pub(super) struct Net {
     pub(super) handle: Handle,
     changed: Arc<Notify>,

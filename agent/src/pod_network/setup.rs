@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use secure_comms_tunnel::netns::{Namespace, NamespaceError};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
 use super::error::{PodNetworkError, Step};
 use super::netlink::Net;
@@ -24,9 +24,12 @@ pub struct PodNetwork {
     pub(super) host_interface: Option<InterfaceName>,
     /// Held while the second interface moves, so that no other step sees it half moved.
     pub(super) secondary: Arc<Mutex<Kept>>,
+    /// Set once: see [`PodNetwork::open`].
+    namespaces: watch::Sender<Option<Arc<Namespaces>>>,
 }
 
 /// The pod's network namespace and our own (the host's): sockets in them, and files that refer to them.
+#[derive(Debug)]
 struct Namespaces {
     pod: Net,
     pod_file: File,
@@ -38,7 +41,8 @@ impl PodNetwork {
     /// The network of `spec` in `namespace`. Its tunnel leaves the VM by `host_interface`, or by the interface of the default
     /// route.
     pub(crate) fn new(spec: Spec, namespace: Namespace, host_interface: Option<InterfaceName>) -> Self {
-        Self { spec, namespace, host_interface, secondary: Arc::default() }
+        let (secondary, namespaces) = (Arc::default(), watch::Sender::default());
+        Self { spec, namespace, host_interface, secondary, namespaces }
     }
 
     /// Makes the tunnel, after removing the remains of an earlier process. Waits until the underlay has an address, at most
@@ -129,15 +133,28 @@ impl PodNetwork {
         }
     }
 
+    /// The namespaces. Opened once and then kept: later this process may have no right to enter the pod's. So a namespace
+    /// that is removed meanwhile goes on to exist, as it does for an inbound, and is the one that the undo works in.
     async fn open(&self) -> Result<Arc<Namespaces>, PodNetworkError> {
+        if let Some(kept) = &*self.namespaces.borrow() {
+            return Ok(kept.clone());
+        }
         let path = self.namespace.path();
         let file = |cause| NamespaceError::Open { path: path.into(), cause };
-        Ok(Arc::new(Namespaces {
+        let opened = Arc::new(Namespaces {
             pod: Net::inside(&self.namespace).await?,
             pod_file: File::open(path).map_err(file)?,
             host: open_host()?,
             host_file: open_host_file()?,
-        }))
+        });
+        self.namespaces.send_replace(Some(opened.clone()));
+        Ok(opened)
+    }
+
+    /// Waits until nothing needs the right to enter the pod's namespace any more. Cancellation safe.
+    pub(crate) async fn until_open(&self) {
+        // The sender lives in self, so this ends by the value only.
+        drop(self.namespaces.subscribe().wait_for(Option::is_some).await);
     }
 
     async fn make(&self, namespaces: &Namespaces) -> Result<(), PodNetworkError> {

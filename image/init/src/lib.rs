@@ -23,6 +23,8 @@ pub mod disk;
 
 pub mod dm;
 
+pub mod erofs;
+
 pub mod block_watcher;
 
 pub mod failure;

@@ -10,7 +10,7 @@ use std::process::Command;
 use podvm_init::dm::Verity;
 use podvm_init::failure::{Context, Failure};
 use podvm_init::uevents::Uevents;
-use podvm_init::{block_watcher, cmdline, console, disk, modules, mounts, power, table};
+use podvm_init::{block_watcher, cmdline, console, disk, erofs, modules, mounts, power, table};
 
 /// Mount point of the root before it becomes the root.
 const NEW_ROOT: &str = "/sysroot";
@@ -41,6 +41,7 @@ fn boot() -> Result<Infallible, Failure> {
     let superblock = disk::superblock(&disk)?;
     let table = table::verity(&superblock, &root_hash, &disk.data.device, &disk.hash.device);
     let (verity, device) = Verity::create(&table, superblock.data_bytes())?;
+    erofs::check_covered(&device, superblock.data_bytes())?;
     mounts::root(&device, NEW_ROOT)?;
     block_watcher::start(events, verity)?;
     console::say(format_args!(

@@ -6,6 +6,7 @@
 
 pub mod client;
 mod proc;
+mod unix_sockets;
 
 use std::path::Path;
 use std::process::Stdio;
@@ -47,6 +48,9 @@ pub enum Request {
     Signal(String, i32),
     /// The TCP listeners in the network namespace of a process: an array of addresses.
     Listeners(i32),
+    /// The unix sockets in the VM that have a path or an abstract name, and whether the process can connect to each: an
+    /// array of [`UnixSocket`].
+    UnixSockets(i32),
     /// Sends bytes to an echo server from inside a network namespace, and checks each that comes back.
     Echo {
         /// A name below /run/netns.
@@ -73,6 +77,15 @@ pub struct Process {
     pub net: String,
     /// Mount namespace.
     pub mnt: String,
+}
+
+/// A unix socket of the VM, as a process finds it in its mount namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnixSocket {
+    /// Path, or an abstract name that begins with `@`.
+    pub name: String,
+    /// Error of connect(2); `None` if it succeeded.
+    pub error: Option<String>,
 }
 
 /// How a program ended.
@@ -142,6 +155,7 @@ async fn answer(request: Request) -> Result<Value> {
         Request::Run(command) => serde_json::to_value(run(&command).await?)?,
         Request::Signal(name, signal) => json!(send(&name, Signal::try_from(signal)?)?),
         Request::Listeners(pid) => serde_json::to_value(proc::listeners(pid)?)?,
+        Request::UnixSockets(pid) => serde_json::to_value(unix_sockets::of(pid)?)?,
         Request::Echo { namespace, address, bytes } => {
             let server = address.parse().with_context(|| format!("{address:?} is not an address"))?;
             let stream = netns::connect(Some(&Namespace::new(&namespace)), server).await;

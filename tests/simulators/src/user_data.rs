@@ -26,7 +26,7 @@ pub(crate) struct File {
     content: Vec<u8>,
 }
 
-/// Reads systemd's credentials, SMBIOS, fw_cfg and a NoCloud seed, in this order. Writes the content of the first that
+/// Reads SMBIOS, fw_cfg and a NoCloud seed, in this order. Writes the content of the first that
 ///  exists, and returns which it was; `None` if none exists.
 ///
 /// # Errors

@@ -49,10 +49,15 @@ impl Artifacts {
         self.line("podvm.roothash")
     }
 
-    /// The kernel's command line in the UKI, with another root hash, or none.
-    pub(super) fn command_line(&self, root_hash: Option<&str>) -> Result<String> {
+    /// The kernel's command line in the UKI, with another root hash, or none, and without one of its words.
+    pub(super) fn command_line(&self, root_hash: Option<&str>, without: Option<&str>) -> Result<String> {
         let line = self.line("podvm.cmdline")?;
-        let words = line.split_whitespace().filter(|word| !word.starts_with("roothash="));
+        if let Some(word) = without.filter(|word| !line.split_whitespace().any(|other| other == *word)) {
+            bail!("the command line has no {word}: {line}");
+        }
+        let words = line
+            .split_whitespace()
+            .filter(|word| !word.starts_with("roothash=") && without.is_none_or(|without| *word != without));
         let root_hash = root_hash.map(|hash| format!("roothash={hash}"));
         Ok(words.map(ToOwned::to_owned).chain(root_hash).collect::<Vec<_>>().join(" "))
     }

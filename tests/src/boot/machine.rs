@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio::process::Command;
 use tokio::sync::{Mutex, MutexGuard};
 
-use super::{Artifacts, UserData, artifacts, firmware, tpm};
+use super::{Artifacts, HostCredentials, UserData, artifacts, firmware, tpm};
 use crate::harness::process::Child;
 use crate::harness::scene::PATIENCE;
 
@@ -41,8 +41,10 @@ pub enum Boot {
     Disk(Option<PathBuf>),
     /// Kernel and initrd given to qemu, with the disk and this root hash.
     Direct {
-        /// Command line of the kernel.
+        /// Root hash on the command line of the kernel.
         root_hash: String,
+        /// A word of the command line that is left out.
+        without: Option<&'static str>,
     },
 }
 
@@ -71,8 +73,18 @@ pub struct MachineOptions {
     pub ssh: SocketAddr,
     /// Source of its apf.json.
     pub user_data: UserData,
+    /// What a hostile host hands to its systemd.
+    pub host: HostCredentials,
     /// A reboot ends the machine.
     pub no_reboot: bool,
+}
+
+impl MachineOptions {
+    /// A machine whose host is not hostile, and which may reboot.
+    pub fn new(name: &'static str, boot: Boot, ssh: SocketAddr, user_data: UserData) -> Self {
+        let (platform, host) = (Platform::default(), HostCredentials::None);
+        Self { name, boot, platform, ssh, user_data, host, no_reboot: false }
+    }
 }
 
 /// A running machine; killed when dropped. Its console log is kept unless [`Machine::passed`] was called.
@@ -114,6 +126,7 @@ impl Machine {
             .args(["-nodefaults", "-display", "none", "-monitor", "none", "-serial", "stdio"])
             .args(["-netdev", &forward, "-device", "virtio-net-pci,netdev=net,romfile="])
             .args(options.user_data.arguments(directory.path())?)
+            .args(options.host.arguments(directory.path())?)
             .args(boot_arguments(&options.boot, options.platform, &artifacts()?, directory.path())?);
         let tpm = match options.platform {
             Platform::Tpm => Some(tpm::start(directory.path(), &mut command).await?),
@@ -227,10 +240,11 @@ fn boot_arguments(
         ["-drive".to_owned(), drive, "-device".to_owned(), "virtio-blk-pci,drive=disk".to_owned()]
     };
     Ok(match boot {
-        Boot::Bare => kernel("bare.cpio", artifacts.command_line(None)?)?,
-        Boot::Fast => kernel("podvm-fast.cpio", artifacts.command_line(None)?)?,
-        Boot::Direct { root_hash } => {
-            let mut arguments = kernel("podvm.initrd", artifacts.command_line(Some(root_hash))?)?;
+        Boot::Bare => kernel("bare.cpio", artifacts.command_line(None, None)?)?,
+        Boot::Fast => kernel("podvm-fast.cpio", artifacts.command_line(None, None)?)?,
+        Boot::Direct { root_hash, without } => {
+            let command_line = artifacts.command_line(Some(root_hash), *without)?;
+            let mut arguments = kernel("podvm.initrd", command_line)?;
             arguments.extend(disk(artifacts.file("podvm.raw")?));
             arguments
         }

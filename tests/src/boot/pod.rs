@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
-use super::{Boot, Machine, MachineOptions, MachinePermit, Platform, UserData};
+use super::{Boot, Machine, MachineOptions, MachinePermit, UserData};
 use crate::harness::process::Child;
 use crate::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
 use crate::simulators::inspector::Request;
@@ -66,23 +66,17 @@ impl Pod {
     /// # Errors
     /// If the pod does not come up; the error has the console's log.
     pub async fn start(scene: Scene, name: &'static str, boot: Boot, user_data: UserData) -> Result<Self> {
-        Self::start_on(Platform::default(), scene, name, boot, user_data).await
+        let options = MachineOptions::new(name, boot, scene.ssh, user_data);
+        Self::start_as(scene, options).await
     }
 
-    /// As [`Pod::start`], on another platform.
+    /// As [`Pod::start`], with other options of the machine.
     ///
     /// # Errors
     /// As [`Pod::start`].
-    pub async fn start_on(
-        platform: Platform,
-        scene: Scene,
-        name: &'static str,
-        boot: Boot,
-        user_data: UserData,
-    ) -> Result<Self> {
+    pub async fn start_as(scene: Scene, options: MachineOptions) -> Result<Self> {
         let permit = MachinePermit::take().await;
         let adaptor = scene.adaptor()?;
-        let options = MachineOptions { name, boot, platform, ssh: scene.ssh, user_data, no_reboot: false };
         let machine = Machine::start(permit, &options).await?;
         let started = async {
             up(&adaptor).await?;

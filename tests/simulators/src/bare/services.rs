@@ -33,7 +33,7 @@ struct Service {
     in_pod: bool,
 }
 
-/// With the arguments of the units in the image.
+/// With the arguments of the units in the image of the test VM.
 const SERVICES: [Service; 5] = [
     Service {
         program: SIMULATOR,
@@ -68,6 +68,10 @@ const SERVICES: [Service; 5] = [
             "-secure-comms",
             "-kata-agent-socket",
             "/run/kata-agent/agent.sock",
+            "-secure-comms-inbounds",
+            "KUBERNETES_PHASE:NODESERVICE:podns:9000",
+            "-secure-comms-outbounds",
+            "KUBERNETES_PHASE:INSPECTOR:/run/inspector.sock",
         ],
         in_pod: false,
     },

@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
-use super::{Process, Ran, Request, TEXT_LIMIT, TIME_LIMIT};
+use super::{Process, Ran, Request, TEXT_LIMIT, TIME_LIMIT, UnixSocket};
 
 /// Longest answer in bytes: JSON escapes make text longer.
 const ANSWER_LIMIT: u64 = 8 * TEXT_LIMIT;
@@ -85,6 +85,14 @@ impl Inspection {
     /// As [`Inspection::ask`].
     pub async fn listeners(&self, process: &Process) -> Result<Vec<SocketAddr>> {
         self.ask(&Request::Listeners(process.pid)).await
+    }
+
+    /// Lists the unix sockets of the VM, and which of them a process can connect to.
+    ///
+    /// # Errors
+    /// As [`Inspection::ask`].
+    pub async fn unix_sockets(&self, process: &Process) -> Result<Vec<UnixSocket>> {
+        self.ask(&Request::UnixSockets(process.pid)).await
     }
 
     /// Sends a request that may end the connection, so that no answer comes.

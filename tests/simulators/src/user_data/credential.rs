@@ -1,11 +1,11 @@
-//! The system credential `apf.json`: from systemd or, where systemd is not PID 1, from its sources.
+//! The system credential `apf.json`, from its sources: for a VM without systemd. The image's systemd takes none.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use base64ct::{Base64, Encoding};
 
-use super::{APF, read_if_there};
+use super::read_if_there;
 
 const DMI_ENTRIES: &str = "/sys/firmware/dmi/entries";
 const FW_CFG: &str = "/sys/firmware/qemu_fw_cfg/by_name/opt/io.systemd.credentials/apf.json/raw";
@@ -14,10 +14,6 @@ const SMBIOS_PREFIX: &str = "io.systemd.credential.binary:apf.json=";
 
 /// Source of the credential, and its content.
 pub(super) fn find() -> Result<Option<(String, Vec<u8>)>> {
-    if let Some(directory) = std::env::var_os("CREDENTIALS_DIRECTORY") {
-        let content = read_if_there(&Path::new(&directory).join(APF))?;
-        return Ok(content.map(|content| ("systemd credential".to_owned(), content)));
-    }
     if let Some(content) = smbios()? {
         return Ok(Some(("SMBIOS credential".to_owned(), content)));
     }
