@@ -16,10 +16,14 @@ mod advice;
 
 mod failover;
 
+mod expected_agent;
+
 mod driver;
 
 pub use self::advice::LOST;
 pub(crate) use self::driver::{Driver, Ended, Entry, Stop};
+pub(crate) use self::expected_agent::ExpectedAgent;
+pub use self::expected_agent::{AgentTunnels, KATA_AGENT_SOCKETS};
 pub(crate) use self::plan::{AttestationLimits, Plan};
 pub(crate) use self::status::StatusReporter;
 pub use self::status::{Endpoint, Observer, PodEvent, PodSnapshot, PodState, VmLine};

@@ -7,13 +7,13 @@ use secure_comms_protocol::control::{Empty, KeyProgress};
 use secure_comms_protocol::limits::{
     ATTESTATION_PEERS_MAX, FAREWELLS_MAX, GUESTS_MAX, STATUS_REPORTS_MAX, UNAUTHENTICATED_MAX, WAITING_MAX,
 };
-use secure_comms_protocol::{Attestation, Control, Kubernetes, PodId};
+use secure_comms_protocol::{AgentConfig, Attestation, Control, Kubernetes, PodId};
 use secure_comms_tunnel::Outbounds;
 use tokio::sync::{Semaphore, watch};
 
 use crate::access::limiter::ConnectionLimiter;
 use crate::access::policy::AccessPolicy;
-use crate::config::Config;
+use crate::config::{Config, KeySource};
 use crate::kata::{self, KataAgent};
 use crate::peers::peer::Peers;
 use crate::peers::routes::Routes;
@@ -29,6 +29,8 @@ pub(crate) struct Agent {
     pub(crate) peers: PhasePeers,
     /// What peers and local clients can reach.
     pub(crate) tunnels: Tunnels,
+    /// Tags of all tunnels, and what user data may decide, for the hello.
+    described: AgentConfig,
     /// How getting the keys goes.
     pub(crate) attempt: Attempt,
     /// Random hex that names this process to its peers.
@@ -130,6 +132,13 @@ impl Agent {
                 attestation: Arc::new(Outbounds::new(&config.outbounds)),
                 kubernetes: Arc::new(kata::outbounds(&config.outbounds, config.pod_namespace.as_deref())),
             },
+            described: AgentConfig {
+                inbounds: config.inbounds.iter().map(ToString::to_string).collect(),
+                outbounds: config.outbounds.iter().map(ToString::to_string).collect(),
+                user_data: if matches!(config.source, KeySource::UserData(_)) { "all" } else { "none" }
+                    .into(),
+                ..AgentConfig::default()
+            },
             attempt: Attempt {
                 peer: Mutex::default(),
                 last_error: Mutex::default(),
@@ -147,6 +156,12 @@ impl Agent {
     pub(crate) fn pod_network_state(&self) -> Option<String> {
         let state = self.pod_network.borrow().clone();
         self.has_pod_network.then(|| if state.is_empty() { "up".to_owned() } else { state })
+    }
+
+    /// What the agent runs with and lets in.
+    pub(crate) fn config(&self) -> AgentConfig {
+        let (pod_id, worker_nodes) = (self.pod().map(|pod| pod.to_string()), self.policy.worker_nodes());
+        AgentConfig { pod_id, worker_nodes, ..self.described.clone() }
     }
 
     /// Sets the pod whose keys are in use.

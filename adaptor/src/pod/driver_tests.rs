@@ -10,7 +10,10 @@ use secure_comms_protocol::tag::parse_list;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use super::{AttestationLimits, Driver, Ended, Entry, Plan, PodSnapshot, PodState, StatusReporter, Stop};
+use super::{
+    AgentTunnels, AttestationLimits, Driver, Ended, Entry, ExpectedAgent, Plan, PodSnapshot, PodState,
+    StatusReporter, Stop,
+};
 use crate::key_source::KeySource;
 use crate::support::agent::{Agent, Mode};
 use crate::support::{KATAAGENT, Lines, PATIENCE, addresses, pod};
@@ -32,11 +35,13 @@ impl Driven {
         let (node_key, key) = (WorkerNodeKey::generate().unwrap(), PodKey::generate().unwrap());
         let latched = Mode::kubernetes(key.clone(), node_key.public().unwrap());
         let (inbounds, outbounds) = (parse_list(KATAAGENT).unwrap(), parse_list("").unwrap());
+        let expected = ExpectedAgent::new(&pod(), &node_key, None, &AgentTunnels::default());
         let plan = Plan {
             id: pod(),
             addresses: addresses(at),
             node_key,
             pod_key: key.public().unwrap(),
+            expected: Arc::new(expected),
             attestation: KeySource::Kbs(Tunnels::new(&inbounds, &outbounds)),
             kubernetes: Tunnels::new(&inbounds, &outbounds),
             rekey_bytes: REKEY_BYTES,

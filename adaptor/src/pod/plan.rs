@@ -1,9 +1,11 @@
 //! What a driver needs to know about its pod.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_protocol::{Attestation, Kubernetes, PodId};
 
+use super::expected_agent::ExpectedAgent;
 use crate::address::Address;
 use crate::key_source::KeySource;
 use crate::transport::session::Tunnels;
@@ -22,6 +24,8 @@ pub(crate) struct Plan {
     pub(crate) addresses: Vec<Address>,
     pub(crate) node_key: WorkerNodeKey,
     pub(crate) pod_key: PodPublic,
+    /// What the agent may run with.
+    pub(crate) expected: Arc<ExpectedAgent>,
     /// For a VM that attests: the tunnels of the Attestation phase.
     pub(crate) attestation: KeySource<Tunnels<Attestation>>,
     pub(crate) kubernetes: Tunnels<Kubernetes>,

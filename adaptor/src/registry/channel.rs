@@ -14,7 +14,9 @@ use super::operation::{Served, Work};
 use super::shared::Shared;
 use crate::address::Address;
 use crate::deadline::Deadline;
-use crate::pod::{AttestationLimits, Driver, Ended, Entry, Plan, PodState, StatusReporter, Stop};
+use crate::pod::{
+    AttestationLimits, Driver, Ended, Entry, ExpectedAgent, Plan, PodState, StatusReporter, Stop,
+};
 use crate::transport::routes::Routes;
 use crate::transport::session::Tunnels;
 
@@ -36,15 +38,21 @@ pub(super) struct Channel {
 impl Channel {
     /// What the driver needs to know.
     pub(super) fn plan(id: &PodId, shared: &Shared, served: &Served, addresses: Vec<Address>) -> Plan {
-        let (inbounds, outbounds) = (&shared.config.inbounds, &shared.config.outbounds);
+        let config = &shared.config;
+        let (inbounds, outbounds) = (&config.inbounds, &config.outbounds);
+        let expected = ExpectedAgent::new(id, &served.node_key, config.worker_nodes.as_ref(), &config.agent)
+            .with_old_agents(config.old_agents)
+            .with_keys_from(&shared.key_source)
+            .with_init_data(None);
         Plan {
             id: id.clone(),
             addresses,
             node_key: served.node_key.clone(),
             pod_key: served.pod_key,
+            expected: Arc::new(expected),
             attestation: shared.key_source.as_ref().map(|_| Tunnels::new(inbounds, outbounds)),
             kubernetes: Tunnels::new(inbounds, outbounds),
-            rekey_bytes: shared.config.rekey_bytes,
+            rekey_bytes: config.rekey_bytes,
             attestation_limits: AttestationLimits::default(),
         }
     }

@@ -74,6 +74,14 @@ pub enum AdaptorError {
         /// Cause of the failure, and what to do.
         reason: String,
     },
+    /// The agent has the pod's key, and runs with what is not expected.
+    #[error("start pod {pod}: {reason}")]
+    UnexpectedAgent {
+        /// Id of the pod.
+        pod: PodId,
+        /// The differences, and what to do about each.
+        reason: String,
+    },
     /// The Kubernetes phase was not up at the deadline.
     #[error(
         "start pod {pod}: not up within {seconds} s; last seen: {last_seen}{}",

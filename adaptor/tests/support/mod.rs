@@ -12,7 +12,7 @@ use axum::http::StatusCode;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
-use secure_comms_adaptor::pod::PodState;
+use secure_comms_adaptor::pod::{AgentTunnels, PodState};
 use secure_comms_adaptor::store::{DirectoryStore, Store};
 use secure_comms_adaptor::{Adaptor, Config, Deadline};
 use secure_comms_keys::{PodKey, WorkerNodePublic};
@@ -273,6 +273,10 @@ fn build_with(
     let config = Config {
         inbounds: parse_list(&inbounds.replace("KATAAGENT:0", &format!("KATAAGENT:{}", own_port()))).unwrap(),
         outbounds: parse_list(outbounds).unwrap(),
+        agent: AgentTunnels::default(),
+        worker_nodes: None,
+        old_agents: false,
+        kbs_filter: true,
         rekey_bytes: REKEY_BYTES,
         observer: Arc::new(move |_, event| {
             let event = event.to_string();

@@ -74,6 +74,14 @@ impl std::fmt::Debug for AccessPolicy {
 }
 
 impl AccessPolicy {
+    /// Fingerprints of the worker nodes that may log in; none in the Attestation phase.
+    pub(crate) fn worker_nodes(&self) -> Vec<String> {
+        match &self.inner().state {
+            State::Attestation { .. } => Vec::new(),
+            State::Kubernetes { keys, .. } => keys.worker_node_keys().fingerprints().collect(),
+        }
+    }
+
     /// The policy of the Attestation phase; `host_key` was made for this process.
     pub(crate) fn attestation(host_key: Arc<PrivateKey>, attesters: Attesters, persist: PersistKeys) -> Self {
         Self::new(State::Attestation { attesters }, PhaseName::Attestation, host_key, persist)

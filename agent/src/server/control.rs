@@ -51,7 +51,8 @@ pub(super) async fn run_control_channel<P: AgentPhase>(
         inbounds: agent.tunnels.routes.names(P::NAME),
         outbounds: P::outbounds(&agent).names(),
     };
-    let ours = Hello::from_agent(P::NAME, &agent.instance, peer.credits.initial(), tunnels);
+    let mut ours = Hello::from_agent(P::NAME, &agent.instance, peer.credits.initial(), tunnels);
+    ours.config = P::config(&agent);
     peer.outbox.send(Control::Hello(ours.clone()));
     peer.set_controlled();
     let mut greeted = false;

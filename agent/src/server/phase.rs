@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use secure_comms_protocol::control::LogLine;
 use secure_comms_protocol::limits::{CreditLimits, GUEST_TIME, KEYS_REPORT, LOG_BATCH, LOG_PAUSE};
-use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PodId};
+use secure_comms_protocol::{AgentConfig, Attestation, Control, Kubernetes, Phase, PodId};
 use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use secure_comms_tunnel::{Credits, Outbounds};
 use tokio::time::{sleep, timeout};
@@ -30,6 +30,10 @@ pub(super) trait AgentPhase: Phase {
     fn outbounds(agent: &Agent) -> Arc<Outbounds<Self, Self::Interceptor>>
     where
         Self: Sized;
+    /// What the agent runs with, for the peer to compare.
+    fn config(_: &Agent) -> Option<AgentConfig> {
+        None
+    }
     /// Reserves a place for a connection of this generation; none if the phase is over.
     fn reserve(agent: &Agent, connection: &Connection, generation: u64) -> Option<Place>;
     /// Called when a peer has joined.
@@ -95,6 +99,10 @@ impl AgentPhase for Kubernetes {
 
     fn outbounds(agent: &Agent) -> Arc<Outbounds<Self, KataAgent>> {
         agent.tunnels.kubernetes.clone()
+    }
+
+    fn config(agent: &Agent) -> Option<AgentConfig> {
+        Some(agent.config())
     }
 
     /// A guest, until its hello names its pod: `ssh kubernetes@vm uptime` must not cost the pod its adaptor.

@@ -166,6 +166,10 @@ fn build_adaptor(settings: &ConnectSettings, events: &Events) -> Result<Adaptor,
     let config = Config {
         inbounds: settings.inbounds.clone(),
         outbounds: settings.outbounds.clone(),
+        agent: settings.agent.clone(),
+        worker_nodes: None,
+        old_agents: false,
+        kbs_filter: settings.kbs_filter,
         rekey_bytes: settings.rekey_bytes,
         observer: Arc::new(move |pod: &PodId, event: &PodEvent| events.happened(pod, event)),
     };
