@@ -70,6 +70,7 @@ pub mod user_data;
 pub mod pod;
 
 mod transport;
+pub use transport::kbs_filter;
 
 mod text;
 mod throttle;

@@ -42,8 +42,8 @@ impl Driven {
             node_key,
             pod_key: key.public().unwrap(),
             expected: Arc::new(expected),
-            attestation: KeySource::Kbs(Tunnels::new(&inbounds, &outbounds)),
-            kubernetes: Tunnels::new(&inbounds, &outbounds),
+            attestation: KeySource::Kbs(Tunnels::new(&inbounds, &outbounds, true)),
+            kubernetes: Tunnels::new(&inbounds, &outbounds, true),
             rekey_bytes: REKEY_BYTES,
             attestation_limits: limits,
         };

@@ -50,8 +50,11 @@ impl Channel {
             node_key: served.node_key.clone(),
             pod_key: served.pod_key,
             expected: Arc::new(expected),
-            attestation: shared.key_source.as_ref().map(|_| Tunnels::new(inbounds, outbounds)),
-            kubernetes: Tunnels::new(inbounds, outbounds),
+            attestation: shared
+                .key_source
+                .as_ref()
+                .map(|_| Tunnels::new(inbounds, outbounds, config.kbs_filter)),
+            kubernetes: Tunnels::new(inbounds, outbounds, config.kbs_filter),
             rekey_bytes: config.rekey_bytes,
             attestation_limits: AttestationLimits::default(),
         }

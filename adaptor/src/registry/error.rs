@@ -4,6 +4,7 @@ use secure_comms_keys::KeyError;
 use secure_comms_protocol::PodId;
 use secure_comms_tunnel::inbound::BindError;
 
+use super::listen_path::PathError;
 use crate::kbs::KbsError;
 use crate::store::StoreError;
 
@@ -19,6 +20,9 @@ pub enum AdaptorError {
     /// An inbound cannot listen.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The unix path of an inbound cannot be used for the pod.
+    #[error(transparent)]
+    Path(#[from] PathError),
     /// A key of the store is invalid.
     #[error("use a key of the store")]
     Key(#[from] KeyError),

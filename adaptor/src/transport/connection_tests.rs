@@ -22,7 +22,7 @@ fn dial(address: SocketAddr, node_key: &WorkerNodeKey) -> Dial {
 }
 
 fn tunnels<P: Phase>(outbounds: &str) -> Tunnels<P> {
-    Tunnels::new(&parse_list("KUBERNETES_PHASE:KATAAGENT:0").unwrap(), &parse_list(outbounds).unwrap())
+    Tunnels::new(&parse_list("KUBERNETES_PHASE:KATAAGENT:0").unwrap(), &parse_list(outbounds).unwrap(), true)
 }
 
 async fn kubernetes_agent() -> (Agent, WorkerNodeKey, PodKey) {

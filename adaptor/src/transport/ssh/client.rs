@@ -21,6 +21,7 @@ use super::auth_hold::{AuthHold, AuthLock};
 use super::error::{ConnectError, cause};
 use super::handler::{Callbacks, Shared, TransportEnd, lock};
 use super::phase::{AnyHost, ClientPhase};
+use crate::transport::kbs_filter::KbsFilter;
 use secure_comms_keys::{PodPublic, WorkerNodeKey};
 
 /// Where to connect to, and with which key.
@@ -107,7 +108,7 @@ pub(crate) type AgentLink<P> = SshLink<DirectOpener<P>>;
 /// See [`ConnectError`].
 pub(crate) async fn connect_attestation(
     dial: &Dial,
-    outbounds: Arc<Outbounds<Attestation>>,
+    outbounds: Arc<Outbounds<Attestation, KbsFilter>>,
 ) -> Result<SshConnection<Attestation>, ConnectError> {
     // A lock of its own: an unauthenticated agent must not delay the other attempts.
     connect_phase(dial, AnyHost, AuthLock::default(), outbounds).await
@@ -123,7 +124,7 @@ pub(crate) async fn connect_kubernetes(
     dial: &Dial,
     pod: PodPublic,
     lock: AuthLock,
-    outbounds: Arc<Outbounds<Kubernetes>>,
+    outbounds: Arc<Outbounds<Kubernetes, KbsFilter>>,
 ) -> Result<SshConnection<Kubernetes>, ConnectError> {
     connect_phase(dial, pod, lock, outbounds).await
 }
@@ -132,7 +133,7 @@ async fn connect_phase<P: ClientPhase>(
     dial: &Dial,
     host: P::Host,
     lock: AuthLock,
-    outbounds: Arc<Outbounds<P>>,
+    outbounds: Arc<Outbounds<P, KbsFilter>>,
 ) -> Result<SshConnection<P>, ConnectError> {
     let tcp = match timeout(TCP_CONNECT, TcpStream::connect(dial.address)).await {
         Ok(tcp) => tcp.map_err(ConnectError::Unreachable)?,
@@ -141,7 +142,7 @@ async fn connect_phase<P: ClientPhase>(
     tcp.set_nodelay(true).map_err(ConnectError::Unreachable)?;
     let (socket, guard) = Guarded::new(tcp, Peer::Server);
     let cut = CutOnDrop(guard.clone());
-    let shared = Shared::new(host, outbounds);
+    let shared = Shared::new(dial.address, host, outbounds);
     let handshake = async {
         let mut config = profile::client(dial.rekey_bytes);
         if !dial.hold.is_open() {

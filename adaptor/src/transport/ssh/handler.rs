@@ -1,6 +1,7 @@
 //! What russh calls during a connection: the host key check, the banner, the agent's streams, the end.
 
 use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -18,6 +19,7 @@ use super::error::{ConnectError, cause};
 use super::phase::ClientPhase;
 use crate::text::quote;
 use crate::throttle::Throttle;
+use crate::transport::kbs_filter::KbsFilter;
 
 /// Refusals of one connection that are logged as warnings; the rest are logged as debug lines.
 const REFUSAL_WARNINGS_MAX: u32 = 16;
@@ -37,8 +39,10 @@ pub(crate) enum TransportEnd {
 
 /// State that a connection and its handler share.
 pub(super) struct Shared<P: ClientPhase> {
+    /// Address of the agent.
+    address: SocketAddr,
     host: P::Host,
-    outbounds: Arc<Outbounds<P>>,
+    outbounds: Arc<Outbounds<P, KbsFilter>>,
     pub(super) credits: Credits,
     /// The tunnel names that the agent was asked to forward.
     pub(super) requested: Mutex<HashSet<TunnelName>>,
@@ -55,8 +59,13 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<P: ClientPhase> Shared<P> {
-    pub(super) fn new(host: P::Host, outbounds: Arc<Outbounds<P>>) -> Arc<Self> {
+    pub(super) fn new(
+        address: SocketAddr,
+        host: P::Host,
+        outbounds: Arc<Outbounds<P, KbsFilter>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
+            address,
             host,
             outbounds,
             credits: Credits::new(Side::Adaptor, P::CREDIT),
@@ -109,14 +118,18 @@ impl<P: ClientPhase> Shared<P> {
     }
 
     /// The permit for a stream of the agent, and its place among the connection's streams.
-    fn admit(&self, name: &str) -> Result<(Permit<P>, OwnedSemaphorePermit), Refusal> {
+    fn admit(&self, name: &str) -> Result<(Permit<P, KbsFilter>, OwnedSemaphorePermit), Refusal> {
         let refusal = |reason| Refusal::new(name, P::NAME, &reason);
         if !name.parse().is_ok_and(|name| lock(&self.requested).contains(&name)) {
             return Err(refusal(RefusalReason::NotRequested));
         }
         let place = self.streams.clone().try_acquire_owned();
         let place = place.map_err(|_| refusal(RefusalReason::TooManyStreams))?;
-        Ok((self.outbounds.permit(name)?, place))
+        let mut permit = self.outbounds.permit(name)?;
+        if let Some(filter) = permit.interceptor_mut() {
+            filter.set_peer(self.address);
+        }
+        Ok((permit, place))
     }
 
     /// Serves a stream of the agent in a task of its own, because the caller is russh's session loop.
