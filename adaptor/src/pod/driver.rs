@@ -25,6 +25,7 @@ use super::failover::await_failover;
 use super::plan::Plan;
 use super::status::{PodEvent, PodState, StatusReporter};
 use super::vm_log::VmLog;
+use crate::text::quote;
 use crate::transport::routes::Routes;
 use crate::transport::session::{AttestationEvent, Session};
 use crate::transport::ssh::AuthHold;
@@ -259,6 +260,7 @@ impl Driver {
         if self.last_up.replace(since).is_none_or(|last| last.elapsed() >= 2 * RETRY_MAX) {
             self.backoff.reset();
         }
+        session.serve_streams();
         self.routes.set_kubernetes(session.link());
         let instance = session.agent().instance.clone().unwrap_or_default();
         self.status.up(address, instance.clone());
@@ -299,7 +301,7 @@ impl Driver {
         since: Instant,
         why: String,
     ) -> Result<(), Ended> {
-        session.close(&why).await;
+        session.close(&quote(&why)).await;
         if self.starting {
             return Err(Ended::Unexpected(why));
         }

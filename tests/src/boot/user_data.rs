@@ -18,6 +18,11 @@ pub enum UserData {
     FwCfg(Value),
 }
 
+/// Inbounds of a test VM.
+pub(super) const INBOUNDS: &str = "KUBERNETES_PHASE:NODESERVICE:podns:9000";
+/// Outbounds of a test VM.
+pub(super) const OUTBOUNDS: &str = "KUBERNETES_PHASE:INSPECTOR:/run/inspector.sock";
+
 /// The apf.json of a test VM: the content of `keys`, and the tunnels to its inspector and from its podns.
 ///
 /// # Errors
@@ -27,8 +32,8 @@ pub fn apf_json(keys: &Value) -> Result<Value> {
     for (key, value) in [
         ("pod-name", "boot"),
         ("pod-namespace", "default"),
-        ("sc-inbounds", "KUBERNETES_PHASE:NODESERVICE:podns:9000"),
-        ("sc-outbounds", "KUBERNETES_PHASE:INSPECTOR:/run/inspector.sock"),
+        ("sc-inbounds", INBOUNDS),
+        ("sc-outbounds", OUTBOUNDS),
     ] {
         apf.insert(key.to_owned(), value.into());
     }

@@ -277,6 +277,11 @@ impl<P: ClientPhase> SshConnection<P> {
         SshLink::new(DirectOpener(Arc::clone(&self.handle)), self.shared.credits.clone())
     }
 
+    /// Serves the agent's streams from now on. In the Kubernetes phase those that come earlier wait.
+    pub(crate) fn serve_streams(&self) {
+        self.shared.serve_streams();
+    }
+
     /// Flow control of the connection.
     pub(crate) fn credits(&self) -> &Credits {
         &self.shared.credits

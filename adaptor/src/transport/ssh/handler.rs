@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use russh::client::{self, ChannelOpenHandle, DisconnectReason, Handler, Msg};
 use russh::keys::{HashAlg, PublicKeyOrCertificate};
 use russh::{Channel, ChannelId, ChannelOpenFailure};
-use secure_comms_protocol::{Refusal, RefusalReason, TunnelName};
+use secure_comms_protocol::{PhaseName, Refusal, RefusalReason, TunnelName};
 use secure_comms_ssh::channel::PendingChannel;
 use secure_comms_tunnel::flow::Side;
 use secure_comms_tunnel::outbound::{self, Permit};
@@ -52,6 +52,8 @@ pub(super) struct Shared<P: ClientPhase> {
     banner: Mutex<Option<String>>,
     pub(super) wrong_key: Mutex<Option<String>>,
     end: watch::Sender<Option<TransportEnd>>,
+    /// Whether the agent's streams are served. Those that come earlier wait.
+    serving: watch::Sender<bool>,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -75,6 +77,8 @@ impl<P: ClientPhase> Shared<P> {
             banner: Mutex::default(),
             wrong_key: Mutex::default(),
             end: watch::Sender::new(None),
+            // An agent in the Attestation phase has nothing to prove.
+            serving: watch::Sender::new(P::NAME == PhaseName::Attestation),
         })
     }
 
@@ -86,6 +90,20 @@ impl<P: ClientPhase> Shared<P> {
             first
         });
         self.credits.end();
+    }
+
+    /// Serves the agent's streams from now on, and those that wait.
+    pub(super) fn serve_streams(&self) {
+        self.serving.send_replace(true);
+    }
+
+    /// Waits until the agent's streams are served; false if the connection ends before.
+    async fn until_serving(&self) -> bool {
+        let mut serving = self.serving.subscribe();
+        tokio::select! {
+            serving = serving.wait_for(|serving| *serving) => serving.is_ok(),
+            () = self.credits.gone() => false,
+        }
     }
 
     /// Why the agent disconnected, if it did.
@@ -137,7 +155,11 @@ impl<P: ClientPhase> Shared<P> {
         let admitted = self.admit(name);
         tokio::spawn(async move {
             match admitted {
-                Ok((permit, _place)) => outbound::serve(permit, &self.credits, id, pending).await,
+                Ok((permit, _place)) => {
+                    if self.until_serving().await {
+                        outbound::serve(permit, &self.credits, id, pending).await;
+                    }
+                }
                 Err(refusal) => {
                     self.log_refusal("refused the agent", &refusal.reason);
                     pending.refuse(refusal).await;
