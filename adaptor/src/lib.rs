@@ -12,6 +12,7 @@
 //!
 //! use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 //! use secure_comms_adaptor::key_source::KeySource;
+//! use secure_comms_adaptor::pod::AgentTunnels;
 //! use secure_comms_adaptor::store::DirectoryStore;
 //! use secure_comms_adaptor::{Adaptor, Config, Deadline, PodSpec};
 //! use secure_comms_protocol::limits::REKEY_BYTES;
@@ -25,8 +26,10 @@
 //! let config = Config {
 //!     inbounds: parse_list("KUBERNETES_PHASE:KATAAGENT:0").map_err(|faults| format!("{faults:?}"))?,
 //!     outbounds: parse_list("BOTH_PHASES:KBS:kbs.example:8080").map_err(|faults| format!("{faults:?}"))?,
+//!     agent: AgentTunnels::default(),
 //!     worker_nodes: None,
 //!     old_agents: false,
+//!     kbs_filter: true,
 //!     rekey_bytes: REKEY_BYTES,
 //!     require_pq: true,
 //!     observer: Arc::new(|pod, event| println!("pod {pod}: {event}")),
@@ -70,6 +73,7 @@ pub mod user_data;
 pub mod pod;
 
 mod transport;
+pub use transport::kbs_filter;
 
 mod text;
 mod throttle;

@@ -16,6 +16,8 @@ mod advice;
 
 mod failover;
 
+mod expected_agent;
+
 mod withdrawal;
 
 mod slots;
@@ -30,6 +32,8 @@ mod driver;
 
 pub use self::advice::LOST;
 pub(crate) use self::driver::{Driver, Ended, Entry, Stop};
+pub(crate) use self::expected_agent::ExpectedAgent;
+pub use self::expected_agent::{AgentTunnels, KATA_AGENT_SOCKETS};
 pub(crate) use self::lost_vm::LostLimits;
 pub(crate) use self::plan::{AttestationLimits, Plan};
 pub(crate) use self::status::StatusReporter;

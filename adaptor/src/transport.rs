@@ -3,6 +3,8 @@
 //! In: addresses, keys and tunnels of a pod. Out: sessions with its agent, and their links for local clients. Only
 //! [`ssh`] names russh.
 
+pub mod kbs_filter;
+
 pub(crate) mod ssh;
 
 pub(crate) mod session;

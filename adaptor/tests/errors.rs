@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use secure_comms_adaptor::kbs::{AdminSettings, KbsClient, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
+use secure_comms_adaptor::pod::AgentTunnels;
 use secure_comms_adaptor::store::{DirectoryStore, Store};
 use secure_comms_adaptor::{Adaptor, Config, Deadline, PodSpec};
 use secure_comms_protocol::limits::REKEY_BYTES;
@@ -35,8 +36,10 @@ async fn prepare(store: &Path, inbounds: &str) -> Box<dyn Error> {
     let config = Config {
         inbounds: parse_list(inbounds).unwrap(),
         outbounds: Vec::new(),
+        agent: AgentTunnels::default(),
         worker_nodes: None,
         old_agents: false,
+        kbs_filter: true,
         rekey_bytes: REKEY_BYTES,
         require_pq: false,
         observer: Arc::new(|_, _| {}),

@@ -60,6 +60,22 @@ pub struct ConnectArgs {
     /// Further outbounds; may be repeated [env: SECURE_COMMS_OUTBOUNDS]
     #[arg(long, value_name = "TAGS")]
     pub outbounds: Vec<String>,
+    /// Inbounds that the VM's agent may have; may be repeated [env: SECURE_COMMS_PP_INBOUNDS] [default: only KBS]
+    #[arg(long, value_name = "TAGS")]
+    pub pp_inbounds: Vec<String>,
+    /// Outbounds that the VM's agent may have; may be repeated [env: SECURE_COMMS_PP_OUTBOUNDS] [default: only KATAAGENT]
+    #[arg(long, value_name = "TAGS")]
+    pub pp_outbounds: Vec<String>,
+    /// Where the agent may have the kata agent's socket; may be repeated [default: /run/kata-agent/agent.sock and
+    /// /run/kata-containers/agent.sock]
+    #[arg(long = "kata-agent-socket", value_name = "PATH")]
+    pub kata_agent_sockets: Vec<String>,
+    /// Where the sockets of the pods' inbounds are [env: SECURE_COMMS_RUN_DIR] [default: /run/secure-comms]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// Let only an attesting agent's requests pass to the KBS: on or off [env: SECURE_COMMS_KBS_FILTER] [default: on]
+    #[arg(long, value_name = "SWITCH")]
+    pub kbs_filter: Option<String>,
     /// Where the VM's KBS tunnel leads [env: SECURE_COMMS_KBS_ADDR] [default: kbs-service.trustee-operator-system:8080]
     #[arg(long, value_name = "HOST:PORT")]
     pub kbs: Option<String>,

@@ -14,6 +14,7 @@ use std::time::Duration;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::kbs::KbsSettings;
 use secure_comms_adaptor::key_source::KeySource;
+use secure_comms_adaptor::pod::AgentTunnels;
 use secure_comms_keys::WorkerNodeKeys;
 use secure_comms_keys::text::escape;
 use secure_comms_protocol::tag::{Tag, parse_lists};
@@ -25,6 +26,8 @@ pub use variables::unknown_variables;
 
 /// Default of `--store`.
 pub const DEFAULT_STORE: &str = "/var/lib/secure-comms-adaptor";
+/// Default of `--run-dir`.
+pub const DEFAULT_RUN_DIR: &str = "/run/secure-comms";
 /// Default of `--kbs`.
 pub const DEFAULT_KBS: &str = "kbs-service.trustee-operator-system:8080";
 
@@ -39,6 +42,10 @@ pub struct ConnectSettings {
     pub inbounds: Vec<InboundTag>,
     /// Local outbounds, the built-in KBS included.
     pub outbounds: Vec<OutboundTag>,
+    /// Tunnels that the VM's agent may have.
+    pub agent: AgentTunnels,
+    /// Whether only an attesting agent's requests pass to the KBS.
+    pub kbs_filter: bool,
     /// Directory of the key store.
     pub store: PathBuf,
     /// Where the VM gets its keys.

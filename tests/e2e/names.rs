@@ -142,6 +142,7 @@ async fn host_names_lead_to_their_servers() -> Result<()> {
         tunnels.iter().map(|(name, to)| format!(",KUBERNETES_PHASE:{name}:{to}")).collect();
     let inbounds: String = tunnels.iter().map(|(name, _)| format!(",KUBERNETES_PHASE:{name}:0")).collect();
     scene.inbounds += &inbounds;
+    scene.agent_outbounds += &outbounds;
 
     let agent = with_files(&scene, &scene.agent_command()?, |arg| {
         if arg.contains(":VMSERVICE:") { format!("{arg}{outbounds}") } else { arg.to_owned() }

@@ -266,6 +266,7 @@ async fn complaining() -> Result<(Scene, Child, Child)> {
         json!({"sc-outbounds": format!("KUBERNETES_PHASE:DEAD:{}", dead.port())}).to_string(),
     )?;
     scene.inbounds = "KUBERNETES_PHASE:VMSERVICE:0,KUBERNETES_PHASE:DEAD:0".into();
+    scene.agent_outbounds += &format!(",KUBERNETES_PHASE:DEAD:{}", dead.port());
     let agent = scene.agent().await?;
     let adaptor = scene.adaptor()?;
     works(&scene, &adaptor).await?;

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use crate::harness::kept_directory::{private_directory, remember_child};
 use crate::harness::process::{Child, Signal};
-use crate::harness::scene::PATIENCE;
+use crate::harness::scene::{PATIENCE, Scene};
 
 /// Exit code of a demo program; prints the error, if any.
 pub fn finish(name: &str, result: Result<()>) -> ExitCode {
@@ -63,6 +63,38 @@ impl Arguments {
         let half = self.directory.join(name);
         private_directory(&half)?;
         Ok(half.canonicalize()?)
+    }
+
+    /// Where `demo-vm` leaves what its agent runs with, for `demo-node`.
+    fn agent_file(&self) -> PathBuf {
+        self.directory.join("agent")
+    }
+
+    /// Leaves what the agent of this scene runs with.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn leave_agent(&self, scene: &Scene) -> Result<()> {
+        let socket = scene.kata_socket.display();
+        let text = format!("{}\n{}\n{socket}\n", scene.agent_inbounds, scene.agent_outbounds);
+        std::fs::write(self.agent_file(), text).context("leaving what the agent runs with")
+    }
+
+    /// Makes the adaptor of this scene expect the agent that was left.
+    ///
+    /// # Errors
+    /// None was left.
+    pub fn expect_agent(&self, scene: &mut Scene) -> Result<()> {
+        let file = self.agent_file();
+        let text = std::fs::read_to_string(&file);
+        let text =
+            text.with_context(|| format!("no demo-vm has left what it runs with in {}", file.display()))?;
+        let [inbounds, outbounds, socket] = text.lines().collect::<Vec<_>>()[..] else {
+            bail!("{}: expected three lines", file.display());
+        };
+        (scene.agent_inbounds, scene.agent_outbounds) = (inbounds.to_owned(), outbounds.to_owned());
+        scene.kata_socket = socket.into();
+        Ok(())
     }
 
     /// Where `demo-vm` leaves its address for `demo-node`.

@@ -58,6 +58,10 @@ pub trait ToServer: Send {
     /// # Errors
     /// The stream must end.
     fn next_released(&mut self) -> impl Future<Output = Result<Option<Bytes>, InterceptError>> + Send;
+    /// Whether no further byte goes to the server, whatever arrives: the server sees the end of the stream.
+    fn is_finished(&self) -> bool {
+        false
+    }
 }
 
 /// Inspects the bytes that the server sends, drops some of them, and injects pieces of its own between them.
@@ -83,6 +87,11 @@ pub trait FromServer: Send {
     ///
     /// Cancellation safe: the piece stays for [`FromServer::next_injected`].
     fn injection_ready(&mut self) -> impl Future<Output = ()> + Send;
+    /// Whether no further byte goes to the peer, whatever the server sends: the stream ends there. Asked when there is
+    /// nothing to inject.
+    fn is_finished(&self) -> bool {
+        false
+    }
 }
 
 /// Interceptor that passes every byte unchanged; it compiles to nothing.

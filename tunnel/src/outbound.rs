@@ -198,6 +198,11 @@ impl<P, I> Permit<P, I> {
 }
 
 impl<P, I> Permit<P, I> {
+    /// The interceptor of this stream alone.
+    pub fn interceptor_mut(&mut self) -> Option<&mut I> {
+        self.interceptor.as_mut()
+    }
+
     /// The server.
     pub fn target(&self) -> &Target {
         &self.server.target

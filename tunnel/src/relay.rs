@@ -201,7 +201,7 @@ impl<S: Sender> Ends<'_, S> {
     ) -> Result<(), RelayError> {
         let mut ended = false;
         loop {
-            if ended && !to_server.has_pending() {
+            if (ended || to_server.is_finished()) && !to_server.has_pending() {
                 self.queue.end(Ending::Complete);
             }
             if !self.flow.has_credit() {
@@ -280,6 +280,9 @@ impl<S: Sender> Ends<'_, S> {
             };
             if pieces.is_empty() {
                 pieces.extend(from_server.next_injected());
+            }
+            if pieces.is_empty() && from_server.is_finished() {
+                return self.sender.eof().await.or(Ok(()));
             }
             if pieces.is_empty() {
                 match self.read_server(credit, &mut read_size, from_server).await? {

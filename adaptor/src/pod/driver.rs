@@ -27,6 +27,7 @@ use super::plan::Plan;
 use super::status::{PodEvent, PodState, StatusReporter};
 use super::vm_log::VmLog;
 use super::withdrawal::Withdrawal;
+use crate::text::quote;
 use crate::transport::routes::Routes;
 use crate::transport::session::Session;
 use crate::transport::ssh::AuthLock;
@@ -50,10 +51,12 @@ pub(crate) enum Entry {
 }
 
 /// Why a driver ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Ended {
     Stopped,
     VmLost,
+    /// A new pod's agent runs with what is not expected; with the differences.
+    Unexpected(String),
 }
 
 /// Drives one pod's channel.
@@ -72,6 +75,8 @@ pub(crate) struct Driver {
     pub(super) ending: JoinSet<()>,
     /// The mismatches reported last, so that a reconnect does not repeat them.
     reported_mismatches: HashMap<PhaseName, String>,
+    /// The warnings on the agent that were logged last, so that a reconnect does not repeat them.
+    logged_warnings: Vec<String>,
     /// What was shown of the VM's log.
     vm_log: VmLog,
 }
@@ -94,6 +99,7 @@ impl Driver {
             last_up: None,
             ending: JoinSet::new(),
             reported_mismatches: HashMap::new(),
+            logged_warnings: Vec::new(),
             vm_log: VmLog::default(),
         }
     }
@@ -142,6 +148,13 @@ impl Driver {
         mut session: Session<Kubernetes>,
     ) -> Result<Option<Connected>, Ended> {
         let since = Instant::now();
+        match self.plan.expected.check(session.agent()) {
+            Ok(warnings) => self.log_warnings(warnings),
+            Err(unexpected) => {
+                let why = unexpected.to_string();
+                return self.on_unexpected(session, since, why).await.map(|()| None);
+            }
+        }
         match self.withdraw_key(&mut session).await {
             Withdrawal::Done => {}
             Withdrawal::Stopped(stop) => {
@@ -162,6 +175,7 @@ impl Driver {
         if self.last_up.replace(since).is_none_or(|last| last.elapsed() >= 2 * RETRY_MAX) {
             self.backoff.reset();
         }
+        session.serve_streams();
         self.routes.set_kubernetes(session.link());
         let instance = session.agent().instance.clone().unwrap_or_default();
         self.status.up(address, instance.clone());
@@ -191,6 +205,31 @@ impl Driver {
                 self.down(PhaseName::Kubernetes, why);
                 Ok(Some(connected))
             }
+        }
+    }
+
+    /// The agent has the pod's key, so what it runs with is proven: a start fails for good. Later a new VM may be at the
+    /// same address.
+    async fn on_unexpected(
+        &mut self,
+        session: Session<Kubernetes>,
+        since: Instant,
+        why: String,
+    ) -> Result<(), Ended> {
+        session.close(&quote(&why)).await;
+        if self.starting {
+            return Err(Ended::Unexpected(why));
+        }
+        self.down(PhaseName::Kubernetes, why);
+        self.pause_if_short_lived(since).await
+    }
+
+    fn log_warnings(&mut self, warnings: Vec<String>) {
+        if warnings != self.logged_warnings {
+            for warning in &warnings {
+                tracing::warn!("pod {}: {warning}", self.plan.id);
+            }
+            self.logged_warnings = warnings;
         }
     }
 

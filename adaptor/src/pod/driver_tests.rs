@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_keys::{PodKey, WorkerNodeKey};
+use secure_comms_protocol::AgentConfig;
 use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_ssh::profile::KeyExchange;
@@ -12,8 +13,8 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::{
-    AttestationLimits, Driver, Ended, Entry, LOST, LostLimits, Plan, PodSnapshot, PodState, StatusReporter,
-    Stop,
+    AgentTunnels, AttestationLimits, Driver, Ended, Entry, ExpectedAgent, LOST, LostLimits, Plan,
+    PodSnapshot, PodState, StatusReporter, Stop,
 };
 use crate::key_source::KeySource;
 use crate::support::agent::{Agent, Mode};
@@ -37,6 +38,7 @@ impl Driven {
         let (node_key, key) = (WorkerNodeKey::generate().unwrap(), PodKey::generate().unwrap());
         let latched = Mode::kubernetes(key.clone(), node_key.public().unwrap());
         let (inbounds, outbounds) = (parse_list(KATAAGENT).unwrap(), parse_list("").unwrap());
+        let expected = ExpectedAgent::new(&pod(), &node_key, None, &AgentTunnels::default());
         let plan = Plan {
             id: pod(),
             addresses: addresses(at),
@@ -44,8 +46,9 @@ impl Driven {
             pod_key: key.public().unwrap(),
             init_data: None,
             publication: None,
-            attestation: KeySource::Kbs(Tunnels::new(&inbounds, &outbounds)),
-            kubernetes: Tunnels::new(&inbounds, &outbounds),
+            expected: Arc::new(expected),
+            attestation: KeySource::Kbs(Tunnels::new(&inbounds, &outbounds, true)),
+            kubernetes: Tunnels::new(&inbounds, &outbounds, true),
             rekey_bytes: REKEY_BYTES,
             kex: KeyExchange::Any,
             attestation_limits: limits,
@@ -323,5 +326,64 @@ async fn no_address_at_all_is_no_lost_vm() {
         order.send_replace(Some(Stop { reason: "done", drain: Duration::ZERO }));
     };
     let (ended, ()) = tokio::join!(driven.driver.run(Entry::New), stop);
+    assert_eq!(ended, Ended::Stopped);
+}
+
+/// What an agent says whose unmeasured configuration sends the runtime elsewhere.
+fn redirected(mode: &Mode) -> Mode {
+    let config = AgentConfig {
+        outbounds: vec!["KUBERNETES_PHASE:KATAAGENT:evil.example:1234".into()],
+        ..mode.config().unwrap()
+    };
+    Mode { config: Some(config), ..mode.clone() }
+}
+
+#[tokio::test]
+async fn a_start_with_an_unexpected_agent_fails_at_once() {
+    let agent = Agent::start(Mode::attestation()).await;
+    let driven = Driven::new(&[agent.address], AttestationLimits::default());
+    agent.become_(redirected(&driven.latched));
+    let ended = timeout(PATIENCE, driven.driver.run(Entry::New)).await.unwrap();
+    let Ended::Unexpected(why) = ended else { panic!("{ended:?}") };
+    assert!(
+        why.contains("its outbound KUBERNETES_PHASE:KATAAGENT:evil.example:1234 is not expected"),
+        "{why}"
+    );
+    agent.seen.wait("control ended: the peer said bye: the agent is refused", 1).await;
+    assert_eq!(driven.events.count("up"), 0, "{:?}", driven.events.all());
+}
+
+#[tokio::test]
+async fn an_unexpected_agent_after_the_start_is_down_and_retried() {
+    let agent = Agent::start(Mode::attestation()).await;
+    let driven = Driven::new(&[agent.address], AttestationLimits::default());
+    agent.become_(redirected(&driven.latched));
+    let (events, latched, now) = (driven.events.clone(), driven.latched.clone(), driven.now.clone());
+    let vm = async {
+        events.wait("the agent is refused, no client was connected to it", 2).await;
+        let state = now.borrow().state.clone();
+        assert!(!matches!(state, PodState::Up { .. }), "{state:?}");
+        agent.become_(latched);
+    };
+    tokio::join!(driven.until_up(Entry::Restarted), vm);
+}
+
+#[tokio::test]
+async fn a_reconnect_to_an_unexpected_agent_gets_no_client() {
+    let agent = Agent::start(Mode::attestation()).await;
+    let driven = Driven::new(&[agent.address], AttestationLimits::default());
+    let Driven { driver, events, now: mut states, order, latched } = driven;
+    agent.become_(latched.clone());
+    let vm = async {
+        let up = states.wait_for(|now| matches!(now.state, PodState::Up { .. })).await;
+        assert!(up.is_ok());
+        agent.become_(redirected(&latched));
+        agent.cut();
+        events.wait("the agent is refused, no client was connected to it", 1).await;
+        agent.become_(latched);
+        events.wait("kubernetes phase up", 2).await;
+        order.send_replace(Some(Stop { reason: "done", drain: Duration::ZERO }));
+    };
+    let (ended, ()) = tokio::join!(driver.run(Entry::New), vm);
     assert_eq!(ended, Ended::Stopped);
 }

@@ -8,6 +8,7 @@ use secure_comms_protocol::tag::Host;
 use secure_comms_protocol::{Attestation, InitDataDigest, Kubernetes, PodId};
 use secure_comms_ssh::profile::KeyExchange;
 
+use super::expected_agent::ExpectedAgent;
 use super::lost_vm::LostLimits;
 use crate::address::Address;
 use crate::key_source::KeySource;
@@ -32,6 +33,8 @@ pub(crate) struct Plan {
     pub(crate) addresses: Vec<Address>,
     pub(crate) node_key: WorkerNodeKey,
     pub(crate) pod_key: PodPublic,
+    /// What the agent may run with.
+    pub(crate) expected: Arc<ExpectedAgent>,
     /// Digest of the init-data that the VM is started with, if one is expected.
     pub(crate) init_data: Option<InitDataDigest>,
     /// The pod's keys at the KBS; none if the VM has its keys from user data.

@@ -15,7 +15,9 @@ use super::operation::{Served, Work};
 use super::shared::Shared;
 use crate::address::Address;
 use crate::deadline::Deadline;
-use crate::pod::{AttestationLimits, Driver, Ended, Entry, LostLimits, Plan, PodState, StatusReporter, Stop};
+use crate::pod::{
+    AttestationLimits, Driver, Ended, Entry, ExpectedAgent, LostLimits, Plan, PodState, StatusReporter, Stop,
+};
 use crate::publication::Publication;
 use crate::transport::routes::Routes;
 use crate::transport::session::Tunnels;
@@ -45,18 +47,27 @@ impl Channel {
         publication: Option<Arc<Publication>>,
         addresses: Vec<Address>,
     ) -> Plan {
-        let (inbounds, outbounds) = (&shared.config.inbounds, &shared.config.outbounds);
+        let config = &shared.config;
+        let (inbounds, outbounds) = (&config.inbounds, &config.outbounds);
+        let expected = ExpectedAgent::new(id, &served.node_key, config.worker_nodes.as_ref(), &config.agent)
+            .with_old_agents(config.old_agents)
+            .with_keys_from(&shared.key_source)
+            .with_init_data(served.init_data.clone());
         Plan {
             id: id.clone(),
             addresses,
             node_key: served.node_key.clone(),
             pod_key: served.pod_key,
+            expected: Arc::new(expected),
             init_data: served.init_data.clone(),
             publication,
-            attestation: shared.key_source.as_ref().map(|_| Tunnels::new(inbounds, outbounds)),
-            kubernetes: Tunnels::new(inbounds, outbounds),
-            rekey_bytes: shared.config.rekey_bytes,
-            kex: KeyExchange::post_quantum(shared.config.require_pq),
+            attestation: shared
+                .key_source
+                .as_ref()
+                .map(|_| Tunnels::new(inbounds, outbounds, config.kbs_filter)),
+            kubernetes: Tunnels::new(inbounds, outbounds, config.kbs_filter),
+            rekey_bytes: config.rekey_bytes,
+            kex: KeyExchange::post_quantum(config.require_pq),
             attestation_limits: AttestationLimits::default(),
             // `open` sets both.
             lost_limits: LostLimits::for_start(Duration::ZERO),

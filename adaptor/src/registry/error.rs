@@ -4,6 +4,7 @@ use secure_comms_keys::KeyError;
 use secure_comms_protocol::PodId;
 use secure_comms_tunnel::inbound::BindError;
 
+use super::listen_path::PathError;
 use crate::kbs::KbsError;
 use crate::publication::PublicationError;
 use crate::store::StoreError;
@@ -20,6 +21,9 @@ pub enum AdaptorError {
     /// An inbound cannot listen.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The unix path of an inbound cannot be used for the pod.
+    #[error(transparent)]
+    Path(#[from] PathError),
     /// A key of the store is invalid.
     #[error("use a key of the store")]
     Key(#[from] KeyError),
@@ -73,6 +77,14 @@ pub enum AdaptorError {
         /// Id of the pod.
         pod: PodId,
         /// Cause of the failure, and what to do.
+        reason: String,
+    },
+    /// The agent has the pod's key, and runs with what is not expected.
+    #[error("start pod {pod}: {reason}")]
+    UnexpectedAgent {
+        /// Id of the pod.
+        pod: PodId,
+        /// The differences, and what to do about each.
         reason: String,
     },
     /// The Kubernetes phase was not up at the deadline.

@@ -17,6 +17,7 @@ use tokio::time::timeout_at;
 
 use super::command::{Reply, StartOrder};
 use super::error::AdaptorError;
+use super::listen_path::{PodDirectories, for_pod, make_directories};
 use super::shared::{PodSpec, Shared};
 use crate::address::Address;
 use crate::deadline::Deadline;
@@ -45,6 +46,8 @@ pub(super) struct Served {
     /// Digest of the init-data that the pod's VM must show.
     pub(super) init_data: Option<InitDataDigest>,
     pub(super) inbounds: JoinSet<()>,
+    /// After the inbounds, whose sockets are in them.
+    pub(super) directories: Vec<PodDirectories>,
 }
 
 /// What an operation acquired.
@@ -278,15 +281,34 @@ impl Context {
     }
 
     async fn listen(&self, node_key: WorkerNodeKey, pod_key: PodPublic) -> Result<Served, AdaptorError> {
-        let routes = Arc::new(Routes::default());
-        let (mut endpoints, mut inbounds) = (Vec::new(), JoinSet::new());
-        for tag in &self.shared.config.inbounds {
-            self.step.send_replace(format!("inbound {tag} to listen"));
-            let inbound = Inbound::bind(tag).await?;
-            endpoints.push(Endpoint { name: tag.name.clone(), local: inbound.local().to_owned() });
-            inbounds.spawn(routes.serve(inbound));
+        let mut served = Served {
+            endpoints: Vec::new(),
+            routes: Arc::default(),
+            node_key,
+            pod_key,
+            init_data: None,
+            inbounds: JoinSet::new(),
+            directories: Vec::new(),
+        };
+        match self.listen_with(&mut served).await {
+            Ok(()) => Ok(served),
+            Err(error) => {
+                close(Some(served)).await;
+                Err(error)
+            }
         }
-        Ok(Served { endpoints, routes, node_key, pod_key, init_data: None, inbounds })
+    }
+
+    async fn listen_with(&self, served: &mut Served) -> Result<(), AdaptorError> {
+        for template in &self.shared.config.inbounds {
+            let tag = for_pod(template, &self.id)?;
+            self.step.send_replace(format!("inbound {tag} to listen"));
+            served.directories.push(make_directories(template, &self.id)?);
+            let inbound = Inbound::bind(&tag).await?;
+            served.endpoints.push(Endpoint { name: tag.name, local: inbound.local().to_owned() });
+            served.inbounds.spawn(served.routes.serve(inbound));
+        }
+        Ok(())
     }
 }
 
@@ -296,6 +318,7 @@ pub(super) async fn close(served: Option<Served>) {
     served.inbounds.abort_all();
     // Aborted tasks end with an error that says so; a panic was logged by the hook.
     while served.inbounds.join_next().await.is_some() {}
+    drop(served.directories);
 }
 
 /// How a pod is deleted.

@@ -8,21 +8,27 @@ use secure_comms_protocol::{InboundTag, InitDataDigest, OutboundTag, PodId};
 
 use crate::kbs::KbsClient;
 use crate::key_source::KeySource;
-use crate::pod::Observer;
+use crate::pod::{AgentTunnels, Observer};
 use crate::publication::{Policy, Publication};
 use crate::store::Store;
 
 /// What all pods of an adaptor have in common.
 #[derive(Clone)]
 pub struct Config {
-    /// Inbounds of each pod, KATAAGENT included. All pods share the list, so a fixed port or path serves one pod only.
+    /// Inbounds of each pod, KATAAGENT included. All pods share the list, so a fixed port or path serves one pod only;
+    /// `{pod}` in a unix path stands for the pod's id.
     pub inbounds: Vec<InboundTag>,
     /// Outbounds of each pod, KBS included.
     pub outbounds: Vec<OutboundTag>,
-    /// Further worker nodes that may log in to the pods, besides this one.
+    /// Tunnels that the agent of each pod may have.
+    pub agent: AgentTunnels,
+    /// Further worker nodes that may log in to the pods: their keys are published with ours.
     pub worker_nodes: Option<WorkerNodeKeys>,
-    /// Whether agents before version 0.2 are served: their two separate resources are published as well.
+    /// Whether agents before version 0.2 are served: their two separate resources are published as well, and an agent that
+    /// does not say what it runs with is accepted.
     pub old_agents: bool,
+    /// Whether the streams to the outbound KBS are limited to the requests of an agent that attests.
+    pub kbs_filter: bool,
     /// Bytes in one direction after which the session keys of a connection are renewed.
     pub rekey_bytes: usize,
     /// Whether only post-quantum key exchange is offered and accepted, in both phases.

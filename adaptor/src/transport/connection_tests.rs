@@ -30,7 +30,7 @@ fn dial(address: SocketAddr, node_key: &WorkerNodeKey) -> Dial {
 }
 
 fn tunnels<P: Phase>(outbounds: &str) -> Tunnels<P> {
-    Tunnels::new(&parse_list("KUBERNETES_PHASE:KATAAGENT:0").unwrap(), &parse_list(outbounds).unwrap())
+    Tunnels::new(&parse_list("KUBERNETES_PHASE:KATAAGENT:0").unwrap(), &parse_list(outbounds).unwrap(), true)
 }
 
 async fn kubernetes_agent() -> (Agent, WorkerNodeKey, PodKey) {
@@ -39,6 +39,13 @@ async fn kubernetes_agent() -> (Agent, WorkerNodeKey, PodKey) {
 }
 
 async fn session(outbounds: &str) -> (Agent, Session<Kubernetes>) {
+    let (agent, session) = unchecked_session(outbounds).await;
+    session.serve_streams();
+    (agent, session)
+}
+
+/// A session whose agent was not checked yet.
+async fn unchecked_session(outbounds: &str) -> (Agent, Session<Kubernetes>) {
     let (agent, node, host) = kubernetes_agent().await;
     let tunnels = tunnels(outbounds);
     let (dial, host) = (dial(agent.address, &node), host.public().unwrap());
@@ -77,6 +84,7 @@ async fn the_attestation_phase_is_entered_without_proof() {
     let connection =
         ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
     let session = Session::establish(connection, &pod(), &tunnels).await.unwrap();
+    session.serve_streams();
     assert_eq!(session.agent().phase, Some(PhaseName::Attestation));
     assert_eq!(agent.seen.all(), ["connection", "service", "auth attestation none", "hello pod-1 out []"]);
 }
@@ -281,6 +289,7 @@ async fn an_unproven_agent_can_log_nothing_here() {
     let connection =
         ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
     let mut session = Session::establish(connection, &pod(), &tunnels).await.unwrap();
+    session.serve_streams();
     agent.say(&Control::Log(LogLine { seq: 1, text: "advertisement".into(), ..LogLine::default() }));
     agent.say(&Control::Bye(Bye { reason: "done".into() }));
     timeout(PATIENCE, session.ended()).await.unwrap();
@@ -307,4 +316,30 @@ async fn an_agent_that_breaks_the_protocol_receives_the_reason() {
     let why = timeout(PATIENCE, session.ended()).await.unwrap().to_string();
     assert!(why.contains("grants less credit than a message costs"), "{why}");
     agent.seen.wait("hello came too late, or grants less credit", 1).await;
+}
+
+#[tokio::test]
+async fn a_stream_that_comes_before_the_check_of_the_agent_waits() {
+    let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (agent, session) =
+        unchecked_session(&format!("KUBERNETES_PHASE:OUT:{}", server.local_addr().unwrap())).await;
+    let (handle, credits) = agent.newest();
+    let (early, other) = (credits.open().await.unwrap(), credits.open().await.unwrap());
+    let early = handle.channel_open_forwarded_tcpip("OUT", 1, "127.0.0.1", early.id());
+    tokio::pin!(early);
+    // The answer to the second stream shows that the first one has arrived.
+    let second = async {
+        let refused = handle.channel_open_forwarded_tcpip("other", 1, "127.0.0.1", other.id()).await;
+        assert!(matches!(refused, Err(russh::Error::ChannelOpenFailure(_))));
+    };
+    tokio::select! {
+        biased;
+        _ = &mut early => panic!("the stream was opened before the agent was checked"),
+        _ = server.accept() => panic!("the server was reached before the agent was checked"),
+        () = second => {}
+    }
+    session.serve_streams();
+    let (opened, accepted) = tokio::join!(early, server.accept());
+    opened.unwrap();
+    accepted.unwrap();
 }

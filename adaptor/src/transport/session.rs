@@ -142,6 +142,11 @@ impl<P: ClientPhase> Session<P> {
         self.connection.link()
     }
 
+    /// Serves the agent's streams from now on. In the Kubernetes phase those that come earlier wait.
+    pub(crate) fn serve_streams(&self) {
+        self.connection.serve_streams();
+    }
+
     /// The agent's hello.
     pub(crate) fn agent(&self) -> &Hello {
         &self.agent

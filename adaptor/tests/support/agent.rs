@@ -13,7 +13,7 @@ use secure_comms_keys::{PodKey, WorkerNodePublic};
 use secure_comms_protocol::control::{Empty, KeyProgress};
 use secure_comms_protocol::limits::{CreditLimits, REKEY_BYTES};
 use secure_comms_protocol::tag::parse_list;
-use secure_comms_protocol::{Control, Hello, Kubernetes, PhaseName};
+use secure_comms_protocol::{AgentConfig, Control, Hello, Kubernetes, PhaseName};
 use secure_comms_ssh::channel::{PendingChannel, split};
 use secure_comms_ssh::control::{self, Outbox};
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
@@ -35,16 +35,37 @@ pub struct Mode {
     pub hello: bool,
     /// Whether it disconnects instead of answering an authentication.
     pub hangs_up: bool,
+    /// What it says that it runs with, other than that its defaults.
+    pub config: Option<AgentConfig>,
 }
 
 impl Mode {
     pub fn attestation() -> Self {
         let host = PodKey::generate().unwrap();
-        Self { phase: PhaseName::Attestation, host, worker: None, hello: true, hangs_up: false }
+        Self { phase: PhaseName::Attestation, host, worker: None, hello: true, hangs_up: false, config: None }
     }
 
     pub fn kubernetes(host: PodKey, worker: WorkerNodePublic) -> Self {
-        Self { phase: PhaseName::Kubernetes, host, worker: Some(worker), hello: true, hangs_up: false }
+        Self {
+            phase: PhaseName::Kubernetes,
+            host,
+            worker: Some(worker),
+            hello: true,
+            hangs_up: false,
+            config: None,
+        }
+    }
+
+    /// What it says that it runs with.
+    pub fn config(&self) -> Option<AgentConfig> {
+        let worker = self.worker.filter(|_| self.phase == PhaseName::Kubernetes)?;
+        Some(self.config.clone().unwrap_or_else(|| AgentConfig {
+            pod_id: None,
+            worker_nodes: vec![worker.to_string()],
+            inbounds: vec!["BOTH_PHASES:KBS:8080".into()],
+            outbounds: vec!["KUBERNETES_PHASE:KATAAGENT:/run/kata-containers/agent.sock".into()],
+            user_data: "none".into(),
+        }))
     }
 }
 
@@ -243,6 +264,7 @@ impl Handler for Peer_ {
                 instance: Some("cafe".into()),
                 inbounds: vec!["KBS".into()],
                 outbounds: vec!["KATAAGENT".into()],
+                config: self.mode.config(),
                 ..Hello::default()
             }));
         }

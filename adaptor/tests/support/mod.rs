@@ -12,7 +12,7 @@ use axum::http::StatusCode;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
-use secure_comms_adaptor::pod::PodState;
+use secure_comms_adaptor::pod::{AgentTunnels, PodState};
 use secure_comms_adaptor::store::{DirectoryStore, Store};
 use secure_comms_adaptor::{Adaptor, Config, Deadline, PodSpec};
 use secure_comms_keys::{PodKey, WorkerNodePublic};
@@ -274,8 +274,10 @@ fn build_with(
     let config = Config {
         inbounds: parse_list(&inbounds.replace("KATAAGENT:0", &format!("KATAAGENT:{}", own_port()))).unwrap(),
         outbounds: parse_list(outbounds).unwrap(),
+        agent: AgentTunnels::default(),
         worker_nodes: None,
         old_agents: false,
+        kbs_filter: true,
         rekey_bytes: REKEY_BYTES,
         require_pq: false,
         observer: Arc::new(move |_, event| {

@@ -194,8 +194,10 @@ fn build_adaptor(
     let config = Config {
         inbounds: settings.inbounds.clone(),
         outbounds: settings.outbounds.clone(),
+        agent: settings.agent.clone(),
         worker_nodes: settings.worker_nodes.clone(),
         old_agents: settings.old_agents,
+        kbs_filter: settings.kbs_filter,
         rekey_bytes: settings.rekey_bytes,
         require_pq: settings.require_pq,
         observer: Arc::new(move |pod: &PodId, event: &PodEvent| events.happened(pod, event)),

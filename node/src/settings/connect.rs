@@ -1,19 +1,22 @@
 //! Reads the settings of `connect`.
 
 use std::net::Ipv6Addr;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use secure_comms_adaptor::address::{Address, host_port};
 use secure_comms_adaptor::kbs::{AdminSettings, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
+use secure_comms_adaptor::pod::AgentTunnels;
 use secure_comms_protocol::limits::{REKEY_BYTES, SSH_PORT};
-use secure_comms_protocol::tag::{Host, with_built_in};
+use secure_comms_protocol::tag::{Host, Tag, UNIX_PATH_MAX, with_built_in};
 use secure_comms_protocol::{Bind, InboundTag, OutboundTag, PhaseSet, Target, TunnelName};
 use url::Url;
 
 use super::{
-    ConnectSettings, DEFAULT_KBS, Env, SettingsReader, UsageError, init_data, store_or_default, units,
+    ConnectSettings, DEFAULT_KBS, DEFAULT_RUN_DIR, Env, SettingsReader, UsageError, init_data,
+    store_or_default, units,
 };
 use crate::cli::ConnectArgs;
 
@@ -39,6 +42,10 @@ impl ConnectSettings {
             reader.tags(("--inbounds", std::mem::take(&mut args.inbounds)), "SECURE_COMMS_INBOUNDS");
         let outbounds =
             reader.tags(("--outbounds", std::mem::take(&mut args.outbounds)), "SECURE_COMMS_OUTBOUNDS");
+        let agent = agent_tunnels(&mut reader, &mut args);
+        let kata_agent = kata_agent_inbound(&mut reader, args.run_dir.take());
+        let kbs_filter: Option<Switch> =
+            reader.value_or_default(("--kbs-filter", args.kbs_filter.take()), "SECURE_COMMS_KBS_FILTER");
         let deadline = deadline(&mut reader, args.deadline.as_deref());
         let rekey_bytes = rekey_bytes(&mut reader, args.rekey_bytes.as_deref());
         let require_pq = reader.boolean("SECURE_COMMS_REQUIRE_PQ").unwrap_or(false) || args.require_pq;
@@ -63,11 +70,13 @@ impl ConnectSettings {
             None => outbounds,
         };
         let warnings = std::mem::take(&mut reader.warnings);
-        let settings = pod.zip(key_source).map(|(pod, key_source)| Self {
+        let settings = pod.zip(key_source).zip(kata_agent).map(|((pod, key_source), kata_agent)| Self {
             pod,
             addresses,
-            inbounds: with_built_in(inbounds, kata_agent_inbound()),
+            inbounds: with_built_in(inbounds, kata_agent),
             outbounds,
+            agent,
+            kbs_filter: kbs_filter != Some(Switch::Off),
             store: store_or_default(args.store),
             key_source,
             init_data,
@@ -104,9 +113,61 @@ impl FromStr for Events {
     }
 }
 
-fn kata_agent_inbound() -> InboundTag {
-    let bind = Bind::Tcp { namespace: None, port: 0 };
-    InboundTag { phases: PhaseSet::Kubernetes, name: TunnelName::kata_agent(), bind }
+/// The value of `--kbs-filter`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Switch {
+    #[default]
+    On,
+    Off,
+}
+
+impl FromStr for Switch {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.to_ascii_lowercase().as_str() {
+            "on" => Ok(Self::On),
+            "off" => Ok(Self::Off),
+            _ => Err("expected on or off"),
+        }
+    }
+}
+
+/// A unix socket that only our user can reach: who connects to it drives the pod.
+fn kata_agent_inbound(reader: &mut SettingsReader<'_>, run_dir: Option<PathBuf>) -> Option<InboundTag> {
+    let given = run_dir.map(|dir| ("--run-dir", dir.into_os_string().into_string()));
+    let given =
+        given.or_else(|| Some(("SECURE_COMMS_RUN_DIR", Ok(reader.variable("SECURE_COMMS_RUN_DIR")?))));
+    let (name, dir) = match given {
+        Some((name, Ok(dir))) => (name, dir),
+        Some((name, Err(dir))) => {
+            reader.fault(name, &dir.to_string_lossy(), "expected UTF-8");
+            return None;
+        }
+        None => ("--run-dir", DEFAULT_RUN_DIR.to_owned()),
+    };
+    let tag = format!("KUBERNETES_PHASE:KATAAGENT:{}/pods/{{pod}}/agent.ttrpc", dir.trim_end_matches('/'));
+    let parsed = InboundTag::parse(&tag).ok().filter(|tag| matches!(tag.bind, Bind::Unix(_)));
+    if parsed.is_none() {
+        let room = UNIX_PATH_MAX - "/pods/{pod}/agent.ttrpc".len();
+        reader.fault(name, &dir, format!("expected an absolute path of at most {room} bytes"));
+    }
+    parsed
+}
+
+/// What the VM's agent may have, beyond the built-in tunnels.
+fn agent_tunnels(reader: &mut SettingsReader<'_>, args: &mut ConnectArgs) -> AgentTunnels {
+    let defaults = AgentTunnels::default();
+    let inbounds =
+        reader.tags(("--pp-inbounds", std::mem::take(&mut args.pp_inbounds)), "SECURE_COMMS_PP_INBOUNDS");
+    let outbounds =
+        reader.tags(("--pp-outbounds", std::mem::take(&mut args.pp_outbounds)), "SECURE_COMMS_PP_OUTBOUNDS");
+    let given = std::mem::take(&mut args.kata_agent_sockets);
+    for path in given.iter().filter(|path| !path.starts_with('/')) {
+        reader.fault("--kata-agent-socket", path, "expected an absolute path");
+    }
+    let kata_agent_sockets = if given.is_empty() { defaults.kata_agent_sockets } else { given };
+    AgentTunnels { inbounds, outbounds, kata_agent_sockets }
 }
 
 fn kbs_outbound((host, port): (Host, u16)) -> OutboundTag {

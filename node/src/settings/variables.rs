@@ -7,7 +7,7 @@ use strsim::jaro_winkler;
 
 const PREFIX: &str = "SECURE_COMMS_";
 /// Variables of this program and, as they may share a config map, of the agent. Those of the tests end with `_DIR`.
-const KNOWN: [&str; 18] = [
+const KNOWN: [&str; 20] = [
     "SECURE_COMMS_LOG",
     "SECURE_COMMS_LOG_FORMAT",
     "SECURE_COMMS_EVENTS",
@@ -24,6 +24,8 @@ const KNOWN: [&str; 18] = [
     "SECURE_COMMS_REQUIRE_PQ",
     "SECURE_COMMS_PP_INBOUNDS",
     "SECURE_COMMS_PP_OUTBOUNDS",
+    "SECURE_COMMS_RUN_DIR",
+    "SECURE_COMMS_KBS_FILTER",
     "SECURE_COMMS_BIN_DIR",
     "SECURE_COMMS_TEST_VM_DIR",
 ];

@@ -47,12 +47,15 @@ impl AttackedAgent {
     /// # Errors
     /// If it can't be set up.
     pub async fn kubernetes_with(more: Value) -> Result<Self> {
-        let scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
+        let mut scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
         scene.write_user_data().await?;
         let file = scene.path("apf.json");
         let mut user_data: Value = serde_json::from_slice(&std::fs::read(&file)?)?;
         for (key, value) in more.as_object().into_iter().flatten() {
             user_data.as_object_mut().context("user data")?.insert(key.clone(), value.clone());
+            if let ("sc-outbounds", Some(tags)) = (key.as_str(), value.as_str()) {
+                scene.agent_outbounds += &format!(",{tags}");
+            }
         }
         std::fs::write(&file, user_data.to_string())?;
         Self::start(scene).await

@@ -121,6 +121,9 @@ impl Prepared {
         command.args(["connect", "--no-trustee", "--pod-id", &self.pod, "--address", &ssh.to_string()]);
         command.arg("--store").arg(self.path("store"));
         command.args(["--inbounds", &format!("KUBERNETES_PHASE:BENCH:{}", self.inbound.port())]);
+        command.args(["--pp-outbounds", &format!("KUBERNETES_PHASE:BENCH:{}", self.target)]);
+        command.arg("--run-dir").arg(self.path("run"));
+        command.arg("--kata-agent-socket").arg(self.path("kata.sock"));
         Ok(command)
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use secure_comms_tests::demo::{Arguments, Stop, finish, start, unless_stopped, watch, within};
 use secure_comms_tests::harness::process::Child;
-use secure_comms_tests::harness::scene::{Scene, SceneOptions, endpoint, kata_client};
+use secure_comms_tests::harness::scene::{Scene, SceneOptions, kata_socket_client, socket};
 use secure_comms_tests::simulators::kata::client::echo_roundtrip;
 use secure_comms_tests::usage::is_help;
 
@@ -58,10 +58,12 @@ fn address(arguments: &Arguments) -> Result<SocketAddr> {
 async fn run(arguments: &Arguments, address: SocketAddr) -> Result<()> {
     let mut stop = Stop::new()?;
     let directory = arguments.half("node")?;
-    let Some(scene) = unless_stopped(&mut stop, Scene::kept(SceneOptions::default(), &directory)).await?
+    let Some(mut scene) = unless_stopped(&mut stop, Scene::kept(SceneOptions::default(), &directory)).await?
     else {
         return Ok(());
     };
+    scene.kata_inbound = None;
+    arguments.expect_agent(&mut scene)?;
     let mut adaptor = start("adaptor", scene.adaptor_command(&[address])?, &directory)?;
     println!("The adaptor connects to {address}. Ctrl-C ends the worker node; start it again to continue.\n");
     watch(&mut adaptor, &mut stop, "kubernetes phase up", async |adaptor: &Child| {
@@ -71,9 +73,12 @@ async fn run(arguments: &Arguments, address: SocketAddr) -> Result<()> {
 }
 
 async fn echo(adaptor: &Child) -> Result<()> {
-    let kata = endpoint(adaptor, "KATAAGENT").await?;
-    let time = echo_roundtrip(&mut kata_client(kata).await?, 200, 1).await?;
-    println!("\nThe kata agent in the VM answers at {kata}: 200 bytes and their echo took {time:.0?}.");
+    let kata = socket(adaptor, "KATAAGENT").await?;
+    let time = echo_roundtrip(&mut kata_socket_client(&kata).await?, 200, 1).await?;
+    println!(
+        "\nThe kata agent in the VM answers at {}: 200 bytes and their echo took {time:.0?}.",
+        kata.display()
+    );
     println!("Kill and restart either half, and watch it come back.\n");
     Ok(())
 }

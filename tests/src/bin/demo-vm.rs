@@ -43,6 +43,7 @@ async fn run(arguments: &Arguments) -> Result<()> {
         return Ok(());
     };
     let mut agent = start("agent", scene.agent_command()?, &directory)?;
+    arguments.leave_agent(&scene)?;
     std::fs::write(arguments.address_file(), scene.ssh.to_string())?;
     watch(&mut agent, &mut stop, "inbound NODESERVICE listens on", async |_: &Child| {
         println!("\nThe agent waits for its worker node. In another terminal:\n");

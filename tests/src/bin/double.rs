@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use secure_comms_tests::harness::process::{Child, Signal, ensure_built};
-use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
+use secure_comms_tests::harness::scene::{
+    PATIENCE, Scene, SceneOptions, client, endpoint, kata_socket_client, socket, up,
+};
 use secure_comms_tests::harness::vm::Vm;
 use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::simulators::kbs::Kbs;
@@ -98,7 +100,8 @@ async fn in_one_namespace() -> Result<()> {
     ensure_built().await?;
     steps.done("agent-protocol-forwarder and secure-comms-adaptor are built");
     steps.next("starting the simulators");
-    let scene = Scene::new(SceneOptions::default()).await?;
+    let mut scene = Scene::new(SceneOptions::default()).await?;
+    scene.kata_inbound = None;
     steps.done(format!(
         "KBS, guest components and kata agent are simulated; the KBS is at {}",
         scene.kbs.url()
@@ -115,9 +118,12 @@ async fn in_namespaces() -> Result<()> {
     let mut steps = Steps::new("building the programs");
     ensure_built().await?;
     steps.done("agent-protocol-forwarder and secure-comms-adaptor are built");
-    let scene = Scene::new(SceneOptions::default()).await?;
+    let mut scene = Scene::new(SceneOptions::default()).await?;
     steps.next("starting the VM's programs in network namespaces");
     let mut vm = Vm::boot().await?;
+    scene.kata_inbound = None;
+    (scene.agent_inbounds, scene.agent_outbounds) = (vm.inbounds.clone(), vm.outbounds.clone());
+    scene.kata_socket.clone_from(&vm.kata_socket);
     steps.done(format!(
         "the VM is up in network namespaces of its own, podns included; its agent listens on {}",
         vm.ssh
@@ -153,7 +159,7 @@ async fn phases(steps: &mut Steps, kbs: &Kbs, pod: &str, adaptor: &Child) -> Res
     let resource = format!("default/pp-{pod}/privateKey");
     // Logged once the pod is prepared.
     steps.next("waiting until the pod's keys are at the KBS");
-    endpoint(adaptor, "KATAAGENT").await?;
+    socket(adaptor, "KATAAGENT").await?;
     ensure!(kbs.resource(&resource).is_some(), "the pod's private key is not at the KBS");
     steps.done("prepare: the adaptor made the pod's keys and put them at the KBS");
     steps.next("waiting for the Attestation phase");
@@ -179,8 +185,8 @@ async fn traffic(
     node_client: impl AsyncFn() -> Result<TcpStream>,
 ) -> Result<()> {
     steps.next("sending bytes through the tunnels");
-    let kata = endpoint(adaptor, "KATAAGENT").await?;
-    let mut session = EchoSession::open(kata_client(kata).await?).await?;
+    let kata = socket(adaptor, "KATAAGENT").await?;
+    let mut session = EchoSession::open(kata_socket_client(&kata).await?).await?;
     let mut times = Vec::new();
     for seed in 0..REQUESTS {
         times.push(session.roundtrip(SMALL, seed).await?);
@@ -202,7 +208,7 @@ async fn traffic(
         ));
         anyhow::Ok(())
     };
-    let time = bulk_both_ways(kata_client(kata).await?, BULK, 7).await;
+    let time = bulk_both_ways(kata_socket_client(&kata).await?, BULK, 7).await;
     report("KATAAGENT (worker node -> kata agent)", time)?;
     let time = bulk_both_ways(client(endpoint(adaptor, "VMSERVICE").await?).await?, BULK, 7).await;
     report("VMSERVICE (worker node -> VM)", time)?;

@@ -87,6 +87,7 @@ impl Pod {
         let path = scene.path("apf.json");
         let mut user_data: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
         let tag = format!("KUBERNETES_PHASE:PLAIN:{}", scene.kata_socket.display());
+        scene.agent_outbounds = format!("{},{tag}", scene.agent_outbounds);
         user_data.as_object_mut().context("apf.json is no object")?.insert("sc-outbounds".into(), tag.into());
         std::fs::write(&path, user_data.to_string())?;
         let listener = UnixListener::bind(&scene.kata_socket)?;

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
+use super::user_data::{INBOUNDS, OUTBOUNDS};
 use super::{Boot, Machine, MachineOptions, MachinePermit, UserData};
 use crate::harness::process::Child;
 use crate::harness::scene::{PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up};
@@ -32,6 +33,9 @@ pub const AGENT: &str = "agent-protocol-forwarder";
 pub async fn scene(user_data: bool) -> Result<Scene> {
     let mut scene = Scene::new(SceneOptions { user_data, ..SceneOptions::default() }).await?;
     scene.inbounds = "KUBERNETES_PHASE:INSPECTOR:0".to_owned();
+    scene.agent_inbounds = INBOUNDS.to_owned();
+    scene.agent_outbounds = OUTBOUNDS.to_owned();
+    scene.kata_socket = "/run/kata-agent/agent.sock".into();
     // An emulated VM boots first.
     scene.deadline = 280;
     Ok(scene)

@@ -206,6 +206,15 @@ impl PodScene {
                 args.extend(["--address".into(), address.to_string().into()]);
             }
             args.extend(["--inbounds".into(), inbounds.into(), "--outbounds".into(), outbounds.into()]);
+            let agent = (
+                format!(
+                    "BOTH_PHASES:KBS:{here}:0,KUBERNETES_PHASE:NODESERVICE:{here}:0,ATTESTATION_PHASE:EARLY:{here}:0"
+                ),
+                format!("KUBERNETES_PHASE:VMSERVICE:{}", path("vm.sock").display()),
+            );
+            args.extend(["--pp-inbounds".into(), agent.0.into(), "--pp-outbounds".into(), agent.1.into()]);
+            args.extend(["--kata-agent-socket".into(), path("kata.sock").into()]);
+            args.extend(["--run-dir".into(), path("run").into()]);
             args.extend(["--store".into(), path("store").into(), "--deadline".into(), "600".into()]);
             args.extend([
                 "--kbs".into(),

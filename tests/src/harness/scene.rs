@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::process::Command;
 use tokio::time::timeout;
 
@@ -40,8 +40,14 @@ pub struct Scene {
     options: SceneOptions,
     /// Deadline of the adaptor's start, in seconds.
     pub deadline: u64,
-    /// Inbound tags of the adaptor.
+    /// Inbound tags of the adaptor, besides KATAAGENT.
     pub inbounds: String,
+    /// The adaptor's tag for KATAAGENT: TCP, for the clients of most tests. None: its default, a unix socket.
+    pub kata_inbound: Option<String>,
+    /// Inbound tags that the adaptor expects of the agent.
+    pub agent_inbounds: String,
+    /// Outbound tags that the adaptor expects of the agent.
+    pub agent_outbounds: String,
     /// Socket on which the agent expects the kata agent; by default that of `kata`.
     pub kata_socket: PathBuf,
     /// Value of the agent's `-pod-namespace`; empty: the pod has no network namespace.
@@ -98,15 +104,20 @@ impl Scene {
             // As the cloud writes it for a pod whose keys come from the KBS.
             std::fs::write(directory.path().join("apf.json"), "{}")?;
         }
+        let vm_service = KataAgent::tcp(any).await?;
+        let service = vm_service.addr().context("the VM's service listens on TCP")?;
         Ok(Self {
             guest: Rest::start(any, Backend::Local(cdh.clone())).await?,
             kata: KataAgent::unix(directory.path().join("kata.sock"))?,
-            vm_service: KataAgent::tcp(any).await?,
+            vm_service,
             node_service: KataAgent::tcp(any).await?,
             ssh,
             node_inbound,
             deadline: 110,
             inbounds: "KUBERNETES_PHASE:VMSERVICE:0".to_owned(),
+            kata_inbound: Some("KUBERNETES_PHASE:KATAAGENT:0".to_owned()),
+            agent_inbounds: format!("KUBERNETES_PHASE:NODESERVICE:{}", node_inbound.port()),
+            agent_outbounds: format!("KUBERNETES_PHASE:VMSERVICE:{service}"),
             kata_socket: directory.path().join("kata.sock"),
             pod_namespace: String::new(),
             pod,
@@ -200,10 +211,18 @@ impl Scene {
         command
             .args(["--deadline", &self.deadline.to_string()])
             .args(["--inbounds", &self.inbounds])
+            .args(["--pp-inbounds", &self.agent_inbounds, "--pp-outbounds", &self.agent_outbounds])
+            .arg("--kata-agent-socket")
+            .arg(&self.kata_socket)
+            .arg("--run-dir")
+            .arg(self.path("run"))
             .arg("--store")
             .arg(self.path("store"))
             .arg("--outbounds")
             .arg(format!("KUBERNETES_PHASE:NODESERVICE:{service}"));
+        if let Some(tag) = &self.kata_inbound {
+            command.args(["--inbounds", tag]);
+        }
         if self.options.user_data {
             command.arg("--no-trustee");
             return Ok(command);
@@ -324,6 +343,26 @@ pub async fn endpoint(process: &Child, tunnel: &str) -> Result<SocketAddr> {
     let line = process.wait_for_text(&words, PATIENCE).await?;
     let address = line.split(&words).nth(1).and_then(|rest| rest.split_whitespace().next());
     address.context("no address")?.parse().with_context(|| format!("an address in: {line}"))
+}
+
+/// Path of a unix inbound of the adaptor, from what it printed.
+///
+/// # Errors
+/// If it did not print a path.
+pub async fn socket(process: &Child, tunnel: &str) -> Result<PathBuf> {
+    let words = format!("inbound {tunnel} listens on ");
+    let line = process.wait_for_text(&words, PATIENCE).await?;
+    let path = line.split(&words).nth(1).and_then(|rest| rest.split_whitespace().next());
+    path.filter(|path| path.starts_with('/')).map(Into::into).with_context(|| format!("a path in: {line}"))
+}
+
+/// Connects to a unix inbound that leads to the kata agent.
+///
+/// # Errors
+/// If the connection is refused.
+pub async fn kata_socket_client(path: &Path) -> Result<Framed<UnixStream>> {
+    let connected = UnixStream::connect(path).await;
+    connected.map(Framed::new).with_context(|| format!("connecting to {}", path.display()))
 }
 
 /// Connects to an inbound of any tunnel but the kata agent's.

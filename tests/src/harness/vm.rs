@@ -2,6 +2,7 @@
 //! The worker node stays in the namespace of this process.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::process::id;
 
 use anyhow::{Context, Result};
@@ -30,6 +31,12 @@ pub struct Vm {
     pub node_inbound: SocketAddr,
     /// The pod's network namespace, podns.
     pub pod: Namespace,
+    /// The agent's inbounds, besides KBS.
+    pub inbounds: String,
+    /// The agent's outbounds, besides KATAAGENT.
+    pub outbounds: String,
+    /// The kata agent's socket.
+    pub kata_socket: PathBuf,
     // Fields are dropped in this order: processes before their namespaces.
     _services: Vec<Child>,
     _pod: TestNamespace,
@@ -64,6 +71,8 @@ impl Vm {
         rest.args(["api-server-rest", "--listen", &format!("127.0.0.1:{GUEST_PORT}"), "--cdh"])
             .arg(path("cdh.sock"));
         std::fs::write(path("apf.json"), "{}").context("writing the VM's daemon config")?;
+        let inbounds = format!("KUBERNETES_PHASE:NODESERVICE:{}:{NODE_SERVICE_PORT}", pod.name());
+        let outbounds = format!("KUBERNETES_PHASE:VMSERVICE:{VM_SERVICE_PORT}");
         let mut agent = host.command(&binaries.agent);
         agent
             .args(["-secure-comms", "-pod-namespace", pod.name()])
@@ -75,9 +84,9 @@ impl Vm {
             .arg(path("state"))
             .arg("-secure-comms-state-dir-on-disk")
             .arg("-secure-comms-inbounds")
-            .arg(format!("KUBERNETES_PHASE:NODESERVICE:{}:{NODE_SERVICE_PORT}", pod.name()))
+            .arg(&inbounds)
             .arg("-secure-comms-outbounds")
-            .arg(format!("KUBERNETES_PHASE:VMSERVICE:{VM_SERVICE_PORT}"));
+            .arg(&outbounds);
 
         let agent = Child::spawn("agent", agent)?;
         agent.wait_for_text("inbound NODESERVICE listens on", PATIENCE).await?;
@@ -91,6 +100,9 @@ impl Vm {
             ssh: SocketAddr::new(address(2), SSH_PORT),
             node_inbound: SocketAddr::from((Ipv4Addr::LOCALHOST, NODE_SERVICE_PORT)),
             pod: Namespace::new(pod.name()),
+            inbounds,
+            outbounds,
+            kata_socket: path("kata.sock"),
             _services: services,
             _pod: pod,
             _host: host,

@@ -54,17 +54,19 @@ impl Actor {
             self.status.status.set_state(PodState::Failed { reason });
             return self.answer(reply, Err(error));
         }
-        match ended {
+        match &ended {
             Ended::Stopped => {
                 self.status.status.set_state(PodState::Stopped);
                 self.status.status.emit(&PodEvent::Stopped);
             }
             Ended::VmLost => self.status.status.set_state(PodState::Failed { reason: LOST.into() }),
+            Ended::Unexpected(why) => self.status.status.set_state(PodState::Failed { reason: why.clone() }),
         }
         if let Some(reply) = channel.take_waiter() {
             let error = match ended {
                 Ended::Stopped => self.stopped(),
                 Ended::VmLost => AdaptorError::StartFailed { pod: self.id.clone(), reason: LOST.to_owned() },
+                Ended::Unexpected(reason) => AdaptorError::UnexpectedAgent { pod: self.id.clone(), reason },
             };
             self.answer(reply, Err(error));
         }

@@ -9,18 +9,20 @@ use secure_comms_protocol::{
 };
 use secure_comms_tunnel::Outbounds;
 
+use crate::transport::kbs_filter::KbsFilter;
+
 /// The tunnels of this end in a phase.
 #[derive(Clone, Debug)]
 pub(crate) struct Tunnels<P> {
     inbounds: Vec<TunnelName>,
     /// Names of the local outbounds, with the port to request; the agent ignores the port.
     pub(super) forwards: Vec<(TunnelName, u16)>,
-    outbounds: Arc<Outbounds<P>>,
+    outbounds: Arc<Outbounds<P, KbsFilter>>,
 }
 
 impl<P: Phase> Tunnels<P> {
-    /// Selects the tags of the phase.
-    pub(crate) fn new(inbounds: &[InboundTag], outbounds: &[OutboundTag]) -> Self {
+    /// Selects the tags of the phase. `kbs_filter`: only the requests of an attesting agent reach the outbound KBS.
+    pub(crate) fn new(inbounds: &[InboundTag], outbounds: &[OutboundTag], kbs_filter: bool) -> Self {
         let port = |target: &Target| match target {
             Target::Tcp { port, .. } => *port,
             Target::Unix(_) => 1,
@@ -28,12 +30,14 @@ impl<P: Phase> Tunnels<P> {
         Self {
             inbounds: in_phase::<P, _>(inbounds).map(|tag| tag.name.clone()).collect(),
             forwards: in_phase::<P, _>(outbounds).map(|tag| (tag.name.clone(), port(&tag.target))).collect(),
-            outbounds: Arc::new(Outbounds::new(outbounds)),
+            outbounds: Arc::new(
+                Outbounds::new(outbounds).with_interceptor(TunnelName::kbs(), KbsFilter::new(kbs_filter)),
+            ),
         }
     }
 
     /// The targets that the agent's streams may reach.
-    pub(crate) fn outbounds(&self) -> Arc<Outbounds<P>> {
+    pub(crate) fn outbounds(&self) -> Arc<Outbounds<P, KbsFilter>> {
         Arc::clone(&self.outbounds)
     }
 
@@ -125,7 +129,7 @@ mod tests {
     fn tunnels() -> Tunnels<Kubernetes> {
         let inbounds = parse_list("KUBERNETES_PHASE:KATAAGENT:0,KUBERNETES_PHASE:x:0,ATTESTATION_PHASE:no:0");
         let outbounds = parse_list("BOTH_PHASES:KBS:kbs:8080,KUBERNETES_PHASE:sock:/run/s");
-        Tunnels::new(&inbounds.unwrap(), &outbounds.unwrap())
+        Tunnels::new(&inbounds.unwrap(), &outbounds.unwrap(), true)
     }
 
     #[test]

@@ -22,6 +22,7 @@ use super::auth_hold::{AuthHold, AuthLock};
 use super::error::{ConnectError, cause};
 use super::handler::{Callbacks, Shared, TransportEnd, lock};
 use super::phase::{AnyHost, ClientPhase};
+use crate::transport::kbs_filter::KbsFilter;
 use secure_comms_keys::{PodPublic, WorkerNodeKey};
 
 /// Where to connect to, and with which key.
@@ -136,7 +137,7 @@ pub(crate) type AgentLink<P> = SshLink<DirectOpener<P>>;
 /// See [`ConnectError`].
 pub(crate) async fn connect_attestation(
     dial: &Dial,
-    outbounds: Arc<Outbounds<Attestation>>,
+    outbounds: Arc<Outbounds<Attestation, KbsFilter>>,
 ) -> Result<SshConnection<Attestation>, ConnectError> {
     // A lock of its own: an unauthenticated agent must not delay the other attempts.
     connect_phase(dial, AnyHost, AuthLock::default(), outbounds).await
@@ -152,7 +153,7 @@ pub(crate) async fn connect_kubernetes(
     dial: &Dial,
     pod: PodPublic,
     lock: AuthLock,
-    outbounds: Arc<Outbounds<Kubernetes>>,
+    outbounds: Arc<Outbounds<Kubernetes, KbsFilter>>,
 ) -> Result<SshConnection<Kubernetes>, ConnectError> {
     connect_phase(dial, pod, lock, outbounds).await
 }
@@ -161,7 +162,7 @@ async fn connect_phase<P: ClientPhase>(
     dial: &Dial,
     host: P::Host,
     lock: AuthLock,
-    outbounds: Arc<Outbounds<P>>,
+    outbounds: Arc<Outbounds<P, KbsFilter>>,
 ) -> Result<SshConnection<P>, ConnectError> {
     let tcp = match timeout(TCP_CONNECT, TcpStream::connect(dial.address)).await {
         Ok(tcp) => tcp.map_err(ConnectError::Unreachable)?,
@@ -171,7 +172,7 @@ async fn connect_phase<P: ClientPhase>(
     let (socket, guard) = Guarded::new(tcp, Peer::Server);
     let cut = CutOnDrop(guard.clone());
     let _answer = RecordAnswer { guard: guard.clone(), answered: &dial.answered };
-    let shared = Shared::new(host, outbounds);
+    let shared = Shared::new(dial.address, host, outbounds);
     let handshake = async {
         let mut config = profile::client(dial.rekey_bytes, dial.kex);
         if !dial.hold.is_open() {
@@ -304,6 +305,11 @@ impl<P: ClientPhase> SshConnection<P> {
     /// Opens streams to the agent's outbounds.
     pub(crate) fn link(&self) -> AgentLink<P> {
         SshLink::new(DirectOpener(Arc::clone(&self.handle)), self.shared.credits.clone())
+    }
+
+    /// Serves the agent's streams from now on. In the Kubernetes phase those that come earlier wait.
+    pub(crate) fn serve_streams(&self) {
+        self.shared.serve_streams();
     }
 
     /// Flow control of the connection.

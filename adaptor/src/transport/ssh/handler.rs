@@ -1,13 +1,14 @@
 //! What russh calls during a connection: the host key check, the banner, the agent's streams, the end.
 
 use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use russh::client::{self, ChannelOpenHandle, DisconnectReason, Handler, Msg};
 use russh::keys::{HashAlg, PublicKeyOrCertificate};
 use russh::{Channel, ChannelId, ChannelOpenFailure};
-use secure_comms_protocol::{Refusal, RefusalReason, TunnelName};
+use secure_comms_protocol::{PhaseName, Refusal, RefusalReason, TunnelName};
 use secure_comms_ssh::channel::PendingChannel;
 use secure_comms_tunnel::flow::Side;
 use secure_comms_tunnel::outbound::{self, Admitted};
@@ -18,6 +19,7 @@ use super::error::{ConnectError, cause};
 use super::phase::ClientPhase;
 use crate::text::quote;
 use crate::throttle::Throttle;
+use crate::transport::kbs_filter::KbsFilter;
 
 /// Refusals of one connection that are logged as warnings; the rest are logged as debug lines.
 const REFUSAL_WARNINGS_MAX: u32 = 16;
@@ -37,8 +39,10 @@ pub(crate) enum TransportEnd {
 
 /// State that a connection and its handler share.
 pub(super) struct Shared<P: ClientPhase> {
+    /// Address of the agent.
+    address: SocketAddr,
     host: P::Host,
-    outbounds: Arc<Outbounds<P>>,
+    outbounds: Arc<Outbounds<P, KbsFilter>>,
     pub(super) credits: Credits,
     /// The tunnel names that the agent was asked to forward.
     pub(super) requested: Mutex<HashSet<TunnelName>>,
@@ -46,6 +50,8 @@ pub(super) struct Shared<P: ClientPhase> {
     banner: Mutex<Option<String>>,
     pub(super) wrong_key: Mutex<Option<String>>,
     end: watch::Sender<Option<TransportEnd>>,
+    /// Whether the agent's streams are served. Those that come earlier wait.
+    serving: watch::Sender<bool>,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -53,8 +59,13 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<P: ClientPhase> Shared<P> {
-    pub(super) fn new(host: P::Host, outbounds: Arc<Outbounds<P>>) -> Arc<Self> {
+    pub(super) fn new(
+        address: SocketAddr,
+        host: P::Host,
+        outbounds: Arc<Outbounds<P, KbsFilter>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
+            address,
             host,
             outbounds,
             credits: Credits::new(Side::Adaptor, P::CREDIT),
@@ -63,6 +74,8 @@ impl<P: ClientPhase> Shared<P> {
             banner: Mutex::default(),
             wrong_key: Mutex::default(),
             end: watch::Sender::new(None),
+            // An agent in the Attestation phase has nothing to prove.
+            serving: watch::Sender::new(P::NAME == PhaseName::Attestation),
         })
     }
 
@@ -74,6 +87,20 @@ impl<P: ClientPhase> Shared<P> {
             first
         });
         self.credits.end();
+    }
+
+    /// Serves the agent's streams from now on, and those that wait.
+    pub(super) fn serve_streams(&self) {
+        self.serving.send_replace(true);
+    }
+
+    /// Waits until the agent's streams are served; false if the connection ends before.
+    async fn until_serving(&self) -> bool {
+        let mut serving = self.serving.subscribe();
+        tokio::select! {
+            serving = serving.wait_for(|serving| *serving) => serving.is_ok(),
+            () = self.credits.gone() => false,
+        }
     }
 
     /// Why the agent disconnected, if it did.
@@ -106,19 +133,27 @@ impl<P: ClientPhase> Shared<P> {
     }
 
     /// Admits a stream of the agent: with a permit, and a place among the connection's streams.
-    fn admit(&self, name: &str) -> Result<Admitted<P>, Refusal> {
+    fn admit(&self, name: &str) -> Result<Admitted<P, KbsFilter>, Refusal> {
         let refusal = |reason| Refusal::new(name, P::NAME, &reason);
         if !name.parse().is_ok_and(|name| lock(&self.requested).contains(&name)) {
             return Err(refusal(RefusalReason::NotRequested));
         }
-        self.outbounds.permit(name)?.admit(&self.credits)
+        let mut permit = self.outbounds.permit(name)?;
+        if let Some(filter) = permit.interceptor_mut() {
+            filter.set_peer(self.address);
+        }
+        permit.admit(&self.credits)
     }
 
     /// Serves a stream of the agent in a task of its own, because the caller is russh's session loop.
     fn serve_stream(self: Arc<Self>, name: &str, id: u32, pending: PendingChannel<Msg>) {
         match self.admit(name) {
             Ok(admitted) => {
-                tokio::spawn(outbound::serve(admitted, id, pending));
+                tokio::spawn(async move {
+                    if self.until_serving().await {
+                        outbound::serve(admitted, id, pending).await;
+                    }
+                });
             }
             Err(refusal) => {
                 self.log_refusal("refused the agent", &refusal.reason);
