@@ -19,6 +19,8 @@ mod flags;
 mod frames;
 #[path = "../../fuzz/src/guest.rs"]
 mod guest;
+#[path = "../../fuzz/src/init_data.rs"]
+mod init_data;
 #[path = "../../fuzz/src/pod_network.rs"]
 mod pod_network;
 
@@ -30,6 +32,11 @@ fn the_corpus_of_flags_holds() {
 #[test]
 fn the_corpus_of_config_holds() {
     corpus::replay("config", config::exercise);
+}
+
+#[test]
+fn the_corpus_of_init_data_holds() {
+    corpus::replay("init_data", init_data::exercise);
 }
 
 #[test]

@@ -24,6 +24,7 @@ pub(crate) fn exercise(data: &[u8]) {
             let blob = [b"\0\0\0\x0bssh-ed25519\0\0\0\x20", data].concat();
             worker_node(format!("ssh-ed25519 {} x", Base64::encode_string(&blob)).as_bytes());
         }
+        5 => resource(data),
         4 => drop(std::str::from_utf8(data).map(|text| both(PodKeys::from_text(text)))),
         _ => worker_node(&[&[*what][..], data].concat()),
     }
@@ -97,6 +98,32 @@ fn worker_node(text: &[u8]) {
         assert_eq!(WorkerNodeKeys::parse(&twice), Ok(keys));
     }
     both(PodKeys::parse(POD.as_bytes(), text));
+}
+
+/// The one resource of a pod's keys, which a man in the middle can write.
+fn resource(text: &[u8]) {
+    let read = PodKeys::from_resource(text);
+    if let Err(error) = &read {
+        let shown = error.to_string();
+        let text = String::from_utf8_lossy(text);
+        let words = text.split_whitespace().filter(|word| word.len() >= SECRET_MIN && !word.contains('-'));
+        assert!(words.into_iter().all(|word| !shown.contains(word)), "it shows the key: {shown}");
+    }
+    if let Ok(keys) = &read {
+        let (text, both) =
+            (String::from_utf8_lossy(text), keys.to_text().expect("what was read can be written"));
+        assert_eq!(text.matches("-----BEGIN ").count(), 1, "one private key");
+        let again = PodKeys::from_resource(both.as_bytes()).expect("what was written can be read");
+        assert_eq!(again.fingerprint(), keys.fingerprint());
+        assert_eq!(again.worker_node_keys(), keys.worker_node_keys());
+        // The other order, as `cat` makes it.
+        let end = "-----END OPENSSH PRIVATE KEY-----";
+        let (pem, lines) = both.split_once(end).expect("the text of a key ends so");
+        let turned =
+            PodKeys::from_resource(format!("{lines}\n{pem}{end}\n").as_bytes()).expect("either order");
+        assert_eq!(turned.worker_node_keys(), keys.worker_node_keys());
+    }
+    both(read);
 }
 
 fn both(keys: Result<PodKeys, KeyError>) {
