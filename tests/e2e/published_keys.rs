@@ -46,11 +46,10 @@ async fn curl(guest: SocketAddr, path: &str) -> Result<String> {
 async fn no_container_reads_it(scene: &Scene) -> Result<()> {
     for path in secret_paths(scene) {
         let answer = curl(scene.guest.addr(), &path).await?;
-        let status = answer.lines().next().unwrap_or_default().to_owned();
-        ensure!(
-            !status.contains(" 200 ") && !answer.contains("PRIVATE KEY"),
-            "a container read {path}: {status}"
-        );
+        let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+        // A KBS that cannot delete has emptied it.
+        let is_empty = scene.kbs.is_old() && body.is_empty();
+        ensure!(!head.starts_with("HTTP/1.1 200 ") || is_empty, "a container read {path}: {head}");
     }
     Ok(())
 }
