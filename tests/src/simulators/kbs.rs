@@ -193,12 +193,6 @@ impl Kbs {
         self.shared.options.old
     }
 
-    /// Whether it is a Trustee that cannot delete.
-    #[must_use]
-    pub fn is_old(&self) -> bool {
-        self.shared.options.old
-    }
-
     /// PEM of the CA to pin, if this KBS speaks HTTPS.
     #[must_use]
     pub fn ca_pem(&self) -> Option<&str> {
