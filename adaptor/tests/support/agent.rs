@@ -37,12 +37,22 @@ pub struct Mode {
     pub hangs_up: bool,
     /// What it says that it runs with, other than that its defaults.
     pub config: Option<AgentConfig>,
+    /// The digest of init-data in its hello.
+    pub init_data: Option<String>,
 }
 
 impl Mode {
     pub fn attestation() -> Self {
         let host = PodKey::generate().unwrap();
-        Self { phase: PhaseName::Attestation, host, worker: None, hello: true, hangs_up: false, config: None }
+        Self {
+            phase: PhaseName::Attestation,
+            host,
+            worker: None,
+            hello: true,
+            hangs_up: false,
+            config: None,
+            init_data: None,
+        }
     }
 
     pub fn kubernetes(host: PodKey, worker: WorkerNodePublic) -> Self {
@@ -53,6 +63,7 @@ impl Mode {
             hello: true,
             hangs_up: false,
             config: None,
+            init_data: None,
         }
     }
 
@@ -262,6 +273,7 @@ impl Handler for Peer_ {
                 credit: Some(self.credits.initial()),
                 phase: Some(self.mode.phase),
                 instance: Some("cafe".into()),
+                init_data: self.mode.init_data.clone(),
                 inbounds: vec!["KBS".into()],
                 outbounds: vec!["KATAAGENT".into()],
                 config: self.mode.config(),

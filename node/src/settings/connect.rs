@@ -286,9 +286,9 @@ fn warn_of_kbs(
     let place = |url: &Url| Some((url.host_str()?.to_owned(), url.port_or_known_default()?));
     if tunnels.as_ref().and_then(place).is_some_and(|tunnels| place(url) == Some(tunnels)) {
         reader.warnings.push(format!(
-            "--kbs and --kbs-url are the same place, {url}: whoever answers at a VM's address reaches the KBS's admin API \
-             through the tunnel KBS; let --kbs lead to a listener that serves attestation only, and give the admin's place \
-             with --kbs-url"
+            "--kbs and --kbs-url are the same place, {url}: the tunnel KBS leads whoever answers at a VM's address to the port \
+             of the KBS's admin API; let --kbs lead to a listener that serves attestation only, and give the place of the \
+             admin API with --kbs-url"
         ));
     }
 }

@@ -150,7 +150,7 @@ impl PodScene {
         let kbs = Kbs::start(options).await?;
         let pod = pod_id()?;
         if let Hit::Attestation(_) = script.hit {
-            kbs.deny(&format!("default/pp-{pod}/privateKey"));
+            kbs.deny(&format!("default/pp-{pod}/keys"));
         }
         let kbs_inbound = free_port()?;
         let cdh = Arc::new(cdh(&kbs, kbs_inbound)?);
@@ -274,7 +274,7 @@ impl PodScene {
 
     /// Makes the KBS release the keys to the VM.
     pub(super) fn release_keys(&self) {
-        self.kbs.allow(&format!("default/pp-{}/privateKey", self.pod));
+        self.kbs.allow(&format!("default/pp-{}/keys", self.pod));
     }
 
     /// Starts `api-server-rest` again.
