@@ -84,12 +84,9 @@ impl Pod {
         scene.kata_socket = scene.path("agent.sock");
         scene.inbounds = "KUBERNETES_PHASE:PLAIN:0".to_owned();
         scene.write_user_data().await?;
-        let path = scene.path("apf.json");
-        let mut user_data: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
         let tag = format!("KUBERNETES_PHASE:PLAIN:{}", scene.kata_socket.display());
         scene.agent_outbounds = format!("{},{tag}", scene.agent_outbounds);
-        user_data.as_object_mut().context("apf.json is no object")?.insert("sc-outbounds".into(), tag.into());
-        std::fs::write(&path, user_data.to_string())?;
+        scene.more_outbounds = format!(",{tag}");
         let listener = UnixListener::bind(&scene.kata_socket)?;
         let server = Serving::start(listener, move |stream| {
             let calls = calls.clone();
