@@ -90,7 +90,8 @@ pub struct ConnectArgs {
     /// Data in a direction after which new session keys are made, as 64MiB or 1GiB; at least 1MiB [default: 32GiB]
     #[arg(long, value_name = "SIZE")]
     pub rekey_bytes: Option<String>,
-    /// On a signal that ends it, forget the pod: delete its key and its KBS resource [default: keep, to resume]
+    /// On a signal that ends it, forget the pod: delete its key and its KBS resource; after a failed start only if no VM
+    /// can have them [default: keep, to resume]
     #[arg(long)]
     pub delete_on_exit: bool,
     /// Events for a program, on standard output: json or none [env: SECURE_COMMS_EVENTS] [default: none]
