@@ -140,7 +140,8 @@ async fn a_start_after_a_prepare_during_a_stop_waits_for_both() {
     let (stopped, started) = tokio::join!(world.stop(), host);
     stopped.unwrap();
     // It is a new pod with a new key, which this agent does not have.
-    assert!(matches!(started, Err(AdaptorError::StartFailed { .. })), "{started:?}");
+    let Err(AdaptorError::Deadline { last_seen, .. }) = started else { panic!("{started:?}") };
+    assert!(last_seen.contains("it is lost to this pod"), "{last_seen}");
     world.stop().await.unwrap();
 }
 

@@ -127,7 +127,8 @@ pub struct ConnectArgs {
     /// Only post-quantum key exchange (mlkem768x25519-sha256), in both phases [env: SECURE_COMMS_REQUIRE_PQ=true]
     #[arg(long)]
     pub require_pq: bool,
-    /// On a signal that ends it, forget the pod: delete its key and its KBS resource [default: keep, to resume]
+    /// On a signal that ends it, forget the pod: delete its key and its KBS resource; after a failed start only if no VM
+    /// can have them [default: keep, to resume]
     #[arg(long)]
     pub delete_on_exit: bool,
     /// Events for a program, on standard output: json or none [env: SECURE_COMMS_EVENTS] [default: none]

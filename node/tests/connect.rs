@@ -211,6 +211,50 @@ async fn delete_on_exit_deletes_the_pod() {
     assert!(opened.known_pod_key(&pod()).await.unwrap().is_none());
 }
 
+#[tokio::test]
+async fn a_failed_start_deletes_the_keys_that_no_vm_can_have() {
+    let directory = tempfile::tempdir().unwrap();
+    let (kbs, asked) = support::kbs().await;
+    let store = directory.path().join("store");
+    let mut gone = Agent::start(Mode::attestation()).await;
+    gone.address.set_port(support::own_port());
+    let mut connect = connect(&store, &kbs, &gone, &["--delete-on-exit", "--deadline", "1"]);
+    assert_eq!(connect.ends().await.code(), Some(1));
+    assert_eq!(asked.count("DELETE"), 1);
+    assert!(DirectoryStore::open(&store).unwrap().known_pod_key(&pod()).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_failed_start_keeps_the_keys_of_a_vm_that_answered() {
+    let directory = tempfile::tempdir().unwrap();
+    let (kbs, asked) = support::kbs().await;
+    let store = directory.path().join("store");
+    let opened = DirectoryStore::open(&store).unwrap();
+    let agent = Agent::start(Mode::attestation()).await;
+    let mut silent = agent.clone();
+    silent.address.set_port(support::own_port());
+    let failing = ["--delete-on-exit", "--deadline", "1"];
+    for (agent, reason) in
+        [(&agent, "an SSH server has answered at its address"), (&silent, "they are from before this start")]
+    {
+        let mut connect = connect(&store, &kbs, agent, &failing);
+        assert_eq!(connect.ends().await.code(), Some(1));
+        let kept = format!("the start failed, but the keys are kept: {reason}");
+        assert_eq!(connect.log.count(&kept), 1, "{:?}", connect.log.all());
+        assert_eq!(connect.log.count("to delete the keys, run connect --delete-on-exit again and end it"), 1);
+        assert_eq!(asked.count("DELETE"), 0);
+        assert!(opened.known_pod_key(&pod()).await.unwrap().is_some());
+    }
+    // What the log says deletes them.
+    let hellos = agent.seen.count("hello");
+    let mut connect = connect(&store, &kbs, &agent, &["--delete-on-exit"]);
+    agent.seen.wait("hello", hellos + 1).await;
+    connect.signal(Signal::SIGTERM);
+    connect.ends().await;
+    assert_eq!(asked.count("DELETE"), 1);
+    assert!(opened.known_pod_key(&pod()).await.unwrap().is_none());
+}
+
 /// A KBS that answers the first DELETE and no other.
 async fn stuck_kbs() -> (url::Url, Lines) {
     let requests = Lines::default();

@@ -214,7 +214,9 @@ async fn blocking_the_kbs_only_delays_the_pod() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_false_claim_of_the_kubernetes_phase_has_no_lasting_effect() -> Result<()> {
-    let scene = scene(true).await?;
+    let mut scene = scene(true).await?;
+    // The claim ends the start if nothing else is seen for 10 s.
+    scene.deadline = 30;
     let agent = scene.agent().await?;
     let middle = Middle::before(scene.ssh, Does::Lies).await?;
     let mut adaptor = Child::spawn("adaptor", scene.adaptor_command(&[middle.address])?)?;

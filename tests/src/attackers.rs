@@ -3,6 +3,7 @@
 //! - [`stranger`]: an SSH client that keeps to no rule, and a peer that a test drives by hand;
 //! - [`raw`]: an SSH transport in either role, whose every byte is the test's;
 //! - [`flood`]: thousands of connections at a time;
+//! - [`front`]: an address that a forged agent answers at before the real one;
 //! - [`impostor`]: a server in the place of the agent, attacking the real adaptor;
 //! - [`tamper`]: a TCP path that changes what it carries;
 //! - [`attacked_agent`]: a scene with the agent under attack, and the checks that it withstands it.
@@ -11,6 +12,7 @@ pub mod raw;
 pub mod stranger;
 
 pub mod flood;
+pub mod front;
 pub mod impostor;
 pub mod tamper;
 

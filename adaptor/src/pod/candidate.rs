@@ -6,6 +6,7 @@
 
 use std::net::SocketAddr;
 use std::pin::pin;
+use std::time::Duration;
 
 use secure_comms_protocol::limits::RETRY_MAX;
 use secure_comms_protocol::{Attestation, KeyProgress, Kubernetes, PhaseName};
@@ -19,6 +20,10 @@ use super::plan::Plan;
 use super::slots::Slots;
 use crate::transport::session::{AttestationEvent, Session};
 use crate::transport::ssh::{AgentLink, AuthHold, AuthLock};
+
+/// Where the Kubernetes phase is expected, an answer in the Attestation phase waits this long: an address of another VM,
+/// or a stranger's, answers in that phase, too, and a pod that counts as attesting again needs its keys at the KBS.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// What a candidate reports.
 #[derive(Debug)]
@@ -83,6 +88,7 @@ impl Candidate {
     /// Dropping the future cuts the connection.
     pub(super) async fn run(mut self, mut found: Option<AnySession>) -> Option<Session<Kubernetes>> {
         let mut end = self.common.end.clone();
+        let mut grace = self.first == PhaseName::Kubernetes && found.is_none();
         loop {
             let slots = self.common.slots.clone();
             let connected = async {
@@ -91,6 +97,9 @@ impl Candidate {
                     Some(session) => Ok(session),
                     None => self.connect().await,
                 };
+                if std::mem::take(&mut grace) && matches!(connected, Ok(AnySession::Attestation(_))) {
+                    sleep(GRACE).await;
+                }
                 (slot, connected)
             };
             let (slot, connected) = tokio::select! {

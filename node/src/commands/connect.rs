@@ -8,7 +8,7 @@ use std::time::Duration;
 use secure_comms_adaptor::kbs::{KbsClient, KbsError};
 use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::pod::{PodEvent, PodState};
-use secure_comms_adaptor::store::{DirectoryStore, Store as _};
+use secure_comms_adaptor::store::{DirectoryStore, Store as _, StoreError};
 use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Deadline, Endpoint, PodSpec};
 use secure_comms_protocol::resource::pod_keys;
 use secure_comms_protocol::{InitDataDigest, PodId};
@@ -118,6 +118,8 @@ async fn end_failed_start(
 ) {
     let pod = &settings.pod;
     let reason = match (known, adaptor.was_answered(pod)) {
+        // That adaptor's keys are not this one's to speak of.
+        _ if matches!(error, ConnectError::Adaptor(AdaptorError::Store(StoreError::Locked { .. }))) => return,
         (_, true) => "an SSH server has answered at its address, so that its VM may have its keys",
         (true, false) => "they are from before this start",
         (false, false) => {
