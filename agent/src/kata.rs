@@ -71,7 +71,7 @@ impl Interceptor for KataAgent {
     type FromServer = FromKataAgent;
 
     fn begin(&self) -> (ToKataAgent, FromKataAgent) {
-        let session = Arc::<Session>::default();
+        let session = Arc::new(Session::within(self.budget.clone()));
         let to = ToKataAgent {
             requests: Requests::within(self.namespace.clone(), self.budget.clone()),
             waiting: Waiting::within(self.budget.clone(), self.prefixes.clone()),

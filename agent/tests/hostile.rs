@@ -126,6 +126,27 @@ async fn strangers_that_reconnect_do_not_fill_the_log() {
 
 // The log is read by a blocking call.
 #[tokio::test(flavor = "multi_thread")]
+async fn the_fields_of_an_agents_hello_are_not_logged() {
+    let place = Place::new();
+    let mut agent = place.start(&FREE_PORTS, &[]);
+    let stranger = attest(agent.address()).await;
+    let session = stranger.channel_open_session().await.unwrap();
+    session.request_subsystem(true, "secure-comms").await.unwrap();
+    let list = vec!["\"SHA256:canary\""; 1000].join(",");
+    let config =
+        format!(r#""pod_id":"canary","worker_nodes":[{list}],"inbounds":[{list}],"user_data":"canary""#);
+    let text = format!(r"canary\u001b\u2028{}", "a".repeat(20_000));
+    let hello =
+        format!(r#"{{"hello":{{"version":1,"pod_id":"p1","init_data":"{text}","config":{{{config}}}}}}}"#);
+    session.data_bytes((hello + "\n").into_bytes()).await.unwrap();
+    agent.says("adaptor identified; pod p1");
+    assert_eq!(agent.terminate().code(), Some(0));
+    let rest = agent.rest();
+    assert!(!rest.contains("canary"), "{rest}");
+}
+
+// The log is read by a blocking call.
+#[tokio::test(flavor = "multi_thread")]
 async fn a_hello_with_thousands_of_names_is_one_line() {
     let place = Place::new();
     let mut agent = place.start(&FREE_PORTS, &[]);

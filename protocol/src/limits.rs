@@ -185,8 +185,13 @@ pub const HELD_BYTES_MAX: usize = 8 * 1024 * 1024;
 pub const MOUNT_THREADS_MAX: usize = 64;
 /// Replies of the interceptor that may wait on one stream until its client takes them.
 pub const REPLIES_MAX: usize = 4096;
-/// Replies of the interceptor beyond this number have a code and no text.
+/// Those that may wait on one connection, on all streams of the tunnel together.
+pub const CONNECTION_REPLIES_MAX: usize = 4 * REPLIES_MAX;
+/// Replies of the interceptor beyond this number on one stream, and beyond [`CONNECTION_REPLIES_WITH_TEXT_MAX`] on one
+/// connection, have a code and no text.
 pub const REPLIES_WITH_TEXT_MAX: usize = 64;
+/// Replies with a text on one connection.
+pub const CONNECTION_REPLIES_WITH_TEXT_MAX: usize = 1024;
 /// Time that a container waits for its annotated volumes to be mounted.
 pub const VOLUME_MOUNT: Duration = Duration::from_secs(180);
 /// Timeout of a channel open.

@@ -129,14 +129,14 @@ async fn a_flood_that_attests_and_never_reads_keeps_nobody_out() -> Result<()> {
 
 /// A flood of 24 sources that offer the KBS and bring no answer from it, while the real adaptor comes from an address of its
 /// own. The adaptor must be up while the flood goes on.
-async fn withstands_peers_that_offer_the_kbs(kind: Kind) -> Result<()> {
+async fn withstands_peers_that_offer_the_kbs(kind: Kind, at_once: u64) -> Result<()> {
     let _turn = TURN.lock().await;
     let scene = Scene::new(SceneOptions::default()).await?;
     let agent = scene.agent().await?;
     let attacked = AttackedAgent { scene, agent };
-    let flood = Flood::begin(kind, attacked.scene.ssh, 96);
+    let flood = Flood::begin(kind, attacked.scene.ssh, at_once);
     let began = Instant::now();
-    flood.reaches(1000).await;
+    flood.reaches(2 * at_once).await;
     let rate = flood.got_far() as f64 / began.elapsed().as_secs_f64();
     attacked.holds()?;
     let start = Instant::now();
@@ -144,7 +144,7 @@ async fn withstands_peers_that_offer_the_kbs(kind: Kind) -> Result<()> {
     up(&adaptor).await.with_context(|| format!("{}\n{}", adaptor.log(), attacked.agent.log()))?;
     println!("{kind:?}: {rate:.0} logins/s; the adaptor was up in {:.1?}", start.elapsed());
     // It still goes on.
-    flood.reaches(flood.opened() + 100).await;
+    flood.reaches(flood.opened() + at_once).await;
     attacked.carries(&adaptor).await?;
     flood.end().await;
     attacked.holds()
@@ -152,12 +152,17 @@ async fn withstands_peers_that_offer_the_kbs(kind: Kind) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_that_leaves_kbs_streams_unanswered_keeps_nobody_out() -> Result<()> {
-    withstands_peers_that_offer_the_kbs(Kind::OffersKbs).await
+    withstands_peers_that_offer_the_kbs(Kind::OffersKbs, 96).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_that_confirms_kbs_streams_in_silence_keeps_nobody_out() -> Result<()> {
-    withstands_peers_that_offer_the_kbs(Kind::ConfirmsKbs).await
+    withstands_peers_that_offer_the_kbs(Kind::ConfirmsKbs, 96).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_that_offers_the_kbs_calmly_keeps_nobody_out() -> Result<()> {
+    withstands_peers_that_offer_the_kbs(Kind::OffersKbsCalmly, 24).await
 }
 
 /// As many as are admitted, so none is evicted: each makes the agent write until it blocks, and read ahead.

@@ -226,8 +226,21 @@ async fn no_control_line_keeps_the_adaptor_from_the_real_agent() -> Result<()> {
     impostor.gives_way().await
 }
 
-/// A hello of almost 64 KiB with as many names of inbounds as fit, which differ from those of any other round.
+/// A hello of almost 64 KiB, other than that of any other round: with as many names of inbounds as fit, or with as much of
+/// what only a proven agent is asked for.
 fn long_hello(round: usize) -> Vec<u8> {
+    let begin = r#"{"hello":{"version":1,"credit":32768,"phase":"attestation","instance":"x""#;
+    let text = format!(r"{round}\u001b[2J\u2028{}", "a".repeat(15_000));
+    let list = vec![format!("\"{round}.{}\"", "b".repeat(6)); 1500].join(",");
+    match round % 3 {
+        1 => return format!("{begin},\"init_data\":\"{text}{text}{text}{text}\"}}}}\n").into_bytes(),
+        2 => {
+            let lists = format!("\"worker_nodes\":[{list}],\"inbounds\":[{list}],\"outbounds\":[{list}]");
+            let config = format!("\"config\":{{\"pod_id\":\"{round}\",\"user_data\":\"{text}\",{lists}}}");
+            return format!("{begin},{config}}}}}\n").into_bytes();
+        }
+        _ => {}
+    }
     let mut hello =
         r#"{"hello":{"version":1,"credit":32768,"phase":"attestation","instance":"x","inbounds":["kbs""#
             .to_owned();

@@ -8,13 +8,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use secure_comms_protocol::limits::{CreditLimits, INBOUND_CLIENTS_MAX};
+use secure_comms_tests::attackers::raw::{Key, Packet, Raw, message};
 use secure_comms_tests::harness::process::Child;
 use secure_comms_tests::harness::scene::{
     PATIENCE, Scene, SceneOptions, client, endpoint, kata_client, up, works,
 };
 use secure_comms_tests::simulators::kata::client::EchoSession;
 use secure_comms_tests::simulators::kata::framed::Framed;
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -187,4 +188,45 @@ async fn crowds_at_both_ends_leave_room_for_the_runtime() -> Result<()> {
     in_vm.leaves().await;
     at_node.leaves().await;
     works(&pod.scene, &pod.adaptor).await
+}
+
+/// Opens a stream from the agent's side; whether the adaptor confirms it.
+async fn opens(raw: &mut Raw, name: &str, number: u32) -> Result<bool> {
+    let open = Packet::open("forwarded-tcpip", number).string(name).uint(1).string("127.0.0.1");
+    raw.send(&open.uint(2 * number)).await?;
+    let answers = [message::CHANNEL_OPEN_CONFIRMATION, message::CHANNEL_OPEN_FAILURE];
+    Ok(raw.expect(&answers).await?[0] == message::CHANNEL_OPEN_CONFIRMATION)
+}
+
+/// Plays an agent that counts no streams.
+async fn agent_with_two_tunnels(listener: &TcpListener, key: &Key) -> Result<Raw> {
+    let mut raw = Raw::accept(listener).await?;
+    raw.welcome(key).await?;
+    let control = raw.grant_control(0, 2).await?;
+    let hello = r#"{"hello":{"version":1,"credit":32768,"phase":"attestation","instance":"x"}}"#;
+    raw.send(&Packet::data(control, format!("{hello}\n"))).await?;
+    Ok(raw)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_fills_one_outbound_gets_streams_of_the_others() -> Result<()> {
+    let scene = Scene::new(SceneOptions::default()).await?;
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let mut command = scene.adaptor_command(&[listener.local_addr()?])?;
+    let service = scene.node_service.addr().context("TCP")?;
+    command.arg("--outbounds").arg(format!("BOTH_PHASES:OTHER:{service}"));
+    let adaptor = Child::spawn("adaptor", command)?;
+    let key = Key::generate()?;
+    for _ in 0..50 {
+        // The adaptor closes the losers of a race, and those that it tries as `kubernetes`.
+        let Ok(mut raw) = agent_with_two_tunnels(&listener, &key).await else { continue };
+        let mut confirmed = 0;
+        for number in 1..=40 {
+            confirmed += usize::from(opens(&mut raw, "OTHER", number).await?);
+        }
+        ensure!(confirmed == CreditLimits::ATTESTATION.tunnel_streams(), "{confirmed} streams of one tunnel");
+        ensure!(opens(&mut raw, "KBS", 41).await?, "the KBS gets none\n{}", adaptor.log());
+        return Ok(());
+    }
+    bail!("the adaptor opens no control channel\n{}", adaptor.log())
 }

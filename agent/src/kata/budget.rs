@@ -3,7 +3,11 @@
 
 use std::sync::Arc;
 
-use secure_comms_protocol::limits::{HELD_BYTES_MAX, HELD_REQUESTS_MAX, MOUNT_THREADS_MAX};
+use bytes::Bytes;
+use secure_comms_protocol::limits::{
+    CONNECTION_REPLIES_MAX, CONNECTION_REPLIES_WITH_TEXT_MAX, HELD_BYTES_MAX, HELD_REQUESTS_MAX,
+    MOUNT_THREADS_MAX,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// The budget of a connection. Clones share it.
@@ -11,6 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 pub(super) struct Budget {
     requests: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
+    replies: Arc<Semaphore>,
     /// One for each thread that looks at mounts, of all connections: a thread may outlive its request.
     threads: Arc<Semaphore>,
 }
@@ -26,6 +31,7 @@ impl Budget {
         Self {
             requests: Arc::new(Semaphore::new(HELD_REQUESTS_MAX)),
             bytes: Arc::new(Semaphore::new(HELD_BYTES_MAX)),
+            replies: Arc::new(Semaphore::new(CONNECTION_REPLIES_MAX)),
             threads,
         }
     }
@@ -59,9 +65,32 @@ impl Budget {
         true
     }
 
+    /// Takes room for one of our replies; none if as many wait as may.
+    pub(super) fn reply(&self) -> Option<OwnedSemaphorePermit> {
+        self.replies.clone().try_acquire_owned().ok()
+    }
+
+    /// Whether another reply on the connection may have a text.
+    pub(super) fn allows_text(&self) -> bool {
+        CONNECTION_REPLIES_MAX - self.replies.available_permits() < CONNECTION_REPLIES_WITH_TEXT_MAX
+    }
+
     /// The permits of the threads that look at mounts.
     pub(super) fn threads(&self) -> &Arc<Semaphore> {
         &self.threads
+    }
+}
+
+/// A frame that passes. Its room is given back when the kata agent's socket has taken it: a kata agent that stalls must not
+/// make the frames of all streams pile up.
+struct Passing {
+    frame: Bytes,
+    _room: Room,
+}
+
+impl AsRef<[u8]> for Passing {
+    fn as_ref(&self) -> &[u8] {
+        &self.frame
     }
 }
 
@@ -70,4 +99,13 @@ impl Budget {
 pub(super) struct Room {
     bytes: Option<OwnedSemaphorePermit>,
     request: Option<OwnedSemaphorePermit>,
+}
+
+impl Room {
+    /// Binds the room to the frame: it is given back when the last part of the frame is dropped.
+    pub(super) fn bind(mut self, frame: Bytes) -> Bytes {
+        // The request waits no longer.
+        self.request = None;
+        Bytes::from_owner(Passing { frame, _room: self })
+    }
 }

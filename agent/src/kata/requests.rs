@@ -58,14 +58,14 @@ impl Held {
     /// The request at the time when it passes: with what is left of its timeout, so that the kata agent does not work on it after
     /// the runtime has given up.
     fn passing(self) -> Out {
-        let Self { stream, frame, mounts: _, deadline, room: _ } = self;
-        let Some(deadline) = deadline else { return Out::Pass(frame) };
+        let Self { stream, frame, mounts: _, deadline, room } = self;
+        let Some(deadline) = deadline else { return Out::Pass(room.bind(frame)) };
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Out::Refuse { stream, refusal: RequestRefusal::TimedOut };
         }
         match with_timeout(&frame, left) {
-            Ok(frame) => Out::Pass(frame),
+            Ok(frame) => Out::Pass(room.bind(frame)),
             Err(refusal) => Out::Refuse { stream, refusal },
         }
     }
@@ -283,7 +283,7 @@ impl Requests {
     fn finish(&mut self) -> Out {
         let (stream, frame) = (self.header.stream, std::mem::take(&mut self.frame).freeze());
         match self.edit(stream, frame) {
-            Ok(held) if held.mounts.sources.is_empty() => Out::Pass(held.frame),
+            Ok(held) if held.mounts.sources.is_empty() => Out::Pass(held.room.bind(held.frame)),
             Ok(held) => Out::Hold(held),
             Err(refusal) => Out::Refuse { stream, refusal },
         }

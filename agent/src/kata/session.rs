@@ -5,8 +5,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use secure_comms_protocol::limits::{REPLIES_MAX, REPLIES_WITH_TEXT_MAX};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 
+use super::budget::Budget;
 use super::reply::RequestRefusal;
 use super::requests::Seen;
 
@@ -17,16 +18,18 @@ use super::requests::Seen;
 )]
 pub(super) struct RepliesUnread;
 
-/// One connection.
-#[derive(Debug, Default)]
+/// One connection of a runtime, which is a stream of the tunnel.
+#[derive(Debug)]
 pub(super) struct Session {
     state: Mutex<State>,
     added: Notify,
+    budget: Budget,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    replies: VecDeque<Bytes>,
+    /// Each with its room.
+    replies: VecDeque<(Bytes, OwnedSemaphorePermit)>,
     seen: Seen,
     client_ended: bool,
     server_ended: bool,
@@ -40,6 +43,11 @@ impl State {
 }
 
 impl Session {
+    /// A new session, within the budget of its SSH connection.
+    pub(super) fn within(budget: Budget) -> Self {
+        Self { state: Mutex::default(), added: Notify::new(), budget }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -53,8 +61,10 @@ impl Session {
             return Err(RepliesUnread);
         }
         // A burst of faulty calls must not end the others: thousands of refusals may wait, a few of them with their texts.
-        let is_short = waiting >= REPLIES_WITH_TEXT_MAX;
-        state.replies.push_back(if is_short { refusal.short_reply(stream) } else { refusal.reply(stream) });
+        let is_short = waiting >= REPLIES_WITH_TEXT_MAX || !self.budget.allows_text();
+        let room = self.budget.reply().ok_or(RepliesUnread)?;
+        let reply = if is_short { refusal.short_reply(stream) } else { refusal.reply(stream) };
+        state.replies.push_back((reply, room));
         drop(state);
         self.added.notify_one();
         Ok(())
@@ -65,7 +75,7 @@ impl Session {
     }
 
     pub(super) fn next_reply(&self) -> Option<Bytes> {
-        self.state().replies.pop_front()
+        self.state().replies.pop_front().map(|(reply, _room)| reply)
     }
 
     /// Waits for a reply. Cancellation safe.

@@ -29,6 +29,8 @@ pub enum Kind {
     OffersKbs,
     /// As [`Kind::OffersKbs`]; confirms the streams and sends nothing on them.
     ConfirmsKbs,
+    /// As [`Kind::OffersKbs`], and comes back no sooner than an honest adaptor might.
+    OffersKbsCalmly,
 }
 
 /// A running flood; ends when dropped.
@@ -47,7 +49,7 @@ const KBS_SOURCES: u8 = 24;
 impl Kind {
     fn sources(self) -> u8 {
         match self {
-            Self::OffersKbs | Self::ConfirmsKbs => KBS_SOURCES,
+            Self::OffersKbs | Self::ConfirmsKbs | Self::OffersKbsCalmly => KBS_SOURCES,
             _ => SOURCES,
         }
     }
@@ -146,8 +148,15 @@ async fn pester(kind: Kind, mut raw: Raw, got_far: &AtomicU64) -> Result<()> {
                 raw.write(&questions).await?;
             }
         }
-        Kind::OffersKbs => {
-            offer_kbs(&mut raw, got_far).await?;
+        Kind::OffersKbs => offer_kbs(&mut raw, got_far).await?,
+        Kind::OffersKbsCalmly => {
+            let offered = async {
+                offer_kbs(&mut raw, got_far).await?;
+                raw.ends().await
+            };
+            drop(offered.await);
+            sleep(Duration::from_secs(1)).await;
+            return Ok(());
         }
         Kind::ConfirmsKbs => {
             offer_kbs(&mut raw, got_far).await?;
