@@ -16,8 +16,9 @@ const SOCKETS: [&str; 6] = [
 ];
 /// Sockets of a booted VM that give root to whom they serve: none may be missing from the list that is tried.
 const POWERFUL: [&str; 3] = ["/run/systemd/private", "/run/dbus/system_bus_socket", "/run/udev/control"];
-/// Where the agent may write below /run, and in the root: nothing reads programs or configuration from there.
-const WRITABLE: [&str; 3] = ["/run/kata-containers", "/run/secure-comms", "/var"];
+/// Where the agent may write: nothing reads programs or configuration from there.
+const WRITABLE: [&str; 4] =
+    ["/run/kata-containers", "/run/cloud-volumes", "/run/secure-comms", "/var/lib/kubelet"];
 /// File systems of the kernel, with protections of their own, and the agent's own /tmp.
 const KERNEL: [&str; 5] = ["/dev", "/proc", "/sys", "/tmp", "/var/tmp"];
 

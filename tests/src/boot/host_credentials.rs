@@ -26,18 +26,17 @@ fn unit(name: &str) -> String {
     )
 }
 
-fn printing(name: &str) -> String {
-    format!("StandardOutput=tty\nTTYPath=/dev/ttyS0\nExecStart=/usr/bin/echo {HOST_RAN}{name}\n")
+fn printing(command: &str, name: &str) -> String {
+    format!("StandardOutput=tty\nTTYPath=/dev/ttyS0\n{command}=+/usr/bin/echo {HOST_RAN}{name}\n")
 }
 
 /// The credentials: the name of each, and its content.
 fn by_smbios() -> [(&'static str, String); 6] {
-    let agent =
-        format!("[Service]\nExecStartPre=+/usr/bin/sh -c 'echo {HOST_RAN}agent-drop-in >/dev/ttyS0'\n");
+    let agent = format!("[Service]\n{}", printing("ExecStartPre", "agent-drop-in"));
     [
         // systemd-debug-generator(8)
         ("systemd.extra-unit.host-smbios.service", unit("smbios")),
-        ("systemd.unit-dropin.sysinit.target", "[Unit]\nWants=host-smbios.service\n".to_owned()),
+        ("systemd.unit-dropin.sysinit.target", "[Unit]\nWants=host-smbios.service h.service\n".to_owned()),
         ("systemd.unit-dropin.agent-protocol-forwarder.service", agent),
         // systemd-tmpfiles(8), systemd-sysctl(8)
         ("tmpfiles.extra", format!("w /dev/ttyS0 - - - - {HOST_RAN}tmpfiles\\n\n")),
@@ -47,17 +46,14 @@ fn by_smbios() -> [(&'static str, String); 6] {
     ]
 }
 
-/// The same by fw_cfg, whose names have 55 characters at most.
-fn by_fw_cfg() -> [(&'static str, String); 2] {
-    [
-        ("systemd.extra-unit.h.service", unit("fw-cfg")),
-        ("systemd.unit-dropin.-.mount", "[Unit]\nWants=h.service\n".to_owned()),
-    ]
+/// By fw_cfg, whose names have 55 characters at most.
+fn by_fw_cfg() -> [(&'static str, String); 1] {
+    [("systemd.extra-unit.h.service", unit("fw-cfg"))]
 }
 
 impl HostCredentials {
     /// Names of the programs that run where the credentials are taken.
-    pub const PROGRAMS: [&'static str; 3] = ["smbios", "agent-drop-in", "fw-cfg"];
+    pub const PROGRAMS: [&'static str; 4] = ["smbios", "fw-cfg", "tmpfiles", "agent-drop-in"];
 
     /// qemu's arguments for them; the files they need are written to `directory`.
     pub(super) fn arguments(self, directory: &Path) -> Result<Vec<String>> {
