@@ -35,13 +35,13 @@ use crate::text::with_causes;
 ///
 /// | method | keys | KBS | listeners | connection |
 /// | --- | --- | --- | --- | --- |
-/// | [`prepare`](Self::prepare) | finds or makes | publishes | opens | |
-/// | [`start`](Self::start) | | | | opens, keeps up |
+/// | [`prepare`](Self::prepare) | finds or makes | publishes, unless the pod was up | opens | |
+/// | [`start`](Self::start) | | deletes before the first client, publishes again if the VM attests again | | opens, keeps up |
 /// | [`suspend`](Self::suspend) | keeps | | closes | closes |
 /// | [`stop`](Self::stop) | deletes | deletes | closes | closes |
 /// | [`resume_all`](Self::resume_all) | finds | | opens | opens, keeps up |
 /// | [`restore_listeners`](Self::restore_listeners) | finds | | opens | |
-/// | [`publish_keys`](Self::publish_keys) | finds | publishes | | |
+/// | [`publish_keys`](Self::publish_keys) | finds | publishes, unless the pod is up | | |
 ///
 /// The first four are a pod's life. The last three continue it in a new process.
 ///
@@ -68,10 +68,18 @@ use crate::text::with_causes;
 /// by a panic or because its runtime is gone, the state becomes [`PodState::Failed`](crate::pod::PodState::Failed), the
 /// callers that wait get [`AdaptorError::TaskEnded`], and the next command gets a new task.
 ///
-/// # Keys are published again
-/// A KBS may lose its resources. While an agent reports failed attempts to get its keys, and when one is in the
-/// Attestation phase that had its keys before, they are published again: 5 s after the last publication at the
+/// # Keys at the KBS
+/// One resource holds the pod's key and the worker nodes that may log in. Whatever runs in the VM can read it there. So it
+/// is deleted as soon as the VM has its keys, before a local client is served: no container exists before that. While the
+/// KBS cannot delete it no client is served, the state and an event say why, and the deletion is retried. The store knows
+/// where the key may be, so a new process deletes what a killed one has published; and for a pod whose key is gone the KBS
+/// is asked for nothing, so that a KBS that is down does not keep a running pod's connection down.
+///
+/// When an agent attests whose keys are not there, they are published again at once. A KBS may also lose its resources:
+/// while an agent reports failed attempts to get its keys, they are published again 5 s after the last publication at the
 /// earliest, then after pauses that double up to 5 minutes.
+///
+/// A request to publish that was sent is never forgotten: a deletion waits for its answer, or deletes once more after it.
 ///
 /// # Runtime
 /// The async methods need a tokio runtime of either flavour, with I/O and time enabled, and spawn the pod's task on it.
@@ -125,13 +133,18 @@ impl Adaptor {
     }
 
     /// Finds or makes the pod's keys, publishes them, and listens for its local clients. The VM may then be started.
-    /// A second call publishes the keys again and returns the same endpoints.
+    /// A second call publishes the keys again and returns the same endpoints. `spec` is saved with the pod; if it differs
+    /// from the saved one, what is published under the earlier path is deleted first, and the next start expects the new
+    /// one.
+    ///
+    /// The keys of a pod that was up are not published here: its VM may run, with containers that could read them. They are
+    /// published when an agent of the pod attests.
     ///
     /// # Errors
     /// The store, the KBS or an inbound failed, or the deadline passed; another adaptor serves the pod; the keys come
     /// from the user data, and the store has none ([`AdaptorError::NoKey`]); a `stop` or `suspend` came. The listeners
-    /// are closed again, and a key that this call made is deleted from the store; a resource that was published already
-    /// stays in the KBS.
+    /// are closed again. A key that this call made is deleted from the store, unless it may be in the KBS: then the pod
+    /// stays known, and a `stop` deletes both.
     ///
     /// # Cancellation
     /// Dropping the future drops the wait only.
@@ -148,7 +161,7 @@ impl Adaptor {
     /// started.
     ///
     /// Its VM may be running and then needs nothing from the KBS, so the keys are not published here: a KBS that is
-    /// down must not keep the pod down. See [`publish_keys`](Self::publish_keys).
+    /// down must not keep the pod down. They are published if the agent attests again.
     ///
     /// # Errors
     /// The store or an inbound failed, another adaptor serves the pod, or a `stop` or `suspend` came.
@@ -159,8 +172,8 @@ impl Adaptor {
         self.ask(id, |reply| Command::RestoreListeners { reply }).await
     }
 
-    /// Publishes the keys of a known pod again: its VM may have to attest again, and the KBS may have lost them. Without
-    /// a KBS there is nothing to publish. A connection that is up goes on meanwhile.
+    /// Publishes the keys of a known pod again: the KBS may have lost them. Nothing is published while the pod is up, and
+    /// without a KBS. There is no need to call it for a VM that attests again: then they are published without it.
     ///
     /// # Errors
     /// The pod has no key, the store or the KBS failed, the KBS did not answer in the time that its client has for a
@@ -230,11 +243,12 @@ impl Adaptor {
     /// Ends the pod: stops serving it as [`suspend`](Self::suspend) does, deletes its resource from the KBS, and deletes
     /// its key from the store.
     ///
-    /// It returns at once if the KBS does not answer a `prepare` that has not sent the pod's key yet. Else the KBS gets
-    /// 10 s to delete the resource, and 2 s if the stop interrupted a wait for it.
+    /// It returns at once if the pod's key has never left this process. Else the KBS gets 10 s to delete the resource, and
+    /// 4 s if the stop interrupted a wait for it.
     ///
     /// # Errors
-    /// The KBS or the store failed, or another adaptor serves the pod. The key is then still in the store, so that `stop`
+    /// The KBS or the store failed, or the KBS has not answered an earlier request to publish, which it may still carry
+    /// out, or another adaptor serves the pod. The key is then still in the store, so that `stop`
     /// can be retried. The pod is not served any more.
     ///
     /// # Cancellation

@@ -107,20 +107,24 @@ async fn connect_logs_each_event_once_and_ends_on_a_signal() {
             |line: &String| line.starts_with("pod pod-1: ") && !line.starts_with("pod pod-1: waiting for ");
         log.all().into_iter().filter(wanted).collect::<Vec<_>>()
     };
-    let first = of_the_pod(&connect.log)[0].clone();
-    let local = first.strip_prefix("pod pod-1: inbound KATAAGENT listens on ").unwrap();
-    support::echoes(local).await;
+    let local = "pod pod-1: inbound KATAAGENT listens on ";
+    let listens = of_the_pod(&connect.log).into_iter().find(|line| line.starts_with(local)).unwrap();
+    support::echoes(listens.strip_prefix(local).unwrap()).await;
     connect.signal(Signal::SIGTERM);
     assert_eq!(connect.ends().await.code(), Some(0));
     agent.seen.wait("the peer said bye: the adaptor ends", 1).await;
-    assert_eq!(asked.count("DELETE"), 0);
+    assert_eq!(asked.count("DELETE"), 1, "the VM has its keys");
     let address = agent.address;
+    let unbound = of_the_pod(&connect.log).into_iter().find(|line| line.contains("bound to no VM")).unwrap();
     let expected = [
-        first,
+        unbound,
+        "pod pod-1: keys published to the KBS".to_owned(),
+        listens,
         format!("pod pod-1: attestation: connected to {address}"),
         "pod pod-1: tunnel KATAAGENT, Attestation phase: the agent serves it, but no --inbounds tag here listens for it".to_owned(),
         "pod pod-1: keys: attempt 3: not yet".to_owned(),
         "pod pod-1: attestation done; reconnecting for the Kubernetes phase".to_owned(),
+        "pod pod-1: the VM has its keys: deleted from the KBS".to_owned(),
         format!("pod pod-1: kubernetes phase up at {address}"),
         "pod pod-1: SIGTERM: ending; a second signal ends at once".to_owned(),
         "pod pod-1: stopped".to_owned(),
@@ -144,9 +148,9 @@ async fn a_program_reads_the_events_as_json() {
         events.iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
     assert_eq!(json.len(), events.len() - 1, "{events:?}");
     let kinds: Vec<_> = json.iter().map(|event| event["event"].as_str().unwrap()).collect();
-    assert_eq!((kinds[0], *kinds.last().unwrap()), ("listening", "stopped"), "{kinds:?}");
-    assert_eq!(json[0]["tunnel"], "KATAAGENT");
-    json[0]["local"].as_str().unwrap().parse::<std::net::SocketAddr>().unwrap();
+    assert_eq!(kinds, ["published", "listening", "withdrawn", "up", "stopped"]);
+    assert_eq!(json[1]["tunnel"], "KATAAGENT");
+    json[1]["local"].as_str().unwrap().parse::<std::net::SocketAddr>().unwrap();
     let up = json.iter().find(|event| event["event"] == "up").unwrap();
     assert_eq!(up["address"], agent.address.to_string());
     assert!(json.iter().all(|event| event["pod"] == "pod-1" && event["time"].is_string()), "{json:?}");
@@ -199,18 +203,23 @@ async fn delete_on_exit_deletes_the_pod() {
     connect.log.wait("kubernetes phase up", 1).await;
     connect.signal(Signal::SIGINT);
     assert_eq!(connect.ends().await.code(), Some(0));
-    assert_eq!(asked.count("DELETE /kbs/v0/resource/default/pp-pod-1/privateKey"), 1);
+    assert_eq!(
+        asked.count("DELETE /kbs/v0/resource/default/pp-pod-1/keys"),
+        2,
+        "once it was up, and at the end"
+    );
     assert!(opened.known_pod_key(&pod()).await.unwrap().is_none());
 }
 
-/// A KBS that never answers a DELETE.
+/// A KBS that answers the first DELETE and no other.
 async fn stuck_kbs() -> (url::Url, Lines) {
     let requests = Lines::default();
     let seen = requests.clone();
     let app = axum::Router::new().fallback(move |request: axum::extract::Request| {
         seen.push(request.method().to_string());
+        let deletes = seen.count("DELETE");
         async move {
-            if request.method() == "DELETE" {
+            if request.method() == "DELETE" && deletes > 1 {
                 std::future::pending::<()>().await;
             }
         }
@@ -231,12 +240,12 @@ async fn a_second_signal_ends_at_once() {
         let mut connect = connect(&store, &kbs, &agent, &["--delete-on-exit", "--deadline", "24h"]);
         connect.log.wait("kubernetes phase up", 1).await;
         connect.signal(Signal::SIGTERM);
-        asked.wait("DELETE", 1).await;
+        asked.wait("DELETE", 2).await;
         let start = std::time::Instant::now();
         connect.signal(second);
         assert_eq!(connect.ends().await.code(), Some(code));
         assert!(start.elapsed() < Duration::from_secs(5), "20 s are for one signal");
-        let hint = "its deletion may be incomplete: delete default/pp-pod-1/privateKey from the KBS by hand";
+        let hint = "its deletion may be incomplete: delete default/pp-pod-1/keys from the KBS by hand";
         assert_eq!(connect.log.count(hint), 1, "{:?}", connect.log.all());
     }
 }

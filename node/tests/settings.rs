@@ -11,8 +11,9 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 use secure_comms_adaptor::key_source::KeySource;
+use secure_comms_keys::WorkerNodeKey;
 use secure_comms_node::cli::ConnectArgs;
-use secure_comms_node::settings::{ConnectSettings, UsageError};
+use secure_comms_node::settings::{ConnectSettings, ExpectedInitData, UsageError};
 use secure_comms_protocol::limits::REKEY_BYTES;
 
 fn args() -> ConnectArgs {
@@ -143,7 +144,8 @@ fn times_and_sizes_take_units() {
 #[test]
 fn an_ipv6_address_that_may_lack_brackets_is_warned_of() {
     let warnings = |address: &str| {
-        read(ConnectArgs { addresses: vec![address.into()], ..args() }, &[]).unwrap().warnings
+        let flags = ConnectArgs { addresses: vec![address.into()], no_trustee: true, ..args() };
+        read(flags, &[]).unwrap().warnings
     };
     assert_eq!(
         warnings("::1:2222"),
@@ -164,5 +166,121 @@ fn booleans_are_read_in_any_case_and_empty_is_unset() {
     for (value, no_trustee) in [("TRUE", true), ("True", true), ("False", false), ("", false)] {
         let settings = read(args(), &[("SECURE_COMMS_NO_TRUSTEE", value), ("SECURE_COMMS", "")]).unwrap();
         assert_eq!(matches!(settings.key_source, KeySource::UserData), no_trustee, "{value}");
+    }
+}
+
+/// The faults, or the init-data and the worker nodes.
+fn bound(args: ConnectArgs, env: &[(&str, &str)]) -> Result<ConnectSettings, String> {
+    read(args, env).map_err(|error| error.to_string())
+}
+
+#[test]
+fn the_expected_init_data_comes_from_one_source() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(path("toml"), "algorithm = \"sha256\"\n").unwrap();
+    let rules = "[[rule]]\nnamespace = \"n\"\npod = \"*\"\nfile = \"toml\"\n[[rule]]\nnamespace = \"u\"\npod = \"*\"\nunbound = true\n";
+    std::fs::write(path("rules"), rules).unwrap();
+    let digest = ExpectedInitData::Digest("2d".repeat(32).parse().unwrap());
+    let of_file = bound(ConnectArgs { init_data: Some(path("toml")), ..args() }, &[]).unwrap().init_data;
+    assert!(matches!(of_file, ExpectedInitData::Digest(_)) && of_file != digest);
+    let hex = Some("2D".repeat(32));
+    let flags = ConnectArgs { init_data_digest: hex.clone(), ..args() };
+    assert_eq!(bound(flags.clone(), &[]).unwrap().init_data, digest);
+    // A flag wins over any variable.
+    let variables =
+        [("SECURE_COMMS_INIT_DATA", path("toml")), ("SECURE_COMMS_INIT_DATA_RULES", path("rules"))];
+    let variables: Vec<_> = variables.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    assert_eq!(bound(flags, &variables).unwrap().init_data, digest);
+    assert_eq!(bound(args(), &variables[..1]).unwrap().init_data, of_file);
+    let fault = bound(args(), &variables).unwrap_err();
+    assert!(fault.starts_with("SECURE_COMMS_INIT_DATA_RULES: contradicts another source"), "{fault}");
+    let two = ConnectArgs { init_data: Some(path("toml")), init_data_digest: hex, ..args() };
+    let fault = bound(two, &[]).unwrap_err();
+    assert_eq!(
+        fault,
+        "--init-data-digest: contradicts another source of init-data: give one of --init-data, --init-data-digest"
+    );
+    let by_rules = |pod: Option<&str>| ConnectArgs {
+        init_data_rules: Some(path("rules")),
+        pod: pod.map(Into::into),
+        ..args()
+    };
+    assert_eq!(bound(by_rules(Some("n/x")), &[]).unwrap().init_data, of_file);
+    assert_eq!(bound(by_rules(None), &[("SECURE_COMMS_POD", "n/x")]).unwrap().init_data, of_file);
+    assert_eq!(bound(by_rules(Some("u/x")), &[]).unwrap().init_data, ExpectedInitData::Unbound);
+    for (flags, expected) in [
+        (by_rules(Some("m/x")), "no rule matches pod m/x"),
+        (by_rules(Some("m")), "--pod 'm': expected NAMESPACE/NAME"),
+        (by_rules(None), "--init-data-rules: needs --pod"),
+        (ConnectArgs { pod: Some("n/x".into()), ..args() }, "--pod: needs --init-data-rules"),
+        (ConnectArgs { init_data: Some(path("none")), ..args() }, "none: No such file"),
+        (
+            ConnectArgs { init_data_digest: Some("2d".into()), ..args() },
+            "--init-data-digest '2d': not a digest",
+        ),
+        (
+            ConnectArgs { no_trustee: true, ..by_rules(Some("n/x")) },
+            "--init-data-rules: contradicts --no-trustee",
+        ),
+        (
+            ConnectArgs { no_trustee: true, allow_old_agents: true, ..args() },
+            "--allow-old-agents: contradicts",
+        ),
+    ] {
+        let fault = bound(flags, &[]).unwrap_err();
+        assert!(fault.contains(expected), "{expected}: {fault}");
+    }
+    assert_eq!(bound(args(), &[]).unwrap().init_data, ExpectedInitData::AsBefore);
+}
+
+#[test]
+fn further_worker_nodes_are_public_keys_in_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("nodes");
+    let flags = || ConnectArgs { worker_node_keys: Some(file.to_str().unwrap().into()), ..args() };
+    let key = WorkerNodeKey::generate().unwrap().public().unwrap();
+    std::fs::write(&file, key.authorized_keys_line().unwrap()).unwrap();
+    let settings = bound(flags(), &[]).unwrap();
+    assert!(settings.worker_nodes.unwrap().matches(&key.ssh()));
+    assert!(
+        !settings.old_agents
+            && bound(flags(), &[("SECURE_COMMS_ALLOW_OLD_AGENTS", "true")]).unwrap().old_agents
+    );
+    for (content, expected) in [
+        (Vec::new(), "no"),
+        (b"-----BEGIN OPENSSH PRIVATE KEY-----".to_vec(), "line 1"),
+        (vec![b'#'; 49 * 1024], "longer than 48 KiB"),
+    ] {
+        std::fs::write(&file, content).unwrap();
+        let fault = bound(flags(), &[]).unwrap_err();
+        assert!(fault.starts_with("--worker-node-keys: ") && fault.contains(expected), "{fault}");
+    }
+}
+
+#[test]
+fn a_kbs_that_gives_too_much_away_is_warned_of() {
+    let warnings = |kbs: &str, url: Option<&str>, key: bool| {
+        let kbs_admin_key = key.then(|| "admin.pem".into());
+        let flags =
+            ConnectArgs { kbs: Some(kbs.into()), kbs_url: url.map(Into::into), kbs_admin_key, ..args() };
+        read(flags, &[]).unwrap().warnings
+    };
+    let same = "--kbs and --kbs-url are the same place";
+    let clear = "--kbs-admin-key over http://";
+    for (found, expected) in [
+        (warnings("kbs:8080", None, false), vec![same]),
+        (warnings("kbs:8080", None, true), vec![clear, same]),
+        (warnings("kbs:8080", Some("http://KBS:8080/kbs/v0"), false), vec![same]),
+        (warnings("kbs:443", Some("https://kbs"), true), vec![same]),
+        (warnings("[::1]:80", Some("http://[0::1]"), false), vec![same]),
+        (warnings("kbs:8080", Some("http://kbs:8081"), true), vec![clear]),
+        (warnings("kbs:8080", Some("https://admin:8080"), true), vec![]),
+    ] {
+        assert_eq!(found.len(), expected.len(), "{found:?}");
+        assert!(
+            found.iter().zip(&expected).all(|(found, expected)| found.starts_with(expected)),
+            "{found:?}"
+        );
     }
 }

@@ -61,6 +61,8 @@ async fn one_adaptor_drives_a_pod_at_a_time() {
     let agent = Agent::start(latched(&opened).await).await;
     let mut first = spawn(&store, &agent, &trustee);
     agent.seen.wait("hello", 1).await;
+    // Then it is up.
+    asked.wait("DELETE", 1).await;
     let (requests, connections) = (asked.all().len(), agent.seen.count("connection"));
     for more in [&trustee[..], &deleting, &["--no-trustee"]] {
         let output = ends(spawn(&store, &agent, more)).await;

@@ -20,7 +20,7 @@ async fn a_bare_vm_survives_a_kill_and_attests_after_a_reboot() -> Result<()> {
     pod.machine.says_after(0, "agent READY").await?;
     pod.has(&apf).await?;
     pod.listeners().await?;
-    ensure!(pod.scene.kbs.attestations() >= 2, "the VM got its keys without attesting");
+    ensure!(pod.scene.kbs.attestations() >= 1, "the VM got its keys without attesting");
     pod.agent_killed().await?;
     pod.machine.says_after(0, "latched earlier in this boot").await?;
     pod.rebooted().await?;

@@ -171,14 +171,13 @@ async fn over_https_a_man_in_the_middle_learns_no_key() -> Result<()> {
     // The VM attests through it, and gets the real keys: no other server has the certificate.
     agent.wait_for_text("Kubernetes phase", PATIENCE).await?;
     adaptor.wait_for_text("is not this pod's", PATIENCE).await.with_context(|| adaptor.log())?;
-    let pem =
-        String::from_utf8(scene.kbs.resource(&format!("default/pp-{}/privateKey", scene.pod)).unwrap())?;
+    let pem = scene.pod_key().unwrap();
     let node = std::fs::read_to_string(scene.path("store").join("worker-node.key"))?;
     ensure!(middle.has_seen(scene.pod.as_bytes()), "it has seen nothing of the pod: this test is none");
     for secret in secrets(&pem).iter().chain(&secrets(&node)) {
         ensure!(!middle.has_seen(secret), "a private key has passed the one in the middle");
     }
-    ensure!(!middle.has_seen(b"PRIVATE KEY") && !middle.has_seen(b"privateKey"), "more than TLS has passed");
+    ensure!(!middle.has_seen(b"PRIVATE KEY") && !middle.has_seen(b"/keys"), "more than TLS has passed");
     ensure!(middle.offered.lock().unwrap().is_empty(), "the adaptor logged in to it");
     println!("over HTTPS it has seen {} bytes, the pod's id, and TLS", middle.bytes_seen());
     middle.does(Does::Leaves);
@@ -193,10 +192,7 @@ async fn over_http_a_man_in_the_middle_gains_no_login() -> Result<()> {
     let (middle, adaptor, agent) = attested_through(&scene, Does::Sees).await?;
     agent.wait_for_text("Kubernetes phase", PATIENCE).await?;
     adaptor.wait_for_text("is not this pod's", PATIENCE).await.with_context(|| adaptor.log())?;
-    ensure!(
-        middle.has_seen(format!("/default/pp-{}/privateKey", scene.pod).as_bytes()),
-        "no request was seen"
-    );
+    ensure!(middle.has_seen(scene.keys().as_bytes()), "no request was seen");
     let node = std::fs::read_to_string(scene.path("store").join("worker-node.key"))?;
     for secret in secrets(&node) {
         ensure!(!middle.has_seen(&secret), "the worker node's private key has passed the one in the middle");

@@ -165,7 +165,7 @@ async fn reconnects_all_the_time(agent: SocketAddr, failed: watch::Sender<u64>) 
 async fn strangers_that_reconnect_do_not_starve_a_peer_that_failed() -> Result<()> {
     let scene = scene().await?;
     let agent = scene.agent().await?;
-    scene.kbs.deny("default/sshclient/publicKey");
+    scene.kbs.deny(&scene.keys());
     let adaptor = scene.adaptor()?;
     adaptor.wait_for_text("keys: attempt", PATIENCE).await?;
     let (mut strangers, failed) = (JoinSet::new(), watch::Sender::new(0));
@@ -175,7 +175,7 @@ async fn strangers_that_reconnect_do_not_starve_a_peer_that_failed() -> Result<(
     timeout(PATIENCE, failed.subscribe().wait_for(|failed| *failed > 10))
         .await
         .context("the strangers had no attempts")??;
-    scene.kbs.allow("default/sshclient/publicKey");
+    scene.kbs.allow(&scene.keys());
     works(&scene, &adaptor).await.with_context(|| agent.log())?;
     strangers.shutdown().await;
     Ok(())

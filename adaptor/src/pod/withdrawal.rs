@@ -26,7 +26,7 @@ pub(super) enum Withdrawal {
     /// The connection ended first.
     Ended(String),
     /// A failover replaced the connection first.
-    Replaced(Connected),
+    Replaced(Box<Connected>),
 }
 
 impl Driver {
@@ -39,7 +39,7 @@ impl Driver {
             () = self.until_gone(&publication) => Withdrawal::Done,
             stop = stopped(&mut stop) => Withdrawal::Stopped(stop),
             why = session.ended() => Withdrawal::Ended(why.to_string()),
-            connected = await_failover(&plan, &liveness, PhaseName::Kubernetes) => Withdrawal::Replaced(connected),
+            connected = await_failover(&plan, &liveness, PhaseName::Kubernetes) => Withdrawal::Replaced(Box::new(connected)),
         }
     }
 

@@ -35,16 +35,32 @@ pub struct Mode {
     pub hello: bool,
     /// Whether it disconnects instead of answering an authentication.
     pub hangs_up: bool,
+    /// The digest of init-data in its hello.
+    pub init_data: Option<String>,
 }
 
 impl Mode {
     pub fn attestation() -> Self {
         let host = PodKey::generate().unwrap();
-        Self { phase: PhaseName::Attestation, host, worker: None, hello: true, hangs_up: false }
+        Self {
+            phase: PhaseName::Attestation,
+            host,
+            worker: None,
+            hello: true,
+            hangs_up: false,
+            init_data: None,
+        }
     }
 
     pub fn kubernetes(host: PodKey, worker: WorkerNodePublic) -> Self {
-        Self { phase: PhaseName::Kubernetes, host, worker: Some(worker), hello: true, hangs_up: false }
+        Self {
+            phase: PhaseName::Kubernetes,
+            host,
+            worker: Some(worker),
+            hello: true,
+            hangs_up: false,
+            init_data: None,
+        }
     }
 }
 
@@ -241,6 +257,7 @@ impl Handler for Peer_ {
                 credit: Some(self.credits.initial()),
                 phase: Some(self.mode.phase),
                 instance: Some("cafe".into()),
+                init_data: self.mode.init_data.clone(),
                 inbounds: vec!["KBS".into()],
                 outbounds: vec!["KATAAGENT".into()],
                 ..Hello::default()

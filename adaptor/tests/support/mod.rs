@@ -96,7 +96,7 @@ pub async fn kbs_with_disk(full: Arc<AtomicBool>) -> (url::Url, Lines) {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KbsMode {
     Accepts,
-    /// Never answers a request for a resource whose path contains this.
+    /// Answers a request for a resource whose path contains this only in another mode.
     Hangs(&'static str),
     /// Answers 500.
     Fails,
@@ -108,11 +108,15 @@ pub async fn kbs_in(mode: KbsMode) -> (url::Url, Lines, Arc<Mutex<KbsMode>>) {
     let (requests, now) = (lines.clone(), mode.clone());
     let app = axum::Router::new().fallback(move |request: axum::extract::Request| {
         let request = format!("{} {}", request.method(), request.uri().path());
-        let mode = *now.lock().unwrap();
+        let now = now.clone();
         requests.push(request.clone());
         async move {
+            let hangs = |mode: KbsMode| matches!(mode, KbsMode::Hangs(path) if request.contains(path));
+            while hangs(*now.lock().unwrap()) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            let mode = *now.lock().unwrap();
             match mode {
-                KbsMode::Hangs(path) if request.contains(path) => std::future::pending().await,
                 KbsMode::Fails => axum::http::StatusCode::INTERNAL_SERVER_ERROR,
                 KbsMode::Hangs(_) | KbsMode::Accepts => axum::http::StatusCode::OK,
             }
@@ -184,6 +188,19 @@ impl World {
         let world = Self::new("").await;
         let (adaptor, events, store) = build_with(&world.directory, Some(&kbs), "", inbounds, None);
         Self { adaptor, events, store, kbs, ..world }
+    }
+
+    /// With another KBS and configuration.
+    pub async fn configured(kbs: url::Url, change: impl FnOnce(&mut Config)) -> Self {
+        let world = Self::new("").await;
+        let (adaptor, events, store) =
+            build_changed(&world.directory, Some(&kbs), "", KATAAGENT, None, change);
+        Self { adaptor, events, store, kbs, ..world }
+    }
+
+    /// The directory of the store.
+    pub fn store_path(&self) -> std::path::PathBuf {
+        self.directory.path().join("store")
     }
 
     /// With an observer that panics at an event that contains this.
@@ -264,6 +281,17 @@ fn build_with(
     inbounds: &str,
     panics: Option<&'static str>,
 ) -> (Adaptor, Lines, Arc<DirectoryStore>) {
+    build_changed(directory, kbs, outbounds, inbounds, panics, |_| {})
+}
+
+fn build_changed(
+    directory: &tempfile::TempDir,
+    kbs: Option<&url::Url>,
+    outbounds: &str,
+    inbounds: &str,
+    panics: Option<&'static str>,
+    change: impl FnOnce(&mut Config),
+) -> (Adaptor, Lines, Arc<DirectoryStore>) {
     let store = Arc::new(DirectoryStore::open(directory.path().join("store")).unwrap());
     let events = Lines::default();
     let recorded = events.clone();
@@ -271,7 +299,7 @@ fn build_with(
         let settings = KbsSettings { url: url.clone(), ca: None, admin: None };
         KeySource::Kbs(KbsClient::new(&settings, Duration::from_secs(60)).unwrap())
     });
-    let config = Config {
+    let mut config = Config {
         inbounds: parse_list(&inbounds.replace("KATAAGENT:0", &format!("KATAAGENT:{}", own_port()))).unwrap(),
         outbounds: parse_list(outbounds).unwrap(),
         worker_nodes: None,
@@ -286,5 +314,6 @@ fn build_with(
             );
         }),
     };
+    change(&mut config);
     (Adaptor::new(store.clone(), keys, config), events, store)
 }

@@ -66,11 +66,9 @@ impl Impostor {
     /// The private key of the pod, which an impostor can't have.
     ///
     /// # Errors
-    /// If it is not published.
+    /// If the adaptor has made none.
     pub fn pod_key(&self) -> Result<crate::attackers::raw::Key> {
-        let path = format!("default/pp-{}/privateKey", self.scene.pod);
-        let pem = self.scene.kbs.resource(&path).context("the pod has no key")?;
-        crate::attackers::raw::Key::from_openssh(&String::from_utf8(pem)?)
+        crate::attackers::raw::Key::from_openssh(&self.scene.pod_key().context("the pod has no key")?)
     }
 
     /// Checks that the adaptor is the same process, small, and has not panicked.

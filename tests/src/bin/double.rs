@@ -150,19 +150,19 @@ async fn play(
 }
 
 async fn phases(steps: &mut Steps, kbs: &Kbs, pod: &str, adaptor: &Child) -> Result<()> {
-    let resource = format!("default/pp-{pod}/privateKey");
+    let resource = format!("default/pp-{pod}/keys");
     // Logged once the pod is prepared.
     steps.next("waiting until the pod's keys are at the KBS");
     endpoint(adaptor, "KATAAGENT").await?;
-    ensure!(kbs.resource(&resource).is_some(), "the pod's private key is not at the KBS");
+    ensure!(kbs.resource(&resource).is_some(), "the pod's keys are not at the KBS");
     steps.done("prepare: the adaptor made the pod's keys and put them at the KBS");
     steps.next("waiting for the Attestation phase");
     adaptor.wait_for_text("attestation: connected", PATIENCE).await?;
     steps.done("Attestation: the adaptor is connected; neither end is authenticated");
     steps.next("waiting until the guest has its keys");
-    kbs.wait_for_request(|request| request.method == "GET" && request.path.contains("sshclient"), PATIENCE)
+    kbs.wait_for_request(|request| request.method == "GET" && request.path.ends_with("/keys"), PATIENCE)
         .await?;
-    ensure!(kbs.attestations() >= 2, "the guest got keys without attesting");
+    ensure!(kbs.attestations() >= 1, "the guest got keys without attesting");
     steps.done(format!(
         "the guest attested {} times through the KBS tunnel and got the keys",
         kbs.attestations()

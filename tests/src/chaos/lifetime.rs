@@ -229,6 +229,9 @@ async fn examine(scene: &PodScene, outcome: &mut Outcome) -> Result<()> {
     {
         outcome.violations.push("an unproven peer may attest to a VM that runs a pod".to_owned());
     }
+    if scene.kbs.resource(&scene.keys()).is_some_and(|keys| !keys.is_empty()) {
+        outcome.violations.push("the pod's key is at the KBS while the pod runs".to_owned());
+    }
     for (side, most) in [(Side::Agent, AGENT), (Side::Adaptor, ADAPTOR)] {
         let (held, over) = idle(scene, side, &most).await?;
         match side {
@@ -257,9 +260,10 @@ async fn idle(scene: &PodScene, side: Side, most: &Resources) -> Result<(Resourc
 fn secrets(scene: &PodScene) -> Result<Secrets> {
     let mut secrets = Secrets::default();
     secrets.add_key("the KBS admin's key", scene.kbs.admin_key_pem())?;
-    let pod = scene.kbs.resource(&format!("default/pp-{}/privateKey", scene.pod));
-    if let Some(pem) = pod.filter(|pem| !pem.is_empty()) {
-        secrets.add_key("the pod's key", std::str::from_utf8(&pem)?)?;
+    // The KBS has it only while the VM attests.
+    let pod = std::fs::read_to_string(scene.store.path().join("pods").join(&scene.pod).join("key"));
+    if let Ok(pem) = pod {
+        secrets.add_key("the pod's key", &pem)?;
     }
     let node = std::fs::read_to_string(scene.store.path().join("worker-node.key"));
     if let Ok(pem) = node {

@@ -150,7 +150,7 @@ impl PodScene {
         let kbs = Kbs::start(options).await?;
         let pod = pod_id()?;
         if let Hit::Attestation(_) = script.hit {
-            kbs.deny(&format!("default/pp-{pod}/privateKey"));
+            kbs.deny(&format!("default/pp-{pod}/keys"));
         }
         let kbs_inbound = free_port()?;
         let cdh = Arc::new(cdh(&kbs, kbs_inbound)?);
@@ -262,9 +262,14 @@ impl PodScene {
         self.clocks.of(side).store(seconds, Ordering::Relaxed);
     }
 
+    /// Path of the pod's keys at the KBS.
+    pub(super) fn keys(&self) -> String {
+        format!("default/pp-{}/keys", self.pod)
+    }
+
     /// Makes the KBS release the keys to the VM.
     pub(super) fn release_keys(&self) {
-        self.kbs.allow(&format!("default/pp-{}/privateKey", self.pod));
+        self.kbs.allow(&self.keys());
     }
 
     /// Starts `api-server-rest` again.

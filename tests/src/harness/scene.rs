@@ -128,6 +128,16 @@ impl Scene {
         })
     }
 
+    /// Path of the pod's keys at the KBS.
+    pub fn keys(&self) -> String {
+        format!("default/pp-{}/keys", self.pod)
+    }
+
+    /// The pod's private key, as the adaptor stores it; none before it made one.
+    pub fn pod_key(&self) -> Option<String> {
+        std::fs::read_to_string(self.path("store").join("pods").join(&self.pod).join("key")).ok()
+    }
+
     /// Path of a file of the scene.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)

@@ -47,6 +47,9 @@ pub enum Fault {
     Status(u16),
     /// Answers correctly, each request after this time.
     Slow(Duration),
+    /// Stores a published resource this time after it was sent, also if its sender has gone, and answers then. Everything
+    /// else is done at once.
+    LatePost(Duration),
     /// Its storage is read-only or full: `POST` and `DELETE` of an admin fail, and resources stay as they are.
     ReadOnly,
 }
@@ -124,6 +127,8 @@ struct Shared {
     connections: AtomicU64,
     open: watch::Sender<u64>,
     attestations: AtomicU64,
+    /// Late publications that are not stored yet.
+    late: watch::Sender<u64>,
     /// Seconds that its clock is ahead of ours.
     ahead: AtomicI64,
 }
@@ -159,6 +164,7 @@ impl Kbs {
             connections: AtomicU64::new(0),
             open: watch::Sender::new(0),
             attestations: AtomicU64::new(0),
+            late: watch::Sender::new(0),
             ahead: AtomicI64::new(0),
         });
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, shared.options.port));
@@ -179,6 +185,12 @@ impl Kbs {
     pub fn url(&self) -> String {
         let scheme = if self.shared.options.https { "https" } else { "http" };
         format!("{scheme}://{}", self.addr)
+    }
+
+    /// Whether it is a Trustee that cannot delete.
+    #[must_use]
+    pub fn is_old(&self) -> bool {
+        self.shared.options.old
     }
 
     /// PEM of the CA to pin, if this KBS speaks HTTPS.
@@ -289,6 +301,12 @@ impl Kbs {
         let _ = self.shared.open.subscribe().wait_for(|open| *open == 0).await;
     }
 
+    /// Waits until every late publication is stored ([`Fault::LatePost`]).
+    pub async fn wait_until_stored(&self) {
+        // The sender lives as long as this KBS, so waiting can't fail.
+        let _ = self.shared.late.subscribe().wait_for(|late| *late == 0).await;
+    }
+
     /// Successful attestations so far.
     #[must_use]
     pub fn attestations(&self) -> u64 {
@@ -368,7 +386,12 @@ impl Shared {
         match self.fault() {
             Fault::Refuse => return,
             Fault::Silent => return swallow(stream).await,
-            Fault::None | Fault::Garbage(_) | Fault::Status(_) | Fault::Slow(_) | Fault::ReadOnly => {}
+            Fault::None
+            | Fault::Garbage(_)
+            | Fault::Status(_)
+            | Fault::Slow(_)
+            | Fault::LatePost(_)
+            | Fault::ReadOnly => {}
         }
         let head_limit = self.options.head_limit;
         let handle = |request| Arc::clone(&self).handle(request);

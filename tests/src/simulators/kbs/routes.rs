@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use bytes::Bytes;
@@ -38,6 +38,12 @@ impl Shared {
         self.log.send_modify(|log| log.push(logged));
         match self.fault() {
             Fault::None | Fault::ReadOnly => {}
+            Fault::LatePost(pause)
+                if request.method() == Method::POST && request.uri().path().starts_with(RESOURCE) =>
+            {
+                return self.route_late(request, pause).await;
+            }
+            Fault::LatePost(_) => {}
             Fault::Refuse => return Err(anyhow!("refused on purpose")),
             Fault::Silent => std::future::pending().await,
             Fault::Slow(pause) => tokio::time::sleep(pause).await,
@@ -49,6 +55,21 @@ impl Shared {
             }
         }
         self.route(request).await.map(|answer| answer.unwrap_or_else(|refusal| refusal.reply()))
+    }
+
+    /// In a task of its own: it goes on if the connection ends.
+    async fn route_late(self: Arc<Self>, request: Request<Incoming>, pause: Duration) -> Result<Reply> {
+        let (head, body) = request.into_parts();
+        let body = read_body(body).await?.unwrap_or_default();
+        self.late.send_modify(|late| *late += 1);
+        let stored = tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            let path = head.uri.path().strip_prefix(RESOURCE).unwrap_or_default();
+            let answer = self.resource(&head.method, path, &head.headers, body);
+            self.late.send_modify(|late| *late -= 1);
+            answer.unwrap_or_else(Refusal::reply)
+        });
+        Ok(stored.await?)
     }
 
     async fn route(&self, request: Request<Incoming>) -> Result<Result<Reply, Refusal>> {
