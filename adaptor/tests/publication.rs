@@ -186,7 +186,7 @@ async fn the_key_is_gone_before_the_first_client_and_back_on_a_fallback() {
 }
 
 #[tokio::test]
-async fn a_pod_that_is_up_publishes_nothing_whoever_asks() {
+async fn a_pod_that_is_up_publishes_nothing() {
     let (world, kbs) = world().await;
     world.prepare().await;
     let agent = Agent::start(world.latched().await).await;
@@ -224,8 +224,8 @@ async fn a_key_that_cannot_be_deleted_is_reported_and_no_client_is_served() {
         };
         timeout(PATIENCE, now.wait_for(|now| why(&now.state))).await.unwrap().unwrap();
         kbs.requests.wait("DELETE", 3).await;
-        let told = world.events.count("the pod's key could not be deleted from the KBS: ");
-        assert_eq!(told, 1, "once for one cause: {:?}", world.events.all());
+        let said = world.events.count("the pod's key could not be deleted from the KBS: ");
+        assert_eq!(said, 1, "once for one cause: {:?}", world.events.all());
         // The connection may break meanwhile.
         agent.cut();
         kbs.refuse(None);

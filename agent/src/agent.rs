@@ -158,7 +158,7 @@ impl Agent {
                 progress: watch::Sender::new(None),
             },
             instance,
-            announced: Announced::new(config),
+            announced: config.announced.clone(),
             expected_pod: config.pod_id.clone(),
             started: Instant::now(),
             pod_network: watch::Sender::default(),

@@ -16,13 +16,13 @@ pub mod init_data;
 mod toml;
 
 mod announced;
+mod error;
 mod tunnels;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use secure_comms_keys::{KeyError, PodKeys, WorkerNodeKeys, base64};
-use secure_comms_protocol::limits::CONTROL_LINE_MAX;
 use secure_comms_protocol::tag::{InboundTag, OutboundTag};
 use secure_comms_protocol::{InitDataDigest, PodId};
 use secure_comms_tunnel::netns::Namespace;
@@ -30,92 +30,14 @@ use zeroize::Zeroizing;
 
 use crate::kata::sources::MountPrefixes;
 use crate::pod_network::PodNetwork;
-use crate::pod_network::spec::{Faults, InterfaceName};
+use crate::pod_network::spec::InterfaceName;
 pub(crate) use announced::Announced;
 pub use daemon_config::DaemonConfig;
+pub use error::ConfigError;
 use flags::{Options, StatePlace};
 use init_data::InitData;
 use tunnels::{Sources, Tunnels};
 use user_data::UserDataMode;
-
-/// Why there is no configuration.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// Secure Comms is not enabled.
-    #[error(
-        "starting: Secure Comms is off, and this forwarder speaks nothing else; set the flag -secure-comms, or, for a \
-         pod that is not confidential, -secure-comms-user-data all with \"sc\": true, sc-pp-prv and sc-wn-pub in {0}"
-    )]
-    NotSecureComms(String),
-    /// The keys in the daemon config are incomplete or invalid. The agent does not fall back to attestation.
-    #[error("reading the keys in {file}: {fault}")]
-    UserData {
-        /// Path of the daemon config.
-        file: String,
-        /// The fault, and its fix.
-        fault: String,
-    },
-    /// All faults of all tags.
-    #[error("reading the tunnels: {0}; correct the tags where they are given")]
-    Tags(String),
-    /// The tunnels do not fit into the agent's hello.
-    #[error(
-        "reading the tunnels: the agent's hello, which lists them, would be {excess} bytes longer than a control line \
-         may be ({CONTROL_LINE_MAX}); name fewer tunnels, or shorter paths"
-    )]
-    TooManyTunnels {
-        /// Bytes beyond the limit.
-        excess: usize,
-    },
-    /// Flag and init-data name different pods.
-    #[error(
-        "reading init-data: 'sc-pod-id' names pod {init_data}, and -secure-comms-pod-id names pod {flag}; correct one of \
-         them"
-    )]
-    PodId {
-        /// The pod of the flag.
-        flag: PodId,
-        /// The pod of init-data.
-        init_data: PodId,
-    },
-    /// The path of the kata agent's socket is invalid.
-    #[error("reading -kata-agent-socket: {0}")]
-    KataAgentSocket(String),
-    /// The name of the interface for the pod network is invalid.
-    #[error("reading -host-interface: '{0}': expected {expected}", expected = InterfaceName::EXPECTED)]
-    HostInterface(String),
-    /// All faults of the pod network.
-    #[error("reading 'pod-network' in {file}: {faults}; correct the VM's user data")]
-    PodNetwork {
-        /// Path of the daemon config.
-        file: String,
-        /// Every fault.
-        faults: Faults,
-    },
-    /// There is a pod network, but no namespace for it.
-    #[error(
-        "setting up the pod network: 'pod-network' is in {0}, but -pod-namespace is empty; name the pod's network \
-         namespace, or take 'pod-network' out"
-    )]
-    NoPodNamespace(String),
-}
-
-impl ConfigError {
-    /// Exit code of the process: 2 if the command line is at fault, 1 if the daemon config is.
-    pub fn exit_code(&self) -> i32 {
-        match self {
-            Self::NotSecureComms(_)
-            | Self::Tags(_)
-            | Self::TooManyTunnels { .. }
-            | Self::KataAgentSocket(_)
-            | Self::HostInterface(_) => 2,
-            Self::UserData { .. }
-            | Self::PodNetwork { .. }
-            | Self::NoPodNamespace(_)
-            | Self::PodId { .. } => 1,
-        }
-    }
-}
 
 /// Where the keys of the Kubernetes phase come from.
 #[derive(Clone, Debug)]
@@ -181,6 +103,8 @@ pub struct Config {
     pub pod_network: Option<PodNetwork>,
     /// What was ignored or is weak, for the log.
     pub warnings: Vec<String>,
+    /// What hello announces of all this.
+    pub(crate) announced: Announced,
 }
 
 impl Config {
@@ -214,10 +138,10 @@ impl Config {
             );
         }
         let init_data = init_data.filter(|_| attests).unwrap_or_default();
-        if let (KeySource::Kbs { worker_node }, Some(keys)) = (&mut source, &init_data.worker_node) {
-            if worker_node.replace(keys.clone()).is_some() {
-                warnings.push("user data: 'sc-wn-pub' ignored: init-data has it too".into());
-            }
+        if let (KeySource::Kbs { worker_node }, Some(keys)) = (&mut source, &init_data.worker_node)
+            && worker_node.replace(keys.clone()).is_some()
+        {
+            warnings.push("user data: 'sc-wn-pub' ignored: init-data has it too".into());
         }
         let sources = Sources { options: &options, init_data: &init_data, daemon: &daemon };
         let Tunnels { inbounds, outbounds } = tunnels::collect(&sources, &mut warnings)?;
@@ -225,7 +149,14 @@ impl Config {
         if attests {
             warnings.extend(weaknesses(&options, digest.as_ref()));
         }
-        let config = Self {
+        let announced = Announced {
+            init_data: digest.clone(),
+            inbounds: inbounds.iter().map(ToString::to_string).collect(),
+            outbounds: outbounds.iter().map(ToString::to_string).collect(),
+            user_data: options.user_data,
+        };
+        announced.check()?;
+        Ok(Self {
             pod_id: pod_id(options.pod_id, init_data.pod_id)?,
             listen: options.listen,
             kata_agent_socket: options.kata_agent_socket,
@@ -245,9 +176,8 @@ impl Config {
             pod: pod(&daemon),
             pod_network,
             warnings,
-        };
-        Announced::check(&config)?;
-        Ok(config)
+            announced,
+        })
     }
 }
 

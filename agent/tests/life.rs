@@ -79,7 +79,7 @@ fn a_late_daemon_config_is_waited_for() {
     std::fs::remove_file(place.path("apf.json")).unwrap();
     let (systemd, notify) = (Systemd::new(&place), place.path("notify"));
     // The flags alone do not enable Secure Comms.
-    let args = ["-secure-comms-inbounds", "BOTH_PHASES:KBS:0"];
+    let args = ["-secure-comms-inbounds", "BOTH_PHASES:KBS:0", "-secure-comms-user-data=all"];
     let mut agent = place.start(&args, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
     let config = place.path("apf.json");
     systemd.hears(&format!("STATUS=waiting for the daemon config {}: it is not there yet", config.display()));

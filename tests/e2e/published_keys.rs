@@ -149,7 +149,7 @@ async fn forged_worker_node_keys_let_nobody_into_a_pod_that_runs() -> Result<()>
     let command = with_values(&command, &scene.binaries().adaptor, &[("--kbs", &through)]);
     let adaptor = Child::spawn("adaptor", command)?;
     endpoint(&adaptor, "KATAAGENT").await?;
-    // What the adaptor shows to whoever asks it for a key.
+    // The adaptor shows it to any server that asks for a key.
     let shown = Command::new("ssh-keygen")
         .arg("-yf")
         .arg(scene.path("store").join("worker-node.key"))

@@ -16,6 +16,7 @@ use secure_comms_tests::harness::test_namespace::TestNamespace;
 use secure_comms_tests::simulators::kata::KataAgent;
 use secure_comms_tests::simulators::openssh::OpenSsh;
 use serde_json::{Value, json};
+use tokio::process::Command;
 
 /// A scene whose keys come from the KBS, with an apf.json that the cloud wrote.
 async fn fed(mode: &'static str, user_data: &Value) -> Result<Scene> {
@@ -289,7 +290,8 @@ async fn the_kubernetes_hello_and_the_status_say_what_the_agent_runs_with() -> R
     let mut scene = fed("tunnels", &json!({"sc-outbounds": "kubernetes_phase:extra:7"})).await?;
     scene.user_data_mode = "tunnels";
     let (own, other) = (keys_of(&scene, "own").await?, keys_of(&scene, "other").await?);
-    let text = std::fs::read_to_string(&own.host)? + &own.node_public + &other.node_public;
+    let lines = format!("{}\n{}\n", own.node_public.trim_end(), other.node_public);
+    let text = std::fs::read_to_string(&own.host)? + &lines;
     scene.kbs.put(&format!("default/pp-{}/keys", scene.pod), text)?;
     let agent = scene.agent().await?;
     attested(&scene).await?;
@@ -298,7 +300,7 @@ async fn the_kubernetes_hello_and_the_status_say_what_the_agent_runs_with() -> R
     ensure!(hello.phase == Some(PhaseName::Kubernetes) && hello.init_data.is_none(), "{hello:?}");
     let config = config(hello)?;
     ensure!(config.pod_id.as_deref() == Some(&*scene.pod) && config.user_data == "tunnels", "{config:?}");
-    let fingerprints = [&own, &other].map(|keys| fingerprint(&keys.node_public));
+    let fingerprints = [fingerprint(&own).await?, fingerprint(&other).await?];
     ensure!(config.worker_nodes == fingerprints, "{config:?} {fingerprints:?}");
     let service = private_port(&scene)?;
     let kata = scene.kata_socket.display();
@@ -319,9 +321,11 @@ async fn the_kubernetes_hello_and_the_status_say_what_the_agent_runs_with() -> R
     Ok(())
 }
 
-fn fingerprint(line: &str) -> String {
-    let keys = secure_comms_keys::WorkerNodeKeys::parse(line.as_bytes()).unwrap();
-    keys.fingerprints().next().unwrap()
+/// As ssh-keygen has it.
+async fn fingerprint(keys: &PodKeys) -> Result<String> {
+    let output = Command::new("ssh-keygen").arg("-lf").arg(&keys.node).output().await?;
+    let text = String::from_utf8(output.stdout)?;
+    text.split(' ').nth(1).map(ToOwned::to_owned).with_context(|| text.clone())
 }
 
 #[tokio::test(flavor = "multi_thread")]

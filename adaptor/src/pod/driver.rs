@@ -168,7 +168,7 @@ impl Driver {
             }
             Withdrawal::Replaced(connected) => {
                 self.down(PhaseName::Kubernetes, failover_reason(address, &connected));
-                return Ok(Some(connected));
+                return Ok(Some(*connected));
             }
         }
         self.starting = false;

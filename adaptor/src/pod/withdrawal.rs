@@ -27,7 +27,7 @@ pub(super) enum Withdrawal {
     /// The connection ended first.
     Ended(String),
     /// A failover replaced the connection first.
-    Replaced(Connected),
+    Replaced(Box<Connected>),
 }
 
 impl Driver {
@@ -41,7 +41,7 @@ impl Driver {
             () = self.until_gone(&publication) => Withdrawal::Done,
             stop = stopped(&mut stop) => Withdrawal::Stopped(stop),
             why = session.ended() => Withdrawal::Ended(why.to_string()),
-            connected = await_failover(&plan, &liveness, PhaseName::Kubernetes, &lock) => Withdrawal::Replaced(connected),
+            connected = await_failover(&plan, &liveness, PhaseName::Kubernetes, &lock) => Withdrawal::Replaced(Box::new(connected)),
         }
     }
 

@@ -1,11 +1,10 @@
 //! What the agent announces of its configuration in `hello`: the adaptor compares it with what it expects.
 
 use secure_comms_protocol::limits::{CONTROL_LINE_MAX, KEY_MAX};
-use secure_comms_protocol::tag::{InboundTag, OutboundTag};
 use secure_comms_protocol::{AgentConfig, Control, Hello, InitDataDigest, PhaseName, PodId, TunnelNames};
 
+use super::error::ConfigError;
 use super::user_data::UserDataMode;
-use super::{Config, ConfigError};
 
 /// The shortest line of a worker-node key with its newline, in bytes: "ssh-ed25519", a blank, 68 digits of base64.
 const LINE_MIN: usize = 81;
@@ -28,15 +27,6 @@ pub(crate) struct Announced {
 }
 
 impl Announced {
-    pub(crate) fn new(config: &Config) -> Self {
-        Self {
-            init_data: config.init_data.clone(),
-            inbounds: config.inbounds.iter().map(ToString::to_string).collect(),
-            outbounds: config.outbounds.iter().map(ToString::to_string).collect(),
-            user_data: config.user_data,
-        }
-    }
-
     /// The configuration with the keys in use: the pod they belong to, and the fingerprints that may log in.
     pub(crate) fn with_keys(&self, pod: Option<&PodId>, worker_nodes: Vec<String>) -> AgentConfig {
         AgentConfig {
@@ -52,27 +42,28 @@ impl Announced {
     ///
     /// # Errors
     /// It does not; with its length.
-    pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
-        let longest =
-            Self::new(config).with_keys(None, vec!["x".repeat(FINGERPRINT_MAX); KEY_MAX / LINE_MIN]);
-        let in_phase = |phases: secure_comms_protocol::PhaseSet| phases.includes(PhaseName::Kubernetes);
-        let inbound = |tag: &InboundTag| in_phase(tag.phases).then(|| tag.name.to_string());
-        let outbound = |tag: &OutboundTag| in_phase(tag.phases).then(|| tag.name.to_string());
-        let names = TunnelNames {
-            inbounds: config.inbounds.iter().filter_map(inbound).collect(),
-            outbounds: config.outbounds.iter().filter_map(outbound).collect(),
-        };
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        let fingerprints = vec!["x".repeat(FINGERPRINT_MAX); KEY_MAX / LINE_MIN];
+        let config =
+            AgentConfig { pod_id: Some("x".repeat(POD_ID_MAX)), ..self.with_keys(None, fingerprints) };
+        let names = TunnelNames { inbounds: names(&self.inbounds), outbounds: names(&self.outbounds) };
         let instance = format!("{:016x}", u64::MAX);
         let hello = Hello {
-            init_data: config.init_data.as_ref().map(ToString::to_string),
-            config: Some(AgentConfig { pod_id: Some("x".repeat(POD_ID_MAX)), ..longest }),
+            init_data: self.init_data.as_ref().map(ToString::to_string),
+            config: Some(config),
             ..Hello::from_agent(PhaseName::Kubernetes, &instance, u32::MAX, names)
         };
         let mut line = Vec::new();
         Control::Hello(hello).write_line(&mut line);
-        match line.len().checked_sub(CONTROL_LINE_MAX + 1) {
+        // Its newline does not count.
+        match line.len().saturating_sub(1).checked_sub(CONTROL_LINE_MAX) {
             None | Some(0) => Ok(()),
             Some(excess) => Err(ConfigError::TooManyTunnels { excess }),
         }
     }
+}
+
+/// The names of all tags; a phase has a part of them.
+fn names(tags: &[String]) -> Vec<String> {
+    tags.iter().filter_map(|tag| Some(tag.split(':').nth(1)?.to_owned())).collect()
 }

@@ -5,9 +5,11 @@ use std::path::Path;
 use secure_comms_keys::text::one_line;
 use secure_comms_protocol::tag::{self, InboundTag, OutboundTag, Tag};
 
+use super::daemon_config::DaemonConfig;
+use super::error::ConfigError;
+use super::flags::Options;
 use super::init_data::InitData;
 use super::user_data::{self, Ruled, Rules, same_tunnel};
-use super::{ConfigError, DaemonConfig, Options};
 
 /// Longest tag in an error, in bytes.
 const TAG_SHOWN: usize = 200;

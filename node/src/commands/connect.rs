@@ -268,7 +268,7 @@ fn warn_if_unbound(adaptor: &Adaptor, settings: &ConnectSettings) {
         && known_init_data(adaptor, settings).is_none();
     if is_unbound {
         tracing::warn!(
-            "pod {}: its keys are bound to no VM: no init-data is expected, so whoever starts a VM that the KBS accepts can \
+            "pod {}: its keys are bound to no VM: no init-data is expected, so anyone who starts a VM that the KBS accepts can \
              fetch them, also the cloud; give the VM's init-data with --init-data, --init-data-digest or --init-data-rules, \
              and use the resource policy of deploy/",
             settings.pod

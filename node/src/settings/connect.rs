@@ -277,7 +277,7 @@ fn warn_of_kbs(
     let Some(url) = url else { return };
     if has_admin && url.scheme() == "http" {
         reader.warnings.push(format!(
-            "--kbs-admin-key over {url}: whoever reads the cluster's network can take the admin token and is the KBS's \
+            "--kbs-admin-key over {url}: anyone who reads the cluster's network can take the admin token and is the KBS's \
              admin for two minutes; the pods' keys pass it in the clear; give an https URL with --kbs-url"
         ));
     }
@@ -286,7 +286,7 @@ fn warn_of_kbs(
     let place = |url: &Url| Some((url.host_str()?.to_owned(), url.port_or_known_default()?));
     if tunnels.as_ref().and_then(place).is_some_and(|tunnels| place(url) == Some(tunnels)) {
         reader.warnings.push(format!(
-            "--kbs and --kbs-url are the same place, {url}: the tunnel KBS leads whoever answers at a VM's address to the port \
+            "--kbs and --kbs-url are the same place, {url}: the tunnel KBS leads anyone who answers at a VM's address to the port \
              of the KBS's admin API; let --kbs lead to a listener that serves attestation only, and give the place of the \
              admin API with --kbs-url"
         ));

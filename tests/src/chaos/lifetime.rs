@@ -229,6 +229,9 @@ async fn examine(scene: &PodScene, outcome: &mut Outcome) -> Result<()> {
     {
         outcome.violations.push("an unproven peer may attest to a VM that runs a pod".to_owned());
     }
+    if scene.kbs.resource(&scene.keys()).is_some_and(|keys| !keys.is_empty()) {
+        outcome.violations.push("the pod's key is at the KBS while the pod runs".to_owned());
+    }
     for (side, most) in [(Side::Agent, AGENT), (Side::Adaptor, ADAPTOR)] {
         let (held, over) = idle(scene, side, &most).await?;
         match side {

@@ -272,9 +272,14 @@ impl PodScene {
         self.clocks.of(side).store(seconds, Ordering::Relaxed);
     }
 
+    /// Path of the pod's keys at the KBS.
+    pub(super) fn keys(&self) -> String {
+        format!("default/pp-{}/keys", self.pod)
+    }
+
     /// Makes the KBS release the keys to the VM.
     pub(super) fn release_keys(&self) {
-        self.kbs.allow(&format!("default/pp-{}/keys", self.pod));
+        self.kbs.allow(&self.keys());
     }
 
     /// Starts `api-server-rest` again.
