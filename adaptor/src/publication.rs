@@ -123,10 +123,30 @@ impl Publication {
         if let Some(paths) = self.cached() {
             return Ok(paths);
         }
-        let recorded = self.store.published(&self.id).await?;
-        // A version before 0.2 has published the pod's key there.
-        let paths = recorded.unwrap_or_else(|| vec![resource::separate::pod_private_key(&self.id)]);
+        let paths = match self.store.published(&self.id).await {
+            Ok(Some(paths)) => paths,
+            // A version before 0.2 has published the pod's key there.
+            Ok(None) => vec![resource::separate::pod_private_key(&self.id)],
+            Err(error @ StoreError::BrokenRecord(_)) => {
+                tracing::warn!(
+                    "pod {}: {}; its key is deleted from the KBS wherever it may be",
+                    self.id,
+                    with_causes(&error)
+                );
+                self.possible_paths().await?
+            }
+            Err(error) => return Err(error),
+        };
         self.cache(&paths);
+        Ok(paths)
+    }
+
+    /// Every path under which this version and older ones publish the private key.
+    async fn possible_paths(&self) -> Result<Vec<String>, StoreError> {
+        let init_data = self.store.init_data(&self.id).await?;
+        let mut paths =
+            vec![resource::pod_keys(&self.id, None), resource::separate::pod_private_key(&self.id)];
+        paths.extend(init_data.map(|digest| resource::pod_keys(&self.id, Some(&digest))));
         Ok(paths)
     }
 

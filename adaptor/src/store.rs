@@ -135,7 +135,7 @@ pub enum StoreError {
     #[error("key store: {}: not a JSON list of addresses: delete the file, and name the addresses with --address", .0.display())]
     BrokenAddresses(PathBuf),
     /// A file that says where in the KBS the pod's key is, or which init-data its VM has, is damaged.
-    #[error("key store: {}: damaged: restore the file from a backup; without one, end the pod with --delete-on-exit", .0.display())]
+    #[error("key store: {}: damaged: restore the file from a backup; without one, delete it, and name the VM's init-data with --init-data", .0.display())]
     BrokenRecord(PathBuf),
     /// The pod has no record.
     #[error("key store: pod {0} is not known: prepare it first")]

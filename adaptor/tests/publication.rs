@@ -322,6 +322,31 @@ async fn the_record_of_an_older_version_is_brought_up_to_date() {
 }
 
 #[tokio::test]
+async fn a_damaged_record_counts_as_published_wherever_it_can_be() {
+    let (world, kbs) = world().await;
+    let bound = digest("1a");
+    world.prepare_bound(Some(&bound)).await.unwrap();
+    let agent = Agent::start(world.latched().await).await;
+    world.start(&agent).await.unwrap();
+    world.adaptor.suspend(&pod()).await;
+    let record = world.store_path().join("pods/pod-1");
+    std::fs::write(record.join("published.json"), "[\"default").unwrap();
+    for path in [KEYS, SEPARATE, &path_of(&bound)] {
+        kbs.resources.lock().unwrap().insert(path.to_owned(), b"key".to_vec());
+    }
+    let world = world.restart("");
+    assert_eq!(world.adaptor.resume_all().await.unwrap(), [pod()]);
+    world.events.wait("kubernetes phase up", 1).await;
+    assert_eq!(kbs.paths(), [""; 0]);
+    assert_eq!(world.store.published(&pod()).await.unwrap(), Some(Vec::new()));
+    // Which init-data is expected cannot be guessed.
+    world.adaptor.suspend(&pod()).await;
+    std::fs::write(record.join("init-data"), "1a").unwrap();
+    let error = world.prepare_bound(Some(&bound)).await.unwrap_err().to_string();
+    assert!(error.contains("init-data: damaged") && error.contains("--init-data"), "{error}");
+}
+
+#[tokio::test]
 async fn a_new_process_deletes_what_an_earlier_one_published() {
     let (world, kbs) = world().await;
     world.prepare().await;

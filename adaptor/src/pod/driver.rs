@@ -26,7 +26,7 @@ use super::failover::{await_failover, failover_reason};
 use super::plan::Plan;
 use super::status::{PodEvent, PodState, StatusReporter};
 use super::vm_log::VmLog;
-use super::withdrawal::Withdrawal;
+use super::withdrawal::until_gone;
 use crate::text::quote;
 use crate::transport::routes::Routes;
 use crate::transport::session::Session;
@@ -57,6 +57,18 @@ pub(crate) enum Ended {
     VmLost,
     /// A new pod's agent runs with what is not expected; with the differences.
     Unexpected(String),
+}
+
+/// How the deletion of the pod's key from the KBS ended.
+enum Withdrawal {
+    /// The key is not there.
+    Done,
+    /// The pod is stopped.
+    Stopped(Stop),
+    /// The connection ended first.
+    Ended(String),
+    /// A failover replaced the connection first.
+    Replaced(Box<Connected>),
 }
 
 /// Drives one pod's channel.
@@ -233,6 +245,22 @@ impl Driver {
         }
     }
 
+    /// Deletes the pod's key from the KBS, unless the connection ends first.
+    async fn withdraw_key(&mut self, session: &mut Session<Kubernetes>) -> Withdrawal {
+        let Some(publication) = self.plan.publication.clone() else { return Withdrawal::Done };
+        let (liveness, mut stop, lock) = (session.liveness(), self.stop.clone(), AuthLock::default());
+        tokio::select! {
+            // Nothing else is looked at if the key is gone already.
+            biased;
+            () = until_gone(&publication, &self.status, |why| self.set_degraded(why)) => Withdrawal::Done,
+            stop = stopped(&mut stop) => Withdrawal::Stopped(stop),
+            why = session.ended() => Withdrawal::Ended(why.to_string()),
+            connected = await_failover(&self.plan, &liveness, PhaseName::Kubernetes, &lock) => {
+                Withdrawal::Replaced(Box::new(connected))
+            }
+        }
+    }
+
     /// Waits until no stream is open, for at most `limit`.
     async fn drain_streams(&self, session: &Session<Kubernetes>, limit: Duration) {
         // The streams that outlast the limit are counted below.
@@ -296,7 +324,7 @@ fn cost(session: &Session<Kubernetes>) -> String {
 }
 
 /// Waits for the order to stop.
-pub(super) async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
+async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
     let order = stop.wait_for(Option::is_some).await.ok().and_then(|stop| stop.clone());
     // The sender was dropped: the adaptor is gone, and no order can come any more.
     order.unwrap_or(Stop { reason: "the adaptor is gone", drain: Duration::ZERO })
