@@ -24,7 +24,7 @@
 //! let kbs = KbsSettings { url: "https://kbs.example:8080".parse()?, ca: None, admin: None };
 //! let kbs = KbsClient::new(&kbs, Duration::from_secs(60))?;
 //! let config = Config {
-//!     inbounds: parse_list("KUBERNETES_PHASE:KATAAGENT:0").map_err(|faults| format!("{faults:?}"))?,
+//!     inbounds: parse_list("KUBERNETES_PHASE:KATAAGENT:/run/sc/{pod}/agent.ttrpc").map_err(|faults| format!("{faults:?}"))?,
 //!     outbounds: parse_list("BOTH_PHASES:KBS:kbs.example:8080").map_err(|faults| format!("{faults:?}"))?,
 //!     agent: AgentTunnels::default(),
 //!     worker_nodes: None,

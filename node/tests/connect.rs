@@ -38,7 +38,8 @@ fn arguments(command: &mut Command, store: &std::path::Path, kbs: &url::Url, age
     command
         .args(["connect", "--pod-id", pod().as_str(), "--address", &agent.address.to_string(), "--store"])
         .arg(store)
-        .args(["--kbs", "127.0.0.1:9", "--kbs-url", kbs.as_str()])
+        .args(["--kbs", "127.0.0.1:9", "--kbs-url", kbs.as_str(), "--run-dir"])
+        .arg(store.with_file_name("run"))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
@@ -95,7 +96,7 @@ async fn connect_logs_each_event_once_and_ends_on_a_signal() {
     let (kbs, asked) = support::kbs().await;
     let agent = Agent::start(Mode::attestation()).await;
     let store = directory.path().join("store");
-    let mut connect = connect(&store, &kbs, &agent, &[]);
+    let mut connect = connect(&store, &kbs, &agent, &["--inbounds", "KUBERNETES_PHASE:KATAAGENT:0"]);
     agent.seen.wait("hello", 1).await;
     agent.keys(3, "not yet");
     connect.log.wait("keys: attempt 3: not yet", 1).await;
@@ -150,7 +151,9 @@ async fn a_program_reads_the_events_as_json() {
     let kinds: Vec<_> = json.iter().map(|event| event["event"].as_str().unwrap()).collect();
     assert_eq!(kinds, ["published", "listening", "withdrawn", "up", "stopped"]);
     assert_eq!(json[1]["tunnel"], "KATAAGENT");
-    json[1]["local"].as_str().unwrap().parse::<std::net::SocketAddr>().unwrap();
+    let socket = directory.path().join("run/pods/pod-1/agent.ttrpc");
+    assert_eq!(json[1]["local"].as_str(), socket.to_str());
+    assert!(!socket.parent().unwrap().exists(), "removed at the end");
     let up = json.iter().find(|event| event["event"] == "up").unwrap();
     assert_eq!(up["address"], agent.address.to_string());
     assert!(json.iter().all(|event| event["pod"] == "pod-1" && event["time"].is_string()), "{json:?}");

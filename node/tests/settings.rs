@@ -16,6 +16,9 @@ use secure_comms_node::cli::ConnectArgs;
 use secure_comms_node::settings::{ConnectSettings, ExpectedInitData, UsageError};
 use secure_comms_protocol::limits::REKEY_BYTES;
 
+/// The built-in inbound.
+const KATAAGENT: &str = "KUBERNETES_PHASE:KATAAGENT:/run/secure-comms/pods/{pod}/agent.ttrpc";
+
 fn args() -> ConnectArgs {
     ConnectArgs { pod_id: Some("p1".into()), addresses: vec!["vm".into()], ..ConnectArgs::default() }
 }
@@ -34,7 +37,7 @@ fn shown<T: ToString>(tags: &[T]) -> Vec<String> {
 fn a_pod_and_an_address_are_enough() {
     let settings = read(args(), &[]).unwrap();
     assert_eq!(shown(&settings.addresses), ["vm:2222"]);
-    assert_eq!(shown(&settings.inbounds), ["KUBERNETES_PHASE:KATAAGENT:0"]);
+    assert_eq!(shown(&settings.inbounds), [KATAAGENT]);
     assert_eq!(shown(&settings.outbounds), ["BOTH_PHASES:KBS:kbs-service.trustee-operator-system:8080"]);
     assert_eq!(settings.store.to_str(), Some("/var/lib/secure-comms-adaptor"));
     assert_eq!(
@@ -55,12 +58,74 @@ fn a_flag_wins_over_its_variable_and_an_empty_variable_is_none() {
         ("SECURE_COMMS_KBS_ADDR", "[::1]:8080"),
     ];
     let settings = read(args(), &env).unwrap();
-    assert_eq!(shown(&settings.inbounds), ["BOTH_PHASES:A:1", "KUBERNETES_PHASE:KATAAGENT:0"]);
+    assert_eq!(shown(&settings.inbounds), ["BOTH_PHASES:A:1", KATAAGENT]);
     assert_eq!(shown(&settings.outbounds), ["BOTH_PHASES:KBS:[::1]:8080"]);
     let flags = ConnectArgs { inbounds: vec!["BOTH_PHASES:B:2".into()], kbs: Some("kbs:1".into()), ..args() };
     let settings = read(flags, &env).unwrap();
-    assert_eq!(shown(&settings.inbounds), ["BOTH_PHASES:B:2", "KUBERNETES_PHASE:KATAAGENT:0"]);
+    assert_eq!(shown(&settings.inbounds), ["BOTH_PHASES:B:2", KATAAGENT]);
     assert_eq!(shown(&settings.outbounds), ["BOTH_PHASES:KBS:kbs:1"]);
+}
+
+#[test]
+fn the_built_in_inbound_is_a_socket_in_the_run_directory() {
+    let flags = || ConnectArgs { run_dir: Some("/run/a/".into()), ..args() };
+    let tag = |dir: &str| format!("KUBERNETES_PHASE:KATAAGENT:{dir}/pods/{{pod}}/agent.ttrpc");
+    let env = [("SECURE_COMMS_RUN_DIR", "/b")];
+    assert_eq!(shown(&read(flags(), &env).unwrap().inbounds), [tag("/run/a")]);
+    assert_eq!(shown(&read(args(), &env).unwrap().inbounds), [tag("/b")]);
+    let tcp = ConnectArgs { inbounds: vec!["KUBERNETES_PHASE:KATAAGENT:0".into()], ..flags() };
+    assert_eq!(shown(&read(tcp, &[]).unwrap().inbounds), ["KUBERNETES_PHASE:KATAAGENT:0"]);
+    for dir in ["run", "", "/run:1", "/x\n", &format!("/{}", "x".repeat(90))] {
+        let fault = read(ConnectArgs { run_dir: Some(dir.into()), ..args() }, &[]).unwrap_err().to_string();
+        assert!(fault.contains("expected an absolute path of at most 84 bytes"), "{dir}: {fault}");
+    }
+}
+
+#[test]
+fn the_agents_tunnels_are_those_of_the_flags_or_the_variables() {
+    let env =
+        [("SECURE_COMMS_PP_INBOUNDS", "BOTH_PHASES:A:1"), ("SECURE_COMMS_PP_OUTBOUNDS", "BOTH_PHASES:B:h:2")];
+    let agent = read(args(), &env).unwrap().agent;
+    assert_eq!(shown(&agent.inbounds), ["BOTH_PHASES:A:1"]);
+    assert_eq!(shown(&agent.outbounds), ["BOTH_PHASES:B:h:2"]);
+    assert_eq!(agent.kata_agent_sockets, ["/run/kata-agent/agent.sock", "/run/kata-containers/agent.sock"]);
+    let flags = ConnectArgs {
+        pp_inbounds: vec!["BOTH_PHASES:C:podns:3".into()],
+        pp_outbounds: vec![String::new()],
+        kata_agent_sockets: vec!["/a".into(), "/b".into()],
+        ..args()
+    };
+    let agent = read(flags, &env).unwrap().agent;
+    assert_eq!(shown(&agent.inbounds), ["BOTH_PHASES:C:podns:3"]);
+    assert!(agent.outbounds.is_empty());
+    assert_eq!(agent.kata_agent_sockets, ["/a", "/b"]);
+    let flags = ConnectArgs {
+        pp_inbounds: vec!["x".into()],
+        pp_outbounds: vec!["y".into()],
+        kata_agent_sockets: vec!["z".into()],
+        ..args()
+    };
+    let faults = read(flags, &[]).unwrap_err();
+    let faults: Vec<&str> = faults.faults().collect();
+    assert!(
+        faults[0].starts_with("--pp-inbounds: ") && faults[1].starts_with("--pp-outbounds: "),
+        "{faults:?}"
+    );
+    assert_eq!(faults[2], "--kata-agent-socket 'z': expected an absolute path");
+}
+
+#[test]
+fn the_filter_is_on_unless_it_is_switched_off() {
+    let filter = |flag: Option<&str>, env: &[(&str, &str)]| {
+        read(ConnectArgs { kbs_filter: flag.map(Into::into), ..args() }, env)
+            .map(|settings| settings.kbs_filter)
+            .map_err(|fault| fault.to_string())
+    };
+    assert_eq!(filter(None, &[]), Ok(true));
+    assert_eq!(filter(Some("off"), &[]), Ok(false));
+    assert_eq!(filter(None, &[("SECURE_COMMS_KBS_FILTER", "OFF")]), Ok(false));
+    assert_eq!(filter(Some("on"), &[("SECURE_COMMS_KBS_FILTER", "off")]), Ok(true));
+    assert_eq!(filter(Some("no"), &[]), Err("--kbs-filter 'no': expected on or off".to_owned()));
 }
 
 #[test]
@@ -107,7 +172,7 @@ fn a_repeated_list_of_tags_is_joined() {
     let settings = read(flags, &[("SECURE_COMMS_INBOUNDS", "BOTH_PHASES:X:9")]).unwrap();
     assert_eq!(
         shown(&settings.inbounds),
-        ["BOTH_PHASES:A:1", "KUBERNETES_PHASE:B:2", "KUBERNETES_PHASE:C:3", "KUBERNETES_PHASE:KATAAGENT:0"]
+        ["BOTH_PHASES:A:1", "KUBERNETES_PHASE:B:2", "KUBERNETES_PHASE:C:3", KATAAGENT]
     );
     let flags = ConnectArgs { outbounds: vec!["BOTH_PHASES:A:1".into(), "BOTH_PHASES:a:2".into()], ..args() };
     let fault = read(flags, &[]).unwrap_err().to_string();
@@ -115,7 +180,7 @@ fn a_repeated_list_of_tags_is_joined() {
     // A flag that is given and empty overrides the variable.
     let flags = ConnectArgs { inbounds: vec![String::new()], ..args() };
     let settings = read(flags, &[("SECURE_COMMS_INBOUNDS", "BOTH_PHASES:X:9")]).unwrap();
-    assert_eq!(shown(&settings.inbounds), ["KUBERNETES_PHASE:KATAAGENT:0"]);
+    assert_eq!(shown(&settings.inbounds), [KATAAGENT]);
 }
 
 #[test]

@@ -18,6 +18,8 @@ fn spawn(store: &std::path::Path, agent: &Agent, more: &[&str]) -> Child {
     Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"))
         .args(["connect", "--pod-id", pod().as_str(), "--address", &agent.address.to_string(), "--store"])
         .arg(store)
+        .arg("--run-dir")
+        .arg(store.with_file_name("run"))
         .args(more)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -120,7 +120,7 @@ async fn a_run_directory_that_is_not_ours_alone_is_refused() -> Result<()> {
     std::fs::copy(&scene.binaries().adaptor, &program)?;
     let mut unprivileged = Command::new(&program);
     unprivileged.args(["connect", "--pod-id", &scene.pod, "--address", "127.0.0.1:1", "--store"]);
-    unprivileged.arg(&store).args(["--run-dir", "/run/secure-comms-test-denied"]).uid(NOBODY).gid(NOBODY);
+    unprivileged.arg(&store).args(["--run-dir", "/run/sc-denied"]).uid(NOBODY).gid(NOBODY);
     let mut unprivileged = Child::spawn("adaptor", unprivileged)?;
     says(&unprivileged, "Permission denied").await?;
     says(&unprivileged, "choose another directory (--run-dir for the built-in KATAAGENT)").await?;

@@ -207,8 +207,8 @@ async fn an_agent_that_changes_after_the_start_gets_no_client() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn tags_that_the_operator_expects_are_accepted() -> Result<()> {
     let mut scene = scene().await?;
-    let more = KataAgent::tcp("127.0.0.1:0".parse()?).await?;
-    let tags = format!("KUBERNETES_PHASE:KATAAGENT:{}", more.addr().unwrap());
+    let more = KataAgent::unix(scene.path("more.sock"))?;
+    let tags = format!("KUBERNETES_PHASE:KATAAGENT:{}", scene.path("more.sock").display());
     scene.agent_outbounds += &format!(",{tags}");
     let agent =
         with_more(&scene.agent_command()?, "-secure-comms-outbounds", |flag| format!("{flag},{tags}"))?;

@@ -5,6 +5,7 @@ mod harness;
 
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use bytes::Bytes;
 use harness::{Connection, FIXED, quiet, tcp, within};
@@ -19,23 +20,28 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
 /// Splits messages at `|`, and keeps a part without one. Holds the part `hold` back until `go` is notified, and fails at
-/// the part `break`. In the other direction it injects `wake` between two lines when `wake` is notified.
+/// the part `break`. After the part `stop` nothing passes either way. In the other direction it injects `wake` between two lines when `wake` is notified.
 #[derive(Clone, Debug, Default)]
 struct Parts {
     go: Arc<Notify>,
     wake: Arc<Notify>,
+    stopped: Arc<AtomicBool>,
 }
 
 struct To {
     go: Arc<Notify>,
+    wake: Arc<Notify>,
+    stopped: Arc<AtomicBool>,
     kept: Vec<u8>,
     held: Vec<Bytes>,
 }
 
 struct From {
     wake: Arc<Notify>,
+    stopped: Arc<AtomicBool>,
     between: bool,
     woken: bool,
+    done: bool,
 }
 
 impl Interceptor for Parts {
@@ -44,8 +50,20 @@ impl Interceptor for Parts {
 
     fn begin(&self) -> (To, From) {
         (
-            To { go: self.go.clone(), kept: vec![], held: vec![] },
-            From { wake: self.wake.clone(), between: true, woken: false },
+            To {
+                go: self.go.clone(),
+                wake: self.wake.clone(),
+                stopped: self.stopped.clone(),
+                kept: vec![],
+                held: vec![],
+            },
+            From {
+                wake: self.wake.clone(),
+                stopped: self.stopped.clone(),
+                between: true,
+                woken: false,
+                done: false,
+            },
         )
     }
 }
@@ -59,6 +77,11 @@ impl ToServer for To {
             }
             match Bytes::from(std::mem::take(&mut self.kept)) {
                 part if part == "hold" => self.held.push(part),
+                part if part == "stop" => {
+                    self.stopped.store(true, Relaxed);
+                    self.wake.notify_one();
+                    return Ok(());
+                }
                 part if part == "break" => return Err("reading parts: this one breaks".into()),
                 part => out(part),
             }
@@ -77,6 +100,10 @@ impl ToServer for To {
     async fn next_released(&mut self) -> Result<Option<Bytes>, InterceptError> {
         self.go.notified().await;
         Ok(self.held.pop())
+    }
+
+    fn is_finished(&self) -> bool {
+        self.stopped.load(Relaxed)
     }
 }
 
@@ -100,12 +127,18 @@ impl FromServer for From {
     }
 
     fn next_injected(&mut self) -> Option<Bytes> {
-        (self.between && std::mem::take(&mut self.woken)).then(|| Bytes::from("wake\n"))
+        let piece = (self.between && std::mem::take(&mut self.woken)).then(|| Bytes::from("wake\n"));
+        self.done |= piece.is_some() && self.stopped.load(Relaxed);
+        piece
     }
 
     async fn injection_ready(&mut self) {
         self.wake.notified().await;
         self.woken = true;
+    }
+
+    fn is_finished(&self) -> bool {
+        self.done
     }
 }
 
@@ -162,6 +195,23 @@ async fn an_injected_piece_waits_for_a_boundary() {
         server.shutdown().await.unwrap();
         raw.sender.eof().await.unwrap();
         assert_eq!(raw.receive().await, (b"d\nwake\ne\n".to_vec(), Some(Event::Eof)));
+        relay.await.unwrap().unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_interceptor_that_is_finished_ends_both_directions_in_order() {
+    within(async {
+        let connection = Connection::new(FIXED);
+        let (mut server, socket) = tcp().await;
+        let (relay, mut raw) = connection.raw_through(Parts::default(), socket).await;
+        raw.send("a|b|stop|c|").await;
+        let mut got = Vec::new();
+        server.read_to_end(&mut got).await.unwrap();
+        assert_eq!(got, b"ab");
+        // The server is still there and sends nothing; the injected piece is the last one.
+        assert_eq!(raw.receive().await, (b"wake\n".to_vec(), Some(Event::Eof)));
         relay.await.unwrap().unwrap();
     })
     .await;

@@ -324,7 +324,7 @@ fn cost(session: &Session<Kubernetes>) -> String {
 }
 
 /// Waits for the order to stop.
-async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
+pub(super) async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
     let order = stop.wait_for(Option::is_some).await.ok().and_then(|stop| stop.clone());
     // The sender was dropped: the adaptor is gone, and no order can come any more.
     order.unwrap_or(Stop { reason: "the adaptor is gone", drain: Duration::ZERO })

@@ -3,10 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
-use secure_comms_keys::FileError;
 use secure_comms_keys::private_directory::{PrivateDirectory, own_directory};
+use secure_comms_keys::{FileError, PrivacyFault};
 use secure_comms_protocol::tag::UNIX_PATH_MAX;
 use secure_comms_protocol::{Bind, InboundTag, PodId};
+
+use crate::text::with_causes;
 
 /// Stands for the pod's id in the unix path of an inbound.
 const POD: &str = "{pod}";
@@ -40,8 +42,14 @@ pub enum PathError {
     },
 }
 
+/// No key is in the directory: none has to be made again if others could access it.
 fn with_cause(error: &FileError) -> String {
-    crate::text::with_causes(error)
+    match error {
+        FileError::NotPrivate { path, fault: fault @ PrivacyFault::Mode { wanted, .. } } => {
+            format!("{}: {fault}: run chmod {wanted:04o} on it", path.display())
+        }
+        other => with_causes(other),
+    }
 }
 
 /// The directories of one inbound that are named after the pod. Dropping it removes them, unless something is in them.

@@ -163,9 +163,10 @@ impl FromServer for FromKbs {
 /// For tests.
 pub fn filtered(messages: impl IntoIterator<Item = Bytes>) -> (Vec<u8>, bool) {
     let (mut requests, mut received) = (Requests::default(), Vec::new());
-    let refused = messages.into_iter().fold(false, |refused, message| {
-        requests.on_message(message, &mut |piece| received.extend_from_slice(&piece)).is_err() || refused
-    });
+    let mut refused = false;
+    for message in messages {
+        refused |= requests.on_message(message, &mut |piece| received.extend_from_slice(&piece)).is_err();
+    }
     (received, refused)
 }
 

@@ -147,7 +147,8 @@ fn kata_agent_inbound(reader: &mut SettingsReader<'_>, run_dir: Option<PathBuf>)
         None => ("--run-dir", DEFAULT_RUN_DIR.to_owned()),
     };
     let tag = format!("KUBERNETES_PHASE:KATAAGENT:{}/pods/{{pod}}/agent.ttrpc", dir.trim_end_matches('/'));
-    let parsed = InboundTag::parse(&tag).ok().filter(|tag| matches!(tag.bind, Bind::Unix(_)));
+    let parsed = InboundTag::parse(&tag).ok();
+    let parsed = parsed.filter(|tag| dir.starts_with('/') && matches!(tag.bind, Bind::Unix(_)));
     if parsed.is_none() {
         let room = UNIX_PATH_MAX - "/pods/{pod}/agent.ttrpc".len();
         reader.fault(name, &dir, format!("expected an absolute path of at most {room} bytes"));

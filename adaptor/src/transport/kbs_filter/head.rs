@@ -92,12 +92,9 @@ fn read_fields(fields: &[httparse::Header<'_>], is_http_1_1: bool) -> Result<Bod
         let value = std::str::from_utf8(field.value).map_err(|_| Fault::NotHttp)?.trim_matches([' ', '\t']);
         match name.as_str() {
             _ if field.name.contains('_') && is_framing(&name) => return Err(Fault::Length),
-            "content-length" => {
-                // A second one, even of the same value: readers differ in which they take.
-                if length.replace(decimal(value)?).is_some() {
-                    return Err(Fault::Length);
-                }
-            }
+            // A second one, even of the same value: readers differ in which they take.
+            "content-length" if length.is_some() => return Err(Fault::Length),
+            "content-length" => length = Some(decimal(value)?),
             "transfer-encoding" => {
                 if chunked || !is_http_1_1 || !value.eq_ignore_ascii_case("chunked") {
                     return Err(Fault::Length);

@@ -75,7 +75,10 @@ impl Requests {
         while !message.is_empty() && self.state != State::Refused {
             let result = match self.state {
                 State::Start => self.start(&mut message),
-                State::Tls => return Ok(out(message)),
+                State::Tls => {
+                    out(message);
+                    return Ok(());
+                }
                 State::Head(line) => self.head(line, &mut message, out),
                 _ => self.body(&mut message, out),
             };
