@@ -309,7 +309,7 @@ async fn a_stream_id_belongs_to_one_side_and_is_used_once() {
         adaptor.set_peer_mode(PeerFlow::Credits(32 << 10));
         let one = accept(&agent, 1).await.unwrap();
         for (credits, bad) in [(&agent, 1), (&agent, 2), (&agent, 0), (&adaptor, 1), (&adaptor, 0)] {
-            assert_eq!(accept(&credits, bad).await.unwrap_err(), StreamError::BadId(bad));
+            assert_eq!(accept(credits, bad).await.unwrap_err(), StreamError::BadId(bad));
         }
         assert_eq!(agent.open_streams(), 1);
         drop(one);

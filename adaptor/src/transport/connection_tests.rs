@@ -11,7 +11,7 @@ use secure_comms_keys::{PodKey, WorkerNodeKey};
 use secure_comms_protocol::control::{Bye, LogLine};
 use secure_comms_protocol::limits::{LOG_TEXT_MAX, REKEY_BYTES};
 use secure_comms_protocol::tag::parse_list;
-use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PhaseName};
+use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PhaseName, TunnelName};
 use secure_comms_ssh::profile::KeyExchange;
 use secure_comms_tunnel::Link;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -203,11 +203,11 @@ async fn only_requested_streams_are_served() {
     }));
     let (handle, credits) = agent.newest();
     for name in ["early", "other", "refused", "", "127.0.0.1", "a\nb"] {
-        let flow = credits.open(&"UP".parse().unwrap()).await.unwrap();
+        let flow = credits.open(&TunnelName::kbs()).await.unwrap();
         let opened = handle.channel_open_forwarded_tcpip(name, 1, "127.0.0.1", flow.id()).await;
         assert!(matches!(opened, Err(russh::Error::ChannelOpenFailure(_))), "{name:?}");
     }
-    let flow = credits.open(&"UP".parse().unwrap()).await.unwrap();
+    let flow = credits.open(&TunnelName::kbs()).await.unwrap();
     let mut channel = handle.channel_open_forwarded_tcpip("UP", 1, "127.0.0.1", flow.id()).await.unwrap();
     channel.data_bytes("hello").await.unwrap();
     let back = timeout(PATIENCE, channel.wait()).await.unwrap();
@@ -233,7 +233,7 @@ async fn a_dropped_session_frees_everything() {
     let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (agent, session) = session(&format!("KUBERNETES_PHASE:up:{}", server.local_addr().unwrap())).await;
     let (handle, credits) = agent.newest();
-    let flow = credits.open(&"UP".parse().unwrap()).await.unwrap();
+    let flow = credits.open(&TunnelName::kbs()).await.unwrap();
     let opened = handle.channel_open_forwarded_tcpip("up", 1, "127.0.0.1", flow.id());
     let (channel, accepted) = tokio::join!(opened, server.accept());
     let (_channel, (mut socket, _)) = (channel.unwrap(), accepted.unwrap());
@@ -325,8 +325,8 @@ async fn a_stream_that_comes_before_the_check_of_the_agent_waits() {
         unchecked_session(&format!("KUBERNETES_PHASE:OUT:{}", server.local_addr().unwrap())).await;
     let (handle, credits) = agent.newest();
     let (early, other) = (
-        credits.open(&"UP".parse().unwrap()).await.unwrap(),
-        credits.open(&"UP".parse().unwrap()).await.unwrap(),
+        credits.open(&TunnelName::kbs()).await.unwrap(),
+        credits.open(&TunnelName::kbs()).await.unwrap(),
     );
     let early = handle.channel_open_forwarded_tcpip("OUT", 1, "127.0.0.1", early.id());
     tokio::pin!(early);

@@ -79,6 +79,14 @@ pub(crate) struct Place {
     id: u64,
 }
 
+/// The connections of a source that may be evicted, by index.
+struct Candidates {
+    is_preferred: bool,
+    /// Penalty and number of connections.
+    rank: (u128, usize),
+    own: Vec<usize>,
+}
+
 impl ConnectionLimiter {
     /// Admits at most `limit` connections at a time.
     pub(crate) fn new(limit: usize, preference: Preference) -> Arc<Self> {
@@ -147,24 +155,28 @@ impl ConnectionLimiter {
         for (index, other) in held.iter().enumerate().filter(|(_, other)| Some(other.id) != exempt) {
             by_source.entry(Source::of(other.address)).or_default().push(index);
         }
-        let is_preferred = |source: Source| self.preference.includes(source, now);
-        let preferred: usize =
-            by_source.iter().filter(|(source, _)| is_preferred(**source)).map(|(_, own)| own.len()).sum();
+        // Each source is looked up once: a flood evicts thousands of times a second.
+        let mut sources: Vec<_> = by_source
+            .into_iter()
+            .map(|(source, own)| Candidates {
+                is_preferred: self.preference.includes(source, now),
+                rank: (self.preference.penalty(source, now), own.len()),
+                own,
+            })
+            .collect();
+        let of_preferred = |source: &Candidates| if source.is_preferred { source.own.len() } else { 0 };
+        let preferred: usize = sources.iter().map(of_preferred).sum();
         // Others may not take a place that is kept, and give one back that they have.
-        let spares_preferred = match is_preferred(newcomer) {
+        let spares_preferred = match self.preference.includes(newcomer, now) {
             true => preferred < self.preference.kept(),
             false => preferred <= self.preference.kept(),
         };
-        if spares_preferred && by_source.keys().any(|source| !is_preferred(*source)) {
-            by_source.retain(|source, _| !is_preferred(*source));
+        if spares_preferred && sources.iter().any(|source| !source.is_preferred) {
+            sources.retain(|source| !source.is_preferred);
         }
-        let rank = |source: Source, own: &[usize]| (self.preference.penalty(source, now), own.len());
-        let most = by_source.iter().map(|(source, own)| rank(*source, own)).max()?;
-        let candidates: Vec<usize> = by_source
-            .into_iter()
-            .filter(|(source, own)| rank(*source, own) == most)
-            .flat_map(|(_, own)| own)
-            .collect();
+        let most = sources.iter().map(|source| source.rank).max()?;
+        sources.retain(|source| source.rank == most);
+        let candidates: Vec<usize> = sources.into_iter().flat_map(|source| source.own).collect();
         candidates.get(rand::random_range(0..candidates.len())).copied()
     }
 }

@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -32,7 +33,11 @@ impl Source {
 
 /// The sources that are remembered: at most [`SOURCES_MAX`].
 #[derive(Debug, Default)]
-pub(crate) struct Sources(Mutex<HashMap<Source, Record>>);
+pub(crate) struct Sources {
+    table: Mutex<HashMap<Source, Record>>,
+    /// Whether any is proven: before the first login a flood costs no look-ups.
+    any_proven: AtomicBool,
+}
 
 #[derive(Clone, Copy, Debug)]
 struct Record {
@@ -62,7 +67,7 @@ impl Record {
 
 impl Sources {
     fn table(&self) -> MutexGuard<'_, HashMap<Source, Record>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn get(&self, source: Source) -> Option<Record> {
@@ -109,6 +114,7 @@ impl Sources {
 
     /// A worker node has logged in to the Kubernetes phase from there.
     pub(crate) fn proved(&self, source: Source, now: Instant) {
+        self.any_proven.store(true, Ordering::Relaxed);
         self.change(source, now, |record| record.is_proven = true);
     }
 
@@ -124,7 +130,7 @@ impl Sources {
 
     /// Whether a worker node has logged in from there, since this process started.
     pub(crate) fn is_proven(&self, source: Source) -> bool {
-        self.get(source).is_some_and(|record| record.is_proven)
+        self.any_proven.load(Ordering::Relaxed) && self.get(source).is_some_and(|record| record.is_proven)
     }
 }
 
