@@ -22,7 +22,7 @@ pub enum HostCredentials {
 fn unit(name: &str) -> String {
     format!(
         "[Unit]\nDefaultDependencies=no\n[Service]\nType=oneshot\nRemainAfterExit=yes\n{}",
-        printing(name)
+        printing("ExecStart", name)
     )
 }
 
