@@ -177,6 +177,13 @@ impl Pod {
         let refused = refused.err().context("a volume outside of the prefixes was made")?.to_string();
         ensure!(refused.contains("/usr/no-such-volume: it is missing and not made"), "{refused}");
 
+        // As the kata agent does at CreateSandbox, ignoring the error: only what is in the directory goes.
+        let top = "/run/kata-containers";
+        let _ = self.inspection.run(&["mkdir", "-p", &format!("{top}/of-an-earlier-sandbox")]).await?;
+        let removed = self.inspection.run(&["rm", "-r", top]).await.err().context("it is no mount point")?;
+        ensure!(removed.to_string().contains("busy"), "{removed}");
+        ensure!(self.inspection.run(&["ls", top]).await?.is_empty(), "{top} is not empty");
+
         let volume = "/run/kata-containers/volume";
         let request = container(volume, true);
         let waiting = tokio::spawn(async move { runtime.create_container(&request).await });
