@@ -159,3 +159,60 @@ pub fn client(rekey_bytes: usize, kex: KeyExchange) -> client::Config {
         ..client::Config::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nothing(kind: AlgorithmKind, ours: &[&str], theirs: &[&str]) -> Option<String> {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let error = russh::Error::NoCommonAlgo { kind, ours: names(ours), theirs: names(theirs) };
+        nothing_in_common(&error, "-require")
+    }
+
+    #[test]
+    fn an_end_without_post_quantum_key_exchange_is_named_as_such() {
+        let ours = ["mlkem768x25519-sha256", "ext-info-c", "kex-strict-s-v00@openssh.com"];
+        let text = nothing(AlgorithmKind::Kex, &ours, &["a", "b\u{1b}\n", "ext-info-s"]).unwrap();
+        assert_eq!(
+            text,
+            "the other end offers no post-quantum key exchange: -require requires mlkem768x25519-sha256 here, it offers \
+             a,b\\u{1b}\\n; update it, or see who changes the connection on its way"
+        );
+        // Not a matter of the setting.
+        let text =
+            nothing(AlgorithmKind::Kex, &["mlkem768x25519-sha256", "curve25519-sha256"], &["x"]).unwrap();
+        assert_eq!(
+            text,
+            "the other end has no Kex algorithm of ours (mlkem768x25519-sha256,curve25519-sha256): it offers x"
+        );
+        let text = nothing(AlgorithmKind::Cipher, &["mlkem768x25519-sha256"], &["x"]).unwrap();
+        assert!(text.starts_with("the other end has no Cipher algorithm of ours"), "{text}");
+        assert_eq!(nothing_in_common(&russh::Error::Kex, "-require"), None);
+    }
+
+    #[test]
+    fn what_a_stranger_offers_is_cut() {
+        let long = "\u{e9}".repeat(100_000);
+        for ours in [&["mlkem768x25519-sha256"][..], &["a"]] {
+            let text = nothing(AlgorithmKind::Kex, ours, &[&long]).unwrap();
+            assert!(text.len() < 1500 && text.contains("..."), "{} bytes", text.len());
+        }
+    }
+
+    #[test]
+    fn strict_key_exchange_stays_on_whatever_is_required() {
+        for policy in [KeyExchange::Any, KeyExchange::PostQuantum] {
+            let names = policy.names();
+            for extension in [
+                kex::EXTENSION_SUPPORT_AS_CLIENT,
+                kex::EXTENSION_SUPPORT_AS_SERVER,
+                kex::EXTENSION_OPENSSH_STRICT_KEX_AS_CLIENT,
+                kex::EXTENSION_OPENSSH_STRICT_KEX_AS_SERVER,
+            ] {
+                assert!(names.contains(&extension), "{policy:?}");
+            }
+            assert_eq!(names.contains(&kex::CURVE25519), policy == KeyExchange::Any);
+        }
+    }
+}

@@ -1,6 +1,7 @@
 //! Inbounds: the listening side of tunnels, to which local clients connect.
 
 mod listen;
+mod unix;
 
 use std::io;
 use std::sync::Arc;

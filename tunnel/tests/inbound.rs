@@ -5,6 +5,7 @@ mod harness;
 
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::Path;
 
 use harness::{Connection, FIXED, MemLink, Watchdog, check_end, check_pattern, quiet, within, write_pattern};
 use secure_comms_protocol::limits::{CreditLimits, INBOUND_WAIT};
@@ -304,6 +305,95 @@ async fn a_unix_inbound_replaces_only_a_stale_socket() {
         let (path, tag) = bind("a-file");
         std::fs::write(&path, "precious").unwrap();
         assert!(Inbound::bind(&tag).await.unwrap_err().to_string().contains("Address already in use"));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    })
+    .await;
+}
+
+/// The tag of an inbound at `path`.
+fn at(path: &Path) -> InboundTag {
+    inbound_tag(&format!("KUBERNETES_PHASE:T:{}", path.display()))
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+}
+
+/// A user that is neither root nor, where the tests run as one, this one.
+const OTHER_USER: u32 = 65_533;
+
+#[tokio::test]
+async fn a_directory_where_others_may_replace_the_socket_is_refused() {
+    within(async {
+        let dir = tempfile::tempdir().unwrap();
+        let (shared, deep) = (dir.path().join("shared"), dir.path().join("shared/deep"));
+        std::fs::create_dir_all(&deep).unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&deep, &link).unwrap();
+        for (mode, owner) in
+            [(0o777, 0), (0o770, 0), (0o775, 0), (0o757, 0), (0o755, OTHER_USER), (0o1777, OTHER_USER)]
+        {
+            set_mode(&shared, mode);
+            std::os::unix::fs::chown(&shared, Some(owner), None).expect("this test needs root");
+            for place in [&shared, &deep, &link] {
+                let path = place.join("socket");
+                let error = Inbound::bind(&at(&path)).await.unwrap_err().to_string();
+                let named =
+                    format!("the directory {} has mode {mode:04o} and owner {owner};", shared.display());
+                assert!(error.contains(&named), "{error}");
+                assert!(!path.exists());
+            }
+        }
+        // As /tmp.
+        set_mode(&shared, 0o1777);
+        std::os::unix::fs::chown(&shared, Some(0), None).unwrap();
+        for place in [&shared, &deep, &link] {
+            let path = place.join("socket");
+            let inbound = Inbound::bind(&at(&path)).await.unwrap();
+            assert_eq!(inbound.local(), path.to_str().unwrap());
+            drop(inbound);
+            assert!(!path.exists());
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_left_over_of_another_user_is_not_removed() {
+    within(async {
+        let dir = tempfile::tempdir().unwrap();
+        set_mode(dir.path(), 0o1777);
+        let path = dir.path().join("socket");
+        drop(UnixListener::bind(&path).unwrap());
+        std::os::unix::fs::lchown(&path, Some(OTHER_USER), None).expect("this test needs root");
+        let error = Inbound::bind(&at(&path)).await.unwrap_err().to_string();
+        assert!(error.contains("another file or another user's: choose another path"), "{error}");
+        assert!(path.exists());
+        // Nor what a link leads to.
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(Inbound::bind(&at(&link)).await.unwrap_err().to_string().contains("Address already in use"));
+        assert!(path.exists() && link.is_symlink());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_end_of_an_inbound_removes_its_own_socket_only() {
+    within(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let inbound = Inbound::bind(&at(&path)).await.unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let _other = UnixListener::bind(&path).unwrap();
+        drop(inbound);
+        UnixStream::connect(&path).await.unwrap();
+        std::fs::remove_file(&path).unwrap();
+
+        let inbound = Inbound::bind(&at(&path)).await.unwrap();
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "precious").unwrap();
+        drop(inbound);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     })
     .await;

@@ -2,23 +2,20 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use secure_comms_protocol::limits::{RETRY_MIN, WAIT_REPEAT};
 use secure_comms_protocol::{Bind, InboundTag, TunnelName};
-use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
+use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep};
 
+use super::unix::{self, PrivateListener};
 use crate::netns::{self, Namespace, NamespaceError};
 use crate::socket::Socket;
 
 /// Timeout for an inbound's network namespace, which another service makes at boot.
 const NAMESPACE_WAIT: Duration = Duration::from_secs(30);
-/// Clients of a unix socket that may wait to be accepted; std uses the same number for TCP.
-const BACKLOG: u32 = 128;
-
 /// An inbound can't listen. Its text has the cause, which is therefore no source of it.
 #[derive(Debug, thiserror::Error)]
 #[error("inbound {tag}: listening: {cause}{}", bind_advice(.cause, *.is_path))]
@@ -36,7 +33,7 @@ fn bind_advice(cause: &NamespaceError, is_path: bool) -> &'static str {
             "; another program listens on this port: choose another one, or 0 for any that is free"
         }
         (io::ErrorKind::AddrInUse, true) => {
-            "; a program listens on this path, or it is another file: choose another path"
+            "; a program listens on this path, or it is another file or another user's: choose another path"
         }
         (io::ErrorKind::NotFound, true) => "; make its directory",
         (io::ErrorKind::PermissionDenied, true) => "; choose a directory that this user may write to",
@@ -49,24 +46,7 @@ fn bind_advice(cause: &NamespaceError, is_path: bool) -> &'static str {
 #[derive(Debug)]
 pub(super) enum Listener {
     Tcp(TcpListener),
-    /// Dropped in this order. While the listener exists, no other process takes the path for a stale socket; otherwise
-    /// we could remove the new socket of another process.
-    Unix {
-        _unlink: UnlinkOnDrop,
-        listener: UnixListener,
-    },
-}
-
-/// Removes the path of a unix socket.
-#[derive(Debug)]
-pub(super) struct UnlinkOnDrop(PathBuf);
-
-impl Drop for UnlinkOnDrop {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            log::debug!("removing {}: {error}", self.0.display());
-        }
-    }
+    Unix(PrivateListener),
 }
 
 impl Listener {
@@ -75,7 +55,10 @@ impl Listener {
         let is_path = matches!(tag.bind, Bind::Unix(_));
         let error = |cause| BindError { tag: tag.to_string(), cause, is_path };
         match &tag.bind {
-            Bind::Unix(path) => bind_unix(Path::new(path)).await.map_err(|e| error(e.into())),
+            Bind::Unix(path) => match unix::bind(Path::new(path)).await {
+                Ok(listener) => Ok((Self::Unix(listener), path.clone())),
+                Err(cause) => Err(error(cause.into())),
+            },
             Bind::Tcp { namespace, port } => {
                 let namespace = namespace.as_deref().map(Namespace::new);
                 bind_tcp(&tag.name, namespace, *port).await.map_err(error)
@@ -90,7 +73,7 @@ impl Listener {
                 let (stream, _) = listener.accept().await?;
                 Socket::tcp(stream).map_err(|_| io::ErrorKind::ConnectionAborted.into())
             }
-            Self::Unix { listener, .. } => Ok(listener.accept().await?.0.into()),
+            Self::Unix(unix) => Ok(unix.listener.accept().await?.0.into()),
         }
     }
 }
@@ -130,29 +113,4 @@ fn not_yet(error: &NamespaceError) -> bool {
         NamespaceError::Enter { cause, .. } => cause.kind() == io::ErrorKind::InvalidInput,
         NamespaceError::Io(source) => source.kind() == io::ErrorKind::AddrNotAvailable,
     }
-}
-
-async fn bind_unix(path: &Path) -> io::Result<(Listener, String)> {
-    let mut socket = UnixSocket::new_stream()?;
-    if let Err(error) = socket.bind(path) {
-        if error.kind() != io::ErrorKind::AddrInUse || !is_stale(path).await {
-            return Err(error);
-        }
-        std::fs::remove_file(path)?;
-        socket = UnixSocket::new_stream()?;
-        socket.bind(path)?;
-    }
-    let unlink = UnlinkOnDrop(path.into());
-    // Before the socket listens, so that no other user can connect first.
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    let listener = socket.listen(BACKLOG)?;
-    Ok((Listener::Unix { _unlink: unlink, listener }, path.display().to_string()))
-}
-
-/// Whether `path` is the socket of a process that was killed. No other file may be removed.
-async fn is_stale(path: &Path) -> bool {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
-    // Any other error (a full backlog, no permission) means that a process listens.
-    let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-    is_socket && UnixStream::connect(path).await.is_err_and(refused)
 }
