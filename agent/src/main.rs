@@ -118,6 +118,10 @@ async fn serve(options: Options) -> Result<(), Exit> {
     let listener = listener::listen(listen)
         .await
         .map_err(|error| failed(format!("listening on {listen}: {error}; {}", listen_advice(&error))))?;
+    // Not before: a fault that ends the start is the first line of the log.
+    for warning in &config.warnings {
+        log::warn!("{warning}");
+    }
     if let Some(pod) = &config.pod {
         log::info!("pod {pod}");
     }
@@ -138,11 +142,7 @@ async fn configuration(options: Options, notifier: &Notifier) -> Result<Config, 
     let init_data = options.init_data.as_deref().map(init_data::read).transpose().map_err(failed)?.flatten();
     let digest = options.init_data_digest.as_deref().map(init_data::read_digest);
     let digest = digest.transpose().map_err(failed)?.flatten();
-    let config = Config::resolve(options, Inputs { daemon, init_data, digest }).map_err(config_fault)?;
-    for warning in &config.warnings {
-        log::warn!("{warning}");
-    }
-    Ok(config)
+    Config::resolve(options, Inputs { daemon, init_data, digest }).map_err(config_fault)
 }
 
 fn listen_advice(error: &io::Error) -> &'static str {

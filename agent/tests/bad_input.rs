@@ -17,6 +17,9 @@ use base64ct::{Base64, Encoding};
 
 use support::{FREE_PORTS, Place};
 
+/// Lets user data decide.
+const ALL: &str = "-secure-comms-user-data=all";
+
 /// Checks that the agent exits with `code`, prints one line with all of `parts`, and leaves no state behind.
 #[track_caller]
 fn fails_with(place: &Place, args: &[&str], env: &[(&str, &str)], code: i32, parts: &[&str]) {
@@ -102,10 +105,47 @@ fn all_faults_of_all_tags_are_told_at_once() {
         "'NO_PHASE:x:1': phase: expected ATTESTATION_PHASE",
         "'BOTH_PHASES:b@d:1': name: expected 1 to 64",
         "'BOTH_PHASES:KBS:99999': port: expected",
-        "outbounds: tag 'KUBERNETES_PHASE:q'",
-        "correct the flags or apf.json",
+        "-secure-comms-outbounds: tag 'KUBERNETES_PHASE:q'",
+        "correct the tags where they are given",
     ];
     usage(&args, &parts);
+}
+
+#[test]
+fn flags_of_what_feeds_the_agent_say_what_they_expect() {
+    usage(
+        &["-secure-comms-user-data", "tunnel"],
+        &["'-secure-comms-user-data': value 'tunnel'", "none, tunnels or all"],
+    );
+    usage(&["-secure-comms-pod-id", "a/b"], &["'-secure-comms-pod-id': value 'a/b'", "sandbox id"]);
+    for hosts in ["/run/x", "db.example,fd00::1", "db:0"] {
+        let flag = "-secure-comms-user-data-hosts";
+        usage(&[flag, hosts], &[flag, "HOST or HOST:PORT"]);
+    }
+    for flag in ["-secure-comms-init-data", "-secure-comms-init-data-digest"] {
+        usage(&[flag, "x"], &[flag, "expected an absolute path"]);
+    }
+}
+
+#[test]
+fn broken_init_data_ends_the_start() {
+    let place = Place::new();
+    let write = |name: &str, text: &str| {
+        fs::write(place.path(name), text).unwrap();
+        fs::set_permissions(place.path(name), Permissions::from_mode(0o644)).unwrap();
+        place.path(name).display().to_string()
+    };
+    let file = write("secure-comms.toml", "sc-outbound = 'SECRET'");
+    runtime(
+        &place,
+        &["-secure-comms-init-data", &file],
+        &["secure-comms.toml: key 'sc-outbound': not known"],
+    );
+    let file = write("initdata.digest", "keys");
+    let flag = ["-secure-comms-init-data-digest", &file];
+    runtime(&place, &flag, &["initdata.digest: not a digest of init-data", "64, 96 or 128 hex digits"]);
+    fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
+    runtime(&place, &flag, &["initdata.digest", "others may access it"]);
 }
 
 #[test]
@@ -136,8 +176,8 @@ fn a_broken_daemon_config_is_named_with_line_and_column() {
         ("[]", &["expected an object", "line 1 column"]),
     ] {
         place.write_config(text);
-        runtime(&place, &[], parts);
-        runtime(&place, &[], &["apf.json", "correct the VM's user data"]);
+        runtime(&place, &[ALL], parts);
+        runtime(&place, &[ALL], &["apf.json", "correct the VM's user data"]);
     }
 }
 
@@ -169,8 +209,9 @@ fn bad_keys_in_the_user_data_are_named_and_not_shown() {
         };
         let keys = member("sc-pp-prv", private) + &member("sc-wn-pub", public);
         place.write_config(&format!("{{\"sc\": true{keys}}}"));
-        runtime(&place, &[], parts);
-        let said = String::from_utf8(place.run(&FREE_PORTS, &[]).stderr).unwrap();
+        runtime(&place, &[ALL], parts);
+        let args = [&FREE_PORTS[..], &[ALL]].concat();
+        let said = String::from_utf8(place.run(&args, &[]).stderr).unwrap();
         for secret in [private.map_or("-", |key| &key[..key.len().min(24)]), "top-secret", "not-base64%"] {
             assert!(secret == "-" || !said.contains(secret), "{said}");
         }
@@ -223,7 +264,7 @@ fn a_state_directory_outside_of_memory_is_refused_or_warned_of() {
     assert!(!log.contains("listens on"), "it fails before it listens: {log}");
 
     let warning = "<4>-secure-comms-state-dir /proc/self/state: it is not on a tmpfs";
-    let args = [&FREE_PORTS[..], &["-secure-comms-state-dir", "/proc/self/state"]].concat();
+    let args = [&FREE_PORTS[..], &[ALL, "-secure-comms-state-dir", "/proc/self/state"]].concat();
     let mut agent = place.start(&args, &[]);
     agent.says(warning);
     assert_eq!(agent.terminate().code(), Some(0));

@@ -39,7 +39,8 @@ fn keys_in_the_user_data_start_the_kubernetes_phase() {
         key("ed25519.pub")
     ));
     let (systemd, notify) = (Systemd::new(&place), place.path("notify"));
-    let mut agent = place.start(&FREE_PORTS, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
+    let args = [&FREE_PORTS[..], &["-secure-comms-user-data=all"]].concat();
+    let mut agent = place.start(&args, &[("NOTIFY_SOCKET", notify.to_str().unwrap())]);
     let ready = systemd.hears("READY=1");
     assert!(ready.contains("STATUS=Kubernetes phase: waiting for the worker node"), "{ready}");
     assert_eq!(agent.terminate().code(), Some(0));

@@ -28,19 +28,20 @@ struct Vm {
 }
 
 impl Vm {
-    /// In the Kubernetes phase, by user data; `more` is added to apf.json.
-    async fn kubernetes_with(more: Value) -> Result<Self> {
-        let scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
+    /// In the Kubernetes phase, by user data; `more` is added to apf.json, `outbounds` to the flag.
+    async fn kubernetes_with(more: Value, outbounds: &str) -> Result<Self> {
+        let mut scene = Scene::new(SceneOptions { user_data: true, ..SceneOptions::default() }).await?;
         let keys = PodKeys::make(scene.path("apf.json").parent().unwrap(), "own").await?;
         let mut user_data = keys.user_data()?;
         user_data.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         std::fs::write(scene.path("apf.json"), user_data.to_string())?;
+        scene.more_outbounds = outbounds.to_owned();
         let agent = scene.debugged_agent().await?;
         Ok(Self { scene, keys, agent })
     }
 
     async fn kubernetes() -> Result<Self> {
-        Self::kubernetes_with(json!({})).await
+        Self::kubernetes_with(json!({}), "").await
     }
 
     /// In the Attestation phase.
@@ -296,9 +297,8 @@ async fn refused_open(ssh: &OpenSsh, user: &str, remote: &str) -> Result<String>
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_stream_names_the_tunnel_the_phase_and_the_cause() -> Result<()> {
     let dead = free_port()?;
-    let tags =
-        json!({"sc-outbounds": format!("KUBERNETES_PHASE:DEAD:{dead},ATTESTATION_PHASE:EARLY:{dead}")});
-    let vm = Vm::kubernetes_with(tags).await?;
+    let tags = format!(",KUBERNETES_PHASE:DEAD:{dead},ATTESTATION_PHASE:EARLY:{dead}");
+    let vm = Vm::kubernetes_with(json!({}), &tags).await?;
     let ssh = vm.ssh()?;
     let prohibited = "administratively prohibited";
     let no_outbound = "no outbound of this name in this phase";

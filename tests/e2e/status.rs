@@ -261,6 +261,7 @@ async fn an_unproven_peer_gets_no_status() -> Result<()> {
 async fn complaining() -> Result<(Scene, Child, Child)> {
     let mut scene = scene().await?;
     let dead = free_port()?;
+    scene.user_data_mode = "tunnels";
     std::fs::write(
         scene.path("apf.json"),
         json!({"sc-outbounds": format!("KUBERNETES_PHASE:DEAD:{}", dead.port())}).to_string(),

@@ -307,7 +307,8 @@ async fn no_stranger_gets_into_a_latched_vm_after_a_restart() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_with_keys_from_user_data_attests_to_no_stranger() -> Result<()> {
-    let scene = scene().await?;
+    let mut scene = scene().await?;
+    scene.user_data_mode = "tunnels";
     let keys = PodKeys::make(scene.path("x").parent().unwrap(), "own").await?;
     let mut user_data = keys.user_data()?;
     user_data.as_object_mut().unwrap().retain(|key, _| key == "sc-wn-pub");

@@ -152,14 +152,14 @@ async fn agent(
     let (user_data, store) = (directory.join("apf.json"), directory.join("store"));
     let mut command = Command::new(adaptor);
     command.args(["user-data", "--pod-id", pod]).arg("--store").arg(store).arg("--output").arg(&user_data);
-    // Any port: several agents run at a time, and none uses this inbound.
-    command.args(["--pp-inbounds", "BOTH_PHASES:KBS:0"]);
-    command.args(["--pp-outbounds", &format!("KUBERNETES_PHASE:BENCH:{target}")]);
     let output = command.output().await?;
     ensure!(output.status.success(), "user-data: {}", String::from_utf8_lossy(&output.stderr));
     let mut command = Command::new(agent);
     command.args(["-secure-comms", "-pod-namespace", "", "-secure-comms-listen", &ssh.to_string()]);
-    command.arg("-config").arg(user_data);
+    // Any port: several agents run at a time, and none uses this inbound. No user data may move it.
+    command.args(["-secure-comms-inbounds", "BOTH_PHASES:KBS:0"]);
+    command.args(["-secure-comms-outbounds", &format!("KUBERNETES_PHASE:BENCH:{target}")]);
+    command.args(["-secure-comms-user-data", "all"]).arg("-config").arg(user_data);
     command.arg("-kata-agent-socket").arg(directory.join("kata.sock"));
     command
         .arg("-secure-comms-state-dir")

@@ -38,8 +38,7 @@ impl PodKeys {
     /// # Errors
     /// If the pod's id makes no resource path.
     pub fn publish(&self, kbs: &Kbs, pod: &str) -> Result<()> {
-        kbs.put(&format!("default/pp-{pod}/privateKey"), self.host_pem()?)?;
-        kbs.put("default/sshclient/publicKey", self.node_public.clone())
+        kbs.put(&format!("default/pp-{pod}/keys"), self.host_pem()? + &self.node_public)
     }
 
     /// The Secure Comms part of apf.json.

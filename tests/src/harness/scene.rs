@@ -50,6 +50,12 @@ pub struct Scene {
     pub agent_outbounds: String,
     /// Socket on which the agent expects the kata agent; by default that of `kata`.
     pub kata_socket: PathBuf,
+    /// Value of the agent's `-secure-comms-user-data`.
+    pub user_data_mode: &'static str,
+    /// Outbound tags of the agent beyond those of the scene, each with a comma before it.
+    pub more_outbounds: String,
+    /// More flags of the agent.
+    pub agent_flags: Vec<String>,
     /// Value of the agent's `-pod-namespace`; empty: the pod has no network namespace.
     pub pod_namespace: String,
     /// Id of the pod.
@@ -119,6 +125,9 @@ impl Scene {
             agent_inbounds: format!("KUBERNETES_PHASE:NODESERVICE:{}", node_inbound.port()),
             agent_outbounds: format!("KUBERNETES_PHASE:VMSERVICE:{service}"),
             kata_socket: directory.path().join("kata.sock"),
+            user_data_mode: if options.user_data { "all" } else { "none" },
+            more_outbounds: String::new(),
+            agent_flags: Vec::new(),
             pod_namespace: String::new(),
             pod,
             directory,
@@ -169,7 +178,11 @@ impl Scene {
                 self.node_inbound.port()
             ))
             .arg("-secure-comms-outbounds")
-            .arg(format!("KUBERNETES_PHASE:VMSERVICE:{service}"));
+            .arg(format!("KUBERNETES_PHASE:VMSERVICE:{service}{}", self.more_outbounds))
+            .args(["-secure-comms-user-data", self.user_data_mode])
+            // Not the machine's own.
+            .args(["-secure-comms-init-data", "", "-secure-comms-init-data-digest", ""])
+            .args(&self.agent_flags);
         Ok(command)
     }
 
