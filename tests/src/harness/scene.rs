@@ -44,6 +44,8 @@ pub struct Scene {
     pub inbounds: String,
     /// The adaptor's tag for KATAAGENT: TCP, for the clients of most tests. None: its default, a unix socket.
     pub kata_inbound: Option<String>,
+    /// The adaptor's `--run-dir`.
+    pub run_dir: PathBuf,
     /// Inbound tags that the adaptor expects of the agent.
     pub agent_inbounds: String,
     /// Outbound tags that the adaptor expects of the agent.
@@ -122,6 +124,7 @@ impl Scene {
             deadline: 110,
             inbounds: "KUBERNETES_PHASE:VMSERVICE:0".to_owned(),
             kata_inbound: Some("KUBERNETES_PHASE:KATAAGENT:0".to_owned()),
+            run_dir: directory.path().join("run"),
             agent_inbounds: format!("KUBERNETES_PHASE:NODESERVICE:{}", node_inbound.port()),
             agent_outbounds: format!("KUBERNETES_PHASE:VMSERVICE:{service}"),
             kata_socket: directory.path().join("kata.sock"),
@@ -228,7 +231,7 @@ impl Scene {
             .arg("--kata-agent-socket")
             .arg(&self.kata_socket)
             .arg("--run-dir")
-            .arg(self.path("run"))
+            .arg(&self.run_dir)
             .arg("--store")
             .arg(self.path("store"))
             .arg("--outbounds")
