@@ -4,6 +4,7 @@
 //!
 //! - `script`: what is drawn from the seed: path, phase, faults and their times;
 //! - `pod_scene`: the pod and everything around it; `program`: its processes and their supervisor; `disk`: their disks;
+//! - `hostile_cloud`: the user data and the KBS's answers that the cloud forges;
 //! - `traffic`: clients at every inbound that check each byte; `attacker`: connects to the agent without keys;
 //! - `fault`: injects a fault, and removes it again;
 //! - `lifetime`: all of that in sequence; `secrets`, `resources`: the checks at the end;
@@ -18,6 +19,7 @@ mod program;
 
 mod attacker;
 mod fault;
+mod hostile_cloud;
 mod traffic;
 
 pub mod lifetime;

@@ -324,10 +324,8 @@ async fn a_stream_that_comes_before_the_check_of_the_agent_waits() {
     let (agent, session) =
         unchecked_session(&format!("KUBERNETES_PHASE:OUT:{}", server.local_addr().unwrap())).await;
     let (handle, credits) = agent.newest();
-    let (early, other) = (
-        credits.open(&TunnelName::kbs()).await.unwrap(),
-        credits.open(&TunnelName::kbs()).await.unwrap(),
-    );
+    let (early, other) =
+        (credits.open(&TunnelName::kbs()).await.unwrap(), credits.open(&TunnelName::kbs()).await.unwrap());
     let early = handle.channel_open_forwarded_tcpip("OUT", 1, "127.0.0.1", early.id());
     tokio::pin!(early);
     // The answer to the second stream shows that the first one has arrived.

@@ -9,10 +9,14 @@ use nix::sys::signal::Signal;
 use tokio::process::Command;
 use tokio::time::sleep;
 
+use super::hostile_cloud::HostileCloud;
 use super::pod_scene::{MOVED, PodScene, Route};
-use super::script::{Fault, Planned, Side};
+use super::script::{Fault, Forgery, Planned, Side};
 use crate::simulators::impaired_link::{DEVICE, Impairment};
 use crate::simulators::kbs::Fault as KbsFault;
+
+/// Time that a reboot takes after the VM may have taken forged keys.
+const REBOOT: Duration = Duration::from_millis(300);
 
 /// Injects a fault when it is due, and removes it when its time is over.
 ///
@@ -34,15 +38,7 @@ async fn hit(scene: &PodScene, fault: Fault, lasts: Duration) -> Result<()> {
         }
         Fault::Freeze(side) => freeze(scene, side, lasts).await,
         Fault::NoFiles(side, spare) => no_files(scene, side, spare, lasts).await,
-        Fault::Reboot => {
-            // A running agent could write the files again that are wiped.
-            let gone = scene.agent.end(Signal::SIGKILL, lasts);
-            let wipe = async {
-                sleep(lasts / 2).await;
-                scene.state.wipe()
-            };
-            tokio::try_join!(gone, wipe).map(drop)
-        }
+        Fault::Reboot => reboot(scene, lasts).await,
         Fault::Reset => reset(scene).await,
         Fault::KbsDown => {
             scene.kbs.kill().await?;
@@ -54,6 +50,7 @@ async fn hit(scene: &PodScene, fault: Fault, lasts: Duration) -> Result<()> {
         }
         Fault::KbsSilent => kbs(scene, KbsFault::Silent, lasts).await,
         Fault::KbsGarbage => kbs(scene, KbsFault::Garbage(b"no key at all".to_vec()), lasts).await,
+        Fault::KbsForged(forgery) => forged(scene, forgery, lasts).await,
         Fault::KbsRefuses => kbs(scene, KbsFault::Refuse, lasts).await,
         Fault::KbsBroken => kbs(scene, KbsFault::Status(500), lasts).await,
         Fault::KbsClock(ahead) => {
@@ -141,6 +138,30 @@ async fn kbs(scene: &PodScene, fault: KbsFault, lasts: Duration) -> Result<()> {
     sleep(lasts).await;
     scene.kbs.set_fault(KbsFault::None);
     Ok(())
+}
+
+/// A man in the middle between the VM and the KBS.
+async fn forged(scene: &PodScene, forgery: Forgery, lasts: Duration) -> Result<()> {
+    // Over HTTPS he has no certificate that the VM takes.
+    if scene.kbs.ca_pem().is_some() {
+        return kbs(scene, KbsFault::Refuse, lasts).await;
+    }
+    let forged = scene.cloud.forged(forgery, scene.store.path())?;
+    kbs(scene, KbsFault::Garbage(forged), lasts).await?;
+    if HostileCloud::can_be_taken(forgery) {
+        reboot(scene, REBOOT).await?;
+    }
+    Ok(())
+}
+
+async fn reboot(scene: &PodScene, lasts: Duration) -> Result<()> {
+    // A running agent could write the files again that are wiped.
+    let gone = scene.agent.end(Signal::SIGKILL, lasts);
+    let wipe = async {
+        sleep(lasts / 2).await;
+        scene.state.wipe()
+    };
+    tokio::try_join!(gone, wipe).map(drop)
 }
 
 /// Changes the impaired link for a while; several faults may overlap.

@@ -1,5 +1,6 @@
 //! One pod lifetime: the pod comes up, faults are injected, it comes up again; then all is checked.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -143,7 +144,7 @@ async fn run_faults(scene: &PodScene, script: &Script, outcome: &mut Outcome) ->
     };
     let faults = tokio::select! {
         faults = faults => faults,
-        error = attack(scene, script, &opened) => error,
+        never = attack(scene, script, &opened) => match never {},
     };
     let over = Instant::now();
     faults?;
@@ -180,12 +181,10 @@ async fn hold(scene: &PodScene, hit: Hit) -> Result<()> {
             bail!("{name} was reached in the Attestation phase");
         }
     }
-    scene.release_keys();
-    Ok(())
+    scene.release_keys()
 }
 
-/// Returns only if the attacker can't start.
-async fn attack(scene: &PodScene, script: &Script, opened: &Mutex<Vec<String>>) -> Result<()> {
+async fn attack(scene: &PodScene, script: &Script, opened: &Mutex<Vec<String>>) -> Infallible {
     if let (true, Route::Proxy(_, agent)) = (script.attacker, &scene.route) {
         let record = |what| opened.lock().unwrap_or_else(PoisonError::into_inner).push(what);
         return attacker::attack_agent(*agent, scene.directory(), record).await;
@@ -224,13 +223,19 @@ async fn examine(scene: &PodScene, outcome: &mut Outcome) -> Result<()> {
     if scene.early.connections().await > before {
         outcome.violations.push("an Attestation-phase tunnel was reached in the Kubernetes phase".to_owned());
     }
-    if let Route::Proxy(_, agent) = &scene.route
-        && attacker::may_attest(*agent).await
-    {
-        outcome.violations.push("an unproven peer may attest to a VM that runs a pod".to_owned());
+    if let Route::Proxy(_, agent) = &scene.route {
+        if attacker::may_attest(*agent).await {
+            outcome.violations.push("an unproven peer may attest to a VM that runs a pod".to_owned());
+        }
+        if attacker::may_log_in(*agent, scene.directory()).await {
+            outcome.violations.push("the attacker logged in to a VM that runs a pod".to_owned());
+        }
     }
-    if scene.kbs.resource(&scene.keys()).is_some_and(|keys| !keys.is_empty()) {
-        outcome.violations.push("the pod's key is at the KBS while the pod runs".to_owned());
+    if scene.bait.connections().await > 0 {
+        outcome.violations.push("a tunnel of the user data led to the attacker".to_owned());
+    }
+    if scene.has_published_keys()? {
+        outcome.violations.push("the pod's keys are at the KBS while clients are served".to_owned());
     }
     for (side, most) in [(Side::Agent, AGENT), (Side::Adaptor, ADAPTOR)] {
         let (held, over) = idle(scene, side, &most).await?;

@@ -11,11 +11,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use secure_comms_protocol::limits::SSH_PORT;
+use secure_comms_protocol::{PodId, resource};
 use tempfile::TempDir;
 use tokio::process::Command;
 use tokio::sync::Mutex;
 
 use super::disk::Disk;
+use super::hostile_cloud::{BAIT, HostileCloud};
 use super::program::Program;
 use super::script::{Fault, Hit, Script, Side};
 use crate::harness::process::{Binaries, ensure_built};
@@ -70,6 +72,10 @@ pub(super) struct PodScene {
     pub node_service: Server,
     /// Server of `EARLY`, at the worker node.
     pub early: Server,
+    /// Server of the attacker, in the VM: hostile user data leads there.
+    pub bait: Server,
+    /// Keys of the attacker.
+    pub cloud: HostileCloud,
     /// `api-server-rest`.
     pub rest: Mutex<Option<Rest>>,
     rest_address: SocketAddr,
@@ -150,7 +156,7 @@ impl PodScene {
         let kbs = Kbs::start(options).await?;
         let pod = pod_id()?;
         if let Hit::Attestation(_) = script.hit {
-            kbs.deny(&format!("default/pp-{pod}/keys"));
+            kbs.deny(&keys_path(&pod)?);
         }
         let kbs_inbound = free_port()?;
         let cdh = Arc::new(cdh(&kbs, kbs_inbound)?);
@@ -159,7 +165,9 @@ impl PodScene {
         let ports = [free_port()?, free_port()?, free_port()?, free_port()?];
         let [kata_inbound, vm_inbound, node_inbound, early_inbound] = ports;
         let (store, state) = (Disk::mount(path("store"))?, Disk::mount(path("state"))?);
-        std::fs::write(path("apf.json"), "{}").context("writing the VM's daemon config")?;
+        let cloud = HostileCloud::new(directory.path()).await?;
+        let user_data = cloud.user_data(script.user_data, directory.path());
+        std::fs::write(path("apf.json"), user_data).context("writing the VM's daemon config")?;
         write_private(&path("kbs-admin.pem"), kbs.admin_key_pem())?;
         if let Some(ca) = kbs.ca_pem() {
             std::fs::write(path("kbs-ca.pem"), ca).context("writing the CA of the KBS")?;
@@ -242,6 +250,8 @@ impl PodScene {
             vm_service: Server::start(path("vm.sock"))?,
             node_service: Server::start(path("node.sock"))?,
             early: Server::start(path("early.sock"))?,
+            bait: Server::start(path(BAIT))?,
+            cloud,
             rest: Mutex::new(Some(rest)),
             rest_address,
             cdh,
@@ -272,14 +282,22 @@ impl PodScene {
         self.clocks.of(side).store(seconds, Ordering::Relaxed);
     }
 
-    /// Path of the pod's keys at the KBS.
-    pub(super) fn keys(&self) -> String {
-        format!("default/pp-{}/keys", self.pod)
+    /// Makes the KBS release the keys to the VM.
+    ///
+    /// # Errors
+    /// If the pod has no valid id.
+    pub(super) fn release_keys(&self) -> Result<()> {
+        self.kbs.allow(&keys_path(&self.pod)?);
+        Ok(())
     }
 
-    /// Makes the KBS release the keys to the VM.
-    pub(super) fn release_keys(&self) {
-        self.kbs.allow(&self.keys());
+    /// Whether the pod's keys are at the KBS.
+    ///
+    /// # Errors
+    /// If the pod has no valid id.
+    pub(super) fn has_published_keys(&self) -> Result<bool> {
+        // A KBS that can't delete holds an empty body instead.
+        Ok(self.kbs.resource(&keys_path(&self.pod)?).is_some_and(|body| !body.is_empty()))
     }
 
     /// Starts `api-server-rest` again.
@@ -382,6 +400,12 @@ impl Route {
         let end = if side == Side::Agent { &link.b } else { &link.a };
         Some(end.netns.name().to_owned())
     }
+}
+
+/// The resource of a pod for which no init-data is expected.
+fn keys_path(pod: &str) -> Result<String> {
+    let pod: PodId = pod.parse().with_context(|| format!("'{pod}'"))?;
+    Ok(resource::pod_keys(&pod, None))
 }
 
 fn cdh(kbs: &Kbs, inbound: SocketAddr) -> Result<Cdh> {

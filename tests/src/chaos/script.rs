@@ -30,6 +30,8 @@ pub struct Script {
     pub https: bool,
     /// An attacker connects to the agent all the time; over a TCP proxy only.
     pub attacker: bool,
+    /// What the cloud writes into the VM's user data.
+    pub user_data: UserData,
     /// Bytes of a request of the long-lived clients.
     pub request: u64,
     /// The faults, in the order in which they begin.
@@ -52,6 +54,34 @@ pub enum Hit {
     Attestation(Duration),
     /// Once the pod is up.
     Kubernetes,
+}
+
+/// What the cloud writes into the VM's user data (apf.json). The VM's flags let it decide nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UserData {
+    /// Nothing.
+    Empty,
+    /// Tunnels that lead to the attacker, in every phase, KATAAGENT among them.
+    Tunnels,
+    /// Tunnels from and to unix sockets of the VM.
+    UnixSockets,
+    /// Keys of the attacker, with which he logs in.
+    Keys,
+    /// Values of the wrong types, and keys given twice.
+    WrongTypes,
+}
+
+/// What a man in the middle answers in place of the KBS, with status 200.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forgery {
+    /// The attacker's worker-node key alone.
+    WorkerNode,
+    /// Both keys, of a pod of the attacker's.
+    BothKeys,
+    /// The keys that another pod of the same worker node once got.
+    OtherPod,
+    /// Keys that were cut off.
+    Cut,
 }
 
 /// A fault and its time, counted from the first moment at which one may begin.
@@ -113,6 +143,9 @@ pub enum Fault {
     KbsSilent,
     /// The KBS answers with bytes that are no key.
     KbsGarbage,
+    /// A man in the middle answers the VM in place of the KBS. Over HTTPS he can only drop what is sent. If the VM could
+    /// have taken his keys, it reboots afterwards.
+    KbsForged(Forgery),
     /// The KBS closes every connection.
     KbsRefuses,
     /// The KBS answers 500.
@@ -161,13 +194,19 @@ impl Script {
             })
             .collect();
         faults.sort_by_key(|planned| planned.at);
-        Self { seed, path, hit, https, attacker: attacker && path == Path::Proxy, request, faults }
+        let user_data = if random.random_bool(0.5) { hostile(random) } else { UserData::Empty };
+        Self { seed, path, hit, https, attacker: attacker && path == Path::Proxy, user_data, request, faults }
     }
 
     /// Whether one of the faults satisfies `wanted`.
     pub fn has(&self, wanted: impl Fn(&Fault) -> bool) -> bool {
         self.faults.iter().any(|planned| wanted(&planned.fault))
     }
+}
+
+fn hostile(random: &mut Xoshiro256PlusPlus) -> UserData {
+    let all = [UserData::Tunnels, UserData::UnixSockets, UserData::Keys, UserData::WrongTypes];
+    all.choose(random).copied().unwrap_or(UserData::Keys)
 }
 
 /// Every fault that is possible on a path, each once, with its numbers drawn.
@@ -182,6 +221,8 @@ fn possible(random: &mut Xoshiro256PlusPlus, path: Path) -> Vec<Fault> {
     all.extend([Fault::KbsDown, Fault::KbsSlow(random.random_range(100..2000)), Fault::KbsSilent]);
     all.extend([Fault::KbsGarbage, Fault::KbsRefuses, Fault::KbsBroken]);
     all.push(Fault::KbsClock(random.random_bool(0.5)));
+    let forgeries = [Forgery::WorkerNode, Forgery::BothKeys, Forgery::OtherPod, Forgery::Cut];
+    all.extend(forgeries.map(Fault::KbsForged));
     all.extend([Fault::RestDown, Fault::KataDown]);
     all.extend([Fault::StoreFull, Fault::StoreReadOnly, Fault::StateFull]);
     let lossy = [random.random_range(5..200), random.random_range(10..300), random.random_range(10..300)];
@@ -212,6 +253,9 @@ impl fmt::Display for Script {
                 write!(f, ", {word}")?;
             }
         }
+        if self.user_data != UserData::Empty {
+            write!(f, ", user data {:?}", self.user_data)?;
+        }
         write!(f, ", {} B:", self.request)?;
         for Planned { at, lasts, fault } in &self.faults {
             write!(f, " {:.1}+{:.1} {fault:?};", at.as_secs_f64(), lasts.as_secs_f64())?;
@@ -234,6 +278,13 @@ mod tests {
     }
 
     #[test]
+    fn every_kind_of_user_data_meets_an_attacker() {
+        let scripts = (0..200).map(Script::draw).filter(|script| script.attacker);
+        let kinds: HashSet<_> = scripts.map(|script| format!("{:?}", script.user_data)).collect();
+        assert_eq!(kinds.len(), 5, "{kinds:?}");
+    }
+
+    #[test]
     fn in_a_few_hundred_lifetimes_every_fault_hits_each_phase() {
         let (mut attestation, mut kubernetes) = (HashSet::new(), HashSet::new());
         for script in (0..600).map(Script::draw) {
@@ -243,14 +294,14 @@ mod tests {
                 let name = match planned.fault {
                     Fault::Clock(side, _) => format!("clock {side:?}"),
                     Fault::NoFiles(side, _) => format!("files {side:?}"),
-                    Fault::Kill(_) | Fault::Abort(_) | Fault::Freeze(_) => words,
+                    Fault::Kill(_) | Fault::Abort(_) | Fault::Freeze(_) | Fault::KbsForged(_) => words,
                     _ => words.split('(').next().unwrap().to_owned(),
                 };
                 seen.insert(name);
             }
             assert!(!script.faults.is_empty());
         }
-        // 26 kinds, five of which exist for either side.
-        assert_eq!((attestation.len(), kubernetes.len()), (31, 31), "{attestation:?}");
+        // 27 kinds, five of which exist for either side, and one in four forms.
+        assert_eq!((attestation.len(), kubernetes.len()), (35, 35), "{attestation:?}");
     }
 }

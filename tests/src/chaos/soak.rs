@@ -9,7 +9,7 @@ use tokio::time::sleep;
 use super::lifetime::up;
 use super::pod_scene::{PodScene, Route};
 use super::resources::Resources;
-use super::script::{Hit, Path, Script, Side};
+use super::script::{Hit, Path, Script, Side, UserData};
 
 /// Restarts of the adaptor: few, because each backoff is longer than the last.
 const CUTS: usize = 8;
@@ -33,6 +33,7 @@ pub async fn soak(times: usize) -> Result<String> {
         hit: Hit::Kubernetes,
         https: false,
         attacker: false,
+        user_data: UserData::Empty,
         request: 200,
         faults: Vec::new(),
     };

@@ -121,6 +121,8 @@ struct Shared {
     fault: Mutex<Fault>,
     resources: Mutex<BTreeMap<String, Bytes>>,
     denied: Mutex<HashSet<String>>,
+    /// A resource policy, and the claims of the VM that attests.
+    policy: Mutex<Option<(String, Value)>>,
     /// By session cookie; lost when the KBS is killed, as in Trustee.
     sessions: Mutex<HashMap<String, Session>>,
     log: watch::Sender<Vec<LoggedRequest>>,
@@ -159,6 +161,7 @@ impl Kbs {
             fault: Mutex::default(),
             resources: Mutex::default(),
             denied: Mutex::default(),
+            policy: Mutex::default(),
             sessions: Mutex::default(),
             log: watch::Sender::new(Vec::new()),
             connections: AtomicU64::new(0),
@@ -239,6 +242,12 @@ impl Kbs {
     /// Makes the resource policy allow `path` again.
     pub fn allow(&self, path: &str) {
         lock(&self.shared.denied).remove(path);
+    }
+
+    /// From now on a Rego policy decides which resources guests may read, as in Trustee; `claims` are those of the token of the
+    /// VM that attests.
+    pub fn enforce(&self, policy: &str, claims: Value) {
+        *lock(&self.shared.policy) = Some((policy.to_owned(), claims));
     }
 
     /// The resource at `<repo>/<type>/<tag>`.

@@ -11,6 +11,7 @@ use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, COOKIE, HeaderMap, HeaderValue, SET_COOKIE};
 use hyper::{Method, Request, StatusCode};
 use ring::rand::{SecureRandom, SystemRandom};
+use secure_comms_resource_policy::{allows, request};
 use secure_comms_simulators::http::{Reply, reply};
 use serde_json::{Value, json};
 
@@ -133,7 +134,7 @@ impl Shared {
         let mut resources = match *method {
             Method::GET => {
                 self.check_attested(headers)?;
-                if lock(&self.denied).contains(path) {
+                if lock(&self.denied).contains(path) || !self.policy_allows(path) {
                     return Err(Refusal("PolicyDeny", "access denied by policy".to_owned()));
                 }
                 let found = lock(&self.resources).get(path).cloned();
@@ -159,6 +160,12 @@ impl Shared {
             resources.remove(path);
         }
         Ok(reply(StatusCode::OK, ""))
+    }
+
+    /// Without a policy everything is allowed. One that can't be evaluated allows nothing.
+    fn policy_allows(&self, path: &str) -> bool {
+        let policy = lock(&self.policy);
+        policy.as_ref().is_none_or(|(policy, claims)| allows(policy, &request(path), claims).unwrap_or(false))
     }
 
     fn check_admin(&self, headers: &HeaderMap) -> Result<(), Refusal> {
