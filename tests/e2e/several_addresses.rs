@@ -148,7 +148,8 @@ async fn another_pods_waiting_vm_holds_up_no_start() -> Result<()> {
         Rest::start((Ipv4Addr::LOCALHOST, 0).into(), Backend::Bytes(Arc::new(RwLock::new(denial)))).await?;
     let _other_agent = other.agent().await?;
     let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[other.ssh, scene.ssh])?)?;
-    says(&adaptor, &format!("keys: attempt 1: {}: ", other.ssh)).await?;
+    says(&adaptor, &format!("attestation: connected to {}", other.ssh)).await?;
+    says(&adaptor, "keys: attempt 1").await?;
     let _agent = scene.agent().await?;
     works(&scene, &adaptor).await.with_context(|| adaptor.log())
 }
