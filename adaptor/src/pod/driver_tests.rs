@@ -319,7 +319,11 @@ async fn every_address_that_a_name_resolves_to_counts() {
     driven.driver.plan.addresses.push("no-such-name.invalid:2222".parse().unwrap());
     let mut candidates = Candidates::new(&driven.driver.plan, PhaseName::Attestation, None);
     let at = |last| SocketAddr::from(([127, 0, 0, last], 1));
-    let lost = |last| Failure { vm_lost: true, ..Failure::new(at(last)) };
+    let lost = |last| {
+        let mut failure = Failure::new(at(last));
+        failure.vm_lost = true;
+        failure
+    };
     assert!(!candidates.lost_for_good(AT_ONCE), "not looked up yet");
     candidates.on_lookup(0, Ok(vec![at(1), at(2)]));
     candidates.failed(at(1), lost(1));
