@@ -372,7 +372,7 @@ impl Candidates {
     }
 }
 
-/// Looks a name up again and again: its address may change, or appear. Ends when nobody wants to know any more.
+/// Looks a name up again and again: its address may change, or appear. Ends with the candidates.
 async fn keep_resolving(
     index: usize,
     address: Address,

@@ -1,6 +1,6 @@
 //! Reaches the pod's agent: connects to all its addresses at once, until the Kubernetes phase is up at one.
 //!
-//! Whoever answers in the Attestation phase is unproven. So every address attests on its own, nothing that is said there
+//! What answers in the Attestation phase is unproven. So every address attests on its own, nothing that is said there
 //! ends the search, and only the Kubernetes phase, where the agent proves the pod's key, does.
 
 use std::net::SocketAddr;
