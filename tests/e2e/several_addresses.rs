@@ -2,13 +2,16 @@
 //! start, deletes nothing, and holds up no other address.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::attackers::front::{Face, Front};
 use secure_comms_tests::harness::process::{Child, Signal};
 use secure_comms_tests::harness::scene::{PATIENCE, Scene, says, scene, works};
+use secure_comms_tests::simulators::guest::{Backend, Rest};
+use tokio::sync::RwLock;
 
 const LATCHED: &str = "Secure Comms agent in the Kubernetes phase, latched\r\n";
 /// A finding takes three connections: a wrong host key, a refusal to attest, and the same wrong host key. The first one
@@ -82,7 +85,7 @@ async fn a_forgery_that_lasts_ends_the_start_and_deletes_nothing() -> Result<()>
     let front = Front::start(latched(LATCHED, false)).await?;
     let mut adaptor = deleting_adaptor(&scene, &[front.address()])?;
     // At once, and with what to do.
-    let line = says_line(&adaptor, "it is lost to this pod").await?;
+    let line = adaptor.wait_for_text("it is lost to this pod", PATIENCE).await?;
     ensure!(line.contains("make a new VM") && line.contains("nothing of it is proven"), "{line}");
     ensure!(adaptor.wait_exit(PATIENCE).await?.code() == Some(1), "{}", adaptor.log());
     let log = adaptor.log();
@@ -96,10 +99,6 @@ async fn a_forgery_that_lasts_ends_the_start_and_deletes_nothing() -> Result<()>
     let adaptor = deleting_adaptor(&scene, &[front.address()])?;
     works(&scene, &adaptor).await?;
     a_signal_deletes(&scene, adaptor).await
-}
-
-async fn says_line(adaptor: &Child, text: &str) -> Result<String> {
-    adaptor.wait_for_text(text, PATIENCE).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -142,13 +141,17 @@ async fn a_stranger_that_attests_first_holds_up_no_start() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_pods_waiting_vm_holds_up_no_start() -> Result<()> {
-    let (scene, other) = (scene().await?, scene().await?);
-    // A reused address: its VM waits for the keys of another pod.
+    let (scene, mut other) = (scene().await?, scene().await?);
+    // A reused address: its VM is another pod's, and the KBS's policy denies it this pod's keys.
+    let denial = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n".to_vec();
+    other.guest =
+        Rest::start((Ipv4Addr::LOCALHOST, 0).into(), Backend::Bytes(Arc::new(RwLock::new(denial)))).await?;
     let _other_agent = other.agent().await?;
     let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[other.ssh, scene.ssh])?)?;
     says(&adaptor, &format!("attestation: connected to {}", other.ssh)).await?;
+    says(&adaptor, "keys: attempt 1").await?;
     let _agent = scene.agent().await?;
-    works(&scene, &adaptor).await
+    works(&scene, &adaptor).await.with_context(|| adaptor.log())
 }
 
 #[tokio::test(flavor = "multi_thread")]

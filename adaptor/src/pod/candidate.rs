@@ -70,7 +70,7 @@ pub(super) struct Candidate {
 /// How an attestation ended.
 enum Attested {
     /// Another connection replaced it.
-    Replaced(AnySession),
+    Replaced(Box<AnySession>),
     /// The address is tried again, at once or after a pause.
     Again { pause: bool },
     /// The candidate is to end.
@@ -106,13 +106,13 @@ impl Candidate {
                 _ = ordered(&mut end) => return None,
                 connected = connected => connected,
             };
-            let mut next = connected.map(Attested::Replaced);
+            let mut next = connected.map(|session| Attested::Replaced(Box::new(session)));
             let pause = loop {
                 next = match next {
-                    Ok(Attested::Replaced(AnySession::Kubernetes(session))) => return Some(session),
-                    Ok(Attested::Replaced(AnySession::Attestation(session))) => {
-                        Ok(self.attest(session).await)
-                    }
+                    Ok(Attested::Replaced(session)) => match *session {
+                        AnySession::Kubernetes(session) => return Some(session),
+                        AnySession::Attestation(session) => Ok(self.attest(session).await),
+                    },
                     Ok(Attested::Again { pause }) => break pause,
                     Ok(Attested::End) => return None,
                     Err(failure) => {
@@ -167,7 +167,7 @@ impl Candidate {
                 },
                 connected = &mut failover => {
                     self.report(Report::Ended(failover_reason(self.address, &connected))).await;
-                    return Attested::Replaced(connected.session);
+                    return Attested::Replaced(Box::new(connected.session));
                 }
                 () = &mut no_progress => break (
                     format!("the agent reported nothing on its keys within {} s; connecting again", limits.progress.as_secs()),

@@ -63,7 +63,7 @@ pub(super) enum Event {
     /// A name was looked up.
     Resolved,
     /// The Kubernetes phase is up.
-    Reached(Reached),
+    Reached(Box<Reached>),
 }
 
 /// A session in the Kubernetes phase, and where it was opened.
@@ -150,7 +150,7 @@ impl Candidates {
                     (1.., Ok((address, report))) => return Event::Report(address, report),
                     _ => {
                         if let Some((reached, _)) = self.reached.take() {
-                            return Event::Reached(reached);
+                            return Event::Reached(Box::new(reached));
                         }
                     }
                 }
@@ -191,7 +191,7 @@ impl Candidates {
         }
     }
 
-    fn on_lookup(&mut self, index: usize, looked_up: Result<Vec<SocketAddr>, Failure>) {
+    pub(super) fn on_lookup(&mut self, index: usize, looked_up: Result<Vec<SocketAddr>, Failure>) {
         let lookup = self.names.entry(index).or_default();
         lookup.done = true;
         match looked_up {
@@ -378,7 +378,7 @@ impl Candidates {
     }
 }
 
-/// Looks a name up again and again: its address may change, or appear. Ends when nobody wants to know any more.
+/// Looks a name up again and again: its address may change, or appear. Ends with the candidates.
 async fn keep_resolving(
     index: usize,
     address: Address,

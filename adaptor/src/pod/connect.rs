@@ -60,7 +60,7 @@ impl fmt::Display for Failure {
 }
 
 impl Failure {
-    fn new(address: impl fmt::Display) -> Self {
+    pub(super) fn new(address: impl fmt::Display) -> Self {
         Self { address: address.to_string(), attestation: None, kubernetes: None, vm_lost: false }
     }
 }

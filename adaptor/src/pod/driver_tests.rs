@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_keys::{PodKey, WorkerNodeKey};
-use secure_comms_protocol::AgentConfig;
 use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
+use secure_comms_protocol::{AgentConfig, PhaseName};
 use secure_comms_ssh::profile::KeyExchange;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
+use super::candidates::Candidates;
+use super::connect::Failure;
 use super::{
     AgentTunnels, AttestationLimits, Driver, Ended, Entry, ExpectedAgent, LOST, LostLimits, Plan,
     PodSnapshot, PodState, StatusReporter, Stop,
@@ -315,6 +317,36 @@ async fn a_name_that_cannot_be_looked_up_withholds_the_verdict() {
         agent.become_(latched);
     };
     tokio::join!(driven.until_up(Entry::New), vm);
+}
+
+#[tokio::test]
+async fn every_address_that_a_name_resolves_to_counts() {
+    let mut driven = Driven::new(&[], patient());
+    driven.driver.plan.addresses.push("no-such-name.invalid:2222".parse().unwrap());
+    let mut candidates = Candidates::new(&driven.driver.plan, PhaseName::Attestation, None);
+    let at = |last| SocketAddr::from(([127, 0, 0, last], 1));
+    let lost = |last| {
+        let mut failure = Failure::new(at(last));
+        failure.vm_lost = true;
+        failure
+    };
+    assert!(!candidates.lost_for_good(AT_ONCE), "not looked up yet");
+    candidates.on_lookup(0, Ok(vec![at(1), at(2)]));
+    candidates.failed(at(1), lost(1));
+    assert!(!candidates.lost_for_good(AT_ONCE) && !candidates.all_failed());
+    candidates.failed(at(2), lost(2));
+    assert!(candidates.lost_for_good(AT_ONCE));
+    // Another address appears, and answers something else.
+    candidates.on_lookup(0, Ok(vec![at(1), at(2), at(3)]));
+    assert!(!candidates.lost_for_good(AT_ONCE));
+    candidates.failed(at(3), Failure::new(at(3)));
+    assert!(!candidates.lost_for_good(AT_ONCE) && candidates.all_failed());
+    // It disappears again; then the name cannot be looked up.
+    candidates.on_lookup(0, Ok(vec![at(2), at(1)]));
+    assert!(candidates.lost_for_good(AT_ONCE));
+    candidates.on_lookup(0, Err(Failure::new("no-such-name.invalid:2222")));
+    assert!(!candidates.lost_for_good(AT_ONCE) && !candidates.all_lost());
+    assert_eq!(candidates.failures().len(), 3);
 }
 
 #[tokio::test]

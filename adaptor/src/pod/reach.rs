@@ -1,11 +1,11 @@
-//! Reaches the pod's agent: keeps an eye on all its addresses at once, until the Kubernetes phase is up at one.
+//! Reaches the pod's agent: connects to all its addresses at once, until the Kubernetes phase is up at one.
 //!
-//! Whoever answers in the Attestation phase is unproven. So every address attests on its own, nothing that is said there
+//! What answers in the Attestation phase is unproven. So every address attests on its own, nothing that is said there
 //! ends the search, and only the Kubernetes phase, where the agent proves the pod's key, does.
 
 use std::net::SocketAddr;
 
-use secure_comms_protocol::PhaseName;
+use secure_comms_protocol::{KeyProgress, PhaseName};
 
 use super::advice::{explain, init_data_mismatch, lost_so_far};
 use super::candidate::Report;
@@ -47,7 +47,7 @@ impl Driver {
                     if let Some(addresses) = self.plan.addresses.get_mut(..=reached.index) {
                         addresses.rotate_right(1);
                     }
-                    return Ok(reached);
+                    return Ok(*reached);
                 }
             }
             if self.starting && candidates.lost_for_good(self.plan.lost_limits) {
@@ -78,7 +78,7 @@ impl Driver {
             Report::Keys(keys) => {
                 let news = candidates.keys(address, keys.clone());
                 let error = keys.error.map(|error| candidates.named(address, error));
-                self.status.keys(secure_comms_protocol::KeyProgress { error, ..keys }, news);
+                self.status.keys(KeyProgress { error, ..keys }, news);
             }
             Report::Upgrade => {
                 candidates.upgrading(address);

@@ -81,7 +81,7 @@ impl Front {
         self.address
     }
 
-    /// Ends all connections, and answers further ones in another way.
+    /// Ends all connections, and answers further ones as this face does.
     pub fn becomes(&self, face: Face) {
         self.faces.send_replace(face);
     }
