@@ -20,7 +20,8 @@ use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
 /// Splits messages at `|`, and keeps a part without one. Holds the part `hold` back until `go` is notified, and fails at
-/// the part `break`. After the part `stop` nothing passes either way. In the other direction it injects `wake` between two lines when `wake` is notified.
+/// the part `break`. After the part `stop` nothing passes in either direction. In the other direction it injects `wake`
+/// between two lines when `wake` is notified.
 #[derive(Clone, Debug, Default)]
 struct Parts {
     go: Arc<Notify>,

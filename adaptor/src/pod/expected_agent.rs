@@ -214,7 +214,7 @@ impl ExpectedAgent {
         for key in found {
             if *key != self.node && !self.other_nodes.contains(key) {
                 faults.add(format!(
-                    "it lets in the worker-node key {}, which is not this node's: whoever has it can drive the pod; \
+                    "it lets in the worker-node key {}, which is not this node's: its holder can drive the pod; \
                      make a new VM, or if the key is right add it to --worker-node-keys",
                     quoted(key)
                 ));

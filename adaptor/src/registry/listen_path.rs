@@ -83,7 +83,7 @@ pub(super) fn for_pod(tag: &InboundTag, pod: &PodId) -> Result<InboundTag, PathE
 }
 
 /// Makes the directories that are named after the pod: 0700, so that no other user can reach the sockets in them. A
-/// directory that is there already must be ours and closed to others, and nobody else may replace it.
+/// directory that is there already must be ours and closed to others, and no other user may replace it.
 ///
 /// # Errors
 /// A directory can't be made, is not ours, or is open to others.
