@@ -199,8 +199,8 @@ pub const CHANNEL_OPEN: Duration = Duration::from_secs(160);
 /// A stream that the other end has closed is dropped when its local reader takes no bytes for this long.
 pub const FLUSH: Duration = Duration::from_secs(30);
 /// Clients of one inbound that may wait or be served at a time; others wait in the kernel's queue. Fewer than the
-/// streams of one tunnel, so that a client that is accepted is not refused for the number of streams.
-pub const INBOUND_CLIENTS_MAX: usize = 512;
+/// streams of one tunnel, even while others have some, so that a client that is accepted is seldom refused.
+pub const INBOUND_CLIENTS_MAX: usize = 384;
 
 /// First backoff between retries; it doubles up to [`RETRY_MAX`], with jitter.
 pub const RETRY_MIN: Duration = Duration::from_millis(100);

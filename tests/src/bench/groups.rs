@@ -109,10 +109,10 @@ const SETUP: &[Row] = &[
 
 const MEMORY: &[Row] = &[
     row("vm connected", "in the VM, connected", "KiB", Goal::Most(0.3)),
-    row("vm 500", "in the VM, 500 streams", "KiB", Goal::Most(0.5)),
+    row("vm 300", "in the VM, 300 streams", "KiB", Goal::Most(0.5)),
     row("vm peak", "in the VM, peak of 16 streams both ways", "KiB", Goal::Most(0.15)),
     row("node connected", "on the worker node, connected", "KiB", Goal::LessIsBetter),
-    row("node 500", "on the worker node, 500 streams", "KiB", Goal::LessIsBetter),
+    row("node 300", "on the worker node, 300 streams", "KiB", Goal::LessIsBetter),
     row("node peak", "on the worker node, peak of 16 streams both ways", "KiB", Goal::LessIsBetter),
 ];
 

@@ -20,7 +20,7 @@ const MIB: f64 = (1_u64 << 20) as f64;
 /// Streams of the measurements with many streams.
 const MANY: usize = 16;
 /// Open streams of the memory measurement.
-const OPEN: u64 = 500;
+const OPEN: u64 = 300;
 
 /// Bulk data in MiB/s, and their cost at each end.
 ///
@@ -134,8 +134,8 @@ pub(super) async fn memory(who: Who, target: SocketAddr, span: Span) -> Result<F
             (0..OPEN).map(open).collect::<Result<Vec<_>>>()
         })
         .await?;
-    figures.insert("vm 500", contender.vm.memory("VmRSS")? as f64);
-    figures.insert("node 500", contender.node.memory("VmRSS")? as f64);
+    figures.insert("vm 300", contender.vm.memory("VmRSS")? as f64);
+    figures.insert("node 300", contender.node.memory("VmRSS")? as f64);
     drop((open, contender));
     let prepared = Prepared::new(who, &place, target).await?;
     let address = prepared.ssh();

@@ -16,7 +16,7 @@ use secure_comms_tests::usage::is_help;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-const STREAMS: u64 = 500;
+const STREAMS: u64 = 300;
 const BULK_STREAMS: u64 = 16;
 /// Bytes that each bulk stream moves in either direction: enough that every window has grown.
 const BULK: u64 = 16 << 20;
@@ -100,7 +100,7 @@ async fn measure() -> Result<Figures> {
     let pod = Pod::up().await?;
     note("idle_kib", pod.agent.rss_kib()?);
     let streams = pod.streams(STREAMS).await?;
-    note("streams_500_kib", pod.agent.rss_kib()?);
+    note("streams_300_kib", pod.agent.rss_kib()?);
     note("threads", pod.agent.threads()?);
     drop(streams);
 

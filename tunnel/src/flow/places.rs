@@ -93,6 +93,7 @@ impl Places {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use secure_comms_protocol::limits::INBOUND_CLIENTS_MAX;
 
     use super::*;
 
@@ -114,6 +115,15 @@ mod tests {
         assert_eq!(most, LIMITS.opener_streams * 2 / 3);
         let mut places = Places::default();
         assert_eq!(fill(&mut places, Side::Adaptor, "KATAAGENT"), most + LIMITS.reserved);
+    }
+
+    #[test]
+    fn the_clients_of_an_inbound_have_places_while_other_tunnels_are_used() {
+        let mut places = Places::default();
+        for number in 0..190 {
+            assert!(places.take(&LIMITS, Side::Adaptor, &tunnel(&format!("T{}", number % 3))));
+        }
+        assert!(fill(&mut places, Side::Adaptor, "SSH") >= INBOUND_CLIENTS_MAX);
     }
 
     #[test]
