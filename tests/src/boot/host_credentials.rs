@@ -53,7 +53,7 @@ fn by_fw_cfg() -> [(&'static str, String); 1] {
 
 impl HostCredentials {
     /// Names of the programs that run where the credentials are taken.
-    pub const PROGRAMS: [&'static str; 4] = ["smbios", "fw-cfg", "tmpfiles", "agent-drop-in"];
+    pub const PROGRAMS: [&'static str; 3] = ["smbios", "fw-cfg", "tmpfiles"];
 
     /// qemu's arguments for them; the files they need are written to `directory`.
     pub(super) fn arguments(self, directory: &Path) -> Result<Vec<String>> {
