@@ -28,7 +28,7 @@ use secure_comms_tunnel::intercept::{Interceptor, ToServer};
 
 /// Passes the messages of a stream through the interceptor; returns the number of bytes that passed.
 fn take(messages: &[Bytes]) -> usize {
-    let (mut to, _from) = KataAgent::new(Some("/run/netns/podns")).begin();
+    let (mut to, _from) = KataAgent::new(Some("/run/netns/podns"), MountPrefixes::default()).begin();
     let mut passed = 0;
     for message in messages {
         to.on_message(message.clone(), &mut |piece| passed += piece.len()).unwrap();
