@@ -118,7 +118,7 @@ impl Exposed {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(PATIENCE, more).await.expect("the stranger's packets come to the VM");
+        tokio::time::timeout(PATIENCE, more).await.unwrap();
     }
 
     /// Asserts that the pod gets what the worker node sends, and nothing of what a stranger sends first.
@@ -217,7 +217,7 @@ async fn without_its_firewall_there_is_no_tunnel() {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(PATIENCE, owned).await.expect("the other program has made its table");
+    tokio::time::timeout(PATIENCE, owned).await.unwrap();
     let agent = site.agent(&V4.pod_network()).await.unwrap();
     let line = agent.wait_for_text("setting up the pod network: ", PATIENCE).await.unwrap();
     assert!(line.contains("dropping packets to port 4790 that are not from 10.9.0.2: "), "{line}");
