@@ -1,5 +1,6 @@
 //! What the cloud forges: the VM's user data, and the KBS's answers on their way to the VM.
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -10,8 +11,6 @@ use serde_json::{Value, json};
 use super::script::{Forgery, UserData};
 use crate::simulators::openssh::OpenSsh;
 
-/// Socket of the attacker, to which hostile user data redirects the tunnels.
-pub(super) const BAIT: &str = "bait.sock";
 /// Tunnel that only hostile user data names.
 pub(super) const BAIT_TUNNEL: &str = "BAIT";
 /// Private key with which the attacker logs in.
@@ -43,10 +42,9 @@ impl HostileCloud {
         Ok(Self { login, other_pod, other_node })
     }
 
-    /// The text of apf.json.
-    pub(super) fn user_data(&self, kind: UserData, directory: &Path) -> String {
-        let bait = directory.join(BAIT);
-        let bait = bait.display();
+    /// The text of apf.json; `bait` is the server of the attacker.
+    pub(super) fn user_data(&self, kind: UserData, directory: &Path, bait: SocketAddr) -> String {
+        let [bus, run] = ["bus.sock", "run.sock"].map(|name| directory.join(name));
         let value: Value = match kind {
             UserData::Empty => json!({}),
             UserData::Tunnels => json!({
@@ -54,8 +52,8 @@ impl HostileCloud {
                 "sc-inbounds": "BOTH_PHASES:KBS:127.0.0.1:1",
             }),
             UserData::UnixSockets => json!({
-                "sc-outbounds": format!("KUBERNETES_PHASE:{BAIT_TUNNEL}:{bait},KUBERNETES_PHASE:VMSERVICE:{bait}"),
-                "sc-inbounds": format!("KUBERNETES_PHASE:NODESERVICE:{}", directory.join("run.sock").display()),
+                "sc-outbounds": format!("KUBERNETES_PHASE:{BAIT_TUNNEL}:{bait},KUBERNETES_PHASE:BUS:{}", bus.display()),
+                "sc-inbounds": format!("KUBERNETES_PHASE:RUN:{}", run.display()),
             }),
             UserData::Keys => json!({
                 "sc": true,

@@ -231,7 +231,7 @@ async fn examine(scene: &PodScene, outcome: &mut Outcome) -> Result<()> {
             outcome.violations.push("the attacker logged in to a VM that runs a pod".to_owned());
         }
     }
-    if scene.bait.connections().await > 0 {
+    if scene.bait.connections() > 0 {
         outcome.violations.push("a tunnel of the user data led to the attacker".to_owned());
     }
     if scene.has_published_keys()? {

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::Write as _;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use tokio::process::Command;
 use tokio::sync::Mutex;
 
 use super::disk::Disk;
-use super::hostile_cloud::{BAIT, HostileCloud};
+use super::hostile_cloud::HostileCloud;
 use super::program::Program;
 use super::script::{Fault, Hit, Script, Side};
 use crate::harness::process::{Binaries, ensure_built};
@@ -73,7 +73,7 @@ pub(super) struct PodScene {
     /// Server of `EARLY`, at the worker node.
     pub early: Server,
     /// Server of the attacker, in the VM: hostile user data leads there.
-    pub bait: Server,
+    pub bait: KataAgent,
     /// Keys of the attacker.
     pub cloud: HostileCloud,
     /// `api-server-rest`.
@@ -166,7 +166,9 @@ impl PodScene {
         let [kata_inbound, vm_inbound, node_inbound, early_inbound] = ports;
         let (store, state) = (Disk::mount(path("store"))?, Disk::mount(path("state"))?);
         let cloud = HostileCloud::new(directory.path()).await?;
-        let user_data = cloud.user_data(script.user_data, directory.path());
+        let bait = KataAgent::tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await?;
+        let bait_address = bait.addr().context("the attacker's server listens on TCP")?;
+        let user_data = cloud.user_data(script.user_data, directory.path(), bait_address);
         std::fs::write(path("apf.json"), user_data).context("writing the VM's daemon config")?;
         write_private(&path("kbs-admin.pem"), kbs.admin_key_pem())?;
         if let Some(ca) = kbs.ca_pem() {
@@ -250,7 +252,7 @@ impl PodScene {
             vm_service: Server::start(path("vm.sock"))?,
             node_service: Server::start(path("node.sock"))?,
             early: Server::start(path("early.sock"))?,
-            bait: Server::start(path(BAIT))?,
+            bait,
             cloud,
             rest: Mutex::new(Some(rest)),
             rest_address,

@@ -63,7 +63,7 @@ pub enum UserData {
     Empty,
     /// Tunnels that lead to the attacker, in every phase, KATAAGENT among them.
     Tunnels,
-    /// Tunnels from and to unix sockets of the VM.
+    /// A tunnel to the attacker in the Kubernetes phase, and tunnels from and to unix sockets of the VM.
     UnixSockets,
     /// Keys of the attacker, with which he logs in.
     Keys,
