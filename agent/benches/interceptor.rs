@@ -17,6 +17,7 @@ mod messages;
 use std::hint::black_box;
 
 // The modules that messages.rs imports.
+use agent_protocol_forwarder::kata::sources::MountPrefixes;
 use agent_protocol_forwarder::kata::{KataAgent, edit, frame};
 use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
