@@ -103,6 +103,16 @@ impl Arguments {
     }
 }
 
+/// Directory of the adaptor's sockets. Short: with the pod's id, the path of a socket may have 107 bytes.
+///
+/// # Errors
+/// It can't be made, or others may access it.
+pub fn run_directory() -> Result<PathBuf> {
+    let directory = std::env::temp_dir().join(format!("sc-{}", nix::unistd::geteuid()));
+    private_directory(&directory)?;
+    Ok(directory)
+}
+
 /// The signals that end a demo program.
 #[derive(Debug)]
 pub struct Stop([Signals; 3]);

@@ -6,7 +6,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use secure_comms_tests::demo::{Arguments, Stop, finish, start, unless_stopped, watch, within};
+use secure_comms_tests::demo::{
+    Arguments, Stop, finish, run_directory, start, unless_stopped, watch, within,
+};
 use secure_comms_tests::harness::process::Child;
 use secure_comms_tests::harness::scene::{Scene, SceneOptions, kata_socket_client, socket};
 use secure_comms_tests::simulators::kata::client::echo_roundtrip;
@@ -63,6 +65,7 @@ async fn run(arguments: &Arguments, address: SocketAddr) -> Result<()> {
         return Ok(());
     };
     scene.kata_inbound = None;
+    scene.run_dir = run_directory()?;
     arguments.expect_agent(&mut scene)?;
     let mut adaptor = start("adaptor", scene.adaptor_command(&[address])?, &directory)?;
     println!("The adaptor connects to {address}. Ctrl-C ends the worker node; start it again to continue.\n");

@@ -124,7 +124,8 @@ impl Scene {
             deadline: 110,
             inbounds: "KUBERNETES_PHASE:VMSERVICE:0".to_owned(),
             kata_inbound: Some("KUBERNETES_PHASE:KATAAGENT:0".to_owned()),
-            run_dir: directory.path().join("run"),
+            // No deeper: with the pod's id, the path of a socket may have 107 bytes.
+            run_dir: directory.path().to_owned(),
             agent_inbounds: format!("KUBERNETES_PHASE:NODESERVICE:{}", node_inbound.port()),
             agent_outbounds: format!("KUBERNETES_PHASE:VMSERVICE:{service}"),
             kata_socket: directory.path().join("kata.sock"),
