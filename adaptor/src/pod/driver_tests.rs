@@ -407,8 +407,7 @@ async fn a_reconnect_to_an_unexpected_agent_gets_no_client() {
     let Driven { driver, events, now: mut states, order, latched } = driven;
     agent.become_(latched.clone());
     let vm = async {
-        let up = states.wait_for(|now| matches!(now.state, PodState::Up { .. })).await;
-        assert!(up.is_ok());
+        assert!(states.wait_for(|now| matches!(now.state, PodState::Up { .. })).await.is_ok());
         agent.become_(redirected(&latched));
         agent.cut();
         events.wait("the agent is refused, no client was connected to it", 1).await;
