@@ -5,14 +5,18 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use secure_comms_tests::attackers::stranger::{Answer, Stranger};
 use secure_comms_tests::boot::{
     Boot, HOST_RAN, HostCredentials, Machine, MachineOptions, MachinePermit, Pod, UserData, apf_json,
     artifacts, scene,
 };
-use secure_comms_tests::harness::scene::Scene;
+use secure_comms_tests::harness::scene::{PATIENCE, Scene, endpoint, kata_client, up};
+use secure_comms_tests::simulators::kata::client::bulk_both_ways;
 use serde_json::json;
+use tokio::time::{sleep, timeout};
 
 fn options(name: &'static str, scene: &Scene, boot: Boot) -> Result<MachineOptions> {
     let user_data = UserData::NoCloud(apf_json(&json!({}))?);
@@ -74,6 +78,45 @@ async fn without_the_measured_option_the_host_is_root() -> Result<()> {
     for program in HostCredentials::PROGRAMS {
         println!("{}", machine.says_after(0, &format!("{HOST_RAN}{program}")).await?);
     }
+    machine.passed();
+    Ok(())
+}
+
+/// The user data of a hostile cloud: root's sockets for strangers, the runtime's requests to the attacker, other keys.
+fn hostile_user_data() -> serde_json::Value {
+    let outbounds = [
+        "ATTESTATION_PHASE:PWN:/run/systemd/private",
+        "BOTH_PHASES:BUS:/run/dbus/system_bus_socket",
+        "both_phases:KATA:/run/kata-agent/agent.sock",
+        "KUBERNETES_PHASE:KATAAGENT:10.0.2.2:9",
+    ];
+    json!({"sc": true, "sc-pp-prv": "AAAA", "sc-wn-pub": "AAAA", "sc-outbounds": outbounds.join(",")})
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn user_data_opens_nothing_of_the_vm_to_a_stranger() -> Result<()> {
+    let scene = scene(false).await?;
+    let user_data = UserData::NoCloud(apf_json(&hostile_user_data())?);
+    let options = MachineOptions::new("hostile-user-data", Boot::Disk(None), scene.ssh, user_data);
+    let machine = Machine::start(MachinePermit::take().await, &options).await?;
+    let booted = async {
+        loop {
+            match Stranger::attestation(scene.ssh, Answer::Silent).await {
+                Ok(stranger) => return stranger,
+                // qemu accepts connections before the agent does.
+                Err(_) => sleep(Duration::from_millis(500)).await,
+            }
+        }
+    };
+    let stranger = timeout(PATIENCE, booted).await.with_context(|| machine.console.log())?;
+    for name in ["PWN", "BUS", "KATA", "KATAAGENT"] {
+        ensure!(stranger.open(name).await.is_err(), "a stranger reaches {name}");
+    }
+    drop(stranger);
+    // The honest pod comes up in spite of it, with its own kata agent.
+    let adaptor = scene.adaptor()?;
+    up(&adaptor).await.with_context(|| machine.console.log())?;
+    bulk_both_ways(kata_client(endpoint(&adaptor, "KATAAGENT").await?).await?, 1 << 20, 11).await?;
     machine.passed();
     Ok(())
 }
