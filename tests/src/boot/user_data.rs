@@ -26,7 +26,7 @@ pub enum UserData {
 /// Inbounds of a test VM (tests/build-test-vm).
 pub(super) const INBOUNDS: &str = "KUBERNETES_PHASE:NODESERVICE:podns:9000";
 /// Outbounds of a test VM.
-pub(super) const OUTBOUNDS: &str = "KUBERNETES_PHASE:INSPECTOR:/run/inspector.sock";
+pub(super) const OUTBOUNDS: &str = "KUBERNETES_PHASE:INSPECTOR:/run/inspector/inspector.sock";
 
 /// The apf.json of a test VM: the content of `keys`, and the pod's name. (Its tunnels are flags: tests/build-test-vm.)
 ///

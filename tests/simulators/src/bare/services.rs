@@ -56,7 +56,7 @@ const SERVICES: [Service; 5] = [
     Service {
         program: SIMULATOR,
         name: "inspector",
-        args: &["--socket", "/run/inspector.sock"],
+        args: &["--socket", "/run/inspector/inspector.sock"],
         in_pod: false,
     },
     Service {
@@ -66,12 +66,15 @@ const SERVICES: [Service; 5] = [
             "-kata-agent-namespace",
             POD_NAMESPACE,
             "-secure-comms",
+            // One of its tests has its keys from the host, and no confidential VM.
+            "-secure-comms-user-data",
+            "all",
             "-kata-agent-socket",
             "/run/kata-agent/agent.sock",
             "-secure-comms-inbounds",
             "KUBERNETES_PHASE:NODESERVICE:podns:9000",
             "-secure-comms-outbounds",
-            "KUBERNETES_PHASE:INSPECTOR:/run/inspector.sock",
+            "KUBERNETES_PHASE:INSPECTOR:/run/inspector/inspector.sock",
         ],
         in_pod: false,
     },
