@@ -16,8 +16,8 @@ use super::say;
 /// Network namespace of the pod's containers.
 const POD_NAMESPACE: &str = "/run/netns/podns";
 /// Directories that the services need.
-pub(super) const DIRECTORIES: [&str; 3] =
-    ["/run/kata-agent", "/run/kata-containers", "/run/confidential-containers"];
+pub(super) const DIRECTORIES: [&str; 4] =
+    ["/run/kata-agent", "/run/kata-containers", "/run/confidential-containers", "/run/inspector"];
 
 /// Pause before an ended service is restarted.
 const PAUSE: Duration = Duration::from_millis(300);
