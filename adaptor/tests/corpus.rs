@@ -11,6 +11,8 @@
 mod corpus;
 #[path = "../../fuzz/src/kbs_answer.rs"]
 mod kbs_answer;
+#[path = "../../fuzz/src/kbs_filter.rs"]
+mod kbs_filter;
 // The path under which kbs_answer.rs finds it.
 #[path = "../src/kbs/error_body.rs"]
 mod error_body;
@@ -18,4 +20,11 @@ mod error_body;
 #[test]
 fn the_corpus_of_kbs_answer_holds() {
     corpus::replay("kbs_answer", kbs_answer::exercise);
+}
+
+#[test]
+fn the_corpus_of_kbs_filter_holds() {
+    corpus::replay("kbs_filter", |data| {
+        kbs_filter::exercise(data, secure_comms_adaptor::kbs_filter::filtered);
+    });
 }
