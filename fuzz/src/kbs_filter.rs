@@ -15,7 +15,10 @@ pub(crate) fn exercise(data: &[u8], filtered: impl Fn(Vec<Bytes>) -> (Vec<u8>, b
     let pieces = stream.chunks(usize::from(*step).max(1)).map(Bytes::copy_from_slice).collect();
     assert_eq!(filtered(pieces), (passed.clone(), refused), "it matters how the bytes are split: {step}");
     if refused {
-        let more = vec![Bytes::copy_from_slice(stream), Bytes::from_static(b"GET /kbs/v0/resource/a/b/c HTTP/1.1\r\n\r\n")];
+        let more = vec![
+            Bytes::copy_from_slice(stream),
+            Bytes::from_static(b"GET /kbs/v0/resource/a/b/c HTTP/1.1\r\n\r\n"),
+        ];
         assert_eq!(filtered(more), (passed.clone(), true), "something passes after a refusal");
     }
     if passed.first().is_some_and(|first| *first != TLS) {
