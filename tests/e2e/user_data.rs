@@ -85,13 +85,13 @@ async fn user_data_opens_nothing_of_the_vm_to_a_stranger() -> Result<()> {
         std::fs::write(scene.path("apf.json"), json!({"sc-outbounds": list}).to_string())?;
         scene.deadline = 300;
         let agent = scene.agent().await?;
-        says(&agent, warning).await?;
         let stranger = Stranger::attestation(scene.ssh, Answer::Silent).await?;
         for name in names {
             ensure!(stranger.open(name).await.is_err(), "{mode}: a stranger reaches {name}");
         }
         ensure!(private.connections() == 0 && scene.kata.connections() == 0, "{mode}: reached");
         ensure!(scene.vm_service.connections() == 0, "{mode}: reached");
+        says(&agent, warning).await?;
         // The honest pod does not mind.
         let adaptor = scene.adaptor()?;
         works(&scene, &adaptor).await.with_context(|| agent.log())?;
@@ -123,12 +123,12 @@ async fn user_data_redirects_neither_the_kata_agent_nor_the_kbs() -> Result<()> 
             });
             let scene = fed(mode, &user_data).await?;
             let agent = scene.agent().await?;
-            says(&agent, if mode == "none" { "'sc-outbounds' ignored" } else { "may not move KATAAGENT" })
-                .await?;
             let adaptor = scene.adaptor()?;
             works(&scene, &adaptor).await.with_context(|| format!("{mode}: {tag}\n{}", agent.log()))?;
             ensure!(evil.connections() == 0, "{mode}: {tag}: the attacker has the kata agent's place");
             ensure!(!agent.log().contains(&format!("127.0.0.1:{kbs}")), "{mode}: it listens on {kbs}");
+            says(&agent, if mode == "none" { "'sc-outbounds' ignored" } else { "may not move KATAAGENT" })
+                .await?;
         }
     }
     Ok(())
@@ -147,11 +147,11 @@ async fn sc_true_with_an_attackers_keys_switches_nothing_on() -> Result<()> {
         }
         std::fs::write(scene.path("apf.json"), user_data.to_string())?;
         let agent = scene.agent().await?;
+        ensure!(Stranger::kubernetes(scene.ssh, &attacker.node).await.is_err(), "{mode}: he is let in");
         for key in ["'sc' ignored", "'sc-pp-prv' ignored"] {
             let line = agent.wait_for_text(key, PATIENCE).await?;
             ensure!(line.contains("-secure-comms-user-data all"), "{line}");
         }
-        ensure!(Stranger::kubernetes(scene.ssh, &attacker.node).await.is_err(), "{mode}: he is let in");
         let adaptor = scene.adaptor()?;
         works(&scene, &adaptor).await.with_context(|| agent.log())?;
         ensure!(Stranger::kubernetes(scene.ssh, &attacker.node).await.is_err(), "{mode}: he is let in");
