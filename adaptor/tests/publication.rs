@@ -110,7 +110,9 @@ fn path_of(digest: &InitDataDigest) -> String {
 
 impl World {
     async fn latched(&self) -> Mode {
-        Mode::kubernetes(self.pod_key().await, self.node_key().await)
+        let init_data = self.adaptor.snapshot(&pod()).and_then(|pod| pod.init_data);
+        let init_data = init_data.map(|digest| digest.to_string());
+        Mode { init_data, ..Mode::kubernetes(self.pod_key().await, self.node_key().await) }
     }
 
     async fn prepare_bound(&self, digest: Option<&InitDataDigest>) -> Result<(), AdaptorError> {

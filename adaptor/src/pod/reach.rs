@@ -109,7 +109,7 @@ impl Driver {
         if let Some(state) = candidates.shown() {
             let others = (!failures.is_empty()).then(|| explain(&self.plan, &failures));
             self.status.others_failed(others);
-            self.status.set_state(state);
+            self.status.set_state(self.status.with_init_data(state));
             // Not before every address was tried: the pod's own agent may be at another one, and need no keys.
             if let Some(publication) = self.plan.publication.as_ref().filter(|_| candidates.all_tried())
                 && publication.need()

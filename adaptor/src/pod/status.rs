@@ -422,6 +422,16 @@ impl StatusReporter {
         }
     }
 
+    /// The state with the advice on the agent's init-data, which may be why it gets no keys.
+    pub(super) fn with_init_data(&self, state: PodState) -> PodState {
+        match (state, &self.seen().init_data) {
+            (PodState::Attesting { attempt, last_error: Some(error) }, Some(hint)) => {
+                PodState::Attesting { attempt, last_error: Some(format!("{error}; {hint}")) }
+            }
+            (state, _) => state,
+        }
+    }
+
     /// What an agent in the Attestation phase says of its init-data, if that is not what is expected.
     pub(super) fn init_data(&self, mismatch: Option<String>) {
         let before = std::mem::replace(&mut self.seen().init_data, mismatch.clone());
