@@ -164,7 +164,7 @@ async fn bulk_streams_complete_over_small_socket_buffers() -> Result<()> {
     let (here, there) = (scene.path("here.sock"), scene.path("there.sock"));
     let mut agent = narrow.command(&scene.binaries().agent);
     agent
-        .args(["-secure-comms", "-pod-namespace", ""])
+        .args(["-secure-comms", "-secure-comms-user-data", "all", "-pod-namespace", ""])
         .arg("-kata-agent-socket")
         .arg(&kata)
         .arg("-config")
