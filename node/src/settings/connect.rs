@@ -56,7 +56,7 @@ impl ConnectSettings {
             refuse_kbs_flags(&mut reader, &args);
             (Some(KeySource::UserData), None)
         } else {
-            kbs(&mut reader, &args)
+            kbs(&mut reader, &args, kbs_filter != Some(Switch::Off))
         };
         let (init_data, worker_nodes, old_agents) = if no_trustee {
             Default::default()
@@ -242,6 +242,7 @@ fn refuse_kbs_flags(reader: &mut SettingsReader<'_>, args: &ConnectArgs) {
 fn kbs(
     reader: &mut SettingsReader<'_>,
     args: &ConnectArgs,
+    filters: bool,
 ) -> (Option<KeySource<KbsSettings>>, Option<OutboundTag>) {
     let given = reader.flag_or(("--kbs", args.kbs.clone()), "SECURE_COMMS_KBS_ADDR");
     let (name, address) = given.unwrap_or(("--kbs", DEFAULT_KBS.to_owned()));
@@ -263,25 +264,29 @@ fn kbs(
         reader.faults.push("--kbs-ca: needs HTTPS: give an https URL with --kbs-url".to_owned());
     }
     let admin = admin(reader, args);
-    warn_of_kbs(reader, url.as_ref(), built_in.as_ref(), admin.is_some());
+    if let Some(url) = &url {
+        warn_of_token(reader, url, admin.is_some());
+        // Over TLS the filter sees no requests.
+        if !filters || url.scheme() != "http" {
+            warn_of_one_place(reader, url, built_in.as_ref());
+        }
+    }
     let key_source = url.map(|url| KeySource::Kbs(KbsSettings { url, ca: args.kbs_ca.clone(), admin }));
     (key_source, built_in)
 }
 
-/// Warns of a KBS whose admin token or admin API can be had by others.
-fn warn_of_kbs(
-    reader: &mut SettingsReader<'_>,
-    url: Option<&Url>,
-    built_in: Option<&OutboundTag>,
-    has_admin: bool,
-) {
-    let Some(url) = url else { return };
+/// Warns of an admin token that others can read.
+fn warn_of_token(reader: &mut SettingsReader<'_>, url: &Url, has_admin: bool) {
     if has_admin && url.scheme() == "http" {
         reader.warnings.push(format!(
             "--kbs-admin-key over {url}: anyone who reads the cluster's network can take the admin token and is the KBS's \
              admin for two minutes; the pods' keys pass it in the clear; give an https URL with --kbs-url"
         ));
     }
+}
+
+/// Warns of a tunnel that leads to the KBS's admin API.
+fn warn_of_one_place(reader: &mut SettingsReader<'_>, url: &Url, built_in: Option<&OutboundTag>) {
     // As the URL without a flag is made: so that the same place is written the same.
     let tunnels = built_in.and_then(|tag| Url::parse(&format!("http://{}", tag.target)).ok());
     let place = |url: &Url| Some((url.host_str()?.to_owned(), url.port_or_known_default()?));
