@@ -2,6 +2,7 @@
 //! in a directory, so that either may be killed and started again.
 
 use std::cell::Cell;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -80,15 +81,17 @@ impl Arguments {
         std::fs::write(self.agent_file(), text).context("leaving what the agent runs with")
     }
 
-    /// Makes the adaptor of this scene expect the agent that was left.
+    /// Makes the adaptor of this scene expect the agent that `demo-vm` left; one with the built-in tunnels, if it left none.
     ///
     /// # Errors
-    /// None was left.
+    /// The file can't be read.
     pub fn expect_agent(&self, scene: &mut Scene) -> Result<()> {
         let file = self.agent_file();
-        let text = std::fs::read_to_string(&file);
-        let text =
-            text.with_context(|| format!("no demo-vm has left what it runs with in {}", file.display()))?;
+        let text = match std::fs::read_to_string(&file) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error).with_context(|| format!("reading {}", file.display())),
+        };
         let [inbounds, outbounds, socket] = text.lines().collect::<Vec<_>>()[..] else {
             bail!("{}: expected three lines", file.display());
         };

@@ -99,11 +99,19 @@ pub(super) struct Names {
     pub(super) ssh: SocketAddr,
     pub(super) kbs_inbound: SocketAddr,
     pub(super) node_inbound: SocketAddr,
+    /// The adaptor expects the agent's tunnels where they were.
+    pub(super) vm_service: SocketAddr,
 }
 
 impl Names {
     pub(super) fn new() -> Result<Self> {
-        Ok(Self { pod: pod_id()?, ssh: free_port()?, kbs_inbound: free_port()?, node_inbound: free_port()? })
+        Ok(Self {
+            pod: pod_id()?,
+            ssh: free_port()?,
+            kbs_inbound: free_port()?,
+            node_inbound: free_port()?,
+            vm_service: free_port()?,
+        })
     }
 
     /// Those of the directory; makes them at its first use.
@@ -131,6 +139,7 @@ impl Names {
             "ssh": self.ssh,
             "kbs_inbound": self.kbs_inbound,
             "node_inbound": self.node_inbound,
+            "vm_service": self.vm_service,
         })
     }
 
@@ -144,6 +153,7 @@ impl Names {
             ssh: address("ssh")?,
             kbs_inbound: address("kbs_inbound")?,
             node_inbound: address("node_inbound")?,
+            vm_service: address("vm_service")?,
         })
     }
 }

@@ -101,7 +101,7 @@ impl Scene {
 
     async fn build(options: SceneOptions, directory: Directory) -> Result<Self> {
         let binaries = ensure_built().await?;
-        let Names { pod, ssh, kbs_inbound, node_inbound } = Names::of(&directory)?;
+        let Names { pod, ssh, kbs_inbound, node_inbound, vm_service } = Names::of(&directory)?;
         let kbs = Kbs::start(options.kbs.clone()).await?;
         let scheme = if kbs.ca_pem().is_some() { "https" } else { "http" };
         let mut cdh = CdhOptions::new(format!("{scheme}://{kbs_inbound}"));
@@ -112,7 +112,7 @@ impl Scene {
             // As the cloud writes it for a pod whose keys come from the KBS.
             std::fs::write(directory.path().join("apf.json"), "{}")?;
         }
-        let vm_service = KataAgent::tcp(any).await?;
+        let vm_service = KataAgent::tcp(vm_service).await?;
         let service = vm_service.addr().context("the VM's service listens on TCP")?;
         Ok(Self {
             guest: Rest::start(any, Backend::Local(cdh.clone())).await?,
