@@ -114,7 +114,8 @@ pub(super) fn make(source: &Path, prefixes: &MountPrefixes) -> io::Result<Source
         Err(Errno::ELOOP) => Ok(Source::Left(Why::Link)),
         Err(Errno::ENOSYS) => Err(io::Error::new(
             io::ErrorKind::Unsupported,
-            "the kernel has no openat2, without which a link could lead anywhere; use Linux 5.6 or later",
+            "openat2 is missing, without which a link could lead anywhere; use Linux 5.6 or later, and no \
+             RestrictSUIDSGID= in the unit, which forbids it",
         )),
         Err(errno) => Err(errno.into()),
     }

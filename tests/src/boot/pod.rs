@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
@@ -186,15 +186,17 @@ impl Pod {
 
         let volume = "/run/kata-containers/volume";
         let request = container(volume, true);
-        let waiting = tokio::spawn(async move { runtime.create_container(&request).await });
+        let mut waiting = tokio::spawn(async move { runtime.create_container(&request).await });
         let made = async {
             while self.inspection.run(&["stat", volume]).await.is_err() {
                 // No event shows when a directory of the VM is made.
                 sleep(Duration::from_millis(100)).await;
             }
         };
-        timeout(PATIENCE, made).await.context("the source of a bind mount was not made")?;
-        ensure!(!waiting.is_finished(), "the request did not wait for its volume");
+        tokio::select! {
+            made = timeout(PATIENCE, made) => made.context("the source of a bind mount was not made")?,
+            ended = &mut waiting => bail!("the request did not wait for its volume: {:?}", ended?.err()),
+        }
         let _ = self.inspection.run(&["mount", "-t", "tmpfs", "tmpfs", volume]).await?;
         // The simulator does not know the request and closes the connection, so the request has arrived.
         let ended = timeout(PATIENCE, waiting).await.context("the mounted volume is not seen")??;
