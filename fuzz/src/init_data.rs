@@ -1,4 +1,4 @@
-//! Properties of the reader of `secure-comms.toml` for any text: whoever starts a VM writes it.
+//! Properties of the reader of `secure-comms.toml` for any text: the one who starts a VM writes it.
 
 use agent_protocol_forwarder::config::init_data::{self, InitData};
 use agent_protocol_forwarder::config::{Config, Inputs, KeySource, flags};

@@ -1,4 +1,4 @@
-//! `-secure-comms-require-pq` and `--require-pq`: no session without ML-KEM, whoever leaves it out.
+//! `-secure-comms-require-pq` and `--require-pq`: no session without ML-KEM, at whichever end it is missing.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::net::{Ipv4Addr, SocketAddr};

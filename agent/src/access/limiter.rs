@@ -34,9 +34,9 @@ type Queue = tokio::sync::Mutex<Option<Instant>>;
 pub(crate) enum Preference {
     /// None.
     None,
-    /// So many places are for sources from which a worker node has logged in.
+    /// This number of places is for sources from which a worker node has logged in.
     Proven(usize, Arc<Sources>),
-    /// So many places are for sources without a failed attempt. The source with the longest penalty loses places first.
+    /// This number of places is for sources without a failed attempt. The source with the longest penalty loses places first.
     Unfailed(usize, Arc<Sources>),
 }
 

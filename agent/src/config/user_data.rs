@@ -1,4 +1,4 @@
-//! What the VM's user data (apf.json) may decide. Whoever runs the cloud writes it, and no measurement holds it.
+//! What the VM's user data (apf.json) may decide. The cloud writes it, and no measurement holds it.
 
 use std::fmt;
 use std::str::FromStr;

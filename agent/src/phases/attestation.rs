@@ -67,7 +67,7 @@ const SILENT: &str = "the attestation peer offers the KBS and brings no answer f
 impl GuestApi {
     /// Fetches a pod's keys. Each fetch is a full attestation.
     ///
-    /// As one resource: whoever is on the way to the KBS can make an answer of his own, but can't read a true one. So he can keep
+    /// As one resource: an attacker on the path to the KBS can make an answer of his own, but can't read a true one. So he can keep
     /// both keys from us or replace both, and never mix them.
     async fn keys(&self, pod: &PodId) -> Result<PodKeys, AttemptError> {
         let digest = match &self.resource {

@@ -19,7 +19,7 @@ const TABLE: &[u8] = b"secure-comms\0";
 /// The hook that a chain is attached to.
 #[derive(Clone, Copy)]
 enum Hook {
-    /// For packets to the tunnel, whoever sent them.
+    /// For packets to the tunnel, from any sender.
     Prerouting,
     /// For packets to the worker node.
     Output,

@@ -13,7 +13,7 @@ pub(super) const BODY_MAX: u64 = 16 * 1024 * 1024;
 /// What follows an accepted head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Body {
-    /// So many bytes.
+    /// This number of bytes.
     Length(u64),
     Chunked,
 }

@@ -27,9 +27,9 @@ enum State {
     Start,
     /// A head.
     Head(Line),
-    /// A body, or the data of a chunk, of which so many bytes are left.
+    /// A body, or the data of a chunk, of which this number of bytes is left.
     Data { left: u64, chunked: bool },
-    /// The size of a chunk, of which so many digits were read.
+    /// The size of a chunk, of which this number of digits was read.
     ChunkSize { digits: usize, size: u64 },
     /// The LF after a chunk's size.
     ChunkSizeEnd { size: u64 },
