@@ -71,7 +71,8 @@ impl Prepared {
     /// # Errors
     /// If a program is not installed or does not start.
     pub(super) async fn new(who: Who, place: &Place, target: SocketAddr) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("secure-comms-bench-").tempdir()?;
+        // Short: with the pod's id, the path of a socket below it may have 107 bytes.
+        let directory = tempfile::Builder::new().prefix("sc-bench-").tempdir()?;
         let (inbound, ssh) = (free_port()?, SocketAddr::new(place.vm(), free_port()?.port()));
         let pod = pod_id()?;
         let keys = PodKeys::make(directory.path(), "bench").await?;
@@ -122,7 +123,7 @@ impl Prepared {
         command.arg("--store").arg(self.path("store"));
         command.args(["--inbounds", &format!("KUBERNETES_PHASE:BENCH:{}", self.inbound.port())]);
         command.args(["--pp-outbounds", &format!("KUBERNETES_PHASE:BENCH:{}", self.target)]);
-        command.arg("--run-dir").arg(self.path("run"));
+        command.arg("--run-dir").arg(self.path(""));
         command.arg("--kata-agent-socket").arg(self.path("kata.sock"));
         Ok(command)
     }
