@@ -46,7 +46,6 @@ impl Driven {
             addresses: addresses(at),
             node_key,
             pod_key: key.public().unwrap(),
-            init_data: None,
             publication: None,
             expected: Arc::new(expected),
             attestation: KeySource::Kbs(Tunnels::new(&inbounds, &outbounds, true)),

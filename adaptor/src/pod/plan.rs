@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_protocol::tag::Host;
-use secure_comms_protocol::{Attestation, InitDataDigest, Kubernetes, PodId};
+use secure_comms_protocol::{Attestation, Kubernetes, PodId};
 use secure_comms_ssh::profile::KeyExchange;
 
 use super::expected_agent::ExpectedAgent;
@@ -35,8 +35,6 @@ pub(crate) struct Plan {
     pub(crate) pod_key: PodPublic,
     /// What the agent may run with.
     pub(crate) expected: Arc<ExpectedAgent>,
-    /// Digest of the init-data that the VM is started with, if one is expected.
-    pub(crate) init_data: Option<InitDataDigest>,
     /// The pod's keys at the KBS; none if the VM has its keys from user data.
     pub(crate) publication: Option<Arc<Publication>>,
     /// For a VM that attests: the tunnels of the Attestation phase.

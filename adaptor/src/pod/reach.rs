@@ -69,7 +69,7 @@ impl Driver {
             Report::Attesting { link, mismatches, init_data } => {
                 candidates.attesting(address, link);
                 self.status.connected();
-                let expected = self.plan.init_data.as_ref();
+                let expected = self.plan.expected.init_data.as_ref();
                 self.status.init_data(init_data_mismatch(expected, init_data.as_deref()));
                 self.status.emit(&PodEvent::Attesting(address));
                 self.report_mismatches(PhaseName::Attestation, mismatches.as_deref());

@@ -59,7 +59,6 @@ impl Channel {
             node_key: served.node_key.clone(),
             pod_key: served.pod_key,
             expected: Arc::new(expected),
-            init_data: served.init_data.clone(),
             publication,
             attestation: shared
                 .key_source
