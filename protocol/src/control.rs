@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hello::Hello;
 use crate::limits::CONTROL_LINE_MAX;
+use crate::session::Position;
 
 /// Progress of the agent's attempts to get its keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,11 +42,60 @@ pub struct Credit {
     pub bytes: u32,
 }
 
-/// Message before an end closes the connection.
+/// How far the sender has come with receiving a stream of a session: gives credit back, and acknowledges what arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamPosition {
+    /// Stream id: the originator port of the channel open.
+    pub stream: u32,
+    /// See [`Position::received`].
+    pub received: u64,
+    /// See [`Position::granted`].
+    pub granted: u64,
+}
+
+impl StreamPosition {
+    /// The position of this stream.
+    pub const fn new(stream: u32, Position { received, granted }: Position) -> Self {
+        Self { stream, received, granted }
+    }
+
+    /// The position without the stream.
+    pub const fn position(self) -> Position {
+        Position { received: self.received, granted: self.granted }
+    }
+}
+
+/// The agent's answer to a `hello` with a lane.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionReply {
+    /// Id of the session that this connection belongs to.
+    pub id: String,
+    /// Whether it is the session that the hello named, with its streams.
+    pub resumed: bool,
+}
+
+/// Adaptor to agent, on a connection that resumes a session: the streams that the adaptor knows.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownStreams {
+    /// Stream ids, of the streams of both ends.
+    pub known: Vec<u32>,
+}
+
+/// Agent to adaptor: the agent has a stream for a lane that is not connected.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WantedLane {
+    /// Name of the lane.
+    pub name: String,
+}
+
+/// Message before an end closes the connection.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bye {
     /// Reason, for the log of the other end.
     pub reason: String,
+    /// Whether the session ends, too, and with it all its streams and lanes. Otherwise only this connection does.
+    #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+    pub ends_session: bool,
 }
 
 /// A message with no content.
@@ -64,8 +114,16 @@ pub enum Control {
     Upgrade(Empty),
     /// Agent to adaptor, in the Kubernetes phase: a line of the agent's log.
     Log(LogLine),
-    /// Credit for a stream.
+    /// Credit for a stream without a session.
     Credit(Credit),
+    /// Position in a stream of a session.
+    Position(StreamPosition),
+    /// Agent to adaptor: the session of this connection.
+    Session(SessionReply),
+    /// Adaptor to agent: the streams that go on.
+    Streams(KnownStreams),
+    /// Agent to adaptor: a lane is wanted.
+    Lane(WantedLane),
     /// Liveness probe; the answer is a pong with the same number.
     Ping(u64),
     /// Answer to the ping with this number.
@@ -82,6 +140,10 @@ struct Line {
     upgrade: Option<Empty>,
     log: Option<LogLine>,
     credit: Option<Credit>,
+    position: Option<StreamPosition>,
+    session: Option<SessionReply>,
+    streams: Option<KnownStreams>,
+    lane: Option<WantedLane>,
     ping: Option<u64>,
     pong: Option<u64>,
     bye: Option<Bye>,
@@ -126,6 +188,10 @@ impl Control {
             .hello
             .map(Self::Hello)
             .or(line.credit.map(Self::Credit))
+            .or(line.position.map(Self::Position))
+            .or(line.session.map(Self::Session))
+            .or(line.streams.map(Self::Streams))
+            .or(line.lane.map(Self::Lane))
             .or(line.ping.map(Self::Ping))
             .or(line.pong.map(Self::Pong))
             .or(line.keys.map(Self::Keys))

@@ -20,6 +20,13 @@ pub struct Hello {
     /// Pod that the adaptor serves. Only the adaptor sends it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pod_id: Option<String>,
+    /// Lane that this connection is to be, in a session. Only the adaptor sends it, in the Kubernetes phase; without it the
+    /// connection has no session.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lane: Option<String>,
+    /// Id of the session that the connection is to join; none for a new session. Only the adaptor sends it, with a lane.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session: Option<String>,
     /// Phase of the agent. Only the agent sends it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub phase: Option<PhaseName>,

@@ -5,7 +5,13 @@ use core::time::Duration;
 /// Default TCP port of the agent.
 pub const SSH_PORT: u16 = 2222;
 /// Version of the control protocol in `hello`.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
+/// First version of it with sessions.
+pub const SESSIONS_VERSION: u32 = 2;
+/// Time for which an agent keeps a session that has no connection.
+pub const SESSION_LINGER: Duration = Duration::from_secs(60);
+/// Time for which a new stream waits for its lane before it uses the main one.
+pub const LANE_WAIT: Duration = Duration::from_secs(1);
 /// Name of the SSH subsystem that carries the control messages.
 pub const CONTROL_SUBSYSTEM: &str = "secure-comms";
 

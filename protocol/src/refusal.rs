@@ -52,6 +52,8 @@ pub enum RefusalReason {
     TooManyStreams,
     /// The stream id is in use, or belongs to the other end's range.
     BadStreamId(u32),
+    /// The session has no stream of this id and tunnel that could go on.
+    UnknownStream(u32),
     /// The connection has ended.
     ConnectionGone,
     /// The server of the outbound can't be reached; with the error.
@@ -66,6 +68,7 @@ impl RefusalReason {
             | Self::NoOutbound
             | Self::NotRequested
             | Self::BadStreamId(_)
+            | Self::UnknownStream(_)
             | Self::ConnectionGone => RefusalKind::Prohibited,
             Self::TooManyStreams => RefusalKind::Shortage,
             Self::Unreachable(_) => RefusalKind::ConnectFailed,
@@ -81,6 +84,7 @@ impl fmt::Display for RefusalReason {
             Self::NotRequested => f.write_str("the adaptor has not asked for streams of this name"),
             Self::TooManyStreams => f.write_str("too many open streams on this connection; close some"),
             Self::BadStreamId(id) => write!(f, "stream id {id} is in use or not the opener's to give"),
+            Self::UnknownStream(id) => write!(f, "the session knows no stream {id} of this tunnel"),
             Self::ConnectionGone => f.write_str("the connection is gone"),
             Self::Unreachable(error) => f.write_str(error),
         }

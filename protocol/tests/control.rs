@@ -8,7 +8,9 @@
 )]
 
 use proptest::prelude::*;
-use secure_comms_protocol::control::{Bye, ControlError, Empty, Lines, LogLine};
+use secure_comms_protocol::control::{
+    Bye, ControlError, Empty, KnownStreams, Lines, LogLine, SessionReply, StreamPosition, WantedLane,
+};
 use secure_comms_protocol::limits::CONTROL_LINE_MAX;
 use secure_comms_protocol::{AgentConfig, Control, Credit, Hello, KeyProgress, PhaseName};
 
@@ -100,7 +102,7 @@ fn each_line_of_the_protocol_survives_a_round_trip() {
         (r#"{"pong":0}"#, Control::Pong(0)),
         (
             r#"{"bye":{"reason":"a \"newer\" one\n came"}}"#,
-            Control::Bye(Bye { reason: "a \"newer\" one\n came".into() }),
+            Control::Bye(Bye { reason: "a \"newer\" one\n came".into(), ..Bye::default() }),
         ),
     ];
     for (line, message) in cases {
@@ -223,6 +225,8 @@ fn any_message() -> impl Strategy<Value = Control> {
                 version,
                 credit,
                 instance: pod_id.clone(),
+                lane: pod_id.clone(),
+                session: pod_id.clone(),
                 pod_id,
                 phase,
                 inbounds,
@@ -239,7 +243,13 @@ fn any_message() -> impl Strategy<Value = Control> {
         (any::<u32>(), any::<u32>()).prop_map(|(stream, bytes)| Control::Credit(Credit { stream, bytes })),
         any::<u64>().prop_map(Control::Ping),
         any::<u64>().prop_map(Control::Pong),
-        any::<String>().prop_map(|reason| Control::Bye(Bye { reason })),
+        any::<(String, bool)>().prop_map(|(reason, ends_session)| Control::Bye(Bye { reason, ends_session })),
+        any::<(u32, u64, u64)>().prop_map(|(stream, received, granted)| {
+            Control::Position(StreamPosition { stream, received, granted })
+        }),
+        any::<(String, bool)>().prop_map(|(id, resumed)| Control::Session(SessionReply { id, resumed })),
+        any::<Vec<u32>>().prop_map(|known| Control::Streams(KnownStreams { known })),
+        any::<String>().prop_map(|name| Control::Lane(WantedLane { name })),
     ]
 }
 

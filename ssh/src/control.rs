@@ -81,7 +81,7 @@ impl Outbox {
 
     /// Queues a `bye`.
     pub fn bye(&self, reason: &str) {
-        self.send(Control::Bye(Bye { reason: reason.to_owned() }));
+        self.send(Control::Bye(Bye { reason: reason.to_owned(), ..Bye::default() }));
     }
 
     /// Requests a ping before the next regular one. No ping is sent while one is unanswered.
@@ -176,7 +176,18 @@ async fn read<R: Receiver>(
 
 /// Whether the caller of [`run`] handles the message; flow control, liveness and `bye` end here.
 fn is_for_caller(message: &Control) -> bool {
-    matches!(message, Control::Hello(_) | Control::Keys(_) | Control::Upgrade(_) | Control::Log(_))
+    match message {
+        Control::Hello(_)
+        | Control::Keys(_)
+        | Control::Upgrade(_)
+        | Control::Log(_)
+        | Control::Session(_)
+        | Control::Streams(_)
+        | Control::Lane(_) => true,
+        Control::Credit(_) | Control::Position(_) | Control::Ping(_) | Control::Pong(_) | Control::Bye(_) => {
+            false
+        }
+    }
 }
 
 /// Handles flow control and liveness; returns an end if the message ends the channel.
@@ -196,7 +207,13 @@ fn on_message(
         }
         Control::Bye(message) => return Some(ControlEnd::Bye(message.reason.clone())),
         Control::Hello(hello) => return on_hello(hello.credit, credits, outbox, pings),
-        Control::Keys(_) | Control::Upgrade(_) | Control::Log(_) => {}
+        Control::Keys(_)
+        | Control::Upgrade(_)
+        | Control::Log(_)
+        | Control::Position(_)
+        | Control::Session(_)
+        | Control::Streams(_)
+        | Control::Lane(_) => {}
     }
     None
 }

@@ -250,7 +250,7 @@ async fn a_dropped_session_frees_everything() {
 #[tokio::test]
 async fn a_bye_ends_the_session_with_its_reason() {
     let (agent, mut session) = session("").await;
-    agent.say(&Control::Bye(Bye { reason: "tired\n".into() }));
+    agent.say(&Control::Bye(Bye { reason: "tired\n".into(), ..Bye::default() }));
     let why = timeout(PATIENCE, session.ended()).await.unwrap().to_string();
     assert_eq!(why, "the agent said bye: tired\\n");
     session.close("bye").await;
@@ -272,7 +272,7 @@ async fn a_proven_agents_log_arrives_as_short_lines() {
         agent.say(&Control::Log(LogLine { seq, ..LogLine::default() }));
         tokio::task::yield_now().await;
     }
-    agent.say(&Control::Bye(Bye { reason: "done".into() }));
+    agent.say(&Control::Bye(Bye { reason: "done".into(), ..Bye::default() }));
     timeout(PATIENCE, session.ended()).await.unwrap();
     let mut kept = 0;
     while log.recv().await.is_some() {
@@ -291,7 +291,7 @@ async fn an_unproven_agent_can_log_nothing_here() {
     let mut session = Session::establish(connection, &pod(), &tunnels).await.unwrap();
     session.serve_streams();
     agent.say(&Control::Log(LogLine { seq: 1, text: "advertisement".into(), ..LogLine::default() }));
-    agent.say(&Control::Bye(Bye { reason: "done".into() }));
+    agent.say(&Control::Bye(Bye { reason: "done".into(), ..Bye::default() }));
     timeout(PATIENCE, session.ended()).await.unwrap();
     assert_eq!(session.take_log().unwrap().recv().await, None);
 }

@@ -311,7 +311,7 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
 /// Sends a bye on a control channel that is not run any more.
 async fn say_bye(sender: &impl Sender, reason: String) {
     let mut line = Vec::new();
-    Control::Bye(Bye { reason }).write_line(&mut line);
+    Control::Bye(Bye { reason, ..Bye::default() }).write_line(&mut line);
     // If the connection is gone, so is the reader of the reason.
     let _ = sender.send(line.into()).await;
 }
@@ -334,7 +334,14 @@ impl Reports {
                     }
                     return false;
                 }
-                Control::Credit(_) | Control::Ping(_) | Control::Pong(_) | Control::Bye(_) => return false,
+                Control::Credit(_)
+                | Control::Position(_)
+                | Control::Session(_)
+                | Control::Streams(_)
+                | Control::Lane(_)
+                | Control::Ping(_)
+                | Control::Pong(_)
+                | Control::Bye(_) => return false,
             }
             true
         });
