@@ -21,15 +21,15 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
 use super::candidates::Reached;
-use super::connect::{AnySession, Connected};
+use super::connect::{AnyConnection, Connected};
 use super::failover::{await_failover, failover_reason};
 use super::plan::Plan;
 use super::status::{PodEvent, PodState, StatusReporter};
 use super::vm_log::VmLog;
 use super::withdrawal::until_gone;
 use crate::text::quote;
+use crate::transport::agent_connection::AgentConnection;
 use crate::transport::routes::Routes;
-use crate::transport::session::Session;
 use crate::transport::ssh::AuthLock;
 
 /// An order to end the channel from this side.
@@ -135,13 +135,13 @@ impl Driver {
         let mut found = None;
         loop {
             let reached = match found.take() {
-                Some(Connected { index, address, session: AnySession::Kubernetes(session) }) => {
-                    Ok(Reached { index, address, session })
+                Some(Connected { index, address, connection: AnyConnection::Kubernetes(connection) }) => {
+                    Ok(Reached { index, address, connection })
                 }
                 attesting => self.reach(first, attesting).await,
             };
             let served = match reached {
-                Ok(Reached { address, session, .. }) => self.run_kubernetes(address, session).await,
+                Ok(Reached { address, connection, .. }) => self.run_kubernetes(address, connection).await,
                 Err(ended) => return ended,
             };
             found = match served {
@@ -157,20 +157,20 @@ impl Driver {
     async fn run_kubernetes(
         &mut self,
         address: SocketAddr,
-        mut session: Session<Kubernetes>,
+        mut connection: AgentConnection<Kubernetes>,
     ) -> Result<Option<Connected>, Ended> {
         let since = Instant::now();
-        match self.plan.expected.check(session.agent()) {
+        match self.plan.expected.check(connection.agent()) {
             Ok(warnings) => self.log_warnings(warnings),
             Err(unexpected) => {
                 let why = unexpected.to_string();
-                return self.on_unexpected(session, since, why).await.map(|()| None);
+                return self.on_unexpected(connection, since, why).await.map(|()| None);
             }
         }
-        match self.withdraw_key(&mut session).await {
+        match self.withdraw_key(&mut connection).await {
             Withdrawal::Done => {}
             Withdrawal::Stopped(stop) => {
-                session.close(stop.reason).await;
+                connection.close(stop.reason).await;
                 return Err(Ended::Stopped);
             }
             Withdrawal::Ended(why) => {
@@ -187,33 +187,33 @@ impl Driver {
         if self.last_up.replace(since).is_none_or(|last| last.elapsed() >= 2 * RETRY_MAX) {
             self.backoff.reset();
         }
-        session.serve_streams();
-        self.routes.set_kubernetes(session.link());
-        let instance = session.agent().instance.clone().unwrap_or_default();
+        connection.serve_streams();
+        self.routes.set_kubernetes(connection.link());
+        let instance = connection.agent().instance.clone().unwrap_or_default();
         self.status.up(address, instance.clone());
-        self.report_mismatches(PhaseName::Kubernetes, session.tunnel_mismatches());
-        let (liveness, lock) = (session.liveness(), AuthLock::default());
-        let vm_log = self.vm_log.show(session.take_log(), &instance, &self.status);
+        self.report_mismatches(PhaseName::Kubernetes, connection.tunnel_mismatches());
+        let (liveness, lock) = (connection.liveness(), AuthLock::default());
+        let vm_log = self.vm_log.show(connection.take_log(), &instance, &self.status);
         tokio::select! {
             never = vm_log => match never {},
             stop = stopped(&mut self.stop) => {
                 self.routes.close();
-                self.drain_streams(&session, stop.drain).await;
-                session.close(stop.reason).await;
+                self.drain_streams(&connection, stop.drain).await;
+                connection.close(stop.reason).await;
                 Err(Ended::Stopped)
             }
-            why = session.ended() => {
+            why = connection.ended() => {
                 self.routes.close();
-                let why = format!("{why}{}", cost(&session));
-                drop(session);
+                let why = format!("{why}{}", cost(&connection));
+                drop(connection);
                 self.down(PhaseName::Kubernetes, why);
                 self.pause_if_short_lived(since).await?;
                 Ok(None)
             }
             connected = await_failover(&self.plan, &liveness, PhaseName::Kubernetes, &lock) => {
                 self.routes.close();
-                let why = failover_reason(address, &connected) + &cost(&session);
-                drop(session);
+                let why = failover_reason(address, &connected) + &cost(&connection);
+                drop(connection);
                 self.down(PhaseName::Kubernetes, why);
                 Ok(Some(connected))
             }
@@ -224,11 +224,11 @@ impl Driver {
     /// same address.
     async fn on_unexpected(
         &mut self,
-        session: Session<Kubernetes>,
+        connection: AgentConnection<Kubernetes>,
         since: Instant,
         why: String,
     ) -> Result<(), Ended> {
-        session.close(&quote(&why)).await;
+        connection.close(&quote(&why)).await;
         if self.starting {
             return Err(Ended::Unexpected(why));
         }
@@ -246,15 +246,15 @@ impl Driver {
     }
 
     /// Deletes the pod's key from the KBS, unless the connection ends first.
-    async fn withdraw_key(&mut self, session: &mut Session<Kubernetes>) -> Withdrawal {
+    async fn withdraw_key(&mut self, connection: &mut AgentConnection<Kubernetes>) -> Withdrawal {
         let Some(publication) = self.plan.publication.clone() else { return Withdrawal::Done };
-        let (liveness, mut stop, lock) = (session.liveness(), self.stop.clone(), AuthLock::default());
+        let (liveness, mut stop, lock) = (connection.liveness(), self.stop.clone(), AuthLock::default());
         tokio::select! {
             // Nothing else is looked at if the key is gone already.
             biased;
             () = until_gone(&publication, &self.status, |why| self.set_degraded(why)) => Withdrawal::Done,
             stop = stopped(&mut stop) => Withdrawal::Stopped(stop),
-            why = session.ended() => Withdrawal::Ended(why.to_string()),
+            why = connection.ended() => Withdrawal::Ended(why.to_string()),
             connected = await_failover(&self.plan, &liveness, PhaseName::Kubernetes, &lock) => {
                 Withdrawal::Replaced(Box::new(connected))
             }
@@ -262,10 +262,10 @@ impl Driver {
     }
 
     /// Waits until no stream is open, for at most `limit`.
-    async fn drain_streams(&self, session: &Session<Kubernetes>, limit: Duration) {
+    async fn drain_streams(&self, connection: &AgentConnection<Kubernetes>, limit: Duration) {
         // The streams that outlast the limit are counted below.
-        drop(timeout(limit, session.idle()).await);
-        match session.open_streams() {
+        drop(timeout(limit, connection.idle()).await);
+        match connection.open_streams() {
             0 => {}
             left => tracing::warn!(
                 "pod {}: stop: {left} streams did not end within {} s and are reset",
@@ -315,8 +315,8 @@ impl Driver {
 }
 
 /// What the end of the connection costs: its streams cannot go on over another one.
-fn cost(session: &Session<Kubernetes>) -> String {
-    match session.open_streams() {
+fn cost(connection: &AgentConnection<Kubernetes>) -> String {
+    match connection.open_streams() {
         0 => String::new(),
         1 => "; 1 stream is reset by the reconnect".to_owned(),
         streams => format!("; {streams} streams are reset by the reconnect"),

@@ -21,7 +21,7 @@ use super::{
 use crate::key_source::KeySource;
 use crate::support::agent::{Agent, Mode};
 use crate::support::{KATAAGENT, Lines, PATIENCE, addresses, pod};
-use crate::transport::session::Tunnels;
+use crate::transport::agent_connection::Tunnels;
 use crate::transport::ssh::Answered;
 
 const LONG: Duration = Duration::from_secs(600);

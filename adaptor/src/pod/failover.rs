@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::connect::{Connected, connect_any};
 use super::plan::Plan;
-use crate::transport::session::Liveness;
+use crate::transport::agent_connection::Liveness;
 use crate::transport::ssh::{AuthHold, AuthLock};
 
 /// Why the connection to `address` was replaced.

@@ -13,7 +13,7 @@ use super::lost_vm::LostLimits;
 use crate::address::Address;
 use crate::key_source::KeySource;
 use crate::publication::Publication;
-use crate::transport::session::Tunnels;
+use crate::transport::agent_connection::Tunnels;
 use crate::transport::ssh::Answered;
 use secure_comms_keys::{PodPublic, WorkerNodeKey};
 

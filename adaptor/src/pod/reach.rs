@@ -16,7 +16,7 @@ use super::status::PodEvent;
 
 impl Driver {
     /// Returns once the Kubernetes phase is up at an address of the pod. `first` is the phase to try first at each, and
-    /// `found` a session in the Attestation phase that is there already.
+    /// `found` a connection in the Attestation phase that is there already.
     ///
     /// # Errors
     /// The channel was stopped, or a start failed because the VM is lost.
@@ -57,7 +57,7 @@ impl Driver {
         }
     }
 
-    /// The sessions elsewhere end on their own: the pod does not wait for what a stranger does.
+    /// The connections elsewhere end on their own: the pod does not wait for what a stranger does.
     fn end_others(&mut self, candidates: Candidates) {
         while self.ending.try_join_next().is_some() {}
         self.ending.spawn(candidates.end("the Kubernetes phase is up on another connection"));
@@ -103,7 +103,7 @@ impl Driver {
         }
     }
 
-    /// Shows the most advanced session; without one, why every address failed.
+    /// Shows the most advanced connection; without one, why every address failed.
     fn show(&self, candidates: &Candidates) {
         let failures = candidates.failures();
         if let Some(state) = candidates.shown() {

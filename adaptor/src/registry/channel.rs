@@ -19,8 +19,8 @@ use crate::pod::{
     AttestationLimits, Driver, Ended, Entry, ExpectedAgent, LostLimits, Plan, PodState, StatusReporter, Stop,
 };
 use crate::publication::Publication;
+use crate::transport::agent_connection::Tunnels;
 use crate::transport::routes::Routes;
-use crate::transport::session::Tunnels;
 use crate::transport::ssh::Answered;
 
 /// The shortest time between two publications, so that neither a stranger in place of the agent nor an agent that never

@@ -1,4 +1,4 @@
-//! A session: an authenticated connection on which both ends have exchanged hellos over the control channel.
+//! An authenticated connection to the agent, on which both ends have exchanged hellos over the control channel.
 
 mod tunnels;
 
@@ -28,17 +28,17 @@ const LOG_QUEUE: usize = LOG_KEPT + LOG_BATCH;
 /// Longest name of a level, in bytes.
 const LEVEL_MAX: usize = 20;
 
-/// Why a session ended, as one line.
+/// Why a connection ended, as one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct SessionEnd(String);
+pub(crate) struct ConnectionEnd(String);
 
-impl fmt::Display for SessionEnd {
+impl fmt::Display for ConnectionEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl From<TransportEnd> for SessionEnd {
+impl From<TransportEnd> for ConnectionEnd {
     fn from(end: TransportEnd) -> Self {
         Self(match end {
             TransportEnd::Refused => "the agent refused the connection".into(),
@@ -55,14 +55,14 @@ struct PeerState {
     hello: Option<Hello>,
     keys: Option<KeyProgress>,
     upgrade: bool,
-    end: Option<SessionEnd>,
-    /// The streams that were open when the session ended.
+    end: Option<ConnectionEnd>,
+    /// The streams that were open when the connection ended.
     lost_streams: usize,
 }
 
-/// An established session. Dropping it cuts the connection, and ends its streams and its control task.
+/// An established connection. Dropping it cuts the connection, and ends its streams and its control task.
 #[derive(Debug)]
-pub(crate) struct Session<P: ClientPhase> {
+pub(crate) struct AgentConnection<P: ClientPhase> {
     connection: SshConnection<P>,
     outbox: Outbox,
     peer: watch::Receiver<PeerState>,
@@ -73,13 +73,13 @@ pub(crate) struct Session<P: ClientPhase> {
     control: AbortHandle,
 }
 
-impl<P: ClientPhase> Drop for Session<P> {
+impl<P: ClientPhase> Drop for AgentConnection<P> {
     fn drop(&mut self) {
         self.control.abort();
     }
 }
 
-impl<P: ClientPhase> Session<P> {
+impl<P: ClientPhase> AgentConnection<P> {
     /// Opens the control channel, requests the forwards, and exchanges hellos within `HELLO` (5 s).
     ///
     /// Dropping the future cuts the connection.
@@ -92,7 +92,7 @@ impl<P: ClientPhase> Session<P> {
         tunnels: &Tunnels<P>,
     ) -> Result<Self, ConnectError> {
         match timeout(HELLO, Self::exchange(connection, pod, tunnels)).await {
-            Ok(session) => session,
+            Ok(connection) => connection,
             Err(_) => Err(ConnectError::Timeout(HELLO.as_secs(), "waiting for the agent's hello")),
         }
     }
@@ -120,7 +120,7 @@ impl<P: ClientPhase> Session<P> {
         };
         let control = ControlTask { receiver, sender, credits, outbox: outbox.clone(), ended, reports };
         let control = tokio::spawn(control.run()).abort_handle();
-        let mut session = Self {
+        let mut connection = Self {
             connection,
             outbox,
             peer: peer.clone(),
@@ -132,9 +132,9 @@ impl<P: ClientPhase> Session<P> {
         };
         let first = peer.wait_for(|state| state.hello.is_some() || state.end.is_some()).await;
         let first = first.map(|state| state.clone()).unwrap_or_default();
-        session.agent = checked_hello::<P>(first)?;
-        session.tunnel_mismatches = mismatches::<P>(&ours, &session.agent, &refused?);
-        Ok(session)
+        connection.agent = checked_hello::<P>(first)?;
+        connection.tunnel_mismatches = mismatches::<P>(&ours, &connection.agent, &refused?);
+        Ok(connection)
     }
 
     /// Opens streams to the agent's outbounds.
@@ -176,14 +176,14 @@ impl<P: ClientPhase> Session<P> {
         self.connection.credits().idle().await;
     }
 
-    /// The number of open streams; after the end of the session, of those that were open then.
+    /// The number of open streams; after the end of the connection, of those that were open then.
     pub(crate) fn open_streams(&self) -> usize {
         let peer = self.peer.borrow();
         if peer.end.is_some() { peer.lost_streams } else { self.connection.credits().open_streams() }
     }
 
-    /// Waits for the end of the session.
-    pub(crate) async fn ended(&mut self) -> SessionEnd {
+    /// Waits for the end of the connection.
+    pub(crate) async fn ended(&mut self) -> ConnectionEnd {
         let end = self.peer.wait_for(|state| state.end.is_some()).await;
         end.ok().and_then(|state| state.end.clone()).unwrap_or_else(gone)
     }
@@ -195,7 +195,7 @@ impl<P: ClientPhase> Session<P> {
     }
 }
 
-/// Evidence that the agent at the other end of a session answers.
+/// Evidence that the agent at the other end of a connection answers.
 #[derive(Debug)]
 pub(crate) struct Liveness {
     outbox: Outbox,
@@ -223,18 +223,18 @@ impl Liveness {
 /// The time that an agent gets to end a connection after a bye.
 const CLOSE_TIMEOUT: Duration = UPGRADE_DRAIN;
 
-/// What a session in the Attestation phase reports.
+/// What a connection in the Attestation phase reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum AttestationEvent {
     /// An attempt of the agent to get its keys ended.
     Keys(KeyProgress),
     /// The agent has its keys, and expects a connection in the Kubernetes phase.
     Upgrade,
-    /// The session ended.
-    Ended(SessionEnd),
+    /// The connection ended.
+    Ended(ConnectionEnd),
 }
 
-impl Session<Attestation> {
+impl AgentConnection<Attestation> {
     /// Waits for the next event. Dropping the future loses no event.
     pub(crate) async fn next_event(&mut self) -> AttestationEvent {
         loop {
@@ -257,8 +257,8 @@ impl Session<Attestation> {
     }
 }
 
-fn gone() -> SessionEnd {
-    SessionEnd("the connection is gone".into())
+fn gone() -> ConnectionEnd {
+    ConnectionEnd("the connection is gone".into())
 }
 
 /// Runs the control channel, and records what it reports and how it ends.
@@ -289,12 +289,12 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
             biased;
             end = &mut ended => (end.into(), None),
             end = control::run(&mut receiver, &sender, &credits, &outbox, on_message) => match end {
-                ControlEnd::Bye(reason) => (SessionEnd(format!("the agent said bye: {}", quote(&reason))), None),
-                ControlEnd::Closed => (SessionEnd(end.to_string()), None),
-                fault => (SessionEnd(quote(&fault.to_string())), Some(quote(&fault.to_string()))),
+                ControlEnd::Bye(reason) => (ConnectionEnd(format!("the agent said bye: {}", quote(&reason))), None),
+                ControlEnd::Closed => (ConnectionEnd(end.to_string()), None),
+                fault => (ConnectionEnd(quote(&fault.to_string())), Some(quote(&fault.to_string()))),
             },
             () = credits.gone() => (
-                SessionEnd("the agent sent more than it was granted".into()),
+                ConnectionEnd("the agent sent more than it was granted".into()),
                 Some("the agent sent more than it was granted".into()),
             ),
         };
