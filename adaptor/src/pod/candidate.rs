@@ -169,7 +169,7 @@ impl Candidate {
                     AttestationEvent::Ended(why) => break (why.to_string(), None),
                 },
                 connected = &mut failover => {
-                    self.report(Report::Ended(failover_reason(self.address, &connected))).await;
+                    self.report(Report::Ended(failover_reason(self.address, connected.address))).await;
                     return Attested::Replaced(Box::new(connected.connection));
                 }
                 () = &mut no_progress => break (

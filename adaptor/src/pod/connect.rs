@@ -6,9 +6,9 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use secure_comms_protocol::limits::CONNECT_STAGGER;
+use secure_comms_protocol::limits::{CONNECT_STAGGER, TCP_CONNECT};
 use secure_comms_protocol::tag::Host;
-use secure_comms_protocol::{Attestation, Kubernetes, PhaseName};
+use secure_comms_protocol::{Attestation, Kubernetes, Lane, PhaseName};
 use secure_comms_tunnel::Resolver;
 use secure_comms_tunnel::race::race;
 
@@ -16,8 +16,8 @@ use super::lost_vm::LostVmDetector;
 use super::plan::Plan;
 use crate::address::Address;
 use crate::key_source::KeySource;
-use crate::transport::agent_connection::AgentConnection;
-use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial};
+use crate::transport::agent_connection::{AgentConnection, Joining};
+use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial, Flag};
 
 /// A connection with an agent, in the phase that the agent is in.
 #[derive(Debug)]
@@ -131,10 +131,12 @@ impl Attempt {
     pub(super) fn new(plan: Plan, address: SocketAddr, lock: AuthLock, hold: AuthHold) -> Self {
         let dial = Dial {
             address,
+            tcp_timeout: TCP_CONNECT,
             node_key: plan.node_key.clone(),
             rekey_bytes: plan.rekey_bytes,
             kex: plan.kex,
             hold,
+            connected: Flag::default(),
             answered: plan.answered.clone(),
         };
         Self { plan, dial, lock, failure: Failure::new(address), detector: LostVmDetector::default() }
@@ -175,14 +177,15 @@ impl Attempt {
             ));
         };
         let connection = ssh::connect_attestation(&self.dial, tunnels.outbounds()).await?;
-        AgentConnection::establish(connection, &self.plan.id, tunnels).await
+        AgentConnection::establish(connection, &self.plan.id, tunnels, None).await
     }
 
     async fn kubernetes(&self) -> Result<AgentConnection<Kubernetes>, ConnectError> {
         let tunnels = &self.plan.kubernetes;
         let (host, lock) = (self.plan.pod_key, self.lock.clone());
         let connection = ssh::connect_kubernetes(&self.dial, host, lock, tunnels.outbounds()).await?;
-        AgentConnection::establish(connection, &self.plan.id, tunnels).await
+        let joining = Joining { lane: Lane::Main, session: self.plan.session.clone() };
+        AgentConnection::establish(connection, &self.plan.id, tunnels, Some(&joining)).await
     }
 
     /// The phase to try after a failure in the Attestation phase, if any.

@@ -30,7 +30,7 @@ impl Driver {
         loop {
             let event = tokio::select! {
                 stop = stopped(&mut self.stop) => {
-                    self.routes.close();
+                    self.routes.set_attestation(None);
                     candidates.end(stop.reason).await;
                     return Err(Ended::Stopped);
                 }
@@ -40,7 +40,7 @@ impl Driver {
                 Event::Report(address, report) => self.on_report(&mut candidates, address, report),
                 Event::Resolved => self.show(&candidates),
                 Event::Reached(reached) => {
-                    self.routes.close();
+                    self.routes.set_attestation(None);
                     self.end_others(candidates);
                     self.status.connected();
                     // The address that worked is tried first the next time.
@@ -97,10 +97,7 @@ impl Driver {
 
     /// Routes the local clients of the Attestation phase.
     fn route(&self, candidates: &Candidates) {
-        match candidates.newest_link() {
-            Some(link) => self.routes.set_attestation(link),
-            None => self.routes.close(),
-        }
+        self.routes.set_attestation(candidates.newest_link());
     }
 
     /// Shows the most advanced connection; without one, why every address failed.

@@ -21,7 +21,7 @@ use crate::pod::{
 use crate::publication::Publication;
 use crate::transport::agent_connection::Tunnels;
 use crate::transport::routes::Routes;
-use crate::transport::ssh::Answered;
+use crate::transport::ssh::Flag;
 
 /// The shortest time between two publications, so that neither a stranger in place of the agent nor an agent that never
 /// gets its keys makes many.
@@ -70,7 +70,8 @@ impl Channel {
             attestation_limits: AttestationLimits::default(),
             // `open` sets both.
             lost_limits: LostLimits::for_start(Duration::ZERO),
-            answered: Answered::default(),
+            answered: Flag::default(),
+            session: None,
         }
     }
 

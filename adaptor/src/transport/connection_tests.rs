@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::support::agent::{Agent, Mode};
 use crate::support::{PATIENCE, pod};
 use crate::transport::agent_connection::{AgentConnection, Tunnels};
-use crate::transport::ssh::{self, Answered, AuthHold, AuthLock, ConnectError, Dial};
+use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial, Flag};
 use secure_comms_keys::{PodKey, WorkerNodeKey};
 use secure_comms_protocol::control::{Bye, LogLine};
 use secure_comms_protocol::limits::{LOG_TEXT_MAX, REKEY_BYTES};
@@ -25,7 +25,9 @@ fn dial(address: SocketAddr, node_key: &WorkerNodeKey) -> Dial {
         rekey_bytes: REKEY_BYTES,
         kex: KeyExchange::Any,
         hold: AuthHold::default(),
-        answered: Answered::default(),
+        answered: Flag::default(),
+        connected: Flag::default(),
+        tcp_timeout: TCP_CONNECT,
     }
 }
 
@@ -51,7 +53,7 @@ async fn unchecked(outbounds: &str) -> (Agent, AgentConnection<Kubernetes>) {
     let (dial, host) = (dial(agent.address, &node), host.public().unwrap());
     let connection =
         ssh::connect_kubernetes(&dial, host, AuthLock::default(), tunnels.outbounds()).await.unwrap();
-    let connection = AgentConnection::establish(connection, &pod(), &tunnels).await.unwrap();
+    let connection = AgentConnection::establish(connection, &pod(), &tunnels, None).await.unwrap();
     (agent, connection)
 }
 
@@ -83,7 +85,7 @@ async fn the_attestation_phase_is_entered_without_proof() {
     let node = WorkerNodeKey::generate().unwrap();
     let connection =
         ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
-    let connection = AgentConnection::establish(connection, &pod(), &tunnels).await.unwrap();
+    let connection = AgentConnection::establish(connection, &pod(), &tunnels, None).await.unwrap();
     connection.serve_streams();
     assert_eq!(connection.agent().phase, Some(PhaseName::Attestation));
     assert_eq!(agent.seen.all(), ["connection", "service", "auth attestation none", "hello pod-1 out []"]);
@@ -184,7 +186,7 @@ async fn an_agent_without_a_hello_times_out() {
     let connection =
         ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
     let start = Instant::now();
-    let error = AgentConnection::establish(connection, &pod(), &tunnels).await.unwrap_err();
+    let error = AgentConnection::establish(connection, &pod(), &tunnels, None).await.unwrap_err();
     assert_eq!(error.to_string(), "no answer within 5 s while waiting for the agent's hello");
     assert!(start.elapsed() < Duration::from_secs(7));
     agent.seen.wait("gone", 1).await;
@@ -249,7 +251,7 @@ async fn a_dropped_connection_frees_everything() {
 
 #[tokio::test]
 async fn a_bye_ends_the_connection_with_its_reason() {
-    let (agent, mut connection) = checked("").await;
+    let (agent, connection) = checked("").await;
     agent.say(&Control::Bye(Bye { reason: "tired\n".into(), ..Bye::default() }));
     let why = timeout(PATIENCE, connection.ended()).await.unwrap().to_string();
     assert_eq!(why, "the agent said bye: tired\\n");
@@ -259,7 +261,7 @@ async fn a_bye_ends_the_connection_with_its_reason() {
 
 #[tokio::test]
 async fn a_proven_agents_log_arrives_as_short_lines() {
-    let (agent, mut connection) = checked("").await;
+    let (agent, connection) = checked("").await;
     let text = format!("a\nforged: \u{1b}[2J\u{202e}{}", "x".repeat(10_000));
     agent.say(&Control::Log(LogLine { seq: 7, age: 12, level: "warning".into(), text }));
     let mut log = connection.take_log().unwrap();
@@ -288,7 +290,7 @@ async fn an_unproven_agent_can_log_nothing_here() {
     let node = WorkerNodeKey::generate().unwrap();
     let connection =
         ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
-    let mut connection = AgentConnection::establish(connection, &pod(), &tunnels).await.unwrap();
+    let mut connection = AgentConnection::establish(connection, &pod(), &tunnels, None).await.unwrap();
     connection.serve_streams();
     agent.say(&Control::Log(LogLine { seq: 1, text: "advertisement".into(), ..LogLine::default() }));
     agent.say(&Control::Bye(Bye { reason: "done".into(), ..Bye::default() }));
@@ -298,7 +300,7 @@ async fn an_unproven_agent_can_log_nothing_here() {
 
 #[tokio::test]
 async fn the_agents_reason_is_named_wherever_it_disconnects() {
-    let (agent, mut connection) = checked("").await;
+    let (agent, connection) = checked("").await;
     let (handle, _) = agent.newest();
     let reason = "replaced\nby \u{1b}[2J".to_owned() + &"x".repeat(1000);
     handle.disconnect(russh::Disconnect::ByApplication, reason, "en".into()).await.unwrap();
@@ -311,7 +313,7 @@ async fn the_agents_reason_is_named_wherever_it_disconnects() {
 
 #[tokio::test]
 async fn an_agent_that_breaks_the_protocol_receives_the_reason() {
-    let (agent, mut connection) = checked("").await;
+    let (agent, connection) = checked("").await;
     agent.say(&Control::Hello(secure_comms_protocol::Hello { credit: Some(1), ..Default::default() }));
     let why = timeout(PATIENCE, connection.ended()).await.unwrap().to_string();
     assert!(why.contains("grants less credit than a message costs"), "{why}");
