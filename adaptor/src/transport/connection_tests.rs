@@ -9,7 +9,7 @@ use crate::transport::agent_connection::{AgentConnection, Tunnels};
 use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial, Flag};
 use secure_comms_keys::{PodKey, WorkerNodeKey};
 use secure_comms_protocol::control::{Bye, LogLine};
-use secure_comms_protocol::limits::{LOG_TEXT_MAX, REKEY_BYTES};
+use secure_comms_protocol::limits::{LOG_TEXT_MAX, REKEY_BYTES, TCP_CONNECT};
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PhaseName, TunnelName};
 use secure_comms_ssh::profile::KeyExchange;
@@ -261,7 +261,7 @@ async fn a_bye_ends_the_connection_with_its_reason() {
 
 #[tokio::test]
 async fn a_proven_agents_log_arrives_as_short_lines() {
-    let (agent, connection) = checked("").await;
+    let (agent, mut connection) = checked("").await;
     let text = format!("a\nforged: \u{1b}[2J\u{202e}{}", "x".repeat(10_000));
     agent.say(&Control::Log(LogLine { seq: 7, age: 12, level: "warning".into(), text }));
     let mut log = connection.take_log().unwrap();
