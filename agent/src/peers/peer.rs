@@ -4,8 +4,9 @@ use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use secure_comms_protocol::control::Bye;
 use secure_comms_protocol::limits::FAREWELL;
-use secure_comms_protocol::{Phase, PodId, TunnelName};
+use secure_comms_protocol::{Control, Phase, PodId, TunnelName};
 use secure_comms_ssh::control::Outbox;
 use secure_comms_tunnel::Credits;
 use tokio::sync::watch;
@@ -68,11 +69,20 @@ impl<P: Phase> Peer<P> {
     /// Ends the connection with a reason: by `bye`, if the peer has a control channel that takes it within [`FAREWELL`], and
     /// by SSH's disconnect message. Only the first call has an effect.
     pub(crate) fn close_gracefully(&self, reason: &str) {
+        self.close(Bye { reason: reason.to_owned(), ends_session: false });
+    }
+
+    /// As [`Self::close_gracefully`], for a connection whose session ends with it.
+    pub(crate) fn close_with_session(&self, reason: &str) {
+        self.close(Bye { reason: reason.to_owned(), ends_session: true });
+    }
+
+    fn close(&self, bye: Bye) {
         if self.closing.swap(true, Ordering::Relaxed) {
             return;
         }
-        self.outbox.bye(reason);
-        let (connection, outbox, reason) = (self.connection.clone(), self.outbox.clone(), reason.to_owned());
+        let (connection, outbox, reason) = (self.connection.clone(), self.outbox.clone(), bye.reason.clone());
+        outbox.send(Control::Bye(bye));
         let controlled = self.controlled.load(Ordering::Relaxed);
         tokio::spawn(async move {
             if controlled {
@@ -183,10 +193,15 @@ impl<P: Phase> Peers<P> {
         if let Some(newer) = adaptor.as_ref().filter(|adaptor| adaptor.connection.id > peer.connection.id) {
             return Err(newer.clone());
         }
+        self.join_place(peer);
+        Ok(adaptor)
+    }
+
+    /// Gives this peer a part of the adaptor's place: the connections of a session have it together.
+    pub(crate) fn join_place(&self, peer: &Peer<P>) {
         peer.is_adaptor.store(true, Ordering::Relaxed);
         peer.give_place_back();
         self.notify_changed();
-        Ok(adaptor)
     }
 
     /// Closes every peer gracefully.
