@@ -147,6 +147,7 @@ impl Greeted<'_, Kubernetes> {
             return self.peer.close_gracefully(&has_the_place(newer));
         }
         let Joined { replaced, lost_for, .. } = self.attach(lane, session, true);
+        session.count_resumed();
         let before = match (replaced, lost_for) {
             (Some(LaneConnection { peer, .. }), _) => {
                 peer.connection.end(&replaced_by(address));
