@@ -306,7 +306,7 @@ fn a_stop_of_the_agent_ends_the_session() {
 
 #[test]
 fn a_lane_that_resumes_in_a_loop_costs_no_memory() {
-    let mut site = Site::new();
+    let site = Site::new();
     let (mut main, id) = site.session(KEYS[0]);
     let streams = json!({"streams": {"known": (1..9000).collect::<Vec<u32>>()}});
     let mut resident = Vec::new();

@@ -12,7 +12,7 @@ use secure_comms_tunnel::{Event, Link, OpenError, Receiver, Sender, Stream};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
-use super::link::{PeerChannels, PeerLink, PeerReceiver, PeerSender};
+use super::link::{PeerLink, PeerReceiver, PeerSender};
 
 /// Timeouts of the KBS streams of an attempt, and who is notified of a missed deadline.
 #[derive(Clone, Debug)]
@@ -144,7 +144,7 @@ pub(crate) enum AnyReceiver {
     /// Of one connection.
     Peer(PeerReceiver),
     /// Of a session.
-    Session(SessionReceiver<PeerChannels>),
+    Session(SessionReceiver<PeerLink>),
 }
 
 impl From<PeerReceiver> for AnyReceiver {
@@ -153,8 +153,8 @@ impl From<PeerReceiver> for AnyReceiver {
     }
 }
 
-impl From<SessionReceiver<PeerChannels>> for AnyReceiver {
-    fn from(receiver: SessionReceiver<PeerChannels>) -> Self {
+impl From<SessionReceiver<PeerLink>> for AnyReceiver {
+    fn from(receiver: SessionReceiver<PeerLink>) -> Self {
         Self::Session(receiver)
     }
 }
@@ -174,7 +174,7 @@ pub(crate) enum AnySender {
     /// Of one connection.
     Peer(PeerSender),
     /// Of a session.
-    Session(SessionSender<PeerChannels>),
+    Session(SessionSender<PeerLink>),
 }
 
 impl From<PeerSender> for AnySender {
@@ -183,8 +183,8 @@ impl From<PeerSender> for AnySender {
     }
 }
 
-impl From<SessionSender<PeerChannels>> for AnySender {
-    fn from(sender: SessionSender<PeerChannels>) -> Self {
+impl From<SessionSender<PeerLink>> for AnySender {
+    fn from(sender: SessionSender<PeerLink>) -> Self {
         Self::Session(sender)
     }
 }

@@ -7,7 +7,7 @@ use russh::Channel;
 use russh::server::{Handle, Msg};
 use secure_comms_protocol::{Opening, TunnelName};
 use secure_comms_ssh::channel::{ChannelReceiver, ChannelSender, PendingChannel};
-use secure_comms_ssh::link::{Opener, SshChannels, SshLink};
+use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_tunnel::session::Session;
 
 /// Sends on a stream.
@@ -16,10 +16,8 @@ pub(crate) type PeerSender = ChannelSender<Msg>;
 pub(crate) type PeerReceiver = ChannelReceiver;
 /// Opens streams to a peer.
 pub(crate) type PeerLink = SshLink<ForwardOpener>;
-/// Opens the channels of a session's streams on one connection.
-pub(crate) type PeerChannels = SshChannels<ForwardOpener>;
 /// The streams of a session.
-pub(crate) type SessionStreams = Session<PeerChannels>;
+pub(crate) type SessionStreams = Session<PeerLink>;
 /// A stream that a peer asks for.
 pub(crate) type PeerPending = PendingChannel<Msg>;
 

@@ -4,9 +4,8 @@ use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use secure_comms_protocol::control::Bye;
 use secure_comms_protocol::limits::FAREWELL;
-use secure_comms_protocol::{Control, Phase, PodId, TunnelName};
+use secure_comms_protocol::{Phase, PodId, TunnelName};
 use secure_comms_ssh::control::Outbox;
 use secure_comms_tunnel::Credits;
 use tokio::sync::watch;
@@ -69,20 +68,20 @@ impl<P: Phase> Peer<P> {
     /// Ends the connection with a reason: by `bye`, if the peer has a control channel that takes it within [`FAREWELL`], and
     /// by SSH's disconnect message. Only the first call has an effect.
     pub(crate) fn close_gracefully(&self, reason: &str) {
-        self.close(Bye { reason: reason.to_owned(), ends_session: false });
+        self.close(reason, Outbox::bye);
     }
 
     /// As [`Self::close_gracefully`], for a connection whose session ends with it.
     pub(crate) fn close_with_session(&self, reason: &str) {
-        self.close(Bye { reason: reason.to_owned(), ends_session: true });
+        self.close(reason, Outbox::bye_session);
     }
 
-    fn close(&self, bye: Bye) {
+    fn close(&self, reason: &str, say_bye: impl FnOnce(&Outbox, &str)) {
         if self.closing.swap(true, Ordering::Relaxed) {
             return;
         }
-        let (connection, outbox, reason) = (self.connection.clone(), self.outbox.clone(), bye.reason.clone());
-        outbox.send(Control::Bye(bye));
+        say_bye(&self.outbox, reason);
+        let (connection, outbox, reason) = (self.connection.clone(), self.outbox.clone(), reason.to_owned());
         let controlled = self.controlled.load(Ordering::Relaxed);
         tokio::spawn(async move {
             if controlled {

@@ -6,7 +6,7 @@ use secure_comms_tunnel::{Link, OpenError, Stream};
 use tokio::sync::watch;
 
 use super::deadlines::{self, DeadlineReceiver, DeadlineSender, KbsDeadlines};
-use super::link::{PeerChannels, PeerLink};
+use super::link::PeerLink;
 use super::peer::Peer;
 use super::sessions::AdaptorSession;
 
@@ -16,7 +16,7 @@ pub(crate) enum Route {
     /// To a peer.
     Peer(PeerLink),
     /// To the adaptor, over the connection that its session has then.
-    Session(SessionLink<PeerChannels>),
+    Session(SessionLink<PeerLink>),
     /// To the KBS through an attestation peer, with deadlines.
     WithDeadlines(PeerLink, KbsDeadlines),
     /// To a refusal: the attempt that the client belongs to has failed, and should fail fast.

@@ -14,8 +14,7 @@ use secure_comms_protocol::control::WantedLane;
 use secure_comms_protocol::limits::{CreditLimits, LANE_WAIT, SESSION_LINGER};
 use secure_comms_protocol::{Control, Kubernetes, Lane, SessionId, TunnelName};
 use secure_comms_tunnel::Outbounds;
-use secure_comms_tunnel::flow::Side;
-use secure_comms_tunnel::session::LaneNumber;
+use secure_comms_tunnel::flow::{LaneNumber, Side};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -160,7 +159,7 @@ impl AdaptorSession {
 
     /// Makes a peer the connection of a lane.
     pub(crate) fn connect(&self, lane: Lane, peer: &Arc<Peer<Kubernetes>>) -> Joined {
-        let number = self.streams.connect(lane, peer.link.channels());
+        let number = self.streams.connect(lane, peer.link.clone());
         let connection = LaneConnection { number, peer: peer.clone(), since: Instant::now() };
         let replaced = self.lanes().connect(lane, peer.connection.id, connection);
         self.notify_changed();
@@ -206,6 +205,15 @@ impl AdaptorSession {
     /// Since when the session has no connection; none if it has one.
     pub(crate) fn alone_since(&self) -> Option<Instant> {
         self.lanes().alone_since()
+    }
+
+    /// Number of streams of a lane; of all, unless another lane is connected, for it may carry the rest.
+    pub(crate) fn streams_on(&self, lane: Lane) -> usize {
+        if self.lanes().connected().any(|(other, _)| other != lane) {
+            self.streams.streams_of(lane)
+        } else {
+            self.streams.credits().open_streams()
+        }
     }
 
     /// Whether the adaptor serves this tunnel. While a lane is lost, what it served is what the next one will.

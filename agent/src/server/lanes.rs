@@ -8,7 +8,8 @@ use secure_comms_keys::text::one_line;
 use secure_comms_protocol::control::SessionReply;
 use secure_comms_protocol::limits::{MESSAGE_COST_MIN, SESSION_LINGER};
 use secure_comms_protocol::{Control, Hello, Kubernetes, Lane, SessionId};
-use secure_comms_tunnel::session::{IncomingStream, LaneNumber};
+use secure_comms_tunnel::flow::LaneNumber;
+use secure_comms_tunnel::session::IncomingStream;
 
 use super::session::{Asked, serve};
 use crate::agent::Agent;
@@ -50,7 +51,7 @@ impl Member {
 
     /// Handles the adaptor's list of the streams that it knows.
     pub(super) fn peer_knows(&self, known: &[u32]) {
-        self.session.streams.peer_knows(known, &self.peer.link.channels());
+        self.session.streams.peer_knows(known, self.number);
     }
 
     /// Handles a `bye` that ends the session.
@@ -157,22 +158,24 @@ impl Greeted<'_, Kubernetes> {
             (None, Some(lost_for)) => format!("after {:.1} s", lost_for.as_secs_f32()),
             (None, None) => return log::info!("session, lane {lane}: connected from {address}"),
         };
+        let text = format!(
+            "session, lane {lane}: connected again, from {address}, {before}; streams that go on: {}",
+            session.streams_on(lane)
+        );
         // The operator hears of no line beyond the limit, whatever the level of the log.
         match SESSIONS.level(log::Level::Info) {
-            log::Level::Info => log::info!(
-                target: TO_OPERATOR,
-                "session, lane {lane}: connected again, from {address}, {before}"
-            ),
-            level => log::log!(level, "session, lane {lane}: connected again, from {address}, {before}"),
+            log::Level::Info => log::info!(target: TO_OPERATOR, "{text}"),
+            level => log::log!(level, "{text}"),
         }
     }
 
     /// Makes the peer a lane of the session, and says so.
     fn attach(&self, lane: Lane, session: &Arc<AdaptorSession>, resumed: bool) -> Joined {
-        let joined = session.connect(lane, self.peer);
-        self.peer.outbox.join(session.streams.credits(), joined.number);
+        // First, for no stream is opened before the adaptor knows the session.
         let id = session.streams.id().to_string();
         self.peer.outbox.send(Control::Session(SessionReply { id, resumed }));
+        let joined = session.connect(lane, self.peer);
+        self.peer.outbox.join(session.streams.clone(), joined.number);
         // Only the first hello of a connection is handled.
         drop(self.slot.set(Member {
             session: session.clone(),
@@ -199,10 +202,10 @@ pub(super) fn leave(agent: &Agent, connection: &Connection) {
     let Some(session) = agent.sessions.current() else { return };
     let Some(lane) = session.lose(connection.id) else { return };
     let (address, silence) = (connection.address, connection.silence());
-    let open = session.streams.credits().open_streams();
+    let waiting = session.streams_on(lane);
     log::log!(
         SESSIONS.level(log::Level::Warn),
-        "session, lane {lane}: the connection from {address} was lost{silence}; streams that wait for the next: {open}"
+        "session, lane {lane}: the connection from {address} was lost{silence}; streams that wait for the next: {waiting}"
     );
 }
 
