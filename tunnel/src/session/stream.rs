@@ -53,7 +53,7 @@ pub enum Lie {
 }
 
 /// The state of one end of a stream.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct StreamState {
     /// Position up to which the other end has received.
     acknowledged: u64,
@@ -73,7 +73,7 @@ pub struct StreamState {
 }
 
 /// Something that is said once, after all messages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 enum Mark {
     /// Not yet.
     #[default]
