@@ -14,6 +14,7 @@ const PLAN: Plan = Plan {
     opener: ADAPTOR,
     messages: [&[1], &[1]],
     window: 2,
+    reads_at_once: true,
     cuts: 1,
     resets: 0,
     refusals: 0,
@@ -30,12 +31,47 @@ fn holds(plan: Plan) {
 }
 
 #[test]
-fn a_stream_of_the_adaptor_survives_a_cut() {
-    holds(Plan { cuts: 0, ..PLAN });
-    holds(PLAN);
+fn a_stream_survives_two_cuts() {
+    for opener in [ADAPTOR, AGENT] {
+        holds(Plan { opener, cuts: 2, ..PLAN });
+    }
 }
 
 #[test]
-fn a_stream_of_the_agent_survives_a_cut() {
-    holds(Plan { opener: AGENT, ..PLAN });
+fn several_messages_survive_two_cuts() {
+    for opener in [ADAPTOR, AGENT] {
+        holds(Plan { opener, messages: [&[1, 2, 1], &[]], window: 3, cuts: 2, ..PLAN });
+        holds(Plan { opener, messages: [&[], &[1, 2, 1]], window: 3, cuts: 2, ..PLAN });
+        holds(Plan { opener, messages: [&[1, 2], &[3, 1]], ..PLAN });
+    }
+}
+
+#[test]
+fn a_reset_at_any_point_ends_the_stream_at_both_ends() {
+    for opener in [ADAPTOR, AGENT] {
+        holds(Plan { opener, resets: 1, ..PLAN });
+    }
+}
+
+#[test]
+fn a_refusal_at_any_point_ends_the_stream_at_both_ends() {
+    for opener in [ADAPTOR, AGENT] {
+        holds(Plan { opener, messages: [&[1], &[]], refusals: 1, cuts: 2, ..PLAN });
+    }
+}
+
+#[test]
+fn positions_over_another_lane_do_no_harm_however_late() {
+    for opener in [ADAPTOR, AGENT] {
+        holds(Plan { opener, elsewhere: 1, ..PLAN });
+    }
+}
+
+#[test]
+fn no_credit_is_lost_or_doubled_by_a_cut() {
+    for opener in [ADAPTOR, AGENT] {
+        let plan = Plan { opener, window: 1, reads_at_once: false, ..PLAN };
+        holds(Plan { messages: [&[1, 1], &[]], ..plan.clone() });
+        holds(Plan { messages: [&[], &[1, 1]], ..plan });
+    }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::fmt::{Debug, Write as _};
-use std::hash::{BuildHasher, Hash, RandomState};
+use std::hash::{Hash, Hasher};
 
 /// Something with states and steps between them.
 pub(crate) trait World: Clone + Hash {
@@ -41,6 +41,46 @@ pub(crate) struct Broken(pub(crate) String);
 /// Number of a state.
 type State = u32;
 
+/// The number of a state by its content, of 128 bits: among a million states two have the same one with a probability of
+/// 10^-26. Without optimisation it takes a third of the time of std's.
+struct Content(u128);
+
+impl Hasher for Content {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64((*byte).into());
+        }
+    }
+
+    fn write_u8(&mut self, number: u8) {
+        self.write_u64(number.into());
+    }
+
+    fn write_usize(&mut self, number: usize) {
+        self.write_u64(number as u64);
+    }
+
+    fn write_isize(&mut self, number: isize) {
+        self.write_u64(number.cast_unsigned() as u64);
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        // The multiplier of a 128-bit PCG, an odd number with bits all over.
+        let mixed = (self.0 ^ u128::from(number)).wrapping_mul(0x2360_ed05_1fc6_5da4_4385_df64_9fcc_f645);
+        self.0 = mixed ^ (mixed >> 67);
+    }
+
+    fn finish(&self) -> u64 {
+        0
+    }
+}
+
+fn number(world: &impl Hash) -> u128 {
+    let mut content = Content(1);
+    world.hash(&mut content);
+    content.0
+}
+
 /// How a state was reached first: the state before, and the number of the step among its steps.
 #[derive(Clone, Copy)]
 struct Origin(State, u16);
@@ -50,9 +90,6 @@ struct Origin(State, u16);
 /// # Errors
 /// The shortest list of steps to a state where this is not so.
 pub(crate) fn explore<W: World>(start: &W) -> Result<Explored, Broken> {
-    // 128 bits: of a million states two have the same number with a probability of 10^-27.
-    let (low, high) = (RandomState::new(), RandomState::new());
-    let number = |world: &W| (low.hash_one(world), high.hash_one(world));
     let mut seen = HashMap::from([(number(start), 0)]);
     let mut origins = vec![Origin(0, 0)];
     let mut certain: Vec<(State, State)> = Vec::new();

@@ -26,6 +26,8 @@ pub(crate) struct Plan {
     pub(crate) messages: [&'static [usize]; 2],
     /// Credit of each direction, in messages.
     pub(crate) window: u8,
+    /// Whether the programs read what arrives at once. Otherwise they do in the end.
+    pub(crate) reads_at_once: bool,
     /// How often the connection is cut, at most.
     pub(crate) cuts: u8,
     /// How often an end closes the stream before its end, at most.
@@ -76,6 +78,8 @@ struct Connection {
     control: [VecDeque<Control>; 2],
     /// Whether the SSH library of an end has sent CLOSE on the channel: by itself as soon as it has received one.
     has_closed: [bool; 2],
+    /// Whether it did so before the end took what came before: all that can't be lost any more.
+    has_answered: [bool; 2],
 }
 
 /// What an end knows about who has agreed to the stream.
@@ -181,6 +185,8 @@ pub(crate) enum Step {
     TakeChannel(Who),
     TakeControl(Who),
     TakeElsewhere(Who),
+    /// The SSH library of the end has received CLOSE, and answers it before the end takes what came before.
+    AnswerClose(Who),
     Cut,
     /// What is on its way to the end is lost.
     LoseChannel(Who),
@@ -407,6 +413,9 @@ impl Stream {
         expect(*data == content(1 - who, program.got, data.len()), "other bytes than were written")?;
         program.got += data.len();
         program.arrived += 1;
+        if self.plan.reads_at_once && !program.has_closed {
+            program.read += 1;
+        }
         expect(program.got <= sent, "more bytes than were written")?;
         expect(program.arrived <= self.plan.window + program.read, "more than the credit allows")
     }
@@ -465,18 +474,25 @@ impl explore::World for Stream {
                 let may_reset = end.agreed != Agreed::Connecting && !program.has_closed;
                 may(may_reset && self.left.resets > 0, Step::Reset(who));
                 let news = agreed && self.at(who) != program.said;
-                may(news && self.live().is_some(), Step::Say(who));
+                // Positions of a stream that wait to be sent become one.
+                let waits = |connection: &Connection| {
+                    connection.control[1 - who].iter().any(|control| matches!(control, Control::Position(_)))
+                };
+                may(news && self.live().is_some_and(|connection| !waits(connection)), Step::Say(who));
                 may(news && self.left.elsewhere > 0, Step::SayElsewhere(who));
             }
-            may(program.read < program.arrived && !program.has_closed, Step::Read(who));
+            let reads = program.read < program.arrived && !program.has_closed;
+            may(reads, Step::Read(who));
             may(!self.elsewhere[who].is_empty(), Step::TakeElsewhere(who));
             may(!self.elsewhere[who].is_empty() && self.left.cuts > 0, Step::LoseElsewhere(who));
             let Some(connection) = &self.connection else { continue };
             let (channel, control) = (!connection.channel[who].is_empty(), !connection.control[who].is_empty());
             may(channel, Step::TakeChannel(who));
             may(control, Step::TakeControl(who));
+            let close_came = connection.channel[who].contains(&Wire::Close) && !connection.is_dead;
+            may(close_came && !connection.has_closed[who], Step::AnswerClose(who));
             if connection.is_dead {
-                may(channel, Step::LoseChannel(who));
+                may(channel && !connection.has_answered[who], Step::LoseChannel(who));
                 may(control, Step::LoseControl(who));
                 may(!channel && !control && !connection.has_noticed[who], Step::Notice(who));
             }
@@ -591,6 +607,10 @@ impl Stream {
             Step::Cut => {
                 self.left.cuts -= 1;
                 connection.is_dead = true;
+            }
+            Step::AnswerClose(who) => {
+                connection.has_answered[who] = true;
+                self.put(who, Wire::Close);
             }
             Step::LoseChannel(who) => connection.channel[who].clear(),
             Step::LoseControl(who) => connection.control[who].clear(),
