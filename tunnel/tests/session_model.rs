@@ -8,18 +8,23 @@ mod model {
 }
 
 use model::explore::explore;
-use model::world::{ADAPTOR, AGENT, Plan, Stream};
+use model::world::{ADAPTOR, AGENT, Plan, Stream, Who, drive};
+use proptest::prelude::*;
+use secure_comms_protocol::limits::MESSAGE_MAX;
 
-const PLAN: Plan = Plan {
-    opener: ADAPTOR,
-    messages: [&[1], &[1]],
-    window: 2,
-    reads_at_once: true,
-    cuts: 1,
-    resets: 0,
-    refusals: 0,
-    elsewhere: 0,
-};
+/// One message in each direction, and one cut.
+fn plan(opener: Who) -> Plan {
+    Plan {
+        opener,
+        messages: [vec![1], vec![1]],
+        window: 2,
+        reads_at_once: true,
+        cuts: 1,
+        resets: 0,
+        refusals: 0,
+        elsewhere: 0,
+    }
+}
 
 #[track_caller]
 fn holds(plan: Plan) {
@@ -33,45 +38,72 @@ fn holds(plan: Plan) {
 #[test]
 fn a_stream_survives_two_cuts() {
     for opener in [ADAPTOR, AGENT] {
-        holds(Plan { opener, cuts: 2, ..PLAN });
+        holds(Plan { cuts: 2, ..plan(opener) });
     }
 }
 
 #[test]
 fn several_messages_survive_two_cuts() {
     for opener in [ADAPTOR, AGENT] {
-        holds(Plan { opener, messages: [&[1, 2, 1], &[]], window: 3, cuts: 2, ..PLAN });
-        holds(Plan { opener, messages: [&[], &[1, 2, 1]], window: 3, cuts: 2, ..PLAN });
-        holds(Plan { opener, messages: [&[1, 2], &[3, 1]], ..PLAN });
+        holds(Plan { messages: [vec![1, 2, 1], vec![]], window: 3, cuts: 2, ..plan(opener) });
+        holds(Plan { messages: [vec![], vec![1, 2, 1]], window: 3, cuts: 2, ..plan(opener) });
+        holds(Plan { messages: [vec![1, 2], vec![3, 1]], ..plan(opener) });
     }
 }
 
 #[test]
 fn a_reset_at_any_point_ends_the_stream_at_both_ends() {
     for opener in [ADAPTOR, AGENT] {
-        holds(Plan { opener, resets: 1, ..PLAN });
+        holds(Plan { resets: 1, ..plan(opener) });
     }
 }
 
 #[test]
 fn a_refusal_at_any_point_ends_the_stream_at_both_ends() {
     for opener in [ADAPTOR, AGENT] {
-        holds(Plan { opener, messages: [&[1], &[]], refusals: 1, cuts: 2, ..PLAN });
+        holds(Plan { messages: [vec![1], vec![]], refusals: 1, cuts: 2, ..plan(opener) });
     }
 }
 
 #[test]
 fn positions_over_another_lane_do_no_harm_however_late() {
     for opener in [ADAPTOR, AGENT] {
-        holds(Plan { opener, elsewhere: 1, ..PLAN });
+        holds(Plan { elsewhere: 1, ..plan(opener) });
     }
 }
 
 #[test]
 fn no_credit_is_lost_or_doubled_by_a_cut() {
     for opener in [ADAPTOR, AGENT] {
-        let plan = Plan { opener, window: 1, reads_at_once: false, ..PLAN };
-        holds(Plan { messages: [&[1, 1], &[]], ..plan.clone() });
-        holds(Plan { messages: [&[], &[1, 1]], ..plan });
+        let plan = Plan { window: 1, reads_at_once: false, ..plan(opener) };
+        holds(Plan { messages: [vec![1, 1], vec![]], ..plan.clone() });
+        holds(Plan { messages: [vec![], vec![1, 1]], ..plan });
+    }
+}
+
+/// Lengths of the messages of one end, of 1 byte to 32 KiB.
+fn messages() -> impl Strategy<Value = Vec<usize>> {
+    prop::collection::vec(prop_oneof![1..600_usize, 1..=MESSAGE_MAX, Just(MESSAGE_MAX)], 0..40)
+}
+
+fn plans() -> impl Strategy<Value = Plan> {
+    (0..2_usize, [messages(), messages()], 1..20_u32, any::<bool>(), 0..8_u8, 0..2_u8, 0..2_u8, 0..20_u8).prop_map(
+        |(opener, messages, window, reads_at_once, cuts, resets, refusals, elsewhere)| Plan {
+            opener,
+            messages,
+            window,
+            reads_at_once,
+            cuts,
+            resets,
+            refusals,
+            elsewhere,
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn long_streams_are_unbroken_pipes(plan in plans(), choices in prop::collection::vec(any::<u8>(), 0..600)) {
+        drive(plan, &choices).map_err(TestCaseError::fail)?;
     }
 }

@@ -6,11 +6,13 @@
 //! lane says positions only, and delivers them whenever it wants: also after the connection of the stream was replaced.
 
 use std::collections::VecDeque;
+use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
-use secure_comms_tunnel::session::stream::{Lie, StreamState, Transmit};
+use secure_comms_tunnel::flow::cost;
+use secure_comms_tunnel::session::stream::{StreamState, Transmit};
 
-use super::explore;
+use super::explore::World;
 
 /// Number of an end.
 pub(crate) type Who = usize;
@@ -23,9 +25,9 @@ const BOTH: [Who; 2] = [ADAPTOR, AGENT];
 pub(crate) struct Plan {
     pub(crate) opener: Who,
     /// Lengths of the messages that each end writes before it ends its direction.
-    pub(crate) messages: [&'static [usize]; 2],
+    pub(crate) messages: [Vec<usize>; 2],
     /// Credit of each direction, in messages.
-    pub(crate) window: u8,
+    pub(crate) window: u32,
     /// Whether the programs read what arrives at once. Otherwise they do in the end.
     pub(crate) reads_at_once: bool,
     /// How often the connection is cut, at most.
@@ -42,7 +44,7 @@ pub(crate) struct Plan {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct At {
     received: u64,
-    granted: u8,
+    granted: u32,
 }
 
 /// What goes over the channel of the stream.
@@ -118,17 +120,17 @@ struct End {
 #[derive(Clone, Debug, Default, Hash)]
 struct Program {
     /// Messages that were written, and whether the direction was ended after them.
-    wrote: usize,
+    wrote: u32,
     has_ended: bool,
     has_closed: bool,
     /// Bytes that have arrived.
     got: usize,
     got_end: bool,
     /// Messages that have arrived, and that were read.
-    arrived: u8,
-    read: u8,
+    arrived: u32,
+    read: u32,
     /// Messages that it may write in all.
-    allowed: u8,
+    allowed: u32,
     /// The last position that it said.
     said: At,
     /// The highest position of the other end that was heard.
@@ -139,7 +141,7 @@ struct Program {
 
 #[derive(Clone)]
 pub(crate) struct Stream {
-    plan: Plan,
+    plan: Arc<Plan>,
     left: Left,
     ends: [Option<End>; 2],
     programs: [Program; 2],
@@ -211,7 +213,7 @@ impl Stream {
             ..Program::default()
         };
         Self {
-            plan,
+            plan: Arc::new(plan),
             left,
             ends: [None, None],
             programs: [program.clone(), program],
@@ -223,8 +225,8 @@ impl Stream {
     }
 
     /// Bytes of the first `count` messages of an end.
-    fn bytes(&self, who: Who, count: usize) -> usize {
-        self.plan.messages[who][..count].iter().sum()
+    fn bytes(&self, who: Who, count: u32) -> usize {
+        self.plan.messages[who][..count as usize].iter().sum()
     }
 
     /// Position of an end, as it says it now.
@@ -238,7 +240,7 @@ impl Stream {
     }
 
     fn has_all_written(&self, who: Who) -> bool {
-        self.programs[who].wrote == self.plan.messages[who].len()
+        self.programs[who].wrote as usize == self.plan.messages[who].len()
     }
 
     /// Puts something on the channel to the other end. On a connection that has ended it is lost.
@@ -428,24 +430,39 @@ impl Stream {
             expect(program.allowed <= self.plan.window + theirs.read, "more credit than was granted")?;
             let Some(end) = end else { continue };
             expect(end.state.received() == (program.got + usize::from(program.got_end)) as u64, "received")?;
-            let ends = (1..=program.wrote).map(|count| self.bytes(who, count) as u64);
-            let kept = ends.filter(|end| *end > program.heard).count() as u64;
-            expect(end.state.kept_cost() == kept * 512, "it keeps other messages than the unacknowledged")?;
+            let wrote = self.plan.messages[who].iter().take(program.wrote as usize);
+            let unacknowledged = wrote.scan(0, |end, len| {
+                *end += *len as u64;
+                Some(if *end > program.heard { u64::from(cost(*len)) } else { 0 })
+            });
+            let kept = end.state.kept_cost();
+            expect(kept == unacknowledged.sum::<u64>(), "it keeps other messages than the unacknowledged")?;
         }
         Ok(())
     }
 }
 
-/// The bytes that an end writes: each differs from its neighbours.
+/// More steps than a stream needs to finish.
+const STEPS_MAX: usize = 10_000;
+/// Most bytes that an end writes.
+const CONTENT_MAX: usize = 1 << 21;
+
+/// The bytes that an end writes at a position: without a period that could hide a lost or doubled message.
 fn content(who: Who, at: usize, len: usize) -> Bytes {
-    (at..at + len).map(|at| u8::try_from(who * 100 + at % 100).unwrap_or(u8::MAX)).collect()
+    static ALL: LazyLock<[Bytes; 2]> = LazyLock::new(|| {
+        BOTH.map(|who| {
+            let byte = |at: u64| (at ^ ((who as u64) << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes()[0];
+            (0..CONTENT_MAX as u64).map(byte).collect()
+        })
+    });
+    ALL[who].slice(at..at + len)
 }
 
 fn expect(holds: bool, otherwise: &str) -> Result<(), String> {
     if holds { Ok(()) } else { Err(otherwise.to_owned()) }
 }
 
-impl explore::World for Stream {
+impl World for Stream {
     type Step = Step;
 
     fn steps(&self) -> Vec<Step> {
@@ -465,7 +482,7 @@ impl explore::World for Stream {
                 may(connecting, Step::Accept(who));
                 may(connecting && self.left.refusals > 0, Step::Refuse(who));
                 let writes = uses && !program.has_ended;
-                let has_credit = program.wrote < program.allowed.into();
+                let has_credit = program.wrote < program.allowed;
                 may(writes && has_credit && !self.has_all_written(who), Step::Write(who));
                 may(writes && self.has_all_written(who), Step::End(who));
                 let all_read = program.got_end && program.read == program.arrived;
@@ -526,10 +543,11 @@ impl explore::World for Stream {
             Step::Write(who) => {
                 let program = &self.programs[who];
                 let at = self.bytes(who, program.wrote);
-                let data = content(who, at, self.plan.messages[who][program.wrote]);
+                let len = self.plan.messages[who][program.wrote as usize];
+                let data = content(who, at, len);
                 self.programs[who].wrote += 1;
                 if let Some(end) = &mut self.ends[who] {
-                    expect(end.state.push(&data) == 512, "a message is not kept")?;
+                    expect(end.state.push(&data) == cost(len), "a message is not kept")?;
                 }
             }
             Step::End(who) => {
@@ -641,9 +659,34 @@ impl Stream {
     }
 }
 
-/// An error of the machine that no honest end may cause.
-impl From<Lie> for explore::Broken {
-    fn from(lie: Lie) -> Self {
-        Self(lie.to_string())
+/// Takes one of the possible steps for each choice, then those that happen in the end, until all is over.
+///
+/// # Errors
+/// A property does not hold; with the steps so far.
+pub(crate) fn drive(plan: Plan, choices: &[u8]) -> Result<(), String> {
+    let mut stream = Stream::new(plan);
+    let mut taken = Vec::new();
+    for choice in choices {
+        let steps = stream.steps();
+        if let Some(step) = steps.get(usize::from(*choice) % steps.len().max(1)) {
+            take(&mut stream, *step, &mut taken)?;
+        }
     }
+    for count in 0..STEPS_MAX {
+        if stream.is_done() {
+            return Ok(());
+        }
+        let mut steps = stream.steps();
+        steps.retain(Stream::is_certain);
+        match steps.get(count % steps.len().max(1)) {
+            Some(step) => take(&mut stream, *step, &mut taken)?,
+            None => break,
+        }
+    }
+    Err(format!("can't finish: {taken:?}"))
+}
+
+fn take(stream: &mut Stream, step: Step, taken: &mut Vec<Step>) -> Result<(), String> {
+    taken.push(step);
+    stream.take(&step).map_err(|fault| format!("{fault}: {taken:?}"))
 }
