@@ -4,13 +4,17 @@
 
 mod model {
     pub(crate) mod explore;
+    pub(crate) mod lies;
     pub(crate) mod world;
 }
 
+use bytes::Bytes;
 use model::explore::explore;
+use model::lies;
 use model::world::{ADAPTOR, AGENT, Plan, Stream, Who, drive};
 use proptest::prelude::*;
 use secure_comms_protocol::limits::MESSAGE_MAX;
+use secure_comms_tunnel::session::stream::{Lie, StreamState};
 
 /// One message in each direction, and one cut.
 fn plan(opener: Who) -> Plan {
@@ -81,14 +85,70 @@ fn no_credit_is_lost_or_doubled_by_a_cut() {
     }
 }
 
+/// An end that has sent two messages and its end of file, of which the other end has said that it has the first.
+fn sent() -> StreamState {
+    let mut end = StreamState::default();
+    for len in [10, 20] {
+        end.push(&Bytes::from(vec![0; len]));
+    }
+    end.end();
+    while end.next().is_some() {}
+    assert_eq!(end.acknowledge(10), Ok(512));
+    end
+}
+
+#[test]
+fn a_position_beyond_what_was_sent_is_a_lie() {
+    for received in [32, 33, u64::MAX] {
+        assert_eq!(sent().acknowledge(received), Err(Lie::Beyond { received, sent: 31 }));
+        assert_eq!(sent().attach(received), Err(Lie::Beyond { received, sent: 31 }));
+    }
+    // The end of file counts only once it was sent.
+    let mut end = StreamState::default();
+    end.end();
+    assert_eq!(end.acknowledge(1), Err(Lie::Beyond { received: 1, sent: 0 }));
+}
+
+#[test]
+fn a_position_before_an_earlier_one_is_a_lie_on_an_open_only() {
+    assert_eq!(sent().attach(0), Err(Lie::Before { received: 0, acknowledged: 10 }));
+    assert_eq!(sent().acknowledge(0), Ok(0));
+}
+
+#[test]
+fn a_position_inside_a_message_is_a_lie() {
+    for received in [11, 29] {
+        assert_eq!(sent().acknowledge(received), Err(Lie::Inside(received)));
+        assert_eq!(sent().attach(received), Err(Lie::Inside(received)));
+    }
+}
+
+#[test]
+fn anything_after_an_end_of_file_is_a_lie() {
+    let mut end = StreamState::default();
+    assert_eq!((end.on_data(7), end.on_eof()), (Ok(()), Ok(())));
+    assert_eq!((end.on_data(0), end.on_eof()), (Err(Lie::AfterEof), Err(Lie::AfterEof)));
+    assert_eq!(end.received(), 8);
+}
+
+#[test]
+fn a_position_that_comes_after_a_close_changes_nothing() {
+    let mut end = sent();
+    assert_eq!(end.on_close(), 512);
+    let closed = end.clone();
+    assert_eq!((end.acknowledge(30), end.acknowledge(31)), (Ok(0), Ok(0)));
+    assert_eq!(end, closed);
+    assert_eq!(end.acknowledge(32), Err(Lie::Beyond { received: 32, sent: 31 }));
+}
+
 /// Lengths of the messages of one end, of 1 byte to 32 KiB.
 fn messages() -> impl Strategy<Value = Vec<usize>> {
     prop::collection::vec(prop_oneof![1..600_usize, 1..=MESSAGE_MAX, Just(MESSAGE_MAX)], 0..40)
 }
 
 fn plans() -> impl Strategy<Value = Plan> {
-    (0..2_usize, [messages(), messages()], 1..20_u32, any::<bool>(), 0..8_u8, 0..2_u8, 0..2_u8, 0..20_u8).prop_map(
-        |(opener, messages, window, reads_at_once, cuts, resets, refusals, elsewhere)| Plan {
+    (0..2_usize, [messages(), messages()], 1..20_u32, any::<bool>(), 0..8_u8, 0..2_u8, 0..2_u8, 0..20_u8)
+        .prop_map(|(opener, messages, window, reads_at_once, cuts, resets, refusals, elsewhere)| Plan {
             opener,
             messages,
             window,
@@ -97,8 +157,16 @@ fn plans() -> impl Strategy<Value = Plan> {
             resets,
             refusals,
             elsewhere,
-        },
-    )
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn a_peer_that_lies_is_found_out(moves in prop::collection::vec(any::<u8>(), 0..300)) {
+        lies::exercise(lies::Numbers(&moves));
+    }
 }
 
 proptest! {

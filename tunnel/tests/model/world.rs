@@ -201,12 +201,8 @@ pub(crate) enum Step {
 
 impl Stream {
     pub(crate) fn new(plan: Plan) -> Self {
-        let left = Left {
-            cuts: plan.cuts,
-            resets: plan.resets,
-            refusals: plan.refusals,
-            elsewhere: plan.elsewhere,
-        };
+        let left =
+            Left { cuts: plan.cuts, resets: plan.resets, refusals: plan.refusals, elsewhere: plan.elsewhere };
         let program = Program {
             allowed: plan.window,
             said: At { received: 0, granted: plan.window },
@@ -451,7 +447,8 @@ const CONTENT_MAX: usize = 1 << 21;
 fn content(who: Who, at: usize, len: usize) -> Bytes {
     static ALL: LazyLock<[Bytes; 2]> = LazyLock::new(|| {
         BOTH.map(|who| {
-            let byte = |at: u64| (at ^ ((who as u64) << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes()[0];
+            let byte =
+                |at: u64| (at ^ ((who as u64) << 40)).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes()[0];
             (0..CONTENT_MAX as u64).map(byte).collect()
         })
     });
@@ -503,7 +500,8 @@ impl World for Stream {
             may(!self.elsewhere[who].is_empty(), Step::TakeElsewhere(who));
             may(!self.elsewhere[who].is_empty() && self.left.cuts > 0, Step::LoseElsewhere(who));
             let Some(connection) = &self.connection else { continue };
-            let (channel, control) = (!connection.channel[who].is_empty(), !connection.control[who].is_empty());
+            let (channel, control) =
+                (!connection.channel[who].is_empty(), !connection.control[who].is_empty());
             may(channel, Step::TakeChannel(who));
             may(control, Step::TakeControl(who));
             let close_came = connection.channel[who].contains(&Wire::Close) && !connection.is_dead;
@@ -595,18 +593,13 @@ impl World for Stream {
     fn is_certain(step: &Step) -> bool {
         !matches!(
             step,
-            Step::Cut
-                | Step::Reset(_)
-                | Step::Refuse(_)
-                | Step::SayElsewhere(_)
-                | Step::LoseElsewhere(_)
+            Step::Cut | Step::Reset(_) | Step::Refuse(_) | Step::SayElsewhere(_) | Step::LoseElsewhere(_)
         )
     }
 
     fn is_done(&self) -> bool {
-        let all = |who: Who| {
-            self.has_all_written(who) && self.programs[who].read == self.programs[who].arrived
-        };
+        let all =
+            |who: Who| self.has_all_written(who) && self.programs[who].read == self.programs[who].arrived;
         self.has_begun
             && self.ends.iter().all(Option::is_none)
             && self.elsewhere.iter().all(VecDeque::is_empty)
