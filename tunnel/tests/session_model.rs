@@ -5,13 +5,14 @@
 mod model {
     pub(crate) mod explore;
     pub(crate) mod lies;
+    pub(crate) mod stream;
     pub(crate) mod world;
 }
 
 use bytes::Bytes;
 use model::explore::explore;
 use model::lies;
-use model::world::{ADAPTOR, AGENT, Plan, Stream, Who, drive};
+use model::stream::{ADAPTOR, AGENT, Plan, Stream, Who, drive};
 use proptest::prelude::*;
 use secure_comms_protocol::limits::MESSAGE_MAX;
 use secure_comms_tunnel::session::stream::{Lie, StreamState};

@@ -4,28 +4,10 @@
 //! still finish", the property that finds deadlocks, lost credit and streams that are never forgotten.
 
 use std::collections::HashMap;
-use std::fmt::{Debug, Write as _};
+use std::fmt::Write as _;
 use std::hash::{Hash, Hasher};
 
-/// Something with states and steps between them.
-pub(crate) trait World: Clone + Hash {
-    type Step: Debug;
-
-    /// The steps that are possible now, always in the same order.
-    fn steps(&self) -> Vec<Self::Step>;
-
-    /// Takes a step.
-    ///
-    /// # Errors
-    /// A property does not hold.
-    fn take(&mut self, step: &Self::Step) -> Result<(), String>;
-
-    /// Whether the step happens in the end if it stays possible. Others (cuts, resets) may never happen.
-    fn is_certain(step: &Self::Step) -> bool;
-
-    /// Whether all is over, and nothing is left.
-    fn is_done(&self) -> bool;
-}
+use super::world::World;
 
 /// The result of a complete exploration.
 #[derive(Debug)]
@@ -162,6 +144,7 @@ fn trace<W: World>(start: &W, origins: &[Origin], mut state: State) -> String {
     text
 }
 
+#[cfg(test)]
 mod tests {
     use super::*;
 
