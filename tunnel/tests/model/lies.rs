@@ -102,7 +102,7 @@ fn step(end: &mut StreamState, expected: &mut Expected, what: u8, number: u8) ->
         0 | 1 => {
             let len = match number {
                 255 => MESSAGE_MAX,
-                number => usize::from(number) * if what % 10 == 0 { 1 } else { 100 },
+                number => usize::from(number) * [1, 100][usize::from(what % 10)],
             };
             let data = Bytes::from(vec![number; len]);
             let takes = !expected.has_ended && !expected.has_closed && !expected.got_close && len > 0;
