@@ -268,11 +268,7 @@ impl<C: Channels> Session<C> {
     }
 
     fn say(&self, entry: &Entry<C>) -> StreamPosition {
-        StreamPosition {
-            stream: entry.id(),
-            received: entry.say(),
-            granted: self.0.credits.given(entry.id()),
-        }
+        StreamPosition::new(entry.id(), self.position(entry))
     }
 
     /// Ends the session because the peer lied about a stream; returns the reason.

@@ -3,17 +3,22 @@
 
 mod harness;
 
+use std::future::pending;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use harness::lanes::{Sessions, open};
-use harness::{FIXED, Watchdog, check_end, check_pattern, write_pattern};
+use harness::{BULK, FIXED, Watchdog, check_end, check_pattern, write_pattern};
 use secure_comms_protocol::{Lane, TunnelName};
 use secure_comms_tunnel::flow::Side;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
+use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
+
+/// The servers' ends of the streams that were accepted.
+type Servers = mpsc::UnboundedReceiver<(TunnelName, UnixStream)>;
 
 /// Longer than anything takes, of paused time.
 const LONG: Duration = Duration::from_secs(600);
@@ -71,6 +76,14 @@ async fn one_stream(side: Side, name: TunnelName, cut_at: usize) -> usize {
     sessions.sent()
 }
 
+/// A small stream with bytes in both directions, to its end.
+async fn transfer(sessions: &Arc<Sessions>, mut servers: Servers, side: Side) {
+    let client = open(sessions, side, &TunnelName::kbs()).await;
+    let (_, server) = servers.recv().await.unwrap();
+    tokio::join!(exchange(client, (1, 10_000), (2, 40_000)), exchange(server, (2, 40_000), (1, 10_000)));
+    settled(sessions).await;
+}
+
 async fn every_cut(side: Side, name: TunnelName) {
     let _watchdog = Watchdog::new();
     let sent = one_stream(side, name.clone(), usize::MAX).await;
@@ -89,4 +102,116 @@ async fn a_stream_of_the_adaptor_survives_a_cut_at_any_message() {
 #[tokio::test(start_paused = true)]
 async fn a_stream_of_the_agent_survives_a_cut_at_any_message() {
     every_cut(Side::Agent, TunnelName::kbs()).await;
+}
+
+/// Connects both lanes, and again when they are cut.
+fn connected(connecting: Duration) -> (Arc<Sessions>, Servers) {
+    let (sessions, servers) = Sessions::new(FIXED, connecting);
+    for lane in Lane::ALL {
+        sessions.connect(lane);
+        tokio::spawn(sessions.clone().keep_connected(lane, Duration::from_millis(300)));
+    }
+    (sessions, servers)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_survives_any_two_cuts_one_after_the_other() {
+    let _watchdog = Watchdog::new();
+    for side in [Side::Adaptor, Side::Agent] {
+        for first in 1..40 {
+            for second in first + 1..first + 14 {
+                let (sessions, servers) = connected(Duration::from_millis(30));
+                sessions.cut_at.store(first, SeqCst);
+                let again = async {
+                    while sessions.sent() < first {
+                        sleep(Duration::from_millis(1)).await;
+                    }
+                    sessions.cut_at.store(second, SeqCst);
+                    pending().await
+                };
+                tokio::select! {
+                    done = timeout(LONG, transfer(&sessions, servers, side)) => {
+                        done.unwrap_or_else(|_| panic!("{side:?}, cut after {first} and {second}"));
+                    }
+                    () = again => {}
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_survives_a_failover_at_any_time() {
+    let _watchdog = Watchdog::new();
+    for side in [Side::Adaptor, Side::Agent] {
+        for at in 0..80 {
+            for old_lives in [0, 15, 35, 60] {
+                let (sessions, servers) = connected(Duration::from_millis(70));
+                let replaced = async {
+                    sleep(Duration::from_millis(5 * at)).await;
+                    sessions.replace(Lane::Data, Duration::from_millis(old_lives));
+                    pending().await
+                };
+                tokio::select! {
+                    done = timeout(LONG, transfer(&sessions, servers, side)) => {
+                        done.unwrap_or_else(|_| panic!("{side:?}, after {} ms, {old_lives} ms", 5 * at));
+                    }
+                    () = replaced => {}
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_may_take_long_to_connect_to_while_connections_are_cut() {
+    let _watchdog = Watchdog::new();
+    for side in [Side::Adaptor, Side::Agent] {
+        let (sessions, servers) = connected(Duration::from_secs(100));
+        let cuts = async {
+            for _ in 0..3 {
+                sleep(Duration::from_secs(15)).await;
+                sessions.wire(Lane::Data).unwrap().cut();
+            }
+            pending().await
+        };
+        tokio::select! {
+            done = timeout(LONG, transfer(&sessions, servers, side)) => {
+                done.unwrap_or_else(|_| panic!("{side:?}: {:?}", sessions.adaptor.end_reason()));
+            }
+            () = cuts => {}
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn credit_given_back_while_a_stream_resumes_is_not_lost() {
+    let _watchdog = Watchdog::new();
+    for side in [Side::Adaptor, Side::Agent] {
+        for reads_at in (0..60).step_by(4) {
+            let (sessions, mut servers) = connected(Duration::from_millis(30));
+            let client = open(&sessions, side, &TunnelName::kbs()).await;
+            let (_, server) = servers.recv().await.unwrap();
+            for (writes, reads) in [(client, server)] {
+                let (mut reader, mut writer) = (reads, writes);
+                // Both kernel buffers and the window are full.
+                let write = tokio::spawn(async move {
+                    write_pattern(&mut writer, 1, BULK / 16, 50_000).await;
+                    writer.shutdown().await.unwrap();
+                    writer
+                });
+                sleep(Duration::from_secs(3)).await;
+                sessions.wire(Lane::Data).unwrap().cut();
+                // The new connection is made after 300 ms; the position is under way from then on.
+                sleep(Duration::from_millis(299 + reads_at)).await;
+                timeout(LONG, check_pattern(&mut reader, 1, BULK / 16))
+                    .await
+                    .unwrap_or_else(|_| panic!("{side:?}: no credit after {reads_at} ms"));
+                check_end(&mut reader).await;
+                reader.shutdown().await.unwrap();
+                drop(write.await.unwrap());
+            }
+            timeout(LONG, settled(&sessions)).await.unwrap();
+        }
+    }
 }

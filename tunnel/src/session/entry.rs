@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use secure_comms_protocol::{Opening, TunnelName};
+use secure_comms_protocol::{Opening, Position, TunnelName};
 use tokio::sync::Notify;
 
 use super::stream::{Lie, StreamState, Transmit};
@@ -63,7 +63,7 @@ pub(super) struct State<C: Channels> {
     /// The connection on which the stream is to be asked for again.
     pub(super) again: Option<Connection<C>>,
     /// Position that was said last.
-    said: u64,
+    said: Position,
     /// The relay has left: what comes for this stream is closed.
     forgotten: bool,
 }
@@ -120,7 +120,7 @@ impl<C: Channels> Entry<C> {
             epoch: 0,
             claims: 0,
             again: None,
-            said: 0,
+            said: Position::default(),
             forgotten: false,
         };
         Self { id, name, state: Mutex::new(state), changed: Notify::new() }
@@ -172,13 +172,13 @@ impl<C: Channels> Entry<C> {
     pub(super) fn unsaid_on(&self, number: LaneNumber) -> u64 {
         let state = self.state();
         let is_there = state.sender.is_some() && state.is_on(number);
-        if is_there { state.stream.received() - state.said } else { 0 }
+        if is_there { state.stream.received() - state.said.received } else { 0 }
     }
 
-    /// Position up to which we have received, which counts as said from now on.
-    pub(super) fn say(&self) -> u64 {
+    /// Our position, with all the credit that we have `granted`; it counts as said from now on.
+    pub(super) fn say(&self, granted: u64) -> Position {
         let mut state = self.state();
-        state.said = state.stream.received();
+        state.said = Position { received: state.stream.received(), granted };
         state.said
     }
 
@@ -260,7 +260,7 @@ pub(super) struct Opened<C: Channels> {
     pub(super) connection: Connection<C>,
     pub(super) receiver: C::Receiver,
     pub(super) sender: C::Sender,
-    pub(super) position: secure_comms_protocol::Position,
+    pub(super) position: Position,
 }
 
 impl<C: Channels> Session<C> {
@@ -289,12 +289,12 @@ impl<C: Channels> Session<C> {
         state.sender = Some(Arc::new(sender));
         state.receiver = Some(receiver);
         state.connection = Some(connection);
-        state.said = state.stream.received();
+        let said = state.said.granted;
         state.live = state.stream.all_passed();
         let (live, epoch) = (state.live, state.epoch);
         drop(state);
         self.drop_kept(freed.into());
-        self.0.credits.carry(entry.id, number);
+        self.0.credits.carry(entry.id, number, said);
         self.0.credits.granted_in_all(entry.id, position.granted);
         if !live {
             tokio::spawn(catch_up(entry.clone(), epoch));

@@ -162,6 +162,7 @@ impl<C: Channels> Incoming for NewStream<C> {
             };
             let channels = connection.channels.clone();
             tokio::select! {
+                biased;
                 (receiver, sender) = accepted => {
                     let granted = u64::from(self.session.0.peer_credit);
                     let position = opening.position().unwrap_or(Position { received: 0, granted });

@@ -314,6 +314,11 @@ impl Sessions {
 
     /// Connects a lane, as adaptor and agent do: the connection that had the lane is cut.
     pub(crate) fn connect(self: &Arc<Self>, lane: Lane) {
+        self.replace(lane, Duration::ZERO);
+    }
+
+    /// Connects a lane; the connection that had it still delivers for some time.
+    pub(crate) fn replace(self: &Arc<Self>, lane: Lane, old_lives: Duration) {
         let wire = Wire::new(self.sent.clone(), self.cut_at.clone());
         let mut lanes = self.lanes.lock().unwrap();
         let is_first = lanes.is_empty();
@@ -327,7 +332,11 @@ impl Sessions {
             let stays = *of != lane;
             if !stays {
                 self.adaptor.disconnect(*number);
-                old.cut();
+                let old = old.clone();
+                tokio::spawn(async move {
+                    sleep(old_lives).await;
+                    old.cut();
+                });
             }
             stays
         });
