@@ -360,6 +360,6 @@ impl<C: Channels> Session<C> {
     /// among them: the agent asks again.
     pub fn known(&self) -> Vec<u32> {
         let streams: Vec<_> = self.table().streams.values().cloned().collect();
-        streams.iter().filter(|entry| !entry.is_accepting()).map(|entry| entry.id()).collect()
+        streams.iter().filter(|entry| entry.list()).map(|entry| entry.id()).collect()
     }
 }

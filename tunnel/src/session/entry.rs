@@ -62,6 +62,8 @@ pub(super) struct State<C: Channels> {
     pub(super) claims: u64,
     /// The connection on which the stream is to be asked for again.
     pub(super) again: Option<Connection<C>>,
+    /// The adaptor has said that it knows the stream.
+    pub(super) listed: bool,
     /// Position that was said last.
     said: Position,
     /// The relay has left: what comes for this stream is closed.
@@ -120,6 +122,7 @@ impl<C: Channels> Entry<C> {
             epoch: 0,
             claims: 0,
             again: None,
+            listed: false,
             said: Position::default(),
             forgotten: false,
         };
@@ -160,8 +163,11 @@ impl<C: Channels> Entry<C> {
         self.state().sender.is_some()
     }
 
-    pub(super) fn is_accepting(&self) -> bool {
-        matches!(self.state().stage, Stage::Accepting(_))
+    /// Lists the stream among those that the adaptor knows; whether it is.
+    pub(super) fn list(&self) -> bool {
+        let mut state = self.state();
+        state.listed = !matches!(state.stage, Stage::Accepting(_));
+        state.listed
     }
 
     pub(super) fn acknowledge(&self, received: u64) -> Result<u32, Lie> {

@@ -118,6 +118,8 @@ impl<C: Channels> Session<C> {
                     drop(state);
                     entry.notify();
                 }
+                // Confirmed since the list: the agent asks again, and two channels for one stream would end it.
+                Stage::Open if !state.listed => {}
                 Stage::Open => {
                     state.claims += 1;
                     let claim = state.claims;
