@@ -47,13 +47,21 @@ async fn settled(sessions: &Sessions) {
     assert_eq!(waiting, [0, 0], "a stream without a place is kept");
 }
 
-/// One stream with bytes in both directions, with a cut when `cut_at` messages were sent. Returns how many were.
-async fn one_stream(side: Side, name: TunnelName, cut_at: usize) -> usize {
-    let (sessions, mut servers) = Sessions::new(FIXED, Duration::from_millis(30));
-    sessions.cut_at.store(cut_at, SeqCst);
-    for lane in Lane::ALL {
-        sessions.connect(lane);
-        tokio::spawn(sessions.clone().keep_connected(lane, Duration::from_millis(300)));
+/// Where the connection is cut, by the number of a message.
+#[derive(Clone, Copy, Debug)]
+enum Cut {
+    Sent(usize),
+    Arrived(usize),
+    Never,
+}
+
+/// One stream with bytes in both directions. Returns how many messages were sent.
+async fn one_stream(side: Side, name: TunnelName, cut: Cut) -> usize {
+    let (sessions, mut servers) = connected(Duration::from_millis(30));
+    match cut {
+        Cut::Sent(at) => sessions.count.cut_sent.store(at, SeqCst),
+        Cut::Arrived(at) => sessions.count.cut_arrived.store(at, SeqCst),
+        Cut::Never => {}
     }
     let work = async {
         let client = open(&sessions, side, &name).await;
@@ -65,15 +73,13 @@ async fn one_stream(side: Side, name: TunnelName, cut_at: usize) -> usize {
         );
         settled(&sessions).await;
     };
-    let done = timeout(LONG, work).await;
-    done.unwrap_or_else(|_| {
-        panic!(
-            "{side:?} {name}, cut after {cut_at}: {:?} {:?}",
-            sessions.adaptor.end_reason(),
-            sessions.agent.end_reason()
-        )
-    });
+    timeout(LONG, work).await.unwrap_or_else(|_| panic!("{side:?} {name} {cut:?} {}", reasons(&sessions)));
     sessions.sent()
+}
+
+/// Why the session has ended, at both ends.
+fn reasons(sessions: &Sessions) -> String {
+    format!("{:?}", [sessions.adaptor.end_reason(), sessions.agent.end_reason()])
 }
 
 /// A small stream with bytes in both directions, to its end.
@@ -86,10 +92,11 @@ async fn transfer(sessions: &Arc<Sessions>, mut servers: Servers, side: Side) {
 
 async fn every_cut(side: Side, name: TunnelName) {
     let _watchdog = Watchdog::new();
-    let sent = one_stream(side, name.clone(), usize::MAX).await;
+    let sent = one_stream(side, name.clone(), Cut::Never).await;
     assert!(sent > 20, "{sent} messages");
-    for cut_at in 1..=sent {
-        one_stream(side, name.clone(), cut_at).await;
+    for at in 1..=sent {
+        one_stream(side, name.clone(), Cut::Sent(at)).await;
+        one_stream(side, name.clone(), Cut::Arrived(at)).await;
     }
 }
 
@@ -121,12 +128,12 @@ async fn a_stream_survives_any_two_cuts_one_after_the_other() {
         for first in 1..40 {
             for second in first + 1..first + 14 {
                 let (sessions, servers) = connected(Duration::from_millis(30));
-                sessions.cut_at.store(first, SeqCst);
+                sessions.count.cut_sent.store(first, SeqCst);
                 let again = async {
                     while sessions.sent() < first {
                         sleep(Duration::from_millis(1)).await;
                     }
-                    sessions.cut_at.store(second, SeqCst);
+                    sessions.count.cut_sent.store(second, SeqCst);
                     pending().await
                 };
                 tokio::select! {

@@ -25,11 +25,27 @@ type Parcel = Box<dyn FnOnce() + Send>;
 #[derive(Debug)]
 pub(crate) struct Wire {
     dead: watch::Sender<bool>,
-    /// Messages that were sent, of both directions.
-    sent: Arc<AtomicUsize>,
-    /// The connection is cut when this many were sent.
-    cut_at: Arc<AtomicUsize>,
+    count: Arc<Count>,
     pipes: [mpsc::UnboundedSender<(Instant, DebugParcel)>; 2],
+}
+
+/// Messages of all connections, in both directions, and where the connection that carries one is cut.
+#[derive(Debug)]
+pub(crate) struct Count {
+    sent: AtomicUsize,
+    arrived: AtomicUsize,
+    /// As the message with this number is sent. It is lost.
+    pub(crate) cut_sent: AtomicUsize,
+    /// Right after the message with this number has arrived, before the tasks at that end have seen it.
+    pub(crate) cut_arrived: AtomicUsize,
+}
+
+impl Default for Count {
+    fn default() -> Self {
+        let never = || AtomicUsize::new(usize::MAX);
+        let (sent, arrived) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Self { sent, arrived, cut_sent: never(), cut_arrived: never() }
+    }
 }
 
 struct DebugParcel(Parcel);
@@ -41,23 +57,27 @@ impl std::fmt::Debug for DebugParcel {
 }
 
 impl Wire {
-    fn new(sent: Arc<AtomicUsize>, cut_at: Arc<AtomicUsize>) -> Arc<Self> {
+    fn new(count: Arc<Count>) -> Arc<Self> {
         let dead = watch::Sender::new(false);
         let pipes = [(); 2].map(|()| {
             let (parcels, mut arriving) = mpsc::unbounded_channel::<(Instant, DebugParcel)>();
-            let mut is_dead = dead.subscribe();
+            let (dead, count) = (dead.clone(), count.clone());
             tokio::spawn(async move {
+                let mut is_dead = dead.subscribe();
                 while let Some((when, parcel)) = arriving.recv().await {
                     tokio::select! {
                         biased;
                         _ = is_dead.wait_for(|dead| *dead) => return,
                         () = sleep_until(when) => (parcel.0)(),
                     }
+                    if count.arrived.fetch_add(1, SeqCst) + 1 == count.cut_arrived.load(SeqCst) {
+                        dead.send_replace(true);
+                    }
                 }
             });
             parcels
         });
-        Arc::new(Self { dead, sent, cut_at, pipes })
+        Arc::new(Self { dead, count, pipes })
     }
 
     pub(crate) fn cut(&self) {
@@ -73,7 +93,7 @@ impl Wire {
     }
 
     fn put(&self, from: Side, parcel: impl FnOnce() + Send + 'static) {
-        if self.sent.fetch_add(1, SeqCst) + 1 == self.cut_at.load(SeqCst) {
+        if self.count.sent.fetch_add(1, SeqCst) + 1 == self.count.cut_sent.load(SeqCst) {
             // This message is lost, and all that are under way, in both directions.
             self.cut();
         }
@@ -278,8 +298,7 @@ pub(crate) struct Sessions {
     pub(crate) adaptor: Session<MemChannels>,
     pub(crate) agent: Session<MemChannels>,
     lanes: Mutex<Vec<(Lane, Arc<Wire>, LaneNumber)>>,
-    sent: Arc<AtomicUsize>,
-    pub(crate) cut_at: Arc<AtomicUsize>,
+    pub(crate) count: Arc<Count>,
     servers: Servers,
 }
 
@@ -295,8 +314,7 @@ impl Sessions {
             adaptor: new(Side::Adaptor),
             agent: new(Side::Agent),
             lanes: Mutex::default(),
-            sent: Arc::default(),
-            cut_at: Arc::new(AtomicUsize::new(usize::MAX)),
+            count: Arc::default(),
             servers: Servers { accepted, connecting },
         };
         (Arc::new(sessions), servers)
@@ -304,7 +322,7 @@ impl Sessions {
 
     /// Messages that were sent on all connections.
     pub(crate) fn sent(&self) -> usize {
-        self.sent.load(SeqCst)
+        self.count.sent.load(SeqCst)
     }
 
     /// The connection of a lane now.
@@ -319,7 +337,7 @@ impl Sessions {
 
     /// Connects a lane; the connection that had it still delivers for some time.
     pub(crate) fn replace(self: &Arc<Self>, lane: Lane, old_lives: Duration) {
-        let wire = Wire::new(self.sent.clone(), self.cut_at.clone());
+        let wire = Wire::new(self.count.clone());
         let mut lanes = self.lanes.lock().unwrap();
         let is_first = lanes.is_empty();
         let (adaptor_asks, at_adaptor) = mpsc::unbounded_channel();
