@@ -15,6 +15,7 @@ use secure_comms_tunnel::flow::Side;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 /// The servers' ends of the streams that were accepted.
@@ -220,5 +221,40 @@ async fn credit_given_back_while_a_stream_resumes_is_not_lost() {
             }
             timeout(LONG, settled(&sessions)).await.unwrap();
         }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn streams_fall_back_to_the_main_lane() {
+    let _watchdog = Watchdog::new();
+    // The time after which the agent notices, too.
+    for notices in [0, 10, 40_000] {
+        let (sessions, mut servers) = Sessions::new(FIXED, Duration::ZERO);
+        Lane::ALL.into_iter().for_each(|lane| sessions.connect(lane));
+        let mut streams = JoinSet::new();
+        for (at, side) in [(0, Side::Adaptor), (1, Side::Agent)] {
+            let client = open(&sessions, side, &TunnelName::kbs()).await;
+            let (_, server) = servers.recv().await.unwrap();
+            let wire = sessions.wire(Lane::Data).unwrap();
+            streams.spawn(async move {
+                let (out, back) = ((at, 400_000), (at + 10, 300_000));
+                tokio::join!(exchange(client, out, back), exchange(server, back, out));
+                drop(wire);
+            });
+        }
+        let (data, main) = (sessions.wire(Lane::Data).unwrap(), sessions.wire(Lane::Main).unwrap());
+        sleep(Duration::from_millis(100)).await;
+        data.cut_for(Side::Adaptor);
+        tokio::spawn(async move {
+            sleep(Duration::from_millis(notices)).await;
+            data.cut_for(Side::Agent);
+        });
+        sleep(Duration::from_millis(5)).await;
+        assert_eq!(sessions.fall_back().await, 2);
+        let done =
+            timeout(LONG, async { while streams.join_next().await.is_some_and(|ended| ended.is_ok()) {} });
+        done.await.unwrap_or_else(|_| panic!("{notices} ms: {}", reasons(&sessions)));
+        timeout(LONG, settled(&sessions)).await.unwrap();
+        assert!(!main.is_dead(Side::Adaptor));
     }
 }

@@ -62,8 +62,8 @@ pub(super) struct State<C: Channels> {
     pub(super) claims: u64,
     /// The connection on which the stream is to be asked for again.
     pub(super) again: Option<Connection<C>>,
-    /// The adaptor has said that it knows the stream.
-    pub(super) listed: bool,
+    /// The list of streams that the adaptor knows was without this one, which was not confirmed: the agent asks for it again.
+    pub(super) unlisted: bool,
     /// Position that was said last.
     said: Position,
     /// The relay has left: what comes for this stream is closed.
@@ -122,7 +122,7 @@ impl<C: Channels> Entry<C> {
             epoch: 0,
             claims: 0,
             again: None,
-            listed: false,
+            unlisted: false,
             said: Position::default(),
             forgotten: false,
         };
@@ -166,8 +166,8 @@ impl<C: Channels> Entry<C> {
     /// Lists the stream among those that the adaptor knows; whether it is.
     pub(super) fn list(&self) -> bool {
         let mut state = self.state();
-        state.listed = !matches!(state.stage, Stage::Accepting(_));
-        state.listed
+        state.unlisted = matches!(state.stage, Stage::Accepting(_));
+        !state.unlisted
     }
 
     pub(super) fn acknowledge(&self, received: u64) -> Result<u32, Lie> {
@@ -274,6 +274,7 @@ impl<C: Channels> Session<C> {
     /// (`claim`) has got a channel for, is closed.
     pub(super) fn attach(&self, entry: &Arc<Entry<C>>, claim: u64, opened: Opened<C>) {
         let Opened { connection, receiver, sender, position } = opened;
+        let is_current = self.numbered(connection.number).is_some();
         let mut state = entry.state();
         if state.forgotten || state.claims != claim || !state.is_detached() {
             drop(state);
@@ -292,6 +293,8 @@ impl<C: Channels> Session<C> {
         let number = connection.number;
         state.epoch += 1;
         state.stage = Stage::Open;
+        // A connection that was replaced since the list brings no channel that lasts.
+        state.unlisted &= !is_current;
         state.sender = Some(Arc::new(sender));
         state.receiver = Some(receiver);
         state.connection = Some(connection);

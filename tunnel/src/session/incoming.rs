@@ -87,10 +87,6 @@ impl<C: Channels> Session<C> {
     }
 
     fn go_on(&self, entry: Arc<Entry<C>>, asked: Asked<C>) {
-        let on_living = {
-            let connection = entry.state().connection.clone();
-            connection.is_some_and(|connection| self.numbered(connection.number).is_some())
-        };
         let mut state = entry.state();
         match &mut state.stage {
             // We have not answered yet. The answer goes to the newest connection.
@@ -104,12 +100,7 @@ impl<C: Channels> Session<C> {
                 let unknown = unknown(&entry);
                 refuse(asked, unknown);
             }
-            // A stream goes on only when its connection has ended.
-            Stage::Open if on_living => {
-                drop(state);
-                let in_use = refusal(entry.name(), &RefusalReason::BadStreamId(entry.id()));
-                refuse(asked, in_use);
-            }
+            // If its connection seems to live here, the other end knows better: the stream goes on once that has ended.
             Stage::Open | Stage::Opening => {
                 state.claims += 1;
                 let claim = state.claims;

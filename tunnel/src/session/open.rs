@@ -119,7 +119,7 @@ impl<C: Channels> Session<C> {
                     entry.notify();
                 }
                 // Confirmed since the list: the agent asks again, and two channels for one stream would end it.
-                Stage::Open if !state.listed => {}
+                Stage::Open if state.unlisted => {}
                 Stage::Open => {
                     state.claims += 1;
                     let claim = state.claims;

@@ -24,7 +24,8 @@ type Parcel = Box<dyn FnOnce() + Send>;
 /// One connection. Each of its halves is used by one end.
 #[derive(Debug)]
 pub(crate) struct Wire {
-    dead: watch::Sender<bool>,
+    /// Whether it has ended, as each end sees it.
+    dead: [watch::Sender<bool>; 2],
     count: Arc<Count>,
     pipes: [mpsc::UnboundedSender<(Instant, DebugParcel)>; 2],
 }
@@ -58,12 +59,12 @@ impl std::fmt::Debug for DebugParcel {
 
 impl Wire {
     fn new(count: Arc<Count>) -> Arc<Self> {
-        let dead = watch::Sender::new(false);
-        let pipes = [(); 2].map(|()| {
+        let dead = [(); 2].map(|()| watch::Sender::new(false));
+        let pipes = [1, 0].map(|to: usize| {
             let (parcels, mut arriving) = mpsc::unbounded_channel::<(Instant, DebugParcel)>();
             let (dead, count) = (dead.clone(), count.clone());
             tokio::spawn(async move {
-                let mut is_dead = dead.subscribe();
+                let mut is_dead = dead[to].subscribe();
                 while let Some((when, parcel)) = arriving.recv().await {
                     tokio::select! {
                         biased;
@@ -71,7 +72,7 @@ impl Wire {
                         () = sleep_until(when) => (parcel.0)(),
                     }
                     if count.arrived.fetch_add(1, SeqCst) + 1 == count.cut_arrived.load(SeqCst) {
-                        dead.send_replace(true);
+                        dead.iter().for_each(|dead| drop(dead.send_replace(true)));
                     }
                 }
             });
@@ -80,16 +81,22 @@ impl Wire {
         Arc::new(Self { dead, count, pipes })
     }
 
+    /// Ends it for both ends, with what is under way.
     pub(crate) fn cut(&self) {
-        self.dead.send_replace(true);
+        [Side::Adaptor, Side::Agent].into_iter().for_each(|side| self.cut_for(side));
     }
 
-    pub(crate) fn is_dead(&self) -> bool {
-        *self.dead.borrow()
+    /// Ends it for one end; the other does not notice.
+    pub(crate) fn cut_for(&self, side: Side) {
+        self.dead[index(side)].send_replace(true);
     }
 
-    pub(crate) async fn death(&self) {
-        drop(self.dead.subscribe().wait_for(|dead| *dead).await);
+    pub(crate) fn is_dead(&self, side: Side) -> bool {
+        *self.dead[index(side)].borrow()
+    }
+
+    pub(crate) async fn death(&self, side: Side) {
+        drop(self.dead[index(side)].subscribe().wait_for(|dead| *dead).await);
     }
 
     fn put(&self, from: Side, parcel: impl FnOnce() + Send + 'static) {
@@ -97,10 +104,17 @@ impl Wire {
             // This message is lost, and all that are under way, in both directions.
             self.cut();
         }
-        let pipe = &self.pipes[usize::from(from == Side::Agent)];
+        if self.is_dead(from) {
+            return;
+        }
+        let pipe = &self.pipes[index(from)];
         // A pipe that has ended belongs to a connection that is dead.
         drop(pipe.send((Instant::now() + LATENCY, DebugParcel(Box::new(parcel)))));
     }
+}
+
+fn index(side: Side) -> usize {
+    usize::from(side == Side::Agent)
 }
 
 fn other(side: Side) -> Side {
@@ -162,6 +176,7 @@ pub(crate) struct LaneSender(Arc<End>);
 pub(crate) struct LaneReceiver {
     events: mpsc::UnboundedReceiver<Event>,
     wire: Arc<Wire>,
+    side: Side,
 }
 
 fn channel(wire: &Arc<Wire>, from: Side) -> [(LaneReceiver, LaneSender); 2] {
@@ -174,7 +189,7 @@ fn channel(wire: &Arc<Wire>, from: Side) -> [(LaneReceiver, LaneSender); 2] {
             has_closed: AtomicBool::new(false),
             other: Mutex::new(None),
         });
-        (end, LaneReceiver { events, wire: wire.clone() })
+        (end, LaneReceiver { events, wire: wire.clone(), side: other(side) })
     };
     let ((ours, at_theirs), (theirs, at_ours)) = (half(from), half(other(from)));
     *ours.other.lock().unwrap() = Some(theirs.clone());
@@ -187,7 +202,7 @@ impl Receiver for LaneReceiver {
         tokio::select! {
             biased;
             event = self.events.recv() => event,
-            () = self.wire.death() => None,
+            () = self.wire.death(self.side) => None,
         }
     }
 }
@@ -208,7 +223,7 @@ impl Sender for LaneSender {
 
 impl LaneSender {
     fn put(&self, event: Event) -> Result<(), Gone> {
-        if self.0.wire.is_dead() {
+        if self.0.wire.is_dead(self.0.side) {
             return Err(Gone);
         }
         self.0.send(event);
@@ -258,7 +273,7 @@ impl Channels for MemChannels {
         let ask = Ask { name: name.clone(), id, opening, pending: MemPending { halves, answer } };
         let asks = self.asks.clone();
         self.wire.put(self.side, move || drop(asks.send(ask)));
-        let wire = self.wire.clone();
+        let (wire, side) = (self.wire.clone(), self.side);
         async move {
             tokio::select! {
                 biased;
@@ -267,21 +282,21 @@ impl Channels for MemChannels {
                     Ok(Err(refusal)) => Err(ChannelError::Refused(refusal.reason)),
                     // A channel that is dropped without an answer has one in SSH: never.
                     Err(_) => {
-                        wire.death().await;
+                        wire.death(side).await;
                         Err(ChannelError::Gone)
                     }
                 },
-                () = wire.death() => Err(ChannelError::Gone),
+                () = wire.death(side) => Err(ChannelError::Gone),
             }
         }
     }
 
     fn is_gone(&self) -> bool {
-        self.wire.is_dead()
+        self.wire.is_dead(self.side)
     }
 
     async fn gone(&self) {
-        self.wire.death().await;
+        self.wire.death(self.side).await;
     }
 }
 
@@ -375,6 +390,12 @@ impl Sessions {
         tokio::spawn(async move { adaptor.resume(lane, numbers.0).await });
     }
 
+    /// Lets the streams of lane `data` go on over the main one, as the adaptor does when it can't connect the lane.
+    pub(crate) async fn fall_back(&self) -> usize {
+        let main = self.lanes.lock().unwrap().iter().find(|(of, ..)| *of == Lane::Main).map(|lane| lane.2);
+        self.adaptor.resume(Lane::Data, main.unwrap()).await
+    }
+
     pub(crate) fn session(&self, side: Side) -> &Session<MemChannels> {
         if side == Side::Adaptor { &self.adaptor } else { &self.agent }
     }
@@ -402,7 +423,7 @@ impl Sessions {
         let mut unsaid = interval(KEEPALIVE);
         loop {
             let positions = tokio::select! {
-                () = wire.death() => return,
+                () = wire.death(side) => return,
                 positions = session.positions(number) => positions,
                 _ = unsaid.tick() => session.unsaid_positions(number),
             };
@@ -417,7 +438,7 @@ impl Sessions {
     pub(crate) async fn keep_connected(self: Arc<Self>, lane: Lane, pause: Duration) {
         loop {
             match self.wire(lane) {
-                Some(wire) => wire.death().await,
+                Some(wire) => wire.death(Side::Adaptor).await,
                 None => pending().await,
             }
             sleep(pause).await;
