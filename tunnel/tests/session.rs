@@ -11,8 +11,9 @@ use std::time::Duration;
 use harness::lanes::{Sessions, open};
 use harness::{BULK, FIXED, Watchdog, check_end, check_pattern, write_pattern};
 use secure_comms_protocol::{Lane, TunnelName};
+use secure_comms_tunnel::Link;
 use secure_comms_tunnel::flow::Side;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -256,5 +257,158 @@ async fn streams_fall_back_to_the_main_lane() {
         done.await.unwrap_or_else(|_| panic!("{notices} ms: {}", reasons(&sessions)));
         timeout(LONG, settled(&sessions)).await.unwrap();
         assert!(!main.is_dead(Side::Adaptor));
+    }
+}
+
+/// The next of some numbers without an order.
+fn scramble(state: &mut u64) -> u64 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *state >> 33
+}
+
+/// Cuts lanes at times without an order, at both ends at once or at one first.
+async fn cut_often(sessions: Arc<Sessions>, mut seed: u64) {
+    loop {
+        sleep(Duration::from_millis(scramble(&mut seed) % 900)).await;
+        let lane = Lane::ALL[usize::from(scramble(&mut seed).is_multiple_of(2))];
+        let wire = sessions.wire(lane).unwrap();
+        match scramble(&mut seed) % 3 {
+            0 => wire.cut(),
+            1 => wire.cut_for(Side::Adaptor),
+            _ => sessions.replace(lane, Duration::from_millis(scramble(&mut seed) % 60)),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_streams_survive_many_cuts_beside_a_stalled_reader() {
+    let _watchdog = Watchdog::new();
+    for seed in 0..6 {
+        let (sessions, mut servers) = connected(Duration::from_millis(25));
+        let (stalled, stalled_near) = {
+            let mut client = open(&sessions, Side::Agent, &TunnelName::kbs()).await;
+            let (_, server) = servers.recv().await.unwrap();
+            let writes = tokio::spawn(async move {
+                write_pattern(&mut client, 99, BULK / 16, 40_000).await;
+                client.shutdown().await.unwrap();
+                client
+            });
+            (server, writes)
+        };
+        let cuts = tokio::spawn(cut_often(sessions.clone(), seed));
+        let mut streams = JoinSet::new();
+        for at in 0..12 {
+            let (side, name) = match at % 3 {
+                0 => (Side::Adaptor, TunnelName::kata_agent()),
+                1 => (Side::Adaptor, TunnelName::kbs()),
+                _ => (Side::Agent, TunnelName::kbs()),
+            };
+            // One after the other: a server is that of the client before it.
+            let client = open(&sessions, side, &name).await;
+            let (_, server) = servers.recv().await.unwrap();
+            let (out, back) = ((at, 30_000 * at as usize), (at + 50, 500_000 - 30_000 * at as usize));
+            streams
+                .spawn(async move { tokio::join!(exchange(client, out, back), exchange(server, back, out)) });
+        }
+        let rest = async {
+            while let Some(ended) = streams.join_next().await {
+                ended.unwrap();
+            }
+            let mut stalled = stalled;
+            check_pattern(&mut stalled, 99, BULK / 16).await;
+            check_end(&mut stalled).await;
+            drop((stalled, stalled_near.await.unwrap()));
+            settled(&sessions).await;
+        };
+        timeout(LONG, rest).await.unwrap_or_else(|_| panic!("seed {seed}: {}", reasons(&sessions)));
+        cuts.abort();
+        assert!(sessions.connections() > 6, "{} connections", sessions.connections());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_program_that_leaves_at_any_time_ends_the_stream_at_both_ends() {
+    let _watchdog = Watchdog::new();
+    for side in [Side::Adaptor, Side::Agent] {
+        for cut_at in (1..60).step_by(2) {
+            for leaves_at in [40, 90, 350, 420] {
+                let (sessions, mut servers) = connected(Duration::from_millis(30));
+                sessions.count.cut_sent.store(cut_at, SeqCst);
+                let client = open(&sessions, side, &TunnelName::kbs()).await;
+                let (_, mut server) = servers.recv().await.unwrap();
+                let writes = tokio::spawn(async move {
+                    let (mut read, mut write) = server.split();
+                    // Either fails once the other end is gone.
+                    let (mut bytes, mut sink) = (tokio::io::repeat(7).take(2_000_000), tokio::io::sink());
+                    let sent = tokio::io::copy(&mut bytes, &mut write);
+                    let drained = tokio::io::copy(&mut read, &mut sink);
+                    drop(tokio::join!(sent, drained));
+                });
+                sleep(Duration::from_millis(leaves_at)).await;
+                drop(client);
+                let ends = async {
+                    writes.await.unwrap();
+                    settled(&sessions).await;
+                };
+                let context = || panic!("{side:?}, cut after {cut_at}, left after {leaves_at} ms");
+                timeout(LONG, ends).await.unwrap_or_else(|_| context());
+                assert_eq!(reasons(&sessions), "[None, None]");
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_leaves_before_the_answer_leaves_nothing() {
+    let _watchdog = Watchdog::new();
+    for side in [Side::Adaptor, Side::Agent] {
+        for cut_at in [5, 30, 60, 200, 390, 410] {
+            for leaves_at in [10, 35, 80, 230, 370, 500, 690] {
+                let (sessions, mut servers) = connected(Duration::from_millis(700));
+                let wire = sessions.wire(Lane::Data).unwrap();
+                tokio::spawn(async move {
+                    sleep(Duration::from_millis(cut_at)).await;
+                    wire.cut();
+                });
+                let name = TunnelName::kbs();
+                let opens = open(&sessions, side, &name);
+                assert!(timeout(Duration::from_millis(leaves_at), opens).await.is_err());
+                // The server's side of what was accepted all the same sees an end.
+                let ends = async {
+                    sleep(Duration::from_secs(2)).await;
+                    while let Ok((_, mut server)) = servers.try_recv() {
+                        assert_eq!(server.read(&mut [0; 16]).await.unwrap_or(0), 0);
+                    }
+                    settled(&sessions).await;
+                };
+                let context = || panic!("{side:?}, cut after {cut_at} ms, left after {leaves_at} ms");
+                timeout(LONG, ends).await.unwrap_or_else(|_| context());
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_session_resets_its_streams() {
+    let _watchdog = Watchdog::new();
+    for side in [Side::Adaptor, Side::Agent] {
+        for is_cut in [false, true] {
+            let (sessions, mut servers) = connected(Duration::ZERO);
+            let mut client = open(&sessions, side, &TunnelName::kbs()).await;
+            let (_, mut server) = servers.recv().await.unwrap();
+            write_pattern(&mut client, 1, 1000, 1000).await;
+            check_pattern(&mut server, 1, 1000).await;
+            if is_cut {
+                sessions.wire(Lane::Data).unwrap().cut();
+            }
+            sessions.adaptor.end("a test");
+            sessions.agent.end("its other end");
+            // A unix socket has no reset: its reader sees an end.
+            check_end(&mut client).await;
+            check_end(&mut server).await;
+            timeout(LONG, settled(&sessions)).await.unwrap();
+            assert_eq!(sessions.adaptor.ended().await, "a test");
+            assert!(sessions.adaptor.link().is_gone());
+        }
     }
 }

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use secure_comms_protocol::limits::CHANNEL_OPEN;
 use secure_comms_protocol::{Kubernetes, Opening, Phase, Position, Refusal, RefusalReason, TunnelName};
+use tokio::time::timeout;
 
 use super::entry::{Asked, Entry, Opened, Stage};
 use super::halves::halves;
@@ -111,6 +113,21 @@ impl<C: Channels> Session<C> {
     }
 }
 
+impl<C: Channels> Session<C> {
+    /// Ends a stream for which the agent was to ask again, and that was accepted in between, if the agent does not: its client
+    /// has left.
+    async fn over_unless_asked(self, entry: Arc<Entry<C>>) {
+        let asked = entry.wait_for(|state| (!state.unlisted || state.is_done()).then_some(()));
+        let is_late = tokio::select! {
+            asked = timeout(CHANNEL_OPEN, asked) => asked.is_err(),
+            () = self.credits().gone() => false,
+        };
+        if is_late && entry.state().unlisted {
+            self.drop_kept(entry.over().into());
+        }
+    }
+}
+
 fn refuse<C: Channels>(asked: Asked<C>, refusal: Refusal) {
     tokio::spawn(asked.pending.refuse(refusal));
 }
@@ -163,6 +180,9 @@ impl<C: Channels> Incoming for NewStream<C> {
                 // The stream goes on with the next connection.
                 () = channels.gone() => {}
             }
+        }
+        if self.entry.state().unlisted {
+            tokio::spawn(self.session.clone().over_unless_asked(self.entry.clone()));
         }
         both
     }

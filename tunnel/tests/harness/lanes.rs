@@ -314,6 +314,7 @@ pub(crate) struct Sessions {
     pub(crate) agent: Session<MemChannels>,
     lanes: Mutex<Vec<(Lane, Arc<Wire>, LaneNumber)>>,
     pub(crate) count: Arc<Count>,
+    connections: AtomicUsize,
     servers: Servers,
 }
 
@@ -330,6 +331,7 @@ impl Sessions {
             agent: new(Side::Agent),
             lanes: Mutex::default(),
             count: Arc::default(),
+            connections: AtomicUsize::new(0),
             servers: Servers { accepted, connecting },
         };
         (Arc::new(sessions), servers)
@@ -338,6 +340,11 @@ impl Sessions {
     /// Messages that were sent on all connections.
     pub(crate) fn sent(&self) -> usize {
         self.count.sent.load(SeqCst)
+    }
+
+    /// Connections that were made, of all lanes.
+    pub(crate) fn connections(&self) -> usize {
+        self.connections.load(SeqCst)
     }
 
     /// The connection of a lane now.
@@ -353,6 +360,7 @@ impl Sessions {
     /// Connects a lane; the connection that had it still delivers for some time.
     pub(crate) fn replace(self: &Arc<Self>, lane: Lane, old_lives: Duration) {
         let wire = Wire::new(self.count.clone());
+        self.connections.fetch_add(1, SeqCst);
         let mut lanes = self.lanes.lock().unwrap();
         let is_first = lanes.is_empty();
         let (adaptor_asks, at_adaptor) = mpsc::unbounded_channel();
