@@ -79,7 +79,7 @@ proptest! {
         let position = Position::from_bytes(&bytes);
         prop_assert_eq!(position.is_some(), bytes.len() == POSITION_BYTES);
         if let Some(position) = position {
-            prop_assert_eq!(position.to_bytes().as_slice(), bytes.as_slice());
+            prop_assert_eq!(position.to_bytes().to_vec(), bytes);
         }
     }
 
