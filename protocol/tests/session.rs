@@ -27,14 +27,15 @@ fn hostile_originator() -> impl Strategy<Value = String> {
         ".{0,8}",
     ];
     let blank = prop_oneof![4 => Just(" "), 1 => Just(""), 1 => Just("  "), 1 => Just("\t"), 1 => Just("\n")];
-    prop::collection::vec((word, blank), 0..6)
-        .prop_map(|parts| parts.into_iter().map(|(word, blank)| word + blank).collect())
+    let words = prop::collection::vec((word, blank), 0..6)
+        .prop_map(|parts| parts.into_iter().map(|(word, blank)| word + blank).collect());
+    prop_oneof!["(resume|again) [-+0-9]{1,3} [-+0-9]{1,3}", words]
 }
 
 /// What the originator address must mean, written with a pattern instead of a split.
 fn model(text: &str) -> Opening {
     let is_decimal =
-        |digits: &str| !digits.is_empty() && digits.chars().all(|digit| ('0'..='9').contains(&digit));
+        |digits: &str| !digits.is_empty() && digits.chars().all(|digit: char| digit.is_ascii_digit());
     let position = |rest: &str| {
         let (received, granted) = rest.split_once(' ')?;
         let both = is_decimal(received) && is_decimal(granted);
