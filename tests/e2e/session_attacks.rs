@@ -489,10 +489,16 @@ impl Lie {
     }
 }
 
-/// The connection ends, and with it the session; the other end's log says why.
+/// The agent does not know the session any more.
+async fn is_over(attacked: &AttackedAgent, id: &str) -> Result<()> {
+    let reply = attacked.lane("main", Some(id)).await?.session().await?;
+    ensure!(!reply.resumed && reply.id != id, "{reply:?} goes on with {id}\n{}", attacked.agent.log());
+    Ok(())
+}
+
+/// The connection ends, and the log of the other end says why.
 async fn ends_the_session(peer: &RawPeer, process: &Child, mark: usize, words: &str) -> Result<()> {
     let reason = peer.ends().await.with_context(|| process.log())?;
-    ensure!(peer.session_is_ended(), "the session goes on: {reason}\n{}", process.log());
     says_after(process, mark, words).await?;
     println!("{words:?}: {reason}");
     let rss = process.rss_kib()?;
@@ -504,7 +510,7 @@ async fn ends_the_session(peer: &RawPeer, process: &Child, mark: usize, words: &
 async fn an_adaptor_that_lies_ends_its_session() -> Result<()> {
     let attacked = AttackedAgent::kubernetes().await?;
     for (lie, words) in Lie::ALL {
-        let (main, _) = attacked.session().await?;
+        let (main, id) = attacked.session().await?;
         let channel = main.open("VMSERVICE", 1, Opening::New).await?;
         let mark = attacked.agent.mark();
         let came = match lie {
@@ -555,6 +561,7 @@ async fn an_adaptor_that_lies_in_a_resume_ends_its_session() -> Result<()> {
             next.ask("VMSERVICE", 1, opening).await?;
             let case = || format!("{opening}\n{}", attacked.agent.log());
             ends_the_session(&next, &attacked.agent, mark, words).await.with_context(case)?;
+            is_over(&attacked, &id).await.with_context(case)?;
         }
     }
     attacked.serves_sessions().await
@@ -619,6 +626,7 @@ async fn an_adaptor_that_answers_with_no_position_ends_its_session() -> Result<(
         next.data(channel, &first).await?;
         let words = if first.len() == 16 { "it has received" } else { "not its position" };
         ends_the_session(&next, &attacked.agent, mark, words).await.context(case)?;
+        is_over(&attacked, &id).await.context(case)?;
     }
     attacked.serves_sessions().await
 }
