@@ -529,6 +529,7 @@ async fn an_adaptor_that_lies_ends_its_session() -> Result<()> {
         };
         lie.say(&main, 1, channel, came).await?;
         ends_the_session(&main, &attacked.agent, mark, words).await.with_context(|| format!("{lie:?}"))?;
+        is_over(&attacked, &id).await.with_context(|| format!("{lie:?}"))?;
         println!("{lie:?}: RSS {} KiB, peak {}", attacked.agent.rss_kib()?, attacked.agent.peak_kib()?);
     }
     ensure!(attacked.agent.peak_kib()? < SESSION_MAX_KIB, "peak {} KiB", attacked.agent.peak_kib()?);
