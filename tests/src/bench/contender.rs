@@ -140,7 +140,7 @@ impl Prepared {
             "--inbounds",
             &format!("KUBERNETES_PHASE:BENCH:{bulk},KUBERNETES_PHASE:KATAAGENT:{kata}"),
         ]);
-        command.args(["--pp-outbounds", &format!("KUBERNETES_PHASE:BENCH:{}", self.target)]);
+        command.args(["--pp-outbounds", &outbounds(self.target)]);
         command.arg("--run-dir").arg(self.path(""));
         Ok(command)
     }
@@ -176,8 +176,7 @@ async fn agent(
     command.args(["-secure-comms", "-pod-namespace", "", "-secure-comms-listen", &ssh.to_string()]);
     // Any port: several agents run at a time, and none uses this inbound. No user data may move it.
     command.args(["-secure-comms-inbounds", "BOTH_PHASES:KBS:0"]);
-    let outbounds = ["BENCH", "KATAAGENT"].map(|name| format!("KUBERNETES_PHASE:{name}:{target}")).join(",");
-    command.args(["-secure-comms-outbounds", &outbounds]);
+    command.args(["-secure-comms-outbounds", &outbounds(target)]);
     command.args(["-secure-comms-user-data", "all"]).arg("-config").arg(user_data);
     command
         .arg("-secure-comms-state-dir")
@@ -186,6 +185,11 @@ async fn agent(
     let agent = Child::spawn("agent", place.in_vm(command))?;
     agent.wait_for_text("listens on", PATIENCE).await?;
     Ok(agent)
+}
+
+/// The agent's outbounds, all to one server.
+fn outbounds(target: SocketAddr) -> String {
+    ["BENCH", "KATAAGENT"].map(|name| format!("KUBERNETES_PHASE:{name}:{target}")).join(",")
 }
 
 /// A stock sshd that lets root log in by key and forward; all other settings are its defaults.
