@@ -1,5 +1,6 @@
-//! Demo: a pod from nothing to a kata agent that answers through the Kubernetes phase, step by step. Agent and adaptor
-//! are the real binaries, as processes; everything around them is simulated in this process.
+//! Demo: a pod from nothing to a kata agent that answers through the Kubernetes phase, step by step, and clients that do
+//! not notice a cut of the line between worker node and VM. Agent and adaptor are the real binaries, as processes;
+//! everything around them is simulated in this process, the line too.
 //!
 //! `cargo run --release --bin double [-- --netns]`
 
@@ -7,20 +8,24 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use secure_comms_tests::demo::clients::{Call, RuntimeConnection, Transfer, answered};
 use secure_comms_tests::harness::process::{Child, Signal, ensure_built};
 use secure_comms_tests::harness::scene::{
     PATIENCE, Scene, SceneOptions, client, endpoint, kata_socket_client, socket, up,
 };
 use secure_comms_tests::harness::vm::Vm;
 use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
+use secure_comms_tests::simulators::kata_api::server::KataServer;
 use secure_comms_tests::simulators::kbs::Kbs;
+use secure_comms_tests::simulators::tcp_proxy::TcpProxy;
 use secure_comms_tests::usage::is_help;
 use secure_comms_tunnel::netns;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 const USAGE: &str =
-    "double [--netns]: a pod from nothing to a kata agent that answers, step by step, with the real programs
+    "double [--netns]: a pod from nothing to a kata agent that answers, step by step, with the real programs;
+then the line between worker node and VM is cut, and no client notices
 
   --netns  the VM in network namespaces of its own; needs root
 
@@ -32,6 +37,10 @@ const BULK: u64 = 32 * 1024 * 1024;
 /// Requests of [`SMALL`] bytes, answered one after the other.
 const REQUESTS: u64 = 1000;
 const SMALL: u64 = 200;
+/// Bytes of the file that goes to the VM and back while the line is cut. A third of it is more than may be on the path.
+const FILE: u64 = 192 * 1024 * 1024;
+/// How long the line is cut: a third of what a runtime waits for the answer to a Check.
+const CUT: Duration = Duration::from_secs(10);
 
 /// Prints each step, and how long it took.
 struct Steps {
@@ -109,9 +118,11 @@ async fn in_one_namespace() -> Result<()> {
     steps.next("waiting until the agent listens");
     let mut agent = scene.agent().await?;
     steps.done(format!("the VM is up: its agent (process {}) listens on {}", agent.pid(), scene.ssh));
-    let adaptor = scene.adaptor()?;
-    let node_client = async || client(scene.node_inbound).await;
-    play(&mut steps, &scene, &mut agent, adaptor, node_client).await
+    let line = TcpProxy::to(scene.ssh).await?;
+    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[line.address()])?)?;
+    let node_inbound = scene.node_inbound;
+    let node_client = async || client(node_inbound).await;
+    play(&mut steps, &Pod { scene, line }, &mut agent, adaptor, node_client).await
 }
 
 async fn in_namespaces() -> Result<()> {
@@ -128,23 +139,32 @@ async fn in_namespaces() -> Result<()> {
         "the VM is up in network namespaces of its own, podns included; its agent listens on {}",
         vm.ssh
     ));
-    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[vm.ssh])?)?;
+    let line = TcpProxy::to(vm.ssh).await?;
+    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[line.address()])?)?;
     let (pod, node_inbound) = (vm.pod.clone(), vm.node_inbound);
     let node_client = async || Ok(netns::connect(Some(&pod), node_inbound).await?);
-    play(&mut steps, &scene, &mut vm.agent, adaptor, node_client).await
+    play(&mut steps, &Pod { scene, line }, &mut vm.agent, adaptor, node_client).await
 }
 
-/// Both phases, real traffic, and an orderly end.
+/// What surrounds the two programs.
+struct Pod {
+    scene: Scene,
+    /// Between worker node and VM.
+    line: TcpProxy,
+}
+
+/// Both phases, real traffic, cuts of the line, and an orderly end.
 async fn play(
     steps: &mut Steps,
-    scene: &Scene,
+    pod: &Pod,
     agent: &mut Child,
     mut adaptor: Child,
     node_client: impl AsyncFn() -> Result<TcpStream>,
 ) -> Result<()> {
     let result = async {
-        phases(steps, &scene.kbs, &scene.pod, &adaptor).await?;
+        phases(steps, &pod.scene.kbs, &pod.scene.pod, &adaptor).await?;
         traffic(steps, &adaptor, node_client).await?;
+        cuts(steps, pod, &adaptor).await?;
         steps.done(format!("the agent's memory, connected and idle: {} KiB", agent.rss_kib()?));
         stop(steps, agent, &mut adaptor).await
     };
@@ -213,6 +233,73 @@ async fn traffic(
     let time = bulk_both_ways(client(endpoint(adaptor, "VMSERVICE").await?).await?, BULK, 7).await;
     report("VMSERVICE (worker node -> VM)", time)?;
     report("NODESERVICE (VM -> worker node)", bulk_both_ways(node_client().await?, BULK, 7).await)
+}
+
+/// The line is cut in the middle of a transfer, without a notice to either end and then by a reset. No client may notice.
+async fn cuts(steps: &mut Steps, pod: &Pod, adaptor: &Child) -> Result<()> {
+    steps.next("connecting the clients that go on during a cut");
+    // In the place of the echo server: one that speaks ttrpc.
+    let kata = KataServer::start(&pod.scene.kata_socket).await?;
+    let runtime = RuntimeConnection::open(&socket(adaptor, "KATAAGENT").await?, &kata).await?;
+    let file = client(endpoint(adaptor, "VMSERVICE").await?).await?;
+    let mut file = Transfer::begin(file, FILE).await?;
+    file.exceeds(FILE / 3).await?;
+    steps.done(format!(
+        "KATAAGENT: a runtime waits for a process (ttrpc); VMSERVICE: {} of {} MiB are there and back",
+        file.back() >> 20,
+        FILE >> 20
+    ));
+
+    steps.next("the line between worker node and VM is cut");
+    let connections = pod.line.accepted();
+    pod.line.sever();
+    let check = runtime.check();
+    tokio::time::sleep(CUT).await;
+    ensure!(!check.is_finished(), "the runtime's Check was answered, or failed, while the line was cut");
+    let stopped = file.back();
+    ensure!(stopped < FILE, "the transfer ended while the line was cut");
+    steps.done(format!(
+        "the line was cut for {} s, nothing passed, and what was under way is lost; the clients waited",
+        CUT.as_secs()
+    ));
+    pod.line.thaw();
+    goes_on(steps, check, &mut file, stopped, "the line is back").await?;
+    file.exceeds(FILE / 3 * 2).await?;
+
+    let stopped = file.back();
+    pod.line.cut();
+    goes_on(steps, runtime.check(), &mut file, stopped, "the line's connections were reset").await?;
+    let connections = pod.line.accepted() - connections;
+    ensure!(connections >= 2, "the adaptor did not connect again after each cut");
+    steps.next("waiting for the end of the transfer");
+    let sha256 = file.finish().await?;
+    steps.done(format!("VMSERVICE: {FILE} bytes of {FILE}, sha256 equal: {sha256}"));
+    let open = runtime.finish(&kata).await?;
+    steps.done(format!(
+        "KATAAGENT: the runtime's connection is the same one; its call was answered after {:.1} s, over {connections} \
+         new SSH connections",
+        open.as_secs_f64()
+    ));
+    Ok(())
+}
+
+/// Waits until the runtime's call is answered and the transfer, which had `stopped`, goes on; reports how long that took.
+async fn goes_on(
+    steps: &mut Steps,
+    check: Call<()>,
+    file: &mut Transfer,
+    stopped: u64,
+    what: &str,
+) -> Result<()> {
+    steps.next("waiting for the clients to go on");
+    let began = Instant::now();
+    let seconds = async |work: Result<()>| work.map(|()| began.elapsed().as_secs_f64());
+    let (call, transfer) = tokio::try_join!(async { seconds(answered("Check", check).await).await }, async {
+        seconds(file.exceeds(stopped).await).await
+    })
+    .with_context(|| format!("{what}, and a client noticed the cut"))?;
+    steps.done(format!("{what}: the runtime's Check was answered after {call:.2} s, the transfer went on after {transfer:.2} s"));
+    Ok(())
 }
 
 async fn stop(steps: &mut Steps, agent: &mut Child, adaptor: &mut Child) -> Result<()> {
