@@ -29,6 +29,8 @@ mod queue;
 
 pub mod flow;
 
+pub mod session;
+
 mod socket;
 
 pub mod netns;

@@ -1,0 +1,3 @@
+//! Streams that outlive the connections which carry them.
+
+pub mod stream;
