@@ -1,6 +1,7 @@
 //! The runtime's side of a connection to a kata agent.
 
 use std::time::Duration;
+use tokio::net::TcpStream;
 use ttrpc::r#async::{Client, transport::Socket};
 use ttrpc::context::{Context, with_duration};
 
@@ -19,10 +20,10 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// Uses ttrpc over this socket, of TCP or unix, from now on; within a tokio runtime.
+    /// Uses ttrpc over this socket from now on; within a tokio runtime.
     #[must_use]
-    pub fn new(stream: impl Into<Socket>) -> Self {
-        let client = Client::new(stream.into());
+    pub fn new(stream: TcpStream) -> Self {
+        let client = Client::new(Socket::from(stream));
         Self { agent: AgentServiceClient::new(client.clone()), health: HealthClient::new(client) }
     }
 

@@ -1,8 +1,7 @@
-//! A TCP proxy between the worker node and the VM, which can reset, freeze, lose and delay its connections.
+//! A TCP proxy between the worker node and the VM, which can reset, freeze and delay its connections.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -21,8 +20,6 @@ enum State {
     Carries,
     /// Keeps them open and forwards nothing: half-open to both sides.
     Frozen,
-    /// As a line that is cut: the connections from before are lost for good, and new ones wait.
-    Severed,
 }
 
 /// A proxy from a local address to a server; its connections end when it is dropped.
@@ -31,7 +28,6 @@ pub struct TcpProxy {
     address: SocketAddr,
     state: watch::Sender<State>,
     cuts: watch::Sender<u64>,
-    accepted: Arc<AtomicU64>,
     serving: JoinHandle<()>,
 }
 
@@ -55,28 +51,19 @@ impl TcpProxy {
         let address = listener.local_addr()?;
         let (state, cuts) = (watch::Sender::new(State::Carries), watch::Sender::new(0));
         let ends = Arc::new((state.subscribe(), cuts.subscribe()));
-        let accepted = Arc::<AtomicU64>::default();
-        let count = accepted.clone();
         let serving = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                count.fetch_add(1, Ordering::Relaxed);
                 let (state, cuts) = (ends.0.clone(), ends.1.clone());
                 tokio::spawn(carry(client, server, delay, state, cuts));
             }
         });
-        Ok(Self { address, state, cuts, accepted, serving })
+        Ok(Self { address, state, cuts, serving })
     }
 
     /// Address that clients connect to.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
-    }
-
-    /// Connections accepted so far.
-    #[must_use]
-    pub fn accepted(&self) -> u64 {
-        self.accepted.load(Ordering::Relaxed)
     }
 
     /// Resets every connection; new ones are forwarded.
@@ -89,13 +76,7 @@ impl TcpProxy {
         self.state.send_replace(State::Frozen);
     }
 
-    /// Cuts the line: nothing passes, and what is under way is lost. Neither end is notified: it sees a silent peer, of
-    /// these connections for good.
-    pub fn sever(&self) {
-        self.state.send_replace(State::Severed);
-    }
-
-    /// Forwards again, beginning with what was held back; the connections that were severed stay silent.
+    /// Forwards again, beginning with what was held back.
     pub fn thaw(&self) {
         self.state.send_replace(State::Carries);
     }
@@ -116,22 +97,14 @@ async fn carry(
     mut cuts: watch::Receiver<u64>,
 ) {
     cuts.mark_unchanged();
-    // An error means that the proxy ended.
-    let mut severed = state.clone();
-    if severed.wait_for(|state| *state != State::Severed).await.is_err() {
-        return;
-    }
     let Ok(server) = TcpStream::connect(server).await else { return reset(client) };
     let ((client_read, client_write), (server_read, server_write)) =
         (client.into_split(), server.into_split());
     let up = pump(client_read, server_write, delay, state.clone());
     let down = pump(server_read, client_write, delay, state);
-    let lost = async { severed.wait_for(|state| *state == State::Severed).await.map(drop) };
     tokio::pin!(up, down);
     tokio::select! {
         _ = cuts.changed() => {}
-        // The sockets stay open, and nothing reads or writes them: neither end sees a close of the other.
-        Ok(()) = lost => drop(cuts.changed().await),
         _ = async { tokio::join!(&mut up, &mut down) } => {}
     }
 }

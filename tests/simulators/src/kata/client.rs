@@ -21,17 +21,6 @@ impl fmt::Display for Surplus {
 
 impl std::error::Error for Surplus {}
 
-/// Requests `echo`: what is sent from here on comes back, for a client that checks it itself.
-///
-/// # Errors
-/// If the stream fails.
-pub async fn open_echo<S>(stream: &mut S) -> Result<()>
-where
-    S: AsyncWrite + Unpin,
-{
-    send_command(stream, Command::Echo).await
-}
-
 /// Sends `n` bytes to `echo` and checks what comes back, both at once; leaves the stream open. Returns how long it
 /// took.
 ///
@@ -57,7 +46,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> EchoSession<S> {
     /// # Errors
     /// If the stream fails.
     pub async fn open(mut stream: S) -> Result<Self> {
-        open_echo(&mut stream).await?;
+        send_command(&mut stream, Command::Echo).await?;
         let (read, write) = tokio::io::split(stream);
         Ok(Self { read, write })
     }
