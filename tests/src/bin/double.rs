@@ -8,7 +8,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use secure_comms_tests::demo::clients::{Call, RuntimeConnection, Transfer, answered};
+use secure_comms_tests::demo::transfer::Transfer;
+use secure_comms_tests::harness::pod_runtime::PodRuntime;
 use secure_comms_tests::harness::process::{Child, Signal, ensure_built};
 use secure_comms_tests::harness::scene::{
     PATIENCE, Scene, SceneOptions, client, endpoint, kata_socket_client, socket, up,
@@ -17,11 +18,12 @@ use secure_comms_tests::harness::vm::Vm;
 use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
 use secure_comms_tests::simulators::kata_api::server::KataServer;
 use secure_comms_tests::simulators::kbs::Kbs;
-use secure_comms_tests::simulators::tcp_proxy::TcpProxy;
+use secure_comms_tests::simulators::line::{How, Line};
 use secure_comms_tests::usage::is_help;
 use secure_comms_tunnel::netns;
 use tokio::net::TcpStream;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{sleep, timeout};
 
 const USAGE: &str =
     "double [--netns]: a pod from nothing to a kata agent that answers, step by step, with the real programs;
@@ -64,7 +66,7 @@ impl Steps {
         self.progress.abort_all();
         self.progress.spawn(async move {
             loop {
-                tokio::time::sleep(SLOW).await;
+                sleep(SLOW).await;
                 println!("{:>10.1} ms {:>13}  ... {what}", began.elapsed().as_secs_f64() * 1e3, "");
             }
         });
@@ -118,7 +120,7 @@ async fn in_one_namespace() -> Result<()> {
     steps.next("waiting until the agent listens");
     let mut agent = scene.agent().await?;
     steps.done(format!("the VM is up: its agent (process {}) listens on {}", agent.pid(), scene.ssh));
-    let line = TcpProxy::to(scene.ssh).await?;
+    let line = Line::to(scene.ssh).await?;
     let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[line.address()])?)?;
     let node_inbound = scene.node_inbound;
     let node_client = async || client(node_inbound).await;
@@ -139,7 +141,7 @@ async fn in_namespaces() -> Result<()> {
         "the VM is up in network namespaces of its own, podns included; its agent listens on {}",
         vm.ssh
     ));
-    let line = TcpProxy::to(vm.ssh).await?;
+    let line = Line::to(vm.ssh).await?;
     let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[line.address()])?)?;
     let (pod, node_inbound) = (vm.pod.clone(), vm.node_inbound);
     let node_client = async || Ok(netns::connect(Some(&pod), node_inbound).await?);
@@ -150,7 +152,7 @@ async fn in_namespaces() -> Result<()> {
 struct Pod {
     scene: Scene,
     /// Between worker node and VM.
-    line: TcpProxy,
+    line: Line,
 }
 
 /// Both phases, real traffic, cuts of the line, and an orderly end.
@@ -239,66 +241,84 @@ async fn traffic(
 async fn cuts(steps: &mut Steps, pod: &Pod, adaptor: &Child) -> Result<()> {
     steps.next("connecting the clients that go on during a cut");
     // In the place of the echo server: one that speaks ttrpc.
-    let kata = KataServer::start(&pod.scene.kata_socket).await?;
-    let runtime = RuntimeConnection::open(&socket(adaptor, "KATAAGENT").await?, &kata).await?;
-    let file = client(endpoint(adaptor, "VMSERVICE").await?).await?;
-    let mut file = Transfer::begin(file, FILE).await?;
+    let mut kata = KataServer::start(&pod.scene.kata_socket).await?;
+    let opened = Instant::now();
+    let mut runtime = PodRuntime::start(&socket(adaptor, "KATAAGENT").await?).await?;
+    let mut file = Transfer::begin(client(endpoint(adaptor, "VMSERVICE").await?).await?, FILE).await?;
     file.exceeds(FILE / 3).await?;
     steps.done(format!(
-        "KATAAGENT: a runtime waits for a process (ttrpc); VMSERVICE: {} of {} MiB are there and back",
+        "KATAAGENT: a runtime (ttrpc) has WaitProcess and 2 more calls open; VMSERVICE: {} of {} MiB are there and back",
         file.back() >> 20,
         FILE >> 20
     ));
 
     steps.next("the line between worker node and VM is cut");
-    let connections = pod.line.accepted();
-    pod.line.sever();
-    let check = runtime.check();
-    tokio::time::sleep(CUT).await;
+    let line = &pod.line;
+    line.admit(0);
+    line.hold_all();
+    let check = check(&runtime);
+    sleep(CUT).await;
     ensure!(!check.is_finished(), "the runtime's Check was answered, or failed, while the line was cut");
     let stopped = file.back();
     ensure!(stopped < FILE, "the transfer ended while the line was cut");
     steps.done(format!(
-        "the line was cut for {} s, nothing passed, and what was under way is lost; the clients waited",
+        "the line was cut for {} s: nothing passed, and what was under way is lost; the clients wait",
         CUT.as_secs()
     ));
-    pod.line.thaw();
+    // What the old connections held is never delivered.
+    line.admit(usize::MAX);
     goes_on(steps, check, &mut file, stopped, "the line is back").await?;
-    file.exceeds(FILE / 3 * 2).await?;
 
+    file.exceeds(FILE / 3 * 2).await?;
     let stopped = file.back();
-    pod.line.cut();
-    goes_on(steps, runtime.check(), &mut file, stopped, "the line's connections were reset").await?;
-    let connections = pod.line.accepted() - connections;
-    ensure!(connections >= 2, "the adaptor did not connect again after each cut");
+    line.end_all(How::Reset);
+    goes_on(steps, self::check(&runtime), &mut file, stopped, "all connections of the line were reset")
+        .await?;
     steps.next("waiting for the end of the transfer");
     let sha256 = file.finish().await?;
     steps.done(format!("VMSERVICE: {FILE} bytes of {FILE}, sha256 equal: {sha256}"));
-    let open = runtime.finish(&kata).await?;
+    runtime.lives()?;
+    runtime.finish().await.context("the runtime's connection")?;
+    kata.exited().await?;
+    let open = opened.elapsed().as_secs_f64();
     steps.done(format!(
-        "KATAAGENT: the runtime's connection is the same one; its call was answered after {:.1} s, over {connections} \
-         new SSH connections",
-        open.as_secs_f64()
+        "KATAAGENT: the runtime's connection is the same one; its calls, open for {open:.1} s, were answered"
     ));
     Ok(())
+}
+
+/// A call of the runtime that waits for its answer.
+type Call = JoinHandle<Result<()>>;
+
+/// Sends a Check, as a runtime does every 5 s.
+fn check(runtime: &PodRuntime) -> Call {
+    let runtime = runtime.calls().clone();
+    tokio::spawn(async move { runtime.check().await.map(drop).context("Check") })
 }
 
 /// Waits until the runtime's call is answered and the transfer, which had `stopped`, goes on; reports how long that took.
 async fn goes_on(
     steps: &mut Steps,
-    check: Call<()>,
+    check: Call,
     file: &mut Transfer,
     stopped: u64,
     what: &str,
 ) -> Result<()> {
     steps.next("waiting for the clients to go on");
     let began = Instant::now();
-    let seconds = async |work: Result<()>| work.map(|()| began.elapsed().as_secs_f64());
-    let (call, transfer) = tokio::try_join!(async { seconds(answered("Check", check).await).await }, async {
-        seconds(file.exceeds(stopped).await).await
-    })
-    .with_context(|| format!("{what}, and a client noticed the cut"))?;
-    steps.done(format!("{what}: the runtime's Check was answered after {call:.2} s, the transfer went on after {transfer:.2} s"));
+    let answered = async {
+        timeout(PATIENCE, check).await.context("Check hangs")???;
+        Ok(began.elapsed().as_secs_f64())
+    };
+    let went_on = async {
+        file.exceeds(stopped).await?;
+        Ok(began.elapsed().as_secs_f64())
+    };
+    let both: Result<_> = async { tokio::try_join!(answered, went_on) }.await;
+    let (call, transfer) = both.with_context(|| format!("{what}, and a client noticed the cut"))?;
+    steps.done(format!(
+        "{what}: the runtime's Check was answered after {call:.2} s, the transfer went on after {transfer:.2} s"
+    ));
     Ok(())
 }
 
