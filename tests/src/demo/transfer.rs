@@ -103,3 +103,59 @@ async fn receive(mut read: ReadHalf<TcpStream>, count: watch::Sender<u64>) -> Re
 fn hex(sha256: Sha256) -> String {
     sha256.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// What becomes of a transfer whose server sends back what `answer` makes of each piece, none for a reset.
+    async fn transfer(answer: fn(&mut [u8]) -> Option<&[u8]>) -> Result<String> {
+        let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let stream = TcpStream::connect(server.local_addr()?).await?;
+        let (mut peer, _) = server.accept().await?;
+        let transfer = Transfer::begin(stream, 300_001).await?;
+        let mut buffer = [0; 1000];
+        // The command.
+        peer.read_exact(&mut buffer[..8]).await?;
+        loop {
+            let size = peer.read(&mut buffer).await?;
+            if size == 0 {
+                break;
+            }
+            let Some(bytes) = answer(&mut buffer[..size]) else {
+                peer.set_zero_linger()?;
+                break;
+            };
+            peer.write_all(bytes).await?;
+        }
+        drop(peer);
+        transfer.finish().await
+    }
+
+    #[tokio::test]
+    async fn a_whole_transfer_reports_its_sha256() {
+        assert_eq!(transfer(|piece| Some(piece)).await.unwrap().len(), 64);
+    }
+
+    #[tokio::test]
+    async fn a_wrong_missing_or_further_byte_fails_a_transfer() {
+        let wrong = transfer(|piece| {
+            piece[0] ^= 1;
+            Some(piece)
+        });
+        assert!(wrong.await.unwrap_err().to_string().contains("sha256"));
+        let missing = transfer(|piece| piece.split_last().map(|(_, rest)| rest));
+        assert!(missing.await.unwrap_err().to_string().contains("bytes of 300001 came back"));
+        let further = transfer(|piece| if piece.len() < 1000 { Some(&[7; 2000]) } else { Some(piece) });
+        assert!(further.await.unwrap_err().to_string().contains("bytes of 300001 came back"));
+    }
+
+    #[tokio::test]
+    async fn a_reset_fails_a_transfer() {
+        assert!(transfer(|_| None).await.is_err());
+    }
+}
