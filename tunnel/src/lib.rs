@@ -4,7 +4,7 @@
 //! there is a [`link`] on which a stream can be opened. An [`outbound`] connects to the server at the other end: it
 //! [`dial`]s the addresses of its host name ([`names`]) in a [`mod@race`]. The [`mod@relay`] moves bytes between a
 //! [`Socket`] and the stream, within the [`flow`] control of the connection, and may pass them through an interceptor
-//! ([`intercept`]). A socket may live in another network namespace ([`netns`]).
+//! ([`intercept`]). In a [`session`] a stream outlives the connection that carries it. A socket may live in another network namespace ([`netns`]).
 //!
 //! This crate knows names, phases and bytes; it does not know SSH. All of it runs in a tokio runtime of any flavour,
 //! with time and I/O enabled.
@@ -48,4 +48,5 @@ pub use names::Resolver;
 pub use outbound::Outbounds;
 pub use relay::{relay, relay_through};
 pub use reminder::Reminder;
+pub use session::Session;
 pub use socket::Socket;

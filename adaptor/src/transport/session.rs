@@ -289,7 +289,9 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
             biased;
             end = &mut ended => (end.into(), None),
             end = control::run(&mut receiver, &sender, &credits, &outbox, on_message) => match end {
-                ControlEnd::Bye(reason) => (SessionEnd(format!("the agent said bye: {}", quote(&reason))), None),
+                ControlEnd::Bye(bye) => {
+                    (SessionEnd(format!("the agent said bye: {}", quote(&bye.reason))), None)
+                }
                 ControlEnd::Closed => (SessionEnd(end.to_string()), None),
                 fault => (SessionEnd(quote(&fault.to_string())), Some(quote(&fault.to_string()))),
             },

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use secure_comms_protocol::limits::CreditLimits;
 use secure_comms_protocol::{Phase, Refusal, TunnelName};
-use secure_comms_tunnel::flow::{PeerFlow, Side, StreamError, cost};
+use secure_comms_tunnel::flow::{LaneNumber, PeerFlow, Side, StreamError, cost};
 use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::relay::RelayError;
@@ -272,7 +272,7 @@ fn halves(wire: &Arc<Wire>, id: u32) -> [(MemReceiver, MemSender); 2] {
 /// The control channel in one direction.
 async fn carry(from: Credits, to: Credits, sender: Side, wire: Arc<Wire>) {
     loop {
-        for credit in from.grants().await {
+        for credit in from.grants(LaneNumber::ALONE).await {
             wire.meter(sender, credit.stream, |meter| meter.available += i64::from(credit.bytes));
             to.granted(credit);
         }

@@ -8,7 +8,7 @@ use russh::client::{self, AuthResult, Handle, Msg};
 use russh::keys::PrivateKeyWithHashAlg;
 use russh::{Channel, ChannelMsg, MethodKind, MethodSet};
 use secure_comms_protocol::limits::{AUTHENTICATE, CONTROL_SUBSYSTEM, TCP_CONNECT};
-use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, TunnelName};
+use secure_comms_protocol::{Attestation, Kubernetes, Opening, PhaseName, TunnelName};
 use secure_comms_ssh::channel::split;
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
 use secure_comms_ssh::link::{Opener, SshLink};
@@ -120,9 +120,10 @@ impl<P: ClientPhase> Opener for DirectOpener<P> {
         &self,
         name: &TunnelName,
         id: u32,
+        opening: Opening,
     ) -> impl Future<Output = Result<Channel<Msg>, russh::Error>> + Send + 'static {
         let (handle, name) = (Arc::clone(&self.0), name.to_string());
-        async move { handle.channel_open_direct_tcpip(name, 1, "127.0.0.1", id).await }
+        async move { handle.channel_open_direct_tcpip(name, 1, opening.to_string(), id).await }
     }
 }
 
