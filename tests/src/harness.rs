@@ -12,6 +12,7 @@
 //! - [`session_pod`]: one pod at unix sockets only, for the faults of the line between its programs;
 //! - [`pod_runtime`]: the runtime with its open calls, and its patience;
 //! - [`steady`]: a stream with a byte each way in steady steps;
+//! - [`busy_pod`]: all of these together;
 //! - [`vm`]: the same with the VM's programs in network namespaces;
 //! - [`pod_site`]: the VM's and the worker node's ends of a pod's network.
 
@@ -21,6 +22,7 @@ pub mod test_namespace;
 
 pub mod pod_keys;
 
+pub mod busy_pod;
 pub mod control_channel;
 pub mod drawn;
 pub mod kept_directory;

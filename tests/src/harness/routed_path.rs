@@ -13,7 +13,7 @@ use crate::harness::test_namespace::TestNamespace;
 /// Port of the agent in the VM.
 const SSH_PORT: u16 = 2222;
 /// Device of the worker node and of the VM.
-const DEVICE: &str = "up";
+const DEVICE: &str = "cable";
 /// Devices of the router.
 const TO_NODE: &str = "node";
 const TO_VM: &str = "vm";

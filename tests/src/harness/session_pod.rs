@@ -2,7 +2,7 @@
 //! agent's real protocol, and echo servers behind the other tunnels.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -18,6 +18,12 @@ use crate::simulators::kata::KataAgent;
 use crate::simulators::kata::framed::Framed;
 use crate::simulators::kata_api::server::{KataServer, OWN_DIRECTORY};
 use crate::simulators::line::Line;
+
+/// The store that the pod's keys are in.
+const STORE: &str = "store";
+/// Sockets of the adaptor's inbounds.
+const RUNTIME: &str = "runtime";
+const TO_VM: &str = "to-vm";
 
 /// A client of a tunnel that leads to an echo server.
 pub type Client = Framed<UnixStream>;
@@ -150,14 +156,17 @@ impl SessionPod {
     /// # Errors
     /// If it can't be started.
     pub fn adaptor(&self, addresses: &[SocketAddr]) -> Result<Child> {
-        self.adaptor_with("store", addresses)
+        self.adaptor_with(STORE, addresses)
     }
 
-    /// As [`SessionPod::adaptor`], with a store of this name.
+    /// As [`SessionPod::adaptor`], with a store of this name. One with another name has inbounds of its own, which nothing
+    /// uses.
     ///
     /// # Errors
     /// If it can't be started.
     pub fn adaptor_with(&self, store: &str, addresses: &[SocketAddr]) -> Result<Child> {
+        let own = if store == STORE { String::new() } else { format!("-{store}") };
+        let inbound = |name: &str| self.scene.path(&format!("{name}{own}"));
         let namespace = self.path.as_ref().map(|path| &path.node);
         let mut command = program(namespace, &self.scene.binaries().adaptor);
         command.args(["connect", "--no-trustee", "--pod-id", &self.scene.pod]);
@@ -171,12 +180,12 @@ impl SessionPod {
             .arg("--kata-agent-socket")
             .arg(self.kata.path())
             .arg("--run-dir")
-            .arg(&self.scene.run_dir)
+            .arg(inbound("run"))
             .arg("--inbounds")
             .arg(format!(
                 "KUBERNETES_PHASE:KATAAGENT:{},KUBERNETES_PHASE:VMSERVICE:{}",
-                self.scene.path("runtime").display(),
-                self.inbound(Tunnel::ToVm).display()
+                inbound(RUNTIME).display(),
+                inbound(TO_VM).display()
             ))
             .arg("--outbounds")
             .arg(format!("KUBERNETES_PHASE:NODESERVICE:{}", self.scene.path("node-service").display()))
@@ -203,7 +212,7 @@ impl SessionPod {
     /// # Errors
     /// If a call fails.
     pub async fn runtime(&self) -> Result<PodRuntime> {
-        PodRuntime::start(&self.scene.path("runtime")).await
+        PodRuntime::start(&self.scene.path(RUNTIME)).await
     }
 
     /// Connects a client to an end of a tunnel.
@@ -211,9 +220,16 @@ impl SessionPod {
     /// # Errors
     /// If it is refused.
     pub async fn client(&self, tunnel: Tunnel) -> Result<Client> {
-        let path = self.inbound(tunnel);
-        let connected = UnixStream::connect(&path).await;
-        connected.map(Framed::new).with_context(|| format!("connecting to {}", path.display()))
+        Self::connect(&self.inbound(tunnel)).await
+    }
+
+    /// As [`SessionPod::client`], by the path of the inbound.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn connect(inbound: &Path) -> Result<Client> {
+        let connected = UnixStream::connect(inbound).await;
+        connected.map(Framed::new).with_context(|| format!("connecting to {}", inbound.display()))
     }
 
     /// The echo server of a tunnel.
@@ -225,9 +241,11 @@ impl SessionPod {
         }
     }
 
-    fn inbound(&self, tunnel: Tunnel) -> PathBuf {
+    /// Socket at which clients of a tunnel connect.
+    #[must_use]
+    pub fn inbound(&self, tunnel: Tunnel) -> PathBuf {
         self.scene.path(match tunnel {
-            Tunnel::ToVm => "to-vm",
+            Tunnel::ToVm => TO_VM,
             Tunnel::ToNode => "to-node",
         })
     }
@@ -273,6 +291,6 @@ impl RunningPod {
     }
 }
 
-fn program(namespace: Option<&Arc<TestNamespace>>, program: &std::path::Path) -> Command {
+fn program(namespace: Option<&Arc<TestNamespace>>, program: &Path) -> Command {
     namespace.map_or_else(|| Command::new(program), |namespace| namespace.command(program))
 }

@@ -77,6 +77,17 @@ impl Steady {
         }
     }
 
+    /// Waits until the stream ends, although it was not finished.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub async fn fails(mut self) -> Result<()> {
+        let ended =
+            timeout(PATIENCE, self.running.join_next()).await.context("a stream outlives its session")?;
+        ensure!(ended.context("it ended twice")??.is_err(), "a stream ended in good order");
+        Ok(())
+    }
+
     /// Sends no more, half-closes, and waits for the rest and the end; returns how many bytes went each way.
     ///
     /// # Errors

@@ -74,10 +74,13 @@ mod tests {
         let sealed = [&[0, 0, 0, 32][..], &[7; 32 + TAG]].concat();
         let records = [b"SSH-2.0-x\r\n".to_vec(), clear(20), clear(NEWKEYS), sealed.clone(), sealed];
         let all = records.concat();
-        let ends: Vec<usize> = records.iter().scan(0, |end, record| {
-            *end += record.len();
-            Some(*end)
-        }).collect();
+        let ends: Vec<usize> = records
+            .iter()
+            .scan(0, |end, record| {
+                *end += record.len();
+                Some(*end)
+            })
+            .collect();
         for size in 1..all.len() {
             let (mut found, mut at, mut parser) = (Vec::new(), 0, Records::default());
             for mut piece in all.chunks(size) {
