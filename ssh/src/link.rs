@@ -55,7 +55,7 @@ impl<O: Opener> Channels for SshLink<O> {
     type Sender = ChannelSender<O::Message>;
     type Pending = PendingChannel<O::Message>;
 
-    fn open(
+    fn open_channel(
         &self,
         name: &TunnelName,
         id: u32,

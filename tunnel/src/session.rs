@@ -43,7 +43,7 @@ pub trait Channels: Clone + Debug + Send + Sync + 'static {
     /// A channel that the other end asks to open.
     type Pending: Incoming<Receiver = Self::Receiver, Sender = Self::Sender>;
     /// Opens the channel of a stream. The future runs to its end, even if the stream is not wanted any more.
-    fn open(
+    fn open_channel(
         &self,
         name: &TunnelName,
         id: u32,

@@ -187,7 +187,7 @@ impl<C: Channels> Session<C> {
     ) -> Result<Opened<C>, ChannelError> {
         let channels = &connection.channels;
         let opened = async {
-            let (mut receiver, sender) = channels.open(entry.name(), entry.id(), opening).await?;
+            let (mut receiver, sender) = channels.open_channel(entry.name(), entry.id(), opening).await?;
             let Some(Event::Data(first)) = receiver.recv().await else { return Err(ChannelError::Gone) };
             let Some(position) = Position::from_bytes(&first) else {
                 self.end_for(
@@ -274,7 +274,7 @@ impl<C: Channels> Session<C> {
     ) -> Result<Opened<C>, ChannelError> {
         let channels = &connection.channels;
         let (receiver, sender) = tokio::select! {
-            opened = channels.open(entry.name(), entry.id(), Opening::New) => opened?,
+            opened = channels.open_channel(entry.name(), entry.id(), Opening::New) => opened?,
             () = channels.gone() => return Err(ChannelError::Gone),
         };
         let position = Position { received: 0, granted: self.0.peer_credit.into() };
