@@ -8,6 +8,7 @@ use russh::server::{Handle, Msg};
 use secure_comms_protocol::{Opening, TunnelName};
 use secure_comms_ssh::channel::{ChannelReceiver, ChannelSender, PendingChannel};
 use secure_comms_ssh::link::{Opener, SshLink};
+use secure_comms_tunnel::session::Session;
 
 /// Sends on a stream.
 pub(crate) type PeerSender = ChannelSender<Msg>;
@@ -15,6 +16,8 @@ pub(crate) type PeerSender = ChannelSender<Msg>;
 pub(crate) type PeerReceiver = ChannelReceiver;
 /// Opens streams to a peer.
 pub(crate) type PeerLink = SshLink<ForwardOpener>;
+/// The streams of a session.
+pub(crate) type SessionStreams = Session<PeerLink>;
 /// A stream that a peer asks for.
 pub(crate) type PeerPending = PendingChannel<Msg>;
 
