@@ -267,13 +267,23 @@ async fn cuts(steps: &mut Steps, pod: &Pod, adaptor: &Child) -> Result<()> {
     ));
     // What the old connections held is never delivered.
     line.admit(usize::MAX);
-    goes_on(steps, check, &mut file, stopped, "the line is back").await?;
+    steps.next("waiting for the clients to go on");
+    let back = Instant::now();
+    let went_on = async { file.exceeds(stopped).await.map(|()| back.elapsed().as_secs_f64()) };
+    let both: Result<_> = async { tokio::try_join!(answered(check), went_on) }.await;
+    let (call, transfer) = both.context("the line is back, and a client noticed the cut")?;
+    steps.done(format!(
+        "the line is back: the runtime's Check was answered after {call:.2} s, the transfer went on after {transfer:.2} s"
+    ));
 
     file.exceeds(FILE / 3 * 2).await?;
-    let stopped = file.back();
     line.end_all(How::Reset);
-    goes_on(steps, self::check(&runtime), &mut file, stopped, "all connections of the line were reset")
-        .await?;
+    let call =
+        answered(self::check(&runtime)).await.context("the line was reset, and the runtime noticed it")?;
+    ensure!(file.back() < FILE, "the transfer ended before the line was reset");
+    steps.done(format!(
+        "all connections of the line were reset: the runtime's Check was answered after {call:.2} s"
+    ));
     steps.next("waiting for the end of the transfer");
     let sha256 = file.finish().await?;
     steps.done(format!("VMSERVICE: {FILE} bytes of {FILE}, sha256 equal: {sha256}"));
@@ -296,30 +306,11 @@ fn check(runtime: &PodRuntime) -> Call {
     tokio::spawn(async move { runtime.check().await.map(drop).context("Check") })
 }
 
-/// Waits until the runtime's call is answered and the transfer, which had `stopped`, goes on; reports how long that took.
-async fn goes_on(
-    steps: &mut Steps,
-    check: Call,
-    file: &mut Transfer,
-    stopped: u64,
-    what: &str,
-) -> Result<()> {
-    steps.next("waiting for the clients to go on");
+/// Waits for the answer; returns how long that took, in seconds.
+async fn answered(call: Call) -> Result<f64> {
     let began = Instant::now();
-    let answered = async {
-        timeout(PATIENCE, check).await.context("Check hangs")???;
-        Ok(began.elapsed().as_secs_f64())
-    };
-    let went_on = async {
-        file.exceeds(stopped).await?;
-        Ok(began.elapsed().as_secs_f64())
-    };
-    let both: Result<_> = async { tokio::try_join!(answered, went_on) }.await;
-    let (call, transfer) = both.with_context(|| format!("{what}, and a client noticed the cut"))?;
-    steps.done(format!(
-        "{what}: the runtime's Check was answered after {call:.2} s, the transfer went on after {transfer:.2} s"
-    ));
-    Ok(())
+    timeout(PATIENCE, call).await.context("Check hangs")???;
+    Ok(began.elapsed().as_secs_f64())
 }
 
 async fn stop(steps: &mut Steps, agent: &mut Child, adaptor: &mut Child) -> Result<()> {
@@ -330,6 +321,8 @@ async fn stop(steps: &mut Steps, agent: &mut Child, adaptor: &mut Child) -> Resu
         if !status.success() {
             bail!("the {} ended with {status}", process.name());
         }
+        // All clients have left.
+        ensure!(!process.log().contains("did not end within"), "the {} had streams left", process.name());
     }
     steps.done("both processes ended cleanly on SIGTERM");
     Ok(())
