@@ -5,7 +5,9 @@
 //! has a failover of its own. Streams that wait for it go on over the main lane if it can't be had.
 
 use std::convert::Infallible;
+use std::future::pending;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +18,7 @@ use secure_comms_tunnel::flow::LaneNumber;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, interval, sleep};
 
-use super::failover::{await_redial, failover_reason};
+use super::failover::{LaneEnd, await_lane_end, failover_reason};
 use super::plan::Plan;
 use super::redial::Redial;
 use super::session::AgentSession;
@@ -129,79 +131,102 @@ impl DataLane {
     }
 
     /// Connects to where the main lane is.
-    async fn connect(&mut self) -> (SocketAddr, AgentConnection<Kubernetes>) {
+    async fn connect(&self) -> (SocketAddr, AgentConnection<Kubernetes>) {
+        let (mut main, mut fall_back) = (self.main.clone(), pin!(self.fall_back()));
         loop {
-            let Some(to) = self.main.wait_for(Option::is_some).await.ok().and_then(|main| *main) else {
+            let Some(to) = main.wait_for(Option::is_some).await.ok().and_then(|main| *main) else {
                 // The session is over, and drops this future.
-                return std::future::pending().await;
+                return pending().await;
             };
-            let (redial, session) = (self.redial(to), self.session.clone());
-            let fall_back = async {
-                sleep(FALL_BACK).await;
-                let streams = session.resume(Lane::Data, to.number).await;
-                if streams > 0 {
-                    tracing::warn!(
-                        "pod {}: lane data: no connection; {streams} streams go on over lane main",
-                        self.plan.id
-                    );
-                }
-                std::future::pending::<Infallible>().await
-            };
+            let redial = self.redial(to);
             tokio::select! {
                 connected = redial.connect() => return connected,
-                // It may be somewhere else now.
-                _ = self.main.changed() => {}
-                never = fall_back => match never {},
+                () = until_elsewhere(&mut main, to.address) => {}
+                never = &mut fall_back => match never {},
+            }
+        }
+    }
+
+    /// Lets the streams that wait for the lane go on over the main one, after a while in which that is connected.
+    async fn fall_back(&self) -> Infallible {
+        let mut main = self.main.clone();
+        loop {
+            let on = *main.borrow_and_update();
+            if let Some(on) = on {
+                tokio::select! {
+                    Ok(()) = main.changed() => continue,
+                    () = sleep(FALL_BACK) => {}
+                }
+                let streams = self.session.resume(Lane::Data, on.number).await;
+                if streams > 0 {
+                    let pod = &self.plan.id;
+                    tracing::warn!(
+                        "pod {pod}: lane data: no connection; {streams} streams go on over lane main"
+                    );
+                }
+            }
+            if main.changed().await.is_err() {
+                // The session is over, and drops this future.
+                return pending().await;
             }
         }
     }
 
     async fn serve_connection(
-        &mut self,
+        &self,
         address: SocketAddr,
         connection: &AgentConnection<Kubernetes>,
         cut: Option<Instant>,
     ) -> End {
-        let (session, mut main) = (self.session.clone(), self.main.clone());
-        let number = connection.join(&session, Lane::Data);
+        let (session, id) = (&self.session, &self.plan.id);
+        let number = connection.join(session, Lane::Data);
         self.status.lane(Lane::Data, true);
         connection.say(Control::Streams(KnownStreams { known: session.known() }));
-        let (id, liveness) = (self.plan.id.clone(), connection.liveness());
         let resume = async {
             let streams = session.resume(Lane::Data, number).await;
             if let Some(cut) = cut.filter(|_| streams > 0) {
                 let after = cut.elapsed().as_secs_f32();
                 tracing::info!(
-                    "pod {id}: lane data: resumed at {address} after {after:.1} s, {streams} streams go on"
+                    "pod {id}: lane data: connected again after {after:.1} s; {streams} streams go on"
                 );
             }
-            std::future::pending::<Infallible>().await
+            pending::<Infallible>().await
         };
-        tokio::pin!(resume);
-        let idle = until_idle(&session);
-        let ended = connection.ended();
-        tokio::pin!(idle, ended);
+        let (mut main, round_trip) = (self.main.clone(), connection.liveness().round_trip());
+        let (mut resume, mut idle) = (pin!(resume), pin!(until_idle(session)));
+        let mut to = MainLane { address, number, round_trip };
         loop {
-            let to = MainLane { address, number, round_trip: liveness.round_trip() };
-            let to = main.borrow_and_update().unwrap_or(to);
+            to = main.borrow_and_update().unwrap_or(to);
+            let is_used = || session.streams_of(Lane::Data) > 0;
             tokio::select! {
                 never = &mut resume => match never {},
                 () = &mut idle => return End::Idle,
-                end = &mut ended => {
-                    if end.cause == EndCause::AgentWithSession {
-                        session.end(&end.to_string());
+                end = await_lane_end(connection, is_used, || self.redial(to)) => match end {
+                    LaneEnd::Lost(end) => {
+                        if end.cause == EndCause::AgentWithSession {
+                            session.end(&end.to_string());
+                        }
+                        tracing::warn!("pod {id}: lane data: {end}");
+                        return End::Lost;
                     }
-                    tracing::warn!("pod {id}: lane data: {end}");
-                    return End::Lost;
-                }
-                (next, connection) = await_redial(&liveness, || session.streams_of(Lane::Data) > 0, || self.redial(to)) => {
-                    tracing::warn!("pod {id}: lane data: {}", failover_reason(address, next));
-                    return End::Replaced(next, connection);
-                }
+                    LaneEnd::Replaced(next, connection) => {
+                        tracing::warn!("pod {id}: lane data: {}", failover_reason(address, next));
+                        return End::Replaced(next, connection);
+                    }
+                },
                 // The failover goes to where the main lane is.
-                Ok(()) = main.changed() => {}
+                () = until_elsewhere(&mut main, to.address) => {}
             }
         }
+    }
+}
+
+/// Waits until the main lane is connected to another address.
+async fn until_elsewhere(main: &mut watch::Receiver<Option<MainLane>>, address: SocketAddr) {
+    let is_elsewhere = |main: &Option<MainLane>| main.is_some_and(|main| main.address != address);
+    if main.wait_for(is_elsewhere).await.is_err() {
+        // The session is over, and drops this future.
+        pending().await
     }
 }
 

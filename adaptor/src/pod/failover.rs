@@ -3,12 +3,13 @@
 //! A connection falls silent when the VM's address changes, and when the network pauses. After an address change only a
 //! new connection helps. After a pause the old connection recovers, but not soon: TCP's backoff may have grown to minutes.
 //!
-//! A lane of a session ([`await_redial`]) is replaced by the first new connection that gets through: its streams go on
+//! A lane of a session ([`await_lane_end`]) is replaced by the first new connection that gets through: its streams go on
 //! there. Without a session ([`await_failover`]) a replacement would reset all streams. So then the old connection is
 //! replaced only if a new one is ready and the old one had the time to recover, too.
 
 use std::future::pending;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::time::Duration;
 
 use secure_comms_protocol::{Kubernetes, PhaseName};
@@ -17,7 +18,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::connect::{Connected, connect_any};
 use super::plan::Plan;
 use super::redial::Redial;
-use crate::transport::agent_connection::{AgentConnection, Liveness};
+use crate::transport::agent_connection::{AgentConnection, ConnectionEnd, Liveness};
 use crate::transport::ssh::{AuthHold, AuthLock};
 
 /// Why the connection to `address` was replaced.
@@ -48,21 +49,39 @@ const LANE_PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// The part of the threshold after which a silent lane is asked for a sign of life.
 const LANE_PROBE_PART: u32 = 3;
 
-/// Waits until a lane of a session is silent and another connection has taken its place; returns that, and where it
-/// leads. A lane that `is_used` is asked for signs of life more often. An old connection that answers before the agent has heard of the new one stays.
+/// What becomes of a connection of a lane.
+pub(super) enum LaneEnd {
+    Lost(ConnectionEnd),
+    /// Another connection has taken its place, which leads there.
+    Replaced(SocketAddr, AgentConnection<Kubernetes>),
+}
+
+/// Waits until the connection of a lane has ended, or is silent and another one has taken its place. A lane that `is_used` is asked for signs of life more often. An old connection that answers before the agent has heard of the new one stays.
 ///
 /// Dropping the future drops the new connection.
-pub(super) async fn await_redial(
-    liveness: &Liveness,
+pub(super) async fn await_lane_end(
+    connection: &AgentConnection<Kubernetes>,
     is_used: impl Fn() -> bool,
     redial: impl Fn() -> Redial,
-) -> (SocketAddr, AgentConnection<Kubernetes>) {
+) -> LaneEnd {
+    let (liveness, mut ended) = (connection.liveness(), pin!(connection.ended()));
     loop {
-        until_lane_silent(liveness, &is_used).await;
-        let redial = redial();
         tokio::select! {
-            connected = redial.connect() => return connected,
-            () = until_kept(liveness, &redial) => {}
+            end = &mut ended => return LaneEnd::Lost(end),
+            () = until_lane_silent(&liveness, &is_used) => {}
+        }
+        let redial = redial();
+        let mut connected = pin!(redial.connect());
+        let end = tokio::select! {
+            (address, connection) = &mut connected => return LaneEnd::Replaced(address, connection),
+            end = &mut ended => end,
+            () = until_kept(&liveness, &redial) => continue,
+        };
+        // The agent cuts the old connection as soon as it has heard the hello of a new one: that one is nearly there.
+        tokio::select! {
+            biased;
+            (address, connection) = &mut connected => return LaneEnd::Replaced(address, connection),
+            () = until_no_hello(&redial) => return LaneEnd::Lost(end),
         }
     }
 }
@@ -86,6 +105,12 @@ async fn until_lane_silent(liveness: &Liveness, is_used: impl Fn() -> bool) {
 /// Waits until the old connection answers and no new one says its hello.
 async fn until_kept(liveness: &Liveness, redial: &Redial) {
     while is_silent(liveness) || redial.says_hello() {
+        sleep(RECOVERY_CHECK_INTERVAL).await;
+    }
+}
+
+async fn until_no_hello(redial: &Redial) {
+    while redial.says_hello() {
         sleep(RECOVERY_CHECK_INTERVAL).await;
     }
 }

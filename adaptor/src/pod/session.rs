@@ -27,7 +27,7 @@ use super::candidates::Reached;
 use super::connect::{AnyConnection, Connected};
 use super::data_lane::{DataLane, MainLane};
 use super::driver::{Driver, Ended, Stop, stopped};
-use super::failover::{await_redial, failover_reason};
+use super::failover::{LaneEnd, await_lane_end, failover_reason};
 use super::redial::Redial;
 use super::status::PodEvent;
 use crate::transport::agent_connection::{AgentConnection, ConnectionEnd, EndCause, Joined, Joining};
@@ -124,7 +124,9 @@ impl Driver {
                     return Err(Ended::Stopped);
                 }
                 MainEnd::Over(why) => {
-                    self.down(PhaseName::Kubernetes, format!("{why}{}", reset(session)));
+                    let reset = reset(session);
+                    session.end(&why);
+                    self.down(PhaseName::Kubernetes, why.clone() + &reset);
                     main.connection.close_with_session(&why).await;
                     self.pause_if_short_lived(since).await?;
                     return Ok(None);
@@ -203,11 +205,8 @@ impl Driver {
         let joining = Joining { lane: Lane::Main, session: Some(session.id().clone()) };
         let redial = || Redial::new(self.plan.clone(), joining.clone(), *address, liveness.round_trip());
         let vm_log = self.vm_log.show(log, &instance, &self.status);
-        let (mut replacement, mut ended) = (
-            pin!(await_redial(&liveness, || session.streams_of(Lane::Main) > 0, redial)),
-            pin!(connection.ended()),
-        );
-        let mut vm_log = pin!(vm_log);
+        let is_used = || session.streams_of(Lane::Main) > 0;
+        let (mut end, mut vm_log) = (pin!(await_lane_end(connection, is_used, redial)), pin!(vm_log));
         loop {
             tokio::select! {
                 never = &mut vm_log => match never {},
@@ -215,11 +214,11 @@ impl Driver {
                 never = &mut resume => match never {},
                 stop = stopped(&mut self.stop) => return MainEnd::Stopped(stop),
                 why = session.ended() => return MainEnd::Over(why),
-                end = &mut ended => return match end.cause {
-                    EndCause::AgentWithSession => MainEnd::Over(end.to_string()),
-                    _ => MainEnd::Lost(end),
+                end = &mut end => return match end {
+                    LaneEnd::Lost(end) if end.cause == EndCause::AgentWithSession => MainEnd::Over(end.to_string()),
+                    LaneEnd::Lost(end) => MainEnd::Lost(end),
+                    LaneEnd::Replaced(address, connection) => MainEnd::Replaced(address, connection),
                 },
-                (address, connection) = &mut replacement => return MainEnd::Replaced(address, connection),
                 () = connection.lane_wanted() => data_wanted.notify_one(),
             }
         }

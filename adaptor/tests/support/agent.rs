@@ -207,6 +207,16 @@ impl Agent {
         self.cut();
     }
 
+    /// Ends its session, as for another adaptor.
+    pub fn end_session(&self, reason: &str) {
+        let session = self.session.lock().unwrap().take().unwrap();
+        self.live.lock().unwrap().iter().for_each(|live| live.outbox.bye_session(reason));
+        tokio::spawn(async move {
+            session.without_lanes().await;
+            session.end("said bye");
+        });
+    }
+
     pub fn session(&self) -> AgentSession {
         self.session.lock().unwrap().clone().unwrap()
     }
