@@ -78,14 +78,16 @@ impl<'de> DeserializeSeed<'de> for ByKey {
     }
 }
 
-/// An error without the string that it quotes: a file written twice as JSON is one string, with the private key in it.
+/// An error without the string that it quotes: a file written twice as JSON is one string, with the private key in it. A
+/// build without Debug texts has nothing between the words.
 fn unquoted(error: &str) -> String {
-    match (error.find("string \""), error.rfind("\", expected ")) {
-        (Some(begin), Some(end)) => {
-            let (before, after) = (error.get(..begin), error.get(end + 1..));
-            format!("{}a string{}", before.unwrap_or_default(), after.unwrap_or_default())
-        }
-        _ => error.to_owned(),
+    let parts = error.split_once("string ").and_then(|(before, rest)| {
+        let (quoted, after) = rest.rsplit_once(", expected ")?;
+        (quoted.is_empty() || quoted.starts_with('"')).then_some((before, after))
+    });
+    match parts {
+        Some((before, after)) => format!("{before}a string, expected {after}"),
+        None => error.to_owned(),
     }
 }
 
