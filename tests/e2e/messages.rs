@@ -148,7 +148,7 @@ async fn lines_about_strangers_and_causes_are_complete() -> Result<()> {
 async fn faults_of_user_data_name_their_place_and_no_secret() -> Result<()> {
     for (text, fault) in [
         ("\"one string, a private key\"", "invalid type: a string, expected an object at line 1 column"),
-        ("{\"sc-pod-id\": 1}", "key 'sc-pod-id'"),
+        ("{\"sc-pp-prv\": 7}", "key 'sc-pp-prv'"),
         ("{\"sc-inbounds\": [1]}", "expected a string"),
         ("[7]", "invalid type: sequence, expected an object at line 1 column"),
     ] {
