@@ -3,6 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
+use secure_comms_protocol::json::unquoted;
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{
@@ -75,19 +76,6 @@ impl<'de> DeserializeSeed<'de> for ByKey {
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<DaemonConfig, D::Error> {
         // The error keeps line and column, which serde_json finds at the end of any text.
         deserializer.deserialize_map(self).map_err(|error| D::Error::custom(unquoted(&error.to_string())))
-    }
-}
-
-/// An error without the string that it quotes: a file written twice as JSON is one string, with the private key in it. A
-/// build without Debug texts has nothing between the words.
-fn unquoted(error: &str) -> String {
-    let parts = error.split_once("string ").and_then(|(before, rest)| {
-        let (quoted, after) = rest.rsplit_once(", expected ")?;
-        (quoted.is_empty() || quoted.starts_with('"')).then_some((before, after))
-    });
-    match parts {
-        Some((before, after)) => format!("{before}a string, expected {after}"),
-        None => error.to_owned(),
     }
 }
 
