@@ -19,6 +19,7 @@ use crate::config::{Announced, Config};
 use crate::kata::{self, KataAgent};
 use crate::peers::peer::Peers;
 use crate::peers::routes::Routes;
+use crate::peers::sessions::{AdaptorSession, Sessions};
 
 /// The shared state.
 #[derive(Debug)]
@@ -29,6 +30,8 @@ pub(crate) struct Agent {
     pub(crate) limits: Limits,
     /// Who is in.
     pub(crate) peers: PhasePeers,
+    /// The session with the adaptor.
+    pub(crate) sessions: Sessions,
     /// What peers and local clients can reach.
     pub(crate) tunnels: Tunnels,
     /// How getting the keys goes.
@@ -143,6 +146,7 @@ impl Agent {
             policy,
             limits: Limits::new(),
             peers: PhasePeers::default(),
+            sessions: Sessions::default(),
             tunnels: Tunnels {
                 routes: Routes::new(&config.inbounds),
                 attestation: Arc::new(Outbounds::new(&config.outbounds)),
@@ -192,6 +196,22 @@ impl Agent {
     /// The pod that this VM is for, as far as it is known.
     pub(crate) fn own_pod(&self) -> Option<PodId> {
         self.pod().or_else(|| self.expected_pod.clone())
+    }
+
+    /// Whether there is a session, or a peer, that local clients can be sent to.
+    pub(crate) fn has_worker_node(&self) -> bool {
+        self.sessions.current().is_some() || self.peers.kubernetes.serving().is_some()
+    }
+
+    /// Ends a session and logs it. No effect on one that has ended.
+    pub(crate) fn end_session(&self, session: &Arc<AdaptorSession>, reason: &str) {
+        let Some(streams) = session.end(reason) else { return };
+        self.sessions.forget(session);
+        self.peers.kubernetes.notify_changed();
+        match streams {
+            0 => log::info!("session: ended: {reason}; no stream was open"),
+            _ => log::warn!("session: ended: {reason}; streams that were reset: {streams}"),
+        }
     }
 
     /// Sends every attestation peer the result of the attempt and the invitation to come back as `kubernetes`.

@@ -31,6 +31,7 @@ pub(crate) struct Connection {
     /// Empty until the peer has authenticated: its limits depend on the phase.
     credits: Arc<OnceLock<Credits>>,
     phase: Arc<OnceLock<PhaseName>>,
+    login_key: Arc<OnceLock<String>>,
     refusals: Arc<AtomicU32>,
     end: Arc<End>,
 }
@@ -54,6 +55,7 @@ impl Connection {
             guard,
             credits: Arc::default(),
             phase: Arc::default(),
+            login_key: Arc::default(),
             refusals: Arc::default(),
             end: Arc::default(),
         }
@@ -66,6 +68,17 @@ impl Connection {
         // A connection authenticates once.
         let _ = self.phase.set(phase);
         drop(self.credits.set(credits));
+    }
+
+    /// Sets the key that the peer logs in with, by its fingerprint.
+    pub(crate) fn set_login_key(&self, fingerprint: String) {
+        // A connection logs in once.
+        drop(self.login_key.set(fingerprint));
+    }
+
+    /// Fingerprint of the key that the peer has logged in with; none in the Attestation phase.
+    pub(crate) fn login_key(&self) -> Option<&str> {
+        self.login_key.get().map(String::as_str)
     }
 
     /// The level for a line that this connection causes: `level`, or debug if unproven connections have caused too many

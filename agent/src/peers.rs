@@ -7,6 +7,8 @@ pub(crate) mod link;
 
 pub(crate) mod peer;
 
+pub(crate) mod sessions;
+
 pub(crate) mod deadlines;
 
 pub(crate) mod routes;

@@ -251,9 +251,7 @@ fn phase_status(agent: &Agent) -> &'static str {
             "Attestation phase: getting the keys"
         }
         PhaseName::Attestation => "Attestation phase: waiting for a worker node",
-        PhaseName::Kubernetes if peers.kubernetes.serving().is_some() => {
-            "Kubernetes phase: serving the worker node"
-        }
+        PhaseName::Kubernetes if agent.has_worker_node() => "Kubernetes phase: serving the worker node",
         PhaseName::Kubernetes => "Kubernetes phase: waiting for the worker node",
     }
 }
@@ -299,14 +297,20 @@ async fn drain(agent: &Agent) {
     agent.peers.attestation.close_all(reason);
     agent.tunnels.routes.clear();
     let peers = agent.peers.kubernetes.all();
+    let session = agent.sessions.current();
     let idle = async {
         for peer in &peers {
             peer.credits.idle().await;
         }
+        if let Some(session) = &session {
+            session.streams.credits().idle().await;
+        }
     };
     // Streams that are still open then are counted below.
     drop(timeout(SHUTDOWN_DRAIN, idle).await);
-    match peers.iter().map(|peer| peer.credits.open_streams()).sum::<usize>() {
+    // Its connections receive the reason here.
+    let of_session = session.and_then(|session| session.end(reason)).unwrap_or_default();
+    match peers.iter().map(|peer| peer.credits.open_streams()).sum::<usize>() + of_session {
         0 => log::info!("stopped"),
         open => log::warn!("stopped with {open} streams open"),
     }

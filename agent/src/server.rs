@@ -10,6 +10,7 @@ mod handler;
 mod session;
 
 mod control;
+mod lanes;
 mod mismatches;
 mod phase;
 mod status;
@@ -89,6 +90,7 @@ impl Server {
         connection.cut();
         self.agent.peers.remove(id);
         self.log_end(&connection, ended.map_err(|error| session_fault(&error)));
+        lanes::leave(&self.agent, &connection);
     }
 
     /// Admits a connection once its client has sent its first line, or has waited [`FIRST_LINE`] for ours.

@@ -19,8 +19,13 @@ impl<M: From<(ChannelId, ChannelMsg)> + Send + Sync + 'static> Message for M {}
 pub struct ChannelReceiver(ChannelReadHalf);
 
 /// Sending half of a channel.
-#[derive(Debug)]
 pub struct ChannelSender<M: Message>(ChannelWriteHalf<M>);
+
+impl<M: Message> std::fmt::Debug for ChannelSender<M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChannelSender").finish_non_exhaustive()
+    }
+}
 
 /// Splits a channel into the halves of a stream.
 pub fn split<M: Message>(channel: Channel<M>) -> (ChannelReceiver, ChannelSender<M>) {

@@ -1,15 +1,18 @@
 //! The control channel of a connection: credits, liveness, and the other control messages.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::fmt::Debug;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use secure_comms_protocol::Control;
-use secure_comms_protocol::control::{Bye, ControlError, Lines};
+use secure_comms_protocol::control::{Bye, ControlError, Lines, StreamPosition};
 use secure_comms_protocol::limits::{KEEPALIVE, MESSAGE_COST_MIN, MESSAGE_MAX, SILENCE};
-use secure_comms_tunnel::flow::PeerFlow;
+use secure_comms_tunnel::flow::{LaneNumber, PeerFlow};
 use secure_comms_tunnel::link::Gone;
+use secure_comms_tunnel::session::{Channels, Session};
 use secure_comms_tunnel::{Credits, Event, Receiver, Sender};
 use tokio::sync::Notify;
 use tokio::time::{Instant, interval, sleep_until};
@@ -22,12 +25,14 @@ const OUTBOX: usize = 64;
 pub enum ControlEnd {
     /// The peer closed it, or its connection is gone.
     Closed,
-    /// The peer sent `bye`; with its reason.
-    Bye(String),
+    /// The peer sent `bye`.
+    Bye(Bye),
     /// The peer sent bytes that are not a control message.
     Malformed(ControlError),
     /// The peer announced credits too late, or grants less than a message costs, so that its streams would never move.
     BadCredit,
+    /// The peer said a position that can't be so, and its session has ended; with the reason.
+    Lie(String),
     /// The peer has not answered a ping for [`SILENCE`]. It is frozen or unreachable, or keeps a rekey pending (D3).
     Silent,
 }
@@ -36,8 +41,9 @@ impl std::fmt::Display for ControlEnd {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Closed => f.write_str("the control channel was closed"),
-            Self::Bye(reason) => write!(f, "the peer said bye: {}", reason.escape_default()),
+            Self::Bye(bye) => write!(f, "the peer said bye: {}", bye.reason.escape_default()),
             Self::Malformed(error) => write!(f, "{error}"),
+            Self::Lie(reason) => f.write_str(reason),
             Self::BadCredit => {
                 f.write_str("the peer's hello came too late, or grants less credit than a message costs")
             }
@@ -50,9 +56,52 @@ impl std::fmt::Display for ControlEnd {
 #[derive(Clone, Debug, Default)]
 pub struct Outbox(Arc<OutboxState>);
 
+/// The flow control of a session, as the control channel of one of its connections needs it.
+pub trait SessionControl: Debug + Send + Sync {
+    /// Takes a position that the peer has said.
+    ///
+    /// # Errors
+    /// It can't be so, and the session has ended; with the reason.
+    fn on_position(&self, said: StreamPosition) -> Result<(), String>;
+    /// Waits for positions to say on the connection. Cancellation safe.
+    fn positions(&self) -> Pin<Box<dyn Future<Output = Vec<StreamPosition>> + Send + '_>>;
+    /// Positions that are due although no credit is given back.
+    fn unsaid_positions(&self) -> Vec<StreamPosition>;
+    /// Records the time from a ping to its pong.
+    fn round_trip(&self, took: Duration);
+}
+
+/// A connection of a session.
+#[derive(Debug)]
+struct Joined<C: Channels> {
+    session: Session<C>,
+    number: LaneNumber,
+}
+
+impl<C: Channels> SessionControl for Joined<C> {
+    fn on_position(&self, said: StreamPosition) -> Result<(), String> {
+        self.session.on_position(said)
+    }
+
+    fn positions(&self) -> Pin<Box<dyn Future<Output = Vec<StreamPosition>> + Send + '_>> {
+        Box::pin(self.session.positions(self.number))
+    }
+
+    fn unsaid_positions(&self) -> Vec<StreamPosition> {
+        self.session.unsaid_positions(self.number)
+    }
+
+    fn round_trip(&self, took: Duration) {
+        self.session.credits().round_trip(took);
+    }
+}
+
 #[derive(Debug, Default)]
 struct OutboxState {
     messages: Mutex<VecDeque<Control>>,
+    /// The session that the connection belongs to, once that is known.
+    session: OnceLock<Box<dyn SessionControl>>,
+    joined: Notify,
     waiting: Notify,
     said_bye: Notify,
     probe: Notify,
@@ -79,9 +128,35 @@ impl Outbox {
         has_room
     }
 
-    /// Queues a `bye`.
+    /// Queues a `bye` that ends the connection alone.
     pub fn bye(&self, reason: &str) {
-        self.send(Control::Bye(Bye { reason: reason.to_owned(), ..Bye::default() }));
+        self.send(Control::Bye(Bye { reason: reason.to_owned(), ends_session: false }));
+    }
+
+    /// Queues a `bye` that ends the session.
+    pub fn bye_session(&self, reason: &str) {
+        self.send(Control::Bye(Bye { reason: reason.to_owned(), ends_session: true }));
+    }
+
+    /// Makes the control channel carry the positions of a session: this connection is its lane of that number. Only the first
+    /// call has an effect.
+    pub fn join<C: Channels>(&self, session: Session<C>, number: LaneNumber) {
+        self.0.session.get_or_init(|| Box::new(Joined { session, number }));
+        self.0.joined.notify_one();
+    }
+
+    fn session(&self) -> Option<&dyn SessionControl> {
+        self.0.session.get().map(AsRef::as_ref)
+    }
+
+    /// Waits for positions of the session to say. Only one task may wait. Cancellation safe.
+    async fn positions(&self) -> Vec<StreamPosition> {
+        loop {
+            if let Some(session) = self.session() {
+                return session.positions().await;
+            }
+            self.0.joined.notified().await;
+        }
     }
 
     /// Requests a ping before the next regular one. No ping is sent while one is unanswered.
@@ -203,17 +278,22 @@ fn on_message(
         Control::Pong(number) => {
             if let Some(took) = lock(pings).pong(*number) {
                 credits.round_trip(took);
+                if let Some(session) = outbox.session() {
+                    session.round_trip(took);
+                }
             }
         }
-        Control::Bye(message) => return Some(ControlEnd::Bye(message.reason.clone())),
+        Control::Bye(message) => return Some(ControlEnd::Bye(message.clone())),
         Control::Hello(hello) => return on_hello(hello.credit, credits, outbox, pings),
         Control::Keys(_)
         | Control::Upgrade(_)
         | Control::Log(_)
-        | Control::Position(_)
         | Control::Session(_)
         | Control::Streams(_)
         | Control::Lane(_) => {}
+        Control::Position(said) => {
+            return outbox.session()?.on_position(*said).err().map(ControlEnd::Lie);
+        }
     }
     None
 }
@@ -242,14 +322,21 @@ fn on_hello(
 
 async fn write<S: Sender>(sender: &S, credits: &Credits, outbox: &Outbox) -> Gone {
     let mut lines = Vec::new();
+    let (mut unsaid, mut said_bye) = (interval(KEEPALIVE), false);
     loop {
-        let bye = tokio::select! {
-            bye = outbox.take(&mut lines) => bye,
-            grants = credits.grants() => {
-                grants.into_iter().for_each(|credit| Control::Credit(credit).write_line(&mut lines));
-                false
+        let positions = tokio::select! {
+            positions = outbox.positions() => positions,
+            bye = outbox.take(&mut lines) => {
+                said_bye = bye;
+                Vec::new()
             }
+            grants = credits.grants(LaneNumber::ALONE) => {
+                grants.into_iter().for_each(|credit| Control::Credit(credit).write_line(&mut lines));
+                Vec::new()
+            }
+            _ = unsaid.tick() => outbox.session().map(SessionControl::unsaid_positions).unwrap_or_default(),
         };
+        positions.into_iter().for_each(|said| Control::Position(said).write_line(&mut lines));
         let mut batch = Bytes::from(std::mem::take(&mut lines));
         while !batch.is_empty() {
             let part = batch.split_to(batch.len().min(MESSAGE_MAX));
@@ -257,7 +344,7 @@ async fn write<S: Sender>(sender: &S, credits: &Credits, outbox: &Outbox) -> Gon
                 return Gone;
             }
         }
-        if bye {
+        if std::mem::take(&mut said_bye) {
             outbox.0.said_bye.notify_one();
         }
     }

@@ -1,22 +1,24 @@
 //! A connection as a link of the tunnel crate.
 
+use std::fmt::Debug;
 use std::future::Future;
 
 use russh::{Channel, ChannelOpenFailure};
-use secure_comms_protocol::TunnelName;
 use secure_comms_protocol::limits::CHANNEL_OPEN;
+use secure_comms_protocol::{Opening, TunnelName};
 use secure_comms_tunnel::flow::{Flow, StreamError};
+use secure_comms_tunnel::session::{ChannelError, Channels};
 use secure_comms_tunnel::{Credits, Link, OpenError, Receiver, Sender, Stream};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use crate::channel::{ChannelReceiver, ChannelSender, Message, split};
+use crate::channel::{ChannelReceiver, ChannelSender, Message, PendingChannel, split};
 
 /// Opens the channel of a named stream; each end has its own implementation.
-pub trait Opener: Clone + Send + Sync + 'static {
+pub trait Opener: Clone + Debug + Send + Sync + 'static {
     /// Message type of its session.
     type Message: Message;
-    /// Opens the channel, with the stream id as the originator port.
+    /// Opens the channel, with the stream id as the originator port and the opening as the originator address.
     ///
     /// # Errors
     /// The peer refuses the channel, or the connection is gone.
@@ -24,6 +26,7 @@ pub trait Opener: Clone + Send + Sync + 'static {
         &self,
         name: &TunnelName,
         id: u32,
+        opening: Opening,
     ) -> impl Future<Output = Result<Channel<Self::Message>, russh::Error>> + Send + 'static;
 }
 
@@ -46,6 +49,41 @@ impl<O: Opener> SshLink<O> {
     }
 }
 
+/// A connection of a session.
+impl<O: Opener> Channels for SshLink<O> {
+    type Receiver = ChannelReceiver;
+    type Sender = ChannelSender<O::Message>;
+    type Pending = PendingChannel<O::Message>;
+
+    fn open_channel(
+        &self,
+        name: &TunnelName,
+        id: u32,
+        opening: Opening,
+    ) -> impl Future<Output = Result<(ChannelReceiver, ChannelSender<O::Message>), ChannelError>> + Send + 'static
+    {
+        let channel = self.opener.open(name, id, opening);
+        async move {
+            match channel.await {
+                Ok(channel) => Ok(split(channel)),
+                Err(russh::Error::ChannelOpenFailure(reason)) => {
+                    Err(ChannelError::Refused(describe(&reason)))
+                }
+                Err(russh::Error::RequestDenied) => Err(ChannelError::Refused("not asked for".into())),
+                Err(_) => Err(ChannelError::Gone),
+            }
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        self.credits.is_gone()
+    }
+
+    async fn gone(&self) {
+        self.credits.gone().await;
+    }
+}
+
 impl<O: Opener> Link for SshLink<O> {
     type Receiver = ChannelReceiver;
     type Sender = ChannelSender<O::Message>;
@@ -59,7 +97,12 @@ impl<O: Opener> Link for SshLink<O> {
             other => OpenError::Refused(other.to_string()),
         })?;
         let (done, opened) = oneshot::channel();
-        tokio::spawn(answered(self.opener.open(name, flow.id()), flow, self.credits.clone(), done));
+        tokio::spawn(answered(
+            self.opener.open(name, flow.id(), Opening::New),
+            flow,
+            self.credits.clone(),
+            done,
+        ));
         tokio::select! {
             opened = timeout(CHANNEL_OPEN, opened) => match opened {
                 Ok(Ok((Ok(channel), flow))) => {
@@ -132,7 +175,7 @@ mod tests {
     use super::*;
 
     /// A peer that answers no open.
-    #[derive(Clone, Default)]
+    #[derive(Clone, Debug, Default)]
     struct Mute(Arc<AtomicUsize>);
 
     impl Opener for Mute {
@@ -142,6 +185,7 @@ mod tests {
             &self,
             _: &TunnelName,
             _: u32,
+            _: Opening,
         ) -> impl Future<Output = Result<Channel<Self::Message>, russh::Error>> + Send + 'static {
             self.0.fetch_add(1, Ordering::Relaxed);
             pending()

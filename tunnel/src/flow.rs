@@ -14,7 +14,7 @@
 //! one flow, and while that flow is dropped no other borrow of it exists.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicI64, AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -93,9 +93,26 @@ struct Shared {
     peer: watch::Sender<Option<PeerFlow>>,
     gone: watch::Sender<bool>,
     table: Mutex<Table>,
-    grants_waiting: Notify,
     slot_free: Notify,
     window_only_room: Notify,
+}
+
+/// Number of a connection of a session; unique in the session. Without a session, all streams are on
+/// [`LaneNumber::ALONE`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LaneNumber(pub(crate) u64);
+
+impl LaneNumber {
+    /// The connection of streams without a session; in a session, none.
+    pub const ALONE: Self = Self(0);
+}
+
+/// Credit to give back on one connection.
+#[derive(Debug, Default)]
+struct Due {
+    /// In bytes, by stream id.
+    grants: HashMap<u32, u32>,
+    waiting: Arc<Notify>,
 }
 
 #[derive(Debug, Default)]
@@ -105,33 +122,50 @@ struct Table {
     next_id: u32,
     /// Places of the streams, with those that wait for the peer's hello.
     places: Places,
-    /// Credit to give back, in bytes, by stream id.
-    grants: HashMap<u32, u32>,
+    /// Credit to give back, by the connection that carries the streams.
+    due: HashMap<LaneNumber, Due>,
     /// Bytes of the growth pool that windows have taken.
     pool_used: u32,
     /// Shortest round trip seen; longer ones include time in our own queues.
     round_trip: Option<Duration>,
 }
 
-/// Credit that we may spend on a stream.
+/// Credit of a stream, in bytes.
 #[derive(Debug)]
 struct SendState {
+    /// What we may spend.
     available: AtomicI64,
+    /// All that the peer has ever granted; counted in a session only.
+    granted: AtomicU64,
     more: Notify,
+    /// All that we have ever granted.
+    given: AtomicU64,
+    /// The connection that carries the stream.
+    lane: AtomicU64,
+}
+
+impl SendState {
+    fn add(&self, bytes: i64) {
+        let before = self.available.fetch_add(bytes.min(GRANT_MAX), Relaxed);
+        if before > GRANT_MAX {
+            self.available.store(GRANT_MAX, Relaxed);
+        }
+        self.more.notify_one();
+    }
 }
 
 impl Credits {
-    /// Makes the flow control of a new connection.
+    /// Makes the flow control of a new connection, or of a new session.
     pub fn new(side: Side, limits: CreditLimits) -> Self {
         let next_id = if side == Side::Adaptor { 1 } else { 2 };
-        let table = Table { next_id, ..Table::default() };
+        let due = HashMap::from([(LaneNumber::ALONE, Due::default())]);
+        let table = Table { next_id, due, ..Table::default() };
         Self(Arc::new(Shared {
             limits,
             side,
             peer: watch::Sender::new(None),
             gone: watch::Sender::new(false),
             table: Mutex::new(table),
-            grants_waiting: Notify::new(),
             slot_free: Notify::new(),
             window_only_room: Notify::new(),
         }))
@@ -262,8 +296,13 @@ impl Credits {
         let credit = match peer {
             PeerFlow::WindowOnly => None,
             PeerFlow::Credits(initial) => {
-                let send =
-                    Arc::new(SendState { available: AtomicI64::new(initial.into()), more: Notify::new() });
+                let send = Arc::new(SendState {
+                    available: AtomicI64::new(initial.into()),
+                    granted: AtomicU64::new(initial.into()),
+                    more: Notify::new(),
+                    given: AtomicU64::new(self.0.limits.initial.into()),
+                    lane: AtomicU64::new(LaneNumber::ALONE.0),
+                });
                 table.streams.insert(id, send.clone());
                 Some(StreamCredit::new(send, initial, self.0.limits.initial))
             }
@@ -275,24 +314,68 @@ impl Credits {
     pub fn granted(&self, credit: Credit) {
         let send = self.table().streams.get(&credit.stream).cloned();
         if let Some(send) = send {
-            let before = send.available.fetch_add(credit.bytes.into(), Relaxed);
-            if before > GRANT_MAX {
-                send.available.store(GRANT_MAX, Relaxed);
-            }
-            send.more.notify_one();
+            send.add(credit.bytes.into());
         }
     }
 
-    /// Waits for credit to give back, and takes it: one entry for each stream. Only one task may wait. Cancellation
-    /// safe.
-    pub async fn grants(&self) -> Vec<Credit> {
-        loop {
-            let grants = std::mem::take(&mut self.table().grants);
-            if !grants.is_empty() {
-                return grants.into_iter().map(|(stream, bytes)| Credit { stream, bytes }).collect();
-            }
-            self.0.grants_waiting.notified().await;
+    /// Takes note of all the credit that the peer has ever granted a stream, in bytes. A smaller number than before comes
+    /// late, and has no effect.
+    pub(crate) fn granted_in_all(&self, stream: u32, bytes: u64) {
+        let send = self.table().streams.get(&stream).cloned();
+        if let Some(send) = send {
+            let before = send.granted.fetch_max(bytes, Relaxed);
+            send.add(i64::try_from(bytes.saturating_sub(before)).unwrap_or(i64::MAX));
         }
+    }
+
+    /// All the credit that we have ever granted a stream, in bytes.
+    pub(crate) fn given(&self, stream: u32) -> u64 {
+        self.table().streams.get(&stream).map_or(0, |send| send.given.load(Relaxed))
+    }
+
+    /// Adds a connection that may carry streams of the session.
+    pub(crate) fn add_lane(&self, lane: LaneNumber) {
+        self.table().due.insert(lane, Due::default());
+    }
+
+    /// Removes a connection; credit that was to be given back on it is not.
+    pub(crate) fn remove_lane(&self, lane: LaneNumber) {
+        self.table().due.remove(&lane);
+    }
+
+    /// Gives credit of this stream back on this connection from now on, also what we have granted beyond `said` while no
+    /// connection carried it: the other end may wait for just that.
+    pub(crate) fn carry(&self, stream: u32, lane: LaneNumber, said: u64) {
+        let mut table = self.table();
+        let Some(send) = table.streams.get(&stream).cloned() else { return };
+        send.lane.store(lane.0, Relaxed);
+        if send.given.load(Relaxed) > said.max(self.0.limits.initial.into())
+            && let Some(due) = table.due.get_mut(&lane)
+        {
+            // How much is said in the position.
+            due.grants.entry(stream).or_default();
+            due.waiting.notify_one();
+        }
+    }
+
+    /// Waits for credit to give back on this connection, and takes it: one entry for each stream. Only one task may wait for a
+    /// connection. Cancellation safe. Never returns once the connection is removed.
+    pub async fn grants(&self, lane: LaneNumber) -> Vec<Credit> {
+        loop {
+            let waiting = {
+                let mut table = self.table();
+                let Some(due) = table.due.get_mut(&lane) else { break };
+                if !due.grants.is_empty() {
+                    return std::mem::take(&mut due.grants)
+                        .into_iter()
+                        .map(|(stream, bytes)| Credit { stream, bytes })
+                        .collect();
+                }
+                due.waiting.clone()
+            };
+            waiting.notified().await;
+        }
+        std::future::pending().await
     }
 
     /// Number of streams that are open or wait for the peer's flow control.
@@ -467,11 +550,14 @@ impl Flow {
         let grant = window.batch(limits, limits.growth_pool - table.pool_used, table.round_trip);
         table.pool_used = table.pool_used - before + window.grown(limits);
         credit.outstanding.fetch_add(grant.into(), Relaxed);
-        if grant > 0 {
-            *table.grants.entry(self.id).or_default() += grant;
+        credit.send.given.fetch_add(grant.into(), Relaxed);
+        let lane = LaneNumber(credit.send.lane.load(Relaxed));
+        if let Some(due) = table.due.get_mut(&lane)
+            && grant > 0
+        {
+            *due.grants.entry(self.id).or_default() += grant;
+            due.waiting.notify_one();
         }
-        drop(table);
-        self.slot.credits.0.grants_waiting.notify_one();
     }
 
     /// Waits until the connection has ended. Cancellation safe.
@@ -485,7 +571,10 @@ impl Drop for Flow {
         let Some(credit) = &self.credit else { return self.hold_window_only(|_| 0) };
         let mut table = self.slot.credits.table();
         table.streams.remove(&self.id);
-        table.grants.remove(&self.id);
+        let lane = LaneNumber(credit.send.lane.load(Relaxed));
+        if let Some(due) = table.due.get_mut(&lane) {
+            due.grants.remove(&self.id);
+        }
         table.pool_used -= credit.window().grown(&self.slot.credits.0.limits);
     }
 }

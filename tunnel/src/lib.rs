@@ -3,8 +3,8 @@
 //! The modules are in the order in which bytes pass through them. An [`inbound`] listens, and holds its clients until
 //! there is a [`link`] on which a stream can be opened. An [`outbound`] connects to the server at the other end: it
 //! [`dial`]s the addresses of its host name ([`names`]) in a [`mod@race`]. The [`mod@relay`] moves bytes between a
-//! [`Socket`] and the stream, within the [`flow`] control of the connection, and may pass them through an interceptor
-//! ([`intercept`]). A socket may live in another network namespace ([`netns`]).
+//! [`Socket`] and the stream, within the [`flow`] control of the connection and the task's [`budget`], and may pass them through an interceptor
+//! ([`intercept`]). In a [`session`] a stream outlives the connection that carries it. A socket may live in another network namespace ([`netns`]).
 //!
 //! This crate knows names, phases and bytes; it does not know SSH. All of it runs in a tokio runtime of any flavour,
 //! with time and I/O enabled.
@@ -27,7 +27,11 @@ pub mod intercept;
 
 mod queue;
 
+pub mod budget;
+
 pub mod flow;
+
+pub mod session;
 
 mod socket;
 
@@ -46,4 +50,5 @@ pub use names::Resolver;
 pub use outbound::Outbounds;
 pub use relay::{relay, relay_through};
 pub use reminder::Reminder;
+pub use session::Session;
 pub use socket::Socket;

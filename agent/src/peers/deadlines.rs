@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use secure_comms_protocol::TunnelName;
 use secure_comms_tunnel::link::Gone;
+use secure_comms_tunnel::session::{SessionReceiver, SessionSender};
 use secure_comms_tunnel::{Event, Link, OpenError, Receiver, Sender, Stream};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
@@ -93,17 +94,15 @@ async fn deadline_elapsed(deadline: &SharedDeadline) -> Deadline {
     }
 }
 
-/// Opens a stream without deadlines.
-pub(super) async fn open(
-    link: &PeerLink,
-    name: &TunnelName,
-) -> Result<Stream<DeadlineReceiver, DeadlineSender>, OpenError> {
-    let Stream { receiver, sender, flow } = link.open(name).await?;
-    Ok(Stream {
-        receiver: DeadlineReceiver { receiver, deadlines: None },
-        sender: DeadlineSender { sender, pause: None },
+/// A stream without deadlines.
+pub(super) fn unlimited<R: Into<AnyReceiver>, S: Into<AnySender>>(
+    Stream { receiver, sender, flow }: Stream<R, S>,
+) -> Stream<DeadlineReceiver, DeadlineSender> {
+    Stream {
+        receiver: DeadlineReceiver { receiver: receiver.into(), deadlines: None },
+        sender: DeadlineSender { sender: sender.into(), pause: None },
         flow,
-    })
+    }
 }
 
 /// Opens a stream with deadlines. The time that the open takes counts.
@@ -130,17 +129,94 @@ pub(super) async fn open_with_deadlines(
     };
     let deadline = Arc::new(watch::Sender::new(Deadline::FirstByte(first)));
     Ok(Stream {
-        receiver: DeadlineReceiver { receiver, deadlines: Some((deadline.clone(), deadlines.clone())) },
-        sender: DeadlineSender { sender, pause: Some((deadline, deadlines.pause)) },
+        receiver: DeadlineReceiver {
+            receiver: receiver.into(),
+            deadlines: Some((deadline.clone(), deadlines.clone())),
+        },
+        sender: DeadlineSender { sender: sender.into(), pause: Some((deadline, deadlines.pause)) },
         flow,
     })
+}
+
+/// Receives on a stream: one type, so that the relay exists once in the program.
+#[derive(Debug)]
+pub(crate) enum AnyReceiver {
+    /// Of one connection.
+    Peer(PeerReceiver),
+    /// Of a session.
+    Session(SessionReceiver<PeerLink>),
+}
+
+impl From<PeerReceiver> for AnyReceiver {
+    fn from(receiver: PeerReceiver) -> Self {
+        Self::Peer(receiver)
+    }
+}
+
+impl From<SessionReceiver<PeerLink>> for AnyReceiver {
+    fn from(receiver: SessionReceiver<PeerLink>) -> Self {
+        Self::Session(receiver)
+    }
+}
+
+impl Receiver for AnyReceiver {
+    async fn recv(&mut self) -> Option<Event> {
+        match self {
+            Self::Peer(receiver) => receiver.recv().await,
+            Self::Session(receiver) => receiver.recv().await,
+        }
+    }
+}
+
+/// Sends on a stream.
+#[derive(Debug)]
+pub(crate) enum AnySender {
+    /// Of one connection.
+    Peer(PeerSender),
+    /// Of a session.
+    Session(SessionSender<PeerLink>),
+}
+
+impl From<PeerSender> for AnySender {
+    fn from(sender: PeerSender) -> Self {
+        Self::Peer(sender)
+    }
+}
+
+impl From<SessionSender<PeerLink>> for AnySender {
+    fn from(sender: SessionSender<PeerLink>) -> Self {
+        Self::Session(sender)
+    }
+}
+
+impl Sender for AnySender {
+    async fn send(&self, data: Bytes) -> Result<(), Gone> {
+        match self {
+            Self::Peer(sender) => sender.send(data).await,
+            Self::Session(sender) => sender.send(data).await,
+        }
+    }
+
+    async fn eof(&self) -> Result<(), Gone> {
+        match self {
+            Self::Peer(sender) => sender.eof().await,
+            Self::Session(sender) => sender.eof().await,
+        }
+    }
+
+    async fn close(&self) -> Result<(), Gone> {
+        match self {
+            Self::Peer(sender) => sender.close().await,
+            Self::Session(sender) => sender.close().await,
+        }
+    }
 }
 
 /// Receives on a stream, and closes it when a deadline passes. The peer is to blame for a missing first byte. A later
 /// pause may also be the guest's: it finds a closed connection then, and asks again or fails at once.
 #[derive(Debug)]
 pub(crate) struct DeadlineReceiver {
-    receiver: PeerReceiver,
+    receiver: AnyReceiver,
     deadlines: Option<(SharedDeadline, KbsDeadlines)>,
 }
 
@@ -171,7 +247,7 @@ impl Receiver for DeadlineReceiver {
 /// Sends on a stream. Sent data ends a pause, but does not count as the first byte.
 #[derive(Debug)]
 pub(crate) struct DeadlineSender {
-    sender: PeerSender,
+    sender: AnySender,
     pause: Option<(SharedDeadline, Duration)>,
 }
 

@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use russh::Channel;
 use russh::server::{Handle, Msg};
-use secure_comms_protocol::TunnelName;
+use secure_comms_protocol::{Opening, TunnelName};
 use secure_comms_ssh::channel::{ChannelReceiver, ChannelSender, PendingChannel};
 use secure_comms_ssh::link::{Opener, SshLink};
+use secure_comms_tunnel::session::Session;
 
 /// Sends on a stream.
 pub(crate) type PeerSender = ChannelSender<Msg>;
@@ -15,6 +16,8 @@ pub(crate) type PeerSender = ChannelSender<Msg>;
 pub(crate) type PeerReceiver = ChannelReceiver;
 /// Opens streams to a peer.
 pub(crate) type PeerLink = SshLink<ForwardOpener>;
+/// The streams of a session.
+pub(crate) type SessionStreams = Session<PeerLink>;
 /// A stream that a peer asks for.
 pub(crate) type PeerPending = PendingChannel<Msg>;
 
@@ -73,13 +76,14 @@ impl Opener for ForwardOpener {
         &self,
         name: &TunnelName,
         id: u32,
+        opening: Opening,
     ) -> impl Future<Output = Result<Channel<Msg>, russh::Error>> + Send + 'static {
         let offer = self.offers.get(name);
         let handle = self.handle.clone();
         async move {
             // The peer may have cancelled the forward since the route was chosen.
             let (address, port) = offer.ok_or(russh::Error::RequestDenied)?;
-            handle.channel_open_forwarded_tcpip(address, port, "127.0.0.1", id).await
+            handle.channel_open_forwarded_tcpip(address, port, opening.to_string(), id).await
         }
     }
 }

@@ -68,10 +68,19 @@ impl<P: Phase> Peer<P> {
     /// Ends the connection with a reason: by `bye`, if the peer has a control channel that takes it within [`FAREWELL`], and
     /// by SSH's disconnect message. Only the first call has an effect.
     pub(crate) fn close_gracefully(&self, reason: &str) {
+        self.close(reason, Outbox::bye);
+    }
+
+    /// As [`Self::close_gracefully`], for a connection whose session ends with it.
+    pub(crate) fn close_with_session(&self, reason: &str) {
+        self.close(reason, Outbox::bye_session);
+    }
+
+    fn close(&self, reason: &str, say_bye: impl FnOnce(&Outbox, &str)) {
         if self.closing.swap(true, Ordering::Relaxed) {
             return;
         }
-        self.outbox.bye(reason);
+        say_bye(&self.outbox, reason);
         let (connection, outbox, reason) = (self.connection.clone(), self.outbox.clone(), reason.to_owned());
         let controlled = self.controlled.load(Ordering::Relaxed);
         tokio::spawn(async move {
@@ -183,10 +192,15 @@ impl<P: Phase> Peers<P> {
         if let Some(newer) = adaptor.as_ref().filter(|adaptor| adaptor.connection.id > peer.connection.id) {
             return Err(newer.clone());
         }
+        self.join_place(peer);
+        Ok(adaptor)
+    }
+
+    /// Gives this peer a part of the adaptor's place: the connections of a session have it together.
+    pub(crate) fn join_place(&self, peer: &Peer<P>) {
         peer.is_adaptor.store(true, Ordering::Relaxed);
         peer.give_place_back();
         self.notify_changed();
-        Ok(adaptor)
     }
 
     /// Closes every peer gracefully.

@@ -1,18 +1,22 @@
 //! Routes: where the local clients of each inbound are sent.
 
 use secure_comms_protocol::{Attestation, InboundTag, Kubernetes, Phase, PhaseName, TunnelName};
+use secure_comms_tunnel::session::SessionLink;
 use secure_comms_tunnel::{Link, OpenError, Stream};
 use tokio::sync::watch;
 
 use super::deadlines::{self, DeadlineReceiver, DeadlineSender, KbsDeadlines};
 use super::link::PeerLink;
 use super::peer::Peer;
+use super::sessions::AdaptorSession;
 
 /// Where a client of an inbound is sent.
 #[derive(Clone, Debug)]
 pub(crate) enum Route {
     /// To a peer.
     Peer(PeerLink),
+    /// To the adaptor, over the connection that its session has then.
+    Session(SessionLink<PeerLink>),
     /// To the KBS through an attestation peer, with deadlines.
     WithDeadlines(PeerLink, KbsDeadlines),
     /// To a refusal: the attempt that the client belongs to has failed, and should fail fast.
@@ -25,7 +29,8 @@ impl Link for Route {
 
     async fn open(&self, name: &TunnelName) -> Result<Stream<DeadlineReceiver, DeadlineSender>, OpenError> {
         match self {
-            Self::Peer(link) => deadlines::open(link, name).await,
+            Self::Peer(link) => Ok(deadlines::unlimited(link.open(name).await?)),
+            Self::Session(link) => Ok(deadlines::unlimited(link.open(name).await?)),
             Self::WithDeadlines(link, limits) => deadlines::open_with_deadlines(link, name, limits).await,
             Self::Refuse => Err(OpenError::Refused("the attestation peer of this attempt is gone".into())),
         }
@@ -34,6 +39,7 @@ impl Link for Route {
     fn is_gone(&self) -> bool {
         match self {
             Self::Peer(link) | Self::WithDeadlines(link, _) => link.is_gone(),
+            Self::Session(link) => link.is_gone(),
             Self::Refuse => false,
         }
     }
@@ -91,6 +97,12 @@ impl Routes {
     /// Routes the Kubernetes phase to this peer.
     pub(crate) fn set_kubernetes(&self, peer: &Peer<Kubernetes>) {
         self.set(Kubernetes::NAME, |name| peer.offers(name).then(|| Route::Peer(peer.link.clone())));
+    }
+
+    /// Routes the Kubernetes phase to the adaptor of this session.
+    pub(crate) fn set_session(&self, session: &AdaptorSession) {
+        let link = session.streams.link();
+        self.set(Kubernetes::NAME, |name| session.offers(name).then(|| Route::Session(link.clone())));
     }
 
     /// Removes every route: clients wait.

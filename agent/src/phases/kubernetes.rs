@@ -47,7 +47,7 @@ pub(crate) async fn until_latched(
         }
     }
     agent.attempt.set_peer(None);
-    if agent.peers.kubernetes.serving().is_none() {
+    if !agent.has_worker_node() {
         // The login may have cancelled an attempt, whose routes are still set; and the worker node may be late, or gone
         // again.
         agent.tunnels.routes.clear();
@@ -66,19 +66,24 @@ async fn upgrade_attesters(agent: &Agent) {
     agent.peers.attestation.close_all("the keys are here; come back as user kubernetes");
 }
 
-/// Routes local clients to the adaptor, or to a guest that offers tunnels while there is no adaptor. Never returns.
+/// Routes local clients to the session, also while it has no connection; without one to the adaptor, or to a guest that offers
+/// tunnels. Never returns.
 pub(crate) async fn route_to_worker_node(agent: &Agent) {
     let mut changes = agent.peers.kubernetes.changes();
     let mut routed = false;
     loop {
-        match agent.peers.kubernetes.serving() {
-            Some(peer) => {
+        match (agent.sessions.current(), agent.peers.kubernetes.serving()) {
+            (Some(session), _) => {
+                agent.tunnels.routes.set_session(&session);
+                routed = true;
+            }
+            (None, Some(peer)) => {
                 agent.tunnels.routes.set_kubernetes(&peer);
                 routed = true;
             }
-            None if routed => agent.tunnels.routes.clear(),
+            (None, None) if routed => agent.tunnels.routes.clear(),
             // The routes may be those of an attempt.
-            None => {}
+            (None, None) => {}
         }
         debug_assert!(!routed || agent.policy.phase() == PhaseName::Kubernetes);
         if changes.changed().await.is_err() {

@@ -10,6 +10,7 @@ use secure_comms_tunnel::{Credits, Event, Receiver};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use super::lanes::{Greeted, MemberSlot};
 use super::mismatches;
 use super::phase::AgentPhase;
 use crate::agent::Agent;
@@ -44,8 +45,8 @@ pub(super) async fn settle_without_hello(credits: Credits) {
 pub(super) async fn run_control_channel<P: AgentPhase>(
     agent: Arc<Agent>,
     peer: Arc<Peer<P>>,
-    mut receiver: PeerReceiver,
-    sender: PeerSender,
+    slot: MemberSlot,
+    (mut receiver, sender): (PeerReceiver, PeerSender),
 ) {
     let tunnels = TunnelNames {
         inbounds: agent.tunnels.routes.names(P::NAME),
@@ -59,12 +60,16 @@ pub(super) async fn run_control_channel<P: AgentPhase>(
     peer.outbox.send(Control::Hello(ours.clone()));
     peer.set_controlled();
     let mut greeted = false;
-    let on_message = |message| {
-        if let Control::Hello(hello) = message
-            && !std::mem::replace(&mut greeted, true)
-        {
-            on_hello(&agent, &peer, &hello, &ours);
+    let on_message = |message| match message {
+        Control::Hello(hello) if !std::mem::replace(&mut greeted, true) => {
+            on_hello(&Greeted { agent: &agent, peer: &peer, slot: &slot }, &hello, &ours);
         }
+        Control::Streams(streams) => {
+            if let Some(member) = slot.get() {
+                member.peer_knows(&streams.known);
+            }
+        }
+        _ => {}
     };
     let background = async {
         P::repeat_messages(&agent, &peer).await;
@@ -74,6 +79,11 @@ pub(super) async fn run_control_channel<P: AgentPhase>(
         end = control::run(&mut receiver, &sender, &peer.credits, &peer.outbox, on_message) => end,
         end = background => end,
     };
+    if let (ControlEnd::Bye(bye), Some(member)) = (&end, slot.get())
+        && bye.ends_session
+    {
+        member.end_session(&agent, &bye.reason);
+    }
     finish(&peer, &end, greeted).await;
 }
 
@@ -89,13 +99,14 @@ async fn finish<P>(peer: &Peer<P>, end: &ControlEnd, greeted: bool) {
 }
 
 /// Handles the first hello of a peer.
-fn on_hello<P: AgentPhase>(agent: &Agent, peer: &Peer<P>, hello: &Hello, ours: &Hello) {
+fn on_hello<P: AgentPhase>(greeted: &Greeted<'_, P>, hello: &Hello, ours: &Hello) {
+    let (agent, peer) = (greeted.agent, greeted.peer);
     let address = peer.connection.address;
     match hello.pod_id.as_deref().map(str::parse::<PodId>) {
         Some(Ok(pod)) => {
             let level = peer.connection.log_level(log::Level::Info);
             log::log!(level, "connection from {address}: adaptor identified; pod {pod}");
-            P::identified(agent, peer, &pod);
+            P::identified(greeted, &pod, hello);
             // Set once: later hellos are not handled.
             drop(peer.pod.set(pod));
         }

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use russh::keys::PublicKey;
+use russh::keys::{HashAlg, PublicKey};
 use russh::server::{Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey};
 use russh::{Channel, ChannelId, MethodKind, MethodSet, Pty};
-use secure_comms_protocol::PhaseName;
 use secure_comms_protocol::limits::{CONTROL_SUBSYSTEM, STATUS_SUBSYSTEM};
+use secure_comms_protocol::{Opening, PhaseName};
 use secure_comms_ssh::channel::split;
 use tokio::sync::{Notify, oneshot};
 
-use super::session::{self, PeerActions, Subsystem};
+use super::session::{self, Asked, PeerActions, Subsystem};
 use crate::access::policy::Admission;
 use crate::agent::Agent;
 use crate::connection::Connection;
@@ -157,7 +157,13 @@ impl Handler for ConnectionHandler {
     async fn auth_publickey(&mut self, user: &str, key: VerifiedPublicKey<'_>) -> Result<Auth, russh::Error> {
         let accepted = match PhaseName::from_user(user) {
             Some(PhaseName::Kubernetes) => match self.agent.policy.log_in(self.generation, key.public_key) {
-                Ok(accepted) => accepted,
+                Ok(accepted) => {
+                    if accepted {
+                        let fingerprint = key.public_key.fingerprint(HashAlg::Sha256);
+                        self.connection.set_login_key(fingerprint.to_string());
+                    }
+                    accepted
+                }
                 Err(error) => {
                     log::error!("refusing the worker node: {error}");
                     false
@@ -232,13 +238,15 @@ impl Handler for ConnectionHandler {
         channel: Channel<Msg>,
         host_to_connect: &str,
         _: u32,
-        _: &str,
+        originator_address: &str,
         originator_port: u32,
         reply: ChannelOpenHandle,
         _: &mut Session,
     ) -> Result<(), russh::Error> {
         if let Some(peer) = &self.peer {
-            peer.serve_stream(host_to_connect, originator_port, PeerPending::new(channel, reply));
+            let opening = Opening::from_originator(originator_address);
+            let asked = Asked { name: host_to_connect, id: originator_port, opening };
+            peer.serve_stream(asked, PeerPending::new(channel, reply));
         }
         Ok(())
     }

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use secure_comms_protocol::control::LogLine;
 use secure_comms_protocol::limits::{CreditLimits, GUEST_TIME, KEYS_REPORT, LOG_BATCH, LOG_PAUSE};
-use secure_comms_protocol::{AgentConfig, Attestation, Control, Kubernetes, Phase, PodId};
+use secure_comms_protocol::{AgentConfig, Attestation, Control, Hello, Kubernetes, Phase, PodId};
 use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use secure_comms_tunnel::{Credits, Outbounds};
 use tokio::time::{Instant, sleep, timeout};
 
+use super::lanes::Greeted;
 use crate::access::limiter::Place;
 use crate::access::sources::Source;
 use crate::agent::Agent;
@@ -40,7 +41,7 @@ pub(super) trait AgentPhase: Phase {
     where
         Self: Sized;
     /// Called when a peer's hello names its pod. Refuses by closing the peer.
-    fn identified(agent: &Agent, peer: &Peer<Self>, pod: &PodId)
+    fn identified(greeted: &Greeted<'_, Self>, pod: &PodId, hello: &Hello)
     where
         Self: Sized;
     /// Sends the messages that the phase repeats, until there will be no more.
@@ -75,9 +76,9 @@ impl AgentPhase for Attestation {
 
     /// Refuses an adaptor of another pod before any attempt: addresses are used again, and a stranger could have this VM fetch
     /// another pod's keys.
-    fn identified(agent: &Agent, peer: &Peer<Self>, pod: &PodId) {
-        if let Some(own) = agent.expected_pod.as_ref().filter(|own| *own != pod) {
-            refuse_other_pod(peer, pod, own);
+    fn identified(greeted: &Greeted<'_, Self>, pod: &PodId, _: &Hello) {
+        if let Some(own) = greeted.agent.expected_pod.as_ref().filter(|own| *own != pod) {
+            refuse_other_pod(greeted.peer, pod, own);
         }
     }
 
@@ -132,26 +133,10 @@ impl AgentPhase for Kubernetes {
     }
 
     /// The newest adaptor replaces the older one: it was restarted, or its older connection is half dead.
-    fn identified(agent: &Agent, peer: &Peer<Self>, pod: &PodId) {
-        let address = peer.connection.address;
-        if let Some(own) = agent.own_pod().filter(|own| own != pod) {
-            return refuse_other_pod(peer, pod, &own);
-        }
-        match agent.peers.kubernetes.take_place(peer) {
-            Ok(None) => {}
-            Ok(Some(older)) => {
-                log::info!(
-                    "connection from {}: replaced by a newer one, from {address}",
-                    older.connection.address
-                );
-                older.close_gracefully(&format!(
-                    "replaced by a newer connection of the worker node, from {address}"
-                ));
-            }
-            Err(newer) => peer.close_gracefully(&format!(
-                "a newer connection of the worker node, from {}, has the place",
-                newer.connection.address
-            )),
+    fn identified(greeted: &Greeted<'_, Self>, pod: &PodId, hello: &Hello) {
+        match greeted.agent.own_pod().filter(|own| own != pod) {
+            Some(own) => refuse_other_pod(greeted.peer, pod, &own),
+            None => greeted.take_place(hello),
         }
     }
 

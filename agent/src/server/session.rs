@@ -3,13 +3,15 @@
 use std::sync::Arc;
 
 use russh::server::Handle;
-use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, TunnelName};
+use secure_comms_protocol::{Attestation, Kubernetes, Opening, Phase, PhaseName, TunnelName};
 use secure_comms_tunnel::flow::{PeerFlow, Side};
+use secure_comms_tunnel::intercept::Interceptor;
 use secure_comms_tunnel::link::Incoming;
 use secure_comms_tunnel::{Credits, Outbounds, outbound};
 use tokio::sync::oneshot;
 
 use super::control::{becomes_subsystem, run_control_channel, settle_without_hello};
+use super::lanes::MemberSlot;
 use super::phase::AgentPhase;
 use super::status;
 use crate::agent::Agent;
@@ -26,6 +28,17 @@ pub(super) enum Subsystem {
     Status,
 }
 
+/// A channel open of the peer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked<'a> {
+    /// Name of the tunnel, as the peer wrote it.
+    pub(super) name: &'a str,
+    /// Stream id.
+    pub(super) id: u32,
+    /// For what the channel is, in a session.
+    pub(super) opening: Opening,
+}
+
 /// What an authenticated connection may do, in either phase. Dropped with its SSH session.
 pub(super) trait PeerActions: Send {
     /// Takes the one session channel of the connection; false if it is taken.
@@ -34,7 +47,7 @@ pub(super) trait PeerActions: Send {
     /// channel will become none.
     fn control(&self, receiver: PeerReceiver, sender: PeerSender) -> oneshot::Sender<Subsystem>;
     /// Serves a stream that the peer asks for.
-    fn serve_stream(&self, name: &str, id: u32, pending: PeerPending);
+    fn serve_stream(&self, asked: Asked<'_>, pending: PeerPending);
     /// Adds a tunnel that the peer serves; false if there is no inbound of this name.
     fn add_forward(&self, name: &str, port: u32) -> bool;
     /// Removes a tunnel that the peer serves; false if it did not serve it.
@@ -55,11 +68,34 @@ pub(super) fn join(
     }
 }
 
+/// Serves a new stream of a connection, with a permit and a place, or refuses it.
+pub(super) fn serve<P: Phase, I: Interceptor>(
+    connection: &Connection,
+    outbounds: &Outbounds<P, I>,
+    credits: &Credits,
+    asked: Asked<'_>,
+    incoming: impl Incoming,
+) {
+    let permit = outbounds.permit(asked.name);
+    match permit.and_then(|permit| permit.admit(credits)) {
+        Ok(admitted) => {
+            tokio::spawn(outbound::serve(admitted, asked.id, incoming));
+        }
+        Err(refusal) => {
+            let (level, address) = (connection.count_refusal(), connection.address);
+            log::log!(level, "refusing a stream of {address}: {}", refusal.reason);
+            tokio::spawn(incoming.refuse(refusal));
+        }
+    }
+}
+
 struct PeerSession<P: AgentPhase> {
     agent: Arc<Agent>,
     peer: Arc<Peer<P>>,
     /// Those of this connection: its streams share the limits of an interceptor.
     outbounds: Outbounds<P, P::Interceptor>,
+    /// Its part in a session.
+    slot: MemberSlot,
     has_session_channel: bool,
 }
 
@@ -95,6 +131,7 @@ impl<P: AgentPhase> PeerSession<P> {
             agent: agent.clone(),
             peer,
             outbounds: P::outbounds(agent).for_connection(),
+            slot: MemberSlot::default(),
             has_session_channel: false,
         }))
     }
@@ -123,10 +160,10 @@ impl<P: AgentPhase> PeerActions for PeerSession<P> {
 
     fn control(&self, mut receiver: PeerReceiver, sender: PeerSender) -> oneshot::Sender<Subsystem> {
         let (begin, begun) = oneshot::channel();
-        let (agent, peer) = (self.agent.clone(), self.peer.clone());
+        let (agent, peer, slot) = (self.agent.clone(), self.peer.clone(), self.slot.clone());
         tokio::spawn(async move {
             match becomes_subsystem(&mut receiver, begun).await {
-                Some(Subsystem::Control) => run_control_channel(agent, peer, receiver, sender).await,
+                Some(Subsystem::Control) => run_control_channel(agent, peer, slot, (receiver, sender)).await,
                 Some(Subsystem::Status) => status::serve(&agent, &peer, receiver, sender).await,
                 None => {}
             }
@@ -134,24 +171,12 @@ impl<P: AgentPhase> PeerActions for PeerSession<P> {
         begin
     }
 
-    fn serve_stream(&self, name: &str, id: u32, pending: PeerPending) {
+    fn serve_stream(&self, asked: Asked<'_>, pending: PeerPending) {
+        if let Some(member) = self.slot.get() {
+            return member.serve_stream(asked, pending);
+        }
         self.settle_without_session_channel();
-        let permit = self.outbounds.permit(name);
-        let admitted = match permit.and_then(|permit| permit.admit(&self.peer.credits)) {
-            Ok(admitted) => admitted,
-            Err(refusal) => {
-                let connection = &self.peer.connection;
-                log::log!(
-                    connection.count_refusal(),
-                    "refusing a stream of {}: {}",
-                    connection.address,
-                    refusal.reason
-                );
-                tokio::spawn(pending.refuse(refusal));
-                return;
-            }
-        };
-        tokio::spawn(outbound::serve(admitted, id, pending));
+        serve(&self.peer.connection, &self.outbounds, &self.peer.credits, asked, pending);
     }
 
     fn add_forward(&self, name: &str, port: u32) -> bool {

@@ -7,7 +7,7 @@ use secure_comms_keys::text::one_line;
 use secure_comms_protocol::limits::{
     LOG_KEPT, MESSAGE_MAX, PROBE, STATUS_MAX, STATUS_TIME, STATUS_TUNNELS_MAX,
 };
-use secure_comms_protocol::{Banner, LoginState, Phase, PhaseName};
+use secure_comms_protocol::{Banner, LoginState, Phase, PhaseName, TunnelName};
 use secure_comms_tunnel::{Event, Receiver, Sender};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -17,6 +17,7 @@ use crate::agent::Agent;
 use crate::os::operator_log::{level_name, operator_log};
 use crate::peers::link::{PeerReceiver, PeerSender};
 use crate::peers::peer::{Peer, Peers};
+use crate::peers::sessions::{AdaptorSession, LaneConnection};
 
 /// Longest target, address or error in a report, in bytes.
 const TEXT_MAX: usize = 200;
@@ -77,7 +78,9 @@ async fn report(agent: &Agent) -> String {
     let mut peers = peers(&agent.peers.kubernetes);
     peers.extend(self::peers(&agent.peers.attestation));
     peers.truncate(PEERS_MAX);
-    let streams = open_streams(&agent.peers.kubernetes) + open_streams(&agent.peers.attestation);
+    let session = agent.sessions.current();
+    let of_session = session.as_ref().map_or(0, |session| session.streams.credits().open_streams());
+    let streams = open_streams(&agent.peers.kubernetes) + open_streams(&agent.peers.attestation) + of_session;
     let report = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "instance": agent.instance,
@@ -87,6 +90,7 @@ async fn report(agent: &Agent) -> String {
         "pod": pod.map(|pod| pod.to_string()),
         "peers": peers,
         "streams": streams,
+        "session": session.as_deref().map(describe_session),
         "inbounds": inbounds(agent),
         "outbounds": outbounds(agent).await,
         "keys": keys(agent),
@@ -138,17 +142,41 @@ fn peers<P: Phase>(peers: &Peers<P>) -> Vec<Value> {
     all.iter().take(PEERS_MAX).map(|peer| describe(peer)).collect()
 }
 
+fn describe_session(session: &AdaptorSession) -> Value {
+    let lanes: Vec<_> = session
+        .connected()
+        .iter()
+        .map(|(lane, LaneConnection { peer, since, .. })| {
+            json!({
+                "name": lane.name(),
+                "address": peer.connection.address.to_string(),
+                "connected_s": seconds(since.elapsed()),
+            })
+        })
+        .collect();
+    json!({
+        "lanes": lanes,
+        "streams": session.streams.credits().open_streams(),
+        "resumed": session.resumed(),
+        "waiting_s": session.alone_since().map(|since| seconds(since.elapsed())),
+    })
+}
+
 fn seconds(duration: Duration) -> u64 {
     duration.as_secs()
 }
 
 fn inbounds(agent: &Agent) -> Vec<Value> {
-    let serving = agent.peers.kubernetes.serving();
+    let (session, serving) = (agent.sessions.current(), agent.peers.kubernetes.serving());
+    let is_served = |name: &TunnelName| match &session {
+        Some(session) => session.offers(name),
+        None => serving.as_ref().is_some_and(|peer| peer.offers(name)),
+    };
     let describe = |tag: &secure_comms_protocol::InboundTag| {
         json!({
             "name": tag.name.to_string(),
             "tag": one_line(&tag.to_string(), TEXT_MAX),
-            "served": serving.as_ref().is_some_and(|peer| peer.offers(&tag.name)),
+            "served": is_served(&tag.name),
         })
     };
     agent.tunnels.routes.tags(PhaseName::Kubernetes).take(STATUS_TUNNELS_MAX).map(describe).collect()

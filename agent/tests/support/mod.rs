@@ -139,6 +139,13 @@ impl Agent {
         self.says(">listens on ").parse().unwrap()
     }
 
+    /// Resident memory, in bytes.
+    pub fn resident(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim_end_matches("kB").trim().parse::<u64>().unwrap() << 10
+    }
+
     /// Sends SIGTERM, and waits for the exit.
     pub fn terminate(&mut self) -> ExitStatus {
         kill(Pid::from_raw(self.child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();

@@ -1,6 +1,8 @@
 //! A link in memory: two ends joined by channels, and tasks that carry credit like the control channel.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod lanes;
+
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex};
@@ -9,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use secure_comms_protocol::limits::CreditLimits;
 use secure_comms_protocol::{Phase, Refusal, TunnelName};
-use secure_comms_tunnel::flow::{PeerFlow, Side, StreamError, cost};
+use secure_comms_tunnel::flow::{LaneNumber, PeerFlow, Side, StreamError, cost};
 use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::relay::RelayError;
@@ -272,7 +274,7 @@ fn halves(wire: &Arc<Wire>, id: u32) -> [(MemReceiver, MemSender); 2] {
 /// The control channel in one direction.
 async fn carry(from: Credits, to: Credits, sender: Side, wire: Arc<Wire>) {
     loop {
-        for credit in from.grants().await {
+        for credit in from.grants(LaneNumber::ALONE).await {
             wire.meter(sender, credit.stream, |meter| meter.available += i64::from(credit.bytes));
             to.granted(credit);
         }
