@@ -1,7 +1,7 @@
 //! The adaptor: the worker node's end of Secure Comms, as a library.
 //!
 //! The blocks below follow a pod. Its keys come from the [`store`]. They reach the VM through the [`kbs`] or in its
-//! [`user_data`]. Then the [`registry`] runs a task for each [`pod`], whose driver connects over `transport`: SSH, a session
+//! [`user_data`]. Then the [`registry`] runs a task for each [`pod`], whose driver connects over `transport`: SSH, a connection
 //! with the agent, and routes for local clients.
 //!
 //! A caller uses [`Adaptor`]:

@@ -16,6 +16,12 @@ mod advice;
 
 mod failover;
 
+mod redial;
+
+mod session;
+
+mod data_lane;
+
 mod expected_agent;
 
 mod withdrawal;
@@ -37,7 +43,7 @@ pub use self::expected_agent::{AgentTunnels, KATA_AGENT_SOCKETS};
 pub(crate) use self::lost_vm::LostLimits;
 pub(crate) use self::plan::{AttestationLimits, Plan};
 pub(crate) use self::status::StatusReporter;
-pub use self::status::{Endpoint, Observer, PodEvent, PodSnapshot, PodState, VmLine};
+pub use self::status::{Endpoint, Observer, PodEvent, PodSnapshot, PodState, SessionStatus, VmLine};
 
 #[cfg(test)]
 mod driver_tests;

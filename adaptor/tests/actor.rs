@@ -668,9 +668,12 @@ async fn one_deadline_bounds_the_publication_and_the_start() {
 }
 
 #[tokio::test]
-async fn a_lost_connection_says_what_it_cost() {
+async fn a_lost_connection_without_a_session_says_what_it_cost() {
     let world = World::new("").await;
-    let (agent, local) = world.up().await;
+    let local = world.prepare().await;
+    let mode = Mode::kubernetes(world.pod_key().await, world.node_key().await);
+    let agent = Agent::start(Mode { version: 1, ..mode }).await;
+    world.start(&agent).await.unwrap();
     let clients = [hold_stream(&local).await, hold_stream(&local).await];
     agent.cut();
     world.events.wait("channel down: ", 1).await;

@@ -8,6 +8,11 @@
 //! - [`kept_directory`]: where a scene has its files, and how a later process continues it;
 //! - [`scene`]: one pod with everything around it, on this machine's loopback;
 //! - [`control_channel`]: the control channel by hand, over the stock client;
+//! - [`routed_path`]: worker node and VM in network namespaces, with a router between them that has faults;
+//! - [`session_pod`]: one pod at unix sockets only, for the faults of the line between its programs;
+//! - [`pod_runtime`]: the runtime with its open calls, and its patience;
+//! - [`steady`]: a stream with a byte each way in steady steps;
+//! - [`busy_pod`]: all of these together;
 //! - [`vm`]: the same with the VM's programs in network namespaces;
 //! - [`pod_site`]: the VM's and the worker node's ends of a pod's network.
 
@@ -17,9 +22,14 @@ pub mod test_namespace;
 
 pub mod pod_keys;
 
+pub mod busy_pod;
 pub mod control_channel;
 pub mod drawn;
 pub mod kept_directory;
+pub mod pod_runtime;
 pub mod pod_site;
+pub mod routed_path;
 pub mod scene;
+pub mod session_pod;
+pub mod steady;
 pub mod vm;

@@ -268,11 +268,7 @@ impl<C: Channels> Session<C> {
     }
 
     fn say(&self, entry: &Entry<C>) -> StreamPosition {
-        StreamPosition {
-            stream: entry.id(),
-            received: entry.say(),
-            granted: self.0.credits.given(entry.id()),
-        }
+        StreamPosition::new(entry.id(), self.position(entry))
     }
 
     /// Ends the session because the peer lied about a stream; returns the reason.
@@ -364,6 +360,6 @@ impl<C: Channels> Session<C> {
     /// among them: the agent asks again.
     pub fn known(&self) -> Vec<u32> {
         let streams: Vec<_> = self.table().streams.values().cloned().collect();
-        streams.iter().filter(|entry| !entry.is_accepting()).map(|entry| entry.id()).collect()
+        streams.iter().filter(|entry| entry.list()).map(|entry| entry.id()).collect()
     }
 }

@@ -14,11 +14,11 @@ use secure_comms_tunnel::Backoff;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, interval_at, sleep};
 
-use super::connect::{AnySession, Attempt, Failure};
+use super::connect::{AnyConnection, Attempt, Failure};
 use super::failover::{await_failover, failover_reason};
 use super::plan::Plan;
 use super::slots::Slots;
-use crate::transport::session::{AttestationEvent, Session};
+use crate::transport::agent_connection::{AgentConnection, AttestationEvent};
 use crate::transport::ssh::{AgentLink, AuthHold, AuthLock};
 
 /// Where the Kubernetes phase is expected, an answer in the Attestation phase waits this long: an address of another VM,
@@ -70,7 +70,7 @@ pub(super) struct Candidate {
 /// How an attestation ended.
 enum Attested {
     /// Another connection replaced it.
-    Replaced(Box<AnySession>),
+    Replaced(Box<AnyConnection>),
     /// The address is tried again, at once or after a pause.
     Again { pause: bool },
     /// The candidate is to end.
@@ -82,11 +82,14 @@ impl Candidate {
         Self { common, address, first, backoff: Backoff::default(), upgraded: false }
     }
 
-    /// Returns the session once the Kubernetes phase is up here; nothing if the candidate was to end before. Starts with
-    /// the session that was found already, if any.
+    /// Returns the connection once the Kubernetes phase is up here; nothing if the candidate was to end before. Starts with
+    /// the connection that was found already, if any.
     ///
     /// Dropping the future cuts the connection.
-    pub(super) async fn run(mut self, mut found: Option<AnySession>) -> Option<Session<Kubernetes>> {
+    pub(super) async fn run(
+        mut self,
+        mut found: Option<AnyConnection>,
+    ) -> Option<AgentConnection<Kubernetes>> {
         let mut end = self.common.end.clone();
         let mut grace = self.first == PhaseName::Kubernetes && found.is_none();
         loop {
@@ -94,10 +97,10 @@ impl Candidate {
             let connected = async {
                 let slot = slots.take().await;
                 let connected = match found.take() {
-                    Some(session) => Ok(session),
+                    Some(connection) => Ok(connection),
                     None => self.connect().await,
                 };
-                if std::mem::take(&mut grace) && matches!(connected, Ok(AnySession::Attestation(_))) {
+                if std::mem::take(&mut grace) && matches!(connected, Ok(AnyConnection::Attestation(_))) {
                     sleep(GRACE).await;
                 }
                 (slot, connected)
@@ -106,12 +109,12 @@ impl Candidate {
                 _ = ordered(&mut end) => return None,
                 connected = connected => connected,
             };
-            let mut next = connected.map(|session| Attested::Replaced(Box::new(session)));
+            let mut next = connected.map(|connection| Attested::Replaced(Box::new(connection)));
             let pause = loop {
                 next = match next {
-                    Ok(Attested::Replaced(session)) => match *session {
-                        AnySession::Kubernetes(session) => return Some(session),
-                        AnySession::Attestation(session) => Ok(self.attest(session).await),
+                    Ok(Attested::Replaced(connection)) => match *connection {
+                        AnyConnection::Kubernetes(connection) => return Some(connection),
+                        AnyConnection::Attestation(connection) => Ok(self.attest(connection).await),
                     },
                     Ok(Attested::Again { pause }) => break pause,
                     Ok(Attested::End) => return None,
@@ -131,22 +134,22 @@ impl Candidate {
         }
     }
 
-    async fn connect(&self) -> Result<AnySession, Failure> {
+    async fn connect(&self) -> Result<AnyConnection, Failure> {
         let Common { plan, lock, .. } = &self.common;
         Attempt::new(plan.clone(), self.address, lock.clone(), AuthHold::default()).run(self.first).await
     }
 
     /// Serves a connection in the Attestation phase until the agent has its keys, the connection ends, or one of its
     /// limits passes.
-    async fn attest(&mut self, mut session: Session<Attestation>) -> Attested {
+    async fn attest(&mut self, mut connection: AgentConnection<Attestation>) -> Attested {
         let since = Instant::now();
         // An agent that had its keys in the meantime is in the Kubernetes phase.
         self.first = PhaseName::Kubernetes;
-        let (link, mismatches) = (session.link(), session.tunnel_mismatches().map(str::to_owned));
-        let init_data = session.agent().init_data.clone();
+        let (link, mismatches) = (connection.link(), connection.tunnel_mismatches().map(str::to_owned));
+        let init_data = connection.agent().init_data.clone();
         self.report(Report::Attesting { link, mismatches, init_data }).await;
         let plan = self.common.plan.at(self.address);
-        let (liveness, limits) = (session.liveness(), plan.attestation_limits);
+        let (liveness, limits) = (connection.liveness(), plan.attestation_limits);
         let (lock, mut end) = (self.common.lock.clone(), self.common.end.clone());
         let mut failover = pin!(await_failover(&plan, &liveness, PhaseName::Attestation, &lock));
         let (mut no_progress, mut no_keys) = (pin!(sleep(limits.progress)), pin!(sleep(limits.total)));
@@ -154,20 +157,20 @@ impl Candidate {
         let (why, bye) = loop {
             tokio::select! {
                 reason = ordered(&mut end) => {
-                    session.close(reason).await;
+                    connection.close(reason).await;
                     return Attested::End;
                 }
-                event = session.next_event() => match event {
+                event = connection.next_event() => match event {
                     AttestationEvent::Keys(keys) => {
                         no_progress.as_mut().reset(Instant::now() + limits.progress);
                         self.report(Report::Keys(keys)).await;
                     }
-                    AttestationEvent::Upgrade => return self.upgrade(session).await,
+                    AttestationEvent::Upgrade => return self.upgrade(connection).await,
                     AttestationEvent::Ended(why) => break (why.to_string(), None),
                 },
                 connected = &mut failover => {
-                    self.report(Report::Ended(failover_reason(self.address, &connected))).await;
-                    return Attested::Replaced(Box::new(connected.session));
+                    self.report(Report::Ended(failover_reason(self.address, connected.address))).await;
+                    return Attested::Replaced(Box::new(connected.connection));
                 }
                 () = &mut no_progress => break (
                     format!("the agent reported nothing on its keys within {} s; connecting again", limits.progress.as_secs()),
@@ -186,17 +189,17 @@ impl Candidate {
             }
         };
         if let Some(bye) = bye {
-            session.close(bye).await;
+            connection.close(bye).await;
         }
         self.report(Report::Ended(why)).await;
         self.again_after(since)
     }
 
     /// The agent has its keys, or says so.
-    async fn upgrade(&mut self, session: Session<Attestation>) -> Attested {
+    async fn upgrade(&mut self, connection: AgentConnection<Attestation>) -> Attested {
         self.report(Report::Upgrade).await;
         // The agent ends the connection when it is ready for the next one.
-        session.close("reconnecting for the Kubernetes phase").await;
+        connection.close("reconnecting for the Kubernetes phase").await;
         // A stranger could send `upgrade` again and again.
         Attested::Again { pause: std::mem::replace(&mut self.upgraded, true) }
     }

@@ -12,13 +12,13 @@ use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::candidate::{Candidate, Common, Report};
-use super::connect::{AnySession, Connected, Failure, resolve};
+use super::connect::{AnyConnection, Connected, Failure, resolve};
 use super::lost_vm::{LostFindings, LostLimits};
 use super::plan::Plan;
 use super::slots::Slots;
 use super::status::PodState;
 use crate::address::Address;
-use crate::transport::session::Session;
+use crate::transport::agent_connection::AgentConnection;
 use crate::transport::ssh::{AgentLink, AuthLock};
 
 /// Reports that may wait. A candidate waits for room, and its agent's messages with it.
@@ -31,16 +31,16 @@ pub(super) struct Known {
     /// Index into [`Plan::addresses`].
     index: usize,
     task: Option<AbortHandle>,
-    /// Why the last round of attempts failed; none while a session is up and before the first round ended.
+    /// Why the last round of attempts failed; none while a connection is up and before the first round ended.
     failure: Option<Failure>,
     lost: LostFindings,
-    session: Option<Shown>,
+    connection: Option<Shown>,
 }
 
-/// A session in the Attestation phase, as far as it is shown.
+/// A connection in the Attestation phase, as far as it is shown.
 #[derive(Debug)]
 struct Shown {
-    /// Grows with each change of any session.
+    /// Grows with each change of any connection.
     changed: u64,
     /// None once the agent has said `upgrade`.
     link: Option<AgentLink<Attestation>>,
@@ -66,13 +66,13 @@ pub(super) enum Event {
     Reached(Box<Reached>),
 }
 
-/// A session in the Kubernetes phase, and where it was opened.
+/// A connection in the Kubernetes phase, and where it was opened.
 #[derive(Debug)]
 pub(super) struct Reached {
     /// Index into [`Plan::addresses`].
     pub(super) index: usize,
     pub(super) address: SocketAddr,
-    pub(super) session: Session<Kubernetes>,
+    pub(super) connection: AgentConnection<Kubernetes>,
 }
 
 /// The addresses, and their tasks. Dropping it cuts every connection.
@@ -83,7 +83,7 @@ pub(super) struct Candidates {
     order: watch::Sender<Option<&'static str>>,
     reports: mpsc::Receiver<(SocketAddr, Report)>,
     lookups: mpsc::Receiver<(usize, Result<Vec<SocketAddr>, Failure>)>,
-    tasks: JoinSet<(SocketAddr, Option<Session<Kubernetes>>)>,
+    tasks: JoinSet<(SocketAddr, Option<AgentConnection<Kubernetes>>)>,
     resolvers: JoinSet<()>,
     /// By index into [`Plan::addresses`].
     names: BTreeMap<usize, Lookup>,
@@ -98,7 +98,7 @@ pub(super) struct Candidates {
 }
 
 impl Candidates {
-    /// Starts with the addresses of the plan, and the session that was found already, if any. `first` is the phase to
+    /// Starts with the addresses of the plan, and the connection that was found already, if any. `first` is the phase to
     /// try first at each address.
     pub(super) fn new(plan: &Plan, first: PhaseName, found: Option<Connected>) -> Self {
         let (order, end) = watch::channel(None);
@@ -120,10 +120,10 @@ impl Candidates {
             changes: 0,
             reached: None,
         };
-        if let Some(Connected { index, address, session }) = found {
+        if let Some(Connected { index, address, connection }) = found {
             candidates.add(index, address);
             candidates.queue.clear();
-            candidates.start(address, Some(session));
+            candidates.start(address, Some(connection));
         }
         for (index, address) in plan.addresses.iter().enumerate() {
             match &address.host {
@@ -172,11 +172,11 @@ impl Candidates {
         }
     }
 
-    fn on_ended(&mut self, ended: Result<(SocketAddr, Option<Session<Kubernetes>>), JoinError>) {
+    fn on_ended(&mut self, ended: Result<(SocketAddr, Option<AgentConnection<Kubernetes>>), JoinError>) {
         match ended {
-            Ok((address, Some(session))) => {
+            Ok((address, Some(connection))) => {
                 let index = self.get(address).map_or(0, |known| known.index);
-                self.reached = Some((Reached { index, address, session }, REPORTS + 1));
+                self.reached = Some((Reached { index, address, connection }, REPORTS + 1));
             }
             Ok((_, None)) => {}
             // Its panic was printed where it happened: the address starts over.
@@ -184,7 +184,7 @@ impl Candidates {
                 let is_its =
                     |known: &&mut Known| known.task.as_ref().is_some_and(|task| task.id() == error.id());
                 if let Some(known) = self.known.iter_mut().find(is_its) {
-                    (known.task, known.session) = (None, None);
+                    (known.task, known.connection) = (None, None);
                     self.queue.push_back(known.address);
                 }
             }
@@ -211,11 +211,11 @@ impl Candidates {
         }
         let at = self.known.partition_point(|known| known.index <= index);
         let lost = LostFindings::default();
-        self.known.insert(at, Known { address, index, task: None, failure: None, lost, session: None });
+        self.known.insert(at, Known { address, index, task: None, failure: None, lost, connection: None });
         self.queue.push_back(address);
     }
 
-    fn start(&mut self, address: SocketAddr, found: Option<AnySession>) {
+    fn start(&mut self, address: SocketAddr, found: Option<AnyConnection>) {
         let candidate = Candidate::new(self.common.clone(), address, self.first);
         let task = self.tasks.spawn(async move { (address, candidate.run(found).await) });
         if let Some(known) = self.get_mut(address) {
@@ -223,7 +223,7 @@ impl Candidates {
         }
     }
 
-    /// Removes the addresses that no name resolves to any more, unless a session is up there.
+    /// Removes the addresses that no name resolves to any more, unless a connection is up there.
     fn remove_stale(&mut self) {
         let (names, addresses) = (&self.names, &self.common.plan.addresses);
         let is_wanted = |known: &Known| {
@@ -235,7 +235,7 @@ impl Candidates {
             })
         };
         self.known.retain(|known| {
-            let keep = known.session.is_some() || is_wanted(known);
+            let keep = known.connection.is_some() || is_wanted(known);
             if !keep && let Some(task) = &known.task {
                 task.abort();
             }
@@ -259,18 +259,18 @@ impl Candidates {
         self.next_start = Instant::now();
         if let Some(known) = self.get_mut(address) {
             known.lost.record(failure.vm_lost);
-            (known.failure, known.session) = (Some(failure), None);
+            (known.failure, known.connection) = (Some(failure), None);
         }
         self.remove_stale();
     }
 
-    /// A session in the Attestation phase began.
+    /// A connection in the Attestation phase began.
     pub(super) fn attesting(&mut self, address: SocketAddr, link: AgentLink<Attestation>) {
         self.changes += 1;
         let shown = Shown { changed: self.changes, link: Some(link), keys: None };
         if let Some(known) = self.get_mut(address) {
             known.lost.record(false);
-            (known.failure, known.session) = (None, Some(shown));
+            (known.failure, known.connection) = (None, Some(shown));
         }
     }
 
@@ -278,7 +278,7 @@ impl Candidates {
     pub(super) fn keys(&mut self, address: SocketAddr, keys: KeyProgress) -> bool {
         self.changes += 1;
         let changed = self.changes;
-        let Some(shown) = self.get_mut(address).and_then(|known| known.session.as_mut()) else {
+        let Some(shown) = self.get_mut(address).and_then(|known| known.connection.as_mut()) else {
             return false;
         };
         let before = shown.keys.as_ref().and_then(|keys| keys.error.as_ref());
@@ -291,15 +291,15 @@ impl Candidates {
     pub(super) fn upgrading(&mut self, address: SocketAddr) {
         self.changes += 1;
         let changed = self.changes;
-        if let Some(shown) = self.get_mut(address).and_then(|known| known.session.as_mut()) {
+        if let Some(shown) = self.get_mut(address).and_then(|known| known.connection.as_mut()) {
             (shown.changed, shown.link) = (changed, None);
         }
     }
 
-    /// The session in the Attestation phase ended.
+    /// The connection in the Attestation phase ended.
     pub(super) fn ended(&mut self, address: SocketAddr) {
         if let Some(known) = self.get_mut(address) {
-            known.session = None;
+            known.connection = None;
         }
         self.remove_stale();
     }
@@ -309,11 +309,12 @@ impl Candidates {
         if self.known.len() > 1 { format!("{address}: {text}") } else { text }
     }
 
-    /// The state of the most advanced session, of several the one that changed last; none without a session.
+    /// The state of the most advanced connection, of several the one that changed last; none without a connection.
     pub(super) fn shown(&self) -> Option<PodState> {
-        let sessions = self.known.iter().filter_map(|known| Some((known.address, known.session.as_ref()?)));
+        let connections =
+            self.known.iter().filter_map(|known| Some((known.address, known.connection.as_ref()?)));
         let rank = |shown: &Shown| (shown.link.is_none(), shown.keys.is_some(), shown.changed);
-        let (address, shown) = sessions.max_by_key(|(_, shown)| rank(shown))?;
+        let (address, shown) = connections.max_by_key(|(_, shown)| rank(shown))?;
         Some(match (&shown.link, &shown.keys) {
             (None, _) => PodState::Upgrading,
             (Some(_), None) => PodState::Attesting { attempt: 0, last_error: None },
@@ -324,11 +325,11 @@ impl Candidates {
         })
     }
 
-    /// The link of the newest session in the Attestation phase, for local clients of that phase. None of the agents is
+    /// The link of the newest connection in the Attestation phase, for local clients of that phase. None of the agents is
     /// proven, so no choice is better; the newest one is the least likely to be half dead.
     pub(super) fn newest_link(&self) -> Option<AgentLink<Attestation>> {
-        let sessions = self.known.iter().filter_map(|known| known.session.as_ref());
-        let newest = sessions.filter(|shown| shown.link.is_some()).max_by_key(|shown| shown.changed)?;
+        let connections = self.known.iter().filter_map(|known| known.connection.as_ref());
+        let newest = connections.filter(|shown| shown.link.is_some()).max_by_key(|shown| shown.changed)?;
         newest.link.clone()
     }
 
@@ -349,7 +350,7 @@ impl Candidates {
 
     /// Whether every address was tried: each has failed, or an agent there attests.
     pub(super) fn all_tried(&self) -> bool {
-        let tried = |known: &Known| known.failure.is_some() || known.session.is_some();
+        let tried = |known: &Known| known.failure.is_some() || known.connection.is_some();
         self.names.values().all(|name| name.done) && self.known.iter().all(tried)
     }
 
@@ -369,7 +370,7 @@ impl Candidates {
         resolved && !self.known.is_empty() && self.known.iter().all(|known| holds(&known.lost))
     }
 
-    /// Ends all sessions with a bye, and returns once they have ended, after a second at most.
+    /// Ends all connections with a bye, and returns once they have ended, after a second at most.
     pub(super) async fn end(mut self, reason: &'static str) {
         self.order.send_replace(Some(reason));
         self.reports.close();

@@ -6,9 +6,9 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use secure_comms_protocol::limits::CONNECT_STAGGER;
+use secure_comms_protocol::limits::{CONNECT_STAGGER, TCP_CONNECT};
 use secure_comms_protocol::tag::Host;
-use secure_comms_protocol::{Attestation, Kubernetes, PhaseName};
+use secure_comms_protocol::{Attestation, Kubernetes, Lane, PhaseName};
 use secure_comms_tunnel::Resolver;
 use secure_comms_tunnel::race::race;
 
@@ -16,23 +16,23 @@ use super::lost_vm::LostVmDetector;
 use super::plan::Plan;
 use crate::address::Address;
 use crate::key_source::KeySource;
-use crate::transport::session::Session;
-use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial};
+use crate::transport::agent_connection::{AgentConnection, Joining};
+use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial, Flag};
 
-/// A session with an agent, in the phase that the agent is in.
+/// A connection with an agent, in the phase that the agent is in.
 #[derive(Debug)]
-pub(super) enum AnySession {
-    Attestation(Session<Attestation>),
-    Kubernetes(Session<Kubernetes>),
+pub(super) enum AnyConnection {
+    Attestation(AgentConnection<Attestation>),
+    Kubernetes(AgentConnection<Kubernetes>),
 }
 
-/// A session, and where it was opened.
+/// A connection, and where it was opened.
 #[derive(Debug)]
 pub(super) struct Connected {
     /// Index into [`Plan::addresses`].
     pub(super) index: usize,
     pub(super) address: SocketAddr,
-    pub(super) session: AnySession,
+    pub(super) connection: AnyConnection,
 }
 
 /// Why connecting to one address failed: the last error of each phase that was tried.
@@ -77,8 +77,8 @@ pub(super) async fn connect_any(
     lock: &AuthLock,
 ) -> Result<Connected, Vec<Failure>> {
     // Where the Kubernetes phase is expected, an agent that offers only Attestation may be a stranger.
-    let settles = move |(_, session): &(SocketAddr, AnySession)| {
-        first == PhaseName::Attestation || matches!(session, AnySession::Kubernetes(_))
+    let settles = move |(_, connection): &(SocketAddr, AnyConnection)| {
+        first == PhaseName::Attestation || matches!(connection, AnyConnection::Kubernetes(_))
     };
     let connect_address = |address: Address| {
         let (plan, lock, hold) = (plan.clone(), lock.clone(), hold.clone());
@@ -86,13 +86,13 @@ pub(super) async fn connect_any(
             let sockets = resolve(&address, first).await.map_err(|failure| vec![failure])?;
             let attempt = |socket| {
                 let attempt = Attempt::new(plan.clone(), socket, lock.clone(), hold.clone());
-                async move { attempt.run(first).await.map(|session| (socket, session)) }
+                async move { attempt.run(first).await.map(|connection| (socket, connection)) }
             };
             race(sockets, CONNECT_STAGGER, attempt, settles).await.map(|(_, connected)| connected)
         }
     };
     match race(plan.addresses.clone(), CONNECT_STAGGER, connect_address, settles).await {
-        Ok((index, (address, session))) => Ok(Connected { index, address, session }),
+        Ok((index, (address, connection))) => Ok(Connected { index, address, connection }),
         Err(failures) => Err(failures.into_iter().flatten().collect()),
     }
 }
@@ -131,10 +131,12 @@ impl Attempt {
     pub(super) fn new(plan: Plan, address: SocketAddr, lock: AuthLock, hold: AuthHold) -> Self {
         let dial = Dial {
             address,
+            tcp_timeout: TCP_CONNECT,
             node_key: plan.node_key.clone(),
             rekey_bytes: plan.rekey_bytes,
             kex: plan.kex,
             hold,
+            connected: Flag::default(),
             answered: plan.answered.clone(),
         };
         Self { plan, dial, lock, failure: Failure::new(address), detector: LostVmDetector::default() }
@@ -144,18 +146,18 @@ impl Attempt {
     ///
     /// # Errors
     /// The last error of each phase that was tried.
-    pub(super) async fn run(mut self, first: PhaseName) -> Result<AnySession, Failure> {
+    pub(super) async fn run(mut self, first: PhaseName) -> Result<AnyConnection, Failure> {
         /// Attestation and Kubernetes, and both again to be sure that the VM is lost.
         const ATTEMPTS_MAX: usize = 4;
         let mut phase = first;
         for _ in 0..ATTEMPTS_MAX {
             let other = match phase {
                 PhaseName::Attestation => match self.attestation().await {
-                    Ok(session) => return Ok(AnySession::Attestation(session)),
+                    Ok(connection) => return Ok(AnyConnection::Attestation(connection)),
                     Err(error) => self.after_attestation(error),
                 },
                 PhaseName::Kubernetes => match self.kubernetes().await {
-                    Ok(session) => return Ok(AnySession::Kubernetes(session)),
+                    Ok(connection) => return Ok(AnyConnection::Kubernetes(connection)),
                     Err(error) => self.after_kubernetes(error),
                 },
             };
@@ -167,7 +169,7 @@ impl Attempt {
         Err(self.failure)
     }
 
-    async fn attestation(&self) -> Result<Session<Attestation>, ConnectError> {
+    async fn attestation(&self) -> Result<AgentConnection<Attestation>, ConnectError> {
         let KeySource::Kbs(tunnels) = &self.plan.attestation else {
             return Err(ConnectError::Protocol(
                 "attest",
@@ -175,14 +177,15 @@ impl Attempt {
             ));
         };
         let connection = ssh::connect_attestation(&self.dial, tunnels.outbounds()).await?;
-        Session::establish(connection, &self.plan.id, tunnels).await
+        AgentConnection::establish(connection, &self.plan.id, tunnels, None).await
     }
 
-    async fn kubernetes(&self) -> Result<Session<Kubernetes>, ConnectError> {
+    async fn kubernetes(&self) -> Result<AgentConnection<Kubernetes>, ConnectError> {
         let tunnels = &self.plan.kubernetes;
         let (host, lock) = (self.plan.pod_key, self.lock.clone());
         let connection = ssh::connect_kubernetes(&self.dial, host, lock, tunnels.outbounds()).await?;
-        Session::establish(connection, &self.plan.id, tunnels).await
+        let joining = Joining { lane: Lane::Main, session: self.plan.session.clone() };
+        AgentConnection::establish(connection, &self.plan.id, tunnels, Some(&joining)).await
     }
 
     /// The phase to try after a failure in the Attestation phase, if any.
@@ -208,6 +211,7 @@ impl Attempt {
             | ConnectError::Lookup(_)
             | ConnectError::NotSsh(_)
             | ConnectError::Timeout(..)
+            | ConnectError::Dismissed(..)
             | ConnectError::Protocol(..) => false,
         };
         self.failure.kubernetes = Some(error);

@@ -4,32 +4,34 @@
 //! new: Attestation first ---------+--> reach: every address at once, in either phase
 //! restarted: Kubernetes first ----+       |
 //!                     ^                   v Kubernetes phase up at one address; the other connections end
-//!                     +---- end --- run_kubernetes
+//!                     +---- end --- run_kubernetes: one session (`session`), over many connections;
+//!                                                   with an agent that knows none, one connection
 //! ```
 //! Where a connection falls silent in either phase, a failover connects to the agent while the old connection exists.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_protocol::limits::RETRY_MAX;
 use secure_comms_protocol::{Kubernetes, PhaseName};
-use secure_comms_tunnel::Backoff;
+use secure_comms_tunnel::{Backoff, Credits};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
 use super::candidates::Reached;
-use super::connect::{AnySession, Connected};
+use super::connect::{AnyConnection, Connected};
 use super::failover::{await_failover, failover_reason};
 use super::plan::Plan;
 use super::status::{PodEvent, PodState, StatusReporter};
 use super::vm_log::VmLog;
 use super::withdrawal::until_gone;
 use crate::text::quote;
-use crate::transport::routes::Routes;
-use crate::transport::session::Session;
+use crate::transport::agent_connection::{AgentConnection, Joined};
+use crate::transport::routes::{KubernetesLink, Routes};
 use crate::transport::ssh::AuthLock;
 
 /// An order to end the channel from this side.
@@ -80,7 +82,7 @@ pub(crate) struct Driver {
     pub(super) stop: watch::Receiver<Option<Stop>>,
     /// The start fails for good when the VM is lost. Once the pod was up, connecting is retried without limit.
     pub(super) starting: bool,
-    backoff: Backoff,
+    pub(super) backoff: Backoff,
     /// When the Kubernetes phase last came up.
     last_up: Option<Instant>,
     /// Connections of the Attestation phase that end, each within a second.
@@ -90,7 +92,7 @@ pub(crate) struct Driver {
     /// The warnings on the agent that were logged last, so that a reconnect does not repeat them.
     logged_warnings: Vec<String>,
     /// What was shown of the VM's log.
-    vm_log: VmLog,
+    pub(super) vm_log: VmLog,
 }
 
 impl Driver {
@@ -126,51 +128,40 @@ impl Driver {
         } else {
             PhaseName::Kubernetes
         };
-        let ended = self.connect_until_ended(first).await;
+        let Err(ended) = self.connect_until_ended(first).await;
         self.routes.close();
         ended
     }
 
-    async fn connect_until_ended(&mut self, mut first: PhaseName) -> Ended {
+    async fn connect_until_ended(&mut self, mut first: PhaseName) -> Result<Infallible, Ended> {
         let mut found = None;
         loop {
             let reached = match found.take() {
-                Some(Connected { index, address, session: AnySession::Kubernetes(session) }) => {
-                    Ok(Reached { index, address, session })
+                Some(Connected { index, address, connection: AnyConnection::Kubernetes(connection) }) => {
+                    Reached { index, address, connection }
                 }
-                attesting => self.reach(first, attesting).await,
+                attesting => self.reach(first, attesting).await?,
             };
-            let served = match reached {
-                Ok(Reached { address, session, .. }) => self.run_kubernetes(address, session).await,
-                Err(ended) => return ended,
-            };
-            found = match served {
-                Ok(found) => found,
-                Err(ended) => return ended,
-            };
+            found = self.run_kubernetes(reached).await?;
             first = PhaseName::Kubernetes;
         }
     }
 
-    /// Serves a connection in the Kubernetes phase until it ends. Returns the connection of a failover, if one
-    /// replaced it.
-    async fn run_kubernetes(
-        &mut self,
-        address: SocketAddr,
-        mut session: Session<Kubernetes>,
-    ) -> Result<Option<Connected>, Ended> {
-        let since = Instant::now();
-        match self.plan.expected.check(session.agent()) {
+    /// Serves the Kubernetes phase from this connection on, until it ends. Returns the connection that follows, if there
+    /// is one already.
+    async fn run_kubernetes(&mut self, reached: Reached) -> Result<Option<Connected>, Ended> {
+        let (address, connection, since) = (reached.address, reached.connection, Instant::now());
+        match self.plan.expected.check(connection.agent()) {
             Ok(warnings) => self.log_warnings(warnings),
             Err(unexpected) => {
                 let why = unexpected.to_string();
-                return self.on_unexpected(session, since, why).await.map(|()| None);
+                return self.on_unexpected(connection, since, why).await.map(|()| None);
             }
         }
-        match self.withdraw_key(&mut session).await {
+        match self.withdraw_key(&connection).await {
             Withdrawal::Done => {}
             Withdrawal::Stopped(stop) => {
-                session.close(stop.reason).await;
+                connection.close_with_session(stop.reason).await;
                 return Err(Ended::Stopped);
             }
             Withdrawal::Ended(why) => {
@@ -179,7 +170,7 @@ impl Driver {
                 return Ok(None);
             }
             Withdrawal::Replaced(connected) => {
-                self.down(PhaseName::Kubernetes, failover_reason(address, &connected));
+                self.down(PhaseName::Kubernetes, failover_reason(address, connected.address));
                 return Ok(Some(*connected));
             }
         }
@@ -187,33 +178,49 @@ impl Driver {
         if self.last_up.replace(since).is_none_or(|last| last.elapsed() >= 2 * RETRY_MAX) {
             self.backoff.reset();
         }
-        session.serve_streams();
-        self.routes.set_kubernetes(session.link());
-        let instance = session.agent().instance.clone().unwrap_or_default();
+        match connection.session() {
+            Some(Joined { id, .. }) => {
+                let id = id.clone();
+                self.run_session(address, connection, id).await
+            }
+            None => self.run_alone(address, connection, since).await,
+        }
+    }
+
+    /// Serves a connection to an agent that knows no sessions.
+    async fn run_alone(
+        &mut self,
+        address: SocketAddr,
+        mut connection: AgentConnection<Kubernetes>,
+        since: Instant,
+    ) -> Result<Option<Connected>, Ended> {
+        connection.serve_streams();
+        self.routes.set_kubernetes(KubernetesLink::Alone(connection.link()));
+        let instance = connection.agent().instance.clone().unwrap_or_default();
         self.status.up(address, instance.clone());
-        self.report_mismatches(PhaseName::Kubernetes, session.tunnel_mismatches());
-        let (liveness, lock) = (session.liveness(), AuthLock::default());
-        let vm_log = self.vm_log.show(session.take_log(), &instance, &self.status);
+        self.report_mismatches(PhaseName::Kubernetes, connection.tunnel_mismatches());
+        let (liveness, lock) = (connection.liveness(), AuthLock::default());
+        let vm_log = self.vm_log.show(connection.take_log(), &instance, &self.status);
         tokio::select! {
             never = vm_log => match never {},
             stop = stopped(&mut self.stop) => {
                 self.routes.close();
-                self.drain_streams(&session, stop.drain).await;
-                session.close(stop.reason).await;
+                self.drain_streams(connection.credits(), stop.drain).await;
+                connection.close(stop.reason).await;
                 Err(Ended::Stopped)
             }
-            why = session.ended() => {
+            why = connection.ended() => {
                 self.routes.close();
-                let why = format!("{why}{}", cost(&session));
-                drop(session);
+                let why = format!("{why}{}", cost(&connection));
+                drop(connection);
                 self.down(PhaseName::Kubernetes, why);
                 self.pause_if_short_lived(since).await?;
                 Ok(None)
             }
             connected = await_failover(&self.plan, &liveness, PhaseName::Kubernetes, &lock) => {
                 self.routes.close();
-                let why = failover_reason(address, &connected) + &cost(&session);
-                drop(session);
+                let why = failover_reason(address, connected.address) + &cost(&connection);
+                drop(connection);
                 self.down(PhaseName::Kubernetes, why);
                 Ok(Some(connected))
             }
@@ -222,13 +229,13 @@ impl Driver {
 
     /// The agent has the pod's key, so what it runs with is proven: a start fails for good. Later a new VM may be at the
     /// same address.
-    async fn on_unexpected(
+    pub(super) async fn on_unexpected(
         &mut self,
-        session: Session<Kubernetes>,
+        connection: AgentConnection<Kubernetes>,
         since: Instant,
         why: String,
     ) -> Result<(), Ended> {
-        session.close(&quote(&why)).await;
+        connection.close_with_session(&quote(&why)).await;
         if self.starting {
             return Err(Ended::Unexpected(why));
         }
@@ -236,7 +243,7 @@ impl Driver {
         self.pause_if_short_lived(since).await
     }
 
-    fn log_warnings(&mut self, warnings: Vec<String>) {
+    pub(super) fn log_warnings(&mut self, warnings: Vec<String>) {
         if warnings != self.logged_warnings {
             for warning in &warnings {
                 tracing::warn!("pod {}: {warning}", self.plan.id);
@@ -246,15 +253,15 @@ impl Driver {
     }
 
     /// Deletes the pod's key from the KBS, unless the connection ends first.
-    async fn withdraw_key(&mut self, session: &mut Session<Kubernetes>) -> Withdrawal {
+    async fn withdraw_key(&mut self, connection: &AgentConnection<Kubernetes>) -> Withdrawal {
         let Some(publication) = self.plan.publication.clone() else { return Withdrawal::Done };
-        let (liveness, mut stop, lock) = (session.liveness(), self.stop.clone(), AuthLock::default());
+        let (liveness, mut stop, lock) = (connection.liveness(), self.stop.clone(), AuthLock::default());
         tokio::select! {
             // Nothing else is looked at if the key is gone already.
             biased;
             () = until_gone(&publication, &self.status, |why| self.set_degraded(why)) => Withdrawal::Done,
             stop = stopped(&mut stop) => Withdrawal::Stopped(stop),
-            why = session.ended() => Withdrawal::Ended(why.to_string()),
+            why = connection.ended() => Withdrawal::Ended(why.to_string()),
             connected = await_failover(&self.plan, &liveness, PhaseName::Kubernetes, &lock) => {
                 Withdrawal::Replaced(Box::new(connected))
             }
@@ -262,10 +269,10 @@ impl Driver {
     }
 
     /// Waits until no stream is open, for at most `limit`.
-    async fn drain_streams(&self, session: &Session<Kubernetes>, limit: Duration) {
+    pub(super) async fn drain_streams(&self, streams: &Credits, limit: Duration) {
         // The streams that outlast the limit are counted below.
-        drop(timeout(limit, session.idle()).await);
-        match session.open_streams() {
+        drop(timeout(limit, streams.idle()).await);
+        match streams.open_streams() {
             0 => {}
             left => tracing::warn!(
                 "pod {}: stop: {left} streams did not end within {} s and are reset",
@@ -284,7 +291,7 @@ impl Driver {
 
     /// Pauses after a connection that ended soon, so that it is not retried in a tight loop. A connection that lasted
     /// resets the backoff.
-    async fn pause_if_short_lived(&mut self, since: Instant) -> Result<(), Ended> {
+    pub(super) async fn pause_if_short_lived(&mut self, since: Instant) -> Result<(), Ended> {
         if since.elapsed() < RETRY_MAX {
             return self.pause().await;
         }
@@ -315,8 +322,8 @@ impl Driver {
 }
 
 /// What the end of the connection costs: its streams cannot go on over another one.
-fn cost(session: &Session<Kubernetes>) -> String {
-    match session.open_streams() {
+fn cost(connection: &AgentConnection<Kubernetes>) -> String {
+    match connection.open_streams() {
         0 => String::new(),
         1 => "; 1 stream is reset by the reconnect".to_owned(),
         streams => format!("; {streams} streams are reset by the reconnect"),

@@ -21,8 +21,8 @@ use super::{
 use crate::key_source::KeySource;
 use crate::support::agent::{Agent, Mode};
 use crate::support::{KATAAGENT, Lines, PATIENCE, addresses, pod};
-use crate::transport::session::Tunnels;
-use crate::transport::ssh::Answered;
+use crate::transport::agent_connection::Tunnels;
+use crate::transport::ssh::Flag;
 
 const LONG: Duration = Duration::from_secs(600);
 
@@ -54,7 +54,8 @@ impl Driven {
             kex: KeyExchange::Any,
             attestation_limits: limits,
             lost_limits: LostLimits::for_start(LONG),
-            answered: Answered::default(),
+            answered: Flag::default(),
+            session: None,
         };
         let events = Lines::default();
         let recorded = events.clone();

@@ -1,24 +1,29 @@
 //! Failover: replaces a silent connection by a new one, opened while the old one still exists.
 //!
 //! A connection falls silent when the VM's address changes, and when the network pauses. After an address change only a
-//! new connection helps. After a pause the old connection recovers, and replacing it would reset all its streams.
-//! So the old connection is replaced only if a new one is ready and the old one had the time to recover, too.
+//! new connection helps. After a pause the old connection recovers, but not soon: TCP's backoff may have grown to minutes.
+//!
+//! A lane of a session ([`await_lane_end`]) is replaced by the first new connection that gets through: its streams go on
+//! there. Without a session ([`await_failover`]) a replacement would reset all streams. So then the old connection is
+//! replaced only if a new one is ready and the old one had the time to recover, too.
 
 use std::future::pending;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::time::Duration;
 
-use secure_comms_protocol::PhaseName;
+use secure_comms_protocol::{Kubernetes, PhaseName};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::connect::{Connected, connect_any};
 use super::plan::Plan;
-use crate::transport::session::Liveness;
+use super::redial::Redial;
+use crate::transport::agent_connection::{AgentConnection, ConnectionEnd, Liveness};
 use crate::transport::ssh::{AuthHold, AuthLock};
 
 /// Why the connection to `address` was replaced.
-pub(super) fn failover_reason(address: SocketAddr, connected: &Connected) -> String {
-    format!("connection to {address} timed out; failed over to {}", connected.address)
+pub(super) fn failover_reason(from: SocketAddr, to: SocketAddr) -> String {
+    format!("connection to {from} timed out; failed over to {to}")
 }
 
 /// The interval at which unanswered traffic is checked for, and the pause between failed attempts.
@@ -36,7 +41,82 @@ const HOLD_MAX: Duration = Duration::from_secs(4);
 /// because one address may still refuse connections while another drops packets.
 const HANDSHAKE_TIMEOUT_MIN: Duration = Duration::from_secs(2);
 
-/// Waits until the connection is silent and a new one has replaced it.
+/// The interval at which the silence of a lane is checked: while the agent owes no answer, and while it does.
+const LANE_CHECK_IDLE: Duration = Duration::from_millis(250);
+const LANE_CHECK: Duration = Duration::from_millis(100);
+/// The interval at which the agent is asked for a sign of life on a lane in use: what it has sent may wait in its TCP's
+/// backoff, and nothing that we sent would be unanswered.
+const LANE_PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// The part of the threshold after which a silent lane is asked for a sign of life.
+const LANE_PROBE_PART: u32 = 3;
+
+/// What becomes of a connection of a lane.
+pub(super) enum LaneEnd {
+    Lost(ConnectionEnd),
+    /// Another connection has taken its place, which leads there.
+    Replaced(SocketAddr, AgentConnection<Kubernetes>),
+}
+
+/// Waits until the connection of a lane has ended, or is silent and another one has taken its place. A lane that `is_used` is asked for signs of life more often. An old connection that answers before the agent has heard of the new one stays.
+///
+/// Dropping the future drops the new connection.
+pub(super) async fn await_lane_end(
+    connection: &AgentConnection<Kubernetes>,
+    is_used: impl Fn() -> bool,
+    redial: impl Fn() -> Redial,
+) -> LaneEnd {
+    let (liveness, mut ended) = (connection.liveness(), pin!(connection.ended()));
+    loop {
+        tokio::select! {
+            end = &mut ended => return LaneEnd::Lost(end),
+            () = until_lane_silent(&liveness, &is_used) => {}
+        }
+        let redial = redial();
+        let mut connected = pin!(redial.connect());
+        let end = tokio::select! {
+            (address, connection) = &mut connected => return LaneEnd::Replaced(address, connection),
+            end = &mut ended => end,
+            () = until_kept(&liveness, &redial) => continue,
+        };
+        // The agent cuts the old connection as soon as it has heard the hello of a new one: that one is nearly there.
+        tokio::select! {
+            biased;
+            (address, connection) = &mut connected => return LaneEnd::Replaced(address, connection),
+            () = until_no_hello(&redial) => return LaneEnd::Lost(end),
+        }
+    }
+}
+
+async fn until_lane_silent(liveness: &Liveness, is_used: impl Fn() -> bool) {
+    let mut probed = Instant::now();
+    loop {
+        sleep(if liveness.unanswered().is_some() { LANE_CHECK } else { LANE_CHECK_IDLE }).await;
+        let silence = liveness.unanswered().unwrap_or_default();
+        if silence >= silence_threshold(liveness) {
+            return;
+        }
+        let is_due = is_used() && probed.elapsed() >= LANE_PROBE_INTERVAL;
+        if is_due || silence >= silence_threshold(liveness) / LANE_PROBE_PART {
+            probed = Instant::now();
+            liveness.probe();
+        }
+    }
+}
+
+/// Waits until the old connection answers and no new one says its hello.
+async fn until_kept(liveness: &Liveness, redial: &Redial) {
+    while is_silent(liveness) || redial.says_hello() {
+        sleep(RECOVERY_CHECK_INTERVAL).await;
+    }
+}
+
+async fn until_no_hello(redial: &Redial) {
+    while redial.says_hello() {
+        sleep(RECOVERY_CHECK_INTERVAL).await;
+    }
+}
+
+/// Waits until a connection without a session is silent and a new one has replaced it.
 ///
 /// `first` is the phase to try first, and `lock` that of the other attempts at the pod's addresses. Dropping the future
 /// drops the new connection.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_protocol::tag::Host;
-use secure_comms_protocol::{Attestation, Kubernetes, PodId};
+use secure_comms_protocol::{Attestation, Kubernetes, PodId, SessionId};
 use secure_comms_ssh::profile::KeyExchange;
 
 use super::expected_agent::ExpectedAgent;
@@ -13,8 +13,8 @@ use super::lost_vm::LostLimits;
 use crate::address::Address;
 use crate::key_source::KeySource;
 use crate::publication::Publication;
-use crate::transport::session::Tunnels;
-use crate::transport::ssh::Answered;
+use crate::transport::agent_connection::Tunnels;
+use crate::transport::ssh::Flag;
 use secure_comms_keys::{PodPublic, WorkerNodeKey};
 
 /// [`AttestationLimits::progress`].
@@ -48,7 +48,9 @@ pub(crate) struct Plan {
     /// When a start fails because the VM is lost.
     pub(crate) lost_limits: LostLimits,
     /// Learns of an SSH server at one of the addresses.
-    pub(crate) answered: Answered,
+    pub(crate) answered: Flag,
+    /// The session that the next connection in the Kubernetes phase is to resume; none to begin one.
+    pub(crate) session: Option<SessionId>,
 }
 
 impl Plan {

@@ -16,7 +16,7 @@ use super::status::PodEvent;
 
 impl Driver {
     /// Returns once the Kubernetes phase is up at an address of the pod. `first` is the phase to try first at each, and
-    /// `found` a session in the Attestation phase that is there already.
+    /// `found` a connection in the Attestation phase that is there already.
     ///
     /// # Errors
     /// The channel was stopped, or a start failed because the VM is lost.
@@ -30,7 +30,7 @@ impl Driver {
         loop {
             let event = tokio::select! {
                 stop = stopped(&mut self.stop) => {
-                    self.routes.close();
+                    self.routes.set_attestation(None);
                     candidates.end(stop.reason).await;
                     return Err(Ended::Stopped);
                 }
@@ -40,7 +40,7 @@ impl Driver {
                 Event::Report(address, report) => self.on_report(&mut candidates, address, report),
                 Event::Resolved => self.show(&candidates),
                 Event::Reached(reached) => {
-                    self.routes.close();
+                    self.routes.set_attestation(None);
                     self.end_others(candidates);
                     self.status.connected();
                     // The address that worked is tried first the next time.
@@ -57,7 +57,7 @@ impl Driver {
         }
     }
 
-    /// The sessions elsewhere end on their own: the pod does not wait for what a stranger does.
+    /// The connections elsewhere end on their own: the pod does not wait for what a stranger does.
     fn end_others(&mut self, candidates: Candidates) {
         while self.ending.try_join_next().is_some() {}
         self.ending.spawn(candidates.end("the Kubernetes phase is up on another connection"));
@@ -97,13 +97,10 @@ impl Driver {
 
     /// Routes the local clients of the Attestation phase.
     fn route(&self, candidates: &Candidates) {
-        match candidates.newest_link() {
-            Some(link) => self.routes.set_attestation(link),
-            None => self.routes.close(),
-        }
+        self.routes.set_attestation(candidates.newest_link());
     }
 
-    /// Shows the most advanced session; without one, why every address failed.
+    /// Shows the most advanced connection; without one, why every address failed.
     fn show(&self, candidates: &Candidates) {
         let failures = candidates.failures();
         if let Some(state) = candidates.shown() {

@@ -1,15 +1,16 @@
 //! What callers learn about a pod: its state, its events, and the last error of a start.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use secure_comms_protocol::{InitDataDigest, KeyProgress, PhaseName, PodId, TunnelName};
+use secure_comms_protocol::{InitDataDigest, KeyProgress, Lane, PhaseName, PodId, TunnelName};
 use tokio::sync::watch;
 
 use crate::throttle::Throttle;
-use crate::transport::ssh::Answered;
+use crate::transport::ssh::Flag;
 
 /// Where local clients of a tunnel connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +30,17 @@ pub struct PodSnapshot {
     pub endpoints: Vec<Endpoint>,
     /// Digest of the init-data that its VM must show; `None` if none is expected, or it is not served.
     pub init_data: Option<InitDataDigest>,
+    /// The session with its agent; `None` if there is none, as with an agent that knows no sessions.
+    pub session: Option<SessionStatus>,
+}
+
+/// A session with a pod's agent. Its streams go on over all its connections.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SessionStatus {
+    /// The lanes that are connected.
+    pub lanes: BTreeSet<Lane>,
+    /// How often the main lane was connected again, and its streams went on.
+    pub resumed: u64,
 }
 
 /// The state of a pod's channel.
@@ -85,8 +97,19 @@ pub enum PodEvent {
     Upgrade(SocketAddr),
     /// The Kubernetes phase is up at this address.
     Up(SocketAddr),
-    /// A connection in this phase ended, and why.
+    /// The Kubernetes phase is up again, and the session's streams go on.
+    Resumed {
+        /// Where.
+        address: SocketAddr,
+        /// The time since the agent was heard before.
+        after: Duration,
+        /// The streams that go on.
+        streams: usize,
+    },
+    /// A connection in this phase ended, and why. In a session, its streams wait for the next one.
     Down(PhaseName, String),
+    /// The session is over, and why; its streams are reset.
+    SessionOver(String),
     /// Connecting failed. Emitted when the failures start and when their cause changes; connecting is retried.
     ConnectFailed(String),
     /// One end has a tunnel that the other end has no matching tag for.
@@ -132,6 +155,16 @@ impl fmt::Display for PodEvent {
                 write!(f, "attestation done at {address}; reconnecting for the Kubernetes phase")
             }
             Self::Up(address) => write!(f, "kubernetes phase up at {address}"),
+            Self::Resumed { address, after, streams } => {
+                let seconds = after.as_secs_f32();
+                write!(f, "kubernetes phase up at {address} again after {seconds:.1} s")?;
+                match streams {
+                    0 => Ok(()),
+                    1 => f.write_str("; 1 stream goes on"),
+                    streams => write!(f, "; {streams} streams go on"),
+                }
+            }
+            Self::SessionOver(why) => write!(f, "session over: {why}"),
             Self::Down(PhaseName::Kubernetes, why) => write!(f, "channel down: {why}"),
             Self::Down(PhaseName::Attestation, why) => write!(f, "attestation: connection ended: {why}"),
             Self::ConnectFailed(why) => write!(f, "connecting: {why}"),
@@ -220,7 +253,7 @@ pub(crate) struct StatusReporter {
     observer: Observer,
     seen: Arc<Mutex<LastSeen>>,
     throttles: Arc<Mutex<Throttles>>,
-    answered: Answered,
+    answered: Flag,
 }
 
 /// Limits of the events that an unproven peer can cause as often as it likes, by new connections or new texts.
@@ -269,14 +302,19 @@ impl fmt::Debug for StatusReporter {
 
 impl StatusReporter {
     pub(crate) fn new(id: PodId, observer: Observer) -> Self {
-        let snapshot = PodSnapshot { state: PodState::NotPrepared, endpoints: Vec::new(), init_data: None };
+        let snapshot = PodSnapshot {
+            state: PodState::NotPrepared,
+            endpoints: Vec::new(),
+            init_data: None,
+            session: None,
+        };
         Self {
             id,
             current: watch::Sender::new(snapshot),
             observer,
             seen: Arc::default(),
             throttles: Arc::default(),
-            answered: Answered::default(),
+            answered: Flag::default(),
         }
     }
 
@@ -289,7 +327,7 @@ impl StatusReporter {
     }
 
     /// Whether an SSH server has answered at an address of the pod, in any of its starts.
-    pub(crate) fn answered(&self) -> &Answered {
+    pub(crate) fn answered(&self) -> &Flag {
         &self.answered
     }
 
@@ -309,7 +347,7 @@ impl StatusReporter {
     /// The inbounds listen.
     pub(crate) fn prepared(&self, endpoints: Vec<Endpoint>) {
         self.current.send_modify(|current| {
-            *current = PodSnapshot { state: PodState::Prepared, endpoints, init_data: None };
+            *current = PodSnapshot { state: PodState::Prepared, endpoints, init_data: None, session: None };
         });
     }
 
@@ -349,6 +387,7 @@ impl StatusReporter {
         }
         match event {
             PodEvent::Down(..)
+            | PodEvent::SessionOver(..)
             | PodEvent::ConnectFailed(..)
             | PodEvent::PublishFailed(..)
             | PodEvent::WithdrawFailed(..)
@@ -391,6 +430,34 @@ impl StatusReporter {
         *self.seen() = LastSeen::default();
         self.set_state(PodState::Up { instance });
         self.emit(&PodEvent::Up(address));
+    }
+
+    /// The main lane of a session is connected again.
+    pub(super) fn resumed(&self, address: SocketAddr, instance: String, after: Duration, streams: usize) {
+        *self.seen() = LastSeen::default();
+        self.session(|session| session.resumed += 1);
+        self.set_state(PodState::Up { instance });
+        self.emit(&PodEvent::Resumed { address, after, streams });
+    }
+
+    /// A lane of the session is connected, or is not any more.
+    pub(super) fn lane(&self, lane: Lane, is_connected: bool) {
+        self.session(|session| {
+            if is_connected {
+                session.lanes.insert(lane)
+            } else {
+                session.lanes.remove(&lane)
+            };
+        });
+    }
+
+    fn session(&self, change: impl FnOnce(&mut SessionStatus)) {
+        self.current.send_modify(|current| change(current.session.get_or_insert_default()));
+    }
+
+    /// There is no session any more.
+    pub(super) fn session_over(&self) {
+        self.current.send_modify(|current| current.session = None);
     }
 
     /// A connection ended.

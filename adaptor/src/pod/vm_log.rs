@@ -1,6 +1,6 @@
 //! The lines of the agent's log that it sends for the operator, shown once each, as the VM's.
 //!
-//! They come from a proven agent, but a VM may be compromised after its attestation: the session sanitizes their texts, and
+//! They come from a proven agent, but a VM may be compromised after its attestation: the connection sanitizes their texts, and
 //! their number is limited here, whatever the VM sends.
 
 use std::convert::Infallible;

@@ -19,9 +19,9 @@ use crate::pod::{
     AttestationLimits, Driver, Ended, Entry, ExpectedAgent, LostLimits, Plan, PodState, StatusReporter, Stop,
 };
 use crate::publication::Publication;
+use crate::transport::agent_connection::Tunnels;
 use crate::transport::routes::Routes;
-use crate::transport::session::Tunnels;
-use crate::transport::ssh::Answered;
+use crate::transport::ssh::Flag;
 
 /// The shortest time between two publications, so that neither a stranger in place of the agent nor an agent that never
 /// gets its keys makes many.
@@ -70,7 +70,8 @@ impl Channel {
             attestation_limits: AttestationLimits::default(),
             // `open` sets both.
             lost_limits: LostLimits::for_start(Duration::ZERO),
-            answered: Answered::default(),
+            answered: Flag::default(),
+            session: None,
         }
     }
 

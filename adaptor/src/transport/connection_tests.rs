@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use crate::support::agent::{Agent, Mode};
 use crate::support::{PATIENCE, pod};
-use crate::transport::session::{Session, Tunnels};
-use crate::transport::ssh::{self, Answered, AuthHold, AuthLock, ConnectError, Dial};
+use crate::transport::agent_connection::{AgentConnection, Tunnels};
+use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial, Flag};
 use secure_comms_keys::{PodKey, WorkerNodeKey};
 use secure_comms_protocol::control::{Bye, LogLine};
-use secure_comms_protocol::limits::{LOG_TEXT_MAX, REKEY_BYTES};
+use secure_comms_protocol::limits::{LOG_TEXT_MAX, REKEY_BYTES, TCP_CONNECT};
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PhaseName, TunnelName};
 use secure_comms_ssh::profile::KeyExchange;
@@ -25,7 +25,9 @@ fn dial(address: SocketAddr, node_key: &WorkerNodeKey) -> Dial {
         rekey_bytes: REKEY_BYTES,
         kex: KeyExchange::Any,
         hold: AuthHold::default(),
-        answered: Answered::default(),
+        answered: Flag::default(),
+        connected: Flag::default(),
+        tcp_timeout: TCP_CONNECT,
     }
 }
 
@@ -38,21 +40,21 @@ async fn kubernetes_agent() -> (Agent, WorkerNodeKey, PodKey) {
     (Agent::start(Mode::kubernetes(host.clone(), node.public().unwrap())).await, node, host)
 }
 
-async fn session(outbounds: &str) -> (Agent, Session<Kubernetes>) {
-    let (agent, session) = unchecked_session(outbounds).await;
-    session.serve_streams();
-    (agent, session)
+async fn checked(outbounds: &str) -> (Agent, AgentConnection<Kubernetes>) {
+    let (agent, connection) = unchecked(outbounds).await;
+    connection.serve_streams();
+    (agent, connection)
 }
 
-/// A session whose agent was not checked yet.
-async fn unchecked_session(outbounds: &str) -> (Agent, Session<Kubernetes>) {
+/// A connection whose agent was not checked yet.
+async fn unchecked(outbounds: &str) -> (Agent, AgentConnection<Kubernetes>) {
     let (agent, node, host) = kubernetes_agent().await;
     let tunnels = tunnels(outbounds);
     let (dial, host) = (dial(agent.address, &node), host.public().unwrap());
     let connection =
         ssh::connect_kubernetes(&dial, host, AuthLock::default(), tunnels.outbounds()).await.unwrap();
-    let session = Session::establish(connection, &pod(), &tunnels).await.unwrap();
-    (agent, session)
+    let connection = AgentConnection::establish(connection, &pod(), &tunnels, None).await.unwrap();
+    (agent, connection)
 }
 
 #[tokio::test]
@@ -83,9 +85,9 @@ async fn the_attestation_phase_is_entered_without_proof() {
     let node = WorkerNodeKey::generate().unwrap();
     let connection =
         ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
-    let session = Session::establish(connection, &pod(), &tunnels).await.unwrap();
-    session.serve_streams();
-    assert_eq!(session.agent().phase, Some(PhaseName::Attestation));
+    let connection = AgentConnection::establish(connection, &pod(), &tunnels, None).await.unwrap();
+    connection.serve_streams();
+    assert_eq!(connection.agent().phase, Some(PhaseName::Attestation));
     assert_eq!(agent.seen.all(), ["connection", "service", "auth attestation none", "hello pod-1 out []"]);
 }
 
@@ -184,7 +186,7 @@ async fn an_agent_without_a_hello_times_out() {
     let connection =
         ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
     let start = Instant::now();
-    let error = Session::establish(connection, &pod(), &tunnels).await.unwrap_err();
+    let error = AgentConnection::establish(connection, &pod(), &tunnels, None).await.unwrap_err();
     assert_eq!(error.to_string(), "no answer within 5 s while waiting for the agent's hello");
     assert!(start.elapsed() < Duration::from_secs(7));
     agent.seen.wait("gone", 1).await;
@@ -193,12 +195,12 @@ async fn an_agent_without_a_hello_times_out() {
 #[tokio::test]
 async fn only_requested_streams_are_served() {
     let echo = crate::support::echo().await;
-    let (agent, session) = session(&format!(
+    let (agent, connection) = checked(&format!(
         "KUBERNETES_PHASE:up:{echo},KUBERNETES_PHASE:refused:{echo},ATTESTATION_PHASE:early:{echo}"
     ))
     .await;
     assert_eq!(agent.seen.count("forward "), 2);
-    assert!(session.tunnel_mismatches().is_some_and(|line| {
+    assert!(connection.tunnel_mismatches().is_some_and(|line| {
         line.contains("tunnel refused, Kubernetes phase: the agent refuses to forward its streams")
     }));
     let (handle, credits) = agent.newest();
@@ -216,7 +218,7 @@ async fn only_requested_streams_are_served() {
 
 #[tokio::test]
 async fn every_other_channel_of_the_agent_is_refused() {
-    let (agent, session) = session("").await;
+    let (agent, connection) = checked("").await;
     let (handle, _) = agent.newest();
     let refused = |opened: Result<_, _>| matches!(opened, Err(russh::Error::ChannelOpenFailure(_)));
     assert!(refused(handle.channel_open_session().await), "session");
@@ -225,20 +227,20 @@ async fn every_other_channel_of_the_agent_is_refused() {
     assert!(refused(handle.channel_open_direct_tcpip("KATAAGENT", 1, "127.0.0.1", 2).await), "direct-tcpip");
     assert!(refused(handle.channel_open_direct_streamlocal("/run/x").await), "direct-streamlocal");
     assert!(refused(handle.channel_open_forwarded_streamlocal("/run/x").await), "forwarded-streamlocal");
-    assert!(!session.link().is_gone());
+    assert!(!connection.link().is_gone());
 }
 
 #[tokio::test]
-async fn a_dropped_session_frees_everything() {
+async fn a_dropped_connection_frees_everything() {
     let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (agent, session) = session(&format!("KUBERNETES_PHASE:up:{}", server.local_addr().unwrap())).await;
+    let (agent, connection) = checked(&format!("KUBERNETES_PHASE:up:{}", server.local_addr().unwrap())).await;
     let (handle, credits) = agent.newest();
     let flow = credits.open(&TunnelName::kbs()).await.unwrap();
     let opened = handle.channel_open_forwarded_tcpip("up", 1, "127.0.0.1", flow.id());
     let (channel, accepted) = tokio::join!(opened, server.accept());
     let (_channel, (mut socket, _)) = (channel.unwrap(), accepted.unwrap());
-    let link = session.link();
-    drop(session);
+    let link = connection.link();
+    drop(connection);
     // Half a stream must not look like a whole one.
     let mut rest = Vec::new();
     let end = timeout(PATIENCE, socket.read_to_end(&mut rest)).await.unwrap();
@@ -248,32 +250,32 @@ async fn a_dropped_session_frees_everything() {
 }
 
 #[tokio::test]
-async fn a_bye_ends_the_session_with_its_reason() {
-    let (agent, mut session) = session("").await;
+async fn a_bye_ends_the_connection_with_its_reason() {
+    let (agent, connection) = checked("").await;
     agent.say(&Control::Bye(Bye { reason: "tired\n".into(), ..Bye::default() }));
-    let why = timeout(PATIENCE, session.ended()).await.unwrap().to_string();
+    let why = timeout(PATIENCE, connection.ended()).await.unwrap().to_string();
     assert_eq!(why, "the agent said bye: tired\\n");
-    session.close("bye").await;
+    connection.close("bye").await;
     agent.seen.wait("gone", 1).await;
 }
 
 #[tokio::test]
 async fn a_proven_agents_log_arrives_as_short_lines() {
-    let (agent, mut session) = session("").await;
+    let (agent, mut connection) = checked("").await;
     let text = format!("a\nforged: \u{1b}[2J\u{202e}{}", "x".repeat(10_000));
     agent.say(&Control::Log(LogLine { seq: 7, age: 12, level: "warning".into(), text }));
-    let mut log = session.take_log().unwrap();
+    let mut log = connection.take_log().unwrap();
     let line = timeout(PATIENCE, log.recv()).await.unwrap().unwrap();
     assert!(line.text.starts_with("a\\nforged: \\u{1b}[2J\\u{202e}xxx"), "{line:?}");
     assert!(line.text.ends_with("bytes more)") && line.text.len() < LOG_TEXT_MAX + 60, "{line:?}");
     assert_eq!((line.seq, line.age, line.level.as_str()), (7, 12, "warning"));
-    // More than anyone reads takes bounded memory, and the session goes on.
+    // More than anyone reads takes bounded memory, and the connection goes on.
     for seq in 8..1000 {
         agent.say(&Control::Log(LogLine { seq, ..LogLine::default() }));
         tokio::task::yield_now().await;
     }
     agent.say(&Control::Bye(Bye { reason: "done".into(), ..Bye::default() }));
-    timeout(PATIENCE, session.ended()).await.unwrap();
+    timeout(PATIENCE, connection.ended()).await.unwrap();
     let mut kept = 0;
     while log.recv().await.is_some() {
         kept += 1;
@@ -288,21 +290,21 @@ async fn an_unproven_agent_can_log_nothing_here() {
     let node = WorkerNodeKey::generate().unwrap();
     let connection =
         ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
-    let mut session = Session::establish(connection, &pod(), &tunnels).await.unwrap();
-    session.serve_streams();
+    let mut connection = AgentConnection::establish(connection, &pod(), &tunnels, None).await.unwrap();
+    connection.serve_streams();
     agent.say(&Control::Log(LogLine { seq: 1, text: "advertisement".into(), ..LogLine::default() }));
     agent.say(&Control::Bye(Bye { reason: "done".into(), ..Bye::default() }));
-    timeout(PATIENCE, session.ended()).await.unwrap();
-    assert_eq!(session.take_log().unwrap().recv().await, None);
+    timeout(PATIENCE, connection.ended()).await.unwrap();
+    assert_eq!(connection.take_log().unwrap().recv().await, None);
 }
 
 #[tokio::test]
 async fn the_agents_reason_is_named_wherever_it_disconnects() {
-    let (agent, mut session) = session("").await;
+    let (agent, connection) = checked("").await;
     let (handle, _) = agent.newest();
     let reason = "replaced\nby \u{1b}[2J".to_owned() + &"x".repeat(1000);
     handle.disconnect(russh::Disconnect::ByApplication, reason, "en".into()).await.unwrap();
-    let why = timeout(PATIENCE, session.ended()).await.unwrap().to_string();
+    let why = timeout(PATIENCE, connection.ended()).await.unwrap().to_string();
     assert!(
         why.starts_with("the agent disconnected: replaced\\nby \\u{1b}[2Jxxx") && why.len() < 400,
         "{why}"
@@ -311,9 +313,9 @@ async fn the_agents_reason_is_named_wherever_it_disconnects() {
 
 #[tokio::test]
 async fn an_agent_that_breaks_the_protocol_receives_the_reason() {
-    let (agent, mut session) = session("").await;
+    let (agent, connection) = checked("").await;
     agent.say(&Control::Hello(secure_comms_protocol::Hello { credit: Some(1), ..Default::default() }));
-    let why = timeout(PATIENCE, session.ended()).await.unwrap().to_string();
+    let why = timeout(PATIENCE, connection.ended()).await.unwrap().to_string();
     assert!(why.contains("grants less credit than a message costs"), "{why}");
     agent.seen.wait("hello came too late, or grants less credit", 1).await;
 }
@@ -321,8 +323,8 @@ async fn an_agent_that_breaks_the_protocol_receives_the_reason() {
 #[tokio::test]
 async fn a_stream_that_comes_before_the_check_of_the_agent_waits() {
     let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (agent, session) =
-        unchecked_session(&format!("KUBERNETES_PHASE:OUT:{}", server.local_addr().unwrap())).await;
+    let (agent, connection) =
+        unchecked(&format!("KUBERNETES_PHASE:OUT:{}", server.local_addr().unwrap())).await;
     let (handle, credits) = agent.newest();
     let (early, other) =
         (credits.open(&TunnelName::kbs()).await.unwrap(), credits.open(&TunnelName::kbs()).await.unwrap());
@@ -339,7 +341,7 @@ async fn a_stream_that_comes_before_the_check_of_the_agent_waits() {
         _ = server.accept() => panic!("the server was reached before the agent was checked"),
         () = second => {}
     }
-    session.serve_streams();
+    connection.serve_streams();
     let (opened, accepted) = tokio::join!(early, server.accept());
     opened.unwrap();
     accepted.unwrap();

@@ -13,7 +13,7 @@ mod client;
 
 pub(crate) use self::auth_hold::{AuthHold, AuthLock};
 pub(crate) use self::client::{
-    AgentLink, Answered, Dial, SshConnection, connect_attestation, connect_kubernetes,
+    AgentChannels, AgentLink, Dial, Flag, SshConnection, connect_attestation, connect_kubernetes,
 };
 pub(crate) use self::error::ConnectError;
 pub(crate) use self::handler::TransportEnd;

@@ -2,23 +2,27 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use russh::keys::PublicKey;
 use russh::server::{
-    Auth, ChannelOpenHandle, Handle, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey,
+    Auth, ChannelOpenHandle, Handle, Handler, Msg, PublicKeyOffer, Session as SshSession, VerifiedPublicKey,
 };
 use russh::{Channel, ChannelId, MethodKind, MethodSet};
 use secure_comms_keys::{PodKey, WorkerNodePublic};
-use secure_comms_protocol::control::{Empty, KeyProgress};
-use secure_comms_protocol::limits::{CreditLimits, REKEY_BYTES};
+use secure_comms_protocol::control::{Empty, KeyProgress, SessionReply};
+use secure_comms_protocol::limits::{CreditLimits, PROTOCOL_VERSION, REKEY_BYTES};
 use secure_comms_protocol::tag::parse_list;
-use secure_comms_protocol::{AgentConfig, Control, Hello, Kubernetes, PhaseName};
+use secure_comms_protocol::{
+    AgentConfig, Control, Hello, Kubernetes, Lane, Opening, PhaseName, SessionId, TunnelName,
+};
 use secure_comms_ssh::channel::{PendingChannel, split};
 use secure_comms_ssh::control::{self, Outbox};
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
+use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_ssh::profile::{self, KeyExchange};
-use secure_comms_tunnel::flow::Side;
+use secure_comms_tunnel::flow::{LaneNumber, Side};
+use secure_comms_tunnel::session::{IncomingStream, Session};
 use secure_comms_tunnel::{Credits, Incoming, Outbounds, outbound};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -39,6 +43,10 @@ pub struct Mode {
     pub config: Option<AgentConfig>,
     /// The digest of init-data in its hello.
     pub init_data: Option<String>,
+    /// Of the control protocol.
+    pub version: u32,
+    /// The lanes that it lets in.
+    pub lanes: &'static [Lane],
 }
 
 impl Mode {
@@ -52,6 +60,8 @@ impl Mode {
             hangs_up: false,
             config: None,
             init_data: None,
+            version: PROTOCOL_VERSION,
+            lanes: &Lane::ALL,
         }
     }
 
@@ -64,6 +74,8 @@ impl Mode {
             hangs_up: false,
             config: None,
             init_data: None,
+            version: PROTOCOL_VERSION,
+            lanes: &Lane::ALL,
         }
     }
 
@@ -85,7 +97,34 @@ pub struct Live {
     pub handle: Option<Handle>,
     pub outbox: Outbox,
     pub credits: Credits,
+    pub lane: Arc<OnceLock<Lane>>,
 }
+
+/// Opens the agent's channels.
+#[derive(Clone)]
+pub struct ForwardOpener(Handle);
+
+impl std::fmt::Debug for ForwardOpener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ForwardOpener")
+    }
+}
+
+impl Opener for ForwardOpener {
+    type Message = Msg;
+
+    fn open(
+        &self,
+        name: &TunnelName,
+        id: u32,
+        opening: Opening,
+    ) -> impl Future<Output = Result<Channel<Msg>, russh::Error>> + Send + 'static {
+        let (handle, name) = (self.0.clone(), name.to_string());
+        async move { handle.channel_open_forwarded_tcpip(name, 1, opening.to_string(), id).await }
+    }
+}
+
+pub type AgentSession = Session<SshLink<ForwardOpener>>;
 
 /// The agent; `seen` records what it observes.
 #[derive(Clone)]
@@ -95,6 +134,7 @@ pub struct Agent {
     /// One for each future connection; the last one is kept.
     modes: Arc<Mutex<VecDeque<Mode>>>,
     live: Arc<Mutex<Vec<Live>>>,
+    session: Arc<Mutex<Option<AgentSession>>>,
     /// Target of its KATAAGENT outbound.
     kata: SocketAddr,
 }
@@ -107,6 +147,7 @@ impl Agent {
             seen: Lines::default(),
             modes: Arc::new(Mutex::new([mode].into())),
             live: Arc::default(),
+            session: Arc::default(),
             kata: super::echo().await,
         };
         let serving = agent.clone();
@@ -152,6 +193,68 @@ impl Agent {
         self.live.lock().unwrap().drain(..).for_each(|live| live.guard.cut());
     }
 
+    /// Breaks the connections of a lane.
+    pub fn cut_lane(&self, lane: Lane) {
+        let live = self.live.lock().unwrap();
+        live.iter().filter(|live| live.lane.get() == Some(&lane)).for_each(|live| live.guard.cut());
+    }
+
+    /// Loses its session, as a restart does, and every connection.
+    pub fn restart(&self) {
+        if let Some(session) = self.session.lock().unwrap().take() {
+            session.end("restart");
+        }
+        self.cut();
+    }
+
+    /// Ends its session, as for another adaptor.
+    pub fn end_session(&self, reason: &str) {
+        let session = self.session.lock().unwrap().take().unwrap();
+        self.live.lock().unwrap().iter().for_each(|live| live.outbox.bye_session(reason));
+        tokio::spawn(async move {
+            session.without_lanes().await;
+            session.end("said bye");
+        });
+    }
+
+    pub fn session(&self) -> AgentSession {
+        self.session.lock().unwrap().clone().unwrap()
+    }
+
+    /// What the hello of a connection asks for.
+    fn join(&self, hello: &Hello, joining: &Joining) {
+        let Some(lane) = hello.lane.as_deref().and_then(Lane::from_name) else { return };
+        let Joining { mode, outbox, link, joined, lane: of, .. } = joining;
+        if mode.version < 2 || mode.phase != PhaseName::Kubernetes {
+            return;
+        }
+        let mut current = self.session.lock().unwrap();
+        let named = |session: &&AgentSession| Some(session.id().to_string()) == hello.session;
+        let (session, resumed) = match current.as_ref().filter(named) {
+            Some(session) => (session.clone(), true),
+            None if lane == Lane::Main => {
+                let id = SessionId::from_random(rand_bits());
+                let credit = hello.credit.unwrap();
+                let session = Session::new(Side::Agent, CreditLimits::KUBERNETES, id, credit);
+                if let Some(old) = current.replace(session.clone()) {
+                    old.end("a new session");
+                }
+                (session, false)
+            }
+            None => return outbox.bye("the main lane comes first"),
+        };
+        if !mode.lanes.contains(&lane) {
+            return outbox.bye("no such lane");
+        }
+        self.cut_lane(lane);
+        of.set(lane).unwrap();
+        let number = session.connect(lane, link.get().unwrap().clone());
+        outbox.join(session.clone(), number);
+        self.seen.push(format!("lane {lane} {}", if resumed { "resumed" } else { "new" }));
+        outbox.send(Control::Session(SessionReply { id: session.id().to_string(), resumed }));
+        joined.set((session, number)).unwrap();
+    }
+
     /// The newest connection, with its flow control.
     pub fn newest(&self) -> (Handle, Credits) {
         let live = self.live.lock().unwrap();
@@ -165,7 +268,9 @@ impl Agent {
         let (socket, guard) = Guarded::new(socket, Peer::Client);
         guard.set_read_ahead_limit(CreditLimits::KUBERNETES.held_max());
         let config = profile::server(mode.phase, (*mode.host.ssh()).clone(), REKEY_BYTES, KeyExchange::Any);
-        let outbounds = parse_list(&format!("KUBERNETES_PHASE:KATAAGENT:{}", self.kata)).unwrap();
+        let kata = self.kata;
+        let outbounds =
+            parse_list(&format!("KUBERNETES_PHASE:KATAAGENT:{kata},KUBERNETES_PHASE:DATA:{kata}")).unwrap();
         let handler = Peer_ {
             agent: self.clone(),
             mode,
@@ -174,6 +279,9 @@ impl Agent {
             outbox: Outbox::default(),
             outbounds: Arc::new(Outbounds::new(&outbounds)),
             control: None,
+            link: Arc::default(),
+            joined: Arc::default(),
+            lane: Arc::default(),
         };
         let credits = handler.credits.clone();
         if let Ok(session) = russh::server::run_stream(Arc::new(config), socket, handler).await {
@@ -192,6 +300,26 @@ struct Peer_ {
     outbox: Outbox,
     outbounds: Arc<Outbounds<Kubernetes>>,
     control: Option<Channel<Msg>>,
+    link: Arc<OnceLock<SshLink<ForwardOpener>>>,
+    joined: Joined,
+    lane: Arc<OnceLock<Lane>>,
+}
+
+type Joined = Arc<OnceLock<(AgentSession, LaneNumber)>>;
+
+/// What a connection needs to join a session.
+struct Joining {
+    mode: Mode,
+    outbox: Outbox,
+    link: Arc<OnceLock<SshLink<ForwardOpener>>>,
+    joined: Joined,
+    lane: Arc<OnceLock<Lane>>,
+}
+
+fn rand_bits() -> u128 {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    let word = || u128::from(RandomState::new().build_hasher().finish());
+    word() << 64 | word()
 }
 
 impl Peer_ {
@@ -240,10 +368,13 @@ impl Handler for Peer_ {
         self.answer(user, "proves a key", self.knows(user, key.public_key))
     }
 
-    async fn auth_succeeded(&mut self, session: &mut Session) -> Result<(), russh::Error> {
+    async fn auth_succeeded(&mut self, session: &mut SshSession) -> Result<(), russh::Error> {
         let handle = Some(session.handle());
+        let link = SshLink::new(ForwardOpener(session.handle()), self.credits.clone());
+        self.link.set(link).unwrap();
         let (guard, outbox, credits) = (self.guard.clone(), self.outbox.clone(), self.credits.clone());
-        self.agent.live.lock().unwrap().push(Live { guard, handle, outbox, credits });
+        let lane = self.lane.clone();
+        self.agent.live.lock().unwrap().push(Live { guard, handle, outbox, credits, lane });
         Ok(())
     }
 
@@ -251,7 +382,7 @@ impl Handler for Peer_ {
         &mut self,
         channel: Channel<Msg>,
         reply: ChannelOpenHandle,
-        _: &mut Session,
+        _: &mut SshSession,
     ) -> Result<(), russh::Error> {
         self.control = Some(channel);
         reply.accept().await;
@@ -262,14 +393,14 @@ impl Handler for Peer_ {
         &mut self,
         id: ChannelId,
         name: &str,
-        session: &mut Session,
+        session: &mut SshSession,
     ) -> Result<(), russh::Error> {
         assert_eq!(name, "secure-comms");
         session.channel_success(id)?;
         let (mut receiver, sender) = split(self.control.take().unwrap());
         if self.mode.hello {
             self.outbox.send(Control::Hello(Hello {
-                version: 1,
+                version: self.mode.version,
                 credit: Some(self.credits.initial()),
                 phase: Some(self.mode.phase),
                 instance: Some("cafe".into()),
@@ -280,20 +411,36 @@ impl Handler for Peer_ {
                 ..Hello::default()
             }));
         }
-        let (outbox, credits, guard, seen) =
-            (self.outbox.clone(), self.credits.clone(), self.guard.clone(), self.agent.seen.clone());
+        let (outbox, credits, guard, agent) =
+            (self.outbox.clone(), self.credits.clone(), self.guard.clone(), self.agent.clone());
+        let joining = Joining {
+            mode: self.mode.clone(),
+            outbox: self.outbox.clone(),
+            link: self.link.clone(),
+            joined: self.joined.clone(),
+            lane: self.lane.clone(),
+        };
+        let seen = agent.seen.clone();
         tokio::spawn(async move {
-            let heard = |message| {
-                if let Control::Hello(hello) = message {
-                    seen.push(format!(
-                        "hello {} out {:?}",
-                        hello.pod_id.unwrap_or_default(),
-                        hello.outbounds
-                    ));
+            let heard = |message| match message {
+                Control::Hello(hello) => {
+                    let pod = hello.pod_id.clone().unwrap_or_default();
+                    seen.push(format!("hello {pod} out {:?}", hello.outbounds));
+                    agent.join(&hello, &joining);
                 }
+                Control::Streams(streams) => {
+                    let (session, number) = joining.joined.get().unwrap();
+                    session.peer_knows(&streams.known, *number);
+                }
+                _ => {}
             };
             let end = control::run(&mut receiver, &sender, &credits, &outbox, heard).await;
             seen.push(format!("control ended: {end}"));
+            if let (control::ControlEnd::Bye(bye), Some((session, _))) = (&end, joining.joined.get())
+                && bye.ends_session
+            {
+                session.end(&bye.reason);
+            }
             guard.cut();
         });
         Ok(())
@@ -304,14 +451,31 @@ impl Handler for Peer_ {
         channel: Channel<Msg>,
         host: &str,
         _: u32,
-        _: &str,
+        originator: &str,
         id: u32,
         reply: ChannelOpenHandle,
-        _: &mut Session,
+        _: &mut SshSession,
     ) -> Result<(), russh::Error> {
-        self.agent.seen.push(format!("opens {host} in {}", self.mode.phase));
-        let admitted = self.outbounds.permit(host).and_then(|permit| permit.admit(&self.credits));
+        let opening = Opening::from_originator(originator);
         let pending = PendingChannel::new(channel, reply);
+        if opening == Opening::New {
+            self.agent.seen.push(format!("opens {host} in {}", self.mode.phase));
+        } else {
+            self.agent.seen.push(format!("{originator}: {host}"));
+        }
+        if let Some((session, number)) = self.joined.get() {
+            let incoming = session.incoming(*number, &host.parse().unwrap(), id, opening, pending);
+            let IncomingStream::New(stream) = incoming else { return Ok(()) };
+            let admitted = self.outbounds.permit(host).and_then(|permit| permit.admit(session.credits()));
+            tokio::spawn(async move {
+                match admitted {
+                    Ok(admitted) => outbound::serve(admitted, id, stream).await,
+                    Err(refusal) => stream.refuse(refusal).await,
+                }
+            });
+            return Ok(());
+        }
+        let admitted = self.outbounds.permit(host).and_then(|permit| permit.admit(&self.credits));
         tokio::spawn(async move {
             match admitted {
                 Ok(admitted) => outbound::serve(admitted, id, pending).await,
@@ -325,7 +489,7 @@ impl Handler for Peer_ {
         &mut self,
         address: &str,
         port: &mut u32,
-        _: &mut Session,
+        _: &mut SshSession,
     ) -> Result<bool, russh::Error> {
         self.agent.seen.push(format!("forward {address}:{port}"));
         Ok(address != "refused")

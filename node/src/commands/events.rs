@@ -57,6 +57,15 @@ fn line(pod: &PodId, event: &PodEvent) -> String {
         }
         PodEvent::Upgrade(address) => object("attested", pod, [("address", json!(address))]),
         PodEvent::Up(address) => object("up", pod, [("address", json!(address))]),
+        PodEvent::Resumed { address, after, streams } => {
+            let after = (after.as_secs_f64() * 1000.0).round() / 1000.0;
+            object(
+                "up",
+                pod,
+                [("address", json!(address)), ("after", json!(after)), ("streams", json!(streams))],
+            )
+        }
+        PodEvent::SessionOver(why) => object("session-over", pod, [("reason", json!(escape(why)))]),
         PodEvent::Down(phase, why) => {
             object("down", pod, [("phase", json!(phase)), ("reason", json!(escape(why)))])
         }
@@ -106,6 +115,17 @@ mod tests {
             (&"up".into(), &"p1".into(), &"[::1]:2222".into())
         );
         assert!(up["time"].as_str().unwrap().ends_with('Z'));
+        let resumed = PodEvent::Resumed {
+            address: "[::1]:2222".parse().unwrap(),
+            after: Duration::from_millis(1234),
+            streams: 3,
+        };
+        let resumed = read(resumed);
+        assert_eq!(
+            (&resumed["event"], &resumed["after"], &resumed["streams"]),
+            (&"up".into(), &1.234.into(), &3.into())
+        );
+        assert_eq!(read(PodEvent::SessionOver("bye".into()))["event"], "session-over");
         let keys = read(PodEvent::Keys(KeyProgress { attempt: 2, error: Some("a\nb".into()) }));
         assert_eq!((&keys["attempt"], &keys["error"]), (&2.into(), &"a\\nb".into()));
         assert!(read(PodEvent::Keys(KeyProgress { attempt: 3, error: None }))["error"].is_null());

@@ -1,7 +1,6 @@
 //! The runtime's side of a connection to a kata agent.
 
 use std::time::Duration;
-use tokio::net::TcpStream;
 use ttrpc::r#async::{Client, transport::Socket};
 use ttrpc::context::{Context, with_duration};
 
@@ -22,8 +21,8 @@ pub struct Runtime {
 impl Runtime {
     /// Uses ttrpc over this socket from now on; within a tokio runtime.
     #[must_use]
-    pub fn new(stream: TcpStream) -> Self {
-        let client = Client::new(Socket::from(stream));
+    pub fn new(stream: impl Into<Socket>) -> Self {
+        let client = Client::new(stream.into());
         Self { agent: AgentServiceClient::new(client.clone()), health: HealthClient::new(client) }
     }
 

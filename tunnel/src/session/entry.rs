@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use secure_comms_protocol::{Opening, TunnelName};
+use secure_comms_protocol::{Opening, Position, TunnelName};
 use tokio::sync::Notify;
 
 use super::stream::{Lie, StreamState, Transmit};
@@ -62,8 +62,10 @@ pub(super) struct State<C: Channels> {
     pub(super) claims: u64,
     /// The connection on which the stream is to be asked for again.
     pub(super) again: Option<Connection<C>>,
+    /// The list of streams that the adaptor knows was without this one, which was not confirmed: the agent asks for it again.
+    pub(super) unlisted: bool,
     /// Position that was said last.
-    said: u64,
+    said: Position,
     /// The relay has left: what comes for this stream is closed.
     forgotten: bool,
 }
@@ -120,7 +122,8 @@ impl<C: Channels> Entry<C> {
             epoch: 0,
             claims: 0,
             again: None,
-            said: 0,
+            unlisted: false,
+            said: Position::default(),
             forgotten: false,
         };
         Self { id, name, state: Mutex::new(state), changed: Notify::new() }
@@ -160,8 +163,11 @@ impl<C: Channels> Entry<C> {
         self.state().sender.is_some()
     }
 
-    pub(super) fn is_accepting(&self) -> bool {
-        matches!(self.state().stage, Stage::Accepting(_))
+    /// Lists the stream among those that the adaptor knows; whether it is.
+    pub(super) fn list(&self) -> bool {
+        let mut state = self.state();
+        state.unlisted = matches!(state.stage, Stage::Accepting(_));
+        !state.unlisted
     }
 
     pub(super) fn acknowledge(&self, received: u64) -> Result<u32, Lie> {
@@ -172,13 +178,13 @@ impl<C: Channels> Entry<C> {
     pub(super) fn unsaid_on(&self, number: LaneNumber) -> u64 {
         let state = self.state();
         let is_there = state.sender.is_some() && state.is_on(number);
-        if is_there { state.stream.received() - state.said } else { 0 }
+        if is_there { state.stream.received() - state.said.received } else { 0 }
     }
 
-    /// Position up to which we have received, which counts as said from now on.
-    pub(super) fn say(&self) -> u64 {
+    /// Our position, with all the credit that we have `granted`; it counts as said from now on.
+    pub(super) fn say(&self, granted: u64) -> Position {
         let mut state = self.state();
-        state.said = state.stream.received();
+        state.said = Position { received: state.stream.received(), granted };
         state.said
     }
 
@@ -260,7 +266,7 @@ pub(super) struct Opened<C: Channels> {
     pub(super) connection: Connection<C>,
     pub(super) receiver: C::Receiver,
     pub(super) sender: C::Sender,
-    pub(super) position: secure_comms_protocol::Position,
+    pub(super) position: Position,
 }
 
 impl<C: Channels> Session<C> {
@@ -268,6 +274,7 @@ impl<C: Channels> Session<C> {
     /// (`claim`) has got a channel for, is closed.
     pub(super) fn attach(&self, entry: &Arc<Entry<C>>, claim: u64, opened: Opened<C>) {
         let Opened { connection, receiver, sender, position } = opened;
+        let is_current = self.numbered(connection.number).is_some();
         let mut state = entry.state();
         if state.forgotten || state.claims != claim || !state.is_detached() {
             drop(state);
@@ -286,15 +293,17 @@ impl<C: Channels> Session<C> {
         let number = connection.number;
         state.epoch += 1;
         state.stage = Stage::Open;
+        // A connection that was replaced since the list brings no channel that lasts.
+        state.unlisted &= !is_current;
         state.sender = Some(Arc::new(sender));
         state.receiver = Some(receiver);
         state.connection = Some(connection);
-        state.said = state.stream.received();
+        let said = state.said.granted;
         state.live = state.stream.all_passed();
         let (live, epoch) = (state.live, state.epoch);
         drop(state);
         self.drop_kept(freed.into());
-        self.0.credits.carry(entry.id, number);
+        self.0.credits.carry(entry.id, number, said);
         self.0.credits.granted_in_all(entry.id, position.granted);
         if !live {
             tokio::spawn(catch_up(entry.clone(), epoch));

@@ -53,7 +53,7 @@ pub enum Lie {
 }
 
 /// The state of one end of a stream.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct StreamState {
     /// Position up to which the other end has received.
     acknowledged: u64,
@@ -73,7 +73,7 @@ pub struct StreamState {
 }
 
 /// Something that is said once, after all messages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 enum Mark {
     /// Not yet.
     #[default]
@@ -152,6 +152,11 @@ impl StreamState {
     pub fn acknowledge(&mut self, received: u64) -> Result<u32, Lie> {
         if received > self.sent {
             return Err(Lie::Beyond { received, sent: self.sent });
+        }
+        if self.got_close {
+            // Nothing is kept that it could be about. (Without this, what was given up would be counted byte by byte as
+            // ends of file.)
+            return Ok(0);
         }
         let mut freed = 0;
         while self.acknowledged < received {

@@ -1,6 +1,8 @@
 //! A link in memory: two ends joined by channels, and tasks that carry credit like the control channel.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod lanes;
+
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex};

@@ -3,16 +3,19 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use russh::client::{self, AuthResult, Handle, Msg};
 use russh::keys::PrivateKeyWithHashAlg;
 use russh::{Channel, ChannelMsg, MethodKind, MethodSet};
-use secure_comms_protocol::limits::{AUTHENTICATE, CONTROL_SUBSYSTEM, TCP_CONNECT};
-use secure_comms_protocol::{Attestation, Kubernetes, Opening, PhaseName, TunnelName};
+use secure_comms_protocol::limits::{AUTHENTICATE, CONTROL_SUBSYSTEM};
+use secure_comms_protocol::{Attestation, Kubernetes, Lane, Opening, PhaseName, TunnelName};
 use secure_comms_ssh::channel::split;
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
 use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_ssh::profile::{self, KeyExchange};
+use secure_comms_tunnel::flow::LaneNumber;
+use secure_comms_tunnel::session::Session;
 use secure_comms_tunnel::{Credits, Outbounds, Receiver, Sender};
 use tokio::net::TcpStream;
 use tokio::sync::OwnedMutexGuard;
@@ -20,7 +23,7 @@ use tokio::time::timeout;
 
 use super::auth_hold::{AuthHold, AuthLock};
 use super::error::{ConnectError, cause};
-use super::handler::{Callbacks, Shared, TransportEnd, lock};
+use super::handler::{Callbacks, Serving, Shared, TransportEnd, lock};
 use super::phase::{AnyHost, ClientPhase};
 use crate::transport::kbs_filter::KbsFilter;
 use secure_comms_keys::{PodPublic, WorkerNodeKey};
@@ -30,6 +33,8 @@ use secure_comms_keys::{PodPublic, WorkerNodeKey};
 pub(crate) struct Dial {
     /// Socket address of the agent.
     pub(crate) address: SocketAddr,
+    /// Timeout of the TCP connect.
+    pub(crate) tcp_timeout: Duration,
     /// The key that the worker node logs in with.
     pub(crate) node_key: WorkerNodeKey,
     /// Bytes in one direction after which the session keys are renewed.
@@ -38,30 +43,36 @@ pub(crate) struct Dial {
     pub(crate) kex: KeyExchange,
     /// What the attempt waits for before it authenticates.
     pub(crate) hold: AuthHold,
+    /// Learns that the TCP handshake is complete.
+    pub(crate) connected: Flag,
     /// Learns of an SSH server at the address.
-    pub(crate) answered: Answered,
+    pub(crate) answered: Flag,
 }
 
-/// Whether an SSH server has answered at an address of the pod.
+/// Something that has happened, such as that an SSH server has answered at an address of the pod.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Answered(Arc<AtomicBool>);
+pub(crate) struct Flag(Arc<AtomicBool>);
 
-impl Answered {
+impl Flag {
     pub(crate) fn get(&self) -> bool {
         self.0.load(Ordering::Relaxed)
+    }
+
+    fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
 /// Records at the end of an attempt, however it ends, whether an SSH server answered.
 struct RecordAnswer<'a> {
     guard: Guard,
-    answered: &'a Answered,
+    answered: &'a Flag,
 }
 
 impl Drop for RecordAnswer<'_> {
     fn drop(&mut self) {
         if self.guard.identified() {
-            self.answered.0.store(true, Ordering::Relaxed);
+            self.answered.set();
         }
     }
 }
@@ -130,6 +141,9 @@ impl<P: ClientPhase> Opener for DirectOpener<P> {
 /// Opens streams to an agent's outbounds in a phase.
 pub(crate) type AgentLink<P> = SshLink<DirectOpener<P>>;
 
+/// Opens the channels of streams in a session with an agent.
+pub(crate) type AgentChannels<P> = AgentLink<P>;
+
 /// Connects in the Attestation phase: neither end is authenticated, unless the agent demands the worker-node key.
 ///
 /// Dropping the future cuts the connection.
@@ -165,10 +179,11 @@ async fn connect_phase<P: ClientPhase>(
     lock: AuthLock,
     outbounds: Arc<Outbounds<P, KbsFilter>>,
 ) -> Result<SshConnection<P>, ConnectError> {
-    let tcp = match timeout(TCP_CONNECT, TcpStream::connect(dial.address)).await {
+    let tcp = match timeout(dial.tcp_timeout, TcpStream::connect(dial.address)).await {
         Ok(tcp) => tcp.map_err(ConnectError::Unreachable)?,
-        Err(_) => return Err(ConnectError::Timeout(TCP_CONNECT.as_secs(), "connecting")),
+        Err(_) => return Err(ConnectError::Timeout(dial.tcp_timeout.as_secs(), "connecting")),
     };
+    dial.connected.set();
     tcp.set_nodelay(true).map_err(ConnectError::Unreachable)?;
     let (socket, guard) = Guarded::new(tcp, Peer::Server);
     let cut = CutOnDrop(guard.clone());
@@ -308,9 +323,17 @@ impl<P: ClientPhase> SshConnection<P> {
         SshLink::new(DirectOpener(Arc::clone(&self.handle)), self.shared.credits.clone())
     }
 
-    /// Serves the agent's streams from now on. In the Kubernetes phase those that come earlier wait.
+    /// Serves the agent's streams from now on, without a session. In the Kubernetes phase those that come earlier wait.
     pub(crate) fn serve_streams(&self) {
-        self.shared.serve_streams();
+        self.shared.serve_streams(Serving::<P>::Alone);
+    }
+
+    /// Makes the connection a lane of the session, and serves the agent's streams there from now on; those that come
+    /// earlier wait.
+    pub(crate) fn join(&self, session: &Session<AgentChannels<P>>, lane: Lane) -> LaneNumber {
+        let number = session.connect(lane, self.link());
+        self.shared.serve_streams(Serving::InSession(session.clone(), number));
+        number
     }
 
     /// Flow control of the connection.

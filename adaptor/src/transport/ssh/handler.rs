@@ -8,13 +8,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use russh::client::{self, ChannelOpenHandle, DisconnectReason, Handler, Msg};
 use russh::keys::{HashAlg, PublicKeyOrCertificate};
 use russh::{Channel, ChannelId, ChannelOpenFailure};
-use secure_comms_protocol::{PhaseName, Refusal, RefusalReason, TunnelName};
+use secure_comms_protocol::{Opening, PhaseName, Refusal, RefusalReason, TunnelName};
 use secure_comms_ssh::channel::PendingChannel;
-use secure_comms_tunnel::flow::Side;
+use secure_comms_tunnel::flow::{LaneNumber, Side};
 use secure_comms_tunnel::outbound::{self, Admitted};
+use secure_comms_tunnel::session::{IncomingStream, Session};
 use secure_comms_tunnel::{Credits, Incoming, Outbounds};
 use tokio::sync::watch;
 
+use super::client::AgentChannels;
 use super::error::{ConnectError, cause};
 use super::phase::ClientPhase;
 use crate::text::quote;
@@ -50,8 +52,17 @@ pub(super) struct Shared<P: ClientPhase> {
     banner: Mutex<Option<String>>,
     pub(super) wrong_key: Mutex<Option<String>>,
     end: watch::Sender<Option<TransportEnd>>,
-    /// Whether the agent's streams are served. Those that come earlier wait.
-    serving: watch::Sender<bool>,
+    /// How the agent's streams are served. Those that come earlier wait.
+    serving: watch::Sender<Option<Serving<P>>>,
+}
+
+/// How the agent's streams on a connection are served.
+#[derive(Clone)]
+pub(super) enum Serving<P: ClientPhase> {
+    /// They end with the connection.
+    Alone,
+    /// In a session, in which the connection has this number.
+    InSession(Session<AgentChannels<P>>, LaneNumber),
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -75,7 +86,7 @@ impl<P: ClientPhase> Shared<P> {
             wrong_key: Mutex::default(),
             end: watch::Sender::new(None),
             // An agent in the Attestation phase has nothing to prove.
-            serving: watch::Sender::new(P::NAME == PhaseName::Attestation),
+            serving: watch::Sender::new((P::NAME == PhaseName::Attestation).then_some(Serving::<P>::Alone)),
         })
     }
 
@@ -90,16 +101,16 @@ impl<P: ClientPhase> Shared<P> {
     }
 
     /// Serves the agent's streams from now on, and those that wait.
-    pub(super) fn serve_streams(&self) {
-        self.serving.send_replace(true);
+    pub(super) fn serve_streams(&self, how: Serving<P>) {
+        self.serving.send_replace(Some(how));
     }
 
-    /// Waits until the agent's streams are served; false if the connection ends before.
-    async fn until_serving(&self) -> bool {
+    /// Waits until the agent's streams are served; none if the connection ends before.
+    async fn serving(&self) -> Option<Serving<P>> {
         let mut serving = self.serving.subscribe();
         tokio::select! {
-            serving = serving.wait_for(|serving| *serving) => serving.is_ok(),
-            () = self.credits.gone() => false,
+            serving = serving.wait_for(Option::is_some) => serving.ok().and_then(|serving| serving.clone()),
+            () = self.credits.gone() => None,
         }
     }
 
@@ -132,8 +143,8 @@ impl<P: ClientPhase> Shared<P> {
         ConnectError::Refused { phase: P::NAME, banner: lock(&self.banner).clone() }
     }
 
-    /// Admits a stream of the agent: with a permit, and a place among the connection's streams.
-    fn admit(&self, name: &str) -> Result<Admitted<P, KbsFilter>, Refusal> {
+    /// Admits a stream of the agent: with a permit, and a place among the streams of the connection or session.
+    fn admit(&self, name: &str, streams: &Credits) -> Result<Admitted<P, KbsFilter>, Refusal> {
         let refusal = |reason| Refusal::new(name, P::NAME, &reason);
         if !name.parse().is_ok_and(|name| lock(&self.requested).contains(&name)) {
             return Err(refusal(RefusalReason::NotRequested));
@@ -142,22 +153,51 @@ impl<P: ClientPhase> Shared<P> {
         if let Some(filter) = permit.interceptor_mut() {
             filter.set_peer(self.address);
         }
-        permit.admit(&self.credits)
+        permit.admit(streams)
     }
 
     /// Serves a stream of the agent in a task of its own, because the caller is russh's session loop.
-    fn serve_stream(self: Arc<Self>, name: &str, id: u32, pending: PendingChannel<Msg>) {
-        match self.admit(name) {
+    fn serve_stream(self: Arc<Self>, name: &str, id: u32, opening: Opening, pending: PendingChannel<Msg>) {
+        // Also in a session: its place on the connection limits those that wait.
+        match self.admit(name, &self.credits) {
             Ok(admitted) => {
+                let name = name.to_owned();
                 tokio::spawn(async move {
-                    if self.until_serving().await {
-                        outbound::serve(admitted, id, pending).await;
+                    match self.serving().await {
+                        None => {}
+                        Some(Serving::Alone) => outbound::serve(admitted, id, pending).await,
+                        Some(Serving::InSession(session, number)) => {
+                            drop(admitted);
+                            self.serve_in_session(&session, number, (&name, id, opening), pending).await;
+                        }
                     }
                 });
             }
             Err(refusal) => {
                 self.log_refusal("refused the agent", &refusal.reason);
                 tokio::spawn(pending.refuse(refusal));
+            }
+        }
+    }
+
+    /// Serves a new stream, and lets one that the session knows go on.
+    async fn serve_in_session(
+        &self,
+        session: &Session<AgentChannels<P>>,
+        number: LaneNumber,
+        (name, id, opening): (&str, u32, Opening),
+        pending: PendingChannel<Msg>,
+    ) {
+        // It was admitted, so it is a name.
+        let Ok(tunnel) = name.parse() else { return };
+        let IncomingStream::New(stream) = session.incoming(number, &tunnel, id, opening, pending) else {
+            return;
+        };
+        match self.admit(name, session.credits()) {
+            Ok(admitted) => outbound::serve(admitted, id, stream).await,
+            Err(refusal) => {
+                self.log_refusal("refused the agent", &refusal.reason);
+                stream.refuse(refusal).await;
             }
         }
     }
@@ -216,13 +256,14 @@ impl<P: ClientPhase> Handler for Callbacks<P> {
         channel: Channel<Msg>,
         connected_address: &str,
         _: u32,
-        _: &str,
+        originator_address: &str,
         originator_port: u32,
         reply: ChannelOpenHandle,
         _: &mut client::Session,
     ) -> Result<(), russh::Error> {
-        let pending = PendingChannel::new(channel, reply);
-        self.0.clone().serve_stream(connected_address, originator_port, pending);
+        let (opening, pending) =
+            (Opening::from_originator(originator_address), PendingChannel::new(channel, reply));
+        self.0.clone().serve_stream(connected_address, originator_port, opening, pending);
         Ok(())
     }
 

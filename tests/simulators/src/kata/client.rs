@@ -63,6 +63,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> EchoSession<S> {
         Ok(start.elapsed())
     }
 
+    /// The two directions, to be used by themselves.
+    pub fn into_halves(self) -> (ReadHalf<S>, WriteHalf<S>) {
+        (self.read, self.write)
+    }
+
     /// Waits until the other side ends, without another byte.
     ///
     /// # Errors

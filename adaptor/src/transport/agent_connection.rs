@@ -1,26 +1,35 @@
-//! A session: an authenticated connection on which both ends have exchanged hellos over the control channel.
+//! An authenticated connection to the agent, on which both ends have exchanged hellos over the control channel.
 
 mod tunnels;
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_keys::text::one_line;
 use secure_comms_protocol::Hello;
-use secure_comms_protocol::control::{Bye, LogLine};
-use secure_comms_protocol::limits::{HELLO, LOG_BATCH, LOG_KEPT, LOG_TEXT_MAX, UPGRADE_DRAIN};
-use secure_comms_protocol::{Attestation, Control, KeyProgress, Phase, PhaseName, PodId, TunnelName};
+use secure_comms_protocol::control::{Bye, LogLine, SessionReply};
+use secure_comms_protocol::limits::{
+    HELLO, LOG_BATCH, LOG_KEPT, LOG_TEXT_MAX, SESSIONS_VERSION, UPGRADE_DRAIN,
+};
+use secure_comms_protocol::{
+    Attestation, Control, KeyProgress, Lane, Phase, PhaseName, PodId, SessionId, TunnelName,
+};
 use secure_comms_ssh::control::{self, ControlEnd, Outbox};
 use secure_comms_ssh::guard::Guard;
+use secure_comms_tunnel::flow::LaneNumber;
+use secure_comms_tunnel::session::Session;
 use secure_comms_tunnel::{Credits, Receiver, Sender};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::AbortHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 pub(crate) use self::tunnels::Tunnels;
 use self::tunnels::mismatches;
 use crate::text::quote;
-use crate::transport::ssh::{AgentLink, ClientPhase, ConnectError, SshConnection, TransportEnd};
+use crate::transport::ssh::{
+    AgentChannels, AgentLink, ClientPhase, ConnectError, SshConnection, TransportEnd,
+};
 
 /// Lines of the agent's log that may wait until they are shown.
 const LOG_QUEUE: usize = LOG_KEPT + LOG_BATCH;
@@ -28,24 +37,71 @@ const LOG_QUEUE: usize = LOG_KEPT + LOG_BATCH;
 /// Longest name of a level, in bytes.
 const LEVEL_MAX: usize = 20;
 
-/// Why a session ended, as one line.
+/// Why a connection ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct SessionEnd(String);
+pub(crate) struct ConnectionEnd {
+    /// One line.
+    why: String,
+    pub(crate) cause: EndCause,
+}
 
-impl fmt::Display for SessionEnd {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+/// What ended a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum EndCause {
+    /// The network, or the loss of the agent's process.
+    Broken,
+    /// The agent: it may end the next connection, too.
+    Agent,
+    /// The agent, and with the connection its session.
+    AgentWithSession,
+}
+
+impl ConnectionEnd {
+    fn new(cause: EndCause, why: impl Into<String>) -> Self {
+        Self { why: why.into(), cause }
+    }
+
+    /// The end, as an error of connecting.
+    fn during(self, step: &'static str) -> ConnectError {
+        match self.cause {
+            EndCause::Broken => ConnectError::Protocol(step, self.why),
+            EndCause::Agent | EndCause::AgentWithSession => ConnectError::Dismissed(step, self.why),
+        }
     }
 }
 
-impl From<TransportEnd> for SessionEnd {
-    fn from(end: TransportEnd) -> Self {
-        Self(match end {
-            TransportEnd::Refused => "the agent refused the connection".into(),
-            TransportEnd::Disconnected(why) => format!("the agent disconnected: {why}"),
-            TransportEnd::Broken(why) => why,
-        })
+impl fmt::Display for ConnectionEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.why)
     }
+}
+
+impl From<TransportEnd> for ConnectionEnd {
+    fn from(end: TransportEnd) -> Self {
+        match end {
+            TransportEnd::Refused => Self::new(EndCause::Agent, "the agent refused the connection"),
+            TransportEnd::Disconnected(why) => {
+                Self::new(EndCause::Agent, format!("the agent disconnected: {why}"))
+            }
+            TransportEnd::Broken(why) => Self::new(EndCause::Broken, why),
+        }
+    }
+}
+
+/// What a connection is to be in a session: part of its hello.
+#[derive(Clone, Debug)]
+pub(crate) struct Joining {
+    pub(crate) lane: Lane,
+    /// None for a new session.
+    pub(crate) session: Option<SessionId>,
+}
+
+/// The session that a connection belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Joined {
+    pub(crate) id: SessionId,
+    /// Whether it is the one that the hello named.
+    pub(crate) resumed: bool,
 }
 
 /// What the agent's control messages have reported. A later message replaces an earlier one, so that any number of
@@ -55,32 +111,36 @@ struct PeerState {
     hello: Option<Hello>,
     keys: Option<KeyProgress>,
     upgrade: bool,
-    end: Option<SessionEnd>,
-    /// The streams that were open when the session ended.
+    session: Option<SessionReply>,
+    end: Option<ConnectionEnd>,
+    /// The streams that were open when the connection ended.
     lost_streams: usize,
 }
 
-/// An established session. Dropping it cuts the connection, and ends its streams and its control task.
+/// An established connection. Dropping it cuts the connection, and ends its streams and its control task.
 #[derive(Debug)]
-pub(crate) struct Session<P: ClientPhase> {
+pub(crate) struct AgentConnection<P: ClientPhase> {
     connection: SshConnection<P>,
     outbox: Outbox,
     peer: watch::Receiver<PeerState>,
     agent: Hello,
+    joined: Option<Joined>,
+    lane_wanted: Arc<Notify>,
     tunnel_mismatches: Option<String>,
     last_keys: Option<KeyProgress>,
     log: Option<mpsc::Receiver<LogLine>>,
     control: AbortHandle,
 }
 
-impl<P: ClientPhase> Drop for Session<P> {
+impl<P: ClientPhase> Drop for AgentConnection<P> {
     fn drop(&mut self) {
         self.control.abort();
     }
 }
 
-impl<P: ClientPhase> Session<P> {
-    /// Opens the control channel, requests the forwards, and exchanges hellos within `HELLO` (5 s).
+impl<P: ClientPhase> AgentConnection<P> {
+    /// Opens the control channel, requests the forwards, and exchanges hellos within `HELLO` (5 s). With `joining`, the
+    /// connection becomes a lane of a session, if the agent knows sessions.
     ///
     /// Dropping the future cuts the connection.
     ///
@@ -90,17 +150,32 @@ impl<P: ClientPhase> Session<P> {
         connection: SshConnection<P>,
         pod: &PodId,
         tunnels: &Tunnels<P>,
+        joining: Option<&Joining>,
     ) -> Result<Self, ConnectError> {
-        match timeout(HELLO, Self::exchange(connection, pod, tunnels)).await {
-            Ok(session) => session,
-            Err(_) => Err(ConnectError::Timeout(HELLO.as_secs(), "waiting for the agent's hello")),
+        let deadline = Instant::now() + HELLO;
+        let exchanged = timeout_at(deadline, Self::exchange(connection, pod, tunnels, joining)).await;
+        let late = |_| ConnectError::Timeout(HELLO.as_secs(), "waiting for the agent's hello");
+        let mut connection = exchanged.map_err(late)??;
+        let knows_sessions =
+            connection.agent.version >= SESSIONS_VERSION && connection.agent.credit.is_some();
+        if let Some(joining) = joining.filter(|_| knows_sessions) {
+            match (timeout_at(deadline, connection.joined()).await, &joining.session) {
+                (Ok(joined), _) => connection.joined = Some(joined?),
+                // An agent that says none in time has none.
+                (Err(_), None) => {}
+                (Err(_), Some(_)) => {
+                    return Err(ConnectError::Timeout(HELLO.as_secs(), "waiting for the agent's session"));
+                }
+            }
         }
+        Ok(connection)
     }
 
     async fn exchange(
         connection: SshConnection<P>,
         pod: &PodId,
         tunnels: &Tunnels<P>,
+        joining: Option<&Joining>,
     ) -> Result<Self, ConnectError> {
         // The forward requests go out with the control channel's, and cost no round trip of their own.
         let (channel, refused) =
@@ -108,23 +183,31 @@ impl<P: ClientPhase> Session<P> {
         let (receiver, sender) = channel?;
         let outbox = Outbox::default();
         let credits = connection.credits().clone();
-        let ours = tunnels.hello(pod, credits.initial());
+        let ours = Hello {
+            lane: joining.map(|joining| joining.lane.to_string()),
+            session: joining.and_then(|joining| joining.session.as_ref()).map(ToString::to_string),
+            ..tunnels.hello(pod, credits.initial())
+        };
         outbox.send(Control::Hello(ours.clone()));
         let (state, mut peer) = watch::channel(PeerState::default());
         let ended = connection.ended();
         let (log_sender, log) = mpsc::channel(LOG_QUEUE);
+        let lane_wanted = Arc::<Notify>::default();
         let reports = Reports {
             state,
+            lane_wanted: Arc::clone(&lane_wanted),
             // An unproven agent sends none, and may not make us log.
             log: (P::NAME == PhaseName::Kubernetes).then_some(log_sender),
         };
         let control = ControlTask { receiver, sender, credits, outbox: outbox.clone(), ended, reports };
         let control = tokio::spawn(control.run()).abort_handle();
-        let mut session = Self {
+        let mut connection = Self {
             connection,
             outbox,
             peer: peer.clone(),
             agent: Hello::default(),
+            joined: None,
+            lane_wanted,
             tunnel_mismatches: None,
             last_keys: None,
             log: Some(log),
@@ -132,9 +215,38 @@ impl<P: ClientPhase> Session<P> {
         };
         let first = peer.wait_for(|state| state.hello.is_some() || state.end.is_some()).await;
         let first = first.map(|state| state.clone()).unwrap_or_default();
-        session.agent = checked_hello::<P>(first)?;
-        session.tunnel_mismatches = mismatches::<P>(&ours, &session.agent, &refused?);
-        Ok(session)
+        connection.agent = checked_hello::<P>(first)?;
+        connection.tunnel_mismatches = mismatches::<P>(&ours, &connection.agent, &refused?);
+        Ok(connection)
+    }
+
+    /// Waits for the session that the agent names.
+    async fn joined(&mut self) -> Result<Joined, ConnectError> {
+        let said = self.peer.wait_for(|state| state.session.is_some() || state.end.is_some()).await;
+        let said = said.map(|state| state.clone()).unwrap_or_default();
+        let fault = |why| ConnectError::Protocol("join a session", why);
+        match said.session {
+            Some(SessionReply { id, resumed }) => match id.parse() {
+                Ok(id) => Ok(Joined { id, resumed }),
+                Err(error) => Err(fault(format!("the agent named '{}': {error}", quote(&id)))),
+            },
+            None => Err(said.end.unwrap_or_else(gone).during("join a session")),
+        }
+    }
+
+    /// The session that the connection belongs to; none if the agent knows no sessions.
+    pub(crate) fn session(&self) -> Option<&Joined> {
+        self.joined.as_ref()
+    }
+
+    /// Waits until the agent wants lane `data`. Cancellation safe.
+    pub(crate) async fn lane_wanted(&self) {
+        self.lane_wanted.notified().await;
+    }
+
+    /// Sends a control message.
+    pub(crate) fn say(&self, message: Control) {
+        self.outbox.send(message);
     }
 
     /// Opens streams to the agent's outbounds.
@@ -145,6 +257,13 @@ impl<P: ClientPhase> Session<P> {
     /// Serves the agent's streams from now on. In the Kubernetes phase those that come earlier wait.
     pub(crate) fn serve_streams(&self) {
         self.connection.serve_streams();
+    }
+
+    /// Makes the connection a lane of the session, and serves the agent's streams there from now on.
+    pub(crate) fn join(&self, session: &Session<AgentChannels<P>>, lane: Lane) -> LaneNumber {
+        let number = self.connection.join(session, lane);
+        self.outbox.join(session.clone(), number);
+        number
     }
 
     /// The agent's hello.
@@ -171,31 +290,49 @@ impl<P: ClientPhase> Session<P> {
         self.log.take()
     }
 
-    /// Waits until no stream is open.
-    pub(crate) async fn idle(&self) {
-        self.connection.credits().idle().await;
+    /// Flow control of the streams that are in no session.
+    pub(crate) fn credits(&self) -> &Credits {
+        self.connection.credits()
     }
 
-    /// The number of open streams; after the end of the session, of those that were open then.
+    /// The number of open streams; after the end of the connection, of those that were open then.
     pub(crate) fn open_streams(&self) -> usize {
         let peer = self.peer.borrow();
         if peer.end.is_some() { peer.lost_streams } else { self.connection.credits().open_streams() }
     }
 
-    /// Waits for the end of the session.
-    pub(crate) async fn ended(&mut self) -> SessionEnd {
-        let end = self.peer.wait_for(|state| state.end.is_some()).await;
-        end.ok().and_then(|state| state.end.clone()).unwrap_or_else(gone)
+    /// Waits for the end of the connection.
+    pub(crate) fn ended(&self) -> impl Future<Output = ConnectionEnd> + Send + use<P> {
+        let mut peer = self.peer.clone();
+        async move {
+            let end = peer.wait_for(|state| state.end.is_some()).await;
+            end.ok().and_then(|state| state.end.clone()).unwrap_or_else(gone)
+        }
     }
 
-    /// Sends a bye with the reason, and waits for the agent to end the connection, for at most [`CLOSE_TIMEOUT`].
-    pub(crate) async fn close(mut self, reason: &str) {
-        self.outbox.bye(reason);
+    /// Sends a bye with the reason, and waits for the agent to end the connection, for at most [`CLOSE_TIMEOUT`]. The
+    /// session of the connection, if any, goes on.
+    pub(crate) async fn close(self, reason: &str) {
+        self.say_bye(reason, false).await;
+    }
+
+    /// As [`Self::close`], and ends the session of the connection.
+    pub(crate) async fn close_with_session(self, reason: &str) {
+        self.say_bye(reason, true).await;
+    }
+
+    async fn say_bye(self, reason: &str, ends_session: bool) {
+        if ends_session {
+            self.outbox.bye_session(reason)
+        } else {
+            self.outbox.bye(reason)
+        }
+        // An agent that does not end it is cut.
         drop(timeout(CLOSE_TIMEOUT, self.ended()).await);
     }
 }
 
-/// Evidence that the agent at the other end of a session answers.
+/// Evidence that the agent at the other end of a connection answers.
 #[derive(Debug)]
 pub(crate) struct Liveness {
     outbox: Outbox,
@@ -223,18 +360,18 @@ impl Liveness {
 /// The time that an agent gets to end a connection after a bye.
 const CLOSE_TIMEOUT: Duration = UPGRADE_DRAIN;
 
-/// What a session in the Attestation phase reports.
+/// What a connection in the Attestation phase reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum AttestationEvent {
     /// An attempt of the agent to get its keys ended.
     Keys(KeyProgress),
     /// The agent has its keys, and expects a connection in the Kubernetes phase.
     Upgrade,
-    /// The session ended.
-    Ended(SessionEnd),
+    /// The connection ended.
+    Ended(ConnectionEnd),
 }
 
-impl Session<Attestation> {
+impl AgentConnection<Attestation> {
     /// Waits for the next event. Dropping the future loses no event.
     pub(crate) async fn next_event(&mut self) -> AttestationEvent {
         loop {
@@ -257,8 +394,8 @@ impl Session<Attestation> {
     }
 }
 
-fn gone() -> SessionEnd {
-    SessionEnd("the connection is gone".into())
+fn gone() -> ConnectionEnd {
+    ConnectionEnd::new(EndCause::Broken, "the connection is gone")
 }
 
 /// Runs the control channel, and records what it reports and how it ends.
@@ -275,6 +412,7 @@ struct ControlTask<R, S, E> {
 /// Where the agent's messages go.
 struct Reports {
     state: watch::Sender<PeerState>,
+    lane_wanted: Arc<Notify>,
     /// None if the agent may send no lines of its log.
     log: Option<mpsc::Sender<LogLine>>,
 }
@@ -289,15 +427,14 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
             biased;
             end = &mut ended => (end.into(), None),
             end = control::run(&mut receiver, &sender, &credits, &outbox, on_message) => match end {
-                ControlEnd::Bye(bye) => {
-                    (SessionEnd(format!("the agent said bye: {}", quote(&bye.reason))), None)
-                }
-                ControlEnd::Closed => (SessionEnd(end.to_string()), None),
-                fault => (SessionEnd(quote(&fault.to_string())), Some(quote(&fault.to_string()))),
+                ControlEnd::Bye(bye) => (said_bye(&bye), None),
+                ControlEnd::Closed => (ConnectionEnd::new(EndCause::Broken, end.to_string()), None),
+                ControlEnd::Silent => (ConnectionEnd::new(EndCause::Broken, end.to_string()), Some(end.to_string())),
+                fault => (ConnectionEnd::new(EndCause::Agent, quote(&fault.to_string())), Some(quote(&fault.to_string()))),
             },
             () = credits.gone() => (
-                SessionEnd("the agent sent more than it was granted".into()),
-                Some("the agent sent more than it was granted".into()),
+                ConnectionEnd::new(EndCause::Agent, OVERRUN),
+                Some(OVERRUN.to_owned()),
             ),
         };
         let lost_streams = credits.open_streams();
@@ -308,6 +445,13 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
         }
         reports.state.send_modify(|state| (state.end, state.lost_streams) = (Some(end), lost_streams));
     }
+}
+
+const OVERRUN: &str = "the agent sent more than it was granted";
+
+fn said_bye(bye: &Bye) -> ConnectionEnd {
+    let cause = if bye.ends_session { EndCause::AgentWithSession } else { EndCause::Agent };
+    ConnectionEnd::new(cause, format!("the agent said bye: {}", quote(&bye.reason)))
 }
 
 /// Sends a bye on a control channel that is not run any more.
@@ -336,11 +480,17 @@ impl Reports {
                     }
                     return false;
                 }
+                // As with the hello.
+                Control::Session(session) => _ = state.session.get_or_insert(session),
+                Control::Lane(wanted) => {
+                    if Lane::from_name(&wanted.name) == Some(Lane::Data) {
+                        self.lane_wanted.notify_one();
+                    }
+                    return false;
+                }
                 Control::Credit(_)
                 | Control::Position(_)
-                | Control::Session(_)
                 | Control::Streams(_)
-                | Control::Lane(_)
                 | Control::Ping(_)
                 | Control::Pong(_)
                 | Control::Bye(_) => return false,
@@ -363,7 +513,7 @@ fn checked_hello<P: Phase>(state: PeerState) -> Result<Hello, ConnectError> {
             P::NAME.user()
         ))),
         (Some(hello), _) => Ok(Hello { instance: hello.instance.as_deref().map(quote), ..hello }),
-        (None, end) => Err(fault(end.unwrap_or_else(gone).0)),
+        (None, end) => Err(end.unwrap_or_else(gone).during("exchange hellos")),
     }
 }
 

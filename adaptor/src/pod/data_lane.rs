@@ -1,0 +1,255 @@
+//! The data lane of a session: all tunnels but the kata agent's, on a connection of their own, so that their bytes never
+//! stand before a request of the runtime.
+//!
+//! The lane is connected when a stream wants it, to where the main lane is, and closed when it was idle for a while. It
+//! has a failover of its own. Streams that wait for it go on over the main lane if it can't be had.
+
+use std::convert::Infallible;
+use std::future::{pending, ready};
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use secure_comms_protocol::control::KnownStreams;
+use secure_comms_protocol::{Control, Kubernetes, Lane};
+use secure_comms_tunnel::Backoff;
+use secure_comms_tunnel::flow::LaneNumber;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, interval, sleep};
+
+use super::failover::{LaneEnd, await_lane_end, failover_reason};
+use super::plan::Plan;
+use super::redial::Redial;
+use super::session::AgentSession;
+use super::status::StatusReporter;
+use crate::transport::agent_connection::{AgentConnection, EndCause, Joined, Joining};
+
+/// The time of failed attempts after which streams that wait for the lane go on over the main one.
+const FALL_BACK: Duration = Duration::from_secs(3);
+/// The time without a stream after which the lane is closed.
+const IDLE: Duration = Duration::from_secs(60);
+/// The interval at which it is checked.
+const IDLE_CHECK: Duration = Duration::from_secs(5);
+
+/// The connection of the main lane.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MainLane {
+    pub(super) address: SocketAddr,
+    pub(super) number: LaneNumber,
+    /// The shortest round trip seen.
+    pub(super) round_trip: Duration,
+}
+
+/// The task of the lane.
+pub(super) struct DataLane {
+    plan: Plan,
+    session: AgentSession,
+    /// None while the main lane is not connected.
+    main: watch::Receiver<Option<MainLane>>,
+    wanted: Arc<Notify>,
+    status: StatusReporter,
+    backoff: Backoff,
+}
+
+/// How a connection of the lane ended.
+enum End {
+    Idle(LaneNumber),
+    Lost,
+    Replaced(SocketAddr, AgentConnection<Kubernetes>),
+}
+
+impl DataLane {
+    pub(super) fn new(
+        plan: Plan,
+        session: AgentSession,
+        main: watch::Receiver<Option<MainLane>>,
+        status: StatusReporter,
+    ) -> Self {
+        Self { plan, session, main, wanted: Arc::default(), status, backoff: Backoff::default() }
+    }
+
+    /// Wakes the lane because the agent wants it.
+    pub(super) fn wanted(&self) -> Arc<Notify> {
+        Arc::clone(&self.wanted)
+    }
+
+    /// Never returns; dropping the future cuts the lane.
+    pub(super) async fn run(mut self) -> Infallible {
+        loop {
+            tokio::select! {
+                _ = self.session.lane_wanted() => {}
+                () = self.wanted.notified() => {}
+            }
+            self.serve().await;
+        }
+    }
+
+    /// Serves the lane until no stream needs it.
+    async fn serve(&mut self) {
+        let (mut replacement, mut cut) = (None, None);
+        loop {
+            let (address, connection) = match replacement.take() {
+                Some(connected) => connected,
+                None => self.connect().await,
+            };
+            if let Some(why) = self.fault(&connection) {
+                tracing::debug!("pod {}: lane data: {why}", self.plan.id);
+                connection.close(&why).await;
+                self.backoff.pause().await;
+                if self.session.streams_of(Lane::Data) == 0 {
+                    return;
+                }
+                continue;
+            }
+            let since = Instant::now();
+            let end = self.serve_connection(address, &connection, cut).await;
+            let heard = Instant::now() - connection.liveness().unanswered().unwrap_or_default();
+            self.status.lane(Lane::Data, false);
+            match end {
+                End::Idle(number) => {
+                    self.session.disconnect(number);
+                    connection.close("no stream needs the lane").await;
+                    // One may have got onto the lane at the last moment.
+                    if self.session.streams_of(Lane::Data) == 0 {
+                        return;
+                    }
+                }
+                End::Lost if since.elapsed() < FALL_BACK => self.backoff.pause().await,
+                End::Lost => self.backoff.reset(),
+                End::Replaced(address, connection) => replacement = Some((address, connection)),
+            }
+            cut = Some(heard);
+        }
+    }
+
+    /// Why a new connection can't be the lane.
+    fn fault(&self, connection: &AgentConnection<Kubernetes>) -> Option<String> {
+        if connection.session() != Some(&Joined { id: self.session.id().clone(), resumed: true }) {
+            return Some("this is another session".to_owned());
+        }
+        self.plan.expected.check(connection.agent()).err().map(|unexpected| unexpected.to_string())
+    }
+
+    fn redial(&self, to: MainLane) -> Redial {
+        let joining = Joining { lane: Lane::Data, session: Some(self.session.id().clone()) };
+        Redial::new(self.plan.at(to.address), joining, to.address, to.round_trip)
+    }
+
+    /// Connects to where the main lane is.
+    async fn connect(&self) -> (SocketAddr, AgentConnection<Kubernetes>) {
+        let (mut main, mut fall_back) = (self.main.clone(), pin!(self.fall_back()));
+        loop {
+            let Some(to) = main.wait_for(Option::is_some).await.ok().and_then(|main| *main) else {
+                // The session is over, and drops this future.
+                return pending().await;
+            };
+            let redial = self.redial(to);
+            tokio::select! {
+                connected = redial.connect() => return connected,
+                () = until_elsewhere(&mut main, to.address) => {}
+                never = &mut fall_back => match never {},
+            }
+        }
+    }
+
+    /// Lets the streams that wait for the lane go on over the main one, after a while in which that is connected.
+    async fn fall_back(&self) -> Infallible {
+        let mut main = self.main.clone();
+        loop {
+            let on = *main.borrow_and_update();
+            if let Some(on) = on {
+                tokio::select! {
+                    Ok(()) = main.changed() => continue,
+                    () = sleep(FALL_BACK) => {}
+                }
+                let streams = self.session.resume(Lane::Data, on.number).await;
+                if streams > 0 {
+                    let pod = &self.plan.id;
+                    tracing::warn!(
+                        "pod {pod}: lane data: no connection; {streams} streams go on over lane main"
+                    );
+                }
+            }
+            if main.changed().await.is_err() {
+                // The session is over, and drops this future.
+                return pending().await;
+            }
+        }
+    }
+
+    async fn serve_connection(
+        &self,
+        address: SocketAddr,
+        connection: &AgentConnection<Kubernetes>,
+        cut: Option<Instant>,
+    ) -> End {
+        let (session, id) = (&self.session, &self.plan.id);
+        let number = connection.join(session, Lane::Data);
+        self.status.lane(Lane::Data, true);
+        connection.say(Control::Streams(KnownStreams { known: session.known() }));
+        // The streams that wanted the lane have it.
+        tokio::select! {
+            biased;
+            _ = session.lane_wanted() => {}
+            () = self.wanted.notified() => {}
+            () = ready(()) => {}
+        }
+        let resume = async {
+            let streams = session.resume(Lane::Data, number).await;
+            if let Some(cut) = cut.filter(|_| streams > 0) {
+                let after = cut.elapsed().as_secs_f32();
+                tracing::info!(
+                    "pod {id}: lane data: connected again after {after:.1} s; {streams} streams go on"
+                );
+            }
+            pending::<Infallible>().await
+        };
+        let (mut main, round_trip) = (self.main.clone(), connection.liveness().round_trip());
+        let (mut resume, mut idle) = (pin!(resume), pin!(until_idle(session)));
+        let mut to = MainLane { address, number, round_trip };
+        loop {
+            to = main.borrow_and_update().unwrap_or(to);
+            let is_used = || session.streams_of(Lane::Data) > 0;
+            tokio::select! {
+                never = &mut resume => match never {},
+                () = &mut idle => return End::Idle(number),
+                end = await_lane_end(connection, is_used, || self.redial(to)) => match end {
+                    LaneEnd::Lost(end) => {
+                        if end.cause == EndCause::AgentWithSession {
+                            session.end(&end.to_string());
+                        }
+                        tracing::warn!("pod {id}: lane data: {end}");
+                        return End::Lost;
+                    }
+                    LaneEnd::Replaced(next, connection) => {
+                        tracing::warn!("pod {id}: lane data: {}", failover_reason(address, next));
+                        return End::Replaced(next, connection);
+                    }
+                },
+                // The failover goes to where the main lane is.
+                () = until_elsewhere(&mut main, to.address) => {}
+            }
+        }
+    }
+}
+
+/// Waits until the main lane is connected to another address.
+async fn until_elsewhere(main: &mut watch::Receiver<Option<MainLane>>, address: SocketAddr) {
+    let is_elsewhere = |main: &Option<MainLane>| main.is_some_and(|main| main.address != address);
+    if main.wait_for(is_elsewhere).await.is_err() {
+        // The session is over, and drops this future.
+        pending().await
+    }
+}
+
+/// Waits until no stream has used the lane for a while.
+async fn until_idle(session: &AgentSession) {
+    let (mut checks, mut used) = (interval(IDLE_CHECK), Instant::now());
+    while used.elapsed() < IDLE {
+        checks.tick().await;
+        if session.streams_of(Lane::Data) > 0 {
+            used = Instant::now();
+        }
+    }
+}
