@@ -256,7 +256,7 @@ impl<C: Channels> State<C> {
     fn next_pass(&mut self) -> Option<Pass<C>> {
         let (sender, connection) = (self.sender.clone()?, self.connection.as_ref()?);
         let channels = connection.channels.clone();
-        let transmit = self.stream.next()?;
+        let transmit = self.stream.next_transmit()?;
         Some(Pass { transmit, sender, channels })
     }
 }

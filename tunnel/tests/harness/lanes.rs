@@ -72,7 +72,9 @@ impl Wire {
                         () = sleep_until(when) => (parcel.0)(),
                     }
                     if count.arrived.fetch_add(1, SeqCst) + 1 == count.cut_arrived.load(SeqCst) {
-                        dead.iter().for_each(|dead| drop(dead.send_replace(true)));
+                        for dead in &dead {
+                            dead.send_replace(true);
+                        }
                     }
                 }
             });
