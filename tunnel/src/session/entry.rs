@@ -202,6 +202,18 @@ impl<C: Channels> Entry<C> {
         kept
     }
 
+    /// The close that the channel is to carry if the relay leaves without one; none if it has it.
+    pub(super) fn hang_up(&self) -> Option<Pass<C>> {
+        let mut state = self.state();
+        state.stream.close();
+        while let Some(pass) = state.next_pass() {
+            if pass.transmit == Transmit::Close {
+                return Some(pass);
+            }
+        }
+        None
+    }
+
     /// The other end does not know the stream any more: it is over.
     pub(super) fn over(&self) -> u32 {
         let freed = self.state().stream.on_close();
