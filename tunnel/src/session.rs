@@ -15,9 +15,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use secure_comms_protocol::control::StreamPosition;
 use secure_comms_protocol::limits::{CreditLimits, LANE_WAIT, MESSAGE_MAX};
 use secure_comms_protocol::{Lane, Opening, SessionId, TunnelName};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
+use self::barrier::Barrier;
 use self::entry::Entry;
 pub use self::halves::{SessionReceiver, SessionSender};
 pub use self::incoming::{IncomingStream, NewStream};
@@ -25,6 +26,7 @@ pub use self::open::SessionLink;
 use crate::flow::{Credits, LaneNumber, PeerFlow, Side};
 use crate::link::{Incoming, Receiver, Sender};
 
+mod barrier;
 mod entry;
 mod halves;
 mod incoming;
@@ -72,11 +74,13 @@ pub(crate) struct Connection<C> {
     channels: C,
     /// The connections of other lanes that there were when it was made.
     others: Arc<[LaneNumber]>,
+    barrier: Arc<Barrier>,
 }
 
 impl<C: Clone> Clone for Connection<C> {
     fn clone(&self) -> Self {
-        Self { channels: self.channels.clone(), others: self.others.clone(), ..*self }
+        let (others, barrier) = (self.others.clone(), self.barrier.clone());
+        Self { channels: self.channels.clone(), others, barrier, ..*self }
     }
 }
 
@@ -158,7 +162,8 @@ impl<C: Channels> Session<C> {
         self.0.credits.add_lane(number);
         let living = table.lanes.values().filter(|other| other.lane != lane && !other.channels.is_gone());
         let others = living.map(|other| other.number).collect();
-        table.lanes.insert(lane, Connection { number, lane, channels: channels.clone(), others });
+        let barrier = Arc::default();
+        table.lanes.insert(lane, Connection { number, lane, channels: channels.clone(), others, barrier });
         drop(table);
         self.0.lanes.send_modify(|version| *version += 1);
         let session = self.clone();
@@ -282,6 +287,35 @@ impl<C: Channels> Session<C> {
         let streams: Vec<_> = self.table().streams.values().cloned().collect();
         let unsaid = |entry: &&Arc<Entry<C>>| entry.unsaid_on(number) >= UNSAID_MAX;
         streams.iter().filter(unsaid).map(|entry| self.say(entry)).collect()
+    }
+
+    /// Makes a connection send a ping whenever `probe` is notified; the closes of its streams need that.
+    pub fn probe_with(&self, number: LaneNumber, probe: Arc<Notify>) {
+        if let Some(connection) = self.numbered(number) {
+            connection.barrier.probe_with(probe);
+        }
+    }
+
+    /// A ping is about to be sent on a connection.
+    pub fn pinged(&self, number: LaneNumber) {
+        if let Some(connection) = self.numbered(number) {
+            connection.barrier.pinged();
+        }
+    }
+
+    /// The ping on a connection was answered: what was closed before it is over.
+    pub fn ponged(&self, number: LaneNumber) {
+        let Some(connection) = self.numbered(number) else { return };
+        connection.barrier.ponged();
+        let streams: Vec<_> = self.table().streams.values().cloned().collect();
+        let mut closing = 0;
+        for entry in streams.iter().filter(|entry| entry.is_closing_on(number)) {
+            closing += usize::from(!entry.state().is_done());
+            entry.notify();
+        }
+        if closing > 0 {
+            connection.barrier.ask();
+        }
     }
 
     fn say(&self, entry: &Entry<C>) -> StreamPosition {

@@ -1,10 +1,12 @@
 //! What a session keeps of a stream: its state, and the channel that carries it now.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use secure_comms_protocol::{Opening, Position, TunnelName};
 use tokio::sync::Notify;
 
+use super::barrier::Barrier;
 use super::stream::{Lie, StreamState, Transmit};
 use super::{Channels, Connection, Session};
 use crate::flow::LaneNumber;
@@ -68,6 +70,8 @@ pub(super) struct State<C: Channels> {
     said: Position,
     /// The relay has left: what comes for this stream is closed.
     forgotten: bool,
+    /// The ping of the connection that was the first after our close; 0 while the channel has no close of ours.
+    closed: Arc<AtomicU64>,
 }
 
 /// What goes to the channel, outside the lock.
@@ -75,6 +79,8 @@ pub(super) struct Pass<C: Channels> {
     transmit: Transmit,
     sender: Arc<C::Sender>,
     channels: C,
+    barrier: Arc<Barrier>,
+    closed: Arc<AtomicU64>,
 }
 
 impl<C: Channels> Pass<C> {
@@ -83,12 +89,16 @@ impl<C: Channels> Pass<C> {
     /// # Errors
     /// The connection has ended. The stream has kept it.
     pub(super) async fn run(self) -> Result<(), Gone> {
-        let Self { transmit, sender, channels } = self;
+        let Self { transmit, sender, channels, barrier, closed } = self;
         let sent = async {
             match transmit {
                 Transmit::Data(data) => sender.send(data).await,
                 Transmit::Eof => sender.eof().await,
-                Transmit::Close => sender.close().await,
+                Transmit::Close => {
+                    sender.close().await?;
+                    closed.store(barrier.next(), Relaxed);
+                    Ok(())
+                }
             }
         };
         tokio::select! {
@@ -125,6 +135,7 @@ impl<C: Channels> Entry<C> {
             unlisted: false,
             said: Position::default(),
             forgotten: false,
+            closed: Arc::default(),
         };
         Self { id, name, state: Mutex::new(state), changed: Notify::new() }
     }
@@ -161,6 +172,12 @@ impl<C: Channels> Entry<C> {
 
     pub(super) fn is_attached(&self) -> bool {
         self.state().sender.is_some()
+    }
+
+    /// Whether its channel is on this connection and has our close.
+    pub(super) fn is_closing_on(&self, number: LaneNumber) -> bool {
+        let state = self.state();
+        state.is_on(number) && state.closed.load(Relaxed) > 0
     }
 
     /// Lists the stream among those that the adaptor knows; whether it is.
@@ -262,14 +279,21 @@ impl<C: Channels> State<C> {
 
     /// Whether no channel is of use any more.
     pub(super) fn is_done(&self) -> bool {
-        self.forgotten || self.stream.is_closed_there()
+        self.forgotten || self.stream.is_closed_there() || self.is_close_there()
+    }
+
+    /// Whether our close has arrived at the other end.
+    fn is_close_there(&self) -> bool {
+        let closed = self.closed.load(Relaxed);
+        closed > 0
+            && self.connection.as_ref().is_some_and(|connection| connection.barrier.has_answered(closed))
     }
 
     fn next_pass(&mut self) -> Option<Pass<C>> {
         let (sender, connection) = (self.sender.clone()?, self.connection.as_ref()?);
-        let channels = connection.channels.clone();
+        let (channels, barrier) = (connection.channels.clone(), connection.barrier.clone());
         let transmit = self.stream.next_transmit()?;
-        Some(Pass { transmit, sender, channels })
+        Some(Pass { transmit, sender, channels, barrier, closed: self.closed.clone() })
     }
 }
 
@@ -310,6 +334,7 @@ impl<C: Channels> Session<C> {
         state.sender = Some(Arc::new(sender));
         state.receiver = Some(receiver);
         state.connection = Some(connection);
+        state.closed = Arc::default();
         let said = state.said.granted;
         state.live = state.stream.all_passed();
         let (live, epoch) = (state.live, state.epoch);
