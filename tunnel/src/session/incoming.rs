@@ -65,7 +65,10 @@ impl<C: Channels> Session<C> {
                 IncomingStream::Handled
             }
             (None, Opening::New | Opening::Again(_)) if self.is_theirs(id) => {
+                let connection = asked.connection.clone();
                 let entry = Arc::new(Entry::new(id, name.clone(), Stage::Accepting(Some(asked))));
+                // It is asked for here: a `streams` of another lane that was said before does not mean it.
+                entry.state().connection = Some(connection);
                 self.table().streams.insert(id, entry.clone());
                 IncomingStream::New(NewStream { session: self.clone(), entry, answered: false })
             }
@@ -95,7 +98,9 @@ impl<C: Channels> Session<C> {
         match &mut state.stage {
             // We have not answered yet. The answer goes to the newest connection.
             Stage::Accepting(waiting) if matches!(asked.opening, Opening::Again(_)) => {
+                let connection = asked.connection.clone();
                 let older = waiting.replace(asked);
+                state.connection = Some(connection);
                 drop(state);
                 drop(older);
             }
