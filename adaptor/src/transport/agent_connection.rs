@@ -60,6 +60,14 @@ impl ConnectionEnd {
     fn new(cause: EndCause, why: impl Into<String>) -> Self {
         Self { why: why.into(), cause }
     }
+
+    /// The end, as an error of connecting.
+    fn during(self, step: &'static str) -> ConnectError {
+        match self.cause {
+            EndCause::Broken => ConnectError::Protocol(step, self.why),
+            EndCause::Agent | EndCause::AgentWithSession => ConnectError::Dismissed(step, self.why),
+        }
+    }
 }
 
 impl fmt::Display for ConnectionEnd {
@@ -148,12 +156,17 @@ impl<P: ClientPhase> AgentConnection<P> {
         let exchanged = timeout_at(deadline, Self::exchange(connection, pod, tunnels, joining)).await;
         let late = |_| ConnectError::Timeout(HELLO.as_secs(), "waiting for the agent's hello");
         let mut connection = exchanged.map_err(late)??;
-        if joining.is_some()
-            && connection.agent.version >= SESSIONS_VERSION
-            && connection.agent.credit.is_some()
-        {
-            // An agent that says none in time has none.
-            connection.joined = timeout_at(deadline, connection.joined()).await.ok().transpose()?;
+        let knows_sessions =
+            connection.agent.version >= SESSIONS_VERSION && connection.agent.credit.is_some();
+        if let Some(joining) = joining.filter(|_| knows_sessions) {
+            match (timeout_at(deadline, connection.joined()).await, &joining.session) {
+                (Ok(joined), _) => connection.joined = Some(joined?),
+                // An agent that says none in time has none.
+                (Err(_), None) => {}
+                (Err(_), Some(_)) => {
+                    return Err(ConnectError::Timeout(HELLO.as_secs(), "waiting for the agent's session"));
+                }
+            }
         }
         Ok(connection)
     }
@@ -217,7 +230,7 @@ impl<P: ClientPhase> AgentConnection<P> {
                 Ok(id) => Ok(Joined { id, resumed }),
                 Err(error) => Err(fault(format!("the agent named '{}': {error}", quote(&id)))),
             },
-            None => Err(fault(said.end.unwrap_or_else(gone).why)),
+            None => Err(said.end.unwrap_or_else(gone).during("join a session")),
         }
     }
 
@@ -500,7 +513,7 @@ fn checked_hello<P: Phase>(state: PeerState) -> Result<Hello, ConnectError> {
             P::NAME.user()
         ))),
         (Some(hello), _) => Ok(Hello { instance: hello.instance.as_deref().map(quote), ..hello }),
-        (None, end) => Err(fault(end.unwrap_or_else(gone).why)),
+        (None, end) => Err(end.unwrap_or_else(gone).during("exchange hellos")),
     }
 }
 

@@ -137,7 +137,7 @@ impl<C: Channels> Sender for SessionSender<C> {
         self.pass(pass).await
     }
 
-    /// Returns once the other end has closed the stream, too, or the session has ended.
+    /// Returns once the other end has closed the stream, too, or has our close; or the session has ended.
     async fn close(&self) -> Result<(), Gone> {
         let ((), pass) = self.entry.transmit(|stream| stream.close());
         let closed = async {

@@ -96,8 +96,7 @@ impl<C: Channels> Session<C> {
 
     /// Our position in a stream.
     pub(super) fn position(&self, entry: &Entry<C>) -> Position {
-        let received = entry.say();
-        Position { received, granted: self.credits().given(entry.id()) }
+        entry.say(self.credits().given(entry.id()))
     }
 
     /// Resumes on the connection `on` the streams of lane `of` that have no channel: those that both ends know, and those that
@@ -119,6 +118,8 @@ impl<C: Channels> Session<C> {
                     drop(state);
                     entry.notify();
                 }
+                // Confirmed since the list: the agent asks again, and two channels for one stream would end it.
+                Stage::Open if state.unlisted => {}
                 Stage::Open => {
                     state.claims += 1;
                     let claim = state.claims;
@@ -148,6 +149,18 @@ impl<C: Channels> Session<C> {
             !state.is_done() && !living.iter().any(|number| state.is_on(*number))
         };
         streams.into_iter().filter(is_stranded).collect()
+    }
+
+    /// A stream was confirmed. If its connection had been replaced before, it goes on over the newer one.
+    fn follow(&self, entry: &Arc<Entry<C>>) {
+        let mut state = entry.state();
+        let Some(newer) = state.again.take() else { return };
+        if !state.is_on(newer.number) {
+            state.claims += 1;
+            let claim = state.claims;
+            drop(state);
+            tokio::spawn(self.clone().resume_stream(entry.clone(), claim, newer));
+        }
     }
 
     /// Opens the channel of one stream again; whether it goes on.
@@ -187,11 +200,16 @@ impl<C: Channels> Session<C> {
         opening: Opening,
     ) -> Result<Opened<C>, ChannelError> {
         let channels = &connection.channels;
-        // Without a time limit: what other streams have kept may come first, over a slow network; and the answer to `again`
-        // comes once the server of the stream was reached.
         let opened = async {
+            // Without a limit: the other end may still connect to its server.
             let (mut receiver, sender) = channels.open_channel(entry.name(), entry.id(), opening).await?;
-            let Some(Event::Data(first)) = receiver.recv().await else { return Err(ChannelError::Gone) };
+            // Long, for over a slow network what other streams have kept may come first.
+            let Ok(first) = timeout(CHANNEL_OPEN, receiver.recv()).await else {
+                let late = format_args!("it has said no position within {} s", CHANNEL_OPEN.as_secs());
+                self.end_for(entry.id(), &late);
+                return Err(ChannelError::Gone);
+            };
+            let Some(Event::Data(first)) = first else { return Err(ChannelError::Gone) };
             let Some(position) = Position::from_bytes(&first) else {
                 self.end_for(
                     entry.id(),
@@ -202,6 +220,8 @@ impl<C: Channels> Session<C> {
             Ok(Opened { connection: connection.clone(), receiver, sender, position })
         };
         tokio::select! {
+            // What has arrived counts, although the connection has ended since: it may be all, up to a close.
+            biased;
             opened = opened => opened,
             () = channels.gone() => Err(ChannelError::Gone),
         }
@@ -260,6 +280,9 @@ impl<C: Channels> Ask<C> {
             session.open_again(&entry, &connection, opening).await
         };
         let answer = answer.map(|opened| session.attach(&entry, claim, opened));
+        if answer.is_ok() {
+            session.follow(&entry);
+        }
         // The client may have left: then the stream is forgotten, and its channel was closed.
         drop(done.send((answer, flow)));
     }
@@ -273,6 +296,8 @@ impl<C: Channels> Session<C> {
     ) -> Result<Opened<C>, ChannelError> {
         let channels = &connection.channels;
         let (receiver, sender) = tokio::select! {
+            // A confirmation that has arrived counts: another open would be another stream.
+            biased;
             opened = channels.open_channel(entry.name(), entry.id(), Opening::New) => opened?,
             () = channels.gone() => return Err(ChannelError::Gone),
         };
@@ -303,6 +328,7 @@ impl<C: Channels> Session<C> {
             Some((receiver, sender))
         };
         let opened = tokio::select! {
+            biased;
             opened = opened => opened,
             () = connection.channels.gone() => None,
         };
