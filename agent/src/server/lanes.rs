@@ -8,7 +8,7 @@ use secure_comms_keys::text::one_line;
 use secure_comms_protocol::control::SessionReply;
 use secure_comms_protocol::limits::{MESSAGE_COST_MIN, SESSION_LINGER};
 use secure_comms_protocol::{Control, Hello, Kubernetes, Lane, SessionId};
-use secure_comms_tunnel::flow::LaneNumber;
+use secure_comms_tunnel::flow::{LaneNumber, PeerFlow};
 use secure_comms_tunnel::session::IncomingStream;
 
 use super::session::{Asked, serve};
@@ -74,8 +74,10 @@ impl Greeted<'_, Kubernetes> {
     /// however late it says hello: the hello of an older one may have been delayed by the network that made its adaptor
     /// connect again.
     pub(super) fn take_place(&self, hello: &Hello) {
-        // Streams of a session have credits, so a hello without them asks for none.
-        let credit = hello.credit.filter(|credit| *credit >= MESSAGE_COST_MIN);
+        // Streams of a session have credits: a hello without them, or too late for them, asks for none.
+        let credit = hello.credit.filter(|credit| {
+            *credit >= MESSAGE_COST_MIN && self.peer.credits.peer_mode_is(PeerFlow::Credits(*credit))
+        });
         let key = self.peer.connection.login_key();
         let (Some(name), Some(credit), Some(key)) = (hello.lane.as_deref(), credit, key) else {
             self.replace_all();
