@@ -396,7 +396,7 @@ async fn a_second_adaptor_ends_the_session_of_the_first() {
     let kata = Talk::new(&scene.kata).await;
     scene.agent.end_session("another worker node is here");
     scene
-        .happened("channel down: the agent said bye: another worker node is here; 1 stream is reset", 1)
+        .happened("channel down: the agent said bye: another worker node is here; the session is over; 1 stream is reset", 1)
         .await;
     kata.is_reset().await;
     scene.happened("kubernetes phase up", 2).await;

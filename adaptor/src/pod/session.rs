@@ -126,7 +126,7 @@ impl Driver {
                 MainEnd::Over(why) => {
                     let reset = reset(session);
                     session.end(&why);
-                    self.down(PhaseName::Kubernetes, why.clone() + &reset);
+                    self.down(PhaseName::Kubernetes, format!("{why}; the session is over{reset}"));
                     main.connection.close_with_session(&why).await;
                     self.pause_if_short_lived(since).await?;
                     return Ok(None);
