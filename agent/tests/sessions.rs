@@ -171,7 +171,7 @@ impl Control {
     }
 
     /// Waits for the end without a reason.
-    fn is_cut(mut self) {
+    fn ends_without_reason(mut self) {
         assert_eq!(self.next(), None);
     }
 }
@@ -211,7 +211,7 @@ fn the_newer_connection_of_a_lane_cuts_the_older_one() {
     let (main, id) = site.session(KEYS[0]);
     let mut newer = site.hello(KEYS[0], json!({"lane": "main", "session": id}));
     assert_eq!(newer.hears("session")["resumed"], true);
-    main.is_cut();
+    main.ends_without_reason();
     site.agent.says("ended: replaced by a newer connection of the worker node, from");
     assert_eq!(site.status()["session"]["lanes"].as_array().unwrap().len(), 1);
     drop(newer);
