@@ -449,3 +449,24 @@ async fn an_agent_wants_the_lane_of_streams_that_the_adaptor_has_not_heard_of() 
         lanes.await.unwrap();
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_is_younger_than_a_list_survives_it() {
+    let _watchdog = Watchdog::new();
+    let (sessions, mut servers) = connected(Duration::ZERO);
+    let data = sessions.wire(Lane::Data).unwrap();
+    // A slow connection: its list arrives after the stream, and after the stream's connection has ended for the agent.
+    *sessions.latency.lock().unwrap() = Duration::from_millis(200);
+    sessions.connect(Lane::Main);
+    let client = open(&sessions, Side::Adaptor, &TunnelName::kbs()).await;
+    let (_, server) = servers.recv().await.unwrap();
+    data.cut_for(Side::Agent);
+    sleep(Duration::from_millis(300)).await;
+    data.cut();
+    let (out, back) = ((1, 50_000), (2, 50_000));
+    let done = async {
+        tokio::join!(exchange(client, out, back), exchange(server, back, out));
+        settled(&sessions).await;
+    };
+    timeout(LONG, done).await.unwrap();
+}
