@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use harness::lanes::{Sessions, open};
 use harness::{BULK, FIXED, Watchdog, check_end, check_pattern, unix, write_pattern};
+use secure_comms_protocol::control::StreamPosition;
 use secure_comms_protocol::{Lane, TunnelName};
 use secure_comms_tunnel::flow::Side;
 use secure_comms_tunnel::{Link, relay};
@@ -469,4 +470,25 @@ async fn a_stream_that_is_younger_than_a_list_survives_it() {
         settled(&sessions).await;
     };
     timeout(LONG, done).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lie_about_a_position_ends_the_session() {
+    let _watchdog = Watchdog::new();
+    for (received, what) in
+        [(501, "it has received 501 bytes of 500"), (7, "7 bytes, which is inside a message")]
+    {
+        let (sessions, mut servers) = connected(Duration::ZERO);
+        let mut client = open(&sessions, Side::Adaptor, &TunnelName::kbs()).await;
+        let (_, mut server) = servers.recv().await.unwrap();
+        write_pattern(&mut client, 1, 500, 500).await;
+        check_pattern(&mut server, 1, 500).await;
+        let said = StreamPosition { stream: 1, received, granted: 1 };
+        let reason = sessions.adaptor.on_position(said).unwrap_err();
+        assert!(reason.contains(what), "{reason}");
+        assert_eq!(sessions.adaptor.ended().await, reason);
+        check_end(&mut client).await;
+        // Of a stream that is gone, or never was, any position is ignored.
+        assert_eq!(sessions.agent.on_position(StreamPosition { stream: 99, ..said }), Ok(()));
+    }
 }

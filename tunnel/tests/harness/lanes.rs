@@ -464,7 +464,8 @@ impl Sessions {
             let (pong, ponged) = oneshot::channel();
             session.pinged(number);
             let back = wire.clone();
-            wire.put(side, move || back.put(other(side), move || drop(pong.send(()))));
+            // The task that waits for the pong may have ended with its connection.
+            wire.put(side, move || back.put(other(side), move || pong.send(()).unwrap_or_default()));
             tokio::select! {
                 () = wire.death(side) => return,
                 answered = ponged => if answered.is_err() { return },
