@@ -3,6 +3,7 @@
 mod tunnels;
 
 use std::fmt;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -422,11 +423,16 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
         let Self { mut receiver, sender, credits, outbox, ended, reports } = self;
         tokio::pin!(ended);
         let on_message = |message| reports.record(message);
+        let mut control = pin!(control::run(&mut receiver, &sender, &credits, &outbox, on_message));
         let (end, fault) = tokio::select! {
             // The connection knows the cause of its end; the channel only sees that it ended.
             biased;
-            end = &mut ended => (end.into(), None),
-            end = control::run(&mut receiver, &sender, &credits, &outbox, on_message) => match end {
+            end = &mut ended => match timeout(CLOSE_TIMEOUT, &mut control).await {
+                // A bye that arrived just before: it alone says whether the session ends, too.
+                Ok(ControlEnd::Bye(bye)) => (said_bye(&bye), None),
+                Ok(_) | Err(_) => (end.into(), None),
+            },
+            end = &mut control => match end {
                 ControlEnd::Bye(bye) => (said_bye(&bye), None),
                 ControlEnd::Closed => (ConnectionEnd::new(EndCause::Broken, end.to_string()), None),
                 ControlEnd::Silent => (ConnectionEnd::new(EndCause::Broken, end.to_string()), Some(end.to_string())),
