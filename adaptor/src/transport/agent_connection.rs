@@ -3,6 +3,7 @@
 mod tunnels;
 
 use std::fmt;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
