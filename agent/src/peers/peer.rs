@@ -177,9 +177,11 @@ impl<P: Phase> Peers<P> {
 
     /// The peer that local clients are sent to: the adaptor, or else the newest guest that offers a tunnel.
     pub(crate) fn serving(&self) -> Option<Arc<Peer<P>>> {
-        let guest =
-            || self.list().iter().rev().find(|peer| !peer.offers.is_empty() && !peer.is_closing()).cloned();
-        self.adaptor().or_else(guest)
+        // Before its hello, a peer may become a lane of a session, which has streams of its own.
+        let serves = |peer: &&Arc<Peer<P>>| {
+            !peer.offers.is_empty() && !peer.is_closing() && peer.credits.knows_peer_mode()
+        };
+        self.adaptor().or_else(|| self.list().iter().rev().find(serves).cloned())
     }
 
     /// Gives the adaptor's place to this peer; returns the peer that had it. The newest login wins, however late it says

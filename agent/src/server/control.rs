@@ -85,6 +85,7 @@ pub(super) async fn run_control_channel<P: AgentPhase>(
         member.end_session(&agent, &bye.reason);
     }
     finish(&peer, &end, greeted).await;
+    P::peers(&agent).notify_changed();
 }
 
 /// `ssh -s` may close the channel and go on with its tunnels; a peer with credits can't work without it.

@@ -230,6 +230,18 @@ impl<C: Channels> Entry<C> {
         kept
     }
 
+    /// The close that the channel is to carry if the relay leaves without one; none if it has it.
+    pub(super) fn hang_up(&self) -> Option<Pass<C>> {
+        let mut state = self.state();
+        state.stream.close();
+        while let Some(pass) = state.next_pass() {
+            if pass.transmit == Transmit::Close {
+                return Some(pass);
+            }
+        }
+        None
+    }
+
     /// The other end does not know the stream any more: it is over.
     pub(super) fn over(&self) -> u32 {
         let freed = self.state().stream.on_close();
@@ -291,7 +303,7 @@ impl<C: Channels> State<C> {
     fn next_pass(&mut self) -> Option<Pass<C>> {
         let (sender, connection) = (self.sender.clone()?, self.connection.as_ref()?);
         let (channels, barrier) = (connection.channels.clone(), connection.barrier.clone());
-        let transmit = self.stream.next()?;
+        let transmit = self.stream.next_transmit()?;
         Some(Pass { transmit, sender, channels, barrier, closed: self.closed.clone() })
     }
 }

@@ -137,7 +137,7 @@ impl<C: Channels> Session<C> {
     }
 
     /// The streams whose connection is not that of a lane any more.
-    fn stranded(&self) -> Vec<Arc<Entry<C>>> {
+    pub(super) fn stranded(&self) -> Vec<Arc<Entry<C>>> {
         let (streams, living): (Vec<_>, Vec<_>) = {
             let table = self.table();
             let streams = table.streams.values().cloned().collect();
@@ -240,6 +240,9 @@ impl<C: Channels> Session<C> {
             match state.stage {
                 // One that was never asked for waits for its lane.
                 Stage::Opening if state.connection.is_none() => {}
+                // Its connection has ended since this one was made, so the list may be older than the stream. The next one of
+                // its lane is not.
+                _ if connection.others.iter().any(|other| state.is_on(*other)) => {}
                 Stage::Opening => {
                     state.again = Some(connection.clone());
                     drop(state);
