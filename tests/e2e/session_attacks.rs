@@ -365,20 +365,10 @@ async fn resumes_out_of_order_lose_no_byte() -> Result<()> {
     let asked = next.seen(|seen| seen.opens.clone());
     ensure!(asked.is_empty(), "the agent opens what it never asked for: {asked:?}");
 
-    // A stream stays on its lane while that lives; asked for again, it goes on afterwards, for the last one that asked.
+    // A stream that is asked for on another lane goes on there; its connection was given up, and ends.
     let data = attacked.resumed("data", &id, &[1]).await?;
-    let mut asked = echo.ask_to_go_on(&data).await?;
-    for _ in 0..100 {
-        let older = std::mem::replace(&mut asked, echo.ask_to_go_on(&data).await?);
-        let answer = data.answer(older).await?;
-        let is_replaced = answer.as_ref().is_err_and(|refusal| refusal.contains("knows no stream 1"));
-        ensure!(is_replaced, "{answer:?}\n{}", attacked.agent.log());
-    }
-    data.settles().await?;
-    let is_answered = data.seen(|seen| seen.channels.contains_key(&asked));
-    ensure!(!is_answered, "the stream goes on over another lane while its own lives");
-    drop(next);
-    echo.goes_on(&data, asked).await.with_context(|| attacked.agent.log())?;
+    echo.resume(&data).await.with_context(|| attacked.agent.log())?;
+    next.ends().await?;
     echo.echoes(&data, b"four").await.with_context(|| attacked.agent.log())?;
 
     // Ids that are in use, unknown or of the other end.
@@ -622,8 +612,7 @@ async fn an_adaptor_that_answers_with_no_position_ends_its_session() -> Result<(
     for (case, first) in wrong_first_messages() {
         let (main, id) = attacked.session().await?;
         let _local = unanswered_client(&attacked, &main).await.context(case)?;
-        let next = attacked.resumed("main", &id, &[]).await?;
-        next.offer("NODESERVICE").await?;
+        let next = attacked.resumed_with("main", &id, &[], "NODESERVICE").await?;
         let again = next.asked(|asked| asked.originator.starts_with("again ")).await.context(case)?;
         let mark = attacked.agent.mark();
         let channel = next.accept(&again).await?;
@@ -641,8 +630,7 @@ async fn a_position_that_never_comes_holds_up_its_stream_only() -> Result<()> {
     let attacked = AttackedAgent::kubernetes().await?;
     let (main, id) = attacked.session().await?;
     let local = unanswered_client(&attacked, &main).await?;
-    let next = attacked.resumed("main", &id, &[]).await?;
-    next.offer("NODESERVICE").await?;
+    let next = attacked.resumed_with("main", &id, &[], "NODESERVICE").await?;
     let again = next.asked(|asked| asked.originator.starts_with("again ")).await?;
     let channel = next.accept(&again).await?;
     let mut echo = Echo::open(&next, 1).await?;
