@@ -17,7 +17,6 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 const STREAMS: u64 = 300;
-const MANY_STREAMS: u64 = 1000;
 const BULK_STREAMS: u64 = 16;
 /// Bytes that each bulk stream moves in either direction: enough that every window has grown.
 const BULK: u64 = 16 << 20;
@@ -103,11 +102,6 @@ async fn measure() -> Result<Figures> {
     let streams = pod.streams(STREAMS).await?;
     note("streams_300_kib", pod.agent.rss_kib()?);
     note("threads", pod.agent.threads()?);
-    drop(streams);
-
-    let pod = Pod::up().await?;
-    let streams = pod.streams(MANY_STREAMS).await?;
-    note("streams_1000_kib", pod.agent.rss_kib()?);
     drop(streams);
 
     let pod = Pod::up().await?;
