@@ -87,10 +87,21 @@ pub fn nothing_in_common(error: &russh::Error, required_by: &str) -> Option<Stri
         )
     } else {
         format!(
-            "the other end has no {kind:?} algorithm of ours ({}): it offers {shown}{more}",
+            "the other end has no {} algorithm of ours ({}): it offers {shown}{more}",
+            name(kind),
             ours.join(",")
         )
     })
+}
+
+fn name(kind: &AlgorithmKind) -> &'static str {
+    match kind {
+        AlgorithmKind::Kex => "Kex",
+        AlgorithmKind::Key => "Key",
+        AlgorithmKind::Cipher => "Cipher",
+        AlgorithmKind::Compression => "Compression",
+        AlgorithmKind::Mac => "Mac",
+    }
 }
 
 /// Algorithms of both ends.

@@ -72,12 +72,15 @@ pub(crate) struct Connection<C> {
     number: LaneNumber,
     lane: Lane,
     channels: C,
+    /// The connections of other lanes that there were when it was made.
+    others: Arc<[LaneNumber]>,
     barrier: Arc<Barrier>,
 }
 
 impl<C: Clone> Clone for Connection<C> {
     fn clone(&self) -> Self {
-        Self { channels: self.channels.clone(), barrier: self.barrier.clone(), ..*self }
+        let (others, barrier) = (self.others.clone(), self.barrier.clone());
+        Self { channels: self.channels.clone(), others, barrier, ..*self }
     }
 }
 
@@ -157,9 +160,10 @@ impl<C: Channels> Session<C> {
         table.last_number.0 += 1;
         let number = table.last_number;
         self.0.credits.add_lane(number);
-        table
-            .lanes
-            .insert(lane, Connection { number, lane, channels: channels.clone(), barrier: Arc::default() });
+        let living = table.lanes.values().filter(|other| other.lane != lane && !other.channels.is_gone());
+        let others = living.map(|other| other.number).collect();
+        let barrier = Arc::default();
+        table.lanes.insert(lane, Connection { number, lane, channels: channels.clone(), others, barrier });
         drop(table);
         self.0.lanes.send_modify(|version| *version += 1);
         let session = self.clone();
@@ -176,8 +180,21 @@ impl<C: Channels> Session<C> {
     /// Takes a connection away that has ended or is to end. Happens by itself once [`Channels::gone`].
     pub fn disconnect(&self, number: LaneNumber) {
         self.0.credits.remove_lane(number);
-        self.table().lanes.retain(|_, connection| connection.number != number);
+        let ended = {
+            let mut table = self.table();
+            let ended = table.lanes.values().find(|connection| connection.number == number);
+            let lane = ended.map(|connection| connection.lane);
+            lane.and_then(|lane| table.lanes.remove(&lane))
+        };
         self.0.lanes.send_modify(|version| *version += 1);
+        // The adaptor may have no stream that needs the lane, and would not connect it: streams that it has not heard of would
+        // wait in vain.
+        if let Some(Connection { lane, .. }) = ended
+            && self.0.side == Side::Agent
+            && self.stranded().iter().any(|entry| entry.state().is_on(number))
+        {
+            self.0.wanted.send_replace(Some(lane));
+        }
     }
 
     /// Whether a lane has a connection.
@@ -218,6 +235,12 @@ impl<C: Channels> Session<C> {
     /// Number of streams of tunnels of this lane.
     pub fn streams_of(&self, lane: Lane) -> usize {
         self.table().streams.values().filter(|entry| Lane::of(entry.name()) == lane).count()
+    }
+
+    /// The connection that carries a stream, or did so last; none for a stream that is not known, or has had none.
+    pub fn carrier(&self, id: u32) -> Option<LaneNumber> {
+        let entry = self.entry(id)?;
+        entry.state().connection.as_ref().map(|connection| connection.number)
     }
 
     /// Ends the session: its streams are reset. Its connections are the caller's to end. Only the first reason is kept.

@@ -9,10 +9,10 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use harness::lanes::{Sessions, open};
-use harness::{BULK, FIXED, Watchdog, check_end, check_pattern, write_pattern};
+use harness::{BULK, FIXED, Watchdog, check_end, check_pattern, unix, write_pattern};
 use secure_comms_protocol::{Lane, TunnelName};
-use secure_comms_tunnel::Link;
 use secure_comms_tunnel::flow::Side;
+use secure_comms_tunnel::{Link, relay};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
@@ -281,7 +281,7 @@ async fn cut_often(sessions: Arc<Sessions>, mut seed: u64) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn many_streams_survive_many_cuts_beside_a_stalled_reader() {
+async fn many_streams_and_a_stalled_reader_survive_many_cuts() {
     let _watchdog = Watchdog::new();
     for seed in 0..6 {
         let (sessions, mut servers) = connected(Duration::from_millis(25));
@@ -410,5 +410,42 @@ async fn the_end_of_a_session_resets_its_streams() {
             assert_eq!(sessions.adaptor.ended().await, "a test");
             assert!(sessions.adaptor.link().is_gone());
         }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_relay_that_is_dropped_ends_its_stream_at_the_other_end() {
+    let _watchdog = Watchdog::new();
+    for side in [Side::Adaptor, Side::Agent] {
+        let (sessions, mut servers) = connected(Duration::ZERO);
+        let (mut client, socket) = unix();
+        let stream = sessions.session(side).link().open(&TunnelName::kbs()).await.unwrap();
+        let relay = tokio::spawn(relay(socket, stream));
+        let (_, mut server) = servers.recv().await.unwrap();
+        write_pattern(&mut client, 1, 1000, 1000).await;
+        check_pattern(&mut server, 1, 1000).await;
+        relay.abort();
+        timeout(LONG, check_end(&mut server)).await.unwrap();
+        timeout(LONG, settled(&sessions)).await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_wants_the_lane_of_streams_that_the_adaptor_has_not_heard_of() {
+    let _watchdog = Watchdog::new();
+    for cut_at in [10, 30, 50, 90, 130] {
+        let (sessions, servers) = Sessions::new(FIXED, Duration::from_millis(60));
+        Lane::ALL.into_iter().for_each(|lane| sessions.connect(lane));
+        let connects = sessions.clone();
+        let lanes = tokio::spawn(async move {
+            sleep(Duration::from_millis(cut_at)).await;
+            connects.wire(Lane::Data).unwrap().cut();
+            let lane = connects.agent.lane_wanted().await;
+            assert_eq!(lane, Lane::Data);
+            connects.connect(lane);
+        });
+        let done = timeout(LONG, transfer(&sessions, servers, Side::Agent)).await;
+        done.unwrap_or_else(|_| panic!("cut after {cut_at} ms"));
+        lanes.await.unwrap();
     }
 }

@@ -187,6 +187,17 @@ impl<C: Channels> Entry<C> {
         !state.unlisted
     }
 
+    /// Notes that the stream is asked for on this connection, which is not to be done on another while this one lives. False if
+    /// a newer attempt (`claim`) has replaced this one.
+    pub(super) fn is_asked_for_on(&self, connection: &Connection<C>, claim: u64) -> bool {
+        let mut state = self.state();
+        let is_newest = state.claims == claim;
+        if is_newest {
+            state.connection = Some(connection.clone());
+        }
+        is_newest
+    }
+
     pub(super) fn acknowledge(&self, received: u64) -> Result<u32, Lie> {
         self.state().stream.acknowledge(received)
     }
@@ -217,6 +228,18 @@ impl<C: Channels> Entry<C> {
         drop(state);
         self.notify();
         kept
+    }
+
+    /// The close that the channel is to carry if the relay leaves without one; none if it has it.
+    pub(super) fn hang_up(&self) -> Option<Pass<C>> {
+        let mut state = self.state();
+        state.stream.close();
+        while let Some(pass) = state.next_pass() {
+            if pass.transmit == Transmit::Close {
+                return Some(pass);
+            }
+        }
+        None
     }
 
     /// The other end does not know the stream any more: it is over.
@@ -280,7 +303,7 @@ impl<C: Channels> State<C> {
     fn next_pass(&mut self) -> Option<Pass<C>> {
         let (sender, connection) = (self.sender.clone()?, self.connection.as_ref()?);
         let (channels, barrier) = (connection.channels.clone(), connection.barrier.clone());
-        let transmit = self.stream.next()?;
+        let transmit = self.stream.next_transmit()?;
         Some(Pass { transmit, sender, channels, barrier, closed: self.closed.clone() })
     }
 }

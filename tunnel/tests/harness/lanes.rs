@@ -13,7 +13,7 @@ use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::session::{ChannelError, Channels, IncomingStream, Session};
 use secure_comms_tunnel::{Event, Incoming, Receiver, Sender, Socket, Stream, relay};
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, interval, sleep, sleep_until};
 
 /// From one end to the other.
@@ -72,7 +72,9 @@ impl Wire {
                         () = sleep_until(when) => (parcel.0)(),
                     }
                     if count.arrived.fetch_add(1, SeqCst) + 1 == count.cut_arrived.load(SeqCst) {
-                        dead.iter().for_each(|dead| drop(dead.send_replace(true)));
+                        for dead in &dead {
+                            dead.send_replace(true);
+                        }
                     }
                 }
             });
@@ -159,11 +161,14 @@ impl End {
         }
         let to = self.to.clone();
         self.wire.put(self.side, move || {
+            // As russh: an end that has sent CLOSE gets nothing more.
+            if other.has_closed.load(SeqCst) {
+                return;
+            }
             drop(to.send(event));
             if is_close {
-                // The library of the other end answers at once.
+                // Its library answers at once.
                 other.send(Event::Close);
-                *other.other.lock().unwrap() = None;
             }
         });
     }
@@ -352,6 +357,11 @@ impl Sessions {
         self.lanes.lock().unwrap().iter().find(|(of, ..)| *of == lane).map(|(_, wire, _)| wire.clone())
     }
 
+    /// The number of a lane's connection now, which is the same at both ends.
+    pub(crate) fn number(&self, lane: Lane) -> Option<LaneNumber> {
+        self.lanes.lock().unwrap().iter().find(|(of, ..)| *of == lane).map(|(.., number)| *number)
+    }
+
     /// Connects a lane, as adaptor and agent do: the connection that had the lane is cut.
     pub(crate) fn connect(self: &Arc<Self>, lane: Lane) {
         self.replace(lane, Duration::ZERO);
@@ -388,6 +398,7 @@ impl Sessions {
         {
             tokio::spawn(self.clone().serve(side, number, asks));
             tokio::spawn(self.clone().say_positions(side, number, wire.clone()));
+            tokio::spawn(self.clone().ping(side, number, wire.clone()));
         }
         if is_first {
             return;
@@ -439,6 +450,27 @@ impl Sessions {
                 let to = self.session(other(side)).clone();
                 wire.put(side, move || to.on_position(said).unwrap());
             }
+        }
+    }
+
+    /// Pings when the session asks for it, one at a time.
+    async fn ping(self: Arc<Self>, side: Side, number: LaneNumber, wire: Arc<Wire>) {
+        let (session, probe) = (self.session(side).clone(), Arc::new(Notify::new()));
+        session.probe_with(number, probe.clone());
+        loop {
+            tokio::select! {
+                () = wire.death(side) => return,
+                () = probe.notified() => {}
+            }
+            let (pong, ponged) = oneshot::channel();
+            session.pinged(number);
+            let back = wire.clone();
+            wire.put(side, move || back.put(other(side), move || drop(pong.send(()))));
+            tokio::select! {
+                () = wire.death(side) => return,
+                answered = ponged => if answered.is_err() { return },
+            }
+            session.ponged(number);
         }
     }
 
