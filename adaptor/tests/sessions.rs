@@ -104,7 +104,7 @@ impl Talk {
         assert_eq!(rest.unwrap(), 0);
     }
 
-    async fn is_reset(mut self) {
+    async fn ends_with_a_reset(mut self) {
         let end = timeout(PATIENCE, self.socket.read_to_end(&mut Vec::new())).await.unwrap();
         assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
     }
@@ -219,8 +219,8 @@ async fn a_session_that_the_agent_lost_is_reset_with_the_reason() {
     scene
         .happened("; 2 streams are reset, and with the runtime's connection the runtime ends the pod", 1)
         .await;
-    kata.is_reset().await;
-    data.is_reset().await;
+    kata.ends_with_a_reset().await;
+    data.ends_with_a_reset().await;
     scene.happened("kubernetes phase up", 2).await;
     // The next session serves new clients.
     Talk::new(&scene.kata).await.end().await;
@@ -268,8 +268,8 @@ async fn an_agent_of_version_1_has_no_session() {
     scene.agent.cut();
     scene.happened("channel down: ", 1).await;
     scene.happened("; 2 streams are reset by the reconnect", 1).await;
-    kata.is_reset().await;
-    data.is_reset().await;
+    kata.ends_with_a_reset().await;
+    data.ends_with_a_reset().await;
     scene.happened("kubernetes phase up", 2).await;
     Talk::new(&scene.data).await.end().await;
     assert_eq!(scene.agent.seen.count("lane "), 0, "{:?}", scene.agent.seen.all());
@@ -387,7 +387,7 @@ async fn a_stop_ends_the_session() {
     let session = scene.agent.session();
     scene.world.adaptor.stop(&pod()).await.unwrap();
     assert_eq!(timeout(PATIENCE, session.ended()).await.unwrap(), "the pod is being deleted");
-    data.is_reset().await;
+    data.ends_with_a_reset().await;
 }
 
 #[tokio::test]
@@ -398,7 +398,7 @@ async fn a_second_adaptor_ends_the_session_of_the_first() {
     scene
         .happened("channel down: the agent said bye: another worker node is here; the session is over; 1 stream is reset", 1)
         .await;
-    kata.is_reset().await;
+    kata.ends_with_a_reset().await;
     scene.happened("kubernetes phase up", 2).await;
     assert_eq!(scene.agent.seen.count("lane main new"), 2, "{:?}", scene.agent.seen.all());
 }

@@ -85,15 +85,12 @@ impl Redial {
         loop {
             tokio::select! {
                 Some(address) = addresses.recv() => add(address, &mut dialers),
-                Some(ended) = dialers.join_next() => match ended {
-                    Ok((address, (connection, last_hello))) => {
-                        // No other attempt may say its hello any more.
-                        dialers.shutdown().await;
-                        drop(last_hello);
-                        return (address, connection);
-                    }
-                    // Its panic was printed where it happened. The other addresses go on.
-                    Err(_) => {}
+                // A panic was printed where it happened; the other addresses go on.
+                Some(ended) = dialers.join_next() => if let Ok((address, (connection, last_hello))) = ended {
+                    // No other attempt may say its hello any more.
+                    dialers.shutdown().await;
+                    drop(last_hello);
+                    return (address, connection);
                 }
             }
         }
