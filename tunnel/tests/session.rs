@@ -323,7 +323,7 @@ async fn many_streams_and_a_stalled_reader_survive_many_cuts() {
         };
         timeout(LONG, rest).await.unwrap_or_else(|_| panic!("seed {seed}: {}", reasons(&sessions)));
         cuts.abort();
-        assert!(sessions.connections() > 6, "{} connections", sessions.connections());
+        assert!(sessions.connections() > 4, "{} connections", sessions.connections());
     }
 }
 
