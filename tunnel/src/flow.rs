@@ -191,6 +191,11 @@ impl Credits {
         *self.0.peer.borrow() == Some(peer)
     }
 
+    /// Whether the peer's flow control is known.
+    pub fn knows_peer_mode(&self) -> bool {
+        self.0.peer.borrow().is_some()
+    }
+
     /// Waits until the peer's flow control is known. Cancellation safe.
     ///
     /// # Errors

@@ -237,6 +237,12 @@ impl<C: Channels> Session<C> {
         self.table().streams.values().filter(|entry| Lane::of(entry.name()) == lane).count()
     }
 
+    /// The connection that carries a stream, or did so last; none for a stream that is not known, or has had none.
+    pub fn carrier(&self, id: u32) -> Option<LaneNumber> {
+        let entry = self.entry(id)?;
+        entry.state().connection.as_ref().map(|connection| connection.number)
+    }
+
     /// Ends the session: its streams are reset. Its connections are the caller's to end. Only the first reason is kept.
     pub fn end(&self, reason: &str) {
         self.0.reason.get_or_init(|| reason.to_owned());

@@ -187,6 +187,17 @@ impl<C: Channels> Entry<C> {
         !state.unlisted
     }
 
+    /// Notes that the stream is asked for on this connection, which is not to be done on another while this one lives. False if
+    /// a newer attempt (`claim`) has replaced this one.
+    pub(super) fn is_asked_for_on(&self, connection: &Connection<C>, claim: u64) -> bool {
+        let mut state = self.state();
+        let is_newest = state.claims == claim;
+        if is_newest {
+            state.connection = Some(connection.clone());
+        }
+        is_newest
+    }
+
     pub(super) fn acknowledge(&self, received: u64) -> Result<u32, Lie> {
         self.state().stream.acknowledge(received)
     }

@@ -67,7 +67,10 @@ impl<C: Channels> Session<C> {
                 IncomingStream::Handled
             }
             (None, Opening::New | Opening::Again(_)) if self.is_theirs(id) => {
+                let connection = asked.connection.clone();
                 let entry = Arc::new(Entry::new(id, name.clone(), Stage::Accepting(Some(asked))));
+                // It is asked for here: a `streams` of another lane that was said before does not mean it.
+                entry.state().connection = Some(connection);
                 self.table().streams.insert(id, entry.clone());
                 IncomingStream::New(NewStream { session: self.clone(), entry, answered: false })
             }
@@ -93,7 +96,9 @@ impl<C: Channels> Session<C> {
         match &mut state.stage {
             // We have not answered yet. The answer goes to the newest connection.
             Stage::Accepting(waiting) if matches!(asked.opening, Opening::Again(_)) => {
+                let connection = asked.connection.clone();
                 let older = waiting.replace(asked);
+                state.connection = Some(connection);
                 drop(state);
                 drop(older);
             }
@@ -107,6 +112,8 @@ impl<C: Channels> Session<C> {
                 state.claims += 1;
                 let claim = state.claims;
                 drop(state);
+                // An older attempt that waits is refused.
+                entry.notify();
                 tokio::spawn(self.clone().accept_again(entry, claim, asked));
             }
         }

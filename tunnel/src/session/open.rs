@@ -4,10 +4,9 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use secure_comms_protocol::limits::{AUTHENTICATE, CHANNEL_OPEN};
+use secure_comms_protocol::limits::CHANNEL_OPEN;
 use secure_comms_protocol::{Lane, Opening, Position, TunnelName};
 use tokio::sync::oneshot;
-use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::entry::{Asked, Entry, Opened, Stage, close_late};
@@ -103,10 +102,11 @@ impl<C: Channels> Session<C> {
     /// Resumes on the connection `on` the streams of lane `of` that have no channel: those that both ends know, and those that
     /// are to be asked for again. The adaptor calls it after `streams`. Returns how many go on.
     ///
-    /// Returns early if the connection ends. Cancellation drops nothing: the streams wait for the next connection.
+    /// Returns early if the connection ends. What was asked for by then goes on if the future is dropped.
     pub async fn resume(&self, of: Lane, on: LaneNumber) -> usize {
         let Some(connection) = self.numbered(on) else { return 0 };
-        let mut tasks = JoinSet::new();
+        // Tasks of their own: a channel whose answer is not awaited would be lost, and its stream with it.
+        let mut tasks = Vec::new();
         for entry in self.stranded() {
             let mut state = entry.state();
             if state.connection.as_ref().is_none_or(|last| last.lane != of) {
@@ -125,14 +125,14 @@ impl<C: Channels> Session<C> {
                     state.claims += 1;
                     let claim = state.claims;
                     drop(state);
-                    tasks.spawn(self.clone().resume_stream(entry, claim, connection.clone()));
+                    tasks.push(tokio::spawn(self.clone().resume_stream(entry, claim, connection.clone())));
                 }
                 Stage::Accepting(_) => {}
             }
         }
         let mut resumed = 0;
-        while let Some(task) = tasks.join_next().await {
-            resumed += usize::from(task.unwrap_or(false));
+        for task in tasks {
+            resumed += usize::from(task.await.unwrap_or(false));
         }
         resumed
     }
@@ -180,7 +180,7 @@ impl<C: Channels> Session<C> {
             let opening = Opening::Resume(self.position(&entry));
             self.close_there(&entry, &connection, opening).await;
         }
-        if is_over || !is_ours {
+        if is_over || !is_ours || !entry.is_asked_for_on(&connection, claim) {
             return false;
         }
         let opening = Opening::Resume(self.position(&entry));
@@ -189,11 +189,12 @@ impl<C: Channels> Session<C> {
                 self.attach(&entry, claim, opened);
                 true
             }
-            Err(ChannelError::Refused(_)) => {
+            // The answer to an attempt that another has replaced says nothing of the stream.
+            Err(ChannelError::Refused(_)) if entry.state().claims == claim => {
                 self.drop_kept(entry.over().into());
                 false
             }
-            Err(ChannelError::Gone) => false,
+            Err(ChannelError::Refused(_) | ChannelError::Gone) => false,
         }
     }
 
@@ -237,8 +238,9 @@ impl<C: Channels> Session<C> {
         let opened = async {
             // Without a limit: the other end may still connect to its server.
             let (mut receiver, sender) = channels.open_channel(entry.name(), entry.id(), opening).await?;
-            let Ok(first) = timeout(AUTHENTICATE, receiver.recv()).await else {
-                let late = format_args!("it has said no position within {} s", AUTHENTICATE.as_secs());
+            // Long, for over a slow network what other streams have kept may come first.
+            let Ok(first) = timeout(CHANNEL_OPEN, receiver.recv()).await else {
+                let late = format_args!("it has said no position within {} s", CHANNEL_OPEN.as_secs());
                 self.end_for(entry.id(), &late);
                 return Err(ChannelError::Gone);
             };

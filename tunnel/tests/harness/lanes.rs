@@ -360,6 +360,11 @@ impl Sessions {
         self.lanes.lock().unwrap().iter().find(|(of, ..)| *of == lane).map(|(_, wire, _)| wire.clone())
     }
 
+    /// The number of a lane's connection now, which is the same at both ends.
+    pub(crate) fn number(&self, lane: Lane) -> Option<LaneNumber> {
+        self.lanes.lock().unwrap().iter().find(|(of, ..)| *of == lane).map(|(.., number)| *number)
+    }
+
     /// Connects a lane, as adaptor and agent do: the connection that had the lane is cut.
     pub(crate) fn connect(self: &Arc<Self>, lane: Lane) {
         self.replace(lane, Duration::ZERO);
