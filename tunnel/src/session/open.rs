@@ -168,7 +168,7 @@ impl<C: Channels> Session<C> {
     async fn resume_stream(self, entry: Arc<Entry<C>>, claim: u64, connection: Connection<C>) -> bool {
         let drained = entry.wait_for(|state| {
             let over = state.is_done();
-            (over || state.claims != claim || state.is_detached()).then(|| (state.claims == claim, over))
+            (over || state.claims != claim || state.is_detached()).then_some((state.claims == claim, over))
         });
         let (is_ours, is_over) = tokio::select! {
             drained = drained => drained,
