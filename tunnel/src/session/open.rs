@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use super::entry::{Asked, Entry, Opened, Stage, close_late};
 use super::halves::halves;
 use super::{ChannelError, Channels, Connection, Session, SessionReceiver, SessionSender};
-use crate::flow::{Flow, LaneNumber, StreamError};
+use crate::flow::{Flow, LaneNumber, Side, StreamError};
 use crate::link::{Event, Incoming, Link, OpenError, Receiver, Sender, Stream};
 
 /// Opens streams in a session. While no connection is there, they wait for one.
@@ -117,6 +117,7 @@ impl<C: Channels> Session<C> {
                     state.again = Some(connection.clone());
                     drop(state);
                     entry.notify();
+                    tokio::spawn(self.clone().close_if_left(entry, connection.clone()));
                 }
                 // Confirmed since the list: the agent asks again, and two channels for one stream would end it.
                 Stage::Open if state.unlisted => {}
@@ -166,15 +167,20 @@ impl<C: Channels> Session<C> {
     /// Opens the channel of one stream again; whether it goes on.
     async fn resume_stream(self, entry: Arc<Entry<C>>, claim: u64, connection: Connection<C>) -> bool {
         let drained = entry.wait_for(|state| {
-            (state.is_done() || state.claims != claim || state.is_detached())
-                .then(|| !state.is_done() && state.claims == claim)
+            let over = state.is_done();
+            (over || state.claims != claim || state.is_detached()).then_some((state.claims == claim, over))
         });
-        let goes_on = tokio::select! {
-            goes_on = drained => goes_on,
-            () = connection.channels.gone() => false,
-            () = self.credits().gone() => false,
+        let (is_ours, is_over) = tokio::select! {
+            drained = drained => drained,
+            () = connection.channels.gone() => return false,
+            () = self.credits().gone() => return false,
         };
-        if !goes_on || !entry.is_asked_for_on(&connection, claim) {
+        if is_over && self.0.side == Side::Adaptor {
+            // It was listed, and has ended over its old channel since. The agent may not know that.
+            let opening = Opening::Resume(self.position(&entry));
+            self.close_there(&entry, &connection, opening).await;
+        }
+        if is_over || !is_ours || !entry.is_asked_for_on(&connection, claim) {
             return false;
         }
         let opening = Opening::Resume(self.position(&entry));
@@ -189,6 +195,35 @@ impl<C: Channels> Session<C> {
                 false
             }
             Err(ChannelError::Refused(_) | ChannelError::Gone) => false,
+        }
+    }
+
+    /// Ends a stream at the agent that was listed, and whose client has left before it was asked for again.
+    async fn close_if_left(self, entry: Arc<Entry<C>>, connection: Connection<C>) {
+        let asked = entry
+            .wait_for(|state| (state.again.is_none() || state.is_done()).then_some(state.again.is_none()));
+        let is_asked = tokio::select! {
+            is_asked = asked => is_asked,
+            () = connection.channels.gone() => return,
+            () = self.credits().gone() => return,
+        };
+        if !is_asked {
+            let opening = Opening::Again(self.position(&entry));
+            self.close_there(&entry, &connection, opening).await;
+        }
+    }
+
+    /// Opens a channel for a stream that is over here, and closes it.
+    async fn close_there(&self, entry: &Entry<C>, connection: &Connection<C>, opening: Opening) {
+        let channels = connection.channels.clone();
+        let opened = tokio::select! {
+            biased;
+            opened = channels.open_channel(entry.name(), entry.id(), opening) => opened,
+            () = channels.gone() => return,
+        };
+        // Refused: the agent does not know it either.
+        if let Ok((receiver, sender)) = opened {
+            close_late(channels, receiver, sender).await;
         }
     }
 
@@ -283,8 +318,11 @@ impl<C: Channels> Ask<C> {
             session.open_again(&entry, &connection, opening).await
         };
         let answer = answer.map(|opened| session.attach(&entry, claim, opened));
-        if answer.is_ok() {
-            session.follow(&entry);
+        match answer {
+            Ok(()) => session.follow(&entry),
+            // Nothing is left to ask for, on no connection.
+            Err(ChannelError::Refused(_)) => entry.state().again = None,
+            Err(ChannelError::Gone) => {}
         }
         // The client may have left: then the stream is forgotten, and its channel was closed.
         drop(done.send((answer, flow)));

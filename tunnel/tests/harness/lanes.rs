@@ -1,6 +1,5 @@
 //! Connections in memory for sessions: what one end sends arrives after a delay, in order, until the connection is cut.
 
-use std::future::pending;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -479,15 +478,19 @@ impl Sessions {
         }
     }
 
-    /// Connects a lane again whenever its connection has ended, after `pause`.
+    /// Connects a lane again whenever its connection has ended, after `pause`. Not when the connection was replaced.
     pub(crate) async fn keep_connected(self: Arc<Self>, lane: Lane, pause: Duration) {
+        let is_dead = || self.wire(lane).is_none_or(|wire| wire.is_dead(Side::Adaptor));
         loop {
-            match self.wire(lane) {
-                Some(wire) => wire.death(Side::Adaptor).await,
-                None => pending().await,
+            if let Some(wire) = self.wire(lane) {
+                wire.death(Side::Adaptor).await;
             }
-            sleep(pause).await;
-            self.connect(lane);
+            if is_dead() {
+                sleep(pause).await;
+            }
+            if is_dead() {
+                self.connect(lane);
+            }
         }
     }
 }

@@ -69,7 +69,11 @@ impl World for Stream {
                     self.hear(who, at, false)?;
                 }
             }
-            Step::LoseElsewhere(who) => self.elsewhere[who].clear(),
+            Step::LoseElsewhere(who) => {
+                self.elsewhere[who].clear();
+                // The other end knows that its lane has ended: what it said there is said again.
+                self.programs[1 - who].said = At::default();
+            }
             Step::Connect => self.connect(),
             _ => self.take_on_connection(step)?,
         }
