@@ -1,10 +1,11 @@
 //! The socket of a russh session: it reads ahead while a write is pending, requires strict key exchange, and can be
 //! cut.
 //!
-//! A session does not read while it writes (D2), so two busy sessions can deadlock. While a write is pending, the
-//! guarded socket reads ahead into a bounded buffer. The bound is the number of bytes that the peer may have in
-//! flight, so the writes of an honest peer always proceed. A session can't be stopped from outside, because its task
-//! outlives every handle; cutting its socket ends it.
+//! An SSH session does not read while it writes (D2), so two busy ones can deadlock. While a write is pending, the guarded
+//! socket reads ahead into a bounded buffer. The bound is the number of bytes that the peer may have in flight, so the
+//! writes of an honest peer always proceed. Bytes are charged to the SSH session's task, so that a connection with bulk
+//! data does not keep the thread while others wait ([`budget`]). An SSH session can't be stopped from outside, because
+//! its task outlives every handle; cutting its socket ends it.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -12,11 +13,13 @@ use std::io;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
+use secure_comms_tunnel::budget;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::task::coop::poll_proceed;
 use tokio::time::Instant;
 
 pub use self::strict::Peer;
@@ -35,7 +38,7 @@ const LINE: usize = 256;
 const READ: usize = 64 * 1024;
 /// Size of a read that starts with the length of a packet, in bytes.
 const SMALL: usize = 2048;
-/// Largest read of a session that asks only for the length of a packet (RFC 4253 6), in bytes.
+/// Largest read of an SSH session that asks only for the length of a packet (RFC 4253 6), in bytes.
 const LENGTH: usize = 16;
 /// Capacity that an empty read-ahead keeps, in pieces.
 const KEEP: usize = 8;
@@ -108,7 +111,7 @@ impl Guard {
         self.0.identified.load(Ordering::Relaxed)
     }
 
-    /// Cuts the connection: the session ends at once with an I/O error.
+    /// Cuts the connection: the SSH session ends at once with an I/O error.
     pub fn cut(&self) {
         self.0.cut.store(true, Ordering::Release);
         let waker = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -119,7 +122,7 @@ impl Guard {
 
     /// Waits until the connection is cut. Cancellation safe.
     ///
-    /// Call it only while no session or other task reads or writes the socket: all share one waker, so a reader or
+    /// Call it only while no SSH session or other task reads or writes the socket: all share one waker, so a reader or
     /// writer that polls later takes the wake-up. This is not enforced.
     pub async fn until_cut(&self) {
         poll_fn(|cx| {
@@ -243,7 +246,7 @@ impl<S> Guarded<S> {
 }
 
 impl<S: AsyncRead + Unpin> Guarded<S> {
-    /// Waits until the peer has sent its first line, or as many bytes as one may have. The session reads them again.
+    /// Waits until the peer has sent its first line, or as many bytes as one may have. The SSH session reads them again.
     /// Cancellation safe.
     ///
     /// # Errors
@@ -282,7 +285,10 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
         let bound = self.guard.0.read_ahead.load(Ordering::Relaxed);
         while self.ahead.len < bound {
             match self.ahead.read_from(READ, &mut self.socket, cx) {
-                Ok(Some(data)) if !data.is_empty() => Self::inspect(&mut self.strict, &self.guard, data)?,
+                Ok(Some(data)) if !data.is_empty() => {
+                    budget::charge(cx, data.len());
+                    Self::inspect(&mut self.strict, &self.guard, data)?;
+                }
                 // No bytes, the end of file, or an error, which the next ordinary read meets again.
                 Ok(_) | Err(_) => break,
             }
@@ -300,10 +306,14 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
         let this = &mut *self;
         this.check()?;
         if this.ahead.len > 0 {
+            // The socket, which would stop the SSH session when its budget is used up, is not asked.
+            ready!(poll_proceed(cx)).made_progress();
+            let before = out.remaining();
             this.ahead.take(out);
+            budget::charge(cx, before - out.remaining());
             return Poll::Ready(Ok(()));
         }
-        // A session reads the length of a packet (four bytes), then the packet. Reading more with the length makes a
+        // An SSH session reads the length of a packet (four bytes), then the packet. Reading more with the length makes a
         // small packet cost one system call. Most of a large packet is still read without a copy.
         if out.remaining() <= LENGTH {
             return match this.ahead.read_from(SMALL, &mut this.socket, cx) {
@@ -328,7 +338,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
                 Poll::Pending
             }
             Poll::Ready(result) => {
-                Self::inspect(&mut this.strict, &this.guard, out.filled().get(old..).unwrap_or_default())?;
+                let data = out.filled().get(old..).unwrap_or_default();
+                budget::charge(cx, data.len());
+                Self::inspect(&mut this.strict, &this.guard, data)?;
                 Poll::Ready(result)
             }
         }
@@ -340,12 +352,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
         let this = &mut *self;
         this.check()?;
         let poll = Pin::new(&mut this.socket).poll_write(cx, data);
-        if poll.is_pending() {
-            this.read_ahead(cx)?;
-            this.wake_on_cut(cx);
-            this.check()?;
-        } else {
-            this.guard.0.wrote();
+        match &poll {
+            Poll::Pending => {
+                this.read_ahead(cx)?;
+                this.wake_on_cut(cx);
+                this.check()?;
+            }
+            Poll::Ready(wrote) => {
+                budget::charge(cx, wrote.as_ref().copied().unwrap_or_default());
+                this.guard.0.wrote();
+            }
         }
         poll
     }
@@ -415,6 +431,101 @@ mod tests {
         assert_eq!(guard.unanswered(), None);
         guarded.write_all(b"a").await.unwrap();
         assert_eq!(guard.unanswered(), Some(Duration::ZERO));
+    }
+
+    /// Always has bytes, and always has room for more.
+    #[derive(Debug, Default)]
+    struct Endless {
+        first: Vec<u8>,
+    }
+
+    impl AsyncRead for Endless {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            out: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            let len = out.remaining().min(self.first.len());
+            out.put_slice(&self.first[..len]);
+            self.first.drain(..len);
+            out.put_slice(&vec![0; out.remaining()]);
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for Endless {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(data.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    /// Runs a session that moves `PIECE` bytes at a time, until another task has run; returns how many it moved.
+    async fn moved_before_another_runs<F: Future<Output = ()> + Send>(
+        step: impl Fn(Arc<tokio::sync::Mutex<Guarded<Endless>>>) -> F + Send + 'static,
+    ) -> usize {
+        // The identification and a first packet with the marker, without padding (RFC 4253 6).
+        let marker = b"kex-strict-c-v00@openssh.com";
+        let mut first = b"SSH-2.0-x\r\n".to_vec();
+        first.extend((1 + 1 + 16 + 4 + marker.len() as u32).to_be_bytes());
+        first.extend([0, 20].into_iter().chain([0; 16]));
+        first.extend((marker.len() as u32).to_be_bytes());
+        first.extend(marker);
+        let (guarded, _) = Guarded::new(Endless { first }, Peer::Client);
+        let guarded = Arc::new(tokio::sync::Mutex::new(guarded));
+        let moved = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&moved);
+        let session = tokio::spawn(async move {
+            loop {
+                step(Arc::clone(&guarded)).await;
+                counted.fetch_add(PIECE, Ordering::Relaxed);
+            }
+        });
+        tokio::task::yield_now().await;
+        session.abort();
+        moved.load(Ordering::Relaxed)
+    }
+
+    const PIECE: usize = 32 * 1024;
+
+    #[tokio::test]
+    async fn a_session_that_always_has_bytes_to_read_lets_others_run() {
+        let moved = moved_before_another_runs(|guarded| async move {
+            guarded.lock().await.read_exact(&mut [0; PIECE]).await.unwrap();
+        });
+        let moved = moved.await;
+        assert!((PIECE..=budget::TURN + PIECE).contains(&moved), "{moved} bytes");
+    }
+
+    #[tokio::test]
+    async fn a_session_that_always_has_room_to_write_lets_others_run() {
+        use tokio::io::AsyncWriteExt;
+        let moved = moved_before_another_runs(|guarded| async move {
+            guarded.lock().await.write_all(&[0; PIECE]).await.unwrap();
+        });
+        let moved = moved.await;
+        assert!((PIECE..=budget::TURN + PIECE).contains(&moved), "{moved} bytes");
+    }
+
+    #[tokio::test]
+    async fn a_session_that_takes_what_was_read_ahead_lets_others_run() {
+        let moved = moved_before_another_runs(|guarded| async move {
+            let mut guarded = guarded.lock().await;
+            guarded.ahead.push_line(&[0; PIECE]);
+            let mut taken = 0;
+            while taken < PIECE {
+                taken += guarded.read(&mut vec![0; PIECE - taken]).await.unwrap();
+            }
+        });
+        let moved = moved.await;
+        assert!((PIECE..=budget::TURN + PIECE).contains(&moved), "{moved} bytes");
     }
 
     #[test]

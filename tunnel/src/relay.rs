@@ -14,9 +14,9 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use secure_comms_protocol::TunnelName;
 use secure_comms_protocol::limits::{FLUSH, MESSAGE_MAX};
-use tokio::task::coop::consume_budget;
 use tokio::time::timeout;
 
+use crate::budget;
 use crate::flow::{Flow, Overrun};
 use crate::intercept::{FromServer, InterceptError, Interceptor, PassThrough, ToServer};
 use crate::link::{Event, Receiver, Sender, Stream};
@@ -36,7 +36,7 @@ pub enum RelayError {
     #[error("the other end closed the stream before its end")]
     Cut,
     /// The other end closed the stream, and the local reader took nothing for [`FLUSH`].
-    #[error("the local reader took nothing for {0:?} after the other end had closed")]
+    #[error("the local reader took nothing for {} s after the other end had closed", .0.as_secs())]
     Stalled(Duration),
     /// The peer broke flow control; its connection must end.
     #[error(transparent)]
@@ -256,7 +256,10 @@ impl<S: Sender> Ends<'_, S> {
     async fn write_local(&self) -> Result<(), RelayError> {
         loop {
             match self.queue.write_to(self.socket) {
-                Ok(Next::Wrote(cost)) => self.flow.consumed(cost),
+                Ok(Next::Wrote(cost)) => {
+                    self.flow.consumed(cost);
+                    budget::moved(usize::try_from(cost).unwrap_or(usize::MAX)).await;
+                }
                 Ok(Next::Wait) => self.queue.changed().await,
                 Ok(Next::End(Ending::Complete)) => return Ok(self.socket.shutdown_write()?),
                 // The caller resets the socket, so that the local side sees that bytes are missing.
@@ -307,13 +310,14 @@ impl<S: Sender> Ends<'_, S> {
             if piece.is_empty() {
                 pieces.pop_front();
             }
-            self.flow.spend(data.len());
+            let len = data.len();
+            self.flow.spend(len);
             if self.sender.send(data).await.is_err() {
                 // receive reports a connection that is gone.
                 return pending().await;
             }
             // Otherwise a socket that always has bytes and a link that always has room would keep the thread.
-            consume_budget().await;
+            budget::moved(len).await;
         }
     }
 

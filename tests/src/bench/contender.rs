@@ -42,6 +42,7 @@ pub(super) struct Prepared {
     server: Child,
     ssh: SocketAddr,
     inbound: SocketAddr,
+    kata_inbound: SocketAddr,
     target: SocketAddr,
     pod: String,
 }
@@ -51,6 +52,8 @@ pub(super) struct Prepared {
 pub(super) struct Contender {
     /// Address that clients on the worker node connect to.
     pub inbound: SocketAddr,
+    /// The same for the tunnel to the kata agent; it leads to the same server.
+    pub kata_inbound: SocketAddr,
     /// Process at the worker node's end.
     pub node: End,
     /// Process at the VM's end that serves this connection.
@@ -73,14 +76,15 @@ impl Prepared {
     pub(super) async fn new(who: Who, place: &Place, target: SocketAddr) -> Result<Self> {
         // Short: with the pod's id, the path of a socket below it may have 107 bytes.
         let directory = tempfile::Builder::new().prefix("sc-bench-").tempdir()?;
-        let (inbound, ssh) = (free_port()?, SocketAddr::new(place.vm(), free_port()?.port()));
+        let (inbound, kata_inbound) = (free_port()?, free_port()?);
+        let ssh = SocketAddr::new(place.vm(), free_port()?.port());
         let pod = pod_id()?;
         let keys = PodKeys::make(directory.path(), "bench").await?;
         let server = match who {
             Who::Ours => agent(place, directory.path(), ssh, target, &pod).await?,
             Who::OpenSsh => sshd(place, directory.path(), ssh, &keys).await?,
         };
-        Ok(Self { who, directory, keys, server, ssh, inbound, target, pod })
+        Ok(Self { who, directory, keys, server, ssh, inbound, kata_inbound, target, pod })
     }
 
     /// Address that its server listens on.
@@ -99,8 +103,9 @@ impl Prepared {
         let command = match self.who {
             Who::Ours => self.adaptor(ssh).await?,
             Who::OpenSsh => {
-                let forward = format!("{}:{}:{}", self.inbound.port(), self.target.ip(), self.target.port());
-                openssh.command("root", &["-N", "-L", &forward], &[])
+                let forward = |from: SocketAddr| format!("{}:{}", from.port(), self.target);
+                let [bulk, kata] = [self.inbound, self.kata_inbound].map(forward);
+                openssh.command("root", &["-N", "-L", &bulk, "-L", &kata], &[])
             }
         };
         let inbound = self.inbound;
@@ -113,7 +118,16 @@ impl Prepared {
             Who::Ours => End(self.server.pid()),
             Who::OpenSsh => End(only_child(self.server.pid())?),
         };
-        let contender = Contender { inbound, node, vm, _client: client, _openssh: openssh, _prepared: self };
+        let kata_inbound = self.kata_inbound;
+        let contender = Contender {
+            inbound,
+            kata_inbound,
+            node,
+            vm,
+            _client: client,
+            _openssh: openssh,
+            _prepared: self,
+        };
         Ok((contender, began..carried))
     }
 
@@ -121,10 +135,13 @@ impl Prepared {
         let mut command = Command::new(&ensure_built().await?.adaptor);
         command.args(["connect", "--no-trustee", "--pod-id", &self.pod, "--address", &ssh.to_string()]);
         command.arg("--store").arg(self.path("store"));
-        command.args(["--inbounds", &format!("KUBERNETES_PHASE:BENCH:{}", self.inbound.port())]);
-        command.args(["--pp-outbounds", &format!("KUBERNETES_PHASE:BENCH:{}", self.target)]);
+        let [bulk, kata] = [self.inbound, self.kata_inbound].map(|inbound| inbound.port());
+        command.args([
+            "--inbounds",
+            &format!("KUBERNETES_PHASE:BENCH:{bulk},KUBERNETES_PHASE:KATAAGENT:{kata}"),
+        ]);
+        command.args(["--pp-outbounds", &outbounds(self.target)]);
         command.arg("--run-dir").arg(self.path(""));
-        command.arg("--kata-agent-socket").arg(self.path("kata.sock"));
         Ok(command)
     }
 
@@ -159,9 +176,8 @@ async fn agent(
     command.args(["-secure-comms", "-pod-namespace", "", "-secure-comms-listen", &ssh.to_string()]);
     // Any port: several agents run at a time, and none uses this inbound. No user data may move it.
     command.args(["-secure-comms-inbounds", "BOTH_PHASES:KBS:0"]);
-    command.args(["-secure-comms-outbounds", &format!("KUBERNETES_PHASE:BENCH:{target}")]);
+    command.args(["-secure-comms-outbounds", &outbounds(target)]);
     command.args(["-secure-comms-user-data", "all"]).arg("-config").arg(user_data);
-    command.arg("-kata-agent-socket").arg(directory.join("kata.sock"));
     command
         .arg("-secure-comms-state-dir")
         .arg(directory.join("state"))
@@ -169,6 +185,11 @@ async fn agent(
     let agent = Child::spawn("agent", place.in_vm(command))?;
     agent.wait_for_text("listens on", PATIENCE).await?;
     Ok(agent)
+}
+
+/// The agent's outbounds, all to one server.
+fn outbounds(target: SocketAddr) -> String {
+    ["BENCH", "KATAAGENT"].map(|name| format!("KUBERNETES_PHASE:{name}:{target}")).join(",")
 }
 
 /// A stock sshd that lets root log in by key and forward; all other settings are its defaults.

@@ -97,6 +97,30 @@ const LATENCY: &[Row] = &[
     row("with up p99", "with a stream to the VM, p99", "us", Goal::Most(0.5)),
     row("with down p50", "with a stream from the VM, p50", "us", Goal::Most(1.0)),
     row("with down p99", "with a stream from the VM, p99", "us", Goal::Most(0.5)),
+    row(
+        "kata with up p50",
+        "at KATAAGENT, with a stream to the VM in another tunnel, p50",
+        "us",
+        Goal::Most(0.5),
+    ),
+    row(
+        "kata with up p99",
+        "at KATAAGENT, with a stream to the VM in another tunnel, p99",
+        "us",
+        Goal::Most(0.2),
+    ),
+    row(
+        "kata with down p50",
+        "at KATAAGENT, with a stream from the VM in another tunnel, p50",
+        "us",
+        Goal::Most(0.5),
+    ),
+    row(
+        "kata with down p99",
+        "at KATAAGENT, with a stream from the VM in another tunnel, p99",
+        "us",
+        Goal::Most(0.2),
+    ),
     row("stalled p50", "with a stalled reader, p50", "us", Goal::LessIsBetter),
     row("stalled p99", "with a stalled reader, p99", "us", Goal::LessIsBetter),
 ];
