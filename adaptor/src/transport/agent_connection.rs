@@ -3,7 +3,6 @@
 mod tunnels;
 
 use std::fmt;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
