@@ -399,7 +399,7 @@ async fn an_adaptor_that_restarts_ends_the_old_session() -> Result<()> {
     let mut client = busy.pod.pod.client(Tunnel::ToNode).await?;
     // The session lingers, and its streams with it.
     has_open(&busy.pod.pod.vm_service, 1, "the steady stream").await?;
-    busy.steady.iter_mut().nth(1).context("a stream of the VM")?.lives()?;
+    busy.steady.get_mut(1).context("a stream of the VM")?.lives()?;
     let address = busy.pod.line()?.address();
     busy.pod.adaptor = busy.pod.pod.adaptor(&[address])?;
     up(&busy.pod.adaptor).await?;
