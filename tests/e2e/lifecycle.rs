@@ -145,12 +145,12 @@ async fn a_frozen_adaptor_is_replaced_by_a_new_one_at_once() -> Result<()> {
     ensure!(copied.success(), "copying the store: {copied}");
     let adaptor = scene.adaptor()?;
     works(&scene, &adaptor).await?;
-    ensure!(agent.log().contains("replaced by a newer one"), "{}", agent.log());
+    ensure!(agent.log().contains("replaced by a newer connection of the worker node"), "{}", agent.log());
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cut_connection_comes_back_and_its_clients_see_a_reset() -> Result<()> {
+async fn a_cut_connection_comes_back_and_its_clients_see_nothing() -> Result<()> {
     let scene = scene().await?;
     let _agent = scene.agent().await?;
     let proxy = TcpProxy::to(scene.ssh).await?;
@@ -165,8 +165,8 @@ async fn a_cut_connection_comes_back_and_its_clients_see_a_reset() -> Result<()>
         says_after(&adaptor, mark, "kubernetes phase up").await?;
         works(&scene, &adaptor).await?;
     }
-    ensure!(timeout(PATIENCE, session.roundtrip(200, 2)).await?.is_err(), "a stream outlived its connection");
-    Ok(())
+    timeout(PATIENCE, session.roundtrip(200, 2)).await??;
+    timeout(PATIENCE, session.finish()).await?
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -218,7 +218,7 @@ async fn a_silent_connection_fails_over_to_another_address() -> Result<()> {
         let line = adaptor.wait_from(mark, |line| line.contains(&anew), PATIENCE).await?;
         ensure!(line.contains(&other.address().to_string()), "{line}");
         says_after(&adaptor, mark, "kubernetes phase up").await?;
-        says_after(&agent, agent_mark, "replaced by a newer one").await?;
+        says_after(&agent, agent_mark, "replaced by a newer connection of the worker node").await?;
         works(&scene, &adaptor).await?;
         used.cut();
         used.thaw();
@@ -256,20 +256,17 @@ async fn a_pause_of_the_network_costs_no_stream() -> Result<()> {
     session.roundtrip(200, 1).await?;
     let (mark, agent_mark) = (adaptor.mark(), agent.mark());
     proxy.freeze();
-    // No event shows that the adaptor has tried a new connection; it does within 2 s, and succeeds once the old one does.
+    // No event shows that the adaptor has tried a new connection; it does within 2 s, and may go over to it afterwards.
     sleep(Duration::from_secs(4)).await;
     proxy.thaw();
     session.roundtrip(200, 2).await?;
-    // The new connection exists as well, and must not be admitted: it would be after 4 s of silence of the old one.
     sleep(Duration::from_secs(6)).await;
     session.roundtrip(200, 3).await?;
     for (child, mark) in [(&adaptor, mark), (&agent, agent_mark)] {
         let lines = child.lines();
         let lines: Vec<&str> = lines.iter().skip(mark).map(|line| line.text.as_str()).collect();
-        ensure!(
-            lines.iter().all(|line| !line.contains("channel down") && !line.contains("replaced")),
-            "{lines:?}"
-        );
+        let over = ["session over", "session: ended", "are reset", "is reset"];
+        ensure!(lines.iter().all(|line| !over.iter().any(|text| line.contains(text))), "{lines:?}");
     }
     Ok(())
 }

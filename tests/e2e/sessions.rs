@@ -33,6 +33,8 @@ const AGENT_STOPS: &str = "channel down: the agent said bye: the agent stops";
 const ADAPTOR_STOPS: &str = "session: ended: the adaptor said bye";
 /// Records after which a cut must have come past the end of what is cut.
 const RECORDS_MAX: u64 = 200;
+/// Records of a connection up to the streams that go on; what follows is cut without a resume, too.
+const RESUME_RECORDS: u64 = 45;
 
 /// Waits for the first error, or for the end of all.
 async fn all(mut tasks: JoinSet<Result<()>>) -> Result<()> {
@@ -117,7 +119,8 @@ async fn cut_at_every_record(cuts: Cuts) -> Result<u64> {
             .await
             .with_context(|| format!("it hangs: {}", context()))?
             .with_context(context)?;
-        if pod.line()?.disarm() {
+        let all_were_cut = pod.line()?.disarm() || resumes && round == RESUME_RECORDS;
+        if all_were_cut {
             for stream in long {
                 timeout(PATIENCE, stream.finish()).await.with_context(context)?.with_context(context)?;
             }
@@ -399,7 +402,7 @@ async fn an_adaptor_that_restarts_ends_the_old_session() -> Result<()> {
     let mut client = busy.pod.pod.client(Tunnel::ToNode).await?;
     // The session lingers, and its streams with it.
     has_open(&busy.pod.pod.vm_service, 1, "the steady stream").await?;
-    busy.steady.iter_mut().nth(1).context("a stream of the VM")?.lives()?;
+    busy.steady.get_mut(1).context("a stream of the VM")?.lives()?;
     let address = busy.pod.line()?.address();
     busy.pod.adaptor = busy.pod.pod.adaptor(&[address])?;
     up(&busy.pod.adaptor).await?;

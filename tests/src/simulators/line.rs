@@ -378,9 +378,8 @@ impl Pump<'_> {
         let mut buffer = vec![0; CHUNK];
         // The trap that waits for its bytes of the record that is passing, and how many of them are missing.
         let mut sprung: Option<(Trap, usize)> = None;
-        loop {
-            // The end of the stream and an error both end the direction.
-            let Ok(size @ 1..) = from.read(&mut buffer).await else { break };
+        // The end of the stream and an error both end the direction.
+        while let Ok(size @ 1..) = from.read(&mut buffer).await {
             let mut rest = buffer.get(..size).unwrap_or_default();
             while !rest.is_empty() {
                 if !self.carries().await {
