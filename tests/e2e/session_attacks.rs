@@ -298,7 +298,7 @@ async fn lanes_without_end_leave_one_connection_each() -> Result<()> {
     attacked.agent.wait_for_files(files + 4, PATIENCE).await?;
     let after = attacked.agent.rss_kib()?;
     println!("{} sessions: RSS {after} KiB after", sessions.len());
-    ensure!(after < before + 8 * 1024, "{before} KiB before, {after} KiB after\n{}", attacked.agent.log());
+    ensure!(after < before + 12 * 1024, "{before} KiB before, {after} KiB after\n{}", attacked.agent.log());
     attacked.serves_sessions().await
 }
 
@@ -306,7 +306,7 @@ async fn lanes_without_end_leave_one_connection_each() -> Result<()> {
 async fn resumes_in_a_loop_lose_no_byte() -> Result<()> {
     const STREAMS: u32 = 50;
     let attacked = AttackedAgent::kubernetes().await?;
-    let resumes = number("RESUMES", 100)?;
+    let resumes = number("RESUMES", 300)?;
     let (mut main, id) = attacked.session().await?;
     let mut streams = Vec::new();
     for number in 0..STREAMS {
@@ -507,7 +507,8 @@ async fn an_adaptor_that_lies_ends_its_session() -> Result<()> {
         let channel = main.open("VMSERVICE", 1, Opening::New).await?;
         let mark = attacked.agent.mark();
         let came = match lie {
-            Lie::Overrun => {
+            // The server holds the stream open, whatever we end.
+            Lie::Overrun | Lie::DataAfterEof | Lie::EofTwice => {
                 main.data(channel, STALL).await?;
                 0
             }
