@@ -5,18 +5,18 @@
 //! make directories for bind mounts, and read the VM's mounts.
 //!
 //! In the order data passes: [`requests`] splits the stream into [`frame`]s; [`edit`] changes requests, whose [`protobuf`] it
-//! reads field by field; `waiting` holds requests within the `budget` of their connection, and `mounts` waits for what a container needs,
-//! whose `sources` are made; `reply` builds refusals; the
-//! `session` is what both directions know of one connection. docs/KATA-AGENT.md has the reasons.
+//! reads field by field; `waiting` holds requests within the `budget` of their connection, and `mounts` waits for what a
+//! container needs, whose `sources` are made; `reply` builds refusals; `conversation` is what both directions know of one
+//! connection. docs/KATA-AGENT.md has the reasons.
 
 mod budget;
+mod conversation;
 pub mod edit;
 pub mod frame;
 mod mounts;
 pub mod protobuf;
 mod reply;
 pub mod requests;
-mod session;
 pub mod sources;
 mod waiting;
 
@@ -30,10 +30,10 @@ use secure_comms_tunnel::intercept::{FromServer, InterceptError, Interceptor, To
 use secure_comms_tunnel::netns::Namespace;
 
 use budget::Budget;
+use conversation::Conversation;
 use frame::Scanner;
 use reply::RequestRefusal;
 use requests::{Out, Requests};
-use session::Session;
 use sources::MountPrefixes;
 use waiting::Waiting;
 
@@ -71,13 +71,13 @@ impl Interceptor for KataAgent {
     type FromServer = FromKataAgent;
 
     fn begin(&self) -> (ToKataAgent, FromKataAgent) {
-        let session = Arc::new(Session::within(self.budget.clone()));
+        let conversation = Arc::new(Conversation::within(self.budget.clone()));
         let to = ToKataAgent {
             requests: Requests::within(self.namespace.clone(), self.budget.clone()),
             waiting: Waiting::within(self.budget.clone(), self.prefixes.clone()),
-            session: session.clone(),
+            conversation: conversation.clone(),
         };
-        (to, FromKataAgent { scanner: Scanner::default(), discarding: false, session })
+        (to, FromKataAgent { scanner: Scanner::default(), discarding: false, conversation })
     }
 
     fn for_connection(&self) -> Self {
@@ -91,7 +91,7 @@ impl Interceptor for KataAgent {
 pub struct ToKataAgent {
     requests: Requests,
     waiting: Waiting,
-    session: Arc<Session>,
+    conversation: Arc<Conversation>,
 }
 
 impl ToServer for ToKataAgent {
@@ -110,10 +110,10 @@ impl ToServer for ToKataAgent {
                 Out::Refuse { stream, refusal } => (stream, refusal),
             };
             if result.is_ok() {
-                result = self.session.refuse(stream, &refusal);
+                result = self.conversation.refuse(stream, &refusal);
             }
         })?;
-        self.session.saw(self.requests.seen());
+        self.conversation.saw(self.requests.seen());
         Ok(result?)
     }
 
@@ -127,12 +127,12 @@ impl ToServer for ToKataAgent {
                  does not see them"
             );
         }
-        self.session.client_ended();
+        self.conversation.client_ended();
         Ok(())
     }
 
     fn cost(&self) -> Option<&'static str> {
-        self.session.cost()
+        self.conversation.cost()
     }
 
     fn has_pending(&self) -> bool {
@@ -154,7 +154,7 @@ impl ToServer for ToKataAgent {
                     Err(refused) => refused,
                 },
             };
-            self.session.refuse(stream, &refusal)?;
+            self.conversation.refuse(stream, &refusal)?;
             return Ok(None);
         }
     }
@@ -166,7 +166,7 @@ pub struct FromKataAgent {
     scanner: Scanner,
     /// The current frame is too long: it was refused, and its bytes are dropped.
     discarding: bool,
-    session: Arc<Session>,
+    conversation: Arc<Conversation>,
 }
 
 impl FromKataAgent {
@@ -198,7 +198,8 @@ impl FromServer for FromKataAgent {
                     data.advance(used);
                     at = 0;
                     if self.discarding {
-                        self.session.refuse(header.stream, &RequestRefusal::AnswerTooLong(header.length))?;
+                        self.conversation
+                            .refuse(header.stream, &RequestRefusal::AnswerTooLong(header.length))?;
                     } else {
                         out(Bytes::copy_from_slice(&header.to_bytes()));
                     }
@@ -211,20 +212,20 @@ impl FromServer for FromKataAgent {
 
     fn ended(&mut self) -> Result<(), InterceptError> {
         self.scanner.end()?;
-        self.session.server_ended();
+        self.conversation.server_ended();
         Ok(())
     }
 
     fn read_limit(&self) -> usize {
-        if self.session.has_replies() && !self.at_boundary() { self.scanner.left() } else { usize::MAX }
+        if self.conversation.has_replies() && !self.at_boundary() { self.scanner.left() } else { usize::MAX }
     }
 
     fn next_injected(&mut self) -> Option<Bytes> {
-        if self.at_boundary() { self.session.next_reply() } else { None }
+        if self.at_boundary() { self.conversation.next_reply() } else { None }
     }
 
     async fn injection_ready(&mut self) {
-        self.session.reply_added().await;
+        self.conversation.reply_added().await;
     }
 }
 

@@ -41,7 +41,8 @@ fn main() -> ExitCode {
 /// many streams as the usual soft limit allows.
 fn raise_file_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
+        .map_err(io::Error::from);
     if let Err(error) = raised {
         log::warn!("raising the limit of open files: {error}; set LimitNOFILE= in the unit");
     }
@@ -49,7 +50,7 @@ fn raise_file_limit() {
 
 /// Disables core dumps: a core would contain the keys.
 fn forbid_core_dumps() {
-    if let Err(error) = nix::sys::prctl::set_dumpable(false) {
+    if let Err(error) = nix::sys::prctl::set_dumpable(false).map_err(io::Error::from) {
         log::warn!("forbidding core dumps: {error}; set LimitCORE=0 in the unit");
     }
 }

@@ -146,7 +146,10 @@ async fn give_up_capabilities(agent: &Agent, network: Option<&PodNetwork>) -> Ca
     let keep: &[Capability] = if network.is_some() { &[Capability::CAP_NET_ADMIN] } else { &[] };
     match capabilities::keep_only(keep).await {
         Ok(left) if left.is_empty() => log::info!("capabilities: none from now on"),
-        Ok(left) => log::info!("capabilities: only {left:?} from now on, for the pod network"),
+        Ok(left) => {
+            let left: Vec<_> = left.iter().map(ToString::to_string).collect();
+            log::info!("capabilities: only {} from now on, for the pod network", left.join(", "));
+        }
         Err(error) => return error,
     }
     std::future::pending().await
@@ -314,7 +317,7 @@ async fn drain(agent: &Agent) {
     for peer in &peers {
         peer.close_gracefully(reason);
     }
-    // close_gracefully cuts peers that stay; the timeout is for a session that hangs in spite of that.
+    // close_gracefully cuts peers that stay; the timeout is for an SSH session that hangs in spite of that.
     let closed =
         async { tokio::join!(agent.peers.kubernetes.until_empty(), agent.peers.attestation.until_empty()) };
     drop(timeout(SHUTDOWN_DRAIN, closed).await);

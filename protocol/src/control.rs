@@ -7,6 +7,7 @@ use core::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::hello::Hello;
+use crate::json::unquoted;
 use crate::limits::CONTROL_LINE_MAX;
 use crate::session::Position;
 
@@ -182,8 +183,8 @@ impl Control {
         if !line.trim_ascii_start().starts_with(b"{") {
             return Err(ControlError::Malformed("expected a JSON object".to_string()));
         }
-        let line: Line =
-            serde_json::from_slice(line).map_err(|error| ControlError::Malformed(error.to_string()))?;
+        let line: Line = serde_json::from_slice(line)
+            .map_err(|error| ControlError::Malformed(unquoted(&error.to_string())))?;
         Ok(line
             .hello
             .map(Self::Hello)

@@ -24,6 +24,8 @@ pub mod session;
 
 pub mod control;
 
+pub mod json;
+
 mod refusal;
 
 pub mod limits;

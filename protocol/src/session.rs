@@ -138,7 +138,9 @@ impl Opening {
     pub fn from_originator(text: &str) -> Self {
         let mut words = text.split(' ');
         let (word, received, granted) = (words.next(), words.next(), words.next());
-        let number = |word: Option<&str>| word.and_then(|word| word.parse().ok());
+        // Digits only: `parse` would take a sign, too.
+        let decimal = |word: &&str| word.bytes().all(|byte| byte.is_ascii_digit());
+        let number = |word: Option<&str>| word.filter(decimal).and_then(|word| word.parse().ok());
         match (word, number(received), number(granted), words.next()) {
             (Some("again"), Some(received), Some(granted), None) => {
                 Self::Again(Position { received, granted })
@@ -186,9 +188,17 @@ mod tests {
 
     #[test]
     fn other_originators_are_those_of_new_streams() {
-        for text in
-            ["", "::1", "resume", "resume 1", "resume 1 x", "resume 1 2 3", "again -1 2", "Resume 1 2"]
-        {
+        for text in [
+            "",
+            "::1",
+            "resume",
+            "resume 1",
+            "resume 1 x",
+            "resume 1 2 3",
+            "again -1 2",
+            "again +1 2",
+            "Resume 1 2",
+        ] {
             assert_eq!(Opening::from_originator(text), Opening::New, "{text}");
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt::Debug;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -67,8 +67,10 @@ pub trait SessionControl: Debug + Send + Sync {
     fn positions(&self) -> Pin<Box<dyn Future<Output = Vec<StreamPosition>> + Send + '_>>;
     /// Positions that are due although no credit is given back.
     fn unsaid_positions(&self) -> Vec<StreamPosition>;
-    /// Records the time from a ping to its pong.
-    fn round_trip(&self, took: Duration);
+    /// A ping is about to be sent on the connection.
+    fn pinged(&self);
+    /// The ping was answered, after this time.
+    fn ponged(&self, took: Duration);
 }
 
 /// A connection of a session.
@@ -91,8 +93,13 @@ impl<C: Channels> SessionControl for Joined<C> {
         self.session.unsaid_positions(self.number)
     }
 
-    fn round_trip(&self, took: Duration) {
+    fn pinged(&self) {
+        self.session.pinged(self.number);
+    }
+
+    fn ponged(&self, took: Duration) {
         self.session.credits().round_trip(took);
+        self.session.ponged(self.number);
     }
 }
 
@@ -104,7 +111,7 @@ struct OutboxState {
     joined: Notify,
     waiting: Notify,
     said_bye: Notify,
-    probe: Notify,
+    probe: Arc<Notify>,
 }
 
 impl Outbox {
@@ -141,6 +148,7 @@ impl Outbox {
     /// Makes the control channel carry the positions of a session: this connection is its lane of that number. Only the first
     /// call has an effect.
     pub fn join<C: Channels>(&self, session: Session<C>, number: LaneNumber) {
+        session.probe_with(number, self.0.probe.clone());
         self.0.session.get_or_init(|| Box::new(Joined { session, number }));
         self.0.joined.notify_one();
     }
@@ -209,9 +217,11 @@ pub async fn run<R: Receiver, S: Sender>(
     each: impl FnMut(Control),
 ) -> ControlEnd {
     let pings = Mutex::new(Pings::default());
+    let mut reading = pin!(read(receiver, credits, outbox, &pings, each));
     tokio::select! {
-        end = read(receiver, credits, outbox, &pings, each) => end,
-        Gone = write(sender, credits, outbox) => ControlEnd::Closed,
+        end = &mut reading => end,
+        // What arrived before the end counts, a bye above all. The channel ends after it.
+        Gone = write(sender, credits, outbox) => reading.await,
         () = probe(outbox, &pings) => ControlEnd::Silent,
     }
 }
@@ -279,7 +289,7 @@ fn on_message(
             if let Some(took) = lock(pings).pong(*number) {
                 credits.round_trip(took);
                 if let Some(session) = outbox.session() {
-                    session.round_trip(took);
+                    session.ponged(took);
                 }
             }
         }
@@ -360,6 +370,9 @@ async fn probe(outbox: &Outbox, pings: &Mutex<Pings>) {
         }
         let (ping, waiting) = lock(pings).tick();
         if let Some(number) = ping {
+            if let Some(session) = outbox.session() {
+                session.pinged();
+            }
             outbox.send(Control::Ping(number));
         }
         if waiting.is_some_and(|since| since.elapsed() + KEEPALIVE > SILENCE) {

@@ -128,7 +128,7 @@ async fn with_a_pod_network_the_right_to_undo_it_remains() -> Result<()> {
     let moved = "'ens4' is the pod's, with its addresses and routes";
     let mut agent = site.up(&external()).await?;
     has_only(&agent, NET_ADMIN).await?;
-    agent.wait_for_text("capabilities: only [CAP_NET_ADMIN] from now on", PATIENCE).await?;
+    agent.wait_for_text("capabilities: only CAP_NET_ADMIN from now on", PATIENCE).await?;
     agent.wait_for_text(moved, PATIENCE).await?;
     let up = site.state()?;
     ensure!(up != before, "the pod network changed nothing");

@@ -150,6 +150,19 @@ async fn a_crowd_of_the_vm_keeps_no_other_tunnel_out(number: usize) -> Result<()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn streams_that_have_ended_leave_their_places() -> Result<()> {
+    let pod = Pod::up().await?;
+    for inbound in [pod.inbound("VMSERVICE").await?, pod.scene.node_inbound] {
+        // One more than the tunnel has places, one after the other.
+        for number in 0..=CreditLimits::KUBERNETES.tunnel_streams() {
+            let stream = pod.echo(inbound).await.with_context(|| format!("stream {number}"))?;
+            timeout(PATIENCE, stream.finish()).await.with_context(|| format!("stream {number} hangs"))??;
+        }
+    }
+    pod.kata().await?.finish().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn clients_of_a_vm_inbound_leave_room_for_the_runtime() -> Result<()> {
     a_crowd_of_the_vm_keeps_no_other_tunnel_out(1100).await
 }

@@ -2,6 +2,7 @@
 //!
 //! - [`stranger`]: an SSH client that keeps to no rule, and a peer that a test drives by hand;
 //! - [`raw`]: an SSH transport in either role, whose every byte is the test's;
+//! - [`by_hand`]: an adaptor or an agent that speaks the protocol's version 2, with whatever a test makes it say;
 //! - [`flood`]: thousands of connections at a time;
 //! - [`front`]: an address that a forged agent answers at before the real one;
 //! - [`impostor`]: a server in the place of the agent, attacking the real adaptor;
@@ -17,3 +18,4 @@ pub mod impostor;
 pub mod tamper;
 
 pub mod attacked_agent;
+pub mod by_hand;

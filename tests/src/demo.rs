@@ -1,5 +1,7 @@
 //! What the demo programs `demo-vm` and `demo-node` share: they run one process in a terminal until Ctrl-C. Their state is
-//! in a directory, so that either may be killed and started again.
+//! in a directory, so that either may be killed and started again. And the file of `double` ([`transfer`]).
+
+pub mod transfer;
 
 use std::cell::Cell;
 use std::io::ErrorKind;

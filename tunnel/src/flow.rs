@@ -191,6 +191,11 @@ impl Credits {
         *self.0.peer.borrow() == Some(peer)
     }
 
+    /// Whether the peer's flow control is known.
+    pub fn knows_peer_mode(&self) -> bool {
+        self.0.peer.borrow().is_some()
+    }
+
     /// Waits until the peer's flow control is known. Cancellation safe.
     ///
     /// # Errors
@@ -343,10 +348,18 @@ impl Credits {
         self.table().due.remove(&lane);
     }
 
-    /// Gives credit of this stream back on this connection from now on.
-    pub(crate) fn carry(&self, stream: u32, lane: LaneNumber) {
-        if let Some(send) = self.table().streams.get(&stream) {
-            send.lane.store(lane.0, Relaxed);
+    /// Gives credit of this stream back on this connection from now on, also what we have granted beyond `said` while no
+    /// connection carried it: the other end may wait for just that.
+    pub(crate) fn carry(&self, stream: u32, lane: LaneNumber, said: u64) {
+        let mut table = self.table();
+        let Some(send) = table.streams.get(&stream).cloned() else { return };
+        send.lane.store(lane.0, Relaxed);
+        if send.given.load(Relaxed) > said.max(self.0.limits.initial.into())
+            && let Some(due) = table.due.get_mut(&lane)
+        {
+            // How much is said in the position.
+            due.grants.entry(stream).or_default();
+            due.waiting.notify_one();
         }
     }
 

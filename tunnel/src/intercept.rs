@@ -21,7 +21,7 @@ pub trait Interceptor: Clone + Debug + Send + Sync + 'static {
     type FromServer: FromServer;
     /// Makes the halves for a new stream.
     fn begin(&self) -> (Self::ToServer, Self::FromServer);
-    /// The interceptor for a new connection, whose streams may share limits.
+    /// The interceptor for a new connection, or a new session, whose streams may share limits.
     #[must_use]
     fn for_connection(&self) -> Self {
         self.clone()

@@ -95,7 +95,7 @@ impl<P: Phase, I: Interceptor> Outbounds<P, I> {
         self
     }
 
-    /// The outbounds for a new connection, whose streams may share limits of the interceptor.
+    /// The outbounds for a new connection, or a new session, whose streams may share limits of the interceptor.
     #[must_use]
     pub fn for_connection(&self) -> Self {
         let intercepted =

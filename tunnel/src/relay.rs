@@ -36,7 +36,7 @@ pub enum RelayError {
     #[error("the other end closed the stream before its end")]
     Cut,
     /// The other end closed the stream, and the local reader took nothing for [`FLUSH`].
-    #[error("the local reader took nothing for {0:?} after the other end had closed")]
+    #[error("the local reader took nothing for {} s after the other end had closed", .0.as_secs())]
     Stalled(Duration),
     /// The peer broke flow control; its connection must end.
     #[error(transparent)]

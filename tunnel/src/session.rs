@@ -15,9 +15,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use secure_comms_protocol::control::StreamPosition;
 use secure_comms_protocol::limits::{CreditLimits, LANE_WAIT, MESSAGE_MAX};
 use secure_comms_protocol::{Lane, Opening, SessionId, TunnelName};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
+use self::barrier::Barrier;
 use self::entry::Entry;
 pub use self::halves::{SessionReceiver, SessionSender};
 pub use self::incoming::{IncomingStream, NewStream};
@@ -25,6 +26,7 @@ pub use self::open::SessionLink;
 use crate::flow::{Credits, LaneNumber, PeerFlow, Side};
 use crate::link::{Incoming, Receiver, Sender};
 
+mod barrier;
 mod entry;
 mod halves;
 mod incoming;
@@ -70,11 +72,15 @@ pub(crate) struct Connection<C> {
     number: LaneNumber,
     lane: Lane,
     channels: C,
+    /// The connections of other lanes that there were when it was made.
+    others: Arc<[LaneNumber]>,
+    barrier: Arc<Barrier>,
 }
 
 impl<C: Clone> Clone for Connection<C> {
     fn clone(&self) -> Self {
-        Self { channels: self.channels.clone(), ..*self }
+        let (others, barrier) = (self.others.clone(), self.barrier.clone());
+        Self { channels: self.channels.clone(), others, barrier, ..*self }
     }
 }
 
@@ -154,7 +160,10 @@ impl<C: Channels> Session<C> {
         table.last_number.0 += 1;
         let number = table.last_number;
         self.0.credits.add_lane(number);
-        table.lanes.insert(lane, Connection { number, lane, channels: channels.clone() });
+        let living = table.lanes.values().filter(|other| other.lane != lane && !other.channels.is_gone());
+        let others = living.map(|other| other.number).collect();
+        let barrier = Arc::default();
+        table.lanes.insert(lane, Connection { number, lane, channels: channels.clone(), others, barrier });
         drop(table);
         self.0.lanes.send_modify(|version| *version += 1);
         let session = self.clone();
@@ -171,8 +180,21 @@ impl<C: Channels> Session<C> {
     /// Takes a connection away that has ended or is to end. Happens by itself once [`Channels::gone`].
     pub fn disconnect(&self, number: LaneNumber) {
         self.0.credits.remove_lane(number);
-        self.table().lanes.retain(|_, connection| connection.number != number);
+        let ended = {
+            let mut table = self.table();
+            let ended = table.lanes.values().find(|connection| connection.number == number);
+            let lane = ended.map(|connection| connection.lane);
+            lane.and_then(|lane| table.lanes.remove(&lane))
+        };
         self.0.lanes.send_modify(|version| *version += 1);
+        // The adaptor may have no stream that needs the lane, and would not connect it: streams that it has not heard of would
+        // wait in vain.
+        if let Some(Connection { lane, .. }) = ended
+            && self.0.side == Side::Agent
+            && self.stranded().iter().any(|entry| entry.state().is_on(number))
+        {
+            self.0.wanted.send_replace(Some(lane));
+        }
     }
 
     /// Whether a lane has a connection.
@@ -213,6 +235,12 @@ impl<C: Channels> Session<C> {
     /// Number of streams of tunnels of this lane.
     pub fn streams_of(&self, lane: Lane) -> usize {
         self.table().streams.values().filter(|entry| Lane::of(entry.name()) == lane).count()
+    }
+
+    /// The connection that carries a stream, or did so last; none for a stream that is not known, or has had none.
+    pub fn carrier(&self, id: u32) -> Option<LaneNumber> {
+        let entry = self.entry(id)?;
+        entry.state().connection.as_ref().map(|connection| connection.number)
     }
 
     /// Ends the session: its streams are reset. Its connections are the caller's to end. Only the first reason is kept.
@@ -267,12 +295,37 @@ impl<C: Channels> Session<C> {
         streams.iter().filter(unsaid).map(|entry| self.say(entry)).collect()
     }
 
-    fn say(&self, entry: &Entry<C>) -> StreamPosition {
-        StreamPosition {
-            stream: entry.id(),
-            received: entry.say(),
-            granted: self.0.credits.given(entry.id()),
+    /// Makes a connection send a ping whenever `probe` is notified; the closes of its streams need that.
+    pub fn probe_with(&self, number: LaneNumber, probe: Arc<Notify>) {
+        if let Some(connection) = self.numbered(number) {
+            connection.barrier.probe_with(probe);
         }
+    }
+
+    /// A ping is about to be sent on a connection.
+    pub fn pinged(&self, number: LaneNumber) {
+        if let Some(connection) = self.numbered(number) {
+            connection.barrier.pinged();
+        }
+    }
+
+    /// The ping on a connection was answered: what was closed before it is over.
+    pub fn ponged(&self, number: LaneNumber) {
+        let Some(connection) = self.numbered(number) else { return };
+        connection.barrier.ponged();
+        let streams: Vec<_> = self.table().streams.values().cloned().collect();
+        let mut closing = 0;
+        for entry in streams.iter().filter(|entry| entry.is_closing_on(number)) {
+            closing += usize::from(!entry.state().is_done());
+            entry.notify();
+        }
+        if closing > 0 {
+            connection.barrier.ask();
+        }
+    }
+
+    fn say(&self, entry: &Entry<C>) -> StreamPosition {
+        StreamPosition::new(entry.id(), self.position(entry))
     }
 
     /// Ends the session because the peer lied about a stream; returns the reason.
@@ -364,6 +417,6 @@ impl<C: Channels> Session<C> {
     /// among them: the agent asks again.
     pub fn known(&self) -> Vec<u32> {
         let streams: Vec<_> = self.table().streams.values().cloned().collect();
-        streams.iter().filter(|entry| !entry.is_accepting()).map(|entry| entry.id()).collect()
+        streams.iter().filter(|entry| entry.list()).map(|entry| entry.id()).collect()
     }
 }

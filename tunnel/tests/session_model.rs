@@ -93,7 +93,7 @@ fn sent() -> StreamState {
         end.push(&Bytes::from(vec![0; len]));
     }
     end.end();
-    while end.next().is_some() {}
+    while end.next_transmit().is_some() {}
     assert_eq!(end.acknowledge(10), Ok(512));
     end
 }

@@ -211,6 +211,7 @@ impl Attempt {
             | ConnectError::Lookup(_)
             | ConnectError::NotSsh(_)
             | ConnectError::Timeout(..)
+            | ConnectError::Dismissed(..)
             | ConnectError::Protocol(..) => false,
         };
         self.failure.kubernetes = Some(error);

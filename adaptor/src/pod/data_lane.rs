@@ -5,7 +5,7 @@
 //! has a failover of its own. Streams that wait for it go on over the main lane if it can't be had.
 
 use std::convert::Infallible;
-use std::future::pending;
+use std::future::{pending, ready};
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
@@ -54,7 +54,7 @@ pub(super) struct DataLane {
 
 /// How a connection of the lane ended.
 enum End {
-    Idle,
+    Idle(LaneNumber),
     Lost,
     Replaced(SocketAddr, AgentConnection<Kubernetes>),
 }
@@ -97,6 +97,9 @@ impl DataLane {
                 tracing::debug!("pod {}: lane data: {why}", self.plan.id);
                 connection.close(&why).await;
                 self.backoff.pause().await;
+                if self.session.streams_of(Lane::Data) == 0 {
+                    return;
+                }
                 continue;
             }
             let since = Instant::now();
@@ -104,11 +107,14 @@ impl DataLane {
             let heard = Instant::now() - connection.liveness().unanswered().unwrap_or_default();
             self.status.lane(Lane::Data, false);
             match end {
-                End::Idle => {
+                End::Idle(number) => {
+                    self.session.disconnect(number);
                     connection.close("no stream needs the lane").await;
-                    return;
+                    // One may have got onto the lane at the last moment.
+                    if self.session.streams_of(Lane::Data) == 0 {
+                        return;
+                    }
                 }
-                End::Lost if self.session.streams_of(Lane::Data) == 0 => return,
                 End::Lost if since.elapsed() < FALL_BACK => self.backoff.pause().await,
                 End::Lost => self.backoff.reset(),
                 End::Replaced(address, connection) => replacement = Some((address, connection)),
@@ -182,6 +188,13 @@ impl DataLane {
         let number = connection.join(session, Lane::Data);
         self.status.lane(Lane::Data, true);
         connection.say(Control::Streams(KnownStreams { known: session.known() }));
+        // The streams that wanted the lane have it.
+        tokio::select! {
+            biased;
+            _ = session.lane_wanted() => {}
+            () = self.wanted.notified() => {}
+            () = ready(()) => {}
+        }
         let resume = async {
             let streams = session.resume(Lane::Data, number).await;
             if let Some(cut) = cut.filter(|_| streams > 0) {
@@ -200,7 +213,7 @@ impl DataLane {
             let is_used = || session.streams_of(Lane::Data) > 0;
             tokio::select! {
                 never = &mut resume => match never {},
-                () = &mut idle => return End::Idle,
+                () = &mut idle => return End::Idle(number),
                 end = await_lane_end(connection, is_used, || self.redial(to)) => match end {
                     LaneEnd::Lost(end) => {
                         if end.cause == EndCause::AgentWithSession {

@@ -41,8 +41,9 @@ const HOLD_MAX: Duration = Duration::from_secs(4);
 /// because one address may still refuse connections while another drops packets.
 const HANDSHAKE_TIMEOUT_MIN: Duration = Duration::from_secs(2);
 
-/// The interval at which the silence of a lane is checked.
-const LANE_CHECK_INTERVAL: Duration = Duration::from_millis(100);
+/// The interval at which the silence of a lane is checked: while the agent owes no answer, and while it does.
+const LANE_CHECK_IDLE: Duration = Duration::from_millis(250);
+const LANE_CHECK: Duration = Duration::from_millis(100);
 /// The interval at which the agent is asked for a sign of life on a lane in use: what it has sent may wait in its TCP's
 /// backoff, and nothing that we sent would be unanswered.
 const LANE_PROBE_INTERVAL: Duration = Duration::from_secs(1);
@@ -89,7 +90,7 @@ pub(super) async fn await_lane_end(
 async fn until_lane_silent(liveness: &Liveness, is_used: impl Fn() -> bool) {
     let mut probed = Instant::now();
     loop {
-        sleep(LANE_CHECK_INTERVAL).await;
+        sleep(if liveness.unanswered().is_some() { LANE_CHECK } else { LANE_CHECK_IDLE }).await;
         let silence = liveness.unanswered().unwrap_or_default();
         if silence >= silence_threshold(liveness) {
             return;

@@ -113,12 +113,20 @@ impl Redial {
                     Ok(Ok(won)) => return won,
                     Ok(Err(error)) => {
                         tracing::debug!("pod {}: lane {}: {address}: {error}", self.plan.id, self.joining.lane);
-                        through = None;
+                        // No attempt is known to make progress any more.
+                        (newest, through) = (Flag::default(), None);
                         match error {
                             ConnectError::Timeout(..) => timeout = (timeout * 3 / 2).min(TCP_CONNECT),
-                            ConnectError::Unreachable(_) => {}
-                            // An SSH server that can't be the agent's is not asked three times a second.
-                            _ => next = next.max(Instant::now() + backoff.next_pause()),
+                            ConnectError::Unreachable(_) | ConnectError::Protocol(..) => {}
+                            // A server that is another one, or an agent that wants no connection, is not asked three times a
+                            // second.
+                            ConnectError::Lookup(_)
+                            | ConnectError::NotSsh(_)
+                            | ConnectError::WrongHostKey { .. }
+                            | ConnectError::Refused { .. }
+                            | ConnectError::Dismissed(..) => {
+                                next = next.max(Instant::now() + backoff.next_pause());
+                            }
                         }
                     }
                     // Its panic was printed where it happened.

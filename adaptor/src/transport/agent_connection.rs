@@ -60,6 +60,14 @@ impl ConnectionEnd {
     fn new(cause: EndCause, why: impl Into<String>) -> Self {
         Self { why: why.into(), cause }
     }
+
+    /// The end, as an error of connecting.
+    fn during(self, step: &'static str) -> ConnectError {
+        match self.cause {
+            EndCause::Broken => ConnectError::Protocol(step, self.why),
+            EndCause::Agent | EndCause::AgentWithSession => ConnectError::Dismissed(step, self.why),
+        }
+    }
 }
 
 impl fmt::Display for ConnectionEnd {
@@ -148,12 +156,17 @@ impl<P: ClientPhase> AgentConnection<P> {
         let exchanged = timeout_at(deadline, Self::exchange(connection, pod, tunnels, joining)).await;
         let late = |_| ConnectError::Timeout(HELLO.as_secs(), "waiting for the agent's hello");
         let mut connection = exchanged.map_err(late)??;
-        if joining.is_some()
-            && connection.agent.version >= SESSIONS_VERSION
-            && connection.agent.credit.is_some()
-        {
-            // An agent that says none in time has none.
-            connection.joined = timeout_at(deadline, connection.joined()).await.ok().transpose()?;
+        let knows_sessions =
+            connection.agent.version >= SESSIONS_VERSION && connection.agent.credit.is_some();
+        if let Some(joining) = joining.filter(|_| knows_sessions) {
+            match (timeout_at(deadline, connection.joined()).await, &joining.session) {
+                (Ok(joined), _) => connection.joined = Some(joined?),
+                // An agent that says none in time has none.
+                (Err(_), None) => {}
+                (Err(_), Some(_)) => {
+                    return Err(ConnectError::Timeout(HELLO.as_secs(), "waiting for the agent's session"));
+                }
+            }
         }
         Ok(connection)
     }
@@ -217,7 +230,7 @@ impl<P: ClientPhase> AgentConnection<P> {
                 Ok(id) => Ok(Joined { id, resumed }),
                 Err(error) => Err(fault(format!("the agent named '{}': {error}", quote(&id)))),
             },
-            None => Err(fault(said.end.unwrap_or_else(gone).why)),
+            None => Err(said.end.unwrap_or_else(gone).during("join a session")),
         }
     }
 
@@ -409,20 +422,28 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
         let Self { mut receiver, sender, credits, outbox, ended, reports } = self;
         tokio::pin!(ended);
         let on_message = |message| reports.record(message);
-        let (end, fault) = tokio::select! {
-            // The connection knows the cause of its end; the channel only sees that it ended.
-            biased;
-            end = &mut ended => (end.into(), None),
-            end = control::run(&mut receiver, &sender, &credits, &outbox, on_message) => match end {
-                ControlEnd::Bye(bye) => (said_bye(&bye), None),
-                ControlEnd::Closed => (ConnectionEnd::new(EndCause::Broken, end.to_string()), None),
-                ControlEnd::Silent => (ConnectionEnd::new(EndCause::Broken, end.to_string()), Some(end.to_string())),
-                fault => (ConnectionEnd::new(EndCause::Agent, quote(&fault.to_string())), Some(quote(&fault.to_string()))),
-            },
-            () = credits.gone() => (
-                ConnectionEnd::new(EndCause::Agent, OVERRUN),
-                Some(OVERRUN.to_owned()),
-            ),
+        let channel = {
+            let running = control::run(&mut receiver, &sender, &credits, &outbox, on_message);
+            tokio::pin!(running);
+            tokio::select! {
+                // The connection knows the cause of its end; the channel only sees that it ended.
+                biased;
+                end = &mut ended => Err(with_last_words(end.into(), timeout(LAST_WORDS, running).await.ok())),
+                end = &mut running => Ok(end),
+                () = credits.gone() => Err((ConnectionEnd::new(EndCause::Agent, OVERRUN), Some(OVERRUN.to_owned()))),
+            }
+        };
+        let (end, fault) = match channel {
+            Err(end) => end,
+            Ok(ControlEnd::Bye(bye)) => (said_bye(&bye), None),
+            Ok(end @ ControlEnd::Closed) => (ConnectionEnd::new(EndCause::Broken, end.to_string()), None),
+            Ok(end @ ControlEnd::Silent) => {
+                (ConnectionEnd::new(EndCause::Broken, end.to_string()), Some(end.to_string()))
+            }
+            Ok(fault) => {
+                let why = quote(&fault.to_string());
+                (ConnectionEnd::new(EndCause::Agent, why.clone()), Some(why))
+            }
         };
         let lost_streams = credits.open_streams();
         credits.end();
@@ -431,6 +452,19 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
             drop(timeout(CLOSE_TIMEOUT, async { tokio::join!(say_bye(&sender, reason), ended) }).await);
         }
         reports.state.send_modify(|state| (state.end, state.lost_streams) = (Some(end), lost_streams));
+    }
+}
+
+/// The time for what the control channel brought before the connection ended.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
+/// The end of a connection, of which a bye that came before it may say that the session ends, too.
+fn with_last_words(end: ConnectionEnd, words: Option<ControlEnd>) -> (ConnectionEnd, Option<String>) {
+    match words {
+        Some(ControlEnd::Bye(bye)) if bye.ends_session => {
+            (ConnectionEnd { cause: EndCause::AgentWithSession, ..end }, None)
+        }
+        _ => (end, None),
     }
 }
 
@@ -500,7 +534,7 @@ fn checked_hello<P: Phase>(state: PeerState) -> Result<Hello, ConnectError> {
             P::NAME.user()
         ))),
         (Some(hello), _) => Ok(Hello { instance: hello.instance.as_deref().map(quote), ..hello }),
-        (None, end) => Err(fault(end.unwrap_or_else(gone).why)),
+        (None, end) => Err(end.unwrap_or_else(gone).during("exchange hellos")),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
+use secure_comms_protocol::json::unquoted;
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{
@@ -75,17 +76,6 @@ impl<'de> DeserializeSeed<'de> for ByKey {
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<DaemonConfig, D::Error> {
         // The error keeps line and column, which serde_json finds at the end of any text.
         deserializer.deserialize_map(self).map_err(|error| D::Error::custom(unquoted(&error.to_string())))
-    }
-}
-
-/// An error without the string that it quotes: a file written twice as JSON is one string, with the private key in it.
-fn unquoted(error: &str) -> String {
-    match (error.find("string \""), error.rfind("\", expected ")) {
-        (Some(begin), Some(end)) => {
-            let (before, after) = (error.get(..begin), error.get(end + 1..));
-            format!("{}a string{}", before.unwrap_or_default(), after.unwrap_or_default())
-        }
-        _ => error.to_owned(),
     }
 }
 

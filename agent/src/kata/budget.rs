@@ -1,5 +1,5 @@
-//! What one SSH connection may hold of requests to the kata agent, on all streams of the tunnel together: without it each of
-//! hundreds of streams could hold as much.
+//! What one session, or one SSH connection without a session, may hold of requests to the kata agent, on all streams of the
+//! tunnel together: without it each of hundreds of streams could hold as much.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use secure_comms_protocol::limits::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// The budget of a connection. Clones share it.
+/// The budget of a session, or of a connection. Clones share it.
 #[derive(Clone, Debug)]
 pub(super) struct Budget {
     requests: Arc<Semaphore>,

@@ -33,7 +33,7 @@ pub enum CapabilityError {
     #[error(
         "giving up capabilities: forbidding new ones: {0}; the service's system call filter must allow prctl"
     )]
-    NoNewPrivileges(Errno),
+    NoNewPrivileges(io::Error),
     /// The threads can't be listed.
     #[error("giving up capabilities: reading {THREADS}: {0}; mount /proc")]
     Threads(#[from] io::Error),
@@ -90,7 +90,7 @@ pub async fn keep_only(keep: &[Capability]) -> Result<Vec<Capability>, Capabilit
 
 /// Gives up the capabilities of this thread.
 fn give_up(keep: &CapsHashSet) -> Result<(), CapabilityError> {
-    nix::sys::prctl::set_no_new_privs().map_err(CapabilityError::NoNewPrivileges)?;
+    nix::sys::prctl::set_no_new_privs().map_err(|errno| CapabilityError::NoNewPrivileges(errno.into()))?;
     let permitted = caps::read(None, CapSet::Permitted)?;
     if permitted.is_empty() {
         return Ok(());

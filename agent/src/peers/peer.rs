@@ -68,25 +68,32 @@ impl<P: Phase> Peer<P> {
     /// Ends the connection with a reason: by `bye`, if the peer has a control channel that takes it within [`FAREWELL`], and
     /// by SSH's disconnect message. Only the first call has an effect.
     pub(crate) fn close_gracefully(&self, reason: &str) {
-        self.close(reason, Outbox::bye);
+        self.close(reason, false);
     }
 
     /// As [`Self::close_gracefully`], for a connection whose session ends with it.
     pub(crate) fn close_with_session(&self, reason: &str) {
-        self.close(reason, Outbox::bye_session);
+        self.close(reason, true);
     }
 
-    fn close(&self, reason: &str, say_bye: impl FnOnce(&Outbox, &str)) {
+    fn close(&self, reason: &str, ends_session: bool) {
         if self.closing.swap(true, Ordering::Relaxed) {
             return;
         }
+        let say_bye = if ends_session { Outbox::bye_session } else { Outbox::bye };
         say_bye(&self.outbox, reason);
         let (connection, outbox, reason) = (self.connection.clone(), self.outbox.clone(), reason.to_owned());
+        let credits = self.credits.clone();
         let controlled = self.controlled.load(Ordering::Relaxed);
         tokio::spawn(async move {
             if controlled {
-                // A bye that the session does not take in time is not waited for: the disconnect says the same.
+                // A bye that the SSH session does not take in time is not waited for: the disconnect says the same.
                 drop(timeout(FAREWELL, outbox.said_bye()).await);
+                if ends_session {
+                    // The disconnect does not say that the session ends, and a client may read it first. One that reads the bye
+                    // closes the connection at once.
+                    drop(timeout(FAREWELL, credits.gone()).await);
+                }
             }
             connection.end(&reason);
         });
@@ -114,7 +121,7 @@ impl<P: Phase> Peer<P> {
 }
 
 impl<P> Peer<P> {
-    /// The peer no longer counts among a limited number: it has become the adaptor, or its session has ended.
+    /// The peer no longer counts among a limited number: it has become the adaptor, or its SSH session has ended.
     pub(crate) fn give_place_back(&self) {
         drop(self.limited.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
@@ -177,9 +184,11 @@ impl<P: Phase> Peers<P> {
 
     /// The peer that local clients are sent to: the adaptor, or else the newest guest that offers a tunnel.
     pub(crate) fn serving(&self) -> Option<Arc<Peer<P>>> {
-        let guest =
-            || self.list().iter().rev().find(|peer| !peer.offers.is_empty() && !peer.is_closing()).cloned();
-        self.adaptor().or_else(guest)
+        // Before its hello, a peer may become a lane of a session, which has streams of its own.
+        let serves = |peer: &&Arc<Peer<P>>| {
+            !peer.offers.is_empty() && !peer.is_closing() && peer.credits.knows_peer_mode()
+        };
+        self.adaptor().or_else(|| self.list().iter().rev().find(serves).cloned())
     }
 
     /// Gives the adaptor's place to this peer; returns the peer that had it. The newest login wins, however late it says

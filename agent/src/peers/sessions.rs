@@ -202,6 +202,17 @@ impl AdaptorSession {
         self.lanes().connected().map(|(lane, connection)| (lane, connection.clone())).collect()
     }
 
+    /// The connection that the adaptor has given up by having the stream `id` go on over the connection `on`: one of another lane,
+    /// which only seems to live.
+    pub(crate) fn given_up(&self, id: u32, on: LaneNumber) -> Option<LaneConnection> {
+        let carrier = self.streams.carrier(id).filter(|carrier| *carrier != on)?;
+        let lanes = self.lanes();
+        let numbered = |number| move |(_, connection): &(Lane, &LaneConnection)| connection.number == number;
+        // A channel open that was late, on a connection that was replaced, says nothing.
+        lanes.connected().find(numbered(on))?;
+        lanes.connected().find(numbered(carrier)).map(|(_, connection)| connection.clone())
+    }
+
     /// Since when the session has no connection; none if it has one.
     pub(crate) fn alone_since(&self) -> Option<Instant> {
         self.lanes().alone_since()
@@ -270,7 +281,24 @@ impl AdaptorSession {
 
 #[cfg(test)]
 mod tests {
+    use secure_comms_protocol::OutboundTag;
+
     use super::*;
+    use crate::kata::sources::MountPrefixes;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_session_without_a_connection_is_kept_for_a_minute() {
+        let outbounds = Outbounds::<Kubernetes>::new(std::iter::empty::<&OutboundTag>());
+        let kata_agent = KataAgent::new(None, MountPrefixes::default());
+        let outbounds = outbounds.with_interceptor(TunnelName::kata_agent(), kata_agent);
+        let session = AdaptorSession::new(SessionId::from_random(1), "key".to_owned(), 1 << 16, outbounds);
+        let began = Instant::now();
+        session.lingered().await;
+        assert_eq!(began.elapsed(), SESSION_LINGER);
+        assert_eq!(session.end("no connection for 60 s"), Some(0));
+        assert_eq!(session.end("another reason"), None, "a session ends once");
+        assert_eq!(session.streams.ended().await, "no connection for 60 s");
+    }
 
     #[test]
     fn a_hello_with_a_lane_is_answered_by_the_table() {

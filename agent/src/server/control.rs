@@ -85,6 +85,7 @@ pub(super) async fn run_control_channel<P: AgentPhase>(
         member.end_session(&agent, &bye.reason);
     }
     finish(&peer, &end, greeted).await;
+    P::peers(&agent).notify_changed();
 }
 
 /// `ssh -s` may close the channel and go on with its tunnels; a peer with credits can't work without it.
@@ -92,7 +93,7 @@ async fn finish<P>(peer: &Peer<P>, end: &ControlEnd, greeted: bool) {
     peer.credits.set_peer_mode(PeerFlow::WindowOnly);
     match end {
         ControlEnd::Closed if !greeted => {}
-        // Mostly the connection has ended, and its session knows better why.
+        // Mostly the connection has ended, and its SSH session knows better why.
         ControlEnd::Closed if timeout(FAREWELL, peer.credits.gone()).await.is_ok() => {}
         _ => peer.connection.end(&end.to_string()),
     }

@@ -7,8 +7,8 @@ use std::sync::{Arc, OnceLock};
 use secure_comms_keys::text::one_line;
 use secure_comms_protocol::control::SessionReply;
 use secure_comms_protocol::limits::{MESSAGE_COST_MIN, SESSION_LINGER};
-use secure_comms_protocol::{Control, Hello, Kubernetes, Lane, SessionId};
-use secure_comms_tunnel::flow::LaneNumber;
+use secure_comms_protocol::{Control, Hello, Kubernetes, Lane, Opening, SessionId};
+use secure_comms_tunnel::flow::{LaneNumber, PeerFlow};
 use secure_comms_tunnel::session::IncomingStream;
 
 use super::session::{Asked, serve};
@@ -43,6 +43,12 @@ impl Member {
             // It has no permit: refused.
             return serve(connection, &session.outbounds, streams.credits(), asked, pending);
         };
+        if asked.opening != Opening::New
+            && let Some(given_up) = session.given_up(asked.id, *number)
+        {
+            let reason = format!("its streams go on over the connection from {}", connection.address);
+            cut(&given_up.peer, &reason);
+        }
         match streams.incoming(*number, &tunnel, asked.id, asked.opening, pending) {
             IncomingStream::New(new) => serve(connection, &session.outbounds, streams.credits(), asked, new),
             IncomingStream::Handled => {}
@@ -74,8 +80,10 @@ impl Greeted<'_, Kubernetes> {
     /// however late it says hello: the hello of an older one may have been delayed by the network that made its adaptor
     /// connect again.
     pub(super) fn take_place(&self, hello: &Hello) {
-        // Streams of a session have credits, so a hello without them asks for none.
-        let credit = hello.credit.filter(|credit| *credit >= MESSAGE_COST_MIN);
+        // Streams of a session have credits: a hello without them, or too late for them, asks for none.
+        let credit = hello.credit.filter(|credit| {
+            *credit >= MESSAGE_COST_MIN && self.peer.credits.peer_mode_is(PeerFlow::Credits(*credit))
+        });
         let key = self.peer.connection.login_key();
         let (Some(name), Some(credit), Some(key)) = (hello.lane.as_deref(), credit, key) else {
             self.replace_all();
@@ -151,8 +159,7 @@ impl Greeted<'_, Kubernetes> {
         session.count_resumed();
         let before = match (replaced, lost_for) {
             (Some(LaneConnection { peer, .. }), _) => {
-                peer.connection.end(&replaced_by(address));
-                peer.connection.cut();
+                cut(&peer, &replaced_by(address));
                 format!("instead of {}{}", peer.connection.address, peer.connection.silence())
             }
             (None, Some(lost_for)) => format!("after {:.1} s", lost_for.as_secs_f32()),
@@ -185,6 +192,12 @@ impl Greeted<'_, Kubernetes> {
         self.agent.peers.kubernetes.join_place(self.peer);
         joined
     }
+}
+
+/// Cuts a connection that the adaptor has given up, without a farewell. The log has the reason.
+fn cut(peer: &Peer<Kubernetes>, reason: &str) {
+    peer.connection.end(reason);
+    peer.connection.cut();
 }
 
 /// Follows a session until its end. Asks for the lanes that it needs, and ends it once it had no connection for too long.

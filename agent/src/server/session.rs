@@ -153,7 +153,11 @@ impl<P: AgentPhase> PeerActions for PeerSession<P> {
     fn take_session_channel(&mut self) -> bool {
         let first = !std::mem::replace(&mut self.has_session_channel, true);
         if first {
-            tokio::spawn(settle_without_hello(self.peer.credits.clone()));
+            let (agent, credits) = (self.agent.clone(), self.peer.credits.clone());
+            tokio::spawn(async move {
+                settle_without_hello(credits).await;
+                P::peers(&agent).notify_changed();
+            });
         }
         first
     }

@@ -6,6 +6,7 @@ mod exchange;
 mod key;
 pub mod message;
 mod packet;
+mod peer;
 mod relay;
 mod server;
 mod state;
@@ -22,6 +23,7 @@ use self::cipher::{Cipher, TAG};
 pub use self::exchange::{Exchange, Offer};
 pub use self::key::Key;
 pub use self::packet::{Packet, cut, uint};
+pub use self::peer::{Asked, Channel, Opened, RawPeer, Seen};
 pub use self::state::{STATES, State};
 use crate::harness::scene::PATIENCE;
 

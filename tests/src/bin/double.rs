@@ -1,5 +1,6 @@
-//! Demo: a pod from nothing to a kata agent that answers through the Kubernetes phase, step by step. Agent and adaptor
-//! are the real binaries, as processes; everything around them is simulated in this process.
+//! Demo: a pod from nothing to a kata agent that answers through the Kubernetes phase, step by step, and clients that do
+//! not notice a cut of the line between worker node and VM. Agent and adaptor are the real binaries, as processes;
+//! everything around them is simulated in this process, the line too.
 //!
 //! `cargo run --release --bin double [-- --netns]`
 
@@ -7,20 +8,26 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use secure_comms_tests::demo::transfer::Transfer;
+use secure_comms_tests::harness::pod_runtime::PodRuntime;
 use secure_comms_tests::harness::process::{Child, Signal, ensure_built};
 use secure_comms_tests::harness::scene::{
     PATIENCE, Scene, SceneOptions, client, endpoint, kata_socket_client, socket, up,
 };
 use secure_comms_tests::harness::vm::Vm;
 use secure_comms_tests::simulators::kata::client::{EchoSession, bulk_both_ways};
+use secure_comms_tests::simulators::kata_api::server::KataServer;
 use secure_comms_tests::simulators::kbs::Kbs;
+use secure_comms_tests::simulators::line::{How, Line};
 use secure_comms_tests::usage::is_help;
 use secure_comms_tunnel::netns;
 use tokio::net::TcpStream;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{sleep, timeout};
 
 const USAGE: &str =
-    "double [--netns]: a pod from nothing to a kata agent that answers, step by step, with the real programs
+    "double [--netns]: a pod from nothing to a kata agent that answers, step by step, with the real programs;
+then the line between worker node and VM is cut, and no client notices
 
   --netns  the VM in network namespaces of its own; needs root
 
@@ -32,6 +39,10 @@ const BULK: u64 = 32 * 1024 * 1024;
 /// Requests of [`SMALL`] bytes, answered one after the other.
 const REQUESTS: u64 = 1000;
 const SMALL: u64 = 200;
+/// Bytes of the file that goes to the VM and back while the line is cut. A third of it is more than may be on the path.
+const FILE: u64 = 192 * 1024 * 1024;
+/// How long the line is cut: a third of what a runtime waits for the answer to a Check.
+const CUT: Duration = Duration::from_secs(10);
 
 /// Prints each step, and how long it took.
 struct Steps {
@@ -55,7 +66,7 @@ impl Steps {
         self.progress.abort_all();
         self.progress.spawn(async move {
             loop {
-                tokio::time::sleep(SLOW).await;
+                sleep(SLOW).await;
                 println!("{:>10.1} ms {:>13}  ... {what}", began.elapsed().as_secs_f64() * 1e3, "");
             }
         });
@@ -109,9 +120,11 @@ async fn in_one_namespace() -> Result<()> {
     steps.next("waiting until the agent listens");
     let mut agent = scene.agent().await?;
     steps.done(format!("the VM is up: its agent (process {}) listens on {}", agent.pid(), scene.ssh));
-    let adaptor = scene.adaptor()?;
-    let node_client = async || client(scene.node_inbound).await;
-    play(&mut steps, &scene, &mut agent, adaptor, node_client).await
+    let line = Line::to(scene.ssh).await?;
+    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[line.address()])?)?;
+    let node_inbound = scene.node_inbound;
+    let node_client = async || client(node_inbound).await;
+    play(&mut steps, &Pod { scene, line }, &mut agent, adaptor, node_client).await
 }
 
 async fn in_namespaces() -> Result<()> {
@@ -128,23 +141,32 @@ async fn in_namespaces() -> Result<()> {
         "the VM is up in network namespaces of its own, podns included; its agent listens on {}",
         vm.ssh
     ));
-    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[vm.ssh])?)?;
+    let line = Line::to(vm.ssh).await?;
+    let adaptor = Child::spawn("adaptor", scene.adaptor_command(&[line.address()])?)?;
     let (pod, node_inbound) = (vm.pod.clone(), vm.node_inbound);
     let node_client = async || Ok(netns::connect(Some(&pod), node_inbound).await?);
-    play(&mut steps, &scene, &mut vm.agent, adaptor, node_client).await
+    play(&mut steps, &Pod { scene, line }, &mut vm.agent, adaptor, node_client).await
 }
 
-/// Both phases, real traffic, and an orderly end.
+/// What surrounds the two programs.
+struct Pod {
+    scene: Scene,
+    /// Between worker node and VM.
+    line: Line,
+}
+
+/// Both phases, real traffic, cuts of the line, and an orderly end.
 async fn play(
     steps: &mut Steps,
-    scene: &Scene,
+    pod: &Pod,
     agent: &mut Child,
     mut adaptor: Child,
     node_client: impl AsyncFn() -> Result<TcpStream>,
 ) -> Result<()> {
     let result = async {
-        phases(steps, &scene.kbs, &scene.pod, &adaptor).await?;
+        phases(steps, &pod.scene.kbs, &pod.scene.pod, &adaptor).await?;
         traffic(steps, &adaptor, node_client).await?;
+        cuts(steps, pod, &adaptor).await?;
         steps.done(format!("the agent's memory, connected and idle: {} KiB", agent.rss_kib()?));
         stop(steps, agent, &mut adaptor).await
     };
@@ -215,6 +237,82 @@ async fn traffic(
     report("NODESERVICE (VM -> worker node)", bulk_both_ways(node_client().await?, BULK, 7).await)
 }
 
+/// The line is cut in the middle of a transfer, without a notice to either end and then by a reset. No client may notice.
+async fn cuts(steps: &mut Steps, pod: &Pod, adaptor: &Child) -> Result<()> {
+    steps.next("connecting the clients that go on during a cut");
+    // In the place of the echo server: one that speaks ttrpc.
+    let mut kata = KataServer::start(&pod.scene.kata_socket).await?;
+    let opened = Instant::now();
+    let mut runtime = PodRuntime::start(&socket(adaptor, "KATAAGENT").await?).await?;
+    let mut file = Transfer::begin(client(endpoint(adaptor, "VMSERVICE").await?).await?, FILE).await?;
+    file.exceeds(FILE / 3).await?;
+    steps.done(format!(
+        "KATAAGENT: a runtime (ttrpc) has WaitProcess and 2 more calls open; VMSERVICE: {} of {} MiB are there and back",
+        file.back() >> 20,
+        FILE >> 20
+    ));
+
+    steps.next("the line between worker node and VM is cut");
+    let line = &pod.line;
+    line.admit(0);
+    line.hold_all();
+    let check = check(&runtime);
+    sleep(CUT).await;
+    ensure!(!check.is_finished(), "the runtime's Check was answered, or failed, while the line was cut");
+    let stopped = file.back();
+    ensure!(stopped < FILE, "the transfer ended while the line was cut");
+    steps.done(format!(
+        "the line was cut for {} s: nothing passed, and what was under way is lost; the clients wait",
+        CUT.as_secs()
+    ));
+    // What the old connections held is never delivered.
+    line.admit(usize::MAX);
+    steps.next("waiting for the clients to go on");
+    let back = Instant::now();
+    let went_on = async { file.exceeds(stopped).await.map(|()| back.elapsed().as_secs_f64()) };
+    let both: Result<_> = async { tokio::try_join!(answered(check), went_on) }.await;
+    let (call, transfer) = both.context("the line is back, and a client noticed the cut")?;
+    steps.done(format!(
+        "the line is back: the runtime's Check was answered after {call:.2} s, the transfer went on after {transfer:.2} s"
+    ));
+
+    file.exceeds(FILE / 3 * 2).await?;
+    line.end_all(How::Reset);
+    let call =
+        answered(self::check(&runtime)).await.context("the line was reset, and the runtime noticed it")?;
+    ensure!(file.back() < FILE, "the transfer ended before the line was reset");
+    steps.done(format!(
+        "all connections of the line were reset: the runtime's Check was answered after {call:.2} s"
+    ));
+    steps.next("waiting for the end of the transfer");
+    let sha256 = file.finish().await?;
+    steps.done(format!("VMSERVICE: {FILE} bytes of {FILE}, sha256 equal: {sha256}"));
+    runtime.lives()?;
+    runtime.finish().await.context("the runtime's connection")?;
+    kata.exited().await?;
+    let open = opened.elapsed().as_secs_f64();
+    steps.done(format!(
+        "KATAAGENT: the runtime's connection is the same one; its calls, open for {open:.1} s, were answered"
+    ));
+    Ok(())
+}
+
+/// A call of the runtime that waits for its answer.
+type Call = JoinHandle<Result<()>>;
+
+/// Sends a Check, as a runtime does every 5 s.
+fn check(runtime: &PodRuntime) -> Call {
+    let runtime = runtime.calls().clone();
+    tokio::spawn(async move { runtime.check().await.map(drop).context("Check") })
+}
+
+/// Waits for the answer; returns how long that took, in seconds.
+async fn answered(call: Call) -> Result<f64> {
+    let began = Instant::now();
+    timeout(PATIENCE, call).await.context("Check hangs")???;
+    Ok(began.elapsed().as_secs_f64())
+}
+
 async fn stop(steps: &mut Steps, agent: &mut Child, adaptor: &mut Child) -> Result<()> {
     steps.next("waiting until both processes have ended");
     for process in [adaptor, agent] {
@@ -223,6 +321,8 @@ async fn stop(steps: &mut Steps, agent: &mut Child, adaptor: &mut Child) -> Resu
         if !status.success() {
             bail!("the {} ended with {status}", process.name());
         }
+        // All clients have left.
+        ensure!(!process.log().contains("did not end within"), "the {} had streams left", process.name());
     }
     steps.done("both processes ended cleanly on SIGTERM");
     Ok(())

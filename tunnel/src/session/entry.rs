@@ -1,10 +1,12 @@
 //! What a session keeps of a stream: its state, and the channel that carries it now.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use secure_comms_protocol::{Opening, TunnelName};
+use secure_comms_protocol::{Opening, Position, TunnelName};
 use tokio::sync::Notify;
 
+use super::barrier::Barrier;
 use super::stream::{Lie, StreamState, Transmit};
 use super::{Channels, Connection, Session};
 use crate::flow::LaneNumber;
@@ -62,10 +64,14 @@ pub(super) struct State<C: Channels> {
     pub(super) claims: u64,
     /// The connection on which the stream is to be asked for again.
     pub(super) again: Option<Connection<C>>,
+    /// The list of streams that the adaptor knows was without this one, which was not confirmed: the agent asks for it again.
+    pub(super) unlisted: bool,
     /// Position that was said last.
-    said: u64,
+    said: Position,
     /// The relay has left: what comes for this stream is closed.
     forgotten: bool,
+    /// The ping of the connection that was the first after our close; 0 while the channel has no close of ours.
+    closed: Arc<AtomicU64>,
 }
 
 /// What goes to the channel, outside the lock.
@@ -73,6 +79,8 @@ pub(super) struct Pass<C: Channels> {
     transmit: Transmit,
     sender: Arc<C::Sender>,
     channels: C,
+    barrier: Arc<Barrier>,
+    closed: Arc<AtomicU64>,
 }
 
 impl<C: Channels> Pass<C> {
@@ -81,12 +89,16 @@ impl<C: Channels> Pass<C> {
     /// # Errors
     /// The connection has ended. The stream has kept it.
     pub(super) async fn run(self) -> Result<(), Gone> {
-        let Self { transmit, sender, channels } = self;
+        let Self { transmit, sender, channels, barrier, closed } = self;
         let sent = async {
             match transmit {
                 Transmit::Data(data) => sender.send(data).await,
                 Transmit::Eof => sender.eof().await,
-                Transmit::Close => sender.close().await,
+                Transmit::Close => {
+                    sender.close().await?;
+                    closed.store(barrier.next(), Relaxed);
+                    Ok(())
+                }
             }
         };
         tokio::select! {
@@ -120,8 +132,10 @@ impl<C: Channels> Entry<C> {
             epoch: 0,
             claims: 0,
             again: None,
-            said: 0,
+            unlisted: false,
+            said: Position::default(),
             forgotten: false,
+            closed: Arc::default(),
         };
         Self { id, name, state: Mutex::new(state), changed: Notify::new() }
     }
@@ -160,8 +174,28 @@ impl<C: Channels> Entry<C> {
         self.state().sender.is_some()
     }
 
-    pub(super) fn is_accepting(&self) -> bool {
-        matches!(self.state().stage, Stage::Accepting(_))
+    /// Whether its channel is on this connection and has our close.
+    pub(super) fn is_closing_on(&self, number: LaneNumber) -> bool {
+        let state = self.state();
+        state.is_on(number) && state.closed.load(Relaxed) > 0
+    }
+
+    /// Lists the stream among those that the adaptor knows; whether it is.
+    pub(super) fn list(&self) -> bool {
+        let mut state = self.state();
+        state.unlisted = matches!(state.stage, Stage::Accepting(_));
+        !state.unlisted
+    }
+
+    /// Notes that the stream is asked for on this connection, which is not to be done on another while this one lives. False if
+    /// a newer attempt (`claim`) has replaced this one.
+    pub(super) fn is_asked_for_on(&self, connection: &Connection<C>, claim: u64) -> bool {
+        let mut state = self.state();
+        let is_newest = state.claims == claim;
+        if is_newest {
+            state.connection = Some(connection.clone());
+        }
+        is_newest
     }
 
     pub(super) fn acknowledge(&self, received: u64) -> Result<u32, Lie> {
@@ -172,13 +206,13 @@ impl<C: Channels> Entry<C> {
     pub(super) fn unsaid_on(&self, number: LaneNumber) -> u64 {
         let state = self.state();
         let is_there = state.sender.is_some() && state.is_on(number);
-        if is_there { state.stream.received() - state.said } else { 0 }
+        if is_there { state.stream.received() - state.said.received } else { 0 }
     }
 
-    /// Position up to which we have received, which counts as said from now on.
-    pub(super) fn say(&self) -> u64 {
+    /// Our position, with all the credit that we have `granted`; it counts as said from now on.
+    pub(super) fn say(&self, granted: u64) -> Position {
         let mut state = self.state();
-        state.said = state.stream.received();
+        state.said = Position { received: state.stream.received(), granted };
         state.said
     }
 
@@ -194,6 +228,18 @@ impl<C: Channels> Entry<C> {
         drop(state);
         self.notify();
         kept
+    }
+
+    /// The close that the channel is to carry if the relay leaves without one; none if it has it.
+    pub(super) fn hang_up(&self) -> Option<Pass<C>> {
+        let mut state = self.state();
+        state.stream.close();
+        while let Some(pass) = state.next_pass() {
+            if pass.transmit == Transmit::Close {
+                return Some(pass);
+            }
+        }
+        None
     }
 
     /// The other end does not know the stream any more: it is over.
@@ -244,14 +290,21 @@ impl<C: Channels> State<C> {
 
     /// Whether no channel is of use any more.
     pub(super) fn is_done(&self) -> bool {
-        self.forgotten || self.stream.is_closed_there()
+        self.forgotten || self.stream.is_closed_there() || self.is_close_there()
+    }
+
+    /// Whether our close has arrived at the other end.
+    fn is_close_there(&self) -> bool {
+        let closed = self.closed.load(Relaxed);
+        closed > 0
+            && self.connection.as_ref().is_some_and(|connection| connection.barrier.has_answered(closed))
     }
 
     fn next_pass(&mut self) -> Option<Pass<C>> {
         let (sender, connection) = (self.sender.clone()?, self.connection.as_ref()?);
-        let channels = connection.channels.clone();
-        let transmit = self.stream.next()?;
-        Some(Pass { transmit, sender, channels })
+        let (channels, barrier) = (connection.channels.clone(), connection.barrier.clone());
+        let transmit = self.stream.next_transmit()?;
+        Some(Pass { transmit, sender, channels, barrier, closed: self.closed.clone() })
     }
 }
 
@@ -260,7 +313,7 @@ pub(super) struct Opened<C: Channels> {
     pub(super) connection: Connection<C>,
     pub(super) receiver: C::Receiver,
     pub(super) sender: C::Sender,
-    pub(super) position: secure_comms_protocol::Position,
+    pub(super) position: Position,
 }
 
 impl<C: Channels> Session<C> {
@@ -268,6 +321,7 @@ impl<C: Channels> Session<C> {
     /// (`claim`) has got a channel for, is closed.
     pub(super) fn attach(&self, entry: &Arc<Entry<C>>, claim: u64, opened: Opened<C>) {
         let Opened { connection, receiver, sender, position } = opened;
+        let is_current = self.numbered(connection.number).is_some();
         let mut state = entry.state();
         if state.forgotten || state.claims != claim || !state.is_detached() {
             drop(state);
@@ -286,15 +340,18 @@ impl<C: Channels> Session<C> {
         let number = connection.number;
         state.epoch += 1;
         state.stage = Stage::Open;
+        // A connection that was replaced since the list brings no channel that lasts.
+        state.unlisted &= !is_current;
         state.sender = Some(Arc::new(sender));
         state.receiver = Some(receiver);
         state.connection = Some(connection);
-        state.said = state.stream.received();
+        state.closed = Arc::default();
+        let said = state.said.granted;
         state.live = state.stream.all_passed();
         let (live, epoch) = (state.live, state.epoch);
         drop(state);
         self.drop_kept(freed.into());
-        self.0.credits.carry(entry.id, number);
+        self.0.credits.carry(entry.id, number, said);
         self.0.credits.granted_in_all(entry.id, position.granted);
         if !live {
             tokio::spawn(catch_up(entry.clone(), epoch));

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use bytes::Bytes;
+use tokio::runtime::Handle;
 
 use super::entry::{Entry, Pass, Waiting};
 use super::{Channels, Session};
@@ -137,7 +138,7 @@ impl<C: Channels> Sender for SessionSender<C> {
         self.pass(pass).await
     }
 
-    /// Returns once the other end has closed the stream, too, or the session has ended.
+    /// Returns once the other end has closed the stream, too, or has our close; or the session has ended.
     async fn close(&self) -> Result<(), Gone> {
         let ((), pass) = self.entry.transmit(|stream| stream.close());
         let closed = async {
@@ -158,8 +159,16 @@ impl<C: Channels> Sender for SessionSender<C> {
 
 impl<C: Channels> Drop for SessionSender<C> {
     fn drop(&mut self) {
-        if !self.closed.load(Relaxed) {
-            self.session.forget(&self.entry);
+        if self.closed.load(Relaxed) {
+            return;
+        }
+        let close = self.entry.hang_up();
+        self.session.forget(&self.entry);
+        // Without a connection, or a runtime, the other end learns it on the next connection.
+        if let Some(close) = close
+            && let Ok(runtime) = Handle::try_current()
+        {
+            runtime.spawn(close.run());
         }
     }
 }

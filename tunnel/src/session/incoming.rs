@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use secure_comms_protocol::limits::CHANNEL_OPEN;
 use secure_comms_protocol::{Kubernetes, Opening, Phase, Position, Refusal, RefusalReason, TunnelName};
+use tokio::time::timeout;
 
 use super::entry::{Asked, Entry, Opened, Stage};
 use super::halves::halves;
@@ -65,7 +67,10 @@ impl<C: Channels> Session<C> {
                 IncomingStream::Handled
             }
             (None, Opening::New | Opening::Again(_)) if self.is_theirs(id) => {
+                let connection = asked.connection.clone();
                 let entry = Arc::new(Entry::new(id, name.clone(), Stage::Accepting(Some(asked))));
+                // It is asked for here: a `streams` of another lane that was said before does not mean it.
+                entry.state().connection = Some(connection);
                 self.table().streams.insert(id, entry.clone());
                 IncomingStream::New(NewStream { session: self.clone(), entry, answered: false })
             }
@@ -87,15 +92,13 @@ impl<C: Channels> Session<C> {
     }
 
     fn go_on(&self, entry: Arc<Entry<C>>, asked: Asked<C>) {
-        let on_living = {
-            let connection = entry.state().connection.clone();
-            connection.is_some_and(|connection| self.numbered(connection.number).is_some())
-        };
         let mut state = entry.state();
         match &mut state.stage {
             // We have not answered yet. The answer goes to the newest connection.
             Stage::Accepting(waiting) if matches!(asked.opening, Opening::Again(_)) => {
+                let connection = asked.connection.clone();
                 let older = waiting.replace(asked);
+                state.connection = Some(connection);
                 drop(state);
                 drop(older);
             }
@@ -104,18 +107,30 @@ impl<C: Channels> Session<C> {
                 let unknown = unknown(&entry);
                 refuse(asked, unknown);
             }
-            // A stream goes on only when its connection has ended.
-            Stage::Open if on_living => {
-                drop(state);
-                let in_use = refusal(entry.name(), &RefusalReason::BadStreamId(entry.id()));
-                refuse(asked, in_use);
-            }
+            // If its connection seems to live here, the other end knows better: the stream goes on once that has ended.
             Stage::Open | Stage::Opening => {
                 state.claims += 1;
                 let claim = state.claims;
                 drop(state);
+                // An older attempt that waits is refused.
+                entry.notify();
                 tokio::spawn(self.clone().accept_again(entry, claim, asked));
             }
+        }
+    }
+}
+
+impl<C: Channels> Session<C> {
+    /// Ends a stream for which the agent was to ask again, and that was accepted in between, if the agent does not: its client
+    /// has left.
+    async fn over_unless_asked(self, entry: Arc<Entry<C>>) {
+        let asked = entry.wait_for(|state| (!state.unlisted || state.is_done()).then_some(()));
+        let is_late = tokio::select! {
+            asked = timeout(CHANNEL_OPEN, asked) => asked.is_err(),
+            () = self.credits().gone() => false,
+        };
+        if is_late && entry.state().unlisted {
+            self.drop_kept(entry.over().into());
         }
     }
 }
@@ -162,6 +177,7 @@ impl<C: Channels> Incoming for NewStream<C> {
             };
             let channels = connection.channels.clone();
             tokio::select! {
+                biased;
                 (receiver, sender) = accepted => {
                     let granted = u64::from(self.session.0.peer_credit);
                     let position = opening.position().unwrap_or(Position { received: 0, granted });
@@ -171,6 +187,9 @@ impl<C: Channels> Incoming for NewStream<C> {
                 // The stream goes on with the next connection.
                 () = channels.gone() => {}
             }
+        }
+        if self.entry.state().unlisted {
+            tokio::spawn(self.session.clone().over_unless_asked(self.entry.clone()));
         }
         both
     }

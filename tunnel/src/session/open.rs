@@ -4,10 +4,9 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use secure_comms_protocol::limits::{AUTHENTICATE, CHANNEL_OPEN};
+use secure_comms_protocol::limits::CHANNEL_OPEN;
 use secure_comms_protocol::{Lane, Opening, Position, TunnelName};
 use tokio::sync::oneshot;
-use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::entry::{Asked, Entry, Opened, Stage, close_late};
@@ -97,17 +96,17 @@ impl<C: Channels> Session<C> {
 
     /// Our position in a stream.
     pub(super) fn position(&self, entry: &Entry<C>) -> Position {
-        let received = entry.say();
-        Position { received, granted: self.credits().given(entry.id()) }
+        entry.say(self.credits().given(entry.id()))
     }
 
     /// Resumes on the connection `on` the streams of lane `of` that have no channel: those that both ends know, and those that
     /// are to be asked for again. The adaptor calls it after `streams`. Returns how many go on.
     ///
-    /// Returns early if the connection ends. Cancellation drops nothing: the streams wait for the next connection.
+    /// Returns early if the connection ends. What was asked for by then goes on if the future is dropped.
     pub async fn resume(&self, of: Lane, on: LaneNumber) -> usize {
         let Some(connection) = self.numbered(on) else { return 0 };
-        let mut tasks = JoinSet::new();
+        // Tasks of their own: a channel whose answer is not awaited would be lost, and its stream with it.
+        let mut tasks = Vec::new();
         for entry in self.stranded() {
             let mut state = entry.state();
             if state.connection.as_ref().is_none_or(|last| last.lane != of) {
@@ -119,24 +118,26 @@ impl<C: Channels> Session<C> {
                     drop(state);
                     entry.notify();
                 }
+                // Confirmed since the list: the agent asks again, and two channels for one stream would end it.
+                Stage::Open if state.unlisted => {}
                 Stage::Open => {
                     state.claims += 1;
                     let claim = state.claims;
                     drop(state);
-                    tasks.spawn(self.clone().resume_stream(entry, claim, connection.clone()));
+                    tasks.push(tokio::spawn(self.clone().resume_stream(entry, claim, connection.clone())));
                 }
                 Stage::Accepting(_) => {}
             }
         }
         let mut resumed = 0;
-        while let Some(task) = tasks.join_next().await {
-            resumed += usize::from(task.unwrap_or(false));
+        for task in tasks {
+            resumed += usize::from(task.await.unwrap_or(false));
         }
         resumed
     }
 
     /// The streams whose connection is not that of a lane any more.
-    fn stranded(&self) -> Vec<Arc<Entry<C>>> {
+    pub(super) fn stranded(&self) -> Vec<Arc<Entry<C>>> {
         let (streams, living): (Vec<_>, Vec<_>) = {
             let table = self.table();
             let streams = table.streams.values().cloned().collect();
@@ -150,6 +151,18 @@ impl<C: Channels> Session<C> {
         streams.into_iter().filter(is_stranded).collect()
     }
 
+    /// A stream was confirmed. If its connection had been replaced before, it goes on over the newer one.
+    fn follow(&self, entry: &Arc<Entry<C>>) {
+        let mut state = entry.state();
+        let Some(newer) = state.again.take() else { return };
+        if !state.is_on(newer.number) {
+            state.claims += 1;
+            let claim = state.claims;
+            drop(state);
+            tokio::spawn(self.clone().resume_stream(entry.clone(), claim, newer));
+        }
+    }
+
     /// Opens the channel of one stream again; whether it goes on.
     async fn resume_stream(self, entry: Arc<Entry<C>>, claim: u64, connection: Connection<C>) -> bool {
         let drained = entry.wait_for(|state| {
@@ -161,7 +174,7 @@ impl<C: Channels> Session<C> {
             () = connection.channels.gone() => false,
             () = self.credits().gone() => false,
         };
-        if !goes_on {
+        if !goes_on || !entry.is_asked_for_on(&connection, claim) {
             return false;
         }
         let opening = Opening::Resume(self.position(&entry));
@@ -170,11 +183,12 @@ impl<C: Channels> Session<C> {
                 self.attach(&entry, claim, opened);
                 true
             }
-            Err(ChannelError::Refused(_)) => {
+            // The answer to an attempt that another has replaced says nothing of the stream.
+            Err(ChannelError::Refused(_)) if entry.state().claims == claim => {
                 self.drop_kept(entry.over().into());
                 false
             }
-            Err(ChannelError::Gone) => false,
+            Err(ChannelError::Refused(_) | ChannelError::Gone) => false,
         }
     }
 
@@ -187,8 +201,15 @@ impl<C: Channels> Session<C> {
     ) -> Result<Opened<C>, ChannelError> {
         let channels = &connection.channels;
         let opened = async {
+            // Without a limit: the other end may still connect to its server.
             let (mut receiver, sender) = channels.open_channel(entry.name(), entry.id(), opening).await?;
-            let Some(Event::Data(first)) = receiver.recv().await else { return Err(ChannelError::Gone) };
+            // Long, for over a slow network what other streams have kept may come first.
+            let Ok(first) = timeout(CHANNEL_OPEN, receiver.recv()).await else {
+                let late = format_args!("it has said no position within {} s", CHANNEL_OPEN.as_secs());
+                self.end_for(entry.id(), &late);
+                return Err(ChannelError::Gone);
+            };
+            let Some(Event::Data(first)) = first else { return Err(ChannelError::Gone) };
             let Some(position) = Position::from_bytes(&first) else {
                 self.end_for(
                     entry.id(),
@@ -199,11 +220,9 @@ impl<C: Channels> Session<C> {
             Ok(Opened { connection: connection.clone(), receiver, sender, position })
         };
         tokio::select! {
-            opened = timeout(AUTHENTICATE, opened) => opened.unwrap_or_else(|_| {
-                let late = format_args!("it has said no position within {} s", AUTHENTICATE.as_secs());
-                self.end_for(entry.id(), &late);
-                Err(ChannelError::Gone)
-            }),
+            // What has arrived counts, although the connection has ended since: it may be all, up to a close.
+            biased;
+            opened = opened => opened,
             () = channels.gone() => Err(ChannelError::Gone),
         }
     }
@@ -221,6 +240,9 @@ impl<C: Channels> Session<C> {
             match state.stage {
                 // One that was never asked for waits for its lane.
                 Stage::Opening if state.connection.is_none() => {}
+                // Its connection has ended since this one was made, so the list may be older than the stream. The next one of
+                // its lane is not.
+                _ if connection.others.iter().any(|other| state.is_on(*other)) => {}
                 Stage::Opening => {
                     state.again = Some(connection.clone());
                     drop(state);
@@ -261,6 +283,9 @@ impl<C: Channels> Ask<C> {
             session.open_again(&entry, &connection, opening).await
         };
         let answer = answer.map(|opened| session.attach(&entry, claim, opened));
+        if answer.is_ok() {
+            session.follow(&entry);
+        }
         // The client may have left: then the stream is forgotten, and its channel was closed.
         drop(done.send((answer, flow)));
     }
@@ -274,6 +299,8 @@ impl<C: Channels> Session<C> {
     ) -> Result<Opened<C>, ChannelError> {
         let channels = &connection.channels;
         let (receiver, sender) = tokio::select! {
+            // A confirmation that has arrived counts: another open would be another stream.
+            biased;
             opened = channels.open_channel(entry.name(), entry.id(), Opening::New) => opened?,
             () = channels.gone() => return Err(ChannelError::Gone),
         };
@@ -304,6 +331,7 @@ impl<C: Channels> Session<C> {
             Some((receiver, sender))
         };
         let opened = tokio::select! {
+            biased;
             opened = opened => opened,
             () = connection.channels.gone() => None,
         };

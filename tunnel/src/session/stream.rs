@@ -1,9 +1,9 @@
 //! One end of a stream that goes on over other connections, as a state machine: it does no I/O, knows no time and no
 //! channel.
 //!
-//! Its owner passes to the channel what [`StreamState::next`] returns, tells it what came from the channel, and calls
-//! [`StreamState::attach`] when the stream goes on over a new channel. Positions are those of the protocol: bytes, and one
-//! more for the end of file.
+//! Its owner passes to the channel what [`StreamState::next_transmit`] returns, and to the state what came from the channel. It
+//! calls [`StreamState::attach`] when the stream goes on over a new channel. Positions are those of the protocol: bytes, and
+//! one more for the end of file.
 
 use std::collections::VecDeque;
 
@@ -113,7 +113,7 @@ impl StreamState {
     }
 
     /// What the current channel is to carry next; it counts as passed from now on. None if the channel has everything.
-    pub fn next(&mut self) -> Option<Transmit> {
+    pub fn next_transmit(&mut self) -> Option<Transmit> {
         if self.got_close {
             return None;
         }

@@ -13,7 +13,7 @@ use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::session::{ChannelError, Channels, IncomingStream, Session};
 use secure_comms_tunnel::{Event, Incoming, Receiver, Sender, Socket, Stream, relay};
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, interval, sleep, sleep_until};
 
 /// From one end to the other.
@@ -24,12 +24,30 @@ type Parcel = Box<dyn FnOnce() + Send>;
 /// One connection. Each of its halves is used by one end.
 #[derive(Debug)]
 pub(crate) struct Wire {
-    dead: watch::Sender<bool>,
-    /// Messages that were sent, of both directions.
-    sent: Arc<AtomicUsize>,
-    /// The connection is cut when this many were sent.
-    cut_at: Arc<AtomicUsize>,
+    /// Whether it has ended, as each end sees it.
+    dead: [watch::Sender<bool>; 2],
+    count: Arc<Count>,
+    latency: Duration,
     pipes: [mpsc::UnboundedSender<(Instant, DebugParcel)>; 2],
+}
+
+/// Messages of all connections, in both directions, and where the connection that carries one is cut.
+#[derive(Debug)]
+pub(crate) struct Count {
+    sent: AtomicUsize,
+    arrived: AtomicUsize,
+    /// As the message with this number is sent. It is lost.
+    pub(crate) cut_sent: AtomicUsize,
+    /// Right after the message with this number has arrived, before the tasks at that end have seen it.
+    pub(crate) cut_arrived: AtomicUsize,
+}
+
+impl Default for Count {
+    fn default() -> Self {
+        let never = || AtomicUsize::new(usize::MAX);
+        let (sent, arrived) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Self { sent, arrived, cut_sent: never(), cut_arrived: never() }
+    }
 }
 
 struct DebugParcel(Parcel);
@@ -41,46 +59,65 @@ impl std::fmt::Debug for DebugParcel {
 }
 
 impl Wire {
-    fn new(sent: Arc<AtomicUsize>, cut_at: Arc<AtomicUsize>) -> Arc<Self> {
-        let dead = watch::Sender::new(false);
-        let pipes = [(); 2].map(|()| {
+    fn new(count: Arc<Count>, latency: Duration) -> Arc<Self> {
+        let dead = [(); 2].map(|()| watch::Sender::new(false));
+        let pipes = [1, 0].map(|to: usize| {
             let (parcels, mut arriving) = mpsc::unbounded_channel::<(Instant, DebugParcel)>();
-            let mut is_dead = dead.subscribe();
+            let (dead, count) = (dead.clone(), count.clone());
             tokio::spawn(async move {
+                let mut is_dead = dead[to].subscribe();
                 while let Some((when, parcel)) = arriving.recv().await {
                     tokio::select! {
                         biased;
                         _ = is_dead.wait_for(|dead| *dead) => return,
                         () = sleep_until(when) => (parcel.0)(),
                     }
+                    if count.arrived.fetch_add(1, SeqCst) + 1 == count.cut_arrived.load(SeqCst) {
+                        for dead in &dead {
+                            dead.send_replace(true);
+                        }
+                    }
                 }
             });
             parcels
         });
-        Arc::new(Self { dead, sent, cut_at, pipes })
+        Arc::new(Self { dead, count, latency, pipes })
     }
 
+    /// Ends it for both ends, with what is under way.
     pub(crate) fn cut(&self) {
-        self.dead.send_replace(true);
+        [Side::Adaptor, Side::Agent].into_iter().for_each(|side| self.cut_for(side));
     }
 
-    pub(crate) fn is_dead(&self) -> bool {
-        *self.dead.borrow()
+    /// Ends it for one end; the other does not notice.
+    pub(crate) fn cut_for(&self, side: Side) {
+        self.dead[index(side)].send_replace(true);
     }
 
-    pub(crate) async fn death(&self) {
-        drop(self.dead.subscribe().wait_for(|dead| *dead).await);
+    pub(crate) fn is_dead(&self, side: Side) -> bool {
+        *self.dead[index(side)].borrow()
+    }
+
+    pub(crate) async fn death(&self, side: Side) {
+        drop(self.dead[index(side)].subscribe().wait_for(|dead| *dead).await);
     }
 
     fn put(&self, from: Side, parcel: impl FnOnce() + Send + 'static) {
-        if self.sent.fetch_add(1, SeqCst) + 1 == self.cut_at.load(SeqCst) {
+        if self.count.sent.fetch_add(1, SeqCst) + 1 == self.count.cut_sent.load(SeqCst) {
             // This message is lost, and all that are under way, in both directions.
             self.cut();
         }
-        let pipe = &self.pipes[usize::from(from == Side::Agent)];
+        if self.is_dead(from) {
+            return;
+        }
+        let pipe = &self.pipes[index(from)];
         // A pipe that has ended belongs to a connection that is dead.
-        drop(pipe.send((Instant::now() + LATENCY, DebugParcel(Box::new(parcel)))));
+        drop(pipe.send((Instant::now() + self.latency, DebugParcel(Box::new(parcel)))));
     }
+}
+
+fn index(side: Side) -> usize {
+    usize::from(side == Side::Agent)
 }
 
 fn other(side: Side) -> Side {
@@ -125,11 +162,14 @@ impl End {
         }
         let to = self.to.clone();
         self.wire.put(self.side, move || {
+            // As russh: an end that has sent CLOSE gets nothing more.
+            if other.has_closed.load(SeqCst) {
+                return;
+            }
             drop(to.send(event));
             if is_close {
-                // The library of the other end answers at once.
+                // Its library answers at once.
                 other.send(Event::Close);
-                *other.other.lock().unwrap() = None;
             }
         });
     }
@@ -142,6 +182,7 @@ pub(crate) struct LaneSender(Arc<End>);
 pub(crate) struct LaneReceiver {
     events: mpsc::UnboundedReceiver<Event>,
     wire: Arc<Wire>,
+    side: Side,
 }
 
 fn channel(wire: &Arc<Wire>, from: Side) -> [(LaneReceiver, LaneSender); 2] {
@@ -154,7 +195,7 @@ fn channel(wire: &Arc<Wire>, from: Side) -> [(LaneReceiver, LaneSender); 2] {
             has_closed: AtomicBool::new(false),
             other: Mutex::new(None),
         });
-        (end, LaneReceiver { events, wire: wire.clone() })
+        (end, LaneReceiver { events, wire: wire.clone(), side: other(side) })
     };
     let ((ours, at_theirs), (theirs, at_ours)) = (half(from), half(other(from)));
     *ours.other.lock().unwrap() = Some(theirs.clone());
@@ -167,7 +208,7 @@ impl Receiver for LaneReceiver {
         tokio::select! {
             biased;
             event = self.events.recv() => event,
-            () = self.wire.death() => None,
+            () = self.wire.death(self.side) => None,
         }
     }
 }
@@ -188,7 +229,7 @@ impl Sender for LaneSender {
 
 impl LaneSender {
     fn put(&self, event: Event) -> Result<(), Gone> {
-        if self.0.wire.is_dead() {
+        if self.0.wire.is_dead(self.0.side) {
             return Err(Gone);
         }
         self.0.send(event);
@@ -238,7 +279,7 @@ impl Channels for MemChannels {
         let ask = Ask { name: name.clone(), id, opening, pending: MemPending { halves, answer } };
         let asks = self.asks.clone();
         self.wire.put(self.side, move || drop(asks.send(ask)));
-        let wire = self.wire.clone();
+        let (wire, side) = (self.wire.clone(), self.side);
         async move {
             tokio::select! {
                 biased;
@@ -247,21 +288,21 @@ impl Channels for MemChannels {
                     Ok(Err(refusal)) => Err(ChannelError::Refused(refusal.reason)),
                     // A channel that is dropped without an answer has one in SSH: never.
                     Err(_) => {
-                        wire.death().await;
+                        wire.death(side).await;
                         Err(ChannelError::Gone)
                     }
                 },
-                () = wire.death() => Err(ChannelError::Gone),
+                () = wire.death(side) => Err(ChannelError::Gone),
             }
         }
     }
 
     fn is_gone(&self) -> bool {
-        self.wire.is_dead()
+        self.wire.is_dead(self.side)
     }
 
     async fn gone(&self) {
-        self.wire.death().await;
+        self.wire.death(self.side).await;
     }
 }
 
@@ -278,8 +319,10 @@ pub(crate) struct Sessions {
     pub(crate) adaptor: Session<MemChannels>,
     pub(crate) agent: Session<MemChannels>,
     lanes: Mutex<Vec<(Lane, Arc<Wire>, LaneNumber)>>,
-    sent: Arc<AtomicUsize>,
-    pub(crate) cut_at: Arc<AtomicUsize>,
+    pub(crate) count: Arc<Count>,
+    connections: AtomicUsize,
+    /// Of the connections that are made from now on.
+    pub(crate) latency: Mutex<Duration>,
     servers: Servers,
 }
 
@@ -295,8 +338,9 @@ impl Sessions {
             adaptor: new(Side::Adaptor),
             agent: new(Side::Agent),
             lanes: Mutex::default(),
-            sent: Arc::default(),
-            cut_at: Arc::new(AtomicUsize::new(usize::MAX)),
+            count: Arc::default(),
+            connections: AtomicUsize::new(0),
+            latency: Mutex::new(LATENCY),
             servers: Servers { accepted, connecting },
         };
         (Arc::new(sessions), servers)
@@ -304,7 +348,12 @@ impl Sessions {
 
     /// Messages that were sent on all connections.
     pub(crate) fn sent(&self) -> usize {
-        self.sent.load(SeqCst)
+        self.count.sent.load(SeqCst)
+    }
+
+    /// Connections that were made, of all lanes.
+    pub(crate) fn connections(&self) -> usize {
+        self.connections.load(SeqCst)
     }
 
     /// The connection of a lane now.
@@ -312,9 +361,20 @@ impl Sessions {
         self.lanes.lock().unwrap().iter().find(|(of, ..)| *of == lane).map(|(_, wire, _)| wire.clone())
     }
 
+    /// The number of a lane's connection now, which is the same at both ends.
+    pub(crate) fn number(&self, lane: Lane) -> Option<LaneNumber> {
+        self.lanes.lock().unwrap().iter().find(|(of, ..)| *of == lane).map(|(.., number)| *number)
+    }
+
     /// Connects a lane, as adaptor and agent do: the connection that had the lane is cut.
     pub(crate) fn connect(self: &Arc<Self>, lane: Lane) {
-        let wire = Wire::new(self.sent.clone(), self.cut_at.clone());
+        self.replace(lane, Duration::ZERO);
+    }
+
+    /// Connects a lane; the connection that had it still delivers for some time.
+    pub(crate) fn replace(self: &Arc<Self>, lane: Lane, old_lives: Duration) {
+        let wire = Wire::new(self.count.clone(), *self.latency.lock().unwrap());
+        self.connections.fetch_add(1, SeqCst);
         let mut lanes = self.lanes.lock().unwrap();
         let is_first = lanes.is_empty();
         let (adaptor_asks, at_adaptor) = mpsc::unbounded_channel();
@@ -327,7 +387,11 @@ impl Sessions {
             let stays = *of != lane;
             if !stays {
                 self.adaptor.disconnect(*number);
-                old.cut();
+                let old = old.clone();
+                tokio::spawn(async move {
+                    sleep(old_lives).await;
+                    old.cut();
+                });
             }
             stays
         });
@@ -338,6 +402,7 @@ impl Sessions {
         {
             tokio::spawn(self.clone().serve(side, number, asks));
             tokio::spawn(self.clone().say_positions(side, number, wire.clone()));
+            tokio::spawn(self.clone().ping(side, number, wire.clone()));
         }
         if is_first {
             return;
@@ -346,6 +411,12 @@ impl Sessions {
         wire.put(Side::Adaptor, move || agent.peer_knows(&known, numbers.1));
         let adaptor = self.adaptor.clone();
         tokio::spawn(async move { adaptor.resume(lane, numbers.0).await });
+    }
+
+    /// Lets the streams of lane `data` go on over the main one, as the adaptor does when it can't connect the lane.
+    pub(crate) async fn fall_back(&self) -> usize {
+        let main = self.lanes.lock().unwrap().iter().find(|(of, ..)| *of == Lane::Main).map(|lane| lane.2);
+        self.adaptor.resume(Lane::Data, main.unwrap()).await
     }
 
     pub(crate) fn session(&self, side: Side) -> &Session<MemChannels> {
@@ -375,7 +446,7 @@ impl Sessions {
         let mut unsaid = interval(KEEPALIVE);
         loop {
             let positions = tokio::select! {
-                () = wire.death() => return,
+                () = wire.death(side) => return,
                 positions = session.positions(number) => positions,
                 _ = unsaid.tick() => session.unsaid_positions(number),
             };
@@ -386,11 +457,33 @@ impl Sessions {
         }
     }
 
+    /// Pings when the session asks for it, one at a time.
+    async fn ping(self: Arc<Self>, side: Side, number: LaneNumber, wire: Arc<Wire>) {
+        let (session, probe) = (self.session(side).clone(), Arc::new(Notify::new()));
+        session.probe_with(number, probe.clone());
+        loop {
+            tokio::select! {
+                () = wire.death(side) => return,
+                () = probe.notified() => {}
+            }
+            let (pong, ponged) = oneshot::channel();
+            session.pinged(number);
+            let back = wire.clone();
+            // The task that waits for the pong may have ended with its connection.
+            wire.put(side, move || back.put(other(side), move || pong.send(()).unwrap_or_default()));
+            tokio::select! {
+                () = wire.death(side) => return,
+                answered = ponged => if answered.is_err() { return },
+            }
+            session.ponged(number);
+        }
+    }
+
     /// Connects a lane again whenever its connection has ended, after `pause`.
     pub(crate) async fn keep_connected(self: Arc<Self>, lane: Lane, pause: Duration) {
         loop {
             match self.wire(lane) {
-                Some(wire) => wire.death().await,
+                Some(wire) => wire.death(Side::Adaptor).await,
                 None => pending().await,
             }
             sleep(pause).await;

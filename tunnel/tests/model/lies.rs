@@ -199,7 +199,7 @@ fn next(end: &mut StreamState, expected: &mut Expected) {
         None
     };
     assert_eq!(end.all_passed(), wanted.is_none());
-    match (end.next(), wanted) {
+    match (end.next_transmit(), wanted) {
         (Some(Transmit::Data(data)), Some(Transmit::Data(_))) => {
             assert_eq!(data.len(), expected.messages[expected.on_channel], "another message");
             expected.on_channel += 1;

@@ -260,7 +260,7 @@ impl Stream {
     fn pump(&mut self, who: Who) {
         while let Some(end) = &mut self.ends[who]
             && end.channel == Channel::Live
-            && let Some(next) = end.state.next()
+            && let Some(next) = end.state.next_transmit()
         {
             let wire = match next {
                 Transmit::Data(data) => Wire::Data(data),

@@ -37,6 +37,9 @@ pub(crate) enum ConnectError {
     /// A step did not end in time: the limit in seconds, and the step.
     #[error("no answer within {0} s while {1}")]
     Timeout(u64, &'static str),
+    /// The agent ended the connection during a step: the step, and its reason.
+    #[error("{0}: {1}")]
+    Dismissed(&'static str, String),
     /// The other end does not speak our protocol, or the connection broke: the step, and the cause.
     #[error("{0}: {1}")]
     Protocol(&'static str, String),

@@ -20,7 +20,7 @@ pub(super) struct RepliesUnread;
 
 /// One connection of a runtime, which is a stream of the tunnel.
 #[derive(Debug)]
-pub(super) struct Session {
+pub(super) struct Conversation {
     state: Mutex<State>,
     added: Notify,
     budget: Budget,
@@ -42,8 +42,8 @@ impl State {
     }
 }
 
-impl Session {
-    /// A new session, within the budget of its SSH connection.
+impl Conversation {
+    /// A new conversation, within the budget of its SSH connection.
     pub(super) fn within(budget: Budget) -> Self {
         Self { state: Mutex::default(), added: Notify::new(), budget }
     }
