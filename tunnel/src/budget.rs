@@ -2,7 +2,7 @@
 //!
 //! tokio lets a task complete 128 operations in a row. An operation of ours moves up to [`MESSAGE_MAX`] bytes, or a
 //! batch of such messages, so 128 of them keep the thread for milliseconds, while a small request of another
-//! connection waits. Here bytes are charged to the same budget: a task that has moved about [`TURN`] bytes waits until
+//! connection waits. Here bytes are charged to the same budget: a task that has moved about [`BURST`] bytes waits until
 //! the others have run.
 //!
 //! [`MESSAGE_MAX`]: secure_comms_protocol::limits::MESSAGE_MAX
@@ -15,9 +15,9 @@ use tokio::task::coop::{consume_budget, has_budget_remaining, poll_proceed};
 /// Operations that tokio lets a task complete in a row (`Budget::initial`, not public).
 const OPERATIONS: usize = 128;
 /// Most bytes that a task moves before others run, not counting the operation with which it exceeds them.
-pub const TURN: usize = 128 * 1024;
+pub const BURST: usize = 128 * 1024;
 /// Bytes that are charged as one operation.
-const UNIT: usize = TURN / OPERATIONS;
+const UNIT: usize = BURST / OPERATIONS;
 
 /// Charges the running task for bytes that it has moved. Once its budget is used up, tokio's sockets and queues answer
 /// `Pending` to it until the other tasks have run. Without effect outside of a task of tokio.
@@ -66,7 +66,7 @@ mod tests {
         for round in 1..=3 {
             tokio::task::yield_now().await;
             let bytes = total.load(Ordering::Relaxed);
-            assert!((1..=round * (TURN + MESSAGE_MAX)).contains(&bytes), "{bytes} bytes in round {round}");
+            assert!((1..=round * (BURST + MESSAGE_MAX)).contains(&bytes), "{bytes} bytes in round {round}");
         }
         endless.abort();
     }

@@ -120,24 +120,37 @@ async fn cut(busy: &mut BusyPod, length: Duration) -> Result<(Option<Duration>, 
     let path = busy.pod.pod.path()?;
     path.drops(Drops::All).await?;
     sleep(length).await;
-    // Before nftables lets packets pass: the figure is never too small.
+    // From before nftables lets packets pass, so the figure is never too small. The request is sent at the same time:
+    // packets may pass long before the process of nftables has ended.
     let back = Instant::now();
-    path.drops(Drops::Nothing).await?;
-    let check = timeout(ANSWER, busy.runtime.calls().check()).await;
-    let answered = matches!(check, Ok(Ok(_))).then(|| back.elapsed());
+    let request = async {
+        let check = timeout(ANSWER, busy.runtime.calls().check()).await;
+        (check, back.elapsed())
+    };
+    let (passes, (check, took)) = tokio::join!(path.drops(Drops::Nothing), request);
+    passes?;
+    let answered = matches!(check, Ok(Ok(_))).then_some(took);
     let runtime = match check {
         Ok(Ok(_)) => busy.runtime.lives(),
         Ok(Err(error)) => Err(error.into()),
         Err(_) => Err(anyhow!("no answer within {ANSWER:?}")),
     };
     let others = busy.steady.iter_mut().map(|steady| steady.lives());
-    let lost: Vec<_> =
-        std::iter::once(runtime).chain(others).filter_map(Result::err).map(|e| format!("{e:#}")).collect();
+    let lost: Vec<_> = std::iter::once(runtime)
+        .chain(others)
+        .filter_map(Result::err)
+        .map(|error| first_line(&error))
+        .collect();
     if lost.is_empty() {
         // New calls and streams, with every byte checked.
         busy.works().await.with_context(|| format!("after a cut of {length:.1?}"))?;
     }
     Ok((answered, lost))
+}
+
+/// Without the backtrace that an error may carry.
+fn first_line(error: &anyhow::Error) -> String {
+    format!("{error:#}").lines().next().unwrap_or_default().to_owned()
 }
 
 impl Measured {

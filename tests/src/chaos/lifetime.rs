@@ -75,10 +75,12 @@ pub struct Ended {
 impl Ended {
     /// Divides the connections that ended early in a lifetime whose faults began at `began`.
     fn of(script: &Script, began: Instant, seen: &Seen) -> Self {
-        let excused_from = script.spares_streams_until().map(|at| began + at);
+        let excused_from = script.spares_streams_until();
         let mut ended = Self::default();
         for broken in &seen.broken {
-            if excused_from.is_some_and(|from| broken.at >= from) {
+            // Clients begin a moment before the faults.
+            let at = broken.at.saturating_duration_since(began);
+            if excused_from.is_some_and(|from| at >= from) {
                 ended.by_others += 1;
             } else {
                 ended.by_network.push(broken.what.clone());
@@ -329,5 +331,8 @@ mod tests {
         script.faults.pop();
         let ended = Ended::of(&script, began, &seen);
         assert_eq!((ended.by_network.len(), ended.by_others), (2, 0));
+        script.hit = Hit::Attestation(second);
+        let ended = Ended::of(&script, began + 3 * second, &seen);
+        assert_eq!((ended.by_network.len(), ended.by_others), (0, 2), "the pod was not up yet");
     }
 }
