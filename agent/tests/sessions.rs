@@ -153,22 +153,25 @@ impl Control {
         }
     }
 
-    /// Waits for the end, for this reason. OpenSSH leaves out the bye if the disconnect message, which has the same reason,
-    /// comes in the same segment.
+    /// Waits for the end, for this reason. OpenSSH leaves out a bye if the disconnect message, which has the same reason,
+    /// comes in the same segment; that of a session must come alone.
     fn ends(mut self, reason: &str, ends_session: bool) {
+        let mut bye = false;
         while let Some((name, content)) = self.next() {
             assert_eq!(name, "bye", "{content}");
             let own = content["reason"].as_str().unwrap();
             assert!(own.contains(reason), "{own}");
             assert_eq!(content.get("ends_session").is_some(), ends_session);
+            bye = true;
         }
+        assert!(bye || !ends_session, "the end of the session was not said");
         let mut disconnect = String::new();
         self.child.stderr.take().unwrap().read_to_string(&mut disconnect).unwrap();
         assert!(disconnect.contains(reason), "{disconnect}");
     }
 
     /// Waits for the end without a reason.
-    fn is_cut(mut self) {
+    fn ends_without_reason(mut self) {
         assert_eq!(self.next(), None);
     }
 }
@@ -208,7 +211,7 @@ fn the_newer_connection_of_a_lane_cuts_the_older_one() {
     let (main, id) = site.session(KEYS[0]);
     let mut newer = site.hello(KEYS[0], json!({"lane": "main", "session": id}));
     assert_eq!(newer.hears("session")["resumed"], true);
-    main.is_cut();
+    main.ends_without_reason();
     site.agent.says("ended: replaced by a newer connection of the worker node, from");
     assert_eq!(site.status()["session"]["lanes"].as_array().unwrap().len(), 1);
     drop(newer);
@@ -292,7 +295,7 @@ fn only_a_bye_that_says_so_ends_the_session() {
     let mut main = site.hello(KEYS[0], json!({"lane": "main", "session": id}));
     assert_eq!(main.hears("session")["resumed"], true);
     main.say(&json!({"bye": {"reason": "the pod stops", "ends_session": true}}));
-    main.ends("the pod stops", true);
+    main.ends("the pod stops", false);
     site.status_until(Value::is_null);
 }
 

@@ -68,25 +68,32 @@ impl<P: Phase> Peer<P> {
     /// Ends the connection with a reason: by `bye`, if the peer has a control channel that takes it within [`FAREWELL`], and
     /// by SSH's disconnect message. Only the first call has an effect.
     pub(crate) fn close_gracefully(&self, reason: &str) {
-        self.close(reason, Outbox::bye);
+        self.close(reason, false);
     }
 
     /// As [`Self::close_gracefully`], for a connection whose session ends with it.
     pub(crate) fn close_with_session(&self, reason: &str) {
-        self.close(reason, Outbox::bye_session);
+        self.close(reason, true);
     }
 
-    fn close(&self, reason: &str, say_bye: impl FnOnce(&Outbox, &str)) {
+    fn close(&self, reason: &str, ends_session: bool) {
         if self.closing.swap(true, Ordering::Relaxed) {
             return;
         }
+        let say_bye = if ends_session { Outbox::bye_session } else { Outbox::bye };
         say_bye(&self.outbox, reason);
         let (connection, outbox, reason) = (self.connection.clone(), self.outbox.clone(), reason.to_owned());
+        let credits = self.credits.clone();
         let controlled = self.controlled.load(Ordering::Relaxed);
         tokio::spawn(async move {
             if controlled {
                 // A bye that the SSH session does not take in time is not waited for: the disconnect says the same.
                 drop(timeout(FAREWELL, outbox.said_bye()).await);
+                if ends_session {
+                    // The disconnect does not say that the session ends, and a client may read it first. One that reads the bye
+                    // closes the connection at once.
+                    drop(timeout(FAREWELL, credits.gone()).await);
+                }
             }
             connection.end(&reason);
         });
