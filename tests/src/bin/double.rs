@@ -252,38 +252,15 @@ async fn cuts(steps: &mut Steps, pod: &Pod, adaptor: &Child) -> Result<()> {
         FILE >> 20
     ));
 
-    steps.next("the line between worker node and VM is cut");
-    let line = &pod.line;
-    line.admit(0);
-    line.hold_all();
-    let check = check(&runtime);
-    sleep(CUT).await;
-    ensure!(!check.is_finished(), "the runtime's Check was answered, or failed, while the line was cut");
-    let stopped = file.back();
-    ensure!(stopped < FILE, "the transfer ended while the line was cut");
-    steps.done(format!(
-        "the line was cut for {} s: nothing passed, and what was under way is lost; the clients wait",
-        CUT.as_secs()
-    ));
-    // What the old connections held is never delivered.
-    line.admit(usize::MAX);
-    steps.next("waiting for the clients to go on");
-    let back = Instant::now();
-    let went_on = async { file.exceeds(stopped).await.map(|()| back.elapsed().as_secs_f64()) };
-    let both: Result<_> = async { tokio::try_join!(answered(check), went_on) }.await;
-    let (call, transfer) = both.context("the line is back, and a client noticed the cut")?;
-    steps.done(format!(
-        "the line is back: the runtime's Check was answered after {call:.2} s, the transfer went on after {transfer:.2} s"
-    ));
-
+    silence(steps, &pod.line, &runtime, &mut file).await?;
     file.exceeds(FILE / 3 * 2).await?;
-    line.end_all(How::Reset);
-    let call =
-        answered(self::check(&runtime)).await.context("the line was reset, and the runtime noticed it")?;
+    pod.line.end_all(How::Reset);
+    let call = answered(check(&runtime)).await.context("the line was reset, and the runtime noticed it")?;
     ensure!(file.back() < FILE, "the transfer ended before the line was reset");
     steps.done(format!(
         "all connections of the line were reset: the runtime's Check was answered after {call:.2} s"
     ));
+
     steps.next("waiting for the end of the transfer");
     let sha256 = file.finish().await?;
     steps.done(format!("VMSERVICE: {FILE} bytes of {FILE}, sha256 equal: {sha256}"));
@@ -293,6 +270,33 @@ async fn cuts(steps: &mut Steps, pod: &Pod, adaptor: &Child) -> Result<()> {
     let open = opened.elapsed().as_secs_f64();
     steps.done(format!(
         "KATAAGENT: the runtime's connection is the same one; its calls, open for {open:.1} s, were answered"
+    ));
+    Ok(())
+}
+
+/// Nothing passes the line for some time, and what is under way is lost.
+async fn silence(steps: &mut Steps, line: &Line, runtime: &PodRuntime, file: &mut Transfer) -> Result<()> {
+    steps.next("the line between worker node and VM is cut");
+    line.admit(0);
+    line.hold_all();
+    let check = check(runtime);
+    sleep(CUT).await;
+    ensure!(!check.is_finished(), "the runtime's Check was answered, or failed, while the line was cut");
+    let stopped = file.back();
+    ensure!(stopped < FILE, "the transfer ended while the line was cut");
+    steps.done(format!(
+        "the line was cut for {} s: nothing passed, and what was under way is lost; the clients wait",
+        CUT.as_secs()
+    ));
+    steps.next("waiting for the clients to go on");
+    // What the old connections held is never delivered.
+    line.admit(usize::MAX);
+    let back = Instant::now();
+    let went_on = async { file.exceeds(stopped).await.map(|()| back.elapsed().as_secs_f64()) };
+    let both: Result<_> = async { tokio::try_join!(answered(check), went_on) }.await;
+    let (call, transfer) = both.context("the line is back, and a client noticed the cut")?;
+    steps.done(format!(
+        "the line is back: the runtime's Check was answered after {call:.2} s, the transfer went on after {transfer:.2} s"
     ));
     Ok(())
 }
