@@ -123,7 +123,7 @@ async fn a_login_without_a_hello_replaces_nobody() -> Result<()> {
     timeout(PATIENCE, bulk_both_ways(kata_client(local).await?, 1000, 1)).await??;
     works(&pod.scene, &pod.adaptor).await.context("the guest got the adaptor's streams")?;
     pod.is_undisturbed().await?;
-    ensure!(!pod.agent.log().contains("replaced by a newer one"), "{}", pod.agent.log());
+    ensure!(!pod.agent.log().contains("replaced by a newer"), "{}", pod.agent.log());
     Ok(())
 }
 
