@@ -164,9 +164,9 @@ impl Connection {
         }
     }
 
-    /// Ends the connection, its session and its streams at once.
+    /// Ends the connection, its SSH session and its streams at once.
     pub(crate) fn cut(&self) {
-        // The credits too: a stream whose reader has stalled would otherwise keep the session from ending.
+        // The credits too: a stream whose reader has stalled would otherwise keep the SSH session from ending.
         if let Some(credits) = self.credits.get() {
             credits.end();
         }

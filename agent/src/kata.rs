@@ -5,8 +5,9 @@
 //! make directories for bind mounts, and read the VM's mounts.
 //!
 //! In the order data passes: [`requests`] splits the stream into [`frame`]s; [`edit`] changes requests, whose [`protobuf`] it
-//! reads field by field; `waiting` holds requests within the `budget` of their connection, and `mounts` waits for what a container needs,
-//! whose `sources` are made; `reply` builds refusals; `conversation` is what both directions know of one connection. docs/KATA-AGENT.md has the reasons.
+//! reads field by field; `waiting` holds requests within the `budget` of their connection, and `mounts` waits for what a
+//! container needs, whose `sources` are made; `reply` builds refusals; `conversation` is what both directions know of one
+//! connection. docs/KATA-AGENT.md has the reasons.
 
 mod budget;
 mod conversation;

@@ -317,7 +317,7 @@ async fn drain(agent: &Agent) {
     for peer in &peers {
         peer.close_gracefully(reason);
     }
-    // close_gracefully cuts peers that stay; the timeout is for a session that hangs in spite of that.
+    // close_gracefully cuts peers that stay; the timeout is for an SSH session that hangs in spite of that.
     let closed =
         async { tokio::join!(agent.peers.kubernetes.until_empty(), agent.peers.attestation.until_empty()) };
     drop(timeout(SHUTDOWN_DRAIN, closed).await);

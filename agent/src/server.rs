@@ -1,6 +1,6 @@
 //! The SSH server: one connection, from its first byte to its end.
 //!
-//! In: an accepted socket. Out: a peer in [`crate::peers`] while its session lasts, and a log line that says how the
+//! In: an accepted socket. Out: a peer in [`crate::peers`] while its SSH session lasts, and a log line that says how the
 //! connection ended. Together with `peers/link.rs` and the keys, the only room that names russh.
 
 mod host_config;
@@ -47,7 +47,7 @@ pub(crate) struct Server {
 enum Handshake {
     /// The client has authenticated.
     Authenticated,
-    /// The session ended before.
+    /// The SSH session ended before.
     Ended(Result<(), russh::Error>),
     /// Neither happened within [`AUTHENTICATE`].
     TimedOut,
@@ -142,7 +142,7 @@ impl Server {
         let level = connection.log_level(log::Level::Info);
         let (address, silence) = (connection.address, connection.silence());
         match (connection.end_reason(), ended) {
-            // How the session ended follows from our reason.
+            // How the SSH session ended follows from our reason.
             (Some(reason), _) => log::log!(level, "connection from {address}: ended: {reason}{silence}"),
             (None, Ok(())) => log::log!(level, "connection from {address}: closed{silence}"),
             (None, Err(error)) => log::log!(level, "connection from {address}: ended: {error}{silence}"),
@@ -150,7 +150,7 @@ impl Server {
     }
 }
 
-/// Waits until the client has authenticated, the session has ended, or the deadline has passed.
+/// Waits until the client has authenticated, the SSH session has ended, or the deadline has passed.
 async fn handshake(
     session: Pin<&mut impl Future<Output = Result<(), russh::Error>>>,
     authenticated: &Notify,
@@ -163,7 +163,7 @@ async fn handshake(
     }
 }
 
-/// Waits until the session of a peer has ended.
+/// Waits until the SSH session of a peer has ended.
 async fn until_end(
     mut session: Pin<&mut impl Future<Output = Result<(), russh::Error>>>,
     connection: &Connection,
@@ -182,7 +182,7 @@ async fn until_end(
 /// Sends SSH's disconnect message, behind everything that waits to be sent, and gives the client [`FAREWELL`] to close.
 async fn say_farewell(handle: &Handle, reason: &str) {
     let disconnect = async {
-        // The session may have ended already.
+        // The SSH session may have ended already.
         drop(handle.disconnect(Disconnect::ByApplication, reason.to_owned(), "en".into()).await);
         std::future::pending().await
     };
@@ -192,7 +192,7 @@ async fn say_farewell(handle: &Handle, reason: &str) {
     }
 }
 
-/// Why a session ended.
+/// Why an SSH session ended.
 fn session_fault(error: &russh::Error) -> String {
     nothing_in_common(error, "-secure-comms-require-pq").unwrap_or_else(|| error.to_string())
 }

@@ -9,7 +9,7 @@ use secure_comms_protocol::Refusal;
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::{Event, Incoming, Receiver, Sender};
 
-/// Message of a channel to the session of a client or of a server.
+/// Message of a channel to the SSH session of a client or of a server.
 pub trait Message: From<(ChannelId, ChannelMsg)> + Send + Sync + 'static {}
 
 impl<M: From<(ChannelId, ChannelMsg)> + Send + Sync + 'static> Message for M {}

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt::Debug;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -217,9 +217,11 @@ pub async fn run<R: Receiver, S: Sender>(
     each: impl FnMut(Control),
 ) -> ControlEnd {
     let pings = Mutex::new(Pings::default());
+    let mut reading = pin!(read(receiver, credits, outbox, &pings, each));
     tokio::select! {
-        end = read(receiver, credits, outbox, &pings, each) => end,
-        Gone = write(sender, credits, outbox) => ControlEnd::Closed,
+        end = &mut reading => end,
+        // What arrived before the end counts, a bye above all. The channel ends after it.
+        Gone = write(sender, credits, outbox) => reading.await,
         () = probe(outbox, &pings) => ControlEnd::Silent,
     }
 }

@@ -1,11 +1,11 @@
 //! The socket of a russh session: it reads ahead while a write is pending, requires strict key exchange, and can be
 //! cut.
 //!
-//! A session does not read while it writes (D2), so two busy sessions can deadlock. While a write is pending, the
-//! guarded socket reads ahead into a bounded buffer. The bound is the number of bytes that the peer may have in
-//! flight, so the writes of an honest peer always proceed. Bytes are charged to the session's task, so that a connection
-//! with bulk data does not keep the thread while others wait ([`budget`]). A session can't be stopped from outside, because its task
-//! outlives every handle; cutting its socket ends it.
+//! An SSH session does not read while it writes (D2), so two busy ones can deadlock. While a write is pending, the guarded
+//! socket reads ahead into a bounded buffer. The bound is the number of bytes that the peer may have in flight, so the
+//! writes of an honest peer always proceed. Bytes are charged to the SSH session's task, so that a connection with bulk
+//! data does not keep the thread while others wait ([`budget`]). An SSH session can't be stopped from outside, because
+//! its task outlives every handle; cutting its socket ends it.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -38,7 +38,7 @@ const LINE: usize = 256;
 const READ: usize = 64 * 1024;
 /// Size of a read that starts with the length of a packet, in bytes.
 const SMALL: usize = 2048;
-/// Largest read of a session that asks only for the length of a packet (RFC 4253 6), in bytes.
+/// Largest read of an SSH session that asks only for the length of a packet (RFC 4253 6), in bytes.
 const LENGTH: usize = 16;
 /// Capacity that an empty read-ahead keeps, in pieces.
 const KEEP: usize = 8;
@@ -111,7 +111,7 @@ impl Guard {
         self.0.identified.load(Ordering::Relaxed)
     }
 
-    /// Cuts the connection: the session ends at once with an I/O error.
+    /// Cuts the connection: the SSH session ends at once with an I/O error.
     pub fn cut(&self) {
         self.0.cut.store(true, Ordering::Release);
         let waker = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -122,7 +122,7 @@ impl Guard {
 
     /// Waits until the connection is cut. Cancellation safe.
     ///
-    /// Call it only while no session or other task reads or writes the socket: all share one waker, so a reader or
+    /// Call it only while no SSH session or other task reads or writes the socket: all share one waker, so a reader or
     /// writer that polls later takes the wake-up. This is not enforced.
     pub async fn until_cut(&self) {
         poll_fn(|cx| {
@@ -246,7 +246,7 @@ impl<S> Guarded<S> {
 }
 
 impl<S: AsyncRead + Unpin> Guarded<S> {
-    /// Waits until the peer has sent its first line, or as many bytes as one may have. The session reads them again.
+    /// Waits until the peer has sent its first line, or as many bytes as one may have. The SSH session reads them again.
     /// Cancellation safe.
     ///
     /// # Errors
@@ -306,14 +306,14 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
         let this = &mut *self;
         this.check()?;
         if this.ahead.len > 0 {
-            // The socket, which would stop the session when its budget is used up, is not asked.
+            // The socket, which would stop the SSH session when its budget is used up, is not asked.
             ready!(poll_proceed(cx)).made_progress();
             let before = out.remaining();
             this.ahead.take(out);
             budget::charge(cx, before - out.remaining());
             return Poll::Ready(Ok(()));
         }
-        // A session reads the length of a packet (four bytes), then the packet. Reading more with the length makes a
+        // An SSH session reads the length of a packet (four bytes), then the packet. Reading more with the length makes a
         // small packet cost one system call. Most of a large packet is still read without a copy.
         if out.remaining() <= LENGTH {
             return match this.ahead.read_from(SMALL, &mut this.socket, cx) {

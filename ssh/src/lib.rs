@@ -1,7 +1,7 @@
 //! The part of SSH that both ends of Secure Comms share.
 //!
 //! The modules are in the order in which a connection uses them. The [`profile`] sets the algorithms and limits that
-//! both ends require. The session reads and writes a [`guard`]ed socket. Its channels become the streams of the tunnel
+//! both ends require. The SSH session reads and writes a [`guard`]ed socket. Its channels become the streams of the tunnel
 //! crate ([`channel`]), opened on a [`link`]. One channel carries the [`control`] messages.
 //!
 //! russh is named here, in the agent's SSH server and in the adaptor's SSH client; nowhere else.

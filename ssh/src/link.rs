@@ -16,7 +16,7 @@ use crate::channel::{ChannelReceiver, ChannelSender, Message, PendingChannel, sp
 
 /// Opens the channel of a named stream; each end has its own implementation.
 pub trait Opener: Clone + Debug + Send + Sync + 'static {
-    /// Message type of its session.
+    /// Message type of its SSH session.
     type Message: Message;
     /// Opens the channel, with the stream id as the originator port and the opening as the originator address.
     ///
@@ -128,7 +128,7 @@ impl<O: Opener> Link for SshLink<O> {
 type Answer<M> = (Result<Channel<M>, russh::Error>, Flow);
 
 /// Waits for the answer to an open, and passes it to `done`. Runs in a task of its own, to the end even if the opener has
-/// left: a server session that receives the answer to a dropped open would end after a refusal, and leak the channel after a
+/// left: a server SSH session that receives the answer to a dropped open would end after a refusal, and leak the channel after a
 /// confirmation. The stream keeps its place until then, so a peer that answers no open gets a limited number of them.
 async fn answered<M: Message>(
     open: impl Future<Output = Result<Channel<M>, russh::Error>>,
@@ -141,7 +141,7 @@ async fn answered<M: Message>(
         () = credits.gone() => return,
     };
     if let Err((Ok(late), _flow)) = done.send((answer, flow)) {
-        // The client of the inbound has left. The session may wait for us to take messages before it takes our close (D1), and
+        // The client of the inbound has left. The SSH session may wait for us to take messages before it takes our close (D1), and
         // then neither a cut nor the end of the connection would reach it. Or it may be gone.
         let (mut receiver, sender) = split(late);
         tokio::select! {

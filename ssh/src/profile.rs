@@ -18,7 +18,7 @@ const CHANNEL_QUEUE: usize = 32;
 /// Messages of one channel that may wait for its task, in the Attestation phase, where peers are unproven.
 const UNAUTHENTICATED_CHANNEL_QUEUE: usize = 4;
 
-/// Messages of all channels together that may wait for the session. (russh's client has a fixed 10.) A longer queue
+/// Messages of all channels together that may wait for the SSH session. (russh's client has a fixed 10.) A longer queue
 /// only makes small messages wait behind bulk data, and pollutes the caches.
 const SESSION_QUEUE: usize = 4;
 
@@ -68,7 +68,7 @@ impl KeyExchange {
     }
 }
 
-/// Says what two ends have not in common, if that is why a session failed; none for other errors. What the peer offered is
+/// Says what two ends have not in common, if that is why an SSH session failed; none for other errors. What the peer offered is
 /// quoted as one line of ASCII and cut: anyone may have said it. `required_by` is the setting of this end that requires
 /// post-quantum key exchange.
 pub fn nothing_in_common(error: &russh::Error, required_by: &str) -> Option<String> {

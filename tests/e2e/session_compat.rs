@@ -253,10 +253,10 @@ async fn stock_openssh_has_no_part_in_a_session_that_lingers() -> Result<()> {
     let mut waits = client(attacked.scene.node_inbound).await?;
     waits.write_all(b"for the worker node").await?;
 
-    let next = attacked.resumed("main", &id, &[1]).await.with_context(|| attacked.agent.log())?;
+    let next = attacked.resumed_with("main", &id, &[1], "NODESERVICE").await;
+    let next = next.with_context(|| attacked.agent.log())?;
     echo.resume(&next).await.with_context(|| attacked.agent.log())?;
     echo.echoes(&next, b"after").await.with_context(|| attacked.agent.log())?;
-    next.offer("NODESERVICE").await?;
     let asked =
         next.asked(|asked| asked.tunnel == "NODESERVICE").await.with_context(|| attacked.agent.log())?;
     let channel = next.accept(&asked).await?;

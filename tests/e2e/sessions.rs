@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::harness::busy_pod::BusyPod;
-use secure_comms_tests::harness::process::{Child, Signal};
+use secure_comms_tests::harness::process::Signal;
 use secure_comms_tests::harness::scene::{PATIENCE, says, says_after, up};
 use secure_comms_tests::harness::session_pod::{Client, RunningPod, SessionPod, TUNNELS, Tunnel};
 use secure_comms_tests::simulators::kata::KataAgent;
@@ -23,6 +23,14 @@ use tokio::task::JoinSet;
 use tokio::time::{interval, timeout};
 
 const MIB: u64 = 1024 * 1024;
+/// The adaptor's log, where the agent does not know the session.
+const AGENT_RESTARTED: &str = "session over: the agent does not have it any more (it was restarted";
+/// Both logs, where another adaptor, or the next process of the same, has begun a session.
+const NEWER_SESSION: &str = "replaced by a newer connection of the worker node";
+/// The adaptor's log, where the agent ends the session.
+const AGENT_STOPS: &str = "channel down: the agent said bye: the agent stops";
+/// The agent's log, where the adaptor does.
+const ADAPTOR_STOPS: &str = "session: ended: the adaptor said bye";
 /// Records after which a cut must have come past the end of what is cut.
 const RECORDS_MAX: u64 = 200;
 
@@ -530,9 +538,8 @@ async fn sigterm_of_either_side_ends_the_session_at_once() -> Result<()> {
     for agent in [true, false] {
         let busy = BusyPod::on_a_line().await?;
         let marks = (busy.pod.agent.mark(), busy.pod.adaptor.mark());
-        let (ended, _): (&Child, &Child) =
-            if agent { (&busy.pod.agent, &busy.pod.adaptor) } else { (&busy.pod.adaptor, &busy.pod.agent) };
-        ended.signal(Signal::SIGTERM)?;
+        let stops = if agent { &busy.pod.agent } else { &busy.pod.adaptor };
+        stops.signal(Signal::SIGTERM)?;
         let mut pod = is_over(busy).await?;
         if agent {
             says_after(&pod.adaptor, marks.1, AGENT_STOPS).await?;
@@ -544,10 +551,3 @@ async fn sigterm_of_either_side_ends_the_session_at_once() -> Result<()> {
     }
     Ok(())
 }
-
-/// What the logs say. The adaptor's, of an agent that does not know its session.
-const AGENT_RESTARTED: &str = "session";
-/// Both ends', of a session that another adaptor, or its next process, has begun.
-const NEWER_SESSION: &str = "session";
-const AGENT_STOPS: &str = "session";
-const ADAPTOR_STOPS: &str = "session";

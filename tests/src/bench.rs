@@ -5,6 +5,7 @@
 //! - `contender`: Secure Comms or OpenSSH, connected, with a tunnel to the server;
 //! - `measure`: the measurements of one contender in one round;
 //! - `groups`: which measurements run at which place, and their goals;
+//! - `cuts`: cuts of the line, which no stream may notice; OpenSSH is no contender there;
 //! - `tables`, `plot`: tables and pictures.
 //!
 //! Every figure is a median over rounds, every ratio the median of the rounds' ratios: a slow round slows both
@@ -18,6 +19,8 @@ mod place;
 mod measure;
 
 pub mod groups;
+
+pub mod cuts;
 
 mod plot;
 pub mod tables;

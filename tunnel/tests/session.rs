@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use harness::lanes::{Sessions, open};
 use harness::{BULK, FIXED, Watchdog, check_end, check_pattern, unix, write_pattern};
+use secure_comms_protocol::control::StreamPosition;
 use secure_comms_protocol::{Lane, TunnelName};
 use secure_comms_tunnel::flow::Side;
 use secure_comms_tunnel::{Link, relay};
@@ -447,5 +448,47 @@ async fn an_agent_wants_the_lane_of_streams_that_the_adaptor_has_not_heard_of() 
         let done = timeout(LONG, transfer(&sessions, servers, Side::Agent)).await;
         done.unwrap_or_else(|_| panic!("cut after {cut_at} ms"));
         lanes.await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_is_younger_than_a_list_survives_it() {
+    let _watchdog = Watchdog::new();
+    let (sessions, mut servers) = connected(Duration::ZERO);
+    let data = sessions.wire(Lane::Data).unwrap();
+    // A slow connection: its list arrives after the stream, and after the stream's connection has ended for the agent.
+    *sessions.latency.lock().unwrap() = Duration::from_millis(200);
+    sessions.connect(Lane::Main);
+    let client = open(&sessions, Side::Adaptor, &TunnelName::kbs()).await;
+    let (_, server) = servers.recv().await.unwrap();
+    data.cut_for(Side::Agent);
+    sleep(Duration::from_millis(300)).await;
+    data.cut();
+    let (out, back) = ((1, 50_000), (2, 50_000));
+    let done = async {
+        tokio::join!(exchange(client, out, back), exchange(server, back, out));
+        settled(&sessions).await;
+    };
+    timeout(LONG, done).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lie_about_a_position_ends_the_session() {
+    let _watchdog = Watchdog::new();
+    for (received, what) in
+        [(501, "it has received 501 bytes of 500"), (7, "7 bytes, which is inside a message")]
+    {
+        let (sessions, mut servers) = connected(Duration::ZERO);
+        let mut client = open(&sessions, Side::Adaptor, &TunnelName::kbs()).await;
+        let (_, mut server) = servers.recv().await.unwrap();
+        write_pattern(&mut client, 1, 500, 500).await;
+        check_pattern(&mut server, 1, 500).await;
+        let said = StreamPosition { stream: 1, received, granted: 1 };
+        let reason = sessions.adaptor.on_position(said).unwrap_err();
+        assert!(reason.contains(what), "{reason}");
+        assert_eq!(sessions.adaptor.ended().await, reason);
+        check_end(&mut client).await;
+        // Of a stream that is gone, or never was, any position is ignored.
+        assert_eq!(sessions.agent.on_position(StreamPosition { stream: 99, ..said }), Ok(()));
     }
 }

@@ -113,7 +113,8 @@ impl Redial {
                     Ok(Ok(won)) => return won,
                     Ok(Err(error)) => {
                         tracing::debug!("pod {}: lane {}: {address}: {error}", self.plan.id, self.joining.lane);
-                        through = None;
+                        // No attempt is known to make progress any more.
+                        (newest, through) = (Flag::default(), None);
                         match error {
                             ConnectError::Timeout(..) => timeout = (timeout * 3 / 2).min(TCP_CONNECT),
                             ConnectError::Unreachable(_) | ConnectError::Protocol(..) => {}

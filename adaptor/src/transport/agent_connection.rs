@@ -422,20 +422,28 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
         let Self { mut receiver, sender, credits, outbox, ended, reports } = self;
         tokio::pin!(ended);
         let on_message = |message| reports.record(message);
-        let (end, fault) = tokio::select! {
-            // The connection knows the cause of its end; the channel only sees that it ended.
-            biased;
-            end = &mut ended => (end.into(), None),
-            end = control::run(&mut receiver, &sender, &credits, &outbox, on_message) => match end {
-                ControlEnd::Bye(bye) => (said_bye(&bye), None),
-                ControlEnd::Closed => (ConnectionEnd::new(EndCause::Broken, end.to_string()), None),
-                ControlEnd::Silent => (ConnectionEnd::new(EndCause::Broken, end.to_string()), Some(end.to_string())),
-                fault => (ConnectionEnd::new(EndCause::Agent, quote(&fault.to_string())), Some(quote(&fault.to_string()))),
-            },
-            () = credits.gone() => (
-                ConnectionEnd::new(EndCause::Agent, OVERRUN),
-                Some(OVERRUN.to_owned()),
-            ),
+        let channel = {
+            let running = control::run(&mut receiver, &sender, &credits, &outbox, on_message);
+            tokio::pin!(running);
+            tokio::select! {
+                // The connection knows the cause of its end; the channel only sees that it ended.
+                biased;
+                end = &mut ended => Err(with_last_words(end.into(), timeout(LAST_WORDS, running).await.ok())),
+                end = &mut running => Ok(end),
+                () = credits.gone() => Err((ConnectionEnd::new(EndCause::Agent, OVERRUN), Some(OVERRUN.to_owned()))),
+            }
+        };
+        let (end, fault) = match channel {
+            Err(end) => end,
+            Ok(ControlEnd::Bye(bye)) => (said_bye(&bye), None),
+            Ok(end @ ControlEnd::Closed) => (ConnectionEnd::new(EndCause::Broken, end.to_string()), None),
+            Ok(end @ ControlEnd::Silent) => {
+                (ConnectionEnd::new(EndCause::Broken, end.to_string()), Some(end.to_string()))
+            }
+            Ok(fault) => {
+                let why = quote(&fault.to_string());
+                (ConnectionEnd::new(EndCause::Agent, why.clone()), Some(why))
+            }
         };
         let lost_streams = credits.open_streams();
         credits.end();
@@ -444,6 +452,19 @@ impl<R: Receiver, S: Sender, E: Future<Output = TransportEnd>> ControlTask<R, S,
             drop(timeout(CLOSE_TIMEOUT, async { tokio::join!(say_bye(&sender, reason), ended) }).await);
         }
         reports.state.send_modify(|state| (state.end, state.lost_streams) = (Some(end), lost_streams));
+    }
+}
+
+/// The time for what the control channel brought before the connection ended.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
+/// The end of a connection, of which a bye that came before it may say that the session ends, too.
+fn with_last_words(end: ConnectionEnd, words: Option<ControlEnd>) -> (ConnectionEnd, Option<String>) {
+    match words {
+        Some(ControlEnd::Bye(bye)) if bye.ends_session => {
+            (ConnectionEnd { cause: EndCause::AgentWithSession, ..end }, None)
+        }
+        _ => (end, None),
     }
 }
 

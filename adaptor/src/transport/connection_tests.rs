@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::agent::{Agent, Mode};
 use crate::support::{PATIENCE, pod};
-use crate::transport::agent_connection::{AgentConnection, Tunnels};
+use crate::transport::agent_connection::{AgentConnection, EndCause, Tunnels};
 use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial, Flag};
 use secure_comms_keys::{PodKey, WorkerNodeKey};
 use secure_comms_protocol::control::{Bye, LogLine};
@@ -309,6 +309,20 @@ async fn the_agents_reason_is_named_wherever_it_disconnects() {
         why.starts_with("the agent disconnected: replaced\\nby \\u{1b}[2Jxxx") && why.len() < 400,
         "{why}"
     );
+}
+
+#[tokio::test]
+async fn a_session_that_ends_does_so_also_with_a_disconnect() {
+    for ends_session in [false, true] {
+        let (agent, connection) = checked("").await;
+        let (handle, _) = agent.newest();
+        agent.say(&Control::Bye(Bye { reason: "stops".into(), ends_session }));
+        agent.said_bye().await;
+        handle.disconnect(russh::Disconnect::ByApplication, "stops".into(), "en".into()).await.unwrap();
+        let end = timeout(PATIENCE, connection.ended()).await.unwrap();
+        let cause = if ends_session { EndCause::AgentWithSession } else { EndCause::Agent };
+        assert_eq!(end.cause, cause, "{end}");
+    }
 }
 
 #[tokio::test]

@@ -188,6 +188,12 @@ impl Agent {
         self.live.lock().unwrap().iter().for_each(|live| live.outbox.send(message.clone()));
     }
 
+    /// Waits until the newest connection has passed a bye on.
+    pub async fn said_bye(&self) {
+        let outbox = self.live.lock().unwrap().last().unwrap().outbox.clone();
+        outbox.said_bye().await;
+    }
+
     /// Breaks every connection.
     pub fn cut(&self) {
         self.live.lock().unwrap().drain(..).for_each(|live| live.guard.cut());

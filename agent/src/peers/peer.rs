@@ -87,7 +87,7 @@ impl<P: Phase> Peer<P> {
         let controlled = self.controlled.load(Ordering::Relaxed);
         tokio::spawn(async move {
             if controlled {
-                // A bye that the session does not take in time is not waited for: the disconnect says the same.
+                // A bye that the SSH session does not take in time is not waited for: the disconnect says the same.
                 drop(timeout(FAREWELL, outbox.said_bye()).await);
                 if ends_session {
                     // The disconnect does not say that the session ends, and a client may read it first. One that reads the bye
@@ -121,7 +121,7 @@ impl<P: Phase> Peer<P> {
 }
 
 impl<P> Peer<P> {
-    /// The peer no longer counts among a limited number: it has become the adaptor, or its session has ended.
+    /// The peer no longer counts among a limited number: it has become the adaptor, or its SSH session has ended.
     pub(crate) fn give_place_back(&self) {
         drop(self.limited.lock().unwrap_or_else(PoisonError::into_inner).take());
     }

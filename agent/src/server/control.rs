@@ -93,7 +93,7 @@ async fn finish<P>(peer: &Peer<P>, end: &ControlEnd, greeted: bool) {
     peer.credits.set_peer_mode(PeerFlow::WindowOnly);
     match end {
         ControlEnd::Closed if !greeted => {}
-        // Mostly the connection has ended, and its session knows better why.
+        // Mostly the connection has ended, and its SSH session knows better why.
         ControlEnd::Closed if timeout(FAREWELL, peer.credits.gone()).await.is_ok() => {}
         _ => peer.connection.end(&end.to_string()),
     }

@@ -17,7 +17,7 @@ use crate::agent::Agent;
 use crate::connection::Connection;
 use crate::peers::link::PeerPending;
 
-/// Answers the requests of one connection. Runs inside the session's loop, so none of its callbacks may wait.
+/// Answers the requests of one connection. Runs inside the SSH session's loop, so none of its callbacks may wait.
 pub(super) struct ConnectionHandler {
     agent: Arc<Agent>,
     connection: Connection,
@@ -30,7 +30,7 @@ pub(super) struct ConnectionHandler {
     authenticated: Arc<Notify>,
     peer: Option<Box<dyn PeerActions>>,
     /// The session channel, until it asks for a subsystem or for something else. A task reads it all the
-    /// time: a full queue would stall the session, which could not even be cut then.
+    /// time: a full queue would stall the SSH session, which could not even be cut then.
     control: Option<(ChannelId, oneshot::Sender<Subsystem>)>,
     /// Requests on the session channel that were refused without giving it up.
     requests: u8,

@@ -38,7 +38,7 @@ pub(super) async fn serve<P: Phase>(
         let report = report(agent).await;
         send(&sender, Bytes::from(report)).await;
     };
-    // The channel is emptied all the time, or it would stall the session.
+    // The channel is emptied all the time, or it would stall the SSH session.
     let discard = async { while !matches!(receiver.recv().await, None | Some(Event::Close)) {} };
     let answered = async {
         if timeout(STATUS_TIME, answer).await.is_err() {

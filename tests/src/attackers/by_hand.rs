@@ -67,15 +67,32 @@ impl AttackedAgent {
         Ok((peer, reply.id))
     }
 
+    /// A lane of a session that goes on, with the streams that we know and an offer of this tunnel.
+    ///
+    /// # Errors
+    /// If the agent does not resume it.
+    pub async fn resumed_with(
+        &self,
+        lane: &str,
+        session: &str,
+        known: &[u32],
+        offer: &str,
+    ) -> Result<RawPeer> {
+        let peer = RawPeer::client(self.node().await?).await?;
+        // First, as an adaptor does: the agent asks for its streams again once it knows ours.
+        peer.offer(offer).await?;
+        peer.say(Control::Hello(adaptor_hello(&self.scene.pod, Some(lane), Some(session)))).await?;
+        peer.goes_on_with(session, known).await?;
+        Ok(peer)
+    }
+
     /// A lane of a session that goes on, with the streams that we know.
     ///
     /// # Errors
     /// If the agent does not resume it.
     pub async fn resumed(&self, lane: &str, session: &str, known: &[u32]) -> Result<RawPeer> {
         let peer = self.lane(lane, Some(session)).await?;
-        let reply = peer.session().await?;
-        ensure!(reply.resumed && reply.id == session, "not resumed: {reply:?}");
-        peer.streams(known).await?;
+        peer.goes_on_with(session, known).await?;
         Ok(peer)
     }
 
@@ -111,6 +128,12 @@ impl RawPeer {
             _ => None,
         };
         self.hears("the session", is_reply).await
+    }
+
+    async fn goes_on_with(&self, session: &str, known: &[u32]) -> Result<()> {
+        let reply = self.session().await?;
+        ensure!(reply.resumed && reply.id == session, "not resumed: {reply:?}");
+        self.streams(known).await
     }
 
     /// Whether the other end has ended the session of this connection.

@@ -12,6 +12,9 @@ use anyhow::{Context, Result, ensure};
 
 /// Bytes of a small request, and of its answer.
 pub(super) const SMALL: usize = 200;
+/// Beginning of each: the header of a ttrpc data frame (length, stream, type, flags), without which nothing passes the
+/// tunnel to the kata agent.
+const HEADER: [u8; 10] = [0, 0, 0, (SMALL - 10) as u8, 0, 0, 0, 1, 3, 0];
 /// Bytes of one write or read of bulk data.
 const CHUNK: usize = 256 * 1024;
 /// A connection without progress for this long has failed.
@@ -28,6 +31,8 @@ pub(super) enum Load {
     Both,
     /// Small requests and answers, one after the other.
     Echo,
+    /// The same through the tunnel to the kata agent: the first request says so itself.
+    Calls,
 }
 
 impl Load {
@@ -37,11 +42,14 @@ impl Load {
             Self::Down => b'd',
             Self::Both => b'b',
             Self::Echo => b'e',
+            Self::Calls => HEADER[0],
         }
     }
 
     fn of(byte: u8) -> Option<Self> {
-        [Self::Up, Self::Down, Self::Both, Self::Echo].into_iter().find(|load| load.byte() == byte)
+        [Self::Up, Self::Down, Self::Both, Self::Echo, Self::Calls]
+            .into_iter()
+            .find(|load| load.byte() == byte)
     }
 }
 
@@ -85,14 +93,22 @@ fn answer(mut stream: TcpStream) -> io::Result<()> {
             while received.some(&mut stream)? > 0 {}
             Ok(())
         }
-        Some(Load::Echo) => {
-            let mut message = [0; SMALL];
-            loop {
-                stream.read_exact(&mut message)?;
-                stream.write_all(&message)?;
-            }
+        Some(Load::Echo) => echoes(stream),
+        Some(Load::Calls) => {
+            let mut first = [0; SMALL];
+            stream.read_exact(first.get_mut(kind.len()..).unwrap_or_default())?;
+            stream.write_all(&first)?;
+            echoes(stream)
         }
         None => Err(io::Error::other("a connection for nothing we know")),
+    }
+}
+
+fn echoes(mut stream: TcpStream) -> io::Result<()> {
+    let mut message = [0; SMALL];
+    loop {
+        stream.read_exact(&mut message)?;
+        stream.write_all(&message)?;
     }
 }
 
@@ -168,7 +184,9 @@ pub(super) fn begin(mut stream: TcpStream, load: Load) -> Result<TcpStream> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(STUCK))?;
     stream.set_write_timeout(Some(STUCK))?;
-    stream.write_all(&[load.byte()]).context("saying what the connection is for")?;
+    if load != Load::Calls {
+        stream.write_all(&[load.byte()]).context("saying what the connection is for")?;
+    }
     Ok(stream)
 }
 
@@ -236,7 +254,7 @@ pub(super) fn bulk(mut stream: TcpStream, load: Load, span: Span) -> Result<Move
             let down = down.join().map_err(|_| anyhow::anyhow!("the reader died"))??;
             Ok(Moved { counted: sent - clock.before + down.counted, total: sent + down.total })
         }
-        Load::Echo => anyhow::bail!("that is no bulk load"),
+        Load::Echo | Load::Calls => anyhow::bail!("that is no bulk load"),
     }
 }
 
@@ -264,8 +282,8 @@ fn down(stream: &mut TcpStream, mut clock: Clock) -> Result<Moved> {
 /// If the answer is wrong, or none comes.
 pub(super) fn echo(stream: &mut TcpStream, number: u64) -> Result<Duration> {
     let mut message = [0x5a; SMALL];
-    if let Some(head) = message.first_chunk_mut() {
-        *head = number.to_be_bytes();
+    for (to, from) in message.iter_mut().zip(HEADER.into_iter().chain(number.to_be_bytes())) {
+        *to = from;
     }
     let mut answer = [0; SMALL];
     let began = Instant::now();
@@ -296,9 +314,11 @@ mod tests {
             let moved = bulk(open(server, load).unwrap(), load, SHORT).unwrap();
             assert!(moved.counted > 0 && moved.total >= moved.counted, "{load:?}: {moved:?}");
         }
-        let mut stream = open(server, Load::Echo).unwrap();
-        for number in 0..3 {
-            echo(&mut stream, number).unwrap();
+        for load in [Load::Echo, Load::Calls] {
+            let mut stream = open(server, load).unwrap();
+            for number in 0..3 {
+                echo(&mut stream, number).unwrap();
+            }
         }
     }
 

@@ -59,7 +59,7 @@ pub(super) async fn distance(
     for (load, name) in [(Load::Up, "up 1"), (Load::Down, "down 1")] {
         figures.insert(name, rate(streams(place, contender, load, 1, span).await?, span));
     }
-    latency_of(place, contender.inbound, ["p50", "p99"], requests, &mut figures).await?;
+    latency_of(place, (contender.inbound, Load::Echo), ["p50", "p99"], requests, &mut figures).await?;
     Ok(figures)
 }
 
@@ -71,19 +71,19 @@ pub(super) async fn distance(
 pub(super) async fn latency(place: &Place, contender: &Contender, requests: u64) -> Result<Figures> {
     let mut figures = Figures::new();
     let inbound = contender.inbound;
-    latency_of(place, inbound, ["alone p50", "alone p99"], requests, &mut figures).await?;
+    latency_of(place, (inbound, Load::Echo), ["alone p50", "alone p99"], requests, &mut figures).await?;
     for (load, same, other) in [
         (Load::Up, ["with up p50", "with up p99"], ["kata with up p50", "kata with up p99"]),
         (Load::Down, ["with down p50", "with down p99"], ["kata with down p50", "kata with down p99"]),
     ] {
         let neighbour = Neighbour::busy(place, contender, load).await?;
-        latency_of(place, inbound, same, requests, &mut figures).await?;
-        latency_of(place, contender.kata_inbound, other, requests, &mut figures).await?;
+        latency_of(place, (inbound, Load::Echo), same, requests, &mut figures).await?;
+        latency_of(place, (contender.kata_inbound, Load::Calls), other, requests, &mut figures).await?;
         neighbour.end()?;
     }
     // A stream that is not read; it is full when the requests begin, or they fill it up.
     let stalled = place.at_node(move || load::open(inbound, Load::Down)).await?;
-    latency_of(place, inbound, ["stalled p50", "stalled p99"], requests, &mut figures).await?;
+    latency_of(place, (inbound, Load::Echo), ["stalled p50", "stalled p99"], requests, &mut figures).await?;
     drop(stalled);
     Ok(figures)
 }
@@ -184,14 +184,14 @@ async fn streams(
 
 async fn latency_of(
     place: &Place,
-    inbound: SocketAddr,
+    (inbound, load): (SocketAddr, Load),
     [p50, p99]: [&'static str; 2],
     requests: u64,
     figures: &mut Figures,
 ) -> Result<()> {
     let mut times = place
         .at_node(move || {
-            let mut stream = load::open(inbound, Load::Echo)?;
+            let mut stream = load::open(inbound, load)?;
             (0..requests).map(|number| load::echo(&mut stream, number)).collect::<Result<Vec<_>>>()
         })
         .await?;

@@ -96,11 +96,16 @@ fn verdict(goal: Goal, ratio: f64) -> &'static str {
     }
 }
 
-/// Writes the tables into the document, and a picture of each group next to it.
+/// Writes the tables into the document, and a picture of each group next to it; `further` is a table without a picture.
 ///
 /// # Errors
 /// If the document lacks the two lines, or can't be written.
-pub fn write(document: &Path, about: &str, groups: &[(Group, Vec<Summary>)]) -> Result<()> {
+pub fn write(
+    document: &Path,
+    about: &str,
+    groups: &[(Group, Vec<Summary>)],
+    further: Option<&str>,
+) -> Result<()> {
     let old = std::fs::read_to_string(document).with_context(|| format!("reading {}", document.display()))?;
     let place = old.split_once(BEGIN).and_then(|(head, rest)| Some((head, rest.split_once(END)?.1)));
     let (head, tail) =
@@ -112,6 +117,9 @@ pub fn write(document: &Path, about: &str, groups: &[(Group, Vec<Summary>)]) -> 
         let file = format!("{}.svg", group.name);
         plot::write(&pictures.join(&file), group, summaries)?;
         let _ = write!(text, "{}\n![{}](benchmarks/{file})\n\n", table(group, summaries), group.title);
+    }
+    if let Some(table) = further {
+        let _ = write!(text, "{table}\n");
     }
     text += END;
     text += tail;
@@ -148,13 +156,19 @@ mod tests {
         std::fs::write(&document, format!("before\n{BEGIN}\nold\n{END}\nafter\n")).unwrap();
         let group = GROUPS[0];
         let summaries = summarize(&group, &rounds(&[(2.0, 1.0)]));
-        write(&document, "a machine", &[(group, summaries)]).unwrap();
+        write(&document, "a machine", &[(group, summaries)], Some("| a cut |\n")).unwrap();
         let text = std::fs::read_to_string(&document).unwrap();
         assert!(text.starts_with("before\n") && text.ends_with("\nafter\n"), "{text}");
-        assert!(text.contains("a machine") && text.contains("**2.00**") && !text.contains("old"), "{text}");
+        assert!(
+            text.contains("a machine")
+                && text.contains("| a cut |")
+                && text.contains("**2.00**")
+                && !text.contains("old"),
+            "{text}"
+        );
         let picture = std::fs::read_to_string(dir.path().join("benchmarks/bulk.svg")).unwrap();
         assert!(picture.starts_with("<svg") && picture.contains("one stream, to the VM"), "{picture}");
         std::fs::write(&document, "nothing of the kind").unwrap();
-        assert!(write(&document, "", &[]).is_err());
+        assert!(write(&document, "", &[], None).is_err());
     }
 }

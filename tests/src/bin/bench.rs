@@ -1,19 +1,23 @@
 //! Compares Secure Comms with stock OpenSSH in one run; `tests/bench` builds what this needs and calls it.
 //!
-//! `bench [--short] [--write DOCUMENT] [GROUP...]`. The agent is that of `SECURE_COMMS_BIN_DIR`, as in the tests. Every
-//! byte is compared; a wrong byte is an error, a slow one is not.
+//! `bench [--short] [--write DOCUMENT] [--cuts N] [--max SECONDS] [GROUP...]`. The agent is that of `SECURE_COMMS_BIN_DIR`, as in the tests. Every
+//! byte is compared; a wrong byte is an error, a slow one is not. A stream that a cut ends is an error, too.
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use secure_comms_tests::bench::cuts::{self, Cuts};
 use secure_comms_tests::bench::groups::{Amount, GROUPS, Group};
 use secure_comms_tests::bench::tables;
 use secure_comms_tests::harness::process::ensure_built;
 use secure_comms_tests::usage::is_help;
 
-const USAGE: &str = "usage: bench [--short] [--write DOCUMENT] [GROUP...]";
+const USAGE: &str = "usage: bench [--short] [--write DOCUMENT] [--cuts N] [--max SECONDS] [GROUP...]";
+/// Group of its own: OpenSSH is no contender in it.
+const CUTS: &str = "cuts";
 const FULL: Amount = Amount { rounds: 5, counted: Duration::from_millis(1500), requests: 3000 };
 /// Enough to check that every measurement works; the figures mean little.
 const SHORT: Amount = Amount { rounds: 1, counted: Duration::from_millis(300), requests: 200 };
@@ -22,6 +26,7 @@ struct Arguments {
     amount: Amount,
     document: Option<PathBuf>,
     groups: Vec<Group>,
+    cuts: Option<Cuts>,
 }
 
 #[tokio::main]
@@ -46,27 +51,37 @@ async fn main() -> ExitCode {
 }
 
 fn arguments(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
-    let mut arguments = Arguments { amount: FULL, document: None, groups: Vec::new() };
+    let mut arguments = Arguments { amount: FULL, document: None, groups: Vec::new(), cuts: None };
+    let (mut cuts, mut asks_for_cuts) = (cuts::DEFAULT, false);
     while let Some(word) = words.next() {
         match word.as_str() {
             "--short" => arguments.amount = SHORT,
             "--write" => arguments.document = Some(words.next().ok_or("--write wants a file")?.into()),
+            "--cuts" => cuts.count = number(&word, words.next())?,
+            "--max" => cuts.longest = Duration::from_secs(number(&word, words.next())?),
+            CUTS => asks_for_cuts = true,
             name => {
                 let group = GROUPS.into_iter().find(|group| group.name == name);
-                let names = || GROUPS.map(|group| group.name).join(", ");
+                let names = || GROUPS.map(|group| group.name).join(", ") + ", " + CUTS;
                 arguments
                     .groups
                     .push(group.ok_or_else(|| format!("no group {name:?}; there are {}", names()))?);
             }
         }
     }
-    if arguments.groups.is_empty() {
+    if arguments.groups.is_empty() && !asks_for_cuts {
         arguments.groups = GROUPS.to_vec();
+        asks_for_cuts = true;
     }
-    if arguments.document.is_some() && arguments.groups.len() < GROUPS.len() {
+    arguments.cuts = asks_for_cuts.then_some(cuts);
+    if arguments.document.is_some() && (arguments.groups.len() < GROUPS.len() || !asks_for_cuts) {
         return Err("--write wants all groups: a document has one run's figures".to_owned());
     }
     Ok(arguments)
+}
+
+fn number<T: FromStr>(option: &str, word: Option<String>) -> Result<T, String> {
+    word.and_then(|word| word.parse().ok()).ok_or_else(|| format!("{option} wants a number"))
 }
 
 async fn run(arguments: Arguments) -> Result<()> {
@@ -79,8 +94,16 @@ async fn run(arguments: Arguments) -> Result<()> {
         println!("{}", tables::table(&group, &summaries));
         measured.push((group, summaries));
     }
+    let mut cuts_table = None;
+    if let Some(cuts) = arguments.cuts {
+        let measured = cuts.run().await.context(CUTS)?;
+        let table = measured.table(cuts);
+        println!("{table}");
+        ensure!(measured.is_good(), "{CUTS}: streams were lost");
+        cuts_table = Some(table);
+    }
     match arguments.document {
-        Some(document) => tables::write(&document, &about, &measured),
+        Some(document) => tables::write(&document, &about, &measured, cuts_table.as_deref()),
         None => Ok(()),
     }
 }

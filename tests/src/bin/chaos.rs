@@ -1,5 +1,6 @@
 //! `chaos [LIFETIMES] [--seed N] [--at-once N]`: runs pod lifetimes under faults, one per seed; exits with 1 if a
-//!  requirement was violated. Needs root.
+//!  requirement was violated. With `SECURE_COMMS_OLD_BIN_DIR`, the same lifetimes run with the programs there as well, and
+//!  the connections that both lost are printed together. Needs root.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -8,11 +9,11 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 use secure_comms_simulators::args::until_signal;
 use secure_comms_tests::chaos::leftovers::Leftovers;
-use secure_comms_tests::chaos::lifetime::live;
+use secure_comms_tests::chaos::lifetime::{Outcome, live};
 use secure_comms_tests::chaos::script::Script;
 use secure_comms_tests::chaos::soak::soak;
 use secure_comms_tests::chaos::summary::Report;
-use secure_comms_tests::harness::process::ensure_built;
+use secure_comms_tests::harness::process::{Binaries, ensure_built, old_binaries};
 use secure_comms_tests::usage::is_help;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -71,24 +72,38 @@ impl Asked {
     }
 }
 
-async fn run(asked: &Asked) -> Result<bool> {
-    ensure_built().await?;
-    let (began, before) = (Instant::now(), Leftovers::now()?);
-    println!("{} lifetimes from seed {}, {} at a time", asked.lifetimes, asked.seed, asked.at_once);
+/// Starts all lifetimes, a few at a time.
+fn spawn(asked: &Asked, binaries: &Binaries) -> JoinSet<Outcome> {
     let (room, mut lifetimes) = (Arc::new(Semaphore::new(asked.at_once)), JoinSet::new());
     for number in 0..asked.lifetimes {
         let (room, script) = (Arc::clone(&room), Script::draw(asked.seed.wrapping_add(number)));
+        let binaries = binaries.clone();
         lifetimes.spawn(async move {
             let _place = room.acquire().await;
-            live(script).await
+            live(script, binaries).await
         });
     }
+    lifetimes
+}
+
+async fn run(asked: &Asked) -> Result<bool> {
+    let (binaries, old) = (ensure_built().await?, old_binaries()?);
+    let (began, before) = (Instant::now(), Leftovers::now()?);
+    println!("{} lifetimes from seed {}, {} at a time", asked.lifetimes, asked.seed, asked.at_once);
+    let mut lifetimes = spawn(asked, binaries);
     let soaked = tokio::spawn(soak(usize::try_from(asked.lifetimes)?.clamp(10, 100)));
     let mut report = Report::default();
     while let Some(outcome) = lifetimes.join_next().await {
         println!("{}", report.add(&outcome?));
     }
     let soaked = soaked.await?;
+    if let Some(old) = &old {
+        println!("the same lifetimes with the old programs, for the connections that they lose");
+        let mut lifetimes = spawn(asked, old);
+        while let Some(outcome) = lifetimes.join_next().await {
+            report.add_old(&outcome?);
+        }
+    }
     match &soaked {
         Ok(soaked) => println!("{soaked}"),
         Err(error) => println!("FAILED: one pod that reconnects: {error:#}"),

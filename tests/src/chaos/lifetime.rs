@@ -19,6 +19,7 @@ use super::resources::Resources;
 use super::script::{Fault, Hit, Script, Side};
 use super::secrets::Secrets;
 use super::traffic::{Seen, Traffic, request};
+use crate::harness::process::Binaries;
 
 /// Goal for the recovery of a pod once all faults are over.
 pub const GOAL: Duration = Duration::from_secs(10);
@@ -50,6 +51,8 @@ pub struct Outcome {
     pub recovery: Option<Duration>,
     /// What the clients saw.
     pub seen: Seen,
+    /// Connections that ended early, by what may have ended them.
+    pub ended: Ended,
     /// What the agent held at the end.
     pub agent: Resources,
     /// What the adaptor held at the end.
@@ -60,18 +63,44 @@ pub struct Outcome {
     pub logs: String,
 }
 
-/// Runs one lifetime.
-pub async fn live(script: Script) -> Outcome {
+/// Connections of clients that ended early in a lifetime.
+#[derive(Clone, Debug, Default)]
+pub struct Ended {
+    /// Those that no fault excuses but one of the network, with what their clients saw: none is allowed.
+    pub by_network: Vec<String>,
+    /// Those that ended after a fault that ends processes or servers, or before the pod was up.
+    pub by_others: u64,
+}
+
+impl Ended {
+    /// Divides the connections that ended early in a lifetime whose faults began at `began`.
+    fn of(script: &Script, began: Instant, seen: &Seen) -> Self {
+        let excused_from = script.spares_streams_until().map(|at| began + at);
+        let mut ended = Self::default();
+        for broken in &seen.broken {
+            if excused_from.is_some_and(|from| broken.at >= from) {
+                ended.by_others += 1;
+            } else {
+                ended.by_network.push(broken.what.clone());
+            }
+        }
+        ended
+    }
+}
+
+/// Runs one lifetime with these programs.
+pub async fn live(script: Script, binaries: Binaries) -> Outcome {
     let mut outcome = Outcome {
         script: script.clone(),
         recovery: None,
         seen: Seen::default(),
+        ended: Ended::default(),
         agent: Resources::default(),
         adaptor: Resources::default(),
         violations: Vec::new(),
         logs: String::new(),
     };
-    let ended = timeout(LIFETIME, lived(&script, &mut outcome)).await;
+    let ended = timeout(LIFETIME, lived(&script, &binaries, &mut outcome)).await;
     match ended {
         Ok(Ok(())) => {}
         Ok(Err(error)) => outcome.violations.push(format!("{error:#}")),
@@ -82,8 +111,8 @@ pub async fn live(script: Script) -> Outcome {
     outcome
 }
 
-async fn lived(script: &Script, outcome: &mut Outcome) -> Result<()> {
-    let scene = PodScene::new(script).await?;
+async fn lived(script: &Script, binaries: &Binaries, outcome: &mut Outcome) -> Result<()> {
+    let scene = PodScene::new(script, binaries).await?;
     let lived = run_faults(&scene, script, outcome).await;
     let examined = if lived.is_ok() { examine(&scene, outcome).await } else { Ok(()) };
     let secrets = secrets(&scene)?;
@@ -137,6 +166,7 @@ async fn run_faults(scene: &PodScene, script: &Script, outcome: &mut Outcome) ->
     }
     let traffic = Traffic::start(&places, script.seed, script.request);
     let opened = Mutex::new(Vec::new());
+    let began = Instant::now();
     let faults = async {
         let injected = script.faults.iter().map(|planned| inject_fault(scene, *planned));
         let (held, faults) = tokio::join!(hold(scene, script.hit), join_all(injected));
@@ -165,6 +195,7 @@ async fn run_faults(scene: &PodScene, script: &Script, outcome: &mut Outcome) ->
     };
     timeout(BOUND, calm).await.context("clients are not served although no fault is active")?;
     outcome.seen = traffic.end().await;
+    outcome.ended = Ended::of(script, began, &outcome.seen);
     outcome.violations.append(&mut outcome.seen.violations);
     outcome.violations.extend(opened.into_inner().unwrap_or_else(PoisonError::into_inner));
     Ok(())
@@ -276,4 +307,27 @@ fn secrets(scene: &PodScene) -> Result<Secrets> {
     }
     secrets.check_any()?;
     Ok(secrets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::script::Planned;
+    use super::super::traffic::Broken;
+    use super::*;
+
+    #[test]
+    fn a_connection_that_ends_before_a_process_does_was_ended_by_the_network() {
+        let (began, second) = (Instant::now(), Duration::from_secs(1));
+        let mut script = Script::draw(1);
+        script.hit = Hit::Kubernetes;
+        let planned = |at, fault| Planned { at, lasts: second, fault };
+        script.faults = vec![planned(second, Fault::Reset), planned(3 * second, Fault::Kill(Side::Agent))];
+        let broken = |after: u32| Broken { at: began + after * second, what: format!("after {after} s") };
+        let seen = Seen { broken: vec![broken(2), broken(4)], ..Seen::default() };
+        let ended = Ended::of(&script, began, &seen);
+        assert_eq!((ended.by_network, ended.by_others), (vec!["after 2 s".to_owned()], 1));
+        script.faults.pop();
+        let ended = Ended::of(&script, began, &seen);
+        assert_eq!((ended.by_network.len(), ended.by_others), (2, 0));
+    }
 }

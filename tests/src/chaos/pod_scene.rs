@@ -20,7 +20,7 @@ use super::disk::Disk;
 use super::hostile_cloud::HostileCloud;
 use super::program::Program;
 use super::script::{Fault, Hit, Script, Side};
-use crate::harness::process::{Binaries, ensure_built};
+use crate::harness::process::Binaries;
 use crate::harness::scene::{free_port, pod_id};
 use crate::simulators::guest::{Backend, Cdh, CdhOptions, Rest};
 use crate::simulators::impaired_link::{ImpairedLink, Impairment};
@@ -143,12 +143,11 @@ impl Server {
 }
 
 impl PodScene {
-    /// Starts everything. If the faults hit the Attestation phase, the KBS refuses the keys at first.
+    /// Starts everything, with these programs. If the faults hit the Attestation phase, the KBS refuses the keys at first.
     ///
     /// # Errors
     /// If a simulator or a process can't be started.
-    pub(super) async fn new(script: &Script) -> Result<Self> {
-        let binaries = ensure_built().await?;
+    pub(super) async fn new(script: &Script, binaries: &Binaries) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix(&prefix()).tempdir()?;
         let path = |name: &str| directory.path().join(name);
         let (route, mut options) = Route::new(script).await?;
@@ -328,13 +327,13 @@ impl Clocks {
 }
 
 /// What the command lines of both processes have in common.
-struct Common {
-    binaries: &'static Binaries,
+struct Common<'a> {
+    binaries: &'a Binaries,
     directory: PathBuf,
     clocks: Arc<Clocks>,
 }
 
-impl Common {
+impl Common<'_> {
     fn program(&self, side: Side, netns: Option<String>, args: Vec<OsString>) -> Result<Program> {
         let (name, binary) = match side {
             Side::Agent => ("agent", self.binaries.agent.clone()),

@@ -16,6 +16,8 @@ const LONGEST: Duration = Duration::from_millis(2500);
 const LONG: Duration = Duration::from_secs(8);
 /// Number of faults in a lifetime.
 const MOST: usize = 4;
+/// Share of the lifetimes in which all faults are of the network: no stream may end in them.
+const ONLY_NETWORK: f64 = 0.3;
 
 /// Script of one lifetime.
 #[derive(Clone, Debug, PartialEq)]
@@ -179,6 +181,9 @@ impl Script {
         let request = [200, 8 * 1024, 256 * 1024].choose(random).copied().unwrap_or(200);
         let longest = if random.random_bool(0.1) { LONG } else { LONGEST };
         let mut possible = possible(random, path);
+        if random.random_bool(ONLY_NETWORK) {
+            possible.retain(|fault| fault.is_of_the_network());
+        }
         possible.shuffle(random);
         possible.truncate(random.random_range(1..=MOST));
         // A read-only disk can't be filled.
@@ -207,6 +212,53 @@ impl Script {
 fn hostile(random: &mut Xoshiro256PlusPlus) -> UserData {
     let all = [UserData::Tunnels, UserData::UnixSockets, UserData::Keys, UserData::WrongTypes];
     all.choose(random).copied().unwrap_or(UserData::Keys)
+}
+
+impl Script {
+    /// Time of the first fault that may end streams, counted as in [`Planned`]; none if no stream may end. Before the pod
+    /// is up there is no session that could keep one.
+    #[must_use]
+    pub fn spares_streams_until(&self) -> Option<Duration> {
+        match self.hit {
+            Hit::Attestation(_) => Some(Duration::ZERO),
+            Hit::Kubernetes => {
+                self.faults.iter().find(|planned| !planned.fault.spares_streams()).map(|planned| planned.at)
+            }
+        }
+    }
+}
+
+impl Fault {
+    /// Whether it is one of the path between worker node and VM.
+    #[must_use]
+    pub fn is_of_the_network(&self) -> bool {
+        matches!(
+            self,
+            Self::Reset
+                | Self::Blackhole
+                | Self::Loss(_)
+                | Self::Delay(_)
+                | Self::Reorder(_)
+                | Self::Duplicate(_)
+                | Self::LinkDown
+                | Self::Move
+        )
+    }
+
+    /// Whether no stream of the Kubernetes phase may end by it: both processes and the servers of the tunnels go on.
+    #[must_use]
+    pub fn spares_streams(&self) -> bool {
+        match self {
+            // The VM reboots after some of the forgeries, and a process without file descriptors opens no stream.
+            Self::Kill(_) | Self::Abort(_) | Self::Clock(..) | Self::NoFiles(..) | Self::Reboot => false,
+            Self::KbsForged(_) | Self::KataDown => false,
+            Self::StoreFull | Self::StoreReadOnly | Self::StateFull => false,
+            Self::Freeze(_) | Self::RestDown => true,
+            Self::KbsDown | Self::KbsSlow(_) | Self::KbsSilent | Self::KbsGarbage => true,
+            Self::KbsRefuses | Self::KbsBroken | Self::KbsClock(_) => true,
+            network => network.is_of_the_network(),
+        }
+    }
 }
 
 /// Every fault that is possible on a path, each once, with its numbers drawn.
@@ -282,6 +334,26 @@ mod tests {
         let scripts = (0..200).map(Script::draw).filter(|script| script.attacker);
         let kinds: HashSet<_> = scripts.map(|script| format!("{:?}", script.user_data)).collect();
         assert_eq!(kinds.len(), 5, "{kinds:?}");
+    }
+
+    #[test]
+    fn only_a_fault_that_ends_a_process_or_a_server_excuses_the_end_of_a_stream() {
+        let second = Duration::from_secs(1);
+        let planned = |at: Duration, fault| Planned { at, lasts: second, fault };
+        let mut script = Script::draw(1);
+        script.hit = Hit::Kubernetes;
+        script.faults = vec![planned(second, Fault::Reset), planned(2 * second, Fault::Freeze(Side::Agent))];
+        assert_eq!(script.spares_streams_until(), None);
+        script.faults.push(planned(3 * second, Fault::Kill(Side::Adaptor)));
+        assert_eq!(script.spares_streams_until(), Some(3 * second));
+        script.hit = Hit::Attestation(second);
+        assert_eq!(script.spares_streams_until(), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn many_lifetimes_have_faults_of_the_network_only() {
+        let only = (0..300).map(Script::draw).filter(|script| script.spares_streams_until().is_none());
+        assert!(only.count() > 30);
     }
 
     #[test]

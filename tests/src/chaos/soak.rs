@@ -10,6 +10,7 @@ use super::lifetime::up;
 use super::pod_scene::{PodScene, Route};
 use super::resources::Resources;
 use super::script::{Hit, Path, Script, Side, UserData};
+use crate::harness::process::ensure_built;
 
 /// Restarts of the adaptor: few, because each backoff is longer than the last.
 const CUTS: usize = 8;
@@ -37,7 +38,7 @@ pub async fn soak(times: usize) -> Result<String> {
         request: 200,
         faults: Vec::new(),
     };
-    let scene = PodScene::new(&script).await?;
+    let scene = PodScene::new(&script, ensure_built().await?).await?;
     up(scene.kata_inbound, BOUND).await?;
     let adaptor_again = async || {
         scene.adaptor.end(Signal::SIGKILL, Duration::ZERO).await?;

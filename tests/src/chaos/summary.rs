@@ -14,19 +14,36 @@ pub struct Report {
     failed: Vec<u64>,
     recoveries: Vec<Duration>,
     finished: u64,
-    broken: u64,
+    by_network: usize,
+    by_others: u64,
+    old: Option<Old>,
     bytes: u64,
     agent: Resources,
     adaptor: Resources,
 }
 
+/// Connections of clients that the same lifetimes ended with the programs of an earlier version.
+#[derive(Clone, Copy, Debug, Default)]
+struct Old {
+    by_network: usize,
+    by_others: u64,
+}
+
 impl Report {
+    /// Adds the same lifetime with the programs of an earlier version: only the connections that it ended count.
+    pub fn add_old(&mut self, outcome: &Outcome) {
+        let old = self.old.get_or_insert_default();
+        old.by_network += outcome.ended.by_network.len();
+        old.by_others += outcome.ended.by_others;
+    }
+
     /// Adds a lifetime; returns its report: one line, or several if it failed or was slow.
     pub fn add(&mut self, outcome: &Outcome) -> String {
         self.lifetimes += 1;
         self.recoveries.extend(outcome.recovery);
         self.finished += outcome.seen.finished;
-        self.broken += outcome.seen.broken;
+        self.by_network += outcome.ended.by_network.len();
+        self.by_others += outcome.ended.by_others;
         self.bytes += outcome.seen.bytes;
         self.agent = self.agent.max(outcome.agent);
         self.adaptor = self.adaptor.max(outcome.adaptor);
@@ -36,9 +53,12 @@ impl Report {
         if outcome.recovery.is_some_and(|time| time > GOAL) {
             text += &format!("\n  SLOW: more than {} s{}", GOAL.as_secs(), kept(outcome));
         }
-        if !outcome.violations.is_empty() {
+        let ended = outcome.ended.by_network.iter();
+        let ended = ended.map(|what| format!("{what}, which no fault but one of the network can have ended"));
+        let violations: Vec<_> = outcome.violations.iter().cloned().chain(ended).collect();
+        if !violations.is_empty() {
             self.failed.push(seed);
-            for violation in &outcome.violations {
+            for violation in violations {
                 text += &format!("\n  FAILED: {violation}");
             }
             text += &format!("\n  run again: tests/chaos 1 --seed {seed}{}", kept(outcome));
@@ -83,7 +103,15 @@ impl fmt::Display for Report {
             part(100),
             GOAL.as_secs()
         )?;
-        writeln!(f, "connections               {} completed, {} ended early", self.finished, self.broken)?;
+        let Old { by_network, by_others } = self.old.unwrap_or_default();
+        let old = |count: &dyn fmt::Display| match self.old {
+            Some(_) => format!(" (of the old programs {count})"),
+            None => String::new(),
+        };
+        let excused = "after a process or server ended, or before the pod was up";
+        writeln!(f, "connections               {} completed", self.finished)?;
+        writeln!(f, "ended by the network      {}{}; 0 is required", self.by_network, old(&by_network))?;
+        writeln!(f, "ended by other faults     {}{}: {excused}", self.by_others, old(&by_others))?;
         writeln!(
             f,
             "bytes there and back      {:.1} MiB, each checked",
@@ -96,6 +124,7 @@ impl fmt::Display for Report {
 
 #[cfg(test)]
 mod tests {
+    use super::super::lifetime::Ended;
     use super::super::script::Script;
     use super::super::traffic::Seen;
     use super::*;
@@ -105,6 +134,7 @@ mod tests {
             script: Script::draw(seconds),
             recovery: Some(Duration::from_secs(seconds)),
             seen: Seen::default(),
+            ended: Ended::default(),
             agent: Resources::default(),
             adaptor: Resources::default(),
             violations: violations.iter().map(|text| (*text).to_owned()).collect(),
@@ -121,6 +151,27 @@ mod tests {
         assert!(!report.is_good());
         for part in ["FAILED: a byte was lost", "tests/chaos 1 --seed 2"] {
             assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_connection_that_the_network_ended_fails_the_run() {
+        let mut report = Report::default();
+        let mut ended = outcome(1, &[]);
+        ended.ended.by_others = 3;
+        report.add_old(&ended);
+        report.add(&ended);
+        assert!(report.is_good());
+        ended.ended.by_network.push("a client of KATAAGENT: reset".to_owned());
+        report.add_old(&ended);
+        assert!(report.is_good(), "old programs may lose connections");
+        let text = report.add(&ended);
+        assert!(!report.is_good() && text.contains("FAILED: a client of KATAAGENT: reset"), "{text}");
+        let summary = report.to_string();
+        for line in
+            ["ended by the network      1 (of the old programs 1)", "faults     6 (of the old programs 6)"]
+        {
+            assert!(summary.contains(line), "{summary}");
         }
     }
 

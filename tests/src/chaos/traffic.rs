@@ -6,7 +6,7 @@
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -33,11 +33,20 @@ pub struct Seen {
     /// Connections that completed.
     pub finished: u64,
     /// Connections that ended early.
-    pub broken: u64,
+    pub broken: Vec<Broken>,
     /// Bytes that were sent and came back.
     pub bytes: u64,
     /// Violated requirements.
     pub violations: Vec<String>,
+}
+
+/// A connection that ended early.
+#[derive(Clone, Debug)]
+pub struct Broken {
+    /// When the client noticed.
+    pub at: Instant,
+    /// The tunnel, and what the client got instead of its answer.
+    pub what: String,
 }
 
 /// Running clients.
@@ -124,7 +133,8 @@ impl Place {
             seen.finished += 1;
             return;
         };
-        seen.broken += 1;
+        seen.broken
+            .push(Broken { at: Instant::now(), what: format!("a client of {}: {error:#}", self.name) });
         if calm || is_violation(&error) {
             let when = if calm { ", when all was calm" } else { "" };
             seen.violations.push(format!("a client of {}{when}: {error:#}", self.name));
@@ -274,7 +284,7 @@ mod tests {
         // A port that is not listened on.
         let address = crate::harness::scene::free_port().unwrap();
         let traffic = Traffic::start(&[("CLOSED", address)], 1, 200);
-        while traffic.seen().broken == 0 {
+        while traffic.seen().broken.is_empty() {
             tokio::task::yield_now().await;
         }
         assert!(traffic.seen().violations.is_empty());

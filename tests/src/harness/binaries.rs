@@ -10,6 +10,8 @@ use tokio::sync::OnceCell;
 
 /// Directory that holds the binaries; nothing is built if it is set.
 pub(super) const BIN_DIR: &str = "SECURE_COMMS_BIN_DIR";
+/// Directory of binaries of an earlier version, for a comparison.
+pub(super) const OLD_BIN_DIR: &str = "SECURE_COMMS_OLD_BIN_DIR";
 /// With a program of this package: without one, cargo builds the shared dependencies again, with other features.
 const PROGRAMS: [&str; 4] = ["agent-protocol-forwarder", "secure-comms-adaptor", "simulator", "double"];
 
@@ -41,6 +43,15 @@ pub async fn ensure_built() -> Result<&'static Binaries> {
             }
         })
         .await
+}
+
+/// The binaries of an earlier version in `$SECURE_COMMS_OLD_BIN_DIR`; none if it is not set.
+///
+/// # Errors
+/// If a binary does not exist.
+pub fn old_binaries() -> Result<Option<Binaries>> {
+    let Some(dir) = std::env::var_os(OLD_BIN_DIR) else { return Ok(None) };
+    Binaries::find(Path::new(&dir)).map(Some).with_context(|| format!("{OLD_BIN_DIR} is set"))
 }
 
 async fn build() -> Result<Binaries> {

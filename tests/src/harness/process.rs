@@ -13,9 +13,9 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::Command;
 use tokio::sync::watch;
 
-use super::binaries::BIN_DIR;
+use super::binaries::{BIN_DIR, OLD_BIN_DIR};
 
-pub use super::binaries::{Binaries, ensure_built};
+pub use super::binaries::{Binaries, ensure_built, old_binaries};
 
 /// Output stream of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +63,7 @@ impl Child {
     pub fn spawn(name: impl Into<String>, mut command: Command) -> Result<Self> {
         let name = name.into();
         // Ours: the programs warn of a variable of this prefix that they do not know.
-        command.env_remove(BIN_DIR);
+        command.env_remove(BIN_DIR).env_remove(OLD_BIN_DIR);
         let program = command.as_std().get_program().to_owned();
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().with_context(|| format!("{name}: starting {}", program.display()))?;

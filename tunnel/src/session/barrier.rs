@@ -66,3 +66,36 @@ impl Barrier {
         self.answered.load(Relaxed) >= ping
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::timeout;
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_ping_after_the_close_says_that_it_has_arrived() {
+        let barrier = Arc::<Barrier>::default();
+        barrier.pinged();
+        let close = barrier.next();
+        barrier.ponged();
+        assert!(!barrier.has_answered(close), "this ping was sent before the close");
+        barrier.pinged();
+        assert!(!barrier.has_answered(close));
+        barrier.ponged();
+        assert!(barrier.has_answered(close));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn closes_at_the_same_time_share_a_ping() {
+        let (barrier, probe) = (Arc::<Barrier>::default(), Arc::<Notify>::default());
+        barrier.probe_with(probe.clone());
+        let asked = async || timeout(10 * SHARED, probe.notified()).await.is_ok();
+        for _ in 0..3 {
+            barrier.next();
+        }
+        assert!(asked().await);
+        assert!(!asked().await);
+        barrier.ask();
+        assert!(asked().await);
+    }
+}

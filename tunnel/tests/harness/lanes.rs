@@ -27,6 +27,7 @@ pub(crate) struct Wire {
     /// Whether it has ended, as each end sees it.
     dead: [watch::Sender<bool>; 2],
     count: Arc<Count>,
+    latency: Duration,
     pipes: [mpsc::UnboundedSender<(Instant, DebugParcel)>; 2],
 }
 
@@ -58,7 +59,7 @@ impl std::fmt::Debug for DebugParcel {
 }
 
 impl Wire {
-    fn new(count: Arc<Count>) -> Arc<Self> {
+    fn new(count: Arc<Count>, latency: Duration) -> Arc<Self> {
         let dead = [(); 2].map(|()| watch::Sender::new(false));
         let pipes = [1, 0].map(|to: usize| {
             let (parcels, mut arriving) = mpsc::unbounded_channel::<(Instant, DebugParcel)>();
@@ -80,7 +81,7 @@ impl Wire {
             });
             parcels
         });
-        Arc::new(Self { dead, count, pipes })
+        Arc::new(Self { dead, count, latency, pipes })
     }
 
     /// Ends it for both ends, with what is under way.
@@ -111,7 +112,7 @@ impl Wire {
         }
         let pipe = &self.pipes[index(from)];
         // A pipe that has ended belongs to a connection that is dead.
-        drop(pipe.send((Instant::now() + LATENCY, DebugParcel(Box::new(parcel)))));
+        drop(pipe.send((Instant::now() + self.latency, DebugParcel(Box::new(parcel)))));
     }
 }
 
@@ -320,6 +321,8 @@ pub(crate) struct Sessions {
     lanes: Mutex<Vec<(Lane, Arc<Wire>, LaneNumber)>>,
     pub(crate) count: Arc<Count>,
     connections: AtomicUsize,
+    /// Of the connections that are made from now on.
+    pub(crate) latency: Mutex<Duration>,
     servers: Servers,
 }
 
@@ -337,6 +340,7 @@ impl Sessions {
             lanes: Mutex::default(),
             count: Arc::default(),
             connections: AtomicUsize::new(0),
+            latency: Mutex::new(LATENCY),
             servers: Servers { accepted, connecting },
         };
         (Arc::new(sessions), servers)
@@ -369,7 +373,7 @@ impl Sessions {
 
     /// Connects a lane; the connection that had it still delivers for some time.
     pub(crate) fn replace(self: &Arc<Self>, lane: Lane, old_lives: Duration) {
-        let wire = Wire::new(self.count.clone());
+        let wire = Wire::new(self.count.clone(), *self.latency.lock().unwrap());
         self.connections.fetch_add(1, SeqCst);
         let mut lanes = self.lanes.lock().unwrap();
         let is_first = lanes.is_empty();
@@ -465,7 +469,8 @@ impl Sessions {
             let (pong, ponged) = oneshot::channel();
             session.pinged(number);
             let back = wire.clone();
-            wire.put(side, move || back.put(other(side), move || drop(pong.send(()))));
+            // The task that waits for the pong may have ended with its connection.
+            wire.put(side, move || back.put(other(side), move || pong.send(()).unwrap_or_default()));
             tokio::select! {
                 () = wire.death(side) => return,
                 answered = ponged => if answered.is_err() { return },

@@ -77,7 +77,7 @@ impl Drop for RecordAnswer<'_> {
     }
 }
 
-/// Cuts the connection when dropped: dropping a russh handle does not end its session.
+/// Cuts the connection when dropped: dropping a russh handle does not end its SSH session.
 #[derive(Debug)]
 struct CutOnDrop(Guard);
 
