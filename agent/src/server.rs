@@ -14,6 +14,7 @@ mod lanes;
 mod mismatches;
 mod phase;
 mod status;
+mod streams;
 
 use std::io;
 use std::net::SocketAddr;

@@ -178,7 +178,7 @@ async fn the_control_channel_sends_hello_and_answers_pings() -> Result<()> {
     let closed = Child::spawn("ssh -s", control(&ssh, "kubernetes"))?;
     let line = closed.wait_for(|line| line.starts_with('{'), PATIENCE).await?;
     let hello = &serde_json::from_str::<Value>(&line)?["hello"];
-    ensure!(hello["version"] == 1 && hello["phase"] == "kubernetes", "{hello}");
+    ensure!(hello["version"] == 2 && hello["phase"] == "kubernetes", "{hello}");
     let names = |key: &str| -> Vec<String> { serde_json::from_value(hello[key].clone()).unwrap() };
     ensure!(names("outbounds").contains(&"KATAAGENT".into()), "{hello}");
     ensure!(names("inbounds").contains(&"NODESERVICE".into()), "{hello}");

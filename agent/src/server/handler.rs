@@ -10,7 +10,8 @@ use secure_comms_protocol::{Opening, PhaseName};
 use secure_comms_ssh::channel::split;
 use tokio::sync::{Notify, oneshot};
 
-use super::session::{self, Asked, PeerActions, Subsystem};
+use super::session::{self, PeerActions, Subsystem};
+use super::streams::Asked;
 use crate::access::policy::Admission;
 use crate::agent::Agent;
 use crate::connection::Connection;

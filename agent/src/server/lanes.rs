@@ -11,7 +11,7 @@ use secure_comms_protocol::{Control, Hello, Kubernetes, Lane, Opening, SessionId
 use secure_comms_tunnel::flow::{LaneNumber, PeerFlow};
 use secure_comms_tunnel::session::IncomingStream;
 
-use super::session::{Asked, serve};
+use super::streams::{Asked, serve};
 use crate::agent::Agent;
 use crate::connection::Connection;
 use crate::os::log_limits::SESSIONS;

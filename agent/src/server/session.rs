@@ -3,17 +3,16 @@
 use std::sync::Arc;
 
 use russh::server::Handle;
-use secure_comms_protocol::{Attestation, Kubernetes, Opening, Phase, PhaseName, TunnelName};
+use secure_comms_protocol::{Attestation, Kubernetes, PhaseName, TunnelName};
 use secure_comms_tunnel::flow::{PeerFlow, Side};
-use secure_comms_tunnel::intercept::Interceptor;
-use secure_comms_tunnel::link::Incoming;
-use secure_comms_tunnel::{Credits, Outbounds, outbound};
+use secure_comms_tunnel::{Credits, Outbounds};
 use tokio::sync::oneshot;
 
 use super::control::{becomes_subsystem, run_control_channel, settle_without_hello};
 use super::lanes::MemberSlot;
 use super::phase::AgentPhase;
 use super::status;
+use super::streams::{Asked, serve};
 use crate::agent::Agent;
 use crate::connection::Connection;
 use crate::peers::link::{ForwardOpener, Offers, PeerLink, PeerPending, PeerReceiver, PeerSender};
@@ -26,17 +25,6 @@ pub(super) enum Subsystem {
     Control,
     /// One status, then the end of the channel.
     Status,
-}
-
-/// A channel open of the peer.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Asked<'a> {
-    /// Name of the tunnel, as the peer wrote it.
-    pub(super) name: &'a str,
-    /// Stream id.
-    pub(super) id: u32,
-    /// For what the channel is, in a session.
-    pub(super) opening: Opening,
 }
 
 /// What an authenticated connection may do, in either phase. Dropped with its SSH session.
@@ -65,27 +53,6 @@ pub(super) fn join(
     match phase {
         PhaseName::Attestation => PeerSession::<Attestation>::join(agent, connection, generation, handle),
         PhaseName::Kubernetes => PeerSession::<Kubernetes>::join(agent, connection, generation, handle),
-    }
-}
-
-/// Serves a new stream of a connection, with a permit and a place, or refuses it.
-pub(super) fn serve<P: Phase, I: Interceptor>(
-    connection: &Connection,
-    outbounds: &Outbounds<P, I>,
-    credits: &Credits,
-    asked: Asked<'_>,
-    incoming: impl Incoming,
-) {
-    let permit = outbounds.permit(asked.name);
-    match permit.and_then(|permit| permit.admit(credits)) {
-        Ok(admitted) => {
-            tokio::spawn(outbound::serve(admitted, asked.id, incoming));
-        }
-        Err(refusal) => {
-            let (level, address) = (connection.count_refusal(), connection.address);
-            log::log!(level, "refusing a stream of {address}: {}", refusal.reason);
-            tokio::spawn(incoming.refuse(refusal));
-        }
     }
 }
 
