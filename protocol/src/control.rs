@@ -105,6 +105,10 @@ pub struct Empty {}
 
 /// A control message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "at most a few exist at a time, and a box would be allocated for each hello"
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Control {
     /// First message of each end.
