@@ -106,6 +106,7 @@ pub struct Empty {}
 /// A control message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[expect(clippy::large_enum_variant, reason = "few messages exist at a time: a queue has at most 64 of them")]
 pub enum Control {
     /// First message of each end.
     Hello(Hello),
