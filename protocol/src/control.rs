@@ -110,7 +110,6 @@ pub struct Empty {}
     reason = "at most a few exist at a time, and a box would be allocated for each hello"
 )]
 #[serde(rename_all = "lowercase")]
-#[expect(clippy::large_enum_variant, reason = "few messages exist at a time: a queue has at most 64 of them")]
 pub enum Control {
     /// First message of each end.
     Hello(Hello),

@@ -56,7 +56,7 @@ pub(super) struct DataLane {
 enum End {
     Idle(LaneNumber),
     Lost,
-    Replaced(SocketAddr, AgentConnection<Kubernetes>),
+    Replaced(SocketAddr, Box<AgentConnection<Kubernetes>>),
 }
 
 impl DataLane {
@@ -117,7 +117,7 @@ impl DataLane {
                 }
                 End::Lost if since.elapsed() < FALL_BACK => self.backoff.pause().await,
                 End::Lost => self.backoff.reset(),
-                End::Replaced(address, connection) => replacement = Some((address, connection)),
+                End::Replaced(address, connection) => replacement = Some((address, *connection)),
             }
             cut = Some(heard);
         }

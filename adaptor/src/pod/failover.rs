@@ -54,7 +54,7 @@ const LANE_PROBE_PART: u32 = 3;
 pub(super) enum LaneEnd {
     Lost(ConnectionEnd),
     /// Another connection has taken its place, which leads there.
-    Replaced(SocketAddr, AgentConnection<Kubernetes>),
+    Replaced(SocketAddr, Box<AgentConnection<Kubernetes>>),
 }
 
 /// Waits until the connection of a lane has ended, or is silent and another one has taken its place. A lane that `is_used` is asked for signs of life more often. An old connection that answers before the agent has heard of the new one stays.
@@ -74,14 +74,14 @@ pub(super) async fn await_lane_end(
         let redial = redial();
         let mut connected = pin!(redial.connect());
         let end = tokio::select! {
-            (address, connection) = &mut connected => return LaneEnd::Replaced(address, connection),
+            (address, connection) = &mut connected => return LaneEnd::Replaced(address, Box::new(connection)),
             end = &mut ended => end,
             () = until_kept(&liveness, &redial) => continue,
         };
         // The agent cuts the old connection as soon as it has heard the hello of a new one: that one is nearly there.
         tokio::select! {
             biased;
-            (address, connection) = &mut connected => return LaneEnd::Replaced(address, connection),
+            (address, connection) = &mut connected => return LaneEnd::Replaced(address, Box::new(connection)),
             () = until_no_hello(&redial) => return LaneEnd::Lost(end),
         }
     }

@@ -71,7 +71,7 @@ enum MainEnd {
     /// The session is over, and why.
     Over(String),
     Lost(ConnectionEnd),
-    Replaced(SocketAddr, AgentConnection<Kubernetes>),
+    Replaced(SocketAddr, Box<AgentConnection<Kubernetes>>),
 }
 
 impl Driver {
@@ -134,7 +134,7 @@ impl Driver {
                 MainEnd::Replaced(address, connection) => {
                     let why = failover_reason(main.address, address) + &waits(session);
                     self.down(PhaseName::Kubernetes, why);
-                    (address, connection)
+                    (address, *connection)
                 }
                 MainEnd::Lost(end) => {
                     self.down(PhaseName::Kubernetes, format!("{end}{}", waits(session)));
