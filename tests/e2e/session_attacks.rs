@@ -698,7 +698,7 @@ async fn an_adaptor_that_never_acknowledges_takes_bounded_memory() -> Result<()>
     println!(
         "{STREAMS} streams never acknowledged: RSS {before} KiB before, {kept} with the initial credit, {most} with {} MiB \
          granted, {again} after a resume; peak {}",
-        each * u64::from(STREAMS) >> 20,
+        (each * u64::from(STREAMS)) >> 20,
         attacked.agent.peak_kib()?
     );
     ensure!(attacked.agent.peak_kib()? < SESSION_MAX_KIB, "peak {} KiB", attacked.agent.peak_kib()?);
