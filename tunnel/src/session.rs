@@ -341,7 +341,8 @@ impl<C: Channels> Session<C> {
     /// The peer has granted more than it may without acknowledging it; the session has ended.
     fn keep(&self, cost: u32) -> Result<(), ()> {
         let kept = self.0.kept.fetch_add(cost.into(), Relaxed) + u64::from(cost);
-        if kept <= (self.0.limits.held_max() + MESSAGE_MAX) as u64 {
+        // More than `held_max`: what a stream that has ended gave back may be granted to others before we hear of its end.
+        if kept <= (self.0.limits.held_max() + self.0.limits.streams * MESSAGE_MAX) as u64 {
             return Ok(());
         }
         self.end("the peer grants more than it acknowledges");

@@ -21,9 +21,9 @@ use tokio::time::{Instant, interval, sleep};
 use super::failover::{LaneEnd, await_lane_end, failover_reason};
 use super::plan::Plan;
 use super::redial::Redial;
-use super::session::AgentSession;
 use super::status::StatusReporter;
 use crate::transport::agent_connection::{AgentConnection, EndCause, Joined, Joining};
+use crate::transport::ssh::AgentSession;
 
 /// The time of failed attempts after which streams that wait for the lane go on over the main one.
 const FALL_BACK: Duration = Duration::from_secs(3);

@@ -32,10 +32,7 @@ use super::redial::Redial;
 use super::status::PodEvent;
 use crate::transport::agent_connection::{AgentConnection, ConnectionEnd, EndCause, Joined, Joining};
 use crate::transport::routes::KubernetesLink;
-use crate::transport::ssh::{AgentChannels, ClientPhase};
-
-/// A session with an agent.
-pub(super) type AgentSession = Session<AgentChannels<Kubernetes>>;
+use crate::transport::ssh::{AgentSession, ClientPhase};
 
 /// The time after the loss of the main lane in which only the Kubernetes phase is tried. After it the agent may have been
 /// restarted, and attest.

@@ -27,9 +27,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 pub(crate) use self::tunnels::Tunnels;
 use self::tunnels::mismatches;
 use crate::text::quote;
-use crate::transport::ssh::{
-    AgentChannels, AgentLink, ClientPhase, ConnectError, SshConnection, TransportEnd,
-};
+use crate::transport::ssh::{AgentLink, ClientPhase, ConnectError, SshConnection, TransportEnd};
 
 /// Lines of the agent's log that may wait until they are shown.
 const LOG_QUEUE: usize = LOG_KEPT + LOG_BATCH;
@@ -260,7 +258,7 @@ impl<P: ClientPhase> AgentConnection<P> {
     }
 
     /// Makes the connection a lane of the session, and serves the agent's streams there from now on.
-    pub(crate) fn join(&self, session: &Session<AgentChannels<P>>, lane: Lane) -> LaneNumber {
+    pub(crate) fn join(&self, session: &Session<AgentLink<P>>, lane: Lane) -> LaneNumber {
         let number = self.connection.join(session, lane);
         self.outbox.join(session.clone(), number);
         number

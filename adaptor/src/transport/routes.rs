@@ -7,7 +7,7 @@ use secure_comms_tunnel::session::{SessionLink, SessionReceiver, SessionSender};
 use secure_comms_tunnel::{Event, Inbound, Link, OpenError, Receiver, Sender, Stream};
 use tokio::sync::watch;
 
-use crate::transport::ssh::{AgentChannels, AgentLink};
+use crate::transport::ssh::AgentLink;
 
 /// The current link of each phase. The types keep a client of a Kubernetes-phase inbound from an Attestation link.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub(crate) enum KubernetesLink {
     /// On a connection without a session.
     Alone(AgentLink<Kubernetes>),
     /// In a session.
-    Session(SessionLink<AgentChannels<Kubernetes>>),
+    Session(SessionLink<AgentLink<Kubernetes>>),
 }
 
 /// The link of a `BOTH_PHASES` inbound, in whichever phase the connection is.
@@ -37,14 +37,14 @@ pub(crate) enum PhaseLink {
 #[derive(Debug)]
 pub(crate) enum AnyReceiver {
     Channel(<AgentLink<Kubernetes> as Link>::Receiver),
-    Session(SessionReceiver<AgentChannels<Kubernetes>>),
+    Session(SessionReceiver<AgentLink<Kubernetes>>),
 }
 
 /// Sending half of a stream, with or without a session.
 #[derive(Debug)]
 pub(crate) enum AnySender {
     Channel(<AgentLink<Kubernetes> as Link>::Sender),
-    Session(SessionSender<AgentChannels<Kubernetes>>),
+    Session(SessionSender<AgentLink<Kubernetes>>),
 }
 
 impl Receiver for AnyReceiver {

@@ -12,9 +12,11 @@ mod handler;
 mod client;
 
 pub(crate) use self::auth_hold::{AuthHold, AuthLock};
-pub(crate) use self::client::{
-    AgentChannels, AgentLink, Dial, Flag, SshConnection, connect_attestation, connect_kubernetes,
-};
+pub(crate) use self::client::{Dial, Flag, SshConnection, connect_attestation, connect_kubernetes};
 pub(crate) use self::error::ConnectError;
-pub(crate) use self::handler::TransportEnd;
+pub(crate) use self::handler::{AgentLink, TransportEnd};
+
 pub(crate) use self::phase::ClientPhase;
+
+/// A session with an agent.
+pub(crate) type AgentSession = secure_comms_tunnel::Session<AgentLink<secure_comms_protocol::Kubernetes>>;

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use russh::client::{self, AuthResult, Handle, Msg};
+use russh::client::{self, AuthResult, Handle};
 use russh::keys::PrivateKeyWithHashAlg;
-use russh::{Channel, ChannelMsg, MethodKind, MethodSet};
+use russh::{ChannelMsg, MethodKind, MethodSet};
 use secure_comms_protocol::limits::{AUTHENTICATE, CONTROL_SUBSYSTEM};
-use secure_comms_protocol::{Attestation, Kubernetes, Lane, Opening, PhaseName, TunnelName};
+use secure_comms_protocol::{Attestation, Kubernetes, Lane, PhaseName, TunnelName};
 use secure_comms_ssh::channel::split;
 use secure_comms_ssh::guard::{Guard, Guarded, Peer};
-use secure_comms_ssh::link::{Opener, SshLink};
+use secure_comms_ssh::link::SshLink;
 use secure_comms_ssh::profile::{self, KeyExchange};
 use secure_comms_tunnel::flow::LaneNumber;
 use secure_comms_tunnel::session::Session;
@@ -23,7 +23,7 @@ use tokio::time::timeout;
 
 use super::auth_hold::{AuthHold, AuthLock};
 use super::error::{ConnectError, cause};
-use super::handler::{Callbacks, Serving, Shared, TransportEnd, lock};
+use super::handler::{AgentLink, Callbacks, DirectOpener, Serving, Shared, TransportEnd, lock};
 use super::phase::{AnyHost, ClientPhase};
 use crate::transport::kbs_filter::KbsFilter;
 use secure_comms_keys::{PodPublic, WorkerNodeKey};
@@ -108,41 +108,6 @@ impl<P: ClientPhase> Drop for SshConnection<P> {
         self.shared.end(TransportEnd::Broken("closed from this side".into()));
     }
 }
-
-/// Opens `direct-tcpip` channels. The host is the tunnel's name; the agent ignores the port.
-pub(crate) struct DirectOpener<P: ClientPhase>(Arc<Handle<Callbacks<P>>>);
-
-impl<P: ClientPhase> Clone for DirectOpener<P> {
-    fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
-    }
-}
-
-impl<P: ClientPhase> std::fmt::Debug for DirectOpener<P> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "DirectOpener({})", P::NAME)
-    }
-}
-
-impl<P: ClientPhase> Opener for DirectOpener<P> {
-    type Message = Msg;
-
-    fn open(
-        &self,
-        name: &TunnelName,
-        id: u32,
-        opening: Opening,
-    ) -> impl Future<Output = Result<Channel<Msg>, russh::Error>> + Send + 'static {
-        let (handle, name) = (Arc::clone(&self.0), name.to_string());
-        async move { handle.channel_open_direct_tcpip(name, 1, opening.to_string(), id).await }
-    }
-}
-
-/// Opens streams to an agent's outbounds in a phase.
-pub(crate) type AgentLink<P> = SshLink<DirectOpener<P>>;
-
-/// Opens the channels of streams in a session with an agent.
-pub(crate) type AgentChannels<P> = AgentLink<P>;
 
 /// Connects in the Attestation phase: neither end is authenticated, unless the agent demands the worker-node key.
 ///
@@ -320,7 +285,7 @@ impl<P: ClientPhase> SshConnection<P> {
 
     /// Opens streams to the agent's outbounds.
     pub(crate) fn link(&self) -> AgentLink<P> {
-        SshLink::new(DirectOpener(Arc::clone(&self.handle)), self.shared.credits.clone())
+        SshLink::new(DirectOpener::new(&self.handle), self.shared.credits.clone())
     }
 
     /// Serves the agent's streams from now on, without a session. In the Kubernetes phase those that come earlier wait.
@@ -330,7 +295,7 @@ impl<P: ClientPhase> SshConnection<P> {
 
     /// Makes the connection a lane of the session, and serves the agent's streams there from now on; those that come
     /// earlier wait.
-    pub(crate) fn join(&self, session: &Session<AgentChannels<P>>, lane: Lane) -> LaneNumber {
+    pub(crate) fn join(&self, session: &Session<AgentLink<P>>, lane: Lane) -> LaneNumber {
         let number = session.connect(lane, self.link());
         self.shared.serve_streams(Serving::InSession(session.clone(), number));
         number

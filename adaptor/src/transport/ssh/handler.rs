@@ -5,18 +5,18 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use russh::client::{self, ChannelOpenHandle, DisconnectReason, Handler, Msg};
+use russh::client::{self, ChannelOpenHandle, DisconnectReason, Handle, Handler, Msg};
 use russh::keys::{HashAlg, PublicKeyOrCertificate};
 use russh::{Channel, ChannelId, ChannelOpenFailure};
 use secure_comms_protocol::{Opening, PhaseName, Refusal, RefusalReason, TunnelName};
 use secure_comms_ssh::channel::PendingChannel;
+use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_tunnel::flow::{LaneNumber, Side};
 use secure_comms_tunnel::outbound::{self, Admitted};
 use secure_comms_tunnel::session::{IncomingStream, Session};
 use secure_comms_tunnel::{Credits, Incoming, Outbounds};
 use tokio::sync::watch;
 
-use super::client::AgentChannels;
 use super::error::{ConnectError, cause};
 use super::phase::ClientPhase;
 use crate::text::quote;
@@ -62,7 +62,7 @@ pub(super) enum Serving<P: ClientPhase> {
     /// They end with the connection.
     Alone,
     /// In a session, in which the connection has this number.
-    InSession(Session<AgentChannels<P>>, LaneNumber),
+    InSession(Session<AgentLink<P>>, LaneNumber),
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -183,7 +183,7 @@ impl<P: ClientPhase> Shared<P> {
     /// Serves a new stream, and lets one that the session knows go on.
     async fn serve_in_session(
         &self,
-        session: &Session<AgentChannels<P>>,
+        session: &Session<AgentLink<P>>,
         number: LaneNumber,
         (name, id, opening): (&str, u32, Opening),
         pending: PendingChannel<Msg>,
@@ -202,6 +202,44 @@ impl<P: ClientPhase> Shared<P> {
         }
     }
 }
+
+/// Opens `direct-tcpip` channels. The host is the tunnel's name; the agent ignores the port.
+pub(crate) struct DirectOpener<P: ClientPhase>(Arc<Handle<Callbacks<P>>>);
+
+impl<P: ClientPhase> DirectOpener<P> {
+    pub(super) fn new(handle: &Arc<Handle<Callbacks<P>>>) -> Self {
+        Self(Arc::clone(handle))
+    }
+}
+
+impl<P: ClientPhase> Clone for DirectOpener<P> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<P: ClientPhase> std::fmt::Debug for DirectOpener<P> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DirectOpener({})", P::NAME)
+    }
+}
+
+impl<P: ClientPhase> Opener for DirectOpener<P> {
+    type Message = Msg;
+
+    fn open(
+        &self,
+        name: &TunnelName,
+        id: u32,
+        opening: Opening,
+    ) -> impl Future<Output = Result<Channel<Msg>, russh::Error>> + Send + 'static {
+        let (handle, name) = (Arc::clone(&self.0), name.to_string());
+        async move { handle.channel_open_direct_tcpip(name, 1, opening.to_string(), id).await }
+    }
+}
+
+/// Opens streams to an agent's outbounds in a phase, or the channels of a session.
+pub(crate) type AgentLink<P> = SshLink<DirectOpener<P>>;
 
 /// The callbacks of russh. They run in its session loop and must not block.
 pub(super) struct Callbacks<P: ClientPhase>(pub(super) Arc<Shared<P>>);
