@@ -119,7 +119,7 @@ pub fn write(
         let _ = write!(text, "{}\n![{}](benchmarks/{file})\n\n", table(group, summaries), group.title);
     }
     if let Some(table) = further {
-        let _ = write!(text, "{table}\n");
+        let _ = writeln!(text, "{table}");
     }
     text += END;
     text += tail;
