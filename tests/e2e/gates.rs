@@ -297,6 +297,11 @@ async fn a_writer_wakes_and_its_socket_closes_when_the_peer_restarts() -> Result
     let (writer, read) = blocked_writer(&pod).await?;
     let mut idle = pod.kata().await?;
     idle.write_all(&[1]).await?;
+    // Both are open for certain: a stream that is being opened waits for the next agent.
+    let mut session = EchoSession::open(pod.kata().await?).await?;
+    for seed in 0..200 {
+        session.roundtrip(200, seed).await?;
+    }
     pod.agent.kill9().await?;
     // Until another agent is there, the session could go on.
     pod.agent = pod.scene.agent().await?;
