@@ -22,15 +22,20 @@ use super::failover::{LaneEnd, await_lane_end, failover_reason};
 use super::plan::Plan;
 use super::redial::Redial;
 use super::status::StatusReporter;
-use crate::transport::agent_connection::{AgentConnection, EndCause, Joined, Joining};
+use crate::transport::agent_connection::{AgentConnection, EndCause, Joined, Joining, Liveness};
 use crate::transport::ssh::AgentSession;
 
-/// The time of failed attempts after which streams that wait for the lane go on over the main one.
+/// The time of failed attempts after which streams that wait for the lane go on over the main one. A connection that is
+/// silent for this long counts as lost: its streams could not go on elsewhere before.
 const FALL_BACK: Duration = Duration::from_secs(3);
+/// The pause after a connection that the network has cut soon.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
 /// The time without a stream after which the lane is closed.
 const IDLE: Duration = Duration::from_secs(60);
 /// The interval at which it is checked.
 const IDLE_CHECK: Duration = Duration::from_secs(5);
+/// The shortest interval at which a silence is looked at.
+const SILENCE_CHECK: Duration = Duration::from_millis(100);
 
 /// The connection of the main lane.
 #[derive(Clone, Copy, Debug)]
@@ -55,7 +60,7 @@ pub(super) struct DataLane {
 /// How a connection of the lane ended.
 enum End {
     Idle(LaneNumber),
-    Lost,
+    Lost(EndCause),
     Replaced(SocketAddr, Box<AgentConnection<Kubernetes>>),
 }
 
@@ -115,8 +120,10 @@ impl DataLane {
                         return;
                     }
                 }
-                End::Lost if since.elapsed() < FALL_BACK => self.backoff.pause().await,
-                End::Lost => self.backoff.reset(),
+                // What the network does is no reason to let the streams wait for longer.
+                End::Lost(EndCause::Broken) => sleep(PAUSE_MIN).await,
+                End::Lost(_) if since.elapsed() < FALL_BACK => self.backoff.pause().await,
+                End::Lost(_) => self.backoff.reset(),
                 End::Replaced(address, connection) => replacement = Some((address, *connection)),
             }
             cut = Some(heard);
@@ -205,7 +212,8 @@ impl DataLane {
             }
             pending::<Infallible>().await
         };
-        let (mut main, round_trip) = (self.main.clone(), connection.liveness().round_trip());
+        let liveness = connection.liveness();
+        let (mut main, round_trip) = (self.main.clone(), liveness.round_trip());
         let (mut resume, mut idle) = (pin!(resume), pin!(until_idle(session)));
         let mut to = MainLane { address, number, round_trip };
         loop {
@@ -220,13 +228,17 @@ impl DataLane {
                             session.end(&end.to_string());
                         }
                         tracing::warn!("pod {id}: lane data: {end}");
-                        return End::Lost;
+                        return End::Lost(end.cause);
                     }
                     LaneEnd::Replaced(next, connection) => {
                         tracing::warn!("pod {id}: lane data: {}", failover_reason(address, next));
                         return End::Replaced(next, connection);
                     }
                 },
+                () = until_silent_for_long(&liveness) => {
+                    tracing::warn!("pod {id}: lane data: the agent was silent for {} s", FALL_BACK.as_secs());
+                    return End::Lost(EndCause::Broken);
+                }
                 // The failover goes to where the main lane is.
                 () = until_elsewhere(&mut main, to.address) => {}
             }
@@ -240,6 +252,17 @@ async fn until_elsewhere(main: &mut watch::Receiver<Option<MainLane>>, address: 
     if main.wait_for(is_elsewhere).await.is_err() {
         // The session is over, and drops this future.
         pending().await
+    }
+}
+
+/// Waits until nothing has come for [`FALL_BACK`] although the agent owes an answer.
+async fn until_silent_for_long(liveness: &Liveness) {
+    loop {
+        let silence = liveness.unanswered().unwrap_or_default();
+        match FALL_BACK.checked_sub(silence).filter(|left| !left.is_zero()) {
+            Some(left) => sleep(left.max(SILENCE_CHECK)).await,
+            None => return,
+        }
     }
 }
 

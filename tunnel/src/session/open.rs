@@ -1,6 +1,5 @@
 //! Opens streams, and opens their channels again on each new connection.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -266,9 +265,10 @@ impl<C: Channels> Session<C> {
     /// for again on this connection, if they were not confirmed, and are over otherwise.
     pub fn peer_knows(&self, known: &[u32], on: LaneNumber) {
         let Some(connection) = self.numbered(on) else { return };
-        let known: HashSet<u32> = known.iter().copied().collect();
+        let mut known = known.to_vec();
+        known.sort_unstable();
         for entry in self.stranded() {
-            if known.contains(&entry.id()) {
+            if known.binary_search(&entry.id()).is_ok() {
                 continue;
             }
             let mut state = entry.state();
