@@ -127,7 +127,7 @@ impl World {
     async fn reboot(&self, agent: &Agent) {
         let seen = agent.seen.count("hello");
         agent.become_(Mode::attestation());
-        agent.cut();
+        agent.restart();
         agent.seen.wait("hello", seen + 1).await;
     }
 }
@@ -399,6 +399,23 @@ async fn a_republication_under_way_does_not_outlive_the_withdrawal() {
     assert_eq!(kbs.requests.count("stored"), 2, "it came up before the KBS had answered");
     assert_eq!(kbs.paths(), [""; 0], "{:?}", kbs.requests.all());
     assert_eq!(world.events.count("published to the KBS again"), 0, "{:?}", world.events.all());
+}
+
+#[tokio::test]
+async fn a_key_published_for_a_stranger_is_gone_soon_after_a_resume() {
+    let (world, kbs) = world().await;
+    world.prepare().await;
+    let agent = Agent::start(world.latched().await).await;
+    world.start(&agent).await.unwrap();
+    // Something at the pod's address attests. The agent has kept the session.
+    agent.become_(Mode::attestation());
+    agent.cut();
+    world.events.wait("keys published to the KBS again", 1).await;
+    assert_eq!(kbs.paths(), [KEYS]);
+    agent.upgrade(world.latched().await);
+    world.events.wait(GONE, 2).await;
+    assert_eq!(kbs.paths(), [""; 0]);
+    assert_eq!(world.events.count("session over"), 0, "{:?}", world.events.all());
 }
 
 #[tokio::test]

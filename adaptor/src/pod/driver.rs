@@ -28,7 +28,7 @@ use super::failover::{await_failover, failover_reason};
 use super::plan::Plan;
 use super::status::{PodEvent, PodState, StatusReporter};
 use super::vm_log::VmLog;
-use super::withdrawal::until_gone;
+use super::withdrawal::{CLIENTS_WAIT, until_gone};
 use crate::text::quote;
 use crate::transport::agent_connection::{AgentConnection, Joined};
 use crate::transport::routes::{KubernetesLink, Routes};
@@ -259,7 +259,7 @@ impl Driver {
         tokio::select! {
             // Nothing else is looked at if the key is gone already.
             biased;
-            () = until_gone(&publication, &self.status, |why| self.set_degraded(why)) => Withdrawal::Done,
+            () = until_gone(&publication, &self.status, CLIENTS_WAIT, |why| self.set_degraded(why)) => Withdrawal::Done,
             stop = stopped(&mut stop) => Withdrawal::Stopped(stop),
             why = connection.ended() => Withdrawal::Ended(why.to_string()),
             connected = await_failover(&self.plan, &liveness, PhaseName::Kubernetes, &lock) => {

@@ -30,6 +30,7 @@ use super::driver::{Driver, Ended, Stop, stopped};
 use super::failover::{LaneEnd, await_lane_end, failover_reason};
 use super::redial::Redial;
 use super::status::PodEvent;
+use super::withdrawal::{READABLE, until_gone};
 use crate::transport::agent_connection::{AgentConnection, ConnectionEnd, EndCause, Joined, Joining};
 use crate::transport::routes::KubernetesLink;
 use crate::transport::ssh::{AgentSession, ClientPhase};
@@ -199,6 +200,15 @@ impl Driver {
             }
             pending::<Infallible>().await
         });
+        // Published again if anything at the pod's addresses attested in between. The streams go on at once: the VM runs
+        // containers already, and a KBS that is away must not end them.
+        let publication = self.plan.publication.clone().filter(|_| cut.is_some());
+        let mut withdrawal = pin!(async {
+            if let Some(publication) = publication {
+                until_gone(&publication, &self.status, READABLE, |_| {}).await;
+            }
+            pending::<Infallible>().await
+        });
         let joining = Joining { lane: Lane::Main, session: Some(session.id().clone()) };
         let redial = || Redial::new(self.plan.clone(), joining.clone(), *address, liveness.round_trip());
         let vm_log = self.vm_log.show(log, &instance, &self.status);
@@ -209,6 +219,7 @@ impl Driver {
                 never = &mut vm_log => match never {},
                 never = data_lane.as_mut() => match never {},
                 never = &mut resume => match never {},
+                never = &mut withdrawal => match never {},
                 stop = stopped(&mut self.stop) => return MainEnd::Stopped(stop),
                 why = session.ended() => return MainEnd::Over(why),
                 end = &mut end => return match end {

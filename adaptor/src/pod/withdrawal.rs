@@ -13,10 +13,21 @@ use crate::text::with_causes;
 /// The time for one deletion, its retries included. After it the operator learns why there is no end yet.
 const WITHDRAW: Duration = Duration::from_secs(10);
 
-/// Deletes the key, and retries until it is gone; returns without a wait if it is. `failed` gets the cause of each failure.
+/// What a key that can't be deleted costs before the first client of a session.
+pub(super) const CLIENTS_WAIT: &str = "no client is served until it is";
+/// The same while a session's streams go on: they are not held up.
+pub(super) const READABLE: &str = "processes of the VM can read it until it is";
+
+/// Deletes the key, and retries until it is gone; returns without a wait if it is. `failed` gets the cause of each failure,
+/// with its `cost`.
 ///
 /// Cancellation: the key may still be there, and the next call deletes it.
-pub(super) async fn until_gone(publication: &Publication, status: &StatusReporter, failed: impl Fn(String)) {
+pub(super) async fn until_gone(
+    publication: &Publication,
+    status: &StatusReporter,
+    cost: &str,
+    failed: impl Fn(String),
+) {
     let mut backoff = Backoff::default();
     loop {
         match publication.withdraw(WITHDRAW).await {
@@ -27,7 +38,7 @@ pub(super) async fn until_gone(publication: &Publication, status: &StatusReporte
                 return;
             }
             Err(error) => {
-                let why = format!("the pod's key could not be deleted from the KBS: {}", cause(&error));
+                let why = format!("the pod's key could not be deleted from the KBS: {}", cause(&error, cost));
                 status.withdraw_failed(&why);
                 failed(why);
             }
@@ -37,11 +48,11 @@ pub(super) async fn until_gone(publication: &Publication, status: &StatusReporte
 }
 
 /// Without the number of tries, so that a failure that repeats is reported once.
-fn cause(error: &PublicationError) -> String {
+fn cause(error: &PublicationError, cost: &str) -> String {
     match error {
         PublicationError::Kbs(KbsError::Unreachable { url, last, advice, .. }) => {
-            format!("KBS at {url}: {last}{advice}; no client is served until it is")
+            format!("KBS at {url}: {last}{advice}; {cost}")
         }
-        error => format!("{}; no client is served until it is", with_causes(error)),
+        error => format!("{}; {cost}", with_causes(error)),
     }
 }
