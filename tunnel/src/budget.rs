@@ -15,7 +15,7 @@ use tokio::task::coop::{consume_budget, has_budget_remaining, poll_proceed};
 /// Operations that tokio lets a task complete in a row (`Budget::initial`, not public).
 const OPERATIONS: usize = 128;
 /// Most bytes that a task moves before others run, not counting the operation with which it exceeds them.
-pub const BURST: usize = 128 * 1024;
+pub const BURST: usize = 32 * 1024;
 /// Bytes that are charged as one operation.
 const UNIT: usize = BURST / OPERATIONS;
 
