@@ -7,7 +7,7 @@
 //! - [`inspector`]: reports to tests what the test VM is like inside;
 //! - [`openssh`]: command lines of the stock OpenSSH client;
 //! - [`tcp_proxy`]: a TCP path that can be cut, frozen and delayed;
-//! - [`line`]: a TCP path that a test controls to the byte and to the SSH record;
+//! - [`mod@line`]: a TCP path that a test controls to the byte and to the SSH record;
 //! - [`impaired_link`]: an IP path with delay, loss and a rate, between two network namespaces.
 
 pub mod kbs;
