@@ -569,7 +569,7 @@ async fn what_an_adaptor_may_say_changes_nothing() -> Result<()> {
     let mut echo = Echo::open(&main, 1).await?;
     echo.echoes(&main, b"a first message").await?;
     let position = echo.position();
-    // Of streams that nobody has: they crossed a close. Older ones: they were said before. The other form of credit.
+    // Of streams that neither end has: they crossed a close. Older ones: they were said before. The other form of credit.
     for stream in [0, 2, 3, u32::MAX] {
         main.position(stream, Position { received: u64::MAX, granted: u64::MAX }).await?;
     }

@@ -46,7 +46,7 @@ impl Transfer {
         *self.back.borrow()
     }
 
-    /// Waits until more than so many bytes are back.
+    /// Waits until more than this many bytes are back.
     ///
     /// # Errors
     /// If the transfer ends before, or hangs.

@@ -105,7 +105,7 @@ impl PodRuntime {
         }
     }
 
-    /// Writes so many bytes to the container and reads as many, all checked; the pod must live after it.
+    /// Writes this many bytes to the container and reads as many, all checked; the pod must live after it.
     ///
     /// # Errors
     /// If a call fails or hangs, a byte is wrong, or the pod is dead.

@@ -91,7 +91,7 @@ struct State {
     /// Orders of the connections that exist, by their numbers.
     connections: BTreeMap<u64, watch::Sender<Order>>,
     next: u64,
-    /// Further connections hang while so many exist.
+    /// Further connections hang while this many exist.
     most: usize,
     trap: Option<Trap>,
 }
