@@ -469,7 +469,8 @@ impl Lie {
                 peer.eof(channel).await
             }
             Self::Overrun => {
-                for _ in 0..64 {
+                // Much more than the kernel's buffers of the stalled server take, for that is granted again.
+                for _ in 0..1024 {
                     // It may end the connection before the last.
                     if peer.data(channel, vec![0; MESSAGE_MAX]).await.is_err() {
                         break;
