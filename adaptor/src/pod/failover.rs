@@ -57,7 +57,10 @@ pub(super) enum LaneEnd {
     Replaced(SocketAddr, Box<AgentConnection<Kubernetes>>),
 }
 
-/// Waits until the connection of a lane has ended, or is silent and another one has taken its place. A lane that `is_used` is asked for signs of life more often. An old connection that answers before the agent has heard of the new one stays.
+/// Waits until the connection of a lane has ended, or is silent and another one has taken its place.
+///
+/// A lane that `is_used` is asked for signs of life more often. An old connection that answers before the agent has heard of
+/// the new one stays.
 ///
 /// Dropping the future drops the new connection.
 pub(super) async fn await_lane_end(
