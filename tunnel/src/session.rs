@@ -118,6 +118,18 @@ struct Table<C: Channels> {
     last_number: LaneNumber,
 }
 
+impl<C: Channels> Table<C> {
+    /// The connections of the lanes, without those that have ended.
+    fn living(&self) -> impl Iterator<Item = &Connection<C>> {
+        self.lanes.values().filter(|connection| !connection.channels.is_gone())
+    }
+
+    /// The connection of a lane, if it has one.
+    fn living_on(&self, lane: Lane) -> Option<&Connection<C>> {
+        self.living().find(|connection| connection.lane == lane)
+    }
+}
+
 impl<C: Channels> Session<C> {
     /// A session without connections. `peer_credit` is what the peer's hello grants each stream, in bytes.
     pub fn new(side: Side, limits: CreditLimits, id: SessionId, peer_credit: u32) -> Self {
@@ -160,8 +172,7 @@ impl<C: Channels> Session<C> {
         table.last_number.0 += 1;
         let number = table.last_number;
         self.0.credits.add_lane(number);
-        let living = table.lanes.values().filter(|other| other.lane != lane && !other.channels.is_gone());
-        let others = living.map(|other| other.number).collect();
+        let others = table.living().filter(|other| other.lane != lane).map(|other| other.number).collect();
         let barrier = Arc::default();
         table.lanes.insert(lane, Connection { number, lane, channels: channels.clone(), others, barrier });
         drop(table);
@@ -369,15 +380,12 @@ impl<C: Channels> Session<C> {
 
     /// The connection of a lane, if it has one.
     fn living(&self, lane: Lane) -> Option<Connection<C>> {
-        self.table().lanes.get(&lane).filter(|connection| !connection.channels.is_gone()).cloned()
+        self.table().living_on(lane).cloned()
     }
 
     /// The connection with this number, if it is the one of a lane.
     fn numbered(&self, number: LaneNumber) -> Option<Connection<C>> {
-        let table = self.table();
-        let living =
-            |connection: &&Connection<C>| connection.number == number && !connection.channels.is_gone();
-        table.lanes.values().find(living).cloned()
+        self.table().living().find(|connection| connection.number == number).cloned()
     }
 
     /// The connection for a new stream: waits for its lane for [`LANE_WAIT`], then takes the main one, and waits for either.
@@ -405,9 +413,8 @@ impl<C: Channels> Session<C> {
     /// With the table locked: a connection that replaces this one finds the stream on it.
     fn assign(&self, entry: &Entry<C>, lane: Lane, late: bool) -> (Option<Connection<C>>, bool) {
         let table = self.table();
-        let living = |lane| table.lanes.get(&lane).filter(|connection| !connection.channels.is_gone());
-        let main = living(Lane::Main);
-        let assigned = living(lane).or(main.filter(|_| late)).cloned();
+        let main = table.living_on(Lane::Main);
+        let assigned = table.living_on(lane).or(main.filter(|_| late)).cloned();
         if let Some(connection) = &assigned {
             entry.state().connection = Some(connection.clone());
         }

@@ -141,8 +141,7 @@ impl<C: Channels> Session<C> {
         let (streams, living): (Vec<_>, Vec<_>) = {
             let table = self.table();
             let streams = table.streams.values().cloned().collect();
-            let living = table.lanes.values().filter(|lane| !lane.channels.is_gone());
-            (streams, living.map(|connection| connection.number).collect())
+            (streams, table.living().map(|connection| connection.number).collect())
         };
         let is_stranded = |entry: &Arc<Entry<C>>| {
             let state = entry.state();
