@@ -83,7 +83,8 @@ mod tests {
                     }
                 });
             }
-            let bound = (0..2000).map(|_| TcpListener::bind(free_port().unwrap()).map(drop)).find(Result::is_err);
+            let bound =
+                (0..2000).map(|_| TcpListener::bind(free_port().unwrap()).map(drop)).find(Result::is_err);
             over.store(true, Ordering::Relaxed);
             assert!(bound.is_none(), "{bound:?}");
         });
