@@ -14,7 +14,10 @@ mod shared;
 
 use std::sync::Arc;
 
-use secure_comms_protocol::PodId;
+use secure_comms_protocol::{PodId, TunnelName};
+use secure_comms_tunnel::relay::{relay, report};
+use secure_comms_tunnel::{Link as _, OpenError, Socket};
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::actor::Actor;
@@ -213,6 +216,36 @@ impl Adaptor {
         }
         let addresses = addresses.to_vec();
         self.ask(id, |reply| Command::Start(StartOrder { addresses, deadline, reply })).await
+    }
+
+    /// Opens a stream of a tunnel of the Kubernetes phase, as a local client of an inbound of that name would, and returns
+    /// the client's end once the agent has confirmed the stream. So its server in the VM has accepted.
+    ///
+    /// The stream survives the loss of the pod's connections, as every stream of a session does. It ends with the pod.
+    ///
+    /// # Errors
+    /// The pod is not up, the agent refused the stream, or its connection was lost before the answer
+    /// ([`AdaptorError::NotOpened`]).
+    ///
+    /// # Cancellation
+    /// Dropping the future closes the stream.
+    pub async fn open(&self, id: &PodId, tunnel: &TunnelName) -> Result<UnixStream, AdaptorError> {
+        let failed = |reason| AdaptorError::NotOpened { pod: id.clone(), tunnel: tunnel.clone(), reason };
+        if self.snapshot(id).is_none() {
+            return Err(AdaptorError::NotPrepared(id.clone()));
+        }
+        let link = self.ask(id, |reply| Command::Open { name: tunnel.clone(), reply }).await?;
+        let stream = link.open(tunnel).await.map_err(|error| {
+            failed(match error {
+                OpenError::Refused(reason) => format!("the agent refused: {reason}"),
+                OpenError::LinkGone => "the connection was lost".to_owned(),
+            })
+        })?;
+        let (ours, theirs) = UnixStream::pair().map_err(|error| failed(error.to_string()))?;
+        let name = tunnel.clone();
+        // It ends when either end does. Not joined: what it has to say is logged.
+        drop(tokio::spawn(async move { report(&name, relay(Socket::Unix(ours), stream).await) }));
+        Ok(theirs)
     }
 
     /// The pod now; `None` if it has no task.

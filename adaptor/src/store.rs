@@ -2,6 +2,7 @@
 
 mod directory;
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::path::PathBuf;
 
@@ -12,8 +13,14 @@ use secure_comms_protocol::{InitDataDigest, PodId};
 use crate::address::Address;
 pub use directory::DirectoryStore;
 
-/// Keeps the worker-node key, and a record of each pod: its key, its addresses, the init-data that its VM must show, and
-/// where in the KBS its key may be.
+/// What the adaptor's caller wants to find again with a pod, as its Kubernetes name. The adaptor does not read it.
+pub type Labels = BTreeMap<String, String>;
+
+/// The largest labels of a pod, in bytes of their JSON.
+pub const LABELS_MAX: usize = 4096;
+
+/// Keeps the worker-node key, and a record of each pod: its key, its addresses, its labels, the init-data that its VM must
+/// show, and where in the KBS its key may be.
 ///
 /// # Concurrency
 /// Tasks, adaptors and processes may use one store at the same time. Each method is atomic: it takes effect as a whole or
@@ -66,6 +73,19 @@ pub trait Store: Send + Sync + Debug {
     /// # Errors
     /// The store cannot be read, or the stored addresses are damaged.
     async fn addresses(&self, pod: &PodId) -> Result<Vec<Address>, StoreError>;
+
+    /// The pod's labels; empty if none were saved. Damaged ones are logged and count as none: they name things only.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    async fn labels(&self, pod: &PodId) -> Result<Labels, StoreError>;
+
+    /// Saves the pod's labels in place of earlier ones.
+    ///
+    /// # Errors
+    /// The labels are longer than [`LABELS_MAX`], the pod has no record, or the store cannot be written. Saving what is
+    /// stored already succeeds on a read-only store.
+    async fn save_labels(&self, pod: &PodId, labels: &Labels) -> Result<(), StoreError>;
 
     /// The digest of the init-data that the pod's VM must show; `None` if none is expected.
     ///
@@ -137,6 +157,16 @@ pub enum StoreError {
     /// A file that says where in the KBS the pod's key is, or which init-data its VM has, is damaged.
     #[error("key store: {}: damaged: restore the file from a backup; without one, delete it, and name the VM's init-data with --init-data", .0.display())]
     BrokenRecord(PathBuf),
+    /// The labels of a pod are too long.
+    #[error(
+        "key store: pod {pod}: its labels have {len} bytes, and may have {LABELS_MAX}: give shorter ones"
+    )]
+    LongLabels {
+        /// The pod.
+        pod: PodId,
+        /// Length of their JSON.
+        len: usize,
+    },
     /// The pod has no record.
     #[error("key store: pod {0} is not known: prepare it first")]
     UnknownPod(PodId),

@@ -105,7 +105,7 @@ async fn discard<R: Receiver>(receiver: &mut R) {
 }
 
 /// Logs how a stream ended, unless it ended in good order.
-pub(crate) fn report(name: &TunnelName, result: Result<(), RelayError>) {
+pub fn report(name: &TunnelName, result: Result<(), RelayError>) {
     match result {
         Ok(()) => {}
         Err(error @ RelayError::Overrun(_)) => log::error!("tunnel {name}: {error}"),

@@ -2,13 +2,16 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::mem::discriminant;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use secure_comms_protocol::{InitDataDigest, KeyProgress, Lane, PhaseName, PodId, TunnelName};
 use tokio::sync::watch;
 
+use crate::address::Address;
+use crate::store::Labels;
 use crate::throttle::Throttle;
 use crate::transport::ssh::Flag;
 
@@ -26,6 +29,12 @@ pub struct Endpoint {
 pub struct PodSnapshot {
     /// The state of its channel.
     pub state: PodState,
+    /// When the state became what it is, but for its details: the number of an attempt, or an error.
+    pub since: SystemTime,
+    /// What the caller named the pod's specification with.
+    pub labels: Labels,
+    /// The addresses of its VM; empty before a start.
+    pub addresses: Vec<Address>,
     /// Where its local clients connect; empty while it is not served.
     pub endpoints: Vec<Endpoint>,
     /// Digest of the init-data that its VM must show; `None` if none is expected, or it is not served.
@@ -304,6 +313,9 @@ impl StatusReporter {
     pub(crate) fn new(id: PodId, observer: Observer) -> Self {
         let snapshot = PodSnapshot {
             state: PodState::NotPrepared,
+            since: SystemTime::now(),
+            labels: Labels::new(),
+            addresses: Vec::new(),
             endpoints: Vec::new(),
             init_data: None,
             session: None,
@@ -334,6 +346,9 @@ impl StatusReporter {
     pub(crate) fn set_state(&self, state: PodState) {
         self.current.send_if_modified(|current| {
             let changes = current.state != state;
+            if discriminant(&current.state) != discriminant(&state) {
+                current.since = SystemTime::now();
+            }
             current.state = state;
             changes
         });
@@ -347,8 +362,26 @@ impl StatusReporter {
     /// The inbounds listen.
     pub(crate) fn prepared(&self, endpoints: Vec<Endpoint>) {
         self.current.send_modify(|current| {
-            *current = PodSnapshot { state: PodState::Prepared, endpoints, init_data: None, session: None };
+            *current = PodSnapshot {
+                state: PodState::Prepared,
+                since: SystemTime::now(),
+                endpoints,
+                init_data: None,
+                session: None,
+                labels: std::mem::take(&mut current.labels),
+                addresses: Vec::new(),
+            };
         });
+    }
+
+    /// The pod has these labels.
+    pub(crate) fn labelled(&self, labels: Labels) {
+        self.current.send_modify(|current| current.labels = labels);
+    }
+
+    /// The pod's VM is at these addresses.
+    pub(crate) fn located(&self, addresses: &[Address]) {
+        self.current.send_modify(|current| current.addresses = addresses.to_vec());
     }
 
     /// The pod's VM must show this init-data.

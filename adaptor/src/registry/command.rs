@@ -1,5 +1,6 @@
 //! What the owner of an adaptor can ask of a pod.
 
+use secure_comms_protocol::TunnelName;
 use tokio::sync::oneshot;
 
 use super::error::AdaptorError;
@@ -7,6 +8,7 @@ use super::shared::PodSpec;
 use crate::address::Address;
 use crate::deadline::Deadline;
 use crate::pod::Endpoint;
+use crate::transport::routes::KubernetesLink;
 
 /// Receives the result of a command. The caller may have dropped its future: then nothing waits for the result.
 pub(super) type Reply<T> = oneshot::Sender<Result<T, AdaptorError>>;
@@ -30,6 +32,11 @@ pub(super) enum Command {
         reply: Reply<()>,
     },
     Start(StartOrder),
+    /// For a stream of the caller's: it is opened outside the pod's task.
+    Open {
+        name: TunnelName,
+        reply: Reply<KubernetesLink>,
+    },
     Suspend {
         reply: Reply<()>,
     },

@@ -1,7 +1,7 @@
 //! Errors of the operations on a pod.
 
 use secure_comms_keys::KeyError;
-use secure_comms_protocol::PodId;
+use secure_comms_protocol::{PodId, TunnelName};
 use secure_comms_tunnel::inbound::BindError;
 
 use super::listen_path::PathError;
@@ -68,6 +68,16 @@ pub enum AdaptorError {
     /// The pod is started already.
     #[error("pod {0}: already started: stop it first")]
     AlreadyStarted(PodId),
+    /// A stream cannot be opened.
+    #[error("pod {pod}: tunnel {tunnel}: {reason}")]
+    NotOpened {
+        /// Id of the pod.
+        pod: PodId,
+        /// The tunnel.
+        tunnel: TunnelName,
+        /// Why.
+        reason: String,
+    },
     /// The call names no address.
     #[error("start pod {0}: no address: give at least one")]
     NoAddress(PodId),

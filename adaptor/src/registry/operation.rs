@@ -23,7 +23,7 @@ use crate::address::Address;
 use crate::deadline::Deadline;
 use crate::pod::Endpoint;
 use crate::publication::{Keys, Publication, PublicationError};
-use crate::store::{PodLock, StoreError};
+use crate::store::{Labels, PodLock, StoreError};
 use crate::text::with_causes;
 use crate::transport::routes::Routes;
 
@@ -61,6 +61,8 @@ pub(super) struct Acquired {
     pub(super) published: bool,
     /// The init-data that the pod's VM must show from now on, if that is known.
     pub(super) init_data: Option<Option<InitDataDigest>>,
+    /// The pod's labels, if they were read or saved.
+    pub(super) labels: Option<Labels>,
     /// Whether nothing of the pod can be in the KBS: the key was made by this operation, never left it, and is deleted.
     pub(super) untouched: bool,
 }
@@ -164,6 +166,13 @@ impl Context {
         let store = &self.shared.store;
         let (node_key, pod_key) = (store.worker_node_key().await?, store.pod_key(&self.id).await?);
         acquired.lock = self.lock().await?;
+        acquired.labels = Some(match &spec.labels {
+            Some(labels) => {
+                store.save_labels(&self.id, labels).await?;
+                labels.clone()
+            }
+            None => store.labels(&self.id).await?,
+        });
         // Before anything is published, so that a port that is in use fails the call early.
         if !self.served {
             let listening = self.listen(node_key.clone(), pod_key.public()?);
@@ -217,6 +226,7 @@ impl Context {
         acquired.lock = self.lock().await?;
         let node_key = store.worker_node_key().await?;
         let init_data = store.init_data(&self.id).await?;
+        acquired.labels = Some(store.labels(&self.id).await?);
         if let Some(publication) = &self.publication {
             // The channel must know whether the key is there.
             publication.recorded().await?;

@@ -10,7 +10,7 @@ use crate::kbs::KbsClient;
 use crate::key_source::KeySource;
 use crate::pod::{AgentTunnels, Observer};
 use crate::publication::{Policy, Publication};
-use crate::store::Store;
+use crate::store::{Labels, Store};
 
 /// What all pods of an adaptor have in common.
 #[derive(Clone)]
@@ -53,12 +53,20 @@ pub struct PodSpec {
     /// Digest of the init-data that the pod's VM is started with. The pod's keys are published under a path that names
     /// it, which a resource policy can bind to the VM's evidence. `None`: the path binds no VM.
     pub init_data: Option<InitDataDigest>,
+    /// What the caller wants to find again with the pod, also after a restart. `None`: as before.
+    pub labels: Option<Labels>,
 }
 
 impl PodSpec {
     /// A pod whose VM is started with init-data of this digest, if any.
     pub fn bound_to(init_data: Option<InitDataDigest>) -> Self {
-        Self { init_data }
+        Self { init_data, labels: None }
+    }
+
+    /// The same pod with these labels in place of earlier ones.
+    #[must_use]
+    pub fn labelled(self, labels: Labels) -> Self {
+        Self { labels: Some(labels), ..self }
     }
 }
 

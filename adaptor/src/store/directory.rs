@@ -1,4 +1,4 @@
-//! The store in a directory: `worker-node.key`, and `pods/<pod id>/` with `key`, `addresses.json`,
+//! The store in a directory: `worker-node.key`, and `pods/<pod id>/` with `key`, `addresses.json`, `labels.json`,
 //! `init-data`, `published.json` and, while an adaptor serves the pod, `adaptor.pid`.
 //!
 //! Writers of all processes hold a lock, so an unfinished file that a lock holder finds was left by a crash.
@@ -17,7 +17,7 @@ use secure_comms_protocol::limits::KEY_MAX;
 use secure_comms_protocol::{InitDataDigest, PodId};
 use zeroize::Zeroizing;
 
-use super::{PodLock, Store, StoreError};
+use super::{LABELS_MAX, Labels, PodLock, Store, StoreError};
 use crate::address::Address;
 use crate::text::with_causes;
 
@@ -86,6 +86,11 @@ impl DirectoryStore {
 
     fn addresses_file(&self, pod: &PodId) -> PathBuf {
         self.pod_directory(pod).join("addresses.json")
+    }
+
+    /// Missing if the pod has none.
+    fn labels_file(&self, pod: &PodId) -> PathBuf {
+        self.pod_directory(pod).join("labels.json")
     }
 
     /// The digest of the init-data that the pod's VM must show; missing if none is expected.
@@ -278,6 +283,29 @@ impl DirectoryStore {
         addresses.ok_or(StoreError::BrokenAddresses(path))
     }
 
+    fn write_labels(&self, pod: &PodId, labels: &Labels) -> Result<(), StoreError> {
+        if self.read_labels(pod).is_ok_and(|there| there == *labels) && self.key_file(pod).exists() {
+            return Ok(());
+        }
+        let json = serde_json::json!(labels).to_string();
+        if json.len() > LABELS_MAX {
+            return Err(StoreError::LongLabels { pod: pod.clone(), len: json.len() });
+        }
+        self.write_record(pod, &self.labels_file(pod), json.as_bytes())
+    }
+
+    fn read_labels(&self, pod: &PodId) -> Result<Labels, StoreError> {
+        let path = self.labels_file(pod);
+        let json = match private_file::read(&path, LABELS_MAX) {
+            Err(error) if error.is_not_found() => return Ok(Labels::new()),
+            json => json?,
+        };
+        Ok(serde_json::from_slice(&json).unwrap_or_else(|error| {
+            tracing::warn!("key store: {}: {error}: the pod's labels are lost", path.display());
+            Labels::new()
+        }))
+    }
+
     /// Runs blocking work on tokio's blocking threads: a slow disk must not delay the tasks of other pods.
     async fn on_disk<T: Send + 'static>(
         &self,
@@ -374,6 +402,16 @@ impl Store for DirectoryStore {
     async fn addresses(&self, pod: &PodId) -> Result<Vec<Address>, StoreError> {
         let pod = pod.clone();
         self.on_disk(move |store| store.read_addresses(&pod)).await
+    }
+
+    async fn labels(&self, pod: &PodId) -> Result<Labels, StoreError> {
+        let pod = pod.clone();
+        self.on_disk(move |store| store.read_labels(&pod)).await
+    }
+
+    async fn save_labels(&self, pod: &PodId, labels: &Labels) -> Result<(), StoreError> {
+        let (pod, labels) = (pod.clone(), labels.clone());
+        self.on_disk(move |store| store.write_labels(&pod, &labels)).await
     }
 
     async fn init_data(&self, pod: &PodId) -> Result<Option<InitDataDigest>, StoreError> {

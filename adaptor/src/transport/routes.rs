@@ -171,6 +171,11 @@ impl Routes {
         self.kubernetes.send_replace(Some(link));
     }
 
+    /// The link of the Kubernetes phase, if there is one that is not gone.
+    pub(crate) fn kubernetes(&self) -> Option<KubernetesLink> {
+        self.kubernetes.borrow().clone().filter(|link| !link.is_gone())
+    }
+
     /// Removes the links: new clients wait for the next one. Open streams are not affected.
     pub(crate) fn close(&self) {
         self.attestation.send_replace(None);

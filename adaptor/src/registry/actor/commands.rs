@@ -10,6 +10,7 @@ use crate::text::with_causes;
 impl Actor {
     pub(super) fn accept(&mut self, command: Command) {
         match command {
+            Command::Open { name, reply } => self.open_stream(name, reply),
             Command::Suspend { reply } => self.end("the adaptor ends").suspends.push(reply),
             Command::Stop { reply } => self.end("the pod is being deleted").stops.push_back(reply),
             // It cannot succeed, and must not wait for the KBS.
@@ -31,6 +32,7 @@ impl Actor {
                 self.answer(reply, Err(error));
             }
             Command::Start(order) => self.answer(order.reply, Err(error)),
+            Command::Open { reply, .. } => self.answer(reply, Err(error)),
         }
     }
 
@@ -90,7 +92,9 @@ impl Actor {
                 return self.answer(order.reply, Err(refused));
             }
             // They do not wait in the queue.
-            command @ (Command::Suspend { .. } | Command::Stop { .. }) => return self.accept(command),
+            command @ (Command::Suspend { .. } | Command::Stop { .. } | Command::Open { .. }) => {
+                return self.accept(command);
+            }
         };
         self.operation = Some(Operation { then, work, cancel, step, deadline });
     }
@@ -109,6 +113,9 @@ impl Actor {
             if let Some(served) = acquired.served {
                 self.status.status.prepared(served.endpoints.clone());
                 self.served = Some(served);
+            }
+            if let Some(labels) = acquired.labels {
+                self.status.status.labelled(labels);
             }
             if let (Some(served), Some(init_data)) = (&mut self.served, acquired.init_data) {
                 self.status.status.bound(init_data.clone());

@@ -2,14 +2,17 @@
 
 use std::sync::Arc;
 
+use secure_comms_protocol::TunnelName;
+
 use super::{Actor, Publishing};
 use crate::address::Address;
 use crate::pod::{Ended, Entry, LOST, PodEvent, PodState};
 use crate::registry::channel::Channel;
-use crate::registry::command::StartOrder;
+use crate::registry::command::{Reply, StartOrder};
 use crate::registry::error::AdaptorError;
 use crate::registry::operation::Acquired;
 use crate::text::with_causes;
+use crate::transport::routes::KubernetesLink;
 
 impl Actor {
     /// Opens the channel: for a start, or again for a pod of an earlier process.
@@ -17,12 +20,27 @@ impl Actor {
         let Some(served) = &self.served else { return };
         let entry = if start.is_some() { Entry::New } else { Entry::Restarted };
         let publication = self.publication.clone();
+        self.status.status.located(&addresses);
         let plan = Channel::plan(&self.id, &self.shared, served, publication, addresses);
         // Before the driver runs: a start must not take the final state of an earlier one for its own.
         self.status.status.begin();
         self.republish.begin(entry);
         self.channel =
             Some(Channel::open(plan, Arc::clone(&served.routes), self.status.status.clone(), start));
+    }
+
+    /// Hands a link of the Kubernetes phase to a caller that opens a stream on it.
+    pub(super) fn open_stream(&mut self, name: TunnelName, reply: Reply<KubernetesLink>) {
+        let link = self.served.as_ref().and_then(|served| served.routes.kubernetes());
+        let result = match link {
+            Some(link) if self.ending.is_none() => Ok(link),
+            _ => Err(AdaptorError::NotOpened {
+                pod: self.id.clone(),
+                tunnel: name,
+                reason: "the Kubernetes phase is not up".to_owned(),
+            }),
+        };
+        self.answer(reply, result);
     }
 
     pub(super) fn on_state(&mut self) {

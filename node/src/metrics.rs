@@ -1,0 +1,54 @@
+//! What a monitoring system reads: `/metrics`, `/healthz` and `/readyz`.
+
+use std::sync::Arc;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::Registry;
+
+/// The counters of the service. A clone is the same.
+#[derive(Clone, Debug)]
+pub struct Metrics(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    registry: Registry,
+    refused_dials: Family<Reason, Counter>,
+}
+
+/// Why something was done.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Reason {
+    reason: &'static str,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("secure_comms");
+        let refused_dials = Family::default();
+        registry.register(
+            "refused_dials",
+            "Connections to the port of the pod VMs that were refused",
+            Family::clone(&refused_dials),
+        );
+        Self(Arc::new(Inner { registry, refused_dials }))
+    }
+}
+
+impl Metrics {
+    /// A connection to the port that cloud-api-adaptor dials was refused. `reason` is a word of a fixed list.
+    pub fn dial_refused(&self, reason: &'static str) {
+        self.0.refused_dials.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// All metrics, in the text format that Prometheus reads.
+    ///
+    /// # Errors
+    /// A metric cannot be formatted.
+    pub fn encode(&self) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.0.registry)?;
+        Ok(text)
+    }
+}

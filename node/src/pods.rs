@@ -1,0 +1,155 @@
+//! The pods of the node, whatever launches them: cloud-api-adaptor (`caa`) or a client of the API (`api`).
+//!
+//! In: orders of the launchers. Out: the state of each pod, and what happens to it. Everything that shows pods reads
+//! [`Pods::list`], [`Pods::get`] and [`Pods::events`]; the work is the adaptor's.
+
+mod events;
+mod launch;
+mod runtime;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use secure_comms_adaptor::address::Address;
+use secure_comms_adaptor::pod::PodSnapshot;
+use secure_comms_adaptor::{Adaptor, AdaptorError, Deadline, Endpoint, PodSpec};
+use secure_comms_protocol::{InitDataDigest, PodId, TunnelName};
+use tokio::net::UnixStream;
+use tokio::sync::{broadcast, watch};
+
+pub use self::events::{Events, Happening};
+pub use self::launch::{Launch, Launcher};
+pub use self::runtime::Runtime;
+
+/// All that is shown of a pod.
+#[derive(Clone, Debug)]
+pub struct PodView {
+    /// Its id: the runtime's sandbox id.
+    pub id: PodId,
+    /// Who launched it, and its name in Kubernetes.
+    pub launch: Launch,
+    /// Its channel.
+    pub snapshot: PodSnapshot,
+    /// The runtime's connection to its kata agent.
+    pub runtime: Runtime,
+}
+
+/// The pods of the node. A clone is the same pods.
+#[derive(Clone, Debug)]
+pub struct Pods(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    adaptor: Adaptor,
+    events: Events,
+    runtimes: Mutex<HashMap<PodId, Runtime>>,
+}
+
+impl Pods {
+    /// The pods of `adaptor`, whose observer is that of `events`.
+    pub fn new(adaptor: Adaptor, events: Events) -> Self {
+        Self(Arc::new(Inner { adaptor, events, runtimes: Mutex::default() }))
+    }
+
+    /// The adaptor, for what this type does not offer.
+    pub fn adaptor(&self) -> &Adaptor {
+        &self.0.adaptor
+    }
+
+    /// Finds or makes the pod's keys, publishes them, and listens for its local clients: see [`Adaptor::prepare`]. Calling
+    /// it again changes what differs.
+    ///
+    /// # Errors
+    /// As [`Adaptor::prepare`].
+    ///
+    /// # Cancellation
+    /// Dropping the future drops the wait only.
+    pub async fn prepare(
+        &self,
+        id: &PodId,
+        launch: &Launch,
+        init_data: Option<InitDataDigest>,
+        deadline: Deadline,
+    ) -> Result<Vec<Endpoint>, AdaptorError> {
+        let spec = PodSpec::bound_to(init_data).labelled(launch.to_labels());
+        self.0.adaptor.prepare(id, spec, deadline).await
+    }
+
+    /// Connects to the pod's VM, and returns once the Kubernetes phase is up: see [`Adaptor::start`].
+    ///
+    /// # Errors
+    /// As [`Adaptor::start`].
+    ///
+    /// # Cancellation
+    /// Dropping the future drops the wait only.
+    pub async fn start(
+        &self,
+        id: &PodId,
+        addresses: &[Address],
+        deadline: Deadline,
+    ) -> Result<(), AdaptorError> {
+        self.0.adaptor.start(id, addresses, deadline).await
+    }
+
+    /// Ends the pod, and deletes its keys here and at the KBS: see [`Adaptor::stop`].
+    ///
+    /// # Errors
+    /// As [`Adaptor::stop`].
+    ///
+    /// # Cancellation
+    /// Dropping the future drops the wait only.
+    pub async fn stop(&self, id: &PodId) -> Result<(), AdaptorError> {
+        let stopped = self.0.adaptor.stop(id).await;
+        self.runtimes().remove(id);
+        stopped
+    }
+
+    /// Opens a stream of a tunnel of the Kubernetes phase: see [`Adaptor::open`].
+    ///
+    /// # Errors
+    /// As [`Adaptor::open`].
+    ///
+    /// # Cancellation
+    /// Dropping the future closes the stream.
+    pub async fn open(&self, id: &PodId, tunnel: &TunnelName) -> Result<UnixStream, AdaptorError> {
+        self.0.adaptor.open(id, tunnel).await
+    }
+
+    /// The pod now; `None` if it is not served.
+    pub fn get(&self, id: &PodId) -> Option<PodView> {
+        Some(self.view(id.clone(), self.0.adaptor.snapshot(id)?))
+    }
+
+    /// All pods now, by their ids.
+    pub fn list(&self) -> Vec<PodView> {
+        let mut all: Vec<PodView> =
+            self.0.adaptor.snapshots().into_iter().map(|(id, snapshot)| self.view(id, snapshot)).collect();
+        all.sort_by(|a, b| a.id.cmp(&b.id));
+        all
+    }
+
+    /// The pod's changes; `None` if it is not served. The channel closes when the pod ends.
+    pub fn subscribe(&self, id: &PodId) -> Option<watch::Receiver<PodSnapshot>> {
+        self.0.adaptor.subscribe(id)
+    }
+
+    /// What happens to all pods from now on. A receiver that is too slow is told how much it has missed.
+    pub fn events(&self) -> broadcast::Receiver<Happening> {
+        self.0.events.subscribe()
+    }
+
+    /// Says how the runtime's connection to the pod's kata agent is. For launchers.
+    pub fn set_runtime(&self, id: &PodId, runtime: Runtime) {
+        self.runtimes().insert(id.clone(), runtime);
+    }
+
+    fn view(&self, id: PodId, snapshot: PodSnapshot) -> PodView {
+        let launch = Launch::of_labels(&snapshot.labels);
+        let runtime = self.runtimes().get(&id).cloned().unwrap_or_default();
+        PodView { id, launch, snapshot, runtime }
+    }
+
+    fn runtimes(&self) -> MutexGuard<'_, HashMap<PodId, Runtime>> {
+        self.0.runtimes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

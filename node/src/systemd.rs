@@ -1,0 +1,1 @@
+//! The service manager's protocol: readiness and status by sd_notify.
