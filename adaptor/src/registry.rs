@@ -10,6 +10,7 @@ mod error;
 mod listen_path;
 mod operation;
 mod pods;
+mod records;
 mod retry;
 mod shared;
 
@@ -27,8 +28,9 @@ use self::command::{Command, Reply, StartOrder};
 pub use self::error::AdaptorError;
 pub use self::listen_path::PathError;
 use self::pods::{PodHandle, Pods};
-pub use self::retry::Stopped;
+pub use self::records::PodRecord;
 use self::retry::Retries;
+pub use self::retry::Stopped;
 use self::shared::Shared;
 pub use self::shared::{Config, PodSpec};
 use crate::address::Address;
@@ -37,7 +39,7 @@ use crate::kbs::KbsClient;
 use crate::key_source::KeySource;
 pub use crate::pod::Endpoint;
 use crate::pod::{PodSnapshot, StatusReporter};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::text::with_causes;
 
 /// Pods that are resumed at a time: each reads some files and opens its listeners.
@@ -112,7 +114,10 @@ pub struct Adaptor {
 impl Adaptor {
     /// An adaptor without pods. Its VMs get their keys from `key_source`.
     pub fn new(store: Arc<dyn Store>, key_source: KeySource<KbsClient>, config: Config) -> Self {
-        Self { shared: Arc::new(Shared { store, key_source, config, retries: Retries::default() }), pods: Arc::default() }
+        Self {
+            shared: Arc::new(Shared { store, key_source, config, retries: Retries::default() }),
+            pods: Arc::default(),
+        }
     }
 
     /// Sends the pod a command, and waits for its result. Starts the pod's task if it has none.
@@ -344,6 +349,50 @@ impl Adaptor {
     /// Dropping the future drops the wait only.
     pub async fn forget(&self, id: &PodId) -> Result<Vec<String>, AdaptorError> {
         self.ask(id, |reply| Command::Forget { reply }).await
+    }
+
+    /// What the store knows of all pods, in a stable order, whether they are served or not.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    ///
+    /// # Cancellation
+    /// Dropping the future has no effect.
+    pub async fn records(&self) -> Result<Vec<PodRecord>, StoreError> {
+        let mut all = Vec::new();
+        for id in self.shared.store.pods().await? {
+            all.extend(records::read(&self.shared, id).await?);
+        }
+        Ok(all)
+    }
+
+    /// What the store knows of the pod; `None` if it has no record.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    ///
+    /// # Cancellation
+    /// Dropping the future has no effect.
+    pub async fn record(&self, id: &PodId) -> Result<Option<PodRecord>, StoreError> {
+        records::read(&self.shared, id.clone()).await
+    }
+
+    /// Whether another adaptor holds the pod, as a `connect` with the same store does.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    ///
+    /// # Cancellation
+    /// Dropping the future has no effect.
+    pub async fn is_held_elsewhere(&self, id: &PodId) -> Result<bool, StoreError> {
+        if self.snapshot(id).is_some() {
+            return Ok(false);
+        }
+        match self.shared.store.lock_pod(id).await {
+            Err(StoreError::Locked { .. }) => Ok(true),
+            // The lock is released at once.
+            locked => locked.map(|_| false),
+        }
     }
 
     /// Listens and connects again for every pod that an earlier process started, Kubernetes phase first, and returns

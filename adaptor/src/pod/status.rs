@@ -200,7 +200,9 @@ impl fmt::Display for PodEvent {
             Self::WithdrawFailed(why) => f.write_str(why),
             Self::InitDataMismatch(what) => f.write_str(what),
             Self::PublishedAgain => f.write_str("keys published to the KBS again"),
-            Self::DeleteFailed(why) => write!(f, "deleting the keys of the pod that has ended: {why}; retrying"),
+            Self::DeleteFailed(why) => {
+                write!(f, "deleting the keys of the pod that has ended: {why}; retrying")
+            }
             Self::Deleted => f.write_str("the keys of the pod that has ended are deleted"),
             Self::PublishFailed(why) => write!(f, "publishing the keys again: {why}"),
         }

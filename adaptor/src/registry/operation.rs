@@ -194,8 +194,7 @@ impl Context {
         let store = &self.shared.store;
         let (node_key, pod_key) = (store.worker_node_key().await?, store.pod_key(&self.id).await?);
         // The lock of a deleted record is none of the new one.
-        acquired.lock =
-            if acquired.ended { store.lock_pod(&self.id).await? } else { self.lock().await? };
+        acquired.lock = if acquired.ended { store.lock_pod(&self.id).await? } else { self.lock().await? };
         acquired.labels = Some(match &spec.labels {
             Some(labels) => {
                 store.save_labels(&self.id, labels).await?;
@@ -436,11 +435,7 @@ pub(super) enum Marked {
 }
 
 /// Locks the pod unless that is done, and marks it as one that is being ended.
-pub(super) async fn mark_ending(
-    id: PodId,
-    shared: Arc<Shared>,
-    locked: bool,
-) -> (Option<PodLock>, Marked) {
+pub(super) async fn mark_ending(id: PodId, shared: Arc<Shared>, locked: bool) -> (Option<PodLock>, Marked) {
     let lock = if locked { Ok(None) } else { shared.store.lock_pod(&id).await };
     let lock = match lock {
         Ok(lock) => lock,

@@ -88,8 +88,7 @@ impl Actor {
 
     fn begin_deletion(&mut self) {
         let Some(ending) = &mut self.ending else { return };
-        let (id, shared, publication) =
-            (self.id.clone(), Arc::clone(&self.shared), self.publication.clone());
+        let (id, shared, publication) = (self.id.clone(), Arc::clone(&self.shared), self.publication.clone());
         if !ending.forgets.is_empty() {
             ending.teardown = Some(Teardown::Forgetting(Box::pin(forget(id, shared, publication))));
             return;
