@@ -1,10 +1,14 @@
 //! The command line, as texts. [`crate::settings`] validates them, so that all faults are reported together.
 
+mod serve;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use secure_comms_keys::text::escape;
+
+pub use self::serve::ServeArgs;
 
 /// Secure Comms on the worker node: keys, tunnels and state of peer pods.
 #[derive(Debug, Parser)]
@@ -39,6 +43,8 @@ pub enum Command {
         It ends with 0 on SIGTERM, SIGINT or SIGHUP once the pod is up, with 128 and the signal's number before."
     )]
     Connect(Box<ConnectArgs>),
+    /// Serve the pods of this node, until SIGTERM or SIGINT
+    Serve(Box<ServeArgs>),
     /// Print the apf.json fragment for a pod VM without Trustee (secret: it holds the pod's private key)
     UserData(UserDataArgs),
     /// Make the worker node's key pair if it is missing, and print its public half

@@ -1,4 +1,5 @@
 //! Our nftables rules, in a network namespace of each test's own: root and nft are needed.
+#![allow(clippy::unwrap_used)]
 
 use std::process::Command;
 use std::time::Duration;
