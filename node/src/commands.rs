@@ -5,6 +5,7 @@ mod events;
 pub mod keygen;
 mod output;
 pub mod serve;
+pub mod texts;
 pub mod user_data;
 
 use std::error::Error;

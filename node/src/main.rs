@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use secure_comms_keys::text::escape;
 use secure_comms_node::cli::{self, Cli, Command, Stop};
-use secure_comms_node::commands::{connect, keygen, serve, user_data};
+use secure_comms_node::commands::{connect, keygen, serve, texts, user_data};
 use secure_comms_node::logging::{self, Writer};
 use secure_comms_node::settings::{
     ConnectSettings, KeygenSettings, LogSettings, ServeSettings, UsageError, UserDataSettings,
@@ -114,6 +114,15 @@ async fn command(
         Command::Serve(args) => serve::run(ServeSettings::read(*args, env)?).await?,
         Command::UserData(args) => user_data::run(UserDataSettings::read(args, env)?).await?,
         Command::Keygen(args) => keygen::run(KeygenSettings::read(args, env)?).await?,
+        Command::Config(_) => anyhow::bail!("config: not in this build"),
+        Command::CaaCerts(_) => anyhow::bail!("caa-certs: not in this build"),
+        Command::Pod(_) => anyhow::bail!("pod: not in this build"),
+        Command::Status(_) => anyhow::bail!("status: not in this build"),
+        Command::Keys(_) => anyhow::bail!("keys: not in this build"),
+        Command::Doctor(_) => anyhow::bail!("doctor: not in this build"),
+        Command::Openapi => anyhow::bail!("openapi: not in this build"),
+        Command::Completions(args) => texts::completions(&args)?,
+        Command::Man(args) => texts::man(&args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,8 +1,8 @@
-//! The flags of `serve`, as texts.
+//! The flags of `serve`, `config` and `caa-certs`.
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 
 /// The flags of `serve`.
 #[derive(Args, Clone, Debug, Default)]
@@ -40,4 +40,33 @@ pub struct ServeArgs {
     /// Where cloud-api-adaptor writes its sandboxes [default: /run/peerpod/pods]
     #[arg(long, value_name = "DIR")]
     pub pods_directory: Option<PathBuf>,
+    /// Take the node's nftables rules away, and end
+    #[arg(long)]
+    pub remove_rules: bool,
+}
+
+/// The flags of `config`.
+#[derive(Args, Clone, Debug)]
+pub struct ConfigArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: ConfigCommand,
+}
+
+/// The commands of `config`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Print each setting of `serve`, its value and where that comes from
+    Show(Box<ServeArgs>),
+}
+
+/// The flags of `caa-certs`.
+#[derive(Args, Clone, Debug)]
+pub struct CaaCertsArgs {
+    /// The directory
+    #[arg(value_name = "DIR")]
+    pub directory: PathBuf,
+    /// Replace certificates that are there
+    #[arg(long)]
+    pub overwrite: bool,
 }

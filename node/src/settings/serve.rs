@@ -12,7 +12,8 @@ use secure_comms_protocol::{InboundTag, OutboundTag};
 
 use super::{ConnectSettings, Env, SettingsReader, UsageError};
 use crate::caa::CaaSettings;
-use crate::cli::{ConnectArgs, ServeArgs};
+use crate::cli::ConnectArgs;
+use crate::cli::serve::ServeArgs;
 use crate::init_data::InitDataPolicy;
 
 /// Settings of `serve`.
