@@ -7,12 +7,16 @@
 //!                                            \--- handshake finished --> relay <==> KATAAGENT stream
 //! ```
 
+pub mod directory;
+mod identity;
 mod sandbox;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use self::sandbox::{Sandbox, TlsIdentity};
+pub use self::directory::{Change, Changes, LookupError, PodsDirectory};
+pub use self::identity::{IdentityError, TlsIdentity, Whose};
+pub use self::sandbox::Sandbox;
 
 /// Settings of the way in of cloud-api-adaptor.
 #[derive(Clone, Debug)]
