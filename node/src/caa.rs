@@ -10,6 +10,8 @@
 pub mod directory;
 mod identity;
 mod sandbox;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::path::PathBuf;
 use std::time::Duration;

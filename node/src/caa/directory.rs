@@ -399,3 +399,6 @@ impl Follower<'_> {
         self.health.fails(HEALTH, fault);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -108,7 +108,7 @@ fn one_certificate(pem: &[u8], whose: Whose) -> Result<CertificateDer<'static>, 
         return Err(fault("is followed by something else: one certificate is expected"));
     }
     match X509Certificate::from_der(&first) {
-        Ok((rest, _)) if rest.is_empty() => Ok(first.clone()),
+        Ok(([], _)) => Ok(first.clone()),
         _ => Err(fault("is not an X.509 certificate")),
     }
 }

@@ -247,6 +247,13 @@ impl Known {
         (self.seen.len() + self.left_over.len(), self.left_over.len())
     }
 
+    /// How many of those left over are found by a name.
+    #[cfg(test)]
+    pub(super) fn named(&self) -> usize {
+        self.named.values().map(Vec::len).sum()
+    }
+
+    /// All of them, also those left over.
     pub(super) fn all(&self) -> Vec<PodId> {
         self.seen.keys().chain(self.left_over.keys()).cloned().collect()
     }

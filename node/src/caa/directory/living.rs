@@ -58,3 +58,30 @@ fn sandbox(path: &str, prefixes: &[PathBuf]) -> Option<PodId> {
     let (parent, id) = directory.rsplit_once('/')?;
     prefixes.iter().any(|prefix| prefix == Path::new(parent)).then(|| id.parse().ok())?
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_listeners_in_the_directory_live() {
+        let sockets = "\
+Num       RefCount Protocol Flags    Type St Inode Path
+0000000000000000: 00000002 00000000 00010000 0001 01    17 /run/peerpod/pods/one/agent.ttrpc
+0000000000000000: 00000002 00000000 00010000 0001 01 212381 /run/peerpod/pods/two/agent.ttrpc
+0000000000000000: 00000003 00000000 00000000 0001 03 212382 /run/peerpod/pods/connected/agent.ttrpc
+0000000000000000: 00000002 00000000 00000000 0002 01 212383 /run/peerpod/pods/datagram/agent.ttrpc
+0000000000000000: 00000002 00000000 00010000 0001 01 212384 /run/peerpod/pods/other/other.sock
+0000000000000000: 00000002 00000000 00010000 0001 01 212385 /run/secure-comms/pods/ours/agent.ttrpc
+0000000000000000: 00000002 00000000 00010000 0001 01 212386 @/run/peerpod/pods/abstract/agent.ttrpc
+0000000000000000: 00000002 00000000 00010000 0001 01 212387
+0000000000000000: 00000002 00000000 00010000 0001 01 212388 /run/peerpod/pods/a b/agent.ttrpc
+0000000000000000: 00000002 00000000 00010000 0001 01 212389 /run/peerpod/pods/x/y/agent.ttrpc
+odd
+";
+        let mut bytes = sockets.as_bytes().to_vec();
+        bytes.extend(b"0: 00000002 00000000 00010000 0001 01 1 /run/\xff\n");
+        let living = living_in(bytes.as_slice(), &["/run/peerpod/pods".into()]).unwrap();
+        assert_eq!(living, ["one", "two"].map(|id| id.parse().unwrap()).into());
+    }
+}
