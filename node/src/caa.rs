@@ -7,13 +7,19 @@
 //!                                            \--- handshake finished --> relay <==> KATAAGENT stream
 //! ```
 
+pub mod directory;
+mod identity;
 pub mod rules;
 mod sandbox;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use self::sandbox::{Sandbox, TlsIdentity};
+pub use self::directory::{Change, Changes, LookupError, PodsDirectory};
+pub use self::identity::{IdentityError, TlsIdentity, Whose};
+pub use self::sandbox::Sandbox;
 
 /// Settings of the way in of cloud-api-adaptor.
 #[derive(Clone, Debug)]
