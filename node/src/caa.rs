@@ -7,6 +7,8 @@
 //!                                            \--- handshake finished --> relay <==> KATAAGENT stream
 //! ```
 
+pub mod check;
+pub mod front;
 mod sandbox;
 
 use std::path::PathBuf;
