@@ -7,7 +7,9 @@
 //!                                            \--- handshake finished --> relay <==> KATAAGENT stream
 //! ```
 
+pub mod check;
 pub mod directory;
+pub mod front;
 mod identity;
 pub mod rules;
 mod sandbox;
