@@ -4,6 +4,7 @@
 //! Out: an [`InitDataDigest`] over the raw bytes of the TOML. Only the digest counts, so the text is not interpreted
 //! further.
 
+pub mod policy;
 pub mod rules;
 
 use std::fs::File;
