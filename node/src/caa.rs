@@ -7,6 +7,7 @@
 //!                                            \--- handshake finished --> relay <==> KATAAGENT stream
 //! ```
 
+mod life;
 mod sandbox;
 
 use std::path::PathBuf;
