@@ -8,6 +8,7 @@
 //! ```
 
 mod life;
+pub mod rules;
 mod sandbox;
 
 use std::path::PathBuf;
@@ -16,7 +17,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::health::Health;
-use crate::init_data::policy::InitDataPolicy;
+use crate::init_data::InitDataPolicy;
 use crate::metrics::Metrics;
 use crate::pods::Pods;
 

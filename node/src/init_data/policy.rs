@@ -1,4 +1,4 @@
-//! Which init-data the service expects of the VMs of its pods.
+//! Which init-data the VMs of a node are started with.
 
 use std::path::PathBuf;
 
@@ -7,36 +7,34 @@ use secure_comms_protocol::InitDataDigest;
 use super::rules::{PodName, of_pod};
 use super::{InitDataError, fault};
 
-/// Which init-data the service expects of the VMs of its pods.
+/// Which init-data the VMs of a node are started with.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum InitDataPolicy {
-    /// Nothing is set: no pod is bound, as with [`InitDataPolicy::Unbound`], but without a decision of the operator.
+    /// None is expected of any VM.
     #[default]
-    None,
-    /// The operator has decided that no pod is bound.
     Unbound,
-    /// All pods have init-data of this digest.
+    /// All VMs have init-data of this digest.
     Digest(InitDataDigest),
-    /// By the namespace and name of each pod, in a file of rules.
+    /// The rules of this file, which is read for each pod: [`super::rules`].
     Rules(PathBuf),
 }
 
 impl InitDataPolicy {
-    /// The digest that is expected of the VM of the pod of this name; `None`: the pod is unbound. A file of rules is read
-    /// by each call, so that a change of it needs no restart. May block for the file system.
+    /// The digest that the VM of this pod is expected to have; `None`: none is expected. Reads the files of the rules.
     ///
     /// # Errors
-    /// There are rules, and they cannot be read, match no rule to the pod, or the pod's name is not known.
-    pub fn expected(&self, name: Option<&PodName>) -> Result<Option<InitDataDigest>, InitDataError> {
-        match self {
-            Self::None | Self::Unbound => Ok(None),
-            Self::Digest(digest) => Ok(Some(digest.clone())),
-            Self::Rules(file) => {
-                let name = name.ok_or_else(|| {
-                    fault("the pod has no namespace and name that rules could match: check pod-namespace and pod-name in its apf.json")
-                })?;
-                of_pod(file, name).map_err(|error| fault(format!("{}: {error}", file.display())))
+    /// There are rules, and the pod's name is not known, no rule matches it, or a file cannot be read.
+    pub fn of(&self, pod: Option<&PodName>) -> Result<Option<InitDataDigest>, InitDataError> {
+        match (self, pod) {
+            (Self::Unbound, _) => Ok(None),
+            (Self::Digest(digest), _) => Ok(Some(digest.clone())),
+            (Self::Rules(file), Some(pod)) => {
+                of_pod(file, pod).map_err(|error| fault(format!("{}: {error}", file.display())))
             }
+            (Self::Rules(file), None) => Err(fault(format!(
+                "{}: the rules need the pod's namespace and name, and its launcher has not given them",
+                file.display()
+            ))),
         }
     }
 }
@@ -46,35 +44,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rules_are_read_again_after_a_change() {
+    fn rules_need_a_name_and_nothing_else_does() {
+        let digest: InitDataDigest = "ab".repeat(32).parse().unwrap();
+        let pod: PodName = "n/x".parse().unwrap();
+        assert_eq!(InitDataPolicy::Unbound.of(None), Ok(None));
+        assert_eq!(InitDataPolicy::Digest(digest.clone()).of(None), Ok(Some(digest)));
         let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("rules.toml");
-        let policy = InitDataPolicy::Rules(file.clone());
-        let name: PodName = "prod/db-1".parse().unwrap();
-        let error = policy.expected(Some(&name)).unwrap_err().to_string();
-        assert!(error.contains("rules.toml: No such file"), "{error}");
-        let digits = "ab".repeat(32);
-        let rule = |rest: &str| format!("[[rule]]\nnamespace = \"prod\"\npod = \"*\"\n{rest}\n");
-        std::fs::write(&file, rule("unbound = true")).unwrap();
-        assert_eq!(policy.expected(Some(&name)), Ok(None));
-        std::fs::write(&file, rule(&format!("digest = \"{digits}\""))).unwrap();
-        assert_eq!(policy.expected(Some(&name)).unwrap().unwrap().as_str(), digits);
-    }
-
-    #[test]
-    fn a_pod_that_no_rule_can_match_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("rules.toml");
-        std::fs::write(&file, "[[rule]]\nnamespace = \"*\"\npod = \"*\"\nunbound = true\n").unwrap();
-        let error = InitDataPolicy::Rules(file).expected(None).unwrap_err().to_string();
-        assert!(error.contains("no namespace and name"), "{error}");
-    }
-
-    #[test]
-    fn without_rules_all_pods_are_alike() {
-        let digest: InitDataDigest = "cd".repeat(32).parse().unwrap();
-        assert_eq!(InitDataPolicy::None.expected(None), Ok(None));
-        assert_eq!(InitDataPolicy::Unbound.expected(None), Ok(None));
-        assert_eq!(InitDataPolicy::Digest(digest.clone()).expected(None), Ok(Some(digest)));
+        let file = dir.path().join("rules");
+        std::fs::write(&file, "[[rule]]\nnamespace = \"n\"\npod = \"*\"\nunbound = true\n").unwrap();
+        let rules = InitDataPolicy::Rules(file.clone());
+        assert_eq!(rules.of(Some(&pod)), Ok(None));
+        assert!(rules.of(None).unwrap_err().to_string().contains("namespace and name"));
+        std::fs::remove_file(&file).unwrap();
+        assert!(rules.of(Some(&pod)).unwrap_err().to_string().contains("No such file"));
     }
 }

@@ -15,7 +15,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 /// Held dials of one sandbox. A stranger's dials must not displace that of cloud-api-adaptor, which has one at a time.
-pub(super) const DIALS_MAX: usize = 4;
+pub(super) const DIALS_MAX: usize = 3;
 
 const PREPARE_RETRY: Backoff = Backoff { first: Duration::from_secs(1), last: Duration::from_secs(30) };
 const START_RETRY: Backoff = Backoff { first: Duration::from_secs(1), last: Duration::from_secs(15) };
