@@ -15,6 +15,14 @@ pub struct Metrics(Arc<Inner>);
 struct Inner {
     registry: Registry,
     refused_dials: Family<Reason, Counter>,
+    api_requests: Family<Answered, Counter>,
+}
+
+/// How a request of the API was answered.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Answered {
+    method: &'static str,
+    status: u16,
 }
 
 /// Why something was done.
@@ -32,7 +40,13 @@ impl Default for Metrics {
             "Connections to the port of the pod VMs that were refused",
             Family::clone(&refused_dials),
         );
-        Self(Arc::new(Inner { registry, refused_dials }))
+        let api_requests = Family::default();
+        registry.register(
+            "api_requests",
+            "Requests to the API that were answered",
+            Family::clone(&api_requests),
+        );
+        Self(Arc::new(Inner { registry, refused_dials, api_requests }))
     }
 }
 
@@ -40,6 +54,13 @@ impl Metrics {
     /// A connection to the port that cloud-api-adaptor dials was refused. `reason` is a word of a fixed list.
     pub fn dial_refused(&self, reason: &'static str) {
         self.0.refused_dials.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// A request to the API was answered with this status. A method that the API does not know counts as `other`.
+    pub fn api_answered(&self, method: &str, status: u16) {
+        let known = ["GET", "HEAD", "PUT", "POST", "DELETE"].into_iter().find(|known| *known == method);
+        let labels = Answered { method: known.unwrap_or("other"), status };
+        self.0.api_requests.get_or_create(&labels).inc();
     }
 
     /// All metrics, in the text format that Prometheus reads.
