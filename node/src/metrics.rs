@@ -16,6 +16,7 @@ struct Inner {
     registry: Registry,
     refused_dials: Family<Reason, Counter>,
     api_requests: Family<Answered, Counter>,
+    rules_put_back: Counter,
 }
 
 /// How a request of the API was answered.
@@ -46,7 +47,13 @@ impl Default for Metrics {
             "Requests to the API that were answered",
             Family::clone(&api_requests),
         );
-        Self(Arc::new(Inner { registry, refused_dials, api_requests }))
+        let rules_put_back = Counter::default();
+        registry.register(
+            "rules_put_back",
+            "Times that our nftables rules were gone or changed, and were put back",
+            rules_put_back.clone(),
+        );
+        Self(Arc::new(Inner { registry, refused_dials, rules_put_back, api_requests }))
     }
 }
 
@@ -61,6 +68,11 @@ impl Metrics {
         let known = ["GET", "HEAD", "PUT", "POST", "DELETE"].into_iter().find(|known| *known == method);
         let labels = Answered { method: known.unwrap_or("other"), status };
         self.0.api_requests.get_or_create(&labels).inc();
+    }
+
+    /// Our nftables rules were put back.
+    pub fn rules_put_back(&self) {
+        self.0.rules_put_back.inc();
     }
 
     /// All metrics, in the text format that Prometheus reads.
