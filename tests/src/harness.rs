@@ -11,6 +11,7 @@
 //! - [`routed_path`]: worker node and VM in network namespaces, with a router between them that has faults;
 //! - [`session_pod`]: one pod at unix sockets only, for the faults of the line between its programs;
 //! - [`pod_runtime`]: the runtime with its open calls, and its patience;
+//! - [`shim`]: the runtime with a remote hypervisor: it has a VM made, and is its pod's [`pod_runtime`];
 //! - [`steady`]: a stream with a byte each way in steady steps;
 //! - [`busy_pod`]: all of these together;
 //! - [`vm`]: the same with the VM's programs in network namespaces;
@@ -31,5 +32,6 @@ pub mod pod_site;
 pub mod routed_path;
 pub mod scene;
 pub mod session_pod;
+pub mod shim;
 pub mod steady;
 pub mod vm;
