@@ -17,6 +17,8 @@ use tempfile::TempDir;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{UnixDatagram, UnixStream};
 use tokio::process::Command;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::harness::cloud::{TestCloud, nft};
@@ -24,7 +26,7 @@ use crate::harness::process::{Child, ensure_built};
 use crate::harness::scene::PATIENCE;
 use crate::harness::shim::Shim;
 use crate::harness::test_namespace::TestNamespace;
-use crate::simulators::caa::{Caa, CaaOptions};
+use crate::simulators::caa::{Caa, CaaOptions, Line};
 use crate::simulators::kbs::{Kbs, KbsOptions};
 
 /// Pause of a loop that waits for what has no event.
@@ -94,6 +96,42 @@ impl CaaNode {
     /// If the system has no randomness.
     pub fn shim(&self, name: &str) -> Result<Shim> {
         Shim::new(self.caa.socket(), name)
+    }
+
+    /// `StartVM` in a task, and the state of CAA's connection to the VM.
+    ///
+    /// # Errors
+    /// If it does not dial.
+    pub async fn start(&self, shim: &Shim) -> Result<Starting> {
+        let start = shim.clone();
+        let mut started = JoinSet::new();
+        started.spawn(async move { start.start_vm().await });
+        let dials = async {
+            loop {
+                if let Ok(line) = self.caa.line(&shim.id) {
+                    return anyhow::Ok(line);
+                }
+                if let Some(ended) = started.try_join_next() {
+                    ended??;
+                    bail!("StartVM ended without a dial");
+                }
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        let line = timeout(PATIENCE, dials).await.context("CAA does not dial")??;
+        Ok(Starting { started, line })
+    }
+
+    /// As [`CaaNode::start`], of a VM that does not boot; returns once the handshake is held.
+    ///
+    /// # Errors
+    /// If it is not held.
+    pub async fn start_held(&self, shim: &Shim) -> Result<Starting> {
+        self.cloud.boots(false);
+        let mut starting = self.start(shim).await?;
+        self.cloud.boots(true);
+        starting.is("held", |line| matches!(line, Line::Held(_))).await?;
+        Ok(starting)
     }
 
     /// Command line of `serve`.
@@ -170,6 +208,17 @@ impl CaaNode {
         Ok((status, body))
     }
 
+    /// The pods that the API lists.
+    ///
+    /// # Errors
+    /// If it lists none because it fails.
+    pub async fn pods(&self) -> Result<Vec<Value>> {
+        let (status, body) = self.api("GET", "/v1/pods").await?;
+        ensure!(status == 200, "GET /v1/pods: {status} {body}");
+        let pods = body.get("pods").unwrap_or(&body).as_array().cloned();
+        pods.with_context(|| format!("GET /v1/pods: no list in {body}"))
+    }
+
     /// The metrics.
     ///
     /// # Errors
@@ -223,6 +272,35 @@ impl CaaNode {
     /// If it refuses the rules.
     pub async fn nft(&self, rules: &str) -> Result<()> {
         nft(&self.namespace, rules).await
+    }
+}
+
+/// A `StartVM` under way.
+#[derive(Debug)]
+pub struct Starting {
+    started: JoinSet<Result<()>>,
+    /// CAA's connection to the VM.
+    pub line: watch::Receiver<Line>,
+}
+
+impl Starting {
+    /// Waits for a state of the connection.
+    ///
+    /// # Errors
+    /// If it does not get there; names the state as `what`.
+    pub async fn is(&mut self, what: &str, wanted: impl FnMut(&Line) -> bool) -> Result<()> {
+        let reached = timeout(PATIENCE, self.line.wait_for(wanted)).await.is_ok_and(|state| state.is_ok());
+        ensure!(reached, "CAA's connection does not get {what}: {:?}", self.line.borrow().clone());
+        Ok(())
+    }
+
+    /// Waits for `StartVM`.
+    ///
+    /// # Errors
+    /// If it fails or hangs.
+    pub async fn started(mut self) -> Result<()> {
+        let started = timeout(PATIENCE, self.started.join_next()).await.context("StartVM hangs")?;
+        started.context("StartVM ended twice")??
     }
 }
 
