@@ -77,7 +77,8 @@ async fn tmp_connect() -> Result<()> {
     use secure_comms_tests::simulators::caa::{Cloud, Instance};
     let node = CaaNode::new(NodeOptions::default()).await?;
     let shim = node.shim("x")?;
-    let address = node.cloud.create(Instance { id: shim.id.clone(), apf_json: serde_json::json!({}) }).await?;
+    let address =
+        node.cloud.create(Instance { id: shim.id.clone(), apf_json: serde_json::json!({}) }).await?;
     let mut command = node.namespace.command(&ensure_built().await?.adaptor);
     node.serve_command().await?;
     command

@@ -83,7 +83,8 @@ async fn fifty_pods_that_start_at_once_all_run() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kill_of_serve_costs_starting_pods_nothing() -> Result<()> {
-    let node = CaaNode::new(NodeOptions::default()).await?;
+    // Longer than CAA waits between two dials.
+    let node = CaaNode::new(NodeOptions { grace: 10, ..NodeOptions::default() }).await?;
     let mut serve = node.serve().await?;
     let up = run_all(&node, PODS / 2, "up").await.with_context(|| serve.log())?;
     let mut starting = Vec::new();

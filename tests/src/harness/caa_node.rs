@@ -32,20 +32,22 @@ use crate::simulators::kbs::{Kbs, KbsOptions};
 /// Pause of a loop that waits for what has no event.
 const POLL: Duration = Duration::from_millis(20);
 /// Where `serve` is monitored, by default.
-const METRICS: &str = "127.0.0.1:9464";
+const METRICS: &str = "127.0.0.1:15152";
 
 /// Options of a node.
 #[derive(Clone, Debug)]
 pub struct NodeOptions {
     /// How long CAA dials a VM.
     pub proxy_timeout: Duration,
-    /// The `[caa]` table of the settings' file of `serve`, without its head.
-    pub caa_settings: String,
+    /// How long `serve` keeps a pod whose connection has ended, in seconds.
+    pub grace: u32,
+    /// More lines of the settings' file of `serve`.
+    pub settings: String,
 }
 
 impl Default for NodeOptions {
     fn default() -> Self {
-        Self { proxy_timeout: Duration::from_secs(300), caa_settings: "grace = \"2s\"\n".to_owned() }
+        Self { proxy_timeout: Duration::from_secs(300), grace: 2, settings: String::new() }
     }
 }
 
@@ -147,26 +149,21 @@ impl CaaNode {
             let mut file = options.write(true).create_new(true).mode(0o600).open(&admin_key)?;
             file.write_all(self.kbs.admin_key_pem().as_bytes())?;
         }
-        let settings = self.path("adaptor.toml");
-        std::fs::write(&settings, format!("[caa]\n{}", self.options.caa_settings))?;
-        let binaries = ensure_built().await?;
-        let mut command = self.namespace.command(&binaries.adaptor);
-        command
-            .arg("serve")
-            .arg("--config")
-            .arg(settings)
-            .arg("--run-dir")
-            .arg(self.path("run"))
-            .arg("--store")
-            .arg(self.path("store"))
-            .arg("--socket")
-            .arg(self.path("adaptor.sock"))
-            .args(["--metrics-listen", METRICS])
-            .args(["--kbs", &self.kbs.addr().to_string(), "--kbs-url", &self.kbs.url()])
-            .arg("--kbs-admin-key")
-            .arg(admin_key)
-            .arg("--pods-directory")
-            .arg(self.caa.directory(""));
+        let file = self.path("adaptor.toml");
+        let lines = format!(
+            "store = {:?}\nrun-dir = {:?}\npods-directory = {:?}\nkbs = \"{}\"\nkbs-url = \"{}\"\n\
+             kbs-admin-key = {admin_key:?}\nmetrics-listen = \"{METRICS}\"\ngrace = \"{}s\"\n{}",
+            self.path("store"),
+            self.path("run"),
+            self.caa.directory(""),
+            self.kbs.addr(),
+            self.kbs.url(),
+            self.options.grace,
+            self.options.settings,
+        );
+        std::fs::write(&file, lines)?;
+        let mut command = self.namespace.command(&ensure_built().await?.adaptor);
+        command.arg("serve").arg("--config").arg(file);
         Ok(command)
     }
 
@@ -202,7 +199,8 @@ impl CaaNode {
     /// # Errors
     /// If there is no answer.
     pub async fn api(&self, method: &str, path: &str) -> Result<(u16, Value)> {
-        let stream = UnixStream::connect(self.path("adaptor.sock")).await.context("connecting to the API")?;
+        let stream =
+            UnixStream::connect(self.path("run/adaptor.sock")).await.context("connecting to the API")?;
         let (status, body) = http(stream, method, path).await?;
         let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body)? };
         Ok((status, body))
@@ -215,7 +213,7 @@ impl CaaNode {
     pub async fn pods(&self) -> Result<Vec<Value>> {
         let (status, body) = self.api("GET", "/v1/pods").await?;
         ensure!(status == 200, "GET /v1/pods: {status} {body}");
-        let pods = body.get("pods").unwrap_or(&body).as_array().cloned();
+        let pods = body.get("items").and_then(Value::as_array).cloned();
         pods.with_context(|| format!("GET /v1/pods: no list in {body}"))
     }
 

@@ -100,7 +100,8 @@ pub trait Cloud: Send + Sync + 'static {
 pub struct Caa {
     shared: Arc<Shared>,
     socket: PathBuf,
-    server: Option<Server>,
+    /// In a lock because it may be used by one thread at a time only.
+    server: Mutex<Server>,
 }
 
 /// What the service and the tests share.
@@ -143,7 +144,7 @@ impl Caa {
         let service = create_hypervisor(Arc::new(service::Hypervisor(Arc::clone(&shared))));
         let mut server = Server::new().add_listener(Listener::from(listener)).register_service(service);
         server.start().await.context("CAA: starting its server")?;
-        Ok(Self { shared, socket, server: Some(server) })
+        Ok(Self { shared, socket, server: Mutex::new(server) })
     }
 
     /// The socket of the remote hypervisor protocol.
@@ -181,17 +182,15 @@ impl Caa {
     ///
     /// # Errors
     /// If its server can't be stopped.
-    pub async fn kill(mut self) -> Result<()> {
+    pub async fn kill(self) -> Result<()> {
         let sandboxes = std::mem::take(&mut *self.shared.sandboxes());
         let left = std::mem::take(&mut *self.shared.left());
         let proxies = sandboxes.into_values().filter_map(|sandbox| sandbox.proxy);
         for proxy in proxies.chain(left) {
             proxy.kill().await;
         }
-        match self.server.take() {
-            Some(mut server) => server.shutdown().await.context("CAA: stopping its server"),
-            None => Ok(()),
-        }
+        let mut server = self.server.into_inner().unwrap_or_else(PoisonError::into_inner);
+        server.shutdown().await.context("CAA: stopping its server")
     }
 }
 
