@@ -50,7 +50,8 @@ pub(super) fn skew(date: Option<&str>, now: SystemTime) -> Finding {
         Err(behind) => (behind.duration(), "behind"),
     };
     if apart > SKEW_MAX {
-        let found = format!("our clock is {} s {which} the KBS's: it may refuse our admin token", apart.as_secs());
+        let found =
+            format!("our clock is {} s {which} the KBS's: it may refuse our admin token", apart.as_secs());
         return Finding::fault(CHECK, title, found, "set the clock here or there: timedatectl on both");
     }
     Finding::ok(CHECK, format!("{title}, within {} s", apart.as_secs().max(1)))
@@ -67,9 +68,10 @@ mod tests {
         let theirs = httpdate::parse_http_date(date).unwrap();
         assert_eq!(skew(Some(date), theirs + Duration::from_secs(2)).outcome, Outcome::Ok);
         assert_eq!(skew(Some(date), theirs - Duration::from_secs(2)).outcome, Outcome::Ok);
-        for (now, word) in
-            [(theirs + Duration::from_secs(3600), "3600 s ahead"), (theirs - Duration::from_secs(40), "40 s behind")]
-        {
+        for (now, word) in [
+            (theirs + Duration::from_secs(3600), "3600 s ahead"),
+            (theirs - Duration::from_secs(40), "40 s behind"),
+        ] {
             let Outcome::Fault { found, .. } = skew(Some(date), now).outcome else { panic!() };
             assert!(found.contains(word), "{found}");
         }

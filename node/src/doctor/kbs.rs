@@ -1,6 +1,5 @@
 //! The KBS, in the steps of a request: its name, TCP, TLS, HTTP, our clock, and the admin's token.
 
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -29,28 +28,24 @@ pub const PROBE: &str = "default/secure-comms-doctor/probe";
 /// Its content.
 const PROBE_CONTENT: &[u8] = b"written by secure-comms-adaptor doctor, and deleted\n";
 
-/// The KBS, as the service is configured.
-#[derive(Clone, Debug)]
-pub struct Kbs {
-    /// Where keys are published, and how.
-    pub settings: KbsSettings,
-}
-
 /// Takes the steps until one fails.
-pub(super) async fn check(kbs: &Kbs) -> Vec<Finding> {
+pub(super) async fn check(settings: &KbsSettings) -> Vec<Finding> {
     let mut findings = Vec::new();
-    if let Err(finding) = reach(&kbs.settings, &mut findings).await {
+    if let Err(finding) = reach(settings, &mut findings).await {
         findings.push(finding);
         return findings;
     }
-    findings.push(token(&kbs.settings).await);
+    findings.push(token(settings).await);
     findings
 }
 
 /// As far as an answer of the KBS.
 async fn reach(settings: &KbsSettings, findings: &mut Vec<Finding>) -> Result<(), Finding> {
     let addresses = resolve(&settings.url).await?;
-    findings.push(Finding::ok("kbs-name", format!("{} has an address: {}", host(&settings.url), list(&addresses))));
+    findings.push(Finding::ok(
+        "kbs-name",
+        format!("{} has an address: {}", host(&settings.url), list(&addresses)),
+    ));
     let (stream, address) = connect(&addresses).await?;
     findings.push(Finding::ok("kbs-tcp", format!("{address} accepts connections")));
     let answer = if settings.url.scheme() == "https" {
@@ -105,7 +100,8 @@ async fn connect(addresses: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), Fi
             Err(_) => errors.push(format!("{address}: no answer within {} s", STEP.as_secs())),
         }
     }
-    let fix = "check that the KBS runs, its port, and that network policies and firewalls let this node reach it";
+    let fix =
+        "check that the KBS runs, its port, and that network policies and firewalls let this node reach it";
     Err(Finding::fault("kbs-tcp", "it accepts connections", errors.join("; "), fix))
 }
 
@@ -118,14 +114,18 @@ async fn handshake(
     let fault = |found: String| Finding::fault("kbs-tls", "its certificate is trusted", found, FIX);
     let config = tls_config(settings).map_err(|error| fault(causes(&error)))?;
     let name = match settings.url.host() {
-        Some(Host::Domain(name)) => ServerName::try_from(name.to_owned()).map_err(|error| fault(error.to_string()))?,
+        Some(Host::Domain(name)) => {
+            ServerName::try_from(name.to_owned()).map_err(|error| fault(error.to_string()))?
+        }
         Some(Host::Ipv4(ip)) => ServerName::from(std::net::IpAddr::from(ip)),
         Some(Host::Ipv6(ip)) => ServerName::from(std::net::IpAddr::from(ip)),
         None => return Err(fault("its URL has no host".to_owned())),
     };
     match timeout(STEP, TlsConnector::from(Arc::new(config)).connect(name, stream)).await {
         Ok(stream) => stream.map_err(|error| fault(error.to_string())),
-        Err(_) => Err(fault(format!("no TLS within {} s: it may serve plain HTTP at this port", STEP.as_secs()))),
+        Err(_) => {
+            Err(fault(format!("no TLS within {} s: it may serve plain HTTP at this port", STEP.as_secs())))
+        }
     }
 }
 
@@ -135,7 +135,10 @@ struct Answer {
 }
 
 /// Asks for /healthz. A release without it answers 404, which shows that it serves.
-async fn ask(url: &Url, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Result<Answer, Finding> {
+async fn ask(
+    url: &Url,
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+) -> Result<Answer, Finding> {
     const TITLE: &str = "it answers GET /healthz";
     let fault = |found: String| {
         Finding::fault("kbs-healthy", TITLE, found, "look at the KBS's log; check that the URL is the KBS's")

@@ -31,7 +31,8 @@ impl Processes {
     /// The ids of all processes, in ascending order.
     fn all(&self) -> Vec<u32> {
         let entries = fs::read_dir(&self.root).into_iter().flatten().flatten();
-        let mut all: Vec<u32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+        let mut all: Vec<u32> =
+            entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
         all.sort_unstable();
         all
     }
@@ -39,7 +40,8 @@ impl Processes {
     /// The ids of those whose program is called `name`.
     pub(super) fn named(&self, name: &str) -> Vec<u32> {
         let comm = name.get(..COMM_MAX).unwrap_or(name);
-        let is_named = |pid: &u32| self.comm(*pid).is_some_and(|found| found == comm) && self.program_is(*pid, name);
+        let is_named =
+            |pid: &u32| self.comm(*pid).is_some_and(|found| found == comm) && self.program_is(*pid, name);
         self.all().into_iter().filter(is_named).collect()
     }
 
@@ -102,7 +104,9 @@ impl Processes {
         let wanted = format!("socket:[{}]", listener.inode);
         self.all().into_iter().find(|pid| {
             let files = fs::read_dir(self.file(*pid, "fd")).into_iter().flatten().flatten();
-            files.into_iter().any(|file| fs::read_link(file.path()).is_ok_and(|link| link.as_os_str() == &*wanted))
+            files
+                .into_iter()
+                .any(|file| fs::read_link(file.path()).is_ok_and(|link| link.as_os_str() == &*wanted))
         })
     }
 
@@ -153,7 +157,9 @@ mod tests {
     #[test]
     fn a_long_name_is_compared_with_the_command_line() {
         let dir = tempfile::tempdir().unwrap();
-        for (pid, program) in [("7", "/usr/local/bin/cloud-api-adaptor\0-x"), ("8", "/bin/cloud-api-adapterium\0")] {
+        for (pid, program) in
+            [("7", "/usr/local/bin/cloud-api-adaptor\0-x"), ("8", "/bin/cloud-api-adapterium\0")]
+        {
             fs::create_dir(dir.path().join(pid)).unwrap();
             fs::write(dir.path().join(pid).join("comm"), "cloud-api-adapt\n").unwrap();
             fs::write(dir.path().join(pid).join("cmdline"), program).unwrap();

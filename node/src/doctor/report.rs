@@ -173,8 +173,9 @@ impl Report {
             ),
         ];
         let counts = counts.into_iter().filter(|(count, ..)| *count > 0);
-        let texts: Vec<_> =
-            counts.map(|(count, one, many)| format!("{count} {}", if count == 1 { one } else { many })).collect();
+        let texts: Vec<_> = counts
+            .map(|(count, one, many)| format!("{count} {}", if count == 1 { one } else { many }))
+            .collect();
         if texts.is_empty() { "nothing is wrong".to_owned() } else { texts.join(", ") }
     }
 }
@@ -189,7 +190,12 @@ mod tests {
             "store",
             vec![
                 Finding::ok("store-private", "it is private"),
-                Finding::fault("store-writable", "it can be written", "read-only\n\u{1b}[2J", "mount it read-write"),
+                Finding::fault(
+                    "store-writable",
+                    "it can be written",
+                    "read-only\n\u{1b}[2J",
+                    "mount it read-write",
+                ),
                 Finding::warning("store-space", "there is room", "3 MiB", "make room"),
                 Finding::not_checked("store-x", "x", "not root"),
             ],

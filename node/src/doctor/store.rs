@@ -52,7 +52,12 @@ fn private(store: &Path) -> Result<Finding, Finding> {
             return Err(Finding::not_checked(CHECK, title, format!("{error}: run doctor as root")));
         }
         Err(error) => {
-            return Err(Finding::fault(CHECK, title, error.to_string(), format!("check {path} with stat(1)")));
+            return Err(Finding::fault(
+                CHECK,
+                title,
+                error.to_string(),
+                format!("check {path} with stat(1)"),
+            ));
         }
     };
     if !there.is_dir() {
@@ -114,11 +119,12 @@ fn writable(store: &Path) -> Finding {
     let title = "a file can be written there";
     // A name that the store does not read: what a doctor that was killed leaves behind does no harm.
     let path = store.join(format!(".doctor-{}", std::process::id()));
-    let written = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).and_then(|mut file| {
-        let written = io::Write::write_all(&mut file, b"doctor\n").and_then(|()| file.sync_all());
-        let removed = fs::remove_file(&path);
-        written.and(removed)
-    });
+    let written =
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).and_then(|mut file| {
+            let written = io::Write::write_all(&mut file, b"doctor\n").and_then(|()| file.sync_all());
+            let removed = fs::remove_file(&path);
+            written.and(removed)
+        });
     let Err(error) = written else { return Finding::ok(CHECK, title) };
     let path = store.display();
     let fix = match error.raw_os_error().map(Errno::from_raw) {
@@ -158,7 +164,10 @@ mod tests {
         let findings = check(dir.path());
         assert_eq!(findings.len(), 4);
         for finding in &findings {
-            assert!(!matches!(finding.outcome, Outcome::Fault { .. } | Outcome::NotChecked { .. }), "{finding:?}");
+            assert!(
+                !matches!(finding.outcome, Outcome::Fault { .. } | Outcome::NotChecked { .. }),
+                "{finding:?}"
+            );
         }
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }

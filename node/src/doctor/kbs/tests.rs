@@ -27,8 +27,8 @@ async fn kbs(answer: fn(&Method) -> StatusCode) -> (Url, Requests) {
     (url, requests)
 }
 
-fn settings(url: Url) -> Kbs {
-    Kbs { settings: KbsSettings { url, ca: None, admin: None } }
+fn settings(url: Url) -> KbsSettings {
+    KbsSettings { url, ca: None, admin: None }
 }
 
 #[track_caller]
@@ -76,7 +76,10 @@ async fn a_broken_kbs_is_a_fault() {
     let (url, _) =
         kbs(|method| if method == Method::GET { StatusCode::BAD_GATEWAY } else { StatusCode::OK }).await;
     let findings = check(&settings(url)).await;
-    assert!(matches!(&findings[3].outcome, Outcome::Fault { found, .. } if found.contains("502")), "{findings:?}");
+    assert!(
+        matches!(&findings[3].outcome, Outcome::Fault { found, .. } if found.contains("502")),
+        "{findings:?}"
+    );
 }
 
 #[tokio::test]
@@ -107,11 +110,15 @@ async fn tls(name: &str) -> (Url, String) {
         loop {
             let (stream, _) = listener.accept().await.unwrap();
             // A client that refuses the certificate ends it.
-            let Ok(stream) = TlsAcceptor::from(Arc::new(config.clone())).accept(stream).await else { continue };
+            let Ok(stream) = TlsAcceptor::from(Arc::new(config.clone())).accept(stream).await else {
+                continue;
+            };
             let app = hyper_util::service::TowerToHyperService::new(
                 Router::new().fallback(|| async { StatusCode::OK }),
             );
-            tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), app));
+            tokio::spawn(
+                hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), app),
+            );
         }
     });
     (format!("https://localhost:{port}").parse().unwrap(), pem)
@@ -122,13 +129,15 @@ async fn a_certificate_of_another_ca_is_a_fault() {
     let (url, pem) = tls("localhost").await;
     let dir = tempfile::tempdir().unwrap();
     let ca = dir.path().join("ca.pem");
-    std::fs::write(&ca, rcgen::generate_simple_self_signed(["other".to_owned()]).unwrap().cert.pem()).unwrap();
-    let with = |ca: &std::path::Path| Kbs {
-        settings: KbsSettings { url: url.clone(), ca: Some(ca.to_owned()), admin: None },
-    };
+    std::fs::write(&ca, rcgen::generate_simple_self_signed(["other".to_owned()]).unwrap().cert.pem())
+        .unwrap();
+    let with = |ca: &std::path::Path| KbsSettings { url: url.clone(), ca: Some(ca.to_owned()), admin: None };
     assert_eq!(last_fault(&check(&with(&ca)).await).0, "kbs-tls");
     std::fs::write(&ca, pem).unwrap();
     let findings = check(&with(&ca)).await;
-    assert!(findings.iter().any(|finding| finding.check == "kbs-tls" && finding.outcome == Outcome::Ok), "{findings:?}");
+    assert!(
+        findings.iter().any(|finding| finding.check == "kbs-tls" && finding.outcome == Outcome::Ok),
+        "{findings:?}"
+    );
     assert_eq!(last_fault(&check(&with(&dir.path().join("none.pem"))).await).0, "kbs-tls");
 }
