@@ -16,6 +16,14 @@ struct Inner {
     registry: Registry,
     refused_dials: Family<Reason, Counter>,
     rules_put_back: Counter,
+    api_requests: Family<Answered, Counter>,
+}
+
+/// How a request of the API was answered.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Answered {
+    method: &'static str,
+    status: u16,
 }
 
 /// Why something was done.
@@ -39,7 +47,13 @@ impl Default for Metrics {
             "Times that our nftables rules were gone or changed, and were put back",
             rules_put_back.clone(),
         );
-        Self(Arc::new(Inner { registry, refused_dials, rules_put_back }))
+        let api_requests = Family::default();
+        registry.register(
+            "api_requests",
+            "Requests to the API that were answered",
+            Family::clone(&api_requests),
+        );
+        Self(Arc::new(Inner { registry, refused_dials, rules_put_back, api_requests }))
     }
 }
 
@@ -52,6 +66,13 @@ impl Metrics {
     /// Our nftables rules were put back.
     pub fn rules_put_back(&self) {
         self.0.rules_put_back.inc();
+    }
+
+    /// A request to the API was answered with this status. A method that the API does not know counts as `other`.
+    pub fn api_answered(&self, method: &str, status: u16) {
+        let known = ["GET", "HEAD", "PUT", "POST", "DELETE"].into_iter().find(|known| *known == method);
+        let labels = Answered { method: known.unwrap_or("other"), status };
+        self.0.api_requests.get_or_create(&labels).inc();
     }
 
     /// All metrics, in the text format that Prometheus reads.
