@@ -7,6 +7,7 @@
 //!                                            \--- handshake finished --> relay <==> KATAAGENT stream
 //! ```
 
+pub mod rules;
 mod sandbox;
 
 use std::path::PathBuf;

@@ -15,6 +15,7 @@ pub struct Metrics(Arc<Inner>);
 struct Inner {
     registry: Registry,
     refused_dials: Family<Reason, Counter>,
+    rules_put_back: Counter,
 }
 
 /// Why something was done.
@@ -32,7 +33,13 @@ impl Default for Metrics {
             "Connections to the port of the pod VMs that were refused",
             Family::clone(&refused_dials),
         );
-        Self(Arc::new(Inner { registry, refused_dials }))
+        let rules_put_back = Counter::default();
+        registry.register(
+            "rules_put_back",
+            "Times that our nftables rules were gone or changed, and were put back",
+            rules_put_back.clone(),
+        );
+        Self(Arc::new(Inner { registry, refused_dials, rules_put_back }))
     }
 }
 
@@ -40,6 +47,11 @@ impl Metrics {
     /// A connection to the port that cloud-api-adaptor dials was refused. `reason` is a word of a fixed list.
     pub fn dial_refused(&self, reason: &'static str) {
         self.0.refused_dials.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Our nftables rules were put back.
+    pub fn rules_put_back(&self) {
+        self.0.rules_put_back.inc();
     }
 
     /// All metrics, in the text format that Prometheus reads.
