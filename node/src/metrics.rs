@@ -15,8 +15,8 @@ pub struct Metrics(Arc<Inner>);
 struct Inner {
     registry: Registry,
     refused_dials: Family<Reason, Counter>,
-    rules_put_back: Counter,
     api_requests: Family<Answered, Counter>,
+    rules_put_back: Counter,
 }
 
 /// How a request of the API was answered.
@@ -41,17 +41,17 @@ impl Default for Metrics {
             "Connections to the port of the pod VMs that were refused",
             Family::clone(&refused_dials),
         );
-        let rules_put_back = Counter::default();
-        registry.register(
-            "rules_put_back",
-            "Times that our nftables rules were gone or changed, and were put back",
-            rules_put_back.clone(),
-        );
         let api_requests = Family::default();
         registry.register(
             "api_requests",
             "Requests to the API that were answered",
             Family::clone(&api_requests),
+        );
+        let rules_put_back = Counter::default();
+        registry.register(
+            "rules_put_back",
+            "Times that our nftables rules were gone or changed, and were put back",
+            rules_put_back.clone(),
         );
         Self(Arc::new(Inner { registry, refused_dials, rules_put_back, api_requests }))
     }
@@ -63,16 +63,16 @@ impl Metrics {
         self.0.refused_dials.get_or_create(&Reason { reason }).inc();
     }
 
-    /// Our nftables rules were put back.
-    pub fn rules_put_back(&self) {
-        self.0.rules_put_back.inc();
-    }
-
     /// A request to the API was answered with this status. A method that the API does not know counts as `other`.
     pub fn api_answered(&self, method: &str, status: u16) {
         let known = ["GET", "HEAD", "PUT", "POST", "DELETE"].into_iter().find(|known| *known == method);
         let labels = Answered { method: known.unwrap_or("other"), status };
         self.0.api_requests.get_or_create(&labels).inc();
+    }
+
+    /// Our nftables rules were put back.
+    pub fn rules_put_back(&self) {
+        self.0.rules_put_back.inc();
     }
 
     /// All metrics, in the text format that Prometheus reads.
