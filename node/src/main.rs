@@ -135,7 +135,7 @@ async fn command(
         }
         Command::Serve(_) => match settings {
             Some(settings) => serve::run(settings).await?,
-            None => anyhow::bail!("serve --remove-rules: not in this build"),
+            None => serve::remove_rules().await?,
         },
         Command::Config(args) => {
             let settings = settings.context("read the settings")?;

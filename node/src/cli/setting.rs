@@ -94,7 +94,7 @@ settings! {
     ALLOWED_UIDS: "allowed-uids", ["SECURE_COMMS_ALLOWED_UIDS"], (Kind::List, "UID"), DefaultValue::None,
         "Users that may use the API, beyond root and the service's own";
     METRICS_LISTEN: "metrics-listen", ["SECURE_COMMS_METRICS_LISTEN"], (Kind::Text, "IP:PORT"),
-        DefaultValue::Text("127.0.0.1:15152"),
+        DefaultValue::Text("127.0.0.1:9464"),
         "Where monitoring reads /metrics, /healthz and /readyz; off: nowhere";
     METRICS_PODS: "metrics-pods", ["SECURE_COMMS_METRICS_PODS"], SWITCH, DefaultValue::Text("off"),
         "Metrics of each pod as well, labelled with its id";
