@@ -4,6 +4,8 @@ pub mod connect;
 mod events;
 pub mod keygen;
 mod output;
+pub mod serve;
+pub mod texts;
 pub mod user_data;
 
 use std::error::Error;

@@ -2,6 +2,7 @@
 
 mod connect;
 mod init_data;
+mod serve;
 mod units;
 mod variables;
 
@@ -22,6 +23,7 @@ use secure_comms_protocol::{InboundTag, InitDataDigest, OutboundTag, PodId};
 
 use crate::cli::{KeygenArgs, UserDataArgs};
 use crate::logging::{Level, LogFormat};
+pub use serve::ServeSettings;
 pub use variables::unknown_variables;
 
 /// Default of `--store`.
