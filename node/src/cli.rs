@@ -1,10 +1,21 @@
 //! The command line, as texts. [`crate::settings`] validates them, so that all faults are reported together.
 
+pub mod doctor;
+pub mod serve;
+pub mod service;
+pub mod setting;
+pub mod texts;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use secure_comms_keys::text::escape;
+
+use self::doctor::DoctorArgs;
+use self::serve::{CaaCertsArgs, ConfigArgs, ServeArgs};
+use self::service::{KeysArgs, PodArgs, StatusArgs};
+use self::texts::{CompletionsArgs, ManArgs};
 
 /// Secure Comms on the worker node: keys, tunnels and state of peer pods.
 #[derive(Debug, Parser)]
@@ -43,6 +54,31 @@ pub enum Command {
     UserData(UserDataArgs),
     /// Make the worker node's key pair if it is missing, and print its public half
     Keygen(KeygenArgs),
+    /// Run the node's service: every pod of this node, until a signal
+    Serve(Box<ServeArgs>),
+    /// Show the configuration of `serve`
+    Config(ConfigArgs),
+    /// Make the certificates with which cloud-api-adaptor trusts nothing but this service
+    CaaCerts(CaaCertsArgs),
+    /// Show and drive the pods of this node's service
+    #[command(visible_alias = "pods")]
+    Pod(PodArgs),
+    /// Show how this node's service is
+    Status(StatusArgs),
+    /// Show and rotate the worker node's keys
+    Keys(KeysArgs),
+    /// Look for what is wrong with this node or a pod, and say what to do
+    #[command(after_help = "It ends with 0 if nothing is wrong, and with 1 if something is.")]
+    Doctor(DoctorArgs),
+    /// Print the API's description, OpenAPI 3.1 in JSON
+    Openapi,
+    /// Print a script with which a shell completes this program's command lines
+    #[command(after_help = "Example:\n  secure-comms-adaptor completions bash > \
+                            /usr/share/bash-completion/completions/secure-comms-adaptor")]
+    Completions(CompletionsArgs),
+    /// Print this program's man page, or write those of all commands
+    #[command(after_help = "Example:\n  secure-comms-adaptor man --directory /usr/share/man/man8")]
+    Man(ManArgs),
 }
 
 /// The flags of `connect`.

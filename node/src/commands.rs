@@ -1,9 +1,12 @@
 //! What the program does: one file for each command.
 
+pub mod config;
 pub mod connect;
 mod events;
 pub mod keygen;
 mod output;
+pub mod serve;
+pub mod texts;
 pub mod user_data;
 
 use std::error::Error;

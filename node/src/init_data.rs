@@ -4,6 +4,7 @@
 //! Out: an [`InitDataDigest`] over the raw bytes of the TOML. Only the digest counts, so the text is not interpreted
 //! further.
 
+mod policy;
 pub mod rules;
 
 use std::fs::File;
@@ -14,6 +15,8 @@ use base64ct::{Base64, Encoding};
 use flate2::read::MultiGzDecoder;
 use secure_comms_protocol::InitDataDigest;
 use sha2::{Digest, Sha256, Sha384, Sha512};
+
+pub use self::policy::InitDataPolicy;
 
 /// The largest file that is read, and the largest TOML in it, in bytes.
 pub(crate) const FILE_MAX: u64 = 1 << 20;

@@ -15,6 +15,18 @@ pub struct Metrics(Arc<Inner>);
 struct Inner {
     registry: Registry,
     refused_dials: Family<Reason, Counter>,
+    api_requests: Family<Answered, Counter>,
+    rules_put_back: Counter,
+    released_dials: Counter,
+    parked_dials: Counter,
+    failed_checks: Counter,
+}
+
+/// How a request of the API was answered.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Answered {
+    method: &'static str,
+    status: u16,
 }
 
 /// Why something was done.
@@ -32,7 +44,42 @@ impl Default for Metrics {
             "Connections to the port of the pod VMs that were refused",
             Family::clone(&refused_dials),
         );
-        Self(Arc::new(Inner { registry, refused_dials }))
+        let api_requests = Family::default();
+        registry.register(
+            "api_requests",
+            "Requests to the API that were answered",
+            Family::clone(&api_requests),
+        );
+        let rules_put_back = Counter::default();
+        registry.register(
+            "rules_put_back",
+            "Times that our nftables rules were gone or changed, and were put back",
+            rules_put_back.clone(),
+        );
+        let mut counter = |name, help| {
+            let counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let released_dials = counter(
+            "released_dials",
+            "Connections of cloud-api-adaptor whose handshake ended because the pod can be used",
+        );
+        let parked_dials = counter(
+            "parked_dials",
+            "Connections kept open without use, because a younger pod has the address",
+        );
+        let failed_checks =
+            counter("failed_checks", "Times that a kata agent did not answer before the handshake ended");
+        Self(Arc::new(Inner {
+            registry,
+            refused_dials,
+            rules_put_back,
+            api_requests,
+            released_dials,
+            parked_dials,
+            failed_checks,
+        }))
     }
 }
 
@@ -40,6 +87,33 @@ impl Metrics {
     /// A connection to the port that cloud-api-adaptor dials was refused. `reason` is a word of a fixed list.
     pub fn dial_refused(&self, reason: &'static str) {
         self.0.refused_dials.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// A request to the API was answered with this status. A method that the API does not know counts as `other`.
+    pub fn api_answered(&self, method: &str, status: u16) {
+        let known = ["GET", "HEAD", "PUT", "POST", "DELETE"].into_iter().find(|known| *known == method);
+        let labels = Answered { method: known.unwrap_or("other"), status };
+        self.0.api_requests.get_or_create(&labels).inc();
+    }
+
+    /// Our nftables rules were put back.
+    pub fn rules_put_back(&self) {
+        self.0.rules_put_back.inc();
+    }
+
+    /// The handshake of a connection of cloud-api-adaptor has ended.
+    pub fn dial_released(&self) {
+        self.0.released_dials.inc();
+    }
+
+    /// A connection is kept open without use.
+    pub fn dial_parked(&self) {
+        self.0.parked_dials.inc();
+    }
+
+    /// A kata agent did not answer before the handshake of the runtime's connection.
+    pub fn check_failed(&self) {
+        self.0.failed_checks.inc();
     }
 
     /// All metrics, in the text format that Prometheus reads.

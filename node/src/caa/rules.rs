@@ -1,0 +1,232 @@
+//! Our nftables rules, which send the dials of cloud-api-adaptor to us: they are put in place, watched, and put back.
+//!
+//! In: the two ports. Out: the table `inet secure-comms-adaptor` in the network namespace of the process, and whether it is
+//! there ([`Health`], part `rules`). The table is replaced in one transaction only, and stays when the process ends.
+//!
+//! Two chains: `to-adaptor` redirects a dial of the node to the VMs' port, wherever it goes, to our port on the loopback
+//! address. `fence` rejects what was not redirected: it would reach the cloud, where anyone could answer.
+
+mod changes;
+mod listing;
+mod nft;
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use self::changes::Changes;
+use self::listing::Listing;
+pub use self::nft::NftError;
+use crate::health::Health;
+use crate::metrics::Metrics;
+
+/// The table, of family `inet`.
+pub const TABLE: &str = "secure-comms-adaptor";
+/// The name of the part in [`Health`].
+const PART: &str = "rules";
+/// How often the rules are looked at even if no change was announced: an announcement may be lost.
+const LOOK: Duration = Duration::from_secs(15);
+/// The pause before the next try after a failure.
+const RETRY: Duration = Duration::from_secs(5);
+/// The shortest time between two repairs: another program that removes them again and again gets no busy loop.
+const REPAIR: Duration = Duration::from_millis(100);
+
+/// The ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RulesSettings {
+    /// The port of the VMs that cloud-api-adaptor dials.
+    pub forwarder_port: u16,
+    /// Our port on the loopback addresses.
+    pub listen_port: u16,
+}
+
+/// What is in place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RulesState {
+    /// Our table is not there.
+    Missing,
+    /// All is as it should be.
+    InPlace {
+        /// Packets that the fence has rejected: dials that were not redirected.
+        fenced: u64,
+    },
+    /// The table is there, and differs.
+    Different {
+        /// The first difference.
+        what: String,
+    },
+}
+
+/// The rules, as nft reads them: the table is made if it is missing, deleted and made again, in one transaction.
+fn script(settings: RulesSettings) -> String {
+    let RulesSettings { forwarder_port, listen_port } = settings;
+    let dials = [("ip", "127.0.0.0/8"), ("ip6", "::1")]
+        .map(|(family, own)| format!("{family} daddr != {own} tcp dport {forwarder_port}"));
+    let rules = |verdict: &str| dials.each_ref().map(|dial| format!("    {dial} {verdict}\n")).concat();
+    format!(
+        "table inet {TABLE}\n\
+         delete table inet {TABLE}\n\
+         table inet {TABLE} {{\n  \
+           chain to-adaptor {{\n    type nat hook output priority -100; policy accept;\n{}  }}\n  \
+           chain fence {{\n    type filter hook output priority 0; policy accept;\n{}  }}\n\
+         }}\n",
+        rules(&format!("redirect to :{listen_port}")),
+        rules("counter reject with tcp reset"),
+    )
+}
+
+/// Replaces our table in one transaction.
+///
+/// # Errors
+/// nft is not there, or may not change the rules.
+pub async fn apply(settings: RulesSettings) -> Result<(), NftError> {
+    nft::run(&["-f", "-"], &script(settings)).await.map(drop)
+}
+
+/// Deletes our table; false if there was none.
+///
+/// Without it a dial of cloud-api-adaptor reaches the VM's address itself: no pod can start over Secure Comms. On a node
+/// that has no other nat chain for output, the streams of running pods break with their next packet.
+///
+/// # Errors
+/// As [`apply`].
+pub async fn remove() -> Result<bool, NftError> {
+    if nft::list().await?.is_none() {
+        return Ok(false);
+    }
+    nft::run(&["-f", "-"], &format!("delete table inet {TABLE}\n")).await.map(|_| true)
+}
+
+/// What is in place now.
+///
+/// # Errors
+/// As [`apply`].
+pub async fn inspect(settings: RulesSettings) -> Result<RulesState, NftError> {
+    let Some(listing) = listing().await? else { return Ok(RulesState::Missing) };
+    let expected = Listing::expected(settings);
+    Ok(match listing.difference(&expected) {
+        None => RulesState::InPlace { fenced: listing.fenced },
+        Some(what) => RulesState::Different { what },
+    })
+}
+
+async fn listing() -> Result<Option<Listing>, NftError> {
+    nft::list().await?.map(|json| Listing::parse(&json)).transpose()
+}
+
+/// Puts the rules in place and keeps them there until `stop`; then they stay. A failure is retried every 5 s.
+///
+/// # Cancellation
+/// Dropping the future leaves the rules as they are.
+pub async fn keep(
+    settings: RulesSettings,
+    health: Health,
+    metrics: Metrics,
+    mut stop: watch::Receiver<bool>,
+) {
+    let mut keeper = Keeper { settings, health, metrics, applied: None };
+    tokio::select! {
+        biased;
+        // The sender is gone: the process ends.
+        _ = stop.wait_for(|stop| *stop) => {}
+        () = keeper.run() => {}
+    }
+}
+
+struct Keeper {
+    settings: RulesSettings,
+    health: Health,
+    metrics: Metrics,
+    /// The listing right after our last change: a version of nft may show rules in another form than we expect.
+    applied: Option<Listing>,
+}
+
+impl Keeper {
+    async fn run(&mut self) {
+        loop {
+            // Before the first look, so that no change is missed.
+            let changes = Changes::subscribe();
+            if let Err(error) = &changes {
+                tracing::warn!(
+                    "rules: changes cannot be watched: {error}: they are looked at every {} s",
+                    LOOK.as_secs()
+                );
+            }
+            let mut changes = changes.ok();
+            let Err(error) = self.watch(&mut changes).await;
+            tracing::error!("rules: {error}");
+            self.health.fails(PART, error.to_string());
+            sleep(RETRY).await;
+        }
+    }
+
+    async fn watch(&mut self, changes: &mut Option<Changes>) -> Result<std::convert::Infallible, NftError> {
+        loop {
+            let next_look = Instant::now() + LOOK;
+            self.look().await?;
+            let Some(changes) = changes else {
+                sleep(LOOK).await;
+                continue;
+            };
+            if let Ok(Err(error)) = timeout_at(next_look, changes.next()).await {
+                // The next subscription follows a pause.
+                return Err(NftError::Watch(error));
+            }
+        }
+    }
+
+    /// Puts the rules back if they are not as they should be.
+    async fn look(&mut self) -> Result<(), NftError> {
+        let found = listing().await?;
+        let difference = match (&self.applied, &found) {
+            (Some(applied), Some(found)) => found.difference(applied),
+            (None, Some(found)) => found.difference(&Listing::expected(self.settings)),
+            (_, None) => Some("they are not there".to_owned()),
+        };
+        if let Some(difference) = difference {
+            let first = self.applied.is_none();
+            apply(self.settings).await?;
+            self.applied = listing().await?;
+            if first {
+                tracing::info!(
+                    "rules: table inet {TABLE}: dials to port {} are redirected to port {}",
+                    self.settings.forwarder_port,
+                    self.settings.listen_port
+                );
+            } else {
+                self.metrics.rules_put_back();
+                tracing::warn!(
+                    "rules: table inet {TABLE}: put back: {difference}: another program has changed them; streams of pods \
+                     may have ended"
+                );
+                sleep(REPAIR).await;
+            }
+        } else if self.applied.is_none() {
+            tracing::info!("rules: table inet {TABLE}: in place already");
+            self.applied = found;
+        }
+        self.health.works(PART);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_script_replaces_the_table_in_one_transaction() {
+        let script = script(RulesSettings { forwarder_port: 15150, listen_port: 15151 });
+        let lines: Vec<&str> = script.lines().map(str::trim).collect();
+        assert_eq!(lines[..2], ["table inet secure-comms-adaptor", "delete table inet secure-comms-adaptor"]);
+        for rule in [
+            "ip daddr != 127.0.0.0/8 tcp dport 15150 redirect to :15151",
+            "ip6 daddr != ::1 tcp dport 15150 redirect to :15151",
+            "ip daddr != 127.0.0.0/8 tcp dport 15150 counter reject with tcp reset",
+            "ip6 daddr != ::1 tcp dport 15150 counter reject with tcp reset",
+        ] {
+            assert!(lines.contains(&rule), "{rule}\n{script}");
+        }
+    }
+}

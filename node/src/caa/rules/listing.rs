@@ -1,0 +1,175 @@
+//! What `nft -j list table` says of our table, reduced to what matters: no handles, no counters.
+
+use serde_json::Value;
+
+use super::{NftError, RulesSettings};
+
+/// The chains and rules of the table, one a line, in their order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Listing {
+    lines: Vec<String>,
+    /// Packets that the fence has rejected.
+    pub(super) fenced: u64,
+}
+
+impl Listing {
+    /// What the table should be.
+    pub(super) fn expected(settings: RulesSettings) -> Self {
+        let RulesSettings { forwarder_port, listen_port } = settings;
+        let mut lines = vec![
+            "chain to-adaptor: nat output -100 accept".to_owned(),
+            "chain fence: filter output 0 accept".to_owned(),
+        ];
+        for (chain, verdict) in
+            [("to-adaptor", format!("redirect {listen_port}")), ("fence", "reject".to_owned())]
+        {
+            for own in ["ip daddr != 127.0.0.0/8", "ip6 daddr != ::1"] {
+                lines.push(format!("{chain}: {own} tcp dport == {forwarder_port} {verdict}"));
+            }
+        }
+        Self { lines, fenced: 0 }
+    }
+
+    /// Reads nft's JSON.
+    pub(super) fn parse(json: &[u8]) -> Result<Self, NftError> {
+        let failed = |what: &str| NftError::Output(what.to_owned());
+        let json: Value = serde_json::from_slice(json).map_err(|error| failed(&error.to_string()))?;
+        let objects =
+            json.get("nftables").and_then(Value::as_array).ok_or_else(|| failed("no list nftables"))?;
+        let (mut lines, mut fenced) = (Vec::new(), 0);
+        for object in objects {
+            if let Some(chain) = object.get("chain") {
+                let [name, kind, hook, priority, policy] =
+                    ["name", "type", "hook", "prio", "policy"].map(|key| text(chain.get(key)));
+                lines.push(format!("chain {name}: {kind} {hook} {priority} {policy}"));
+            } else if let Some(rule) = object.get("rule") {
+                let expressions = rule.get("expr").and_then(Value::as_array).map(Vec::as_slice);
+                let expressions = expressions.unwrap_or_default();
+                let words: Vec<String> = expressions.iter().filter_map(word).collect();
+                lines.push(format!("{}: {}", text(rule.get("chain")), words.join(" ")));
+                let counted =
+                    expressions.iter().filter_map(|one| one.get("counter")?.get("packets")?.as_u64());
+                fenced += counted.sum::<u64>();
+            } else if object.get("metainfo").is_none() && object.get("table").is_none() {
+                // Sets, maps and the like are not ours.
+                lines.push(object.to_string());
+            }
+        }
+        Ok(Self { lines, fenced })
+    }
+
+    /// The first difference to `expected`.
+    pub(super) fn difference(&self, expected: &Self) -> Option<String> {
+        let missing = expected.lines.iter().find(|line| !self.lines.contains(line));
+        let strange = self.lines.iter().find(|line| !expected.lines.contains(line));
+        match (missing, strange) {
+            (Some(missing), _) => Some(format!("'{missing}' is missing")),
+            (None, Some(strange)) => Some(format!("'{strange}' is not ours")),
+            (None, None) => (self.lines != expected.lines).then(|| "their order differs".to_owned()),
+        }
+    }
+}
+
+/// An expression of a rule; none for a counter.
+fn word(expression: &Value) -> Option<String> {
+    if expression.get("counter").is_some() {
+        return None;
+    }
+    if let Some(matched) = expression.get("match") {
+        let payload = matched.get("left").and_then(|left| left.get("payload"));
+        let [protocol, field] =
+            ["protocol", "field"].map(|key| text(payload.and_then(|payload| payload.get(key))));
+        let right = matched.get("right");
+        let value = match right.and_then(|right| right.get("prefix")) {
+            Some(prefix) => format!("{}/{}", text(prefix.get("addr")), text(prefix.get("len"))),
+            None => text(right),
+        };
+        return Some(format!("{protocol} {field} {} {value}", text(matched.get("op"))));
+    }
+    if let Some(redirect) = expression.get("redirect") {
+        return Some(format!("redirect {}", text(redirect.get("port"))));
+    }
+    // How it rejects is not a matter of safety.
+    Some(if expression.get("reject").is_some() { "reject".to_owned() } else { expression.to_string() })
+}
+
+fn text(value: Option<&Value>) -> String {
+    match value {
+        Some(Value::String(text)) => text.clone(),
+        Some(value) => value.to_string(),
+        None => "?".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SETTINGS: RulesSettings = RulesSettings { forwarder_port: 15150, listen_port: 15151 };
+
+    /// As nft 1.0.6 prints it.
+    fn printed() -> String {
+        let rule = |chain: &str, family: &str, own: &str, rest: &str| {
+            format!(
+                r#"{{"rule": {{"family": "inet", "table": "secure-comms-adaptor", "chain": "{chain}", "handle": 3, "expr": [
+                {{"match": {{"op": "!=", "left": {{"payload": {{"protocol": "{family}", "field": "daddr"}}}}, "right": {own}}}}},
+                {{"match": {{"op": "==", "left": {{"payload": {{"protocol": "tcp", "field": "dport"}}}}, "right": 15150}}}},
+                {rest}]}}}}"#
+            )
+        };
+        let chain = |name: &str, kind: &str, priority: i32| {
+            format!(
+                r#"{{"chain": {{"family": "inet", "table": "secure-comms-adaptor", "name": "{name}", "handle": 1,
+                "type": "{kind}", "hook": "output", "prio": {priority}, "policy": "accept"}}}}"#
+            )
+        };
+        let v4 = r#"{"prefix": {"addr": "127.0.0.0", "len": 8}}"#;
+        let redirect = r#"{"redirect": {"port": 15151}}"#;
+        let reject = r#"{"counter": {"packets": 2, "bytes": 80}}, {"reject": {"type": "tcp reset"}}"#;
+        let all = [
+            r#"{"metainfo": {"version": "1.0.6"}}"#.to_owned(),
+            r#"{"table": {"family": "inet", "name": "secure-comms-adaptor", "handle": 2}}"#.to_owned(),
+            chain("to-adaptor", "nat", -100),
+            chain("fence", "filter", 0),
+            rule("to-adaptor", "ip", v4, redirect),
+            rule("to-adaptor", "ip6", r#""::1""#, redirect),
+            rule("fence", "ip", v4, reject),
+            rule("fence", "ip6", r#""::1""#, reject),
+        ];
+        format!(r#"{{"nftables": [{}]}}"#, all.join(","))
+    }
+
+    #[test]
+    fn what_nft_prints_is_what_is_expected() {
+        let listing = Listing::parse(printed().as_bytes()).unwrap();
+        assert_eq!(listing.difference(&Listing::expected(SETTINGS)), None);
+        assert_eq!(listing.fenced, 4);
+    }
+
+    #[test]
+    fn each_change_is_a_difference() {
+        let expected = Listing::expected(SETTINGS);
+        for (from, to, part) in [
+            ("15151", "15152", "redirect 15151' is missing"),
+            (r#""protocol": "ip6""#, r#""protocol": "ip""#, "ip6 daddr"),
+            (r#""len": 8"#, r#""len": 0"#, "127.0.0.0/8"),
+            ("\"prio\": -100", "\"prio\": 5", "chain to-adaptor"),
+            (r#""reject": {"type": "tcp reset"}"#, r#""accept": null"#, "reject' is missing"),
+        ] {
+            let json = printed().replace(from, to);
+            assert_ne!(json, printed());
+            let found = Listing::parse(json.as_bytes()).unwrap().difference(&expected).unwrap();
+            assert!(found.contains(part), "{found}");
+        }
+        let mut more = Listing::parse(printed().as_bytes()).unwrap();
+        more.lines.push("to-adaptor: accept".to_owned());
+        assert!(more.difference(&expected).unwrap().contains("is not ours"));
+    }
+
+    #[test]
+    fn garbage_is_an_error() {
+        for bad in ["", "[]", "{\"nftables\": 1}", "nft: unknown option"] {
+            assert!(Listing::parse(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+}

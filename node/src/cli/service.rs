@@ -1,0 +1,212 @@
+//! The flags of the commands that ask the service.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+/// Where the service is.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ServiceArgs {
+    /// Where the service listens [env: SECURE_COMMS_SOCKET] [default: /run/secure-comms/adaptor.sock]
+    #[arg(long, global = true, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+}
+
+/// The form of what is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// A table.
+    #[default]
+    #[value(hide = true)]
+    Table,
+    /// A table with more columns.
+    Wide,
+    /// The API's objects.
+    Json,
+    /// The API's objects.
+    Yaml,
+}
+
+/// The flags of `pod`.
+#[derive(Args, Clone, Debug)]
+pub struct PodArgs {
+    /// Where the service is.
+    #[command(flatten)]
+    pub service: ServiceArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: PodCommand,
+}
+
+/// The commands of `pod`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum PodCommand {
+    /// List the pods of this node
+    #[command(visible_alias = "ls")]
+    List(PodListArgs),
+    /// Show all that is known of a pod, and what is wrong with its next step
+    #[command(visible_alias = "describe")]
+    Show(PodShowArgs),
+    /// Print what happens to the pods, until it is interrupted
+    Watch(PodWatchArgs),
+    /// Launch a pod: publish its keys, connect to its VM, and wait until it can be used
+    #[command(
+        after_help = "Example:\n  secure-comms-adaptor pod start 3f2a --address 10.0.0.7 --namespace default \
+                            --name web-1\n\nIt may be repeated: a pod that is up stays so."
+    )]
+    Start(Box<PodStartArgs>),
+    /// End a pod: its channel, its keys here and at the KBS
+    Stop(PodStopArgs),
+    /// Drop a pod whose VM is gone, without its agent's consent; its keys here and at the KBS are deleted
+    Forget(PodForgetArgs),
+    /// List what pods that are gone have left behind, or collect it
+    Orphans(OrphansArgs),
+}
+
+/// The flags of `pod list`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct PodListArgs {
+    /// Only pods of this namespace
+    #[arg(short, long, value_name = "NAMESPACE")]
+    pub namespace: Option<String>,
+    /// Pods of all namespaces, which is the default
+    #[arg(short = 'A', long, conflicts_with = "namespace")]
+    pub all_namespaces: bool,
+    /// Only pods in these phases, comma separated; `!` before one: not in it
+    #[arg(long, value_name = "PHASES")]
+    pub phase: Option<String>,
+    /// The form
+    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    pub output: Format,
+    /// No line of headers
+    #[arg(long)]
+    pub no_headers: bool,
+}
+
+/// The flags of `pod show`.
+#[derive(Args, Clone, Debug)]
+pub struct PodShowArgs {
+    /// The pod: its id, or the first digits of it
+    pub id: String,
+    /// The form
+    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    pub output: Format,
+}
+
+/// The flags of `pod watch`.
+#[derive(Args, Clone, Debug)]
+pub struct PodWatchArgs {
+    /// Only this pod: its id, or the first digits of it
+    pub id: Option<String>,
+    /// Only pods of this namespace
+    #[arg(short, long, value_name = "NAMESPACE", conflicts_with = "id")]
+    pub namespace: Option<String>,
+    /// The form: a line for people, or json
+    #[arg(short, long, value_enum, default_value = "text", hide_default_value = true)]
+    pub output: EventFormat,
+}
+
+/// The form of events.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum EventFormat {
+    /// A line for people.
+    #[default]
+    #[value(hide = true)]
+    Text,
+    /// The API's objects, one a line.
+    Json,
+}
+
+/// The flags of `pod start`.
+#[derive(Args, Clone, Debug)]
+pub struct PodStartArgs {
+    /// The pod: the runtime's sandbox id
+    pub id: String,
+    /// Where the pod VM's agent is; may be repeated [default port: 2222]
+    #[arg(long = "address", value_name = "HOST[:PORT]", required = true)]
+    pub addresses: Vec<String>,
+    /// The pod's namespace in Kubernetes
+    #[arg(short, long, value_name = "NAMESPACE", requires = "name")]
+    pub namespace: Option<String>,
+    /// The pod's name in Kubernetes
+    #[arg(long, value_name = "NAME", requires = "namespace")]
+    pub name: Option<String>,
+    /// Digest of the init-data that the VM is started with, SHA-256, SHA-384 or SHA-512 in hex
+    #[arg(long, value_name = "HEX")]
+    pub init_data_digest: Option<String>,
+    /// How long the start may take, as 90s, 5m or 1h30m [default: 5m]
+    #[arg(long, value_name = "TIME")]
+    pub deadline: Option<String>,
+    /// Do not wait until the pod can be used
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// The flags of `pod stop`.
+#[derive(Args, Clone, Debug)]
+pub struct PodStopArgs {
+    /// The pod: its id, or the first digits of it
+    pub id: String,
+    /// Stop it though the runtime still uses it, or another launcher launched it
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// The flags of `pod forget`.
+#[derive(Args, Clone, Debug)]
+pub struct PodForgetArgs {
+    /// The pod: its id, or the first digits of it
+    pub id: String,
+}
+
+/// The flags of `pod orphans`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct OrphansArgs {
+    /// Delete what is listed
+    #[arg(long)]
+    pub collect: bool,
+    /// The form
+    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    pub output: Format,
+}
+
+/// The flags of `status`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct StatusArgs {
+    /// Where the service is.
+    #[command(flatten)]
+    pub service: ServiceArgs,
+    /// The form
+    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    pub output: Format,
+}
+
+/// The flags of `keys`.
+#[derive(Args, Clone, Debug)]
+pub struct KeysArgs {
+    /// Where the service is.
+    #[command(flatten)]
+    pub service: ServiceArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: KeysCommand,
+}
+
+/// The commands of `keys`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum KeysCommand {
+    /// List the worker node's keys: which pods know which
+    List(KeysListArgs),
+    /// Make a new key for the worker node; pods that know only the old one keep it
+    Rotate,
+    /// Delete old keys that no pod needs
+    Prune,
+}
+
+/// The flags of `keys list`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct KeysListArgs {
+    /// The form
+    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    pub output: Format,
+}

@@ -1,0 +1,183 @@
+//! Our nftables rules, in a network namespace of each test's own: root and nft are needed.
+#![allow(clippy::unwrap_used)]
+
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, unshare};
+use secure_comms_node::caa::rules::{RulesSettings, RulesState, apply, inspect, keep, remove};
+use secure_comms_node::health::Health;
+use secure_comms_node::metrics::Metrics;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+const SETTINGS: RulesSettings = RulesSettings { forwarder_port: 15150, listen_port: 15151 };
+const IN_PLACE: RulesState = RulesState::InPlace { fenced: 0 };
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Runs the test in a thread in a network namespace of its own, with loopback, and addresses in documentation ranges.
+fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            sh("ip link set lo up; ip link add vm type veth peer name line; ip link set vm up; ip link set line up; \
+                ip addr add 192.0.2.1/24 dev vm; ip addr add 2001:db8::1/64 dev vm nodad");
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async { timeout(LIMIT, test()).await.unwrap() });
+        });
+        thread.join().unwrap();
+    });
+}
+
+fn sh(script: &str) -> String {
+    let output = Command::new("sh").args(["-ec", script]).output().unwrap();
+    assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Keeps the rules, in a task.
+struct Kept {
+    health: Health,
+    metrics: Metrics,
+    stop: watch::Sender<bool>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Kept {
+    fn start() -> Self {
+        let (health, metrics, stop) = (Health::default(), Metrics::default(), watch::Sender::new(false));
+        let task = tokio::spawn(keep(SETTINGS, health.clone(), metrics.clone(), stop.subscribe()));
+        Self { health, metrics, stop, task }
+    }
+
+    async fn reports(&self, fault: Option<&str>) {
+        let mut changes = self.health.subscribe();
+        let as_expected = |found: &Option<String>| match (found, fault) {
+            (Some(found), Some(fault)) => found.contains(fault),
+            (found, fault) => found.as_deref() == fault,
+        };
+        changes.wait_for(|parts| parts.get("rules").is_some_and(as_expected)).await.unwrap();
+    }
+
+    fn put_back(&self) -> String {
+        let text = self.metrics.encode().unwrap();
+        text.lines().find(|line| line.starts_with("secure_comms_rules_put_back_total")).unwrap().to_owned()
+    }
+}
+
+/// Waits until the rules are as they should be. Each look is a process, so it does not spin.
+async fn in_place() {
+    while !matches!(inspect(SETTINGS).await.unwrap(), RulesState::InPlace { .. }) {}
+}
+
+#[test]
+fn dials_are_redirected_and_the_rest_is_fenced() {
+    in_namespace(async || {
+        apply(SETTINGS).await.unwrap();
+        assert_eq!(inspect(SETTINGS).await.unwrap(), IN_PLACE);
+        // Addresses of VMs that do not exist: only the redirect makes them reachable.
+        for (listen, vm) in [("127.0.0.1", "192.0.2.9"), ("::1", "2001:db8::9")] {
+            let listener = TcpListener::bind((listen, 15151)).await.unwrap();
+            let mut caa = TcpStream::connect((vm, 15150)).await.unwrap();
+            caa.write_all(b"hello").await.unwrap();
+            let mut bytes = [0; 5];
+            listener.accept().await.unwrap().0.read_exact(&mut bytes).await.unwrap();
+            assert_eq!(&bytes, b"hello");
+        }
+        // Nothing listens: refused on this node, and never sent to the VM.
+        let error = TcpStream::connect(("192.0.2.9", 15150)).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+        // As after a change that takes the redirect away: the fence rejects.
+        sh("nft flush chain inet secure-comms-adaptor to-adaptor");
+        let error = TcpStream::connect(("192.0.2.9", 15150)).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+        let state = inspect(SETTINGS).await.unwrap();
+        assert!(matches!(&state, RulesState::Different { what } if what.contains("to-adaptor")), "{state:?}");
+        // Other ports and the loopback addresses are not touched.
+        let own = TcpListener::bind(("127.0.0.1", 15150)).await.unwrap();
+        TcpStream::connect(own.local_addr().unwrap()).await.unwrap();
+    });
+}
+
+#[test]
+fn rules_that_are_removed_or_changed_are_put_back() {
+    in_namespace(async || {
+        sh("nft add table ip other");
+        let kept = Kept::start();
+        kept.reports(None).await;
+        assert_eq!(inspect(SETTINGS).await.unwrap(), IN_PLACE);
+        for (number, change) in [
+            "nft flush ruleset",
+            "nft delete table inet secure-comms-adaptor",
+            "nft flush chain inet secure-comms-adaptor fence",
+            "nft insert rule inet secure-comms-adaptor to-adaptor accept",
+            "nft add table ip other; nft delete table ip other; nft flush ruleset",
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            sh(change);
+            in_place().await;
+            let wanted = format!("secure_comms_rules_put_back_total {}", number + 1);
+            while kept.put_back() != wanted {
+                tokio::task::yield_now().await;
+            }
+        }
+        // They stay at the end.
+        kept.stop.send_replace(true);
+        kept.task.await.unwrap();
+        assert_eq!(inspect(SETTINGS).await.unwrap(), IN_PLACE);
+    });
+}
+
+#[test]
+fn a_second_start_finds_the_rules_and_a_live_stream_goes_on() {
+    in_namespace(async || {
+        let kept = Kept::start();
+        kept.reports(None).await;
+        let listener = TcpListener::bind(("127.0.0.1", 15151)).await.unwrap();
+        let mut caa = TcpStream::connect(("192.0.2.9", 15150)).await.unwrap();
+        let mut ours = listener.accept().await.unwrap().0;
+        kept.stop.send_replace(true);
+        kept.task.await.unwrap();
+        let again = Kept::start();
+        again.reports(None).await;
+        assert_eq!(again.put_back(), "secure_comms_rules_put_back_total 0");
+        // Replaced in one transaction, as after an update that changes them: the stream is still translated.
+        apply(SETTINGS).await.unwrap();
+        let mut byte = [0];
+        caa.write_all(b"a").await.unwrap();
+        ours.read_exact(&mut byte).await.unwrap();
+        ours.write_all(b"b").await.unwrap();
+        caa.read_exact(&mut byte).await.unwrap();
+        assert_eq!(&byte, b"b");
+    });
+}
+
+#[test]
+fn removed_rules_are_gone_and_say_so() {
+    in_namespace(async || {
+        assert!(!remove().await.unwrap());
+        assert_eq!(inspect(SETTINGS).await.unwrap(), RulesState::Missing);
+        sh("nft add table ip other");
+        apply(SETTINGS).await.unwrap();
+        assert!(remove().await.unwrap());
+        assert_eq!(inspect(SETTINGS).await.unwrap(), RulesState::Missing);
+        assert_eq!(sh("nft list tables").trim(), "table ip other");
+    });
+}
+
+#[test]
+fn a_fault_is_reported_until_it_is_mended() {
+    in_namespace(async || {
+        // Another port: the table of another version of this program is replaced.
+        apply(RulesSettings { forwarder_port: 1, listen_port: 2 }).await.unwrap();
+        let state = inspect(SETTINGS).await.unwrap();
+        assert!(matches!(state, RulesState::Different { .. }), "{state:?}");
+        let kept = Kept::start();
+        kept.reports(None).await;
+        assert_eq!(inspect(SETTINGS).await.unwrap(), IN_PLACE);
+    });
+}
