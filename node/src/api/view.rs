@@ -5,7 +5,7 @@ use secure_comms_keys::text::one_line;
 use secure_comms_protocol::PhaseName;
 
 use super::types;
-use crate::pods::{Happening, Launch, Launcher, PodView, Runtime};
+use crate::pods::{Happening, Launch, Launcher, Orphan, PodView, Runtime};
 
 /// Longest text of a pod or an event, in bytes.
 const TEXT_MAX: usize = 2000;
@@ -31,6 +31,7 @@ impl From<&PodState> for types::Phase {
             PodState::Up { .. } => Self::Up,
             PodState::Down { .. } => Self::Down,
             PodState::Failed { .. } => Self::Failed,
+            PodState::Ending { .. } => Self::Ending,
             PodState::Stopped => Self::Stopped,
         }
     }
@@ -40,7 +41,9 @@ impl From<PodView> for types::Pod {
     fn from(pod: PodView) -> Self {
         let PodView { id, launch, snapshot, runtime } = pod;
         let (reason, attempt, instance) = match &snapshot.state {
-            PodState::Connecting { last_error } => (last_error.as_deref(), None, None),
+            PodState::Connecting { last_error } | PodState::Ending { last_error } => {
+                (last_error.as_deref(), None, None)
+            }
             PodState::Attesting { attempt, last_error } => (last_error.as_deref(), Some(*attempt), None),
             PodState::Up { instance } => (None, None, Some(line(instance))),
             PodState::Down { reason } | PodState::Failed { reason } => (Some(&**reason), None, None),
@@ -91,6 +94,20 @@ impl From<Runtime> for types::Runtime {
     }
 }
 
+impl From<Orphan> for types::Orphan {
+    fn from(orphan: Orphan) -> Self {
+        Self {
+            id: orphan.id.to_string(),
+            launcher: orphan.launch.launcher.map(Into::into),
+            namespace: namespace(&orphan.launch),
+            name: name(&orphan.launch),
+            since: orphan.since.into(),
+            reason: orphan.reason.as_str().to_owned(),
+            message: line(&orphan.reason.to_string()),
+        }
+    }
+}
+
 /// The event, of a pod that was launched so.
 pub(super) fn event(happening: &Happening, launch: Option<&Launch>) -> types::Event {
     let (kind, reason) = reason(&happening.event);
@@ -130,6 +147,8 @@ fn reason(event: &PodEvent) -> (types::EventKind, &'static str) {
         PodEvent::InitDataMismatch(_) => (Warning, "InitDataMismatch"),
         PodEvent::PublishedAgain => (Normal, "PublishedAgain"),
         PodEvent::PublishFailed(_) => (Warning, "PublishFailed"),
+        PodEvent::DeleteFailed(_) => (Warning, "DeleteFailed"),
+        PodEvent::Deleted => (Normal, "Deleted"),
         _ => (Normal, "Other"),
     }
 }
