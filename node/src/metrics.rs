@@ -39,6 +39,9 @@ struct Inner {
     rules_put_back: Counter,
     api_requests: Family<Answered, Counter>,
     starts: Starts,
+    released_dials: Counter,
+    parked_dials: Counter,
+    failed_checks: Counter,
 }
 
 /// Why something was done.
@@ -75,10 +78,34 @@ impl Default for Metrics {
             "Requests to the API that were answered",
             Family::clone(&api_requests),
         );
+        let mut counter = |name, help| {
+            let counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let released_dials = counter(
+            "released_dials",
+            "Connections of cloud-api-adaptor whose handshake ended because the pod can be used",
+        );
+        let parked_dials = counter(
+            "parked_dials",
+            "Connections kept open without use, because a younger pod has the address",
+        );
+        let failed_checks =
+            counter("failed_checks", "Times that a kata agent did not answer before the handshake ended");
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("build", "The program", version);
         let starts = Starts::new(&mut registry);
-        Self(Arc::new(Inner { registry, refused_dials, rules_put_back, api_requests, starts }))
+        Self(Arc::new(Inner {
+            registry,
+            refused_dials,
+            rules_put_back,
+            api_requests,
+            starts,
+            released_dials,
+            parked_dials,
+            failed_checks,
+        }))
     }
 }
 
@@ -108,6 +135,21 @@ impl Metrics {
     /// A launcher has ordered something of a pod.
     pub fn ordered(&self, pod: &PodId, order: &Order<'_>) {
         self.0.starts.ordered(pod, order);
+    }
+
+    /// The handshake of a connection of cloud-api-adaptor has ended.
+    pub fn dial_released(&self) {
+        self.0.released_dials.inc();
+    }
+
+    /// A connection is kept open without use.
+    pub fn dial_parked(&self) {
+        self.0.parked_dials.inc();
+    }
+
+    /// A kata agent did not answer before the handshake of the runtime's connection.
+    pub fn check_failed(&self) {
+        self.0.failed_checks.inc();
     }
 
     /// All metrics: the counters, and the pods and the process as they are now. `each_pod`: of each pod as well.

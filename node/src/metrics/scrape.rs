@@ -29,7 +29,7 @@ struct OnePod {
 }
 
 /// All phases, so that a series does not come and go.
-const PHASES: [&str; 10] = [
+const PHASES: [&str; 11] = [
     "not-prepared",
     "preparing",
     "prepared",
@@ -39,6 +39,7 @@ const PHASES: [&str; 10] = [
     "up",
     "down",
     "failed",
+    "ending",
     "stopped",
 ];
 const RUNTIMES: [&str; 4] = ["none", "held", "connected", "ended"];
@@ -55,6 +56,7 @@ pub(crate) fn phase(state: &PodState) -> &'static str {
         PodState::Up { .. } => "up",
         PodState::Down { .. } => "down",
         PodState::Failed { .. } => "failed",
+        PodState::Ending { .. } => "ending",
         PodState::Stopped => "stopped",
     }
 }

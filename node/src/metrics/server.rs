@@ -1,7 +1,6 @@
 //! Serves the metrics and the probes over HTTP, to anyone who can reach the address.
 
 use std::convert::Infallible;
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;

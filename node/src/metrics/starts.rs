@@ -231,7 +231,7 @@ fn outcome(result: &Result<(), &AdaptorError>, good: &'static str) -> &'static s
         Ok(()) => good,
         Err(error) => match error {
             AdaptorError::Store(_) | AdaptorError::Key(_) | AdaptorError::NoKey(_) => "store",
-            AdaptorError::Kbs(_) => "kbs",
+            AdaptorError::Kbs(_) | AdaptorError::NotDeleted { .. } | AdaptorError::Ending { .. } => "kbs",
             AdaptorError::Bind(_) | AdaptorError::Path(_) => "listen",
             AdaptorError::Stopped(_) => "stopped",
             AdaptorError::AlreadyStarted(_) => "already-started",
