@@ -78,7 +78,9 @@ impl Notifier {
     /// What `systemctl status` shows. One that it shows already is not sent.
     pub fn status(&self, status: &str) {
         let status = secure_comms_keys::text::one_line(status, STATUS_MAX);
-        self.report(|unsent| unsent.status = Some(status).filter(|status| unsent.known.as_ref() != Some(status)));
+        self.report(|unsent| {
+            unsent.status = Some(status).filter(|status| unsent.known.as_ref() != Some(status))
+        });
     }
 
     /// The service ends.
@@ -191,7 +193,8 @@ mod tests {
     fn the_watchdog_is_ours_or_none() {
         assert_eq!(watchdog(Some("2000000"), Some("7"), 7), Some(Duration::from_secs(1)));
         assert_eq!(watchdog(Some("2000000"), None, 7), Some(Duration::from_secs(1)));
-        for (usec, pid) in [(Some("2000000"), Some("8")), (None, None), (Some("x"), None), (Some("0"), None)] {
+        for (usec, pid) in [(Some("2000000"), Some("8")), (None, None), (Some("x"), None), (Some("0"), None)]
+        {
             assert_eq!(watchdog(usec, pid, 7), None);
         }
     }

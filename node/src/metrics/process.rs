@@ -80,7 +80,8 @@ mod tests {
         assert!(value("process_resident_memory_bytes") > 1e6);
         assert!(value("process_open_fds") >= 3.0 && value("process_max_fds") > value("process_open_fds"));
         assert!(value("process_threads") >= 1.0 && value("process_cpu_seconds_total") >= 0.0);
-        let since = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs_f64() - value("process_start_time_seconds");
+        let since =
+            SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs_f64() - value("process_start_time_seconds");
         assert!((-5.0..3600.0).contains(&since), "{since}");
     }
 }

@@ -87,8 +87,16 @@ pub(super) fn pods(all: &[PodView], each_pod: bool) -> Registry {
         };
         runtimes.get_or_create(&InState { state }).inc();
     }
-    registry.register("pods", "Pods that are served, by the phase of their channel and by their launcher", by_phase);
-    registry.register("runtime_connections", "Pods, by the runtime's connection to their kata agent", runtimes);
+    registry.register(
+        "pods",
+        "Pods that are served, by the phase of their channel and by their launcher",
+        by_phase,
+    );
+    registry.register(
+        "runtime_connections",
+        "Pods, by the runtime's connection to their kata agent",
+        runtimes,
+    );
     if each_pod {
         let up = Family::<OnePod, Gauge>::default();
         for pod in all {

@@ -116,7 +116,8 @@ impl Server {
                 }
                 Err(error) => error,
             };
-            let fault = format!("listening on {address}: {error}; choose another address with metrics-listen");
+            let fault =
+                format!("listening on {address}: {error}; choose another address with metrics-listen");
             if last.as_ref() != Some(&fault) {
                 tracing::error!("metrics: {fault}; retrying");
                 self.health.fails(PART, fault.clone());
@@ -127,7 +128,8 @@ impl Server {
     }
 
     async fn connection(&self, stream: TcpStream) {
-        let service = service_fn(async |request: Request<Incoming>| Ok::<_, Infallible>(self.answer(&request)));
+        let service =
+            service_fn(async |request: Request<Incoming>| Ok::<_, Infallible>(self.answer(&request)));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(CONNECTION_TIME)

@@ -116,7 +116,11 @@ impl Starts {
             starts.gaps.clone(),
         );
         registry.register("sessions_over", "Sessions whose streams were reset", starts.sessions_over.clone());
-        registry.register("kbs_errors", "Failed requests to the KBS, by their kind", starts.kbs_errors.clone());
+        registry.register(
+            "kbs_errors",
+            "Failed requests to the KBS, by their kind",
+            starts.kbs_errors.clone(),
+        );
         starts
     }
 

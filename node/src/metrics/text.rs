@@ -21,7 +21,9 @@ impl Form {
         let names = |accept: &str| {
             accept.split(',').any(|range| {
                 let mut parts = range.split(';').map(str::trim);
-                let is_it = parts.next().is_some_and(|kind| kind.eq_ignore_ascii_case("application/openmetrics-text"));
+                let is_it = parts
+                    .next()
+                    .is_some_and(|kind| kind.eq_ignore_ascii_case("application/openmetrics-text"));
                 is_it && !parts.any(|part| matches!(part, "q=0" | "q=0.0"))
             })
         };
@@ -68,7 +70,8 @@ fn older(text: &str) -> Result<String, fmt::Error> {
         match described {
             Some(("UNIT", ..)) => {}
             Some((keyword, name, rest)) => {
-                let (name, kind) = renamed.get(name).map_or((name, rest), |(name, kind)| (name.as_str(), *kind));
+                let (name, kind) =
+                    renamed.get(name).map_or((name, rest), |(name, kind)| (name.as_str(), *kind));
                 writeln!(older, "# {keyword} {name} {}", if keyword == "TYPE" { kind } else { rest })?;
             }
             None => writeln!(older, "{line}")?,
@@ -83,9 +86,12 @@ mod tests {
 
     #[test]
     fn a_client_gets_the_form_that_it_names() {
-        let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1";
+        let prometheus =
+            "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1";
         assert_eq!(Form::accepted(Some(prometheus)), Form::OpenMetrics);
-        for other in [None, Some("*/*"), Some("text/plain"), Some("application/openmetrics-text;q=0"), Some("")] {
+        for other in
+            [None, Some("*/*"), Some("text/plain"), Some("application/openmetrics-text;q=0"), Some("")]
+        {
             assert_eq!(Form::accepted(other), Form::Prometheus, "{other:?}");
         }
     }
