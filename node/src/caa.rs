@@ -7,13 +7,29 @@
 //!                                            \--- handshake finished --> relay <==> KATAAGENT stream
 //! ```
 
+pub mod check;
+pub mod directory;
+pub mod front;
+mod identity;
+mod life;
 pub mod rules;
 mod sandbox;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use self::sandbox::{Sandbox, TlsIdentity};
+use tokio::sync::watch;
+
+use crate::health::Health;
+use crate::init_data::InitDataPolicy;
+use crate::metrics::Metrics;
+use crate::pods::Pods;
+
+pub use self::directory::{Change, Changes, LookupError, PodsDirectory};
+pub use self::identity::{IdentityError, TlsIdentity, Whose};
+pub use self::sandbox::Sandbox;
 
 /// Settings of the way in of cloud-api-adaptor.
 #[derive(Clone, Debug)]
@@ -44,4 +60,32 @@ impl Default for CaaSettings {
             start_deadline: Duration::from_secs(600),
         }
     }
+}
+
+/// Error of the way in of cloud-api-adaptor.
+#[derive(Debug, thiserror::Error)]
+pub enum CaaError {
+    /// A part of it cannot be set up.
+    #[error("{0}")]
+    Setup(String),
+}
+
+/// Serves the pods of cloud-api-adaptor until `stop` becomes true.
+///
+/// # Errors
+/// A part of it cannot be set up.
+///
+/// # Cancellation
+/// Dropping the future cuts the connections of cloud-api-adaptor: the runtime then ends its pods.
+pub async fn run(
+    _settings: CaaSettings,
+    _init_data: InitDataPolicy,
+    _pods: Pods,
+    _health: Health,
+    _metrics: Metrics,
+    mut stop: watch::Receiver<bool>,
+) -> Result<(), CaaError> {
+    // An error means that the process ends.
+    drop(stop.wait_for(|stop| *stop).await);
+    Ok(())
 }

@@ -17,6 +17,9 @@ struct Inner {
     refused_dials: Family<Reason, Counter>,
     api_requests: Family<Answered, Counter>,
     rules_put_back: Counter,
+    released_dials: Counter,
+    parked_dials: Counter,
+    failed_checks: Counter,
 }
 
 /// How a request of the API was answered.
@@ -53,7 +56,30 @@ impl Default for Metrics {
             "Times that our nftables rules were gone or changed, and were put back",
             rules_put_back.clone(),
         );
-        Self(Arc::new(Inner { registry, refused_dials, rules_put_back, api_requests }))
+        let mut counter = |name, help| {
+            let counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let released_dials = counter(
+            "released_dials",
+            "Connections of cloud-api-adaptor whose handshake ended because the pod can be used",
+        );
+        let parked_dials = counter(
+            "parked_dials",
+            "Connections kept open without use, because a younger pod has the address",
+        );
+        let failed_checks =
+            counter("failed_checks", "Times that a kata agent did not answer before the handshake ended");
+        Self(Arc::new(Inner {
+            registry,
+            refused_dials,
+            rules_put_back,
+            api_requests,
+            released_dials,
+            parked_dials,
+            failed_checks,
+        }))
     }
 }
 
@@ -73,6 +99,21 @@ impl Metrics {
     /// Our nftables rules were put back.
     pub fn rules_put_back(&self) {
         self.0.rules_put_back.inc();
+    }
+
+    /// The handshake of a connection of cloud-api-adaptor has ended.
+    pub fn dial_released(&self) {
+        self.0.released_dials.inc();
+    }
+
+    /// A connection is kept open without use.
+    pub fn dial_parked(&self) {
+        self.0.parked_dials.inc();
+    }
+
+    /// A kata agent did not answer before the handshake of the runtime's connection.
+    pub fn check_failed(&self) {
+        self.0.failed_checks.inc();
     }
 
     /// All metrics, in the text format that Prometheus reads.

@@ -1,0 +1,5 @@
+//! The lives of the sandboxes: what begins, readies and ends a pod of cloud-api-adaptor.
+
+mod actor;
+mod machine;
+mod world;
