@@ -47,11 +47,16 @@ impl Default for Metrics {
             registry.register(name, help, counter.clone());
             counter
         };
-        let released_dials =
-            counter("released_dials", "Connections of cloud-api-adaptor whose handshake ended because the pod can be used");
-        let parked_dials =
-            counter("parked_dials", "Connections kept open without use, because a younger pod has the address");
-        let failed_checks = counter("failed_checks", "Times that a kata agent did not answer before the handshake ended");
+        let released_dials = counter(
+            "released_dials",
+            "Connections of cloud-api-adaptor whose handshake ended because the pod can be used",
+        );
+        let parked_dials = counter(
+            "parked_dials",
+            "Connections kept open without use, because a younger pod has the address",
+        );
+        let failed_checks =
+            counter("failed_checks", "Times that a kata agent did not answer before the handshake ended");
         Self(Arc::new(Inner {
             registry,
             refused_dials,

@@ -30,8 +30,6 @@ pub(super) enum Order<D> {
     Dial(D, Arc<Sandbox>),
     /// A younger sandbox has the address of its VM: this one.
     Superseded(PodId),
-    /// The service ends: held dials are closed, relays go on until the task is dropped.
-    Drain,
 }
 
 /// Nothing of the sandbox is left, after this number of orders.
@@ -227,7 +225,6 @@ impl<W: World> Actor<W> {
                 self.last_end = format!("sandbox {by}, which is younger, has the address of its VM");
                 self.step(Input::Superseded);
             }
-            Order::Drain => self.dials.clear(),
         }
     }
 
@@ -481,9 +478,8 @@ impl<W: World> Actor<W> {
         let (Some(client), Some(stream)) = (self.client.take(), self.stream.take()) else { return };
         tracing::info!("pod {}: can be used: the runtime is connected to its kata agent", self.id);
         let common = Arc::clone(&self.common);
-        let task = self.tasks.spawn(async move {
-            Done::RelayEnded(dial, common.world.relay(client, stream).await)
-        });
+        let task =
+            self.tasks.spawn(async move { Done::RelayEnded(dial, common.world.relay(client, stream).await) });
         self.relays.insert(dial, task);
     }
 
@@ -508,7 +504,9 @@ impl<W: World> Actor<W> {
         let why = match cause {
             Cause::NeverDialled => format!("cloud-api-adaptor has not dialled its VM within {first_dial} s"),
             Cause::NotDialledAgain => {
-                format!("cloud-api-adaptor has not dialled its VM within {grace} s after the restart of this service")
+                format!(
+                    "cloud-api-adaptor has not dialled its VM within {grace} s after the restart of this service"
+                )
             }
             Cause::DialClosed | Cause::RelayEnded => {
                 format!("{}, and no other connection came within {grace} s", self.last_end)
@@ -530,8 +528,7 @@ impl<W: World> Actor<W> {
     fn begin(&mut self, slot: Slot, operation: impl Future<Output = Outcome<W>> + Send + 'static) {
         self.numbers += 1;
         let number = self.numbers;
-        let task =
-            self.tasks.spawn(async move { Done::Slot { slot, number, outcome: operation.await } });
+        let task = self.tasks.spawn(async move { Done::Slot { slot, number, outcome: operation.await } });
         if let Some(earlier) = self.slot(slot).replace(Operation { number, task }) {
             earlier.task.abort();
         }

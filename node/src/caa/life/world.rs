@@ -52,11 +52,7 @@ pub(super) trait World: Send + Sync + 'static {
     fn prepare(&self, sandbox: &Sandbox) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Starts the pod at this address, or waits for a start there, until it is up.
-    fn start(
-        &self,
-        id: &PodId,
-        vm: IpAddr,
-    ) -> impl Future<Output = Result<(), Failed<StartFailure>>> + Send;
+    fn start(&self, id: &PodId, vm: IpAddr) -> impl Future<Output = Result<(), Failed<StartFailure>>> + Send;
 
     /// Suspends the pod's channel.
     fn halt(&self, id: &PodId) -> impl Future<Output = ()> + Send;
@@ -68,10 +64,7 @@ pub(super) trait World: Send + Sync + 'static {
     fn check(&self, id: &PodId) -> impl Future<Output = Result<(), Failed<ReleaseFailure>>> + Send;
 
     /// Waits until the pod is up, and opens a stream to its kata agent.
-    fn open(
-        &self,
-        id: &PodId,
-    ) -> impl Future<Output = Result<Self::Stream, Failed<ReleaseFailure>>> + Send;
+    fn open(&self, id: &PodId) -> impl Future<Output = Result<Self::Stream, Failed<ReleaseFailure>>> + Send;
 
     /// Ends the handshake of a dial.
     fn finish(
@@ -81,11 +74,7 @@ pub(super) trait World: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Self::Client, String>> + Send;
 
     /// Relays until either side ends, and says why it ended.
-    fn relay(
-        &self,
-        client: Self::Client,
-        stream: Self::Stream,
-    ) -> impl Future<Output = String> + Send;
+    fn relay(&self, client: Self::Client, stream: Self::Stream) -> impl Future<Output = String> + Send;
 
     /// Completes once the pod is not up.
     fn until_down(&self, id: &PodId) -> impl Future<Output = ()> + Send;
