@@ -59,7 +59,7 @@
 
 pub mod registry;
 pub use deadline::Deadline;
-pub use registry::{Adaptor, AdaptorError, Config, Endpoint, PodSpec};
+pub use registry::{Adaptor, AdaptorError, Config, Endpoint, PodRecord, PodSpec, Stopped};
 
 pub mod address;
 mod deadline;

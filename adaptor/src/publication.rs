@@ -141,6 +141,14 @@ impl Publication {
         Ok(paths)
     }
 
+    /// As [`recorded`](Self::recorded), also for a record that is damaged.
+    pub(crate) async fn may_be_at(&self) -> Result<Vec<String>, StoreError> {
+        match self.recorded().await {
+            Err(StoreError::BrokenRecord(_)) => Ok(vec![resource::pod_keys(&self.id, None)]),
+            recorded => recorded,
+        }
+    }
+
     /// Every path under which this version and older ones publish the private key.
     async fn possible_paths(&self) -> Result<Vec<String>, StoreError> {
         let init_data = self.store.init_data(&self.id).await?;

@@ -10,8 +10,11 @@ mod error;
 mod listen_path;
 mod operation;
 mod pods;
+mod records;
+mod retry;
 mod shared;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use secure_comms_protocol::{PodId, TunnelName};
@@ -25,6 +28,9 @@ use self::command::{Command, Reply, StartOrder};
 pub use self::error::AdaptorError;
 pub use self::listen_path::PathError;
 use self::pods::{PodHandle, Pods};
+pub use self::records::PodRecord;
+use self::retry::Retries;
+pub use self::retry::Stopped;
 use self::shared::Shared;
 pub use self::shared::{Config, PodSpec};
 use crate::address::Address;
@@ -33,8 +39,11 @@ use crate::kbs::KbsClient;
 use crate::key_source::KeySource;
 pub use crate::pod::Endpoint;
 use crate::pod::{PodSnapshot, StatusReporter};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::text::with_causes;
+
+/// Pods that are resumed at a time: each reads some files and opens its listeners.
+const RESUMED_AT_A_TIME: usize = 32;
 
 /// The worker node's end of any number of pods.
 ///
@@ -43,12 +52,13 @@ use crate::text::with_causes;
 /// | [`prepare`](Self::prepare) | finds or makes | publishes, unless the pod was up | opens | |
 /// | [`start`](Self::start) | | deletes before the first client, publishes again if the VM attests again | | opens, keeps up |
 /// | [`suspend`](Self::suspend) | keeps | | closes | closes |
-/// | [`stop`](Self::stop) | deletes | deletes | closes | closes |
-/// | [`resume_all`](Self::resume_all) | finds | | opens | opens, keeps up |
+/// | [`end`](Self::end), [`stop`](Self::stop) | deletes | deletes, until done | closes | closes |
+/// | [`forget`](Self::forget) | deletes | | closes | closes |
+/// | [`resume_all`](Self::resume_all) | finds | continues deletions | opens | opens, keeps up |
 /// | [`restore_listeners`](Self::restore_listeners) | finds | | opens | |
 /// | [`publish_keys`](Self::publish_keys) | finds | publishes, unless the pod is up | | |
 ///
-/// The first four are a pod's life. The last three continue it in a new process.
+/// Those up to `forget` are a pod's life. The last three continue it in a new process.
 ///
 /// # Concurrency
 /// Each pod has one task, which owns its keys, listeners, connection and state. A method sends it a command and waits
@@ -62,6 +72,8 @@ use crate::text::with_causes;
 ///   [`AdaptorError::Stopped`] at once. They wait for no KBS that another command waits for.
 /// - A `prepare` during a `stop` runs after it. A `start` during a `stop` gets [`AdaptorError::NotPrepared`] at once,
 ///   unless a `prepare` waits before it.
+/// - A `prepare` of a pod whose deletion has failed deletes it first, within its own deadline, and then makes a new key.
+/// - `end` and `forget` count as `stop` here.
 /// - A `stop` during a `stop` shares its result if that succeeds, and else tries again. A `stop` during a `suspend`
 ///   completes it and then deletes; a `suspend` during a `stop` returns when the listeners are closed.
 ///
@@ -102,7 +114,10 @@ pub struct Adaptor {
 impl Adaptor {
     /// An adaptor without pods. Its VMs get their keys from `key_source`.
     pub fn new(store: Arc<dyn Store>, key_source: KeySource<KbsClient>, config: Config) -> Self {
-        Self { shared: Arc::new(Shared { store, key_source, config }), pods: Arc::default() }
+        Self {
+            shared: Arc::new(Shared { store, key_source, config, retries: Retries::default() }),
+            pods: Arc::default(),
+        }
     }
 
     /// Sends the pod a command, and waits for its result. Starts the pod's task if it has none.
@@ -287,26 +302,102 @@ impl Adaptor {
         }
     }
 
-    /// Ends the pod: stops serving it as [`suspend`](Self::suspend) does, deletes its resource from the KBS, and deletes
-    /// its key from the store.
+    /// Ends the pod: marks it in the store as one that is being ended, stops serving it as [`suspend`](Self::suspend) does,
+    /// deletes its resource from the KBS, and deletes its key from the store.
     ///
     /// It returns at once if the pod's key has never left this process. Else the KBS gets 10 s to delete the resource, and
-    /// 4 s if the stop interrupted a wait for it.
+    /// 4 s if the stop interrupted a wait for it. What fails is retried ([`Stopped::Retried`]): the pod stays among the
+    /// [`snapshots`](Self::snapshots), in the state [`PodState::Ending`](crate::pod::PodState::Ending), until it is deleted.
+    /// The pauses double from 5 s to 5 minutes; a deletion of another pod that succeeds ends them.
+    ///
+    /// A mark that cannot be saved, as on a full disk, is logged, and the pod is ended all the same: a new process would
+    /// resume it then.
     ///
     /// # Errors
-    /// The KBS or the store failed, or the KBS has not answered an earlier request to publish, which it may still carry
-    /// out, or another adaptor serves the pod. The key is then still in the store, so that `stop`
-    /// can be retried. The pod is not served any more.
+    /// Another adaptor holds the pod, or the pod has no record and its usual resource could not be deleted. This is not
+    /// retried.
+    ///
+    /// # Cancellation
+    /// Dropping the future drops the wait only.
+    pub async fn end(&self, id: &PodId) -> Result<Stopped, AdaptorError> {
+        self.ask(id, |reply| Command::Stop { reply }).await
+    }
+
+    /// As [`end`](Self::end), for a caller that has to know whether the pod's keys are deleted.
+    ///
+    /// # Errors
+    /// As [`end`](Self::end); and the KBS or the store failed, or the KBS has not answered an earlier request to publish,
+    /// which it may still carry out. Then the deletion is retried as long as this adaptor or a later one runs. The pod is not
+    /// served any more.
     ///
     /// # Cancellation
     /// Dropping the future drops the wait only.
     pub async fn stop(&self, id: &PodId) -> Result<(), AdaptorError> {
-        self.ask(id, |reply| Command::Stop { reply }).await
+        match self.end(id).await? {
+            Stopped::Done => Ok(()),
+            Stopped::Retried(error) => Err(error),
+        }
+    }
+
+    /// Ends the pod without the KBS: stops serving it, and deletes its record from the store. Returns the paths of the KBS
+    /// under which its key may stay: nothing deletes them any more.
+    ///
+    /// # Errors
+    /// The store failed, or another adaptor holds the pod.
+    ///
+    /// # Cancellation
+    /// Dropping the future drops the wait only.
+    pub async fn forget(&self, id: &PodId) -> Result<Vec<String>, AdaptorError> {
+        self.ask(id, |reply| Command::Forget { reply }).await
+    }
+
+    /// What the store knows of all pods, in a stable order, whether they are served or not.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    ///
+    /// # Cancellation
+    /// Dropping the future has no effect.
+    pub async fn records(&self) -> Result<Vec<PodRecord>, StoreError> {
+        let mut all = Vec::new();
+        for id in self.shared.store.pods().await? {
+            all.extend(records::read(&self.shared, id).await?);
+        }
+        Ok(all)
+    }
+
+    /// What the store knows of the pod; `None` if it has no record.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    ///
+    /// # Cancellation
+    /// Dropping the future has no effect.
+    pub async fn record(&self, id: &PodId) -> Result<Option<PodRecord>, StoreError> {
+        records::read(&self.shared, id.clone()).await
+    }
+
+    /// Whether another adaptor holds the pod, as a `connect` with the same store does.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    ///
+    /// # Cancellation
+    /// Dropping the future has no effect.
+    pub async fn is_held_elsewhere(&self, id: &PodId) -> Result<bool, StoreError> {
+        if self.snapshot(id).is_some() {
+            return Ok(false);
+        }
+        match self.shared.store.lock_pod(id).await {
+            Err(StoreError::Locked { .. }) => Ok(true),
+            // The lock is released at once.
+            locked => locked.map(|_| false),
+        }
     }
 
     /// Listens and connects again for every pod that an earlier process started, Kubernetes phase first, and returns
     /// their ids without waiting for the connections. A pod that fails, as one that another adaptor serves, is logged and
-    /// left out.
+    /// left out. A pod that is being ended is never resumed: its deletion is continued.
     ///
     /// # Errors
     /// The pods cannot be listed.
@@ -314,9 +405,18 @@ impl Adaptor {
     /// # Cancellation
     /// Dropping the future leaves the pods that were resumed already running.
     pub async fn resume_all(&self) -> Result<Vec<PodId>, AdaptorError> {
-        let mut resumed = Vec::new();
-        for id in self.shared.store.pods().await? {
-            match self.ask(&id, |reply| Command::Resume { reply }).await {
+        let (mut resumed, mut under_way) = (Vec::new(), VecDeque::new());
+        let mut ids = self.shared.store.pods().await?.into_iter();
+        loop {
+            while under_way.len() < RESUMED_AT_A_TIME
+                && let Some(id) = ids.next()
+            {
+                let (reply, result) = oneshot::channel();
+                self.send(&id, Command::Resume { reply });
+                under_way.push_back((id, result));
+            }
+            let Some((id, result)) = under_way.pop_front() else { return Ok(resumed) };
+            match result.await.unwrap_or_else(|_| Err(AdaptorError::TaskEnded(id.clone()))) {
                 Ok(true) => resumed.push(id),
                 Ok(false) => {}
                 Err(error) => {
@@ -324,6 +424,5 @@ impl Adaptor {
                 }
             }
         }
-        Ok(resumed)
     }
 }

@@ -5,6 +5,7 @@ mod directory;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use secure_comms_keys::{FileError, KeyError, PodKey, WorkerNodeKey};
@@ -111,6 +112,25 @@ pub trait Store: Send + Sync + Debug {
     /// # Errors
     /// As for [`save_init_data`](Self::save_init_data).
     async fn save_published(&self, pod: &PodId, paths: &[String]) -> Result<(), StoreError>;
+
+    /// Marks the pod as one that is being ended: it is never resumed, and its keys are deleted until that is done. Returns
+    /// whether the pod has a record. An earlier mark stays as it is, and then this succeeds on a read-only store.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    async fn mark_ending(&self, pod: &PodId) -> Result<bool, StoreError>;
+
+    /// When the pod was marked as one that is being ended; `None` if it was not.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    async fn ending_since(&self, pod: &PodId) -> Result<Option<SystemTime>, StoreError>;
+
+    /// When the pod's record was made; `None` if it has none, or the file system does not say.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    async fn made(&self, pod: &PodId) -> Result<Option<SystemTime>, StoreError>;
 
     /// Locks a pod for the adaptor that serves it, until the lock is dropped or the process ends. `None` if the pod has no
     /// record: there is nothing to lock then. Other methods need no lock.

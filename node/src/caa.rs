@@ -7,9 +7,15 @@
 //!                                            \--- handshake finished --> relay <==> KATAAGENT stream
 //! ```
 
+pub mod check;
+pub mod directory;
+pub mod front;
+mod identity;
 mod life;
 pub mod rules;
 mod sandbox;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -21,7 +27,9 @@ use crate::init_data::InitDataPolicy;
 use crate::metrics::Metrics;
 use crate::pods::Pods;
 
-pub use self::sandbox::{Sandbox, TlsIdentity};
+pub use self::directory::{Change, Changes, LookupError, PodsDirectory};
+pub use self::identity::{IdentityError, TlsIdentity, Whose};
+pub use self::sandbox::Sandbox;
 
 /// Settings of the way in of cloud-api-adaptor.
 #[derive(Clone, Debug)]

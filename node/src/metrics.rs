@@ -15,10 +15,18 @@ pub struct Metrics(Arc<Inner>);
 struct Inner {
     registry: Registry,
     refused_dials: Family<Reason, Counter>,
+    api_requests: Family<Answered, Counter>,
     rules_put_back: Counter,
     released_dials: Counter,
     parked_dials: Counter,
     failed_checks: Counter,
+}
+
+/// How a request of the API was answered.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Answered {
+    method: &'static str,
+    status: u16,
 }
 
 /// Why something was done.
@@ -35,6 +43,12 @@ impl Default for Metrics {
             "refused_dials",
             "Connections to the port of the pod VMs that were refused",
             Family::clone(&refused_dials),
+        );
+        let api_requests = Family::default();
+        registry.register(
+            "api_requests",
+            "Requests to the API that were answered",
+            Family::clone(&api_requests),
         );
         let rules_put_back = Counter::default();
         registry.register(
@@ -61,6 +75,7 @@ impl Default for Metrics {
             registry,
             refused_dials,
             rules_put_back,
+            api_requests,
             released_dials,
             parked_dials,
             failed_checks,
@@ -72,6 +87,13 @@ impl Metrics {
     /// A connection to the port that cloud-api-adaptor dials was refused. `reason` is a word of a fixed list.
     pub fn dial_refused(&self, reason: &'static str) {
         self.0.refused_dials.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// A request to the API was answered with this status. A method that the API does not know counts as `other`.
+    pub fn api_answered(&self, method: &str, status: u16) {
+        let known = ["GET", "HEAD", "PUT", "POST", "DELETE"].into_iter().find(|known| *known == method);
+        let labels = Answered { method: known.unwrap_or("other"), status };
+        self.0.api_requests.get_or_create(&labels).inc();
     }
 
     /// Our nftables rules were put back.

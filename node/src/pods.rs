@@ -5,20 +5,24 @@
 
 mod events;
 mod launch;
+mod orphans;
 mod runtime;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::pod::PodSnapshot;
-use secure_comms_adaptor::{Adaptor, AdaptorError, Deadline, Endpoint, PodSpec};
+use secure_comms_adaptor::store::StoreError;
+use secure_comms_adaptor::{Adaptor, AdaptorError, Deadline, Endpoint, PodSpec, Stopped};
 use secure_comms_protocol::{InitDataDigest, PodId, TunnelName};
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, watch};
 
 pub use self::events::{Events, Happening};
 pub use self::launch::{Launch, Launcher};
+pub use self::orphans::{CollectError, Orphan, OrphanReason};
 pub use self::runtime::Runtime;
 
 /// All that is shown of a pod.
@@ -91,17 +95,56 @@ impl Pods {
         self.0.adaptor.start(id, addresses, deadline).await
     }
 
-    /// Ends the pod, and deletes its keys here and at the KBS: see [`Adaptor::stop`].
+    /// Ends the pod, and deletes its keys here and at the KBS: see [`Adaptor::end`]. While that fails and is retried, the pod
+    /// stays in the list.
     ///
     /// # Errors
-    /// As [`Adaptor::stop`].
+    /// As [`Adaptor::end`].
     ///
     /// # Cancellation
     /// Dropping the future drops the wait only.
-    pub async fn stop(&self, id: &PodId) -> Result<(), AdaptorError> {
-        let stopped = self.0.adaptor.stop(id).await;
+    pub async fn stop(&self, id: &PodId) -> Result<Stopped, AdaptorError> {
+        let stopped = self.0.adaptor.end(id).await;
         self.runtimes().remove(id);
         stopped
+    }
+
+    /// Ends the pod without the KBS, and returns which resources may stay there: see [`Adaptor::forget`].
+    ///
+    /// # Errors
+    /// As [`Adaptor::forget`].
+    ///
+    /// # Cancellation
+    /// Dropping the future drops the wait only.
+    pub async fn forget(&self, id: &PodId) -> Result<Vec<String>, AdaptorError> {
+        let left = self.0.adaptor.forget(id).await;
+        self.runtimes().remove(id);
+        left
+    }
+
+    /// The records of the store that no launcher will end, by their ids.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    ///
+    /// # Cancellation
+    /// Dropping the future has no effect.
+    pub async fn orphans(&self) -> Result<Vec<Orphan>, StoreError> {
+        orphans::list(&self.0.adaptor, SystemTime::now()).await
+    }
+
+    /// Ends an orphan, as [`stop`](Self::stop) ends a pod.
+    ///
+    /// # Errors
+    /// The pod is no orphan, or as [`stop`](Self::stop).
+    ///
+    /// # Cancellation
+    /// Dropping the future drops the wait only.
+    pub async fn collect(&self, id: &PodId) -> Result<Stopped, CollectError> {
+        if orphans::find(&self.0.adaptor, id, SystemTime::now()).await?.is_none() {
+            return Err(CollectError::NoOrphan(id.clone()));
+        }
+        Ok(self.stop(id).await?)
     }
 
     /// Opens a stream of a tunnel of the Kubernetes phase: see [`Adaptor::open`].

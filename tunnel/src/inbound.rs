@@ -20,6 +20,7 @@ use crate::reminder::Reminder;
 use crate::socket::Socket;
 
 pub use listen::BindError;
+pub use unix::PrivateListener;
 
 use listen::Listener;
 

@@ -90,6 +90,12 @@ pub enum PodState {
         /// Error that ended it.
         reason: String,
     },
+    /// The pod is being ended: nothing of it is served, and its keys are being deleted from the KBS and the store. That is
+    /// retried until it is done, over restarts.
+    Ending {
+        /// Error of the last attempt; `None` before the first one ended.
+        last_error: Option<String>,
+    },
     /// The caller stopped the pod's channel.
     Stopped,
 }
@@ -146,6 +152,11 @@ pub enum PodEvent {
     InitDataMismatch(String),
     /// The keys were published again, because the agent asked for them in vain or a second time.
     PublishedAgain,
+    /// The pod has ended, and its keys could not be deleted; that is retried. Emitted when the failures start and when
+    /// their cause changes.
+    DeleteFailed(String),
+    /// The pod's keys are deleted, after failures.
+    Deleted,
     /// Publishing them again failed. Emitted when the failures start and when their cause changes.
     PublishFailed(String),
 }
@@ -189,6 +200,10 @@ impl fmt::Display for PodEvent {
             Self::WithdrawFailed(why) => f.write_str(why),
             Self::InitDataMismatch(what) => f.write_str(what),
             Self::PublishedAgain => f.write_str("keys published to the KBS again"),
+            Self::DeleteFailed(why) => {
+                write!(f, "deleting the keys of the pod that has ended: {why}; retrying")
+            }
+            Self::Deleted => f.write_str("the keys of the pod that has ended are deleted"),
             Self::PublishFailed(why) => write!(f, "publishing the keys again: {why}"),
         }
     }

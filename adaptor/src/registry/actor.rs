@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! commands --> queue --> operation (keys, listeners, KBS) --> channel (the driver) --> teardown (listeners, KBS, store)
-//!                  \---- stop, suspend: cancel what is under way, and come first ----/
+//!                  \---- stop, suspend, forget: cancel what is under way, and come first ----/
 //! ```
 //! Nothing else changes the state, and all of it is dropped with the task. Every wait is one branch of one `select`, so
 //! the task accepts a command at any time.
@@ -17,14 +17,15 @@ use std::future::pending;
 use std::sync::{Arc, Weak};
 
 use secure_comms_protocol::PodId;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::channel::{Channel, Republish};
 use super::command::{Command, Reply};
 use super::error::AdaptorError;
-use super::operation::{Acquired, Context, Controls, Operation, Pod, Served, Work};
+use super::operation::{Acquired, Context, Controls, Marked, Operation, Pod, Served, Work};
 use super::pods::Pods;
+use super::retry::{Stopped, Undone};
 use super::shared::Shared;
 use crate::deadline::Deadline;
 use crate::pod::{Ended, PodSnapshot, PodState, StatusReporter};
@@ -53,6 +54,8 @@ pub(super) struct Actor {
     channel: Option<Channel>,
     republish: Republish,
     ending: Option<Ending>,
+    /// The pod's deletion, which has failed and is retried.
+    undone: Option<Undone>,
     /// Whether nothing of the pod can be in the KBS.
     untouched: bool,
     /// Whether the stop interrupted a wait that was, as a rule, for the KBS.
@@ -66,19 +69,30 @@ struct Publishing {
     reply: Option<Reply<()>>,
 }
 
-/// A `suspend` or `stop` that is under way.
+/// A `suspend`, `stop` or `forget` that is under way, or the retry of a deletion.
 #[derive(Default)]
 struct Ending {
     suspends: Vec<Reply<()>>,
-    stops: VecDeque<Reply<()>>,
+    stops: VecDeque<Reply<Stopped>>,
+    forgets: Vec<Reply<Vec<String>>>,
+    /// For a retry without a caller.
+    retry: Option<OwnedSemaphorePermit>,
+    /// Whether the pod's mark is written, or cannot be.
+    marked: bool,
+    /// Whether the pod has a record: only then its deletion is retried.
+    has_record: bool,
     teardown: Option<Teardown>,
 }
 
 enum Teardown {
+    /// The pod is marked in the store as one that is being ended.
+    Marking(Work<(Option<PodLock>, Marked)>),
     /// The inbounds close.
     Closing(Work<()>),
     /// The KBS's and the store's record are deleted.
     Deleting { work: Work<Result<(), AdaptorError>>, deadline: Deadline },
+    /// The store's record is deleted.
+    Forgetting(Work<Result<Vec<String>, AdaptorError>>),
 }
 
 /// What woke the task.
@@ -90,8 +104,11 @@ enum Woken {
     StartDeadline,
     ChannelEnded(Ended),
     InboundEnded(String),
+    Marked(Option<PodLock>, Marked),
     Closed,
     Deleted(Result<(), AdaptorError>),
+    Forgotten(Result<Vec<String>, AdaptorError>),
+    Retry(OwnedSemaphorePermit),
     Republish,
     Report,
 }
@@ -123,6 +140,7 @@ impl Actor {
             channel: None,
             republish: Republish::default(),
             ending: None,
+            undone: None,
             untouched: false,
             kbs_is_silent: false,
             next_report: None,
@@ -156,8 +174,11 @@ impl Actor {
                     self.status.fail(&format!("a listener's task ended: {why}"));
                     break;
                 }
+                Woken::Marked(lock, marked) => self.on_marked(lock, marked),
                 Woken::Closed => self.on_closed(),
                 Woken::Deleted(result) => self.on_deleted(result),
+                Woken::Forgotten(result) => self.on_forgotten(result),
+                Woken::Retry(permit) => self.retry_deletion(permit),
                 Woken::Republish => self.publish_again(),
                 Woken::Report => self.report(),
             }
@@ -168,6 +189,7 @@ impl Actor {
     /// Waits for the next thing to do. Dropping the future loses nothing.
     async fn next(&mut self) -> Woken {
         let start_deadline = self.channel.as_ref().and_then(Channel::start_deadline);
+        let waits_to_retry = self.operation.is_none() && self.ending.is_none();
         let republish_at = self.republish.due().filter(|_| self.can_publish_again());
         tokio::select! {
             command = self.commands.recv() => Woken::Command(command),
@@ -182,6 +204,7 @@ impl Actor {
             _ = self.states.changed() => Woken::State,
             why = inbound_ended(self.served.as_mut()) => Woken::InboundEnded(why),
             woken = tear_down(self.ending.as_mut().and_then(|ending| ending.teardown.as_mut())) => woken,
+            permit = retry_due(self.undone.as_mut().filter(|_| waits_to_retry)) => Woken::Retry(permit),
             () = until(start_deadline) => Woken::StartDeadline,
             () = until(republish_at) => Woken::Republish,
             () = until(self.next_report) => Woken::Report,
@@ -214,6 +237,7 @@ impl Actor {
             && self.operation.is_none()
             && self.publishing.is_none()
             && self.ending.is_none()
+            && self.undone.is_none()
     }
 
     /// Ends the task's entry among the pods, unless a command has arrived. Commands are sent under the same lock.
@@ -279,8 +303,20 @@ async fn inbound_ended(served: Option<&mut Served>) -> String {
     }
 }
 
+async fn retry_due(undone: Option<&mut Undone>) -> OwnedSemaphorePermit {
+    match undone {
+        Some(undone) => undone.due().await,
+        None => pending().await,
+    }
+}
+
 async fn tear_down(teardown: Option<&mut Teardown>) -> Woken {
     match teardown {
+        Some(Teardown::Marking(work)) => {
+            let (lock, marked) = work.await;
+            Woken::Marked(lock, marked)
+        }
+        Some(Teardown::Forgetting(work)) => Woken::Forgotten(work.await),
         Some(Teardown::Closing(work)) => {
             work.await;
             Woken::Closed

@@ -4,6 +4,7 @@ use secure_comms_protocol::TunnelName;
 use tokio::sync::oneshot;
 
 use super::error::AdaptorError;
+use super::retry::Stopped;
 use super::shared::PodSpec;
 use crate::address::Address;
 use crate::deadline::Deadline;
@@ -41,7 +42,11 @@ pub(super) enum Command {
         reply: Reply<()>,
     },
     Stop {
-        reply: Reply<()>,
+        reply: Reply<Stopped>,
+    },
+    /// Answers with the resources that may stay in the KBS.
+    Forget {
+        reply: Reply<Vec<String>>,
     },
 }
 

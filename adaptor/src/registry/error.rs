@@ -62,6 +62,14 @@ pub enum AdaptorError {
         /// Why. It is part of the text.
         cause: Box<KbsError>,
     },
+    /// The pod is being ended, and its keys are not deleted yet.
+    #[error("pod {pod}: it is being ended, and its earlier keys must be deleted first: {cause}")]
+    Ending {
+        /// Id of the pod.
+        pod: PodId,
+        /// Why that is not done. It is part of the text.
+        cause: String,
+    },
     /// The pod is not prepared.
     #[error("pod {0}: not prepared: prepare it first")]
     NotPrepared(PodId),

@@ -65,6 +65,10 @@ pub(super) struct Acquired {
     pub(super) labels: Option<Labels>,
     /// Whether nothing of the pod can be in the KBS: the key was made by this operation, never left it, and is deleted.
     pub(super) untouched: bool,
+    /// Whether the pod was found to be one that is being ended.
+    pub(super) ending: bool,
+    /// Whether this operation has completed that.
+    pub(super) ended: bool,
 }
 
 /// Who waits for an operation, and what follows it.
@@ -136,7 +140,11 @@ impl Context {
         if !known && !self.shared.key_source.attests() {
             return (acquired, Err(AdaptorError::NoKey(self.id.clone())));
         }
-        let result = self.prepare_with(&mut acquired, &spec, deadline).await;
+        let result = match self.complete_end(&mut acquired, deadline).await {
+            Ok(()) => self.prepare_with(&mut acquired, &spec, deadline).await,
+            Err(error) => return (acquired, Err(error)),
+        };
+        let known = known && !acquired.ended;
         if let Err(error) = &result {
             // Before the record is deleted, so that the ports are free when the caller hears of the error.
             close(acquired.served.take()).await;
@@ -157,6 +165,26 @@ impl Context {
         (acquired, result)
     }
 
+    /// Deletes an earlier pod of this id whose end is not done.
+    async fn complete_end(&self, acquired: &mut Acquired, deadline: Deadline) -> Result<(), AdaptorError> {
+        if self.shared.store.ending_since(&self.id).await?.is_none() {
+            return Ok(());
+        }
+        acquired.ending = true;
+        let _lock = self.lock().await?;
+        self.step.send_replace("the deletion of the pod's earlier keys".to_owned());
+        let deletion = Deletion { untouched: false, deadline };
+        let deleted = delete(self.id.clone(), Arc::clone(&self.shared), self.publication.clone(), deletion);
+        let failed = |error| AdaptorError::Ending { pod: self.id.clone(), cause: deletion_cause(&error) };
+        self.unless_cancelled(deleted).await?.map_err(failed)?;
+        if let Some(publication) = &self.publication {
+            // The new pod's VM does.
+            publication.need();
+        }
+        acquired.ended = true;
+        if self.shared.key_source.attests() { Ok(()) } else { Err(AdaptorError::NoKey(self.id.clone())) }
+    }
+
     async fn prepare_with(
         &self,
         acquired: &mut Acquired,
@@ -165,7 +193,8 @@ impl Context {
     ) -> Result<(), AdaptorError> {
         let store = &self.shared.store;
         let (node_key, pod_key) = (store.worker_node_key().await?, store.pod_key(&self.id).await?);
-        acquired.lock = self.lock().await?;
+        // The lock of a deleted record is none of the new one.
+        acquired.lock = if acquired.ended { store.lock_pod(&self.id).await? } else { self.lock().await? };
         acquired.labels = Some(match &spec.labels {
             Some(labels) => {
                 store.save_labels(&self.id, labels).await?;
@@ -218,6 +247,12 @@ impl Context {
     async fn restore_with(&self, acquired: &mut Acquired) -> Result<(), AdaptorError> {
         let store = &self.shared.store;
         let Some(pod_key) = store.known_pod_key(&self.id).await? else { return Ok(()) };
+        if store.ending_since(&self.id).await?.is_some() {
+            acquired.lock = self.lock().await?;
+            acquired.labels = Some(store.labels(&self.id).await?);
+            acquired.ending = true;
+            return Ok(());
+        }
         // `start` saves the addresses.
         let addresses = store.addresses(&self.id).await?;
         if addresses.is_empty() || self.served {
@@ -251,6 +286,10 @@ impl Context {
             return Err(AdaptorError::NotPrepared(self.id.clone()));
         };
         acquired.lock = self.lock().await?;
+        if store.ending_since(&self.id).await?.is_some() {
+            let cause = "nothing is published for it".to_owned();
+            return Err(AdaptorError::Ending { pod: self.id.clone(), cause });
+        }
         let node_key = store.worker_node_key().await?;
         let Some(publication) = &self.publication else { return Ok(()) };
         self.step.send_replace(format!("the KBS at {} to take the keys", publication.url()));
@@ -333,21 +372,18 @@ pub(super) async fn close(served: Option<Served>) {
 
 /// How a pod is deleted.
 pub(super) struct Deletion {
-    /// Whether the pod's task holds the pod's lock already.
-    pub(super) locked: bool,
     /// Whether nothing of the pod can be in the KBS.
     pub(super) untouched: bool,
     pub(super) deadline: Deadline,
 }
 
-/// Deletes the pod from the KBS, unless nothing of it can be there, and then from the store.
+/// Deletes the pod from the KBS, unless nothing of it can be there, and then from the store. The caller has the pod's lock.
 pub(super) async fn delete(
     id: PodId,
     shared: Arc<Shared>,
     publication: Option<Arc<Publication>>,
     deletion: Deletion,
 ) -> Result<(), AdaptorError> {
-    let _lock = if deletion.locked { None } else { shared.store.lock_pod(&id).await? };
     if let Some(publication) = publication
         && !deletion.untouched
     {
@@ -357,6 +393,57 @@ pub(super) async fn delete(
             }
             error => error.into(),
         })?;
+        shared.retries.succeeded();
     }
     Ok(shared.store.forget(&id).await?)
+}
+
+/// Deletes the pod from the store alone. Returns where in the KBS its key may be.
+pub(super) async fn forget(
+    id: PodId,
+    shared: Arc<Shared>,
+    publication: Option<Arc<Publication>>,
+) -> Result<Vec<String>, AdaptorError> {
+    let left = match publication {
+        Some(publication) if shared.store.made(&id).await?.is_some() => publication.may_be_at().await?,
+        _ => Vec::new(),
+    };
+    shared.store.forget(&id).await?;
+    Ok(left)
+}
+
+/// Why a deletion failed, for the state of a pod that is being ended: its deletion is retried without the caller.
+pub(super) fn deletion_cause(error: &AdaptorError) -> String {
+    match error {
+        AdaptorError::NotDeleted { resource, cause, .. } => {
+            format!("{resource} may still be in the KBS: {}", with_causes(cause.as_ref()))
+        }
+        error => with_causes(error),
+    }
+}
+
+/// What became of the mark of a pod that is being ended.
+pub(super) enum Marked {
+    /// It is saved.
+    Saved,
+    /// The pod has no record.
+    NoRecord,
+    /// It is not saved; the end goes on.
+    NotSaved(StoreError),
+    /// The pod is not this adaptor's to end.
+    NotOurs(StoreError),
+}
+
+/// Locks the pod unless that is done, and marks it as one that is being ended.
+pub(super) async fn mark_ending(id: PodId, shared: Arc<Shared>, locked: bool) -> (Option<PodLock>, Marked) {
+    let lock = if locked { Ok(None) } else { shared.store.lock_pod(&id).await };
+    let lock = match lock {
+        Ok(lock) => lock,
+        Err(error) => return (None, Marked::NotOurs(error)),
+    };
+    match shared.store.mark_ending(&id).await {
+        Ok(true) => (lock, Marked::Saved),
+        Ok(false) => (lock, Marked::NoRecord),
+        Err(error) => (lock, Marked::NotSaved(error)),
+    }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use secure_comms_keys::WorkerNodeKeys;
 use secure_comms_protocol::{InboundTag, InitDataDigest, OutboundTag, PodId};
 
+use super::retry::Retries;
 use crate::kbs::KbsClient;
 use crate::key_source::KeySource;
 use crate::pod::{AgentTunnels, Observer};
@@ -76,6 +77,7 @@ pub(super) struct Shared {
     pub(super) store: Arc<dyn Store>,
     pub(super) key_source: KeySource<KbsClient>,
     pub(super) config: Config,
+    pub(super) retries: Retries,
 }
 
 impl Shared {

@@ -1,5 +1,5 @@
 //! The store in a directory: `worker-node.key`, and `pods/<pod id>/` with `key`, `addresses.json`, `labels.json`,
-//! `init-data`, `published.json` and, while an adaptor serves the pod, `adaptor.pid`.
+//! `init-data`, `published.json`, while an adaptor serves the pod `adaptor.pid`, and once the pod is being ended `ending`.
 //!
 //! Writers of all processes hold a lock, so an unfinished file that a lock holder finds was left by a crash.
 
@@ -7,7 +7,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use secure_comms_keys::private_directory::own_directory;
@@ -101,6 +101,11 @@ impl DirectoryStore {
     /// The paths of the KBS under which the pod's private key may be. Missing in a record of a version before 0.2.
     fn published_file(&self, pod: &PodId) -> PathBuf {
         self.pod_directory(pod).join("published.json")
+    }
+
+    /// Empty: making it needs no space, so that a pod can be ended on a full disk. Its age is that of the mark.
+    fn ending_file(&self, pod: &PodId) -> PathBuf {
+        self.pod_directory(pod).join("ending")
     }
 
     fn lock(&self) -> Result<Locked, FileError> {
@@ -306,6 +311,28 @@ impl DirectoryStore {
         }))
     }
 
+    fn write_ending(&self, pod: &PodId) -> Result<bool, StoreError> {
+        let path = self.ending_file(pod);
+        if path.exists() {
+            return Ok(true);
+        }
+        let _locked = self.lock()?;
+        if !self.key_file(pod).exists() {
+            return Ok(false);
+        }
+        private_file::create(&path, b"")?;
+        Ok(true)
+    }
+
+    /// When a file was last written; `None` if it is missing.
+    fn written(path: &Path) -> Result<Option<SystemTime>, StoreError> {
+        let failed = || FileError::io("reading", path);
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            metadata => Ok(Some(metadata.and_then(|metadata| metadata.modified()).map_err(failed())?)),
+        }
+    }
+
     /// Runs blocking work on tokio's blocking threads: a slow disk must not delay the tasks of other pods.
     async fn on_disk<T: Send + 'static>(
         &self,
@@ -432,6 +459,21 @@ impl Store for DirectoryStore {
     async fn save_published(&self, pod: &PodId, paths: &[String]) -> Result<(), StoreError> {
         let (pod, paths) = (pod.clone(), paths.to_vec());
         self.on_disk(move |store| store.write_published(&pod, &paths)).await
+    }
+
+    async fn mark_ending(&self, pod: &PodId) -> Result<bool, StoreError> {
+        let pod = pod.clone();
+        self.on_disk(move |store| store.write_ending(&pod)).await
+    }
+
+    async fn ending_since(&self, pod: &PodId) -> Result<Option<SystemTime>, StoreError> {
+        let pod = pod.clone();
+        self.on_disk(move |store| Self::written(&store.ending_file(&pod))).await
+    }
+
+    async fn made(&self, pod: &PodId) -> Result<Option<SystemTime>, StoreError> {
+        let pod = pod.clone();
+        self.on_disk(move |store| Self::written(&store.key_file(&pod))).await
     }
 
     async fn lock_pod(&self, pod: &PodId) -> Result<Option<PodLock>, StoreError> {

@@ -83,6 +83,8 @@ fn line(pod: &PodId, event: &PodEvent) -> String {
         }
         PodEvent::PublishedAgain => object("published-again", pod, []),
         PodEvent::PublishFailed(why) => object("publish-failed", pod, [("reason", json!(escape(why)))]),
+        PodEvent::DeleteFailed(why) => object("delete-failed", pod, [("reason", json!(escape(why)))]),
+        PodEvent::Deleted => object("deleted", pod, []),
         PodEvent::Stopped => object("stopped", pod, []),
         other => object("other", pod, [("text", json!(escape(&other.to_string())))]),
     }

@@ -10,7 +10,7 @@ use secure_comms_protocol::{Bind, InboundTag, TunnelName};
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep};
 
-use super::unix::{self, PrivateListener};
+use super::unix::PrivateListener;
 use crate::netns::{self, Namespace, NamespaceError};
 use crate::socket::Socket;
 
@@ -55,7 +55,7 @@ impl Listener {
         let is_path = matches!(tag.bind, Bind::Unix(_));
         let error = |cause| BindError { tag: tag.to_string(), cause, is_path };
         match &tag.bind {
-            Bind::Unix(path) => match unix::bind(Path::new(path)).await {
+            Bind::Unix(path) => match PrivateListener::bind(Path::new(path)).await {
                 Ok(listener) => Ok((Self::Unix(listener), path.clone())),
                 Err(cause) => Err(error(cause.into())),
             },
@@ -73,7 +73,7 @@ impl Listener {
                 let (stream, _) = listener.accept().await?;
                 Socket::tcp(stream).map_err(|_| io::ErrorKind::ConnectionAborted.into())
             }
-            Self::Unix(unix) => Ok(unix.listener.accept().await?.0.into()),
+            Self::Unix(unix) => Ok(unix.accept().await?.into()),
         }
     }
 }

@@ -11,19 +11,50 @@ use tokio::net::{UnixListener, UnixSocket, UnixStream};
 
 /// Clients of a unix socket that may wait to be accepted; std uses the same number for TCP.
 const BACKLOG: u32 = 128;
-/// Mode of the socket.
+/// Modes of the socket: for this user, and for all.
 const PRIVATE: u32 = 0o600;
+const OPEN: u32 = 0o666;
 /// Write access of group and others, and the sticky bit, which keeps others from removing what is not theirs.
 const WRITABLE: u32 = 0o022;
 const STICKY: u32 = 0o1000;
 
-/// A listening unix socket. Its path is removed when it is dropped.
+/// A listening unix socket that no other user can replace. Its path is removed when it is dropped.
 #[derive(Debug)]
-pub(super) struct PrivateListener {
+pub struct PrivateListener {
     /// Dropped in this order. While the listener exists, no other process takes the path for a stale socket; otherwise
     /// we could remove the new socket of another process.
     _unlink: UnlinkOnDrop,
-    pub(super) listener: UnixListener,
+    listener: UnixListener,
+}
+
+impl PrivateListener {
+    /// Listens at `path`, for this user only. Replaces the socket of a process of this user that was killed, and no other
+    /// file.
+    ///
+    /// # Errors
+    /// The path is in use, or others could replace the socket.
+    pub async fn bind(path: &Path) -> io::Result<Self> {
+        bind(path, PRIVATE).await
+    }
+
+    /// The same for every user who can reach the path: the server decides by the peer's credentials whom it serves.
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind).
+    pub async fn bind_for_all(path: &Path) -> io::Result<Self> {
+        bind(path, OPEN).await
+    }
+
+    /// Accepts a client.
+    ///
+    /// # Errors
+    /// Those of `accept(2)`.
+    ///
+    /// # Cancellation
+    /// Dropping the future loses no client.
+    pub async fn accept(&self) -> io::Result<UnixStream> {
+        self.listener.accept().await.map(|(stream, _)| stream)
+    }
 }
 
 /// Removes the path of a unix socket, if it is still that socket.
@@ -57,24 +88,20 @@ impl Identity {
     }
 }
 
-/// Listens at `path`. Replaces the socket of a process of this user that was killed, and no other file.
-///
-/// # Errors
-/// The path is in use, or others could replace the socket.
-pub(super) async fn bind(path: &Path) -> io::Result<PrivateListener> {
+async fn bind(path: &Path, mode: u32) -> io::Result<PrivateListener> {
     // From here on without links: one of another user could lead elsewhere after the check.
     let path = match (path.parent(), path.file_name()) {
         (Some(directory), Some(name)) => unshared(directory)?.join(name),
         _ => return Err(io::ErrorKind::InvalidInput.into()),
     };
-    let socket = match bound(&path) {
+    let socket = match bound(&path, mode) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             let Some(stale) = stale(&path).await else { return Err(error) };
             // Another process of this user may have replaced it meanwhile.
             if Identity::of(&fs::symlink_metadata(&path)?) == stale {
                 fs::remove_file(&path)?;
             }
-            bound(&path)?
+            bound(&path, mode)?
         }
         bound => bound?,
     };
@@ -84,10 +111,10 @@ pub(super) async fn bind(path: &Path) -> io::Result<PrivateListener> {
 }
 
 /// A socket at `path` that does not listen yet. It is made with its mode, and at no time another user can connect.
-fn bound(path: &Path) -> io::Result<UnixSocket> {
+fn bound(path: &Path, mode: u32) -> io::Result<UnixSocket> {
     let socket = UnixSocket::new_stream()?;
     // Linux takes the mode of the path from the socket.
-    fchmod(&socket, Mode::from_bits_truncate(PRIVATE))?;
+    fchmod(&socket, Mode::from_bits_truncate(mode))?;
     socket.bind(path)?;
     Ok(socket)
 }

@@ -5,14 +5,16 @@ use crate::pod::{PodEvent, PodState};
 use crate::registry::command::Command;
 use crate::registry::error::AdaptorError;
 use crate::registry::operation::{Acquired, Operation, Then, Work};
+use crate::registry::retry::Undone;
 use crate::text::with_causes;
 
 impl Actor {
     pub(super) fn accept(&mut self, command: Command) {
         match command {
             Command::Open { name, reply } => self.open_stream(name, reply),
-            Command::Suspend { reply } => self.end("the adaptor ends").suspends.push(reply),
-            Command::Stop { reply } => self.end("the pod is being deleted").stops.push_back(reply),
+            Command::Suspend { reply } => self.end().suspends.push(reply),
+            Command::Stop { reply } => self.end().stops.push_back(reply),
+            Command::Forget { reply } => self.end().forgets.push(reply),
             // It cannot succeed, and must not wait for the KBS.
             Command::Start(order) if self.ending.is_some() && self.queue.is_empty() => {
                 let error = AdaptorError::NotPrepared(self.id.clone());
@@ -28,9 +30,9 @@ impl Actor {
             Command::Prepare { reply, .. } => self.answer(reply, Err(error)),
             Command::RestoreListeners { reply } => self.answer(reply, Err(error)),
             Command::Resume { reply } => self.answer(reply, Err(error)),
-            Command::PublishKeys { reply } | Command::Suspend { reply } | Command::Stop { reply } => {
-                self.answer(reply, Err(error));
-            }
+            Command::PublishKeys { reply } | Command::Suspend { reply } => self.answer(reply, Err(error)),
+            Command::Stop { reply } => self.answer(reply, Err(error)),
+            Command::Forget { reply } => self.answer(reply, Err(error)),
             Command::Start(order) => self.answer(order.reply, Err(error)),
             Command::Open { reply, .. } => self.answer(reply, Err(error)),
         }
@@ -92,7 +94,10 @@ impl Actor {
                 return self.answer(order.reply, Err(refused));
             }
             // They do not wait in the queue.
-            command @ (Command::Suspend { .. } | Command::Stop { .. } | Command::Open { .. }) => {
+            command @ (Command::Suspend { .. }
+            | Command::Stop { .. }
+            | Command::Forget { .. }
+            | Command::Open { .. }) => {
                 return self.accept(command);
             }
         };
@@ -106,6 +111,11 @@ impl Actor {
         if acquired.published {
             self.republish.published();
             self.status.status.emit(&PodEvent::Published);
+        }
+        if acquired.ended {
+            self.undone = None;
+            self.lock = None;
+            self.status.status.emit(&PodEvent::Deleted);
         }
         // A failed operation keeps what an earlier one has acquired, and nothing else.
         if result.is_ok() {
@@ -121,6 +131,9 @@ impl Actor {
                 self.status.status.bound(init_data.clone());
                 served.init_data = init_data;
             }
+        } else if self.served.is_none() && acquired.ending && !acquired.ended {
+            self.lock = acquired.lock.or(self.lock.take());
+            self.deletion_failed(&result);
         } else if self.served.is_none() {
             self.failed(&result);
         }
@@ -135,6 +148,13 @@ impl Actor {
                 self.answer(reply, result);
             }
             Then::Published(reply) => self.answer(reply, result),
+            Then::Resumed(reply) if acquired.ending => {
+                if result.is_ok() {
+                    self.undone = Some(Undone::of_before(&self.shared.retries));
+                    self.status.status.set_state(PodState::Ending { last_error: None });
+                }
+                self.answer(reply, result.map(|()| false));
+            }
             Then::Resumed(reply) => {
                 let resumes = result.is_ok() && !acquired.addresses.is_empty() && self.ending.is_none();
                 if resumes {

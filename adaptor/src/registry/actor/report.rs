@@ -12,7 +12,9 @@ use crate::registry::channel::Channel;
 impl Actor {
     /// What a caller waits for now, and until when.
     pub(super) fn waits_for(&self) -> Option<(String, Option<Deadline>)> {
-        if let Some(Ending { teardown: Some(Teardown::Deleting { deadline, .. }), .. }) = &self.ending {
+        if let Some(Ending { teardown: Some(Teardown::Deleting { deadline, .. }), stops, .. }) = &self.ending
+            && !stops.is_empty()
+        {
             let KeySource::Kbs(kbs) = &self.shared.key_source else { return None };
             return Some((format!("the KBS at {} to delete the pod's key", kbs.url()), Some(*deadline)));
         }
