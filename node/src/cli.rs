@@ -3,6 +3,7 @@
 pub mod doctor;
 pub mod serve;
 pub mod service;
+pub mod setting;
 pub mod texts;
 
 use std::ffi::OsString;

@@ -1,5 +1,6 @@
 //! What the program does: one file for each command.
 
+pub mod config;
 pub mod connect;
 mod events;
 pub mod keygen;

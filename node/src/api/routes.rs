@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use secure_comms_adaptor::pod::PodState;
-use secure_comms_adaptor::{AdaptorError, Deadline};
+use secure_comms_adaptor::{AdaptorError, Deadline, Stopped};
 use secure_comms_protocol::PodId;
 use tokio::sync::{Semaphore, watch};
 
@@ -276,12 +276,15 @@ async fn stop(
     if !query.force {
         api.refuse_owned(&id, "it stops the pod itself; to end the pod all the same, add ?force=true")?;
     }
-    match api.unless_ending(api.0.pods.stop(&id)).await? {
-        Ok(()) => Ok(StatusCode::NO_CONTENT.into_response()),
-        Err(AdaptorError::NotDeleted { pod, resource, cause }) => {
-            let deletion = Deletion { id: pod.to_string(), resource, reason: with_causes(&*cause) };
+    match api.unless_ending(api.0.pods.stop(&id)).await?? {
+        Stopped::Done => Ok(StatusCode::NO_CONTENT.into_response()),
+        Stopped::Retried(error) => {
+            let (resource, reason) = match error {
+                AdaptorError::NotDeleted { resource, cause, .. } => (Some(resource), with_causes(&*cause)),
+                error => (None, with_causes(&error)),
+            };
+            let deletion = Deletion { id: id.to_string(), resource, reason };
             Ok((StatusCode::ACCEPTED, [(CACHE_CONTROL, "no-store")], Json(deletion)).into_response())
         }
-        Err(error) => Err(error.into()),
     }
 }

@@ -145,6 +145,8 @@ pub enum Phase {
     Down,
     /// Preparing or starting it failed. No connection is attempted any more.
     Failed,
+    /// It is ended, and its keys are being deleted from the KBS: that is retried until it is done.
+    Ending,
     /// It was stopped.
     Stopped,
 }
@@ -261,8 +263,9 @@ impl fmt::Debug for Secret {
 pub struct Deletion {
     /// The pod.
     pub id: String,
-    /// The resource that may still be in the KBS.
-    pub resource: String,
+    /// The resource that may still be in the KBS. Not there: the deletion failed before the KBS was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resource: Option<String>,
     /// Why it could not be deleted. One line.
     pub reason: String,
 }

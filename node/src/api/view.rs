@@ -31,6 +31,7 @@ impl From<&PodState> for types::Phase {
             PodState::Up { .. } => Self::Up,
             PodState::Down { .. } => Self::Down,
             PodState::Failed { .. } => Self::Failed,
+            PodState::Ending { .. } => Self::Ending,
             PodState::Stopped => Self::Stopped,
         }
     }
@@ -40,7 +41,9 @@ impl From<PodView> for types::Pod {
     fn from(pod: PodView) -> Self {
         let PodView { id, launch, snapshot, runtime } = pod;
         let (reason, attempt, instance) = match &snapshot.state {
-            PodState::Connecting { last_error } => (last_error.as_deref(), None, None),
+            PodState::Connecting { last_error } | PodState::Ending { last_error } => {
+                (last_error.as_deref(), None, None)
+            }
             PodState::Attesting { attempt, last_error } => (last_error.as_deref(), Some(*attempt), None),
             PodState::Up { instance } => (None, None, Some(line(instance))),
             PodState::Down { reason } | PodState::Failed { reason } => (Some(&**reason), None, None),

@@ -12,7 +12,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::open_store;
+use super::{open_store, print};
+use crate::caa::rules;
 use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::pods::{Events, Pods};
@@ -76,6 +77,20 @@ pub async fn run(settings: ServeSettings) -> Result<(), ServeError> {
         signal = end_signal(&mut signals) => tracing::warn!("{signal} during the end: open streams are cut"),
     }
     ended.map_err(ServeError::Part)
+}
+
+/// Takes the nftables rules away that an earlier process has left.
+///
+/// # Errors
+/// nftables cannot be changed.
+pub async fn remove_rules() -> anyhow::Result<()> {
+    let text = if rules::remove().await? {
+        "the nftables table inet secure-comms-adaptor is removed: cloud-api-adaptor's dials go to the VMs, which do not \
+         answer them; connections that live go on only if another nat chain is on the node\n"
+    } else {
+        "there is no nftables table inet secure-comms-adaptor\n"
+    };
+    print(text.as_bytes())
 }
 
 /// The parts, each of which runs until it is stopped.
