@@ -30,8 +30,6 @@ pub(super) enum Order<D> {
     Dial(D, Arc<Sandbox>),
     /// A younger sandbox has the address of its VM: this one.
     Superseded(PodId),
-    /// The service ends: held dials are closed, relays go on until the task is dropped.
-    Drain,
 }
 
 /// Nothing of the sandbox is left, after this number of orders.
@@ -227,7 +225,6 @@ impl<W: World> Actor<W> {
                 self.last_end = format!("sandbox {by}, which is younger, has the address of its VM");
                 self.step(Input::Superseded);
             }
-            Order::Drain => self.dials.clear(),
         }
     }
 

@@ -163,7 +163,7 @@ pub(super) enum Effect {
     Expire(Option<Duration>),
     /// Show the connection like this.
     Show(Connection),
-    /// Nothing of the sandbox is left.
+    /// Nothing of the sandbox is left. Given again by each input that does not change that.
     Ended,
 }
 
@@ -243,7 +243,6 @@ pub(super) struct Machine {
     stale: bool,
     superseded: bool,
     failures: Failures,
-    ended: bool,
 }
 
 /// Failures in a row.
@@ -271,7 +270,6 @@ impl Machine {
             stale: false,
             superseded: false,
             failures: Failures::default(),
-            ended: false,
         }
     }
 
@@ -346,7 +344,6 @@ impl Machine {
 
     /// The oldest dial is kept: cloud-api-adaptor closes one before it makes the next.
     fn dialled(&mut self, dial: DialNo, vm: IpAddr, effects: &mut Vec<Effect>) {
-        self.ended = false;
         if self.dials.len() >= DIALS_MAX
             && let Some(place) = self.dials.iter().skip(1).position(|(dial, _)| !self.is_finishing(*dial))
         {
@@ -543,8 +540,7 @@ impl Machine {
         self.settle_release(effects);
         self.settle_expiry(effects);
         self.settle_shown(effects);
-        let over = self.channel == Channel::Unknown && self.dials.is_empty() && !self.wanted;
-        if over && !std::mem::replace(&mut self.ended, over) {
+        if self.channel == Channel::Unknown && self.dials.is_empty() && !self.wanted {
             effects.push(Effect::Ended);
         }
     }
@@ -645,3 +641,7 @@ impl Machine {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;
