@@ -60,6 +60,13 @@ impl Driven {
         driven
     }
 
+    fn recorded() -> Self {
+        let (machine, effects) = Machine::resumed(TIMES, None);
+        let mut driven = Self::of(machine, true);
+        driven.perform(effects);
+        driven
+    }
+
     fn of(machine: Machine, has_keys: bool) -> Self {
         Self {
             machine,
@@ -363,7 +370,7 @@ impl Driven {
 #[test]
 fn every_state_is_sound_and_can_live_and_end() {
     let mut seen = HashSet::new();
-    let mut queue: VecDeque<Driven> = [Driven::new(), Driven::resumed()].into();
+    let mut queue: VecDeque<Driven> = [Driven::new(), Driven::resumed(), Driven::recorded()].into();
     while let Some(state) = queue.pop_front() {
         for input in state.inputs() {
             let mut next = state.clone();
@@ -513,6 +520,17 @@ fn a_resumed_pod_has_the_grace_to_be_dialled() {
     assert_eq!(dialled.relays, [1]);
     given(&mut driven, &[Input::Appeared, Input::Started(Ok(())), Input::Expired, Input::Stopped]);
     assert!(driven.ended);
+}
+
+#[test]
+fn a_pod_that_was_prepared_only_has_the_time_of_a_new_one() {
+    let mut driven = Driven::recorded();
+    assert_eq!(driven.expires, Some(TIMES.grace));
+    let mut new = driven.clone();
+    given(&mut new, &[Input::Appeared]);
+    assert_eq!((new.channel, new.expires), (Of::Prepare, Some(TIMES.first_dial)));
+    given(&mut driven, &[Input::Expired, Input::Stopped]);
+    assert!(driven.ended, "its directory is left over");
 }
 
 #[test]
