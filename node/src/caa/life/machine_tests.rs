@@ -134,8 +134,9 @@ impl Driven {
             }
             Input::Prepared(_) => self.take_channel(Of::Prepare),
             Input::Started(result) => {
-                self.checked &= result.is_err();
-                self.take_channel(Of::Start)
+                let started = self.take_channel(Of::Start);
+                self.checked &= !started || result.is_err();
+                started
             }
             Input::Halted => self.take_channel(Of::Halt),
             Input::Stopped => {
