@@ -169,8 +169,10 @@ pub(super) enum Effect {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Channel {
-    /// The adaptor serves nothing.
+    /// There is nothing of the pod.
     Unknown,
+    /// An earlier process has prepared the pod; it is not served.
+    Recorded,
     Preparing,
     PrepareLater,
     Prepared,
@@ -273,14 +275,14 @@ impl Machine {
         }
     }
 
-    /// A sandbox whose pod the adaptor has resumed, at this address of its VM: it waits for a dial.
+    /// A sandbox whose pod an earlier process has begun. `vm`: the adaptor has resumed it there. It waits for a dial.
     pub(super) fn resumed(times: Times, vm: Option<IpAddr>) -> (Self, Vec<Effect>) {
         let mut machine = Self::new(times);
         machine.last = Expiry::NextDial(Cause::NotDialledAgain);
         let mut effects = Vec::new();
         match vm {
             Some(vm) => machine.start(vm, &mut effects),
-            None => machine.channel = Channel::Prepared,
+            None => machine.channel = Channel::Recorded,
         }
         machine.settle(&mut effects);
         (machine, effects)
@@ -329,7 +331,7 @@ impl Machine {
 
     fn appeared(&mut self) {
         self.wanted = true;
-        let ended = matches!(self.channel, Channel::Unknown | Channel::Stopping);
+        let ended = matches!(self.channel, Channel::Unknown | Channel::Recorded | Channel::Stopping);
         if ended || self.last == Expiry::NextDial(Cause::DirectoryGone) {
             self.last = Expiry::FirstDial;
         }
@@ -560,7 +562,9 @@ impl Machine {
 
     fn settle_channel(&mut self, effects: &mut Vec<Effect>) {
         match self.channel {
-            Channel::Unknown if self.wanted || !self.dials.is_empty() => self.prepare(effects),
+            Channel::Unknown | Channel::Recorded if self.wanted || !self.dials.is_empty() => {
+                self.prepare(effects)
+            }
             Channel::Preparing | Channel::PrepareLater | Channel::Prepared if self.stale => {
                 self.prepare(effects);
             }

@@ -87,11 +87,18 @@ impl Node {
     }
 
     fn is_ours(&self, id: &PodId) -> bool {
-        self.pods.get(id).is_none_or(|pod| pod.launch.launcher.is_none_or(|launcher| launcher == Launcher::Caa))
+        self.pods
+            .get(id)
+            .is_none_or(|pod| pod.launch.launcher.is_none_or(|launcher| launcher == Launcher::Caa))
     }
 
     /// Waits for a start that is under way, or was made by an earlier process.
-    async fn await_start(&self, id: &PodId, address: &Address, deadline: Deadline) -> Result<(), Failed<StartFailure>> {
+    async fn await_start(
+        &self,
+        id: &PodId,
+        address: &Address,
+        deadline: Deadline,
+    ) -> Result<(), Failed<StartFailure>> {
         let failed = |failure, reason: &str| Err(Failed { failure, reason: reason.to_owned() });
         let Some(mut pod) = self.pods.subscribe(id) else {
             return failed(StartFailure::NotPrepared, "the pod is not served");
@@ -125,7 +132,8 @@ impl Node {
     }
 
     async fn await_up(&self, id: &PodId) -> Result<(), Failed<ReleaseFailure>> {
-        let lost = || Failed { failure: ReleaseFailure::Lost, reason: "the pod is not served any more".to_owned() };
+        let lost =
+            || Failed { failure: ReleaseFailure::Lost, reason: "the pod is not served any more".to_owned() };
         let mut pod = self.pods.subscribe(id).ok_or_else(lost)?;
         loop {
             match &pod.borrow_and_update().state {
@@ -140,7 +148,9 @@ impl Node {
     /// What the end of the VM's side comes from.
     fn channel_state(&self, id: &PodId) -> String {
         match self.pods.get(id).map(|pod| pod.snapshot.state) {
-            Some(PodState::Down { reason } | PodState::Failed { reason }) => format!(" (channel down: {reason})"),
+            Some(PodState::Down { reason } | PodState::Failed { reason }) => {
+                format!(" (channel down: {reason})")
+            }
             Some(PodState::Up { .. }) => String::new(),
             _ => " (the pod was stopped)".to_owned(),
         }

@@ -26,6 +26,6 @@ impl Parking {
         {
             oldest.abort();
         }
-        self.order.push_back(self.watches.spawn(async move { dial.closed().await }));
+        self.order.push_back(self.watches.spawn(async move { drop(dial.closed().await) }));
     }
 }

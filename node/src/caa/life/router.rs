@@ -3,7 +3,7 @@
 //! Nothing here waits for a pod: each sandbox has a task of its own ([`super::actor`]), and so has each dial until its
 //! sandbox is known.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -14,11 +14,12 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
 use super::super::Sandbox;
+use super::super::directory::Change;
 use super::actor::{Actor, Common, Ended, Order, View};
 use super::claims::{Claim, Claims, Verdict};
 use super::machine::Times;
 use super::parking::Parking;
-use super::world::{Dial, World};
+use super::world::{Dial, Directory, World};
 use crate::metrics::Metrics;
 
 /// How long a dial of which no sandbox is known is held: its `apf.json` may be late.
@@ -28,24 +29,11 @@ const UNKNOWN_MAX: usize = 128;
 /// Pods that a log line names.
 const NAMED_MAX: usize = 10;
 
-/// A change of the directory.
-#[derive(Debug)]
-pub(super) enum Change {
-    /// A sandbox is described.
-    Appeared(Arc<Sandbox>),
-    /// Its description has changed.
-    Changed(Arc<Sandbox>),
-    /// It is gone.
-    Gone(PodId),
-}
-
-/// A pod that the adaptor has resumed.
+/// A pod of an earlier process.
 #[derive(Debug)]
 pub(super) struct Resumed {
     pub(super) id: PodId,
-    /// As the directory describes it now.
-    pub(super) sandbox: Option<Arc<Sandbox>>,
-    /// The address of its VM.
+    /// The address of its VM, if the adaptor has resumed it.
     pub(super) vm: Option<IpAddr>,
     /// When the pod was first prepared.
     pub(super) created: Option<SystemTime>,
@@ -80,6 +68,8 @@ pub(super) struct Router<W: World> {
     /// Changes with the directory.
     version: watch::Sender<u64>,
     unknown: Arc<Semaphore>,
+    /// Sandboxes whose file cannot be used.
+    broken: HashSet<PodId>,
 }
 
 impl<W: World> Router<W> {
@@ -98,20 +88,21 @@ impl<W: World> Router<W> {
             events: JoinSet::new(),
             version: watch::Sender::new(0),
             unknown: Arc::new(Semaphore::new(UNKNOWN_MAX)),
+            broken: HashSet::new(),
         }
     }
 
     /// A pod of an earlier process, which waits for a dial.
     pub(super) fn resume(&mut self, resumed: Resumed) {
-        let Resumed { id, sandbox, vm, created } = resumed;
-        let written = sandbox.as_ref().map(|sandbox| sandbox.written).or(created);
+        let Resumed { id, vm, created } = resumed;
         if let Some(vm) = vm {
-            let written = written.unwrap_or(SystemTime::UNIX_EPOCH);
+            // Its file was written just before.
+            let written = created.unwrap_or(SystemTime::UNIX_EPOCH);
             // The youngest has it; the others end when their grace is over.
             self.claims.dialled(vm, Claim { written, id: id.clone() });
         }
         let view = View::default();
-        let actor = Actor::resumed(id.clone(), sandbox, vm, Arc::clone(&self.common), view.clone());
+        let actor = Actor::resumed(id.clone(), vm, Arc::clone(&self.common), view.clone());
         self.spawn(id, actor, view);
     }
 
@@ -119,7 +110,7 @@ impl<W: World> Router<W> {
     pub(super) async fn run(
         &mut self,
         mut dials: mpsc::Receiver<W::Dial>,
-        mut changes: mpsc::Receiver<Change>,
+        mut directory: impl Directory,
         mut stop: watch::Receiver<bool>,
     ) {
         loop {
@@ -127,7 +118,7 @@ impl<W: World> Router<W> {
                 // An error: what would have stopped us is gone.
                 _ = stop.wait_for(|stop| *stop) => break,
                 Some(dial) = dials.recv() => self.resolve(dial),
-                Some(change) = changes.recv() => self.change(change),
+                change = directory.next() => self.change(change),
                 Some(dial) = self.parked.recv() => self.park(dial),
                 Some(ended) = self.ended.recv() => self.ended(&ended),
                 Some(event) = self.events.join_next() => self.event(event),
@@ -165,7 +156,7 @@ impl<W: World> Router<W> {
                     return Event::Over;
                 }
                 tokio::select! {
-                    () = dial.closed() => return Event::Over,
+                    _ = dial.closed() => return Event::Over,
                     changed = timeout_at(deadline, version.changed()) => if !matches!(changed, Ok(Ok(()))) {
                         dial.refuse(&reason);
                         return Event::Over;
@@ -228,21 +219,23 @@ impl<W: World> Router<W> {
     }
 
     fn change(&mut self, change: Change) {
+        let id = change.id().clone();
+        if let Change::Broken { reason, .. } = change {
+            tracing::warn!("pod {id}: its file in the pods directory cannot be used: {reason}");
+            self.broken.insert(id.clone());
+            self.common.world.obstacle(&id, None, Some(reason));
+            return;
+        }
+        if self.broken.remove(&id) {
+            self.common.world.obstacle(&id, None, None);
+        }
         match change {
-            Change::Appeared(sandbox) => {
-                if self.common.world.is_alive(&sandbox) {
-                    self.order(sandbox.id.clone(), Order::Appeared(sandbox));
-                }
+            Change::Changed(sandbox) if self.lives.contains_key(&id) => {
+                self.order(id, Order::Changed(sandbox));
             }
-            Change::Changed(sandbox) => {
-                let id = sandbox.id.clone();
-                if self.lives.contains_key(&id) {
-                    self.order_if_known(&id, Order::Changed(sandbox));
-                } else if self.common.world.is_alive(&sandbox) {
-                    self.order(id, Order::Appeared(sandbox));
-                }
-            }
+            Change::Appeared(sandbox) | Change::Changed(sandbox) => self.order(id, Order::Appeared(sandbox)),
             Change::Gone(id) => self.order_if_known(&id, Order::Gone),
+            Change::Broken { .. } => {}
         }
         self.version.send_modify(|version| *version = version.wrapping_add(1));
     }
