@@ -19,7 +19,15 @@ pub struct DoctorArgs {
     #[arg(long, value_name = "ID")]
     pub pod: Option<String>,
     /// json: one object [default: lines for people]
-    #[arg(short, long, value_enum, value_name = "FORMAT", default_value = "text", hide_default_value = true, hide_possible_values = true)]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "text",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     pub output: ReportFormat,
 }
 

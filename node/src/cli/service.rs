@@ -59,6 +59,8 @@ pub enum PodCommand {
     Stop(PodStopArgs),
     /// Delete a pod here although the KBS cannot delete its resource
     Forget(PodForgetArgs),
+    /// List the records of pods that no launcher will end, or end them
+    Orphans(PodOrphansArgs),
 }
 
 /// The flags of `pod list`.
@@ -74,7 +76,15 @@ pub struct PodListArgs {
     #[arg(long, value_name = "PHASES")]
     pub phase: Option<String>,
     /// wide (more columns), json or yaml (the API's objects) [default: a table]
-    #[arg(short, long, value_enum, value_name = "FORMAT", default_value = "table", hide_default_value = true, hide_possible_values = true)]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "table",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     pub output: Format,
     /// No line of headers
     #[arg(long)]
@@ -87,7 +97,15 @@ pub struct PodShowArgs {
     /// The pod: its id, the first digits of it, or NAMESPACE/NAME
     pub id: String,
     /// wide (more columns), json or yaml (the API's objects) [default: a table]
-    #[arg(short, long, value_enum, value_name = "FORMAT", default_value = "table", hide_default_value = true, hide_possible_values = true)]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "table",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     pub output: Format,
 }
 
@@ -100,7 +118,15 @@ pub struct PodWatchArgs {
     #[arg(short, long, value_name = "NAMESPACE", conflicts_with = "id")]
     pub namespace: Option<String>,
     /// json: the API's objects, one a line [default: lines for people]
-    #[arg(short, long, value_enum, value_name = "FORMAT", default_value = "text", hide_default_value = true, hide_possible_values = true)]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "text",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     pub output: EventFormat,
 }
 
@@ -160,6 +186,28 @@ pub struct PodForgetArgs {
     pub force: bool,
 }
 
+/// The flags of `pod orphans`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct PodOrphansArgs {
+    /// End them: delete their keys here and at the KBS
+    #[arg(long, conflicts_with = "output")]
+    pub collect: bool,
+    /// wide (more columns), json or yaml (the API's objects) [default: a table]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "table",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub output: Format,
+    /// No line of headers
+    #[arg(long)]
+    pub no_headers: bool,
+}
+
 /// The flags of `status`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct StatusArgs {
@@ -167,6 +215,14 @@ pub struct StatusArgs {
     #[command(flatten)]
     pub service: ServiceArgs,
     /// wide (more columns), json or yaml (the API's objects) [default: a table]
-    #[arg(short, long, value_enum, value_name = "FORMAT", default_value = "table", hide_default_value = true, hide_possible_values = true)]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "table",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     pub output: Format,
 }

@@ -95,9 +95,8 @@ async fn ask(client: &Client, findings: &mut Vec<Finding>) -> Option<Vec<Pod>> {
 
 /// Pods of cloud-api-adaptor whose runtime is connected: each of them has shown how CAA connects.
 fn connected(pods: &[Pod]) -> usize {
-    let is_connected = |pod: &&Pod| {
-        pod.launcher == Some(Launcher::Caa) && pod.runtime.state == RuntimeState::Connected
-    };
+    let is_connected =
+        |pod: &&Pod| pod.launcher == Some(Launcher::Caa) && pod.runtime.state == RuntimeState::Connected;
     pods.iter().filter(is_connected).count()
 }
 

@@ -45,7 +45,9 @@ fn screen_of(status: &Status, screen: Screen, now: SystemTime) -> String {
     text += &format!("\npods: {}", status.pods);
     let by_phase = status.pods_by_phase.iter();
     let counts: Vec<_> = by_phase
-        .map(|(phase, count)| screen.paint(&format!("{count} {}", phase_word(*phase)), Some(phase_colour(*phase))))
+        .map(|(phase, count)| {
+            screen.paint(&format!("{count} {}", phase_word(*phase)), Some(phase_colour(*phase)))
+        })
         .collect();
     if !counts.is_empty() {
         text += &format!(" ({})", counts.join(", "));
@@ -61,8 +63,16 @@ fn cost(cost: &StopCost) -> String {
         count => Some(format!("{count} {many}")),
     };
     let costs: Vec<_> = [
-        count(cost.pods_lost, "pod that uses it (the runtime ends it)", "pods that use it (the runtime ends them)"),
-        count(cost.pods_at_risk, "pod of the API, if a runtime is connected to it", "pods of the API, if runtimes are connected to them"),
+        count(
+            cost.pods_lost,
+            "pod that uses it (the runtime ends it)",
+            "pods that use it (the runtime ends them)",
+        ),
+        count(
+            cost.pods_at_risk,
+            "pod of the API, if a runtime is connected to it",
+            "pods of the API, if runtimes are connected to them",
+        ),
         count(cost.starts_interrupted, "start, which goes on afterwards", "starts, which go on afterwards"),
     ]
     .into_iter()

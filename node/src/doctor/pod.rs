@@ -39,18 +39,31 @@ fn phase(pod: &Pod) -> Finding {
     let reason = |otherwise: &str| pod.reason.clone().unwrap_or_else(|| otherwise.to_owned());
     match pod.phase {
         Phase::Up => Finding::ok(CHECK, title),
-        Phase::Failed => {
-            Finding::fault(CHECK, title, reason("its start failed"), "put that right; then start it again, or stop it")
-        }
-        Phase::Down => {
-            Finding::fault(CHECK, title, reason("its connection ended"), "see below; the service reconnects by itself")
-        }
-        Phase::Connecting => {
-            Finding::warning(CHECK, title, reason("no answer of its VM yet"), "see below; the service goes on trying")
-        }
+        Phase::Failed => Finding::fault(
+            CHECK,
+            title,
+            reason("its start failed"),
+            "put that right; then start it again, or stop it",
+        ),
+        Phase::Down => Finding::fault(
+            CHECK,
+            title,
+            reason("its connection ended"),
+            "see below; the service reconnects by itself",
+        ),
+        Phase::Connecting => Finding::warning(
+            CHECK,
+            title,
+            reason("no answer of its VM yet"),
+            "see below; the service goes on trying",
+        ),
         Phase::Attesting => {
             let fix = "look at the KBS's log and its policies; the VM goes on trying";
             Finding::warning(CHECK, title, reason("the VM has no keys yet"), fix)
+        }
+        Phase::Ending => {
+            let fix = "look at the KBS: the service deletes the pod's keys there as soon as it can";
+            Finding::warning(CHECK, title, reason("it is being ended"), fix)
         }
         Phase::NotPrepared | Phase::Preparing | Phase::Prepared | Phase::Upgrading | Phase::Stopped => {
             let fix = "wait; secure-comms-adaptor pod show has its next step";
@@ -87,10 +100,16 @@ fn greeted(socket: SocketAddr, greeting: Result<Greeting, GreetingError>, phase:
                  of it",
                 socket.port()
             );
-            return vec![Finding::fault("pod-tcp", "its VM can be reached", format!("{socket}: {error}"), fix)];
+            return vec![Finding::fault(
+                "pod-tcp",
+                "its VM can be reached",
+                format!("{socket}: {error}"),
+                fix,
+            )];
         }
         Err(error) => {
-            let fix = "see that the VM was started from an image with the agent, and that the address is the VM's";
+            let fix =
+                "see that the VM was started from an image with the agent, and that the address is the VM's";
             return vec![reached(), fault(error.to_string(), fix)];
         }
     };
@@ -128,7 +147,8 @@ fn complaints(events: &[Event]) -> Finding {
     }
     let count = wrong.len();
     wrong.reverse();
-    let texts: Vec<_> = wrong.iter().take(COMPLAINTS).map(|event| format!("{}: {}", event.reason, event.message)).collect();
+    let texts: Vec<_> =
+        wrong.iter().take(COMPLAINTS).map(|event| format!("{}: {}", event.reason, event.message)).collect();
     let found = format!("{count} warnings, the last ones: {}", texts.join("; "));
     Finding::warning(CHECK, TITLE, found, "secure-comms-adaptor pod show has all of them")
 }
@@ -146,7 +166,8 @@ mod tests {
 
     fn said(banner: Option<Banner>, phase: Phase) -> Outcome {
         let text = banner.map(|banner| banner.text().trim().to_owned());
-        let greeting = Greeting { hint: text.as_deref().map(BannerHint::parse).unwrap_or_default(), banner: text };
+        let greeting =
+            Greeting { hint: text.as_deref().map(BannerHint::parse).unwrap_or_default(), banner: text };
         greeted(VM.parse().unwrap(), Ok(greeting), phase).pop().unwrap().outcome
     }
 

@@ -60,7 +60,8 @@ fn describe(pod: &Pod, events: &[Event], screen: Screen, now: SystemTime) -> Str
     let mut text = String::new();
     let mut line = |name: &str, value: &str| {
         // Writing to a String cannot fail.
-        let _ = writeln!(text, "{:<NAMES$}{}", format!("{name}:"), if value.is_empty() { NONE } else { value });
+        let _ =
+            writeln!(text, "{:<NAMES$}{}", format!("{name}:"), if value.is_empty() { NONE } else { value });
     };
     let optional = |text: &Option<String>| clean(text.as_deref().unwrap_or_default());
     line("Name", &optional(&pod.name));
@@ -140,7 +141,10 @@ fn next_step(pod: &Pod) -> (String, Option<Colour>) {
         Phase::NotPrepared => ("the service prepares it when its launcher asks".to_owned(), None),
         Phase::Preparing => {
             let why = pod.reason.as_deref().map(|why| format!(": {}", clean(why))).unwrap_or_default();
-            (format!("its keys are being published to the KBS{why}"), pod.reason.as_ref().map(|_| Colour::Yellow))
+            (
+                format!("its keys are being published to the KBS{why}"),
+                pod.reason.as_ref().map(|_| Colour::Yellow),
+            )
         }
         Phase::Prepared => (waits_for(pod.launcher).to_owned(), None),
         Phase::Connecting => {
@@ -155,15 +159,19 @@ fn next_step(pod: &Pod) -> (String, Option<Colour>) {
         }
         Phase::Upgrading => ("the VM has its keys: reconnect for the Kubernetes phase".to_owned(), None),
         Phase::Up => match pod.runtime.state {
-            RuntimeState::Held => ("the runtime's connection is let through once the kata agent answers".to_owned(), None),
-            RuntimeState::Ended => {
-                ("the runtime's connection has ended: the pod ends, unless a new one comes soon".to_owned(), Some(Colour::Red))
+            RuntimeState::Held => {
+                ("the runtime's connection is let through once the kata agent answers".to_owned(), None)
             }
+            RuntimeState::Ended => (
+                "the runtime's connection has ended: the pod ends, unless a new one comes soon".to_owned(),
+                Some(Colour::Red),
+            ),
             RuntimeState::None | RuntimeState::Connected => ("none: the pod can be used".to_owned(), None),
         },
-        Phase::Down => {
-            (format!("reconnect: {}; secure-comms-adaptor doctor --pod {id}", reason("the connection ended")), Some(Colour::Red))
-        }
+        Phase::Down => (
+            format!("reconnect: {}; secure-comms-adaptor doctor --pod {id}", reason("the connection ended")),
+            Some(Colour::Red),
+        ),
         Phase::Failed => {
             let text = format!(
                 "none, it failed: {}; secure-comms-adaptor doctor --pod {id}, then start it again or stop it",
@@ -171,6 +179,10 @@ fn next_step(pod: &Pod) -> (String, Option<Colour>) {
             );
             (text, Some(Colour::Red))
         }
+        Phase::Ending => (
+            format!("delete its keys: {}; the service tries again", reason("under way")),
+            Some(Colour::Yellow),
+        ),
         Phase::Stopped => ("none: it was stopped".to_owned(), None),
     }
 }
