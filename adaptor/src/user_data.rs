@@ -3,10 +3,12 @@
 use std::fmt;
 
 use base64ct::{Base64, Encoding};
-use secure_comms_keys::{KeyError, PodKey, WorkerNodePublic};
-use secure_comms_protocol::{InboundTag, OutboundTag};
+use secure_comms_keys::{KeyError, PodKey, WorkerNodeKey, WorkerNodePublic};
+use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
 use serde::Serialize;
 use zeroize::Zeroizing;
+
+use crate::store::{Store, StoreError};
 
 /// Error of making the fragment.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +16,9 @@ pub enum UserDataError {
     /// A key could not be encoded.
     #[error("user data")]
     Key(#[from] KeyError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// The JSON could not be written.
     #[error("user data")]
     Json(#[from] serde_json::Error),
@@ -32,11 +37,33 @@ struct Fragment<'a> {
     outbounds: &'a str,
 }
 
+/// The fragment of a pod: one JSON object and a newline. Makes the keys that are missing. The VM lets in every worker-node key
+/// that is valid now, and the pod's record says so. It is secret; wiped on drop.
+///
+/// # Errors
+/// The store failed, or a key could not be encoded.
+///
+/// # Cancellation
+/// Keys that were made stay.
+pub async fn of_pod(
+    store: &dyn Store,
+    id: &PodId,
+    inbounds: &[InboundTag],
+    outbounds: &[OutboundTag],
+) -> Result<Zeroizing<Vec<u8>>, UserDataError> {
+    let pod = store.pod_key(id).await?;
+    let nodes = store.pod_worker_nodes(id).await?;
+    let given: Vec<String> = nodes.all().map(WorkerNodeKey::fingerprint).collect();
+    store.save_given(id, &given).await?;
+    let nodes: Result<Vec<_>, _> = nodes.all().map(WorkerNodeKey::public).collect();
+    fragment(&pod, &nodes?, inbounds, outbounds)
+}
+
 /// The fragment: one JSON object and a newline, with the worker nodes that may log in. It is secret, because it holds the pod's private key; wiped on drop.
 ///
 /// # Errors
 /// A key could not be encoded.
-pub fn fragment(
+fn fragment(
     pod: &PodKey,
     worker_nodes: &[WorkerNodePublic],
     inbounds: &[InboundTag],
@@ -69,7 +96,6 @@ fn list<T: fmt::Display>(tags: &[T]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use secure_comms_keys::WorkerNodeKey;
     use secure_comms_protocol::tag::parse_list;
 
     #[test]
