@@ -14,6 +14,7 @@ mod identity;
 mod life;
 pub mod rules;
 mod sandbox;
+pub mod strict;
 #[cfg(test)]
 pub(crate) mod testing;
 
