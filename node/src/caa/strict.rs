@@ -1,6 +1,6 @@
 //! The strict variant: cloud-api-adaptor trusts a certificate authority of ours, and nothing in the pods directory is secret.
 //!
-//! There it asks each VM for the same server name, [`SERVER_NAME`]. So the sandbox is found by the VM's address: in the pod's
+//! There it asks each VM for the same server name, [`STRICT_SERVER_NAME`](super::identity::STRICT_SERVER_NAME). So the sandbox is found by the VM's address: in the pod's
 //! network namespace cloud-api-adaptor has made a VXLAN link to that address before it dials, and the pod's address there is
 //! in one `apf.json`.
 
@@ -22,9 +22,6 @@ use self::links::{Link, links};
 use super::directory::PodsDirectory;
 use super::identity::TlsIdentity;
 use super::sandbox::Sandbox;
-
-/// The server name that cloud-api-adaptor asks for if it has certificates of its own.
-pub const SERVER_NAME: &str = "podvm-server";
 
 /// Where the pods' network namespaces are.
 const NAMESPACES: &str = "/run/netns";
@@ -170,6 +167,56 @@ impl Strict {
         let links = Arc::new(links(&self.0.namespaces).await?);
         *last = Some(Look { began, ended: Instant::now(), links: Arc::clone(&links) });
         Ok(links)
+    }
+}
+
+/// Which sandbox a dial is for, and the TLS keys that answer it: by its server name, or in the strict variant by its VM.
+#[derive(Clone, Debug)]
+pub struct Identities {
+    directory: PodsDirectory,
+    strict: Option<Strict>,
+}
+
+impl Identities {
+    /// Reads the certificates of the strict variant, if there is a directory of them.
+    ///
+    /// # Errors
+    /// Those of [`load`].
+    pub fn open(directory: PodsDirectory, certificates: Option<&Path>) -> Result<Self, StrictError> {
+        let strict = certificates.map(|path| Strict::open(path, directory.clone())).transpose()?;
+        Ok(Self { directory, strict })
+    }
+
+    /// The sandbox that a dial with this server name to this VM is for.
+    ///
+    /// # Errors
+    /// There is none, or there are several: in one line.
+    pub async fn sandbox(&self, server_name: &str, vm: IpAddr) -> Result<Arc<Sandbox>, String> {
+        match self.strict(server_name) {
+            Some(strict) => strict.by_vm(vm).await.map_err(|error| error.to_string()),
+            None => self.directory.by_server_name(server_name).await.map_err(|error| error.to_string()),
+        }
+    }
+
+    /// The TLS keys that answer a dial with this server name, for this sandbox.
+    ///
+    /// # Errors
+    /// There are none: in one line.
+    pub fn identity<'a>(
+        &'a self,
+        server_name: &str,
+        sandbox: &'a Sandbox,
+    ) -> Result<&'a TlsIdentity, String> {
+        let strict = self.strict(server_name).map(Strict::identity);
+        strict.or(sandbox.tls.as_ref()).ok_or_else(|| {
+            "its apf.json has no TLS keys: cloud-api-adaptor has certificates of its own; they have to be those of \
+             caa-certs, and --certificates has to name them"
+                .to_owned()
+        })
+    }
+
+    fn strict(&self, server_name: &str) -> Option<&Strict> {
+        self.strict.as_ref().filter(|strict| strict.answers(server_name))
     }
 }
 

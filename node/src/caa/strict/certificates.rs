@@ -18,8 +18,7 @@ use tokio_rustls::rustls::crypto::ring::default_provider;
 use tokio_rustls::rustls::{self, RootCertStore};
 use zeroize::Zeroizing;
 
-use super::SERVER_NAME;
-use crate::caa::identity::{IdentityError, TlsIdentity};
+use crate::caa::identity::{IdentityError, STRICT_SERVER_NAME as SERVER_NAME, TlsIdentity};
 
 /// How long the certificates are valid, in days: ten years. To replace them costs each node a restart of cloud-api-adaptor,
 /// and with it all peer pods of the node.
@@ -183,7 +182,7 @@ pub fn load(directory: &Path) -> Result<TlsIdentity, StrictError> {
         path.canonicalize().map_err(FileError::io("reading", &path))
     };
     let key = private_file::read(&real(SERVER_KEY)?, SIZE_MAX)?;
-    let open = |name| Ok::<_, FileError>(private_file::read_ours(&real(name)?, SIZE_MAX)?);
+    let open = |name| private_file::read_ours(&real(name)?, SIZE_MAX);
     let (server, client, ca) = (open(SERVER)?, open(CLIENT)?, open(CA)?);
     let identity = TlsIdentity::from_pem(&key, &server, &client)
         .map_err(|source| StrictError::Identity { directory: directory.to_owned(), source })?;

@@ -3,6 +3,7 @@ use std::net::Ipv4Addr;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::os::unix::net::UnixListener;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
@@ -11,6 +12,7 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::caa::directory::Change;
+use crate::caa::identity::STRICT_SERVER_NAME as SERVER_NAME;
 use crate::health::Health;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -91,10 +93,11 @@ impl Namespaces {
 
     /// A pod as cloud-api-adaptor leaves it: `eth0` with the pod's address, and `vxlan1` to the VM.
     fn add(&mut self, pod: &str, vni: u32, vm: &str) {
-        let name = format!("sc-strict-{}-{}", std::process::id(), self.names.len());
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("sc-strict-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         ip(&["netns", "add", &name]);
         self.names.push(name.clone());
-        ip(&["-n", &name, "link", "add", "eth0", "type", "dummy"]);
+        ip(&["-n", &name, "link", "add", "eth0", "type", "veth", "peer", "name", "peer0"]);
         ip(&["-n", &name, "address", "add", &format!("{pod}/24"), "dev", "eth0"]);
         let vni = vni.to_string();
         ip(&[
@@ -200,6 +203,33 @@ async fn a_sandbox_is_found_by_its_vms_address() {
     );
     let _listener = UnixListener::bind(world.pods.join("twin/agent.ttrpc")).unwrap();
     while world.of("192.0.2.1").await.ok().as_deref() != Some("twin") {}
+}
+
+#[tokio::test]
+async fn a_dial_is_answered_by_its_name_or_its_vm() {
+    let mut namespaces = Namespaces::new();
+    namespaces.add("10.244.3.5", 555_006, "192.0.2.1");
+    let (world, caa) = (World::new(namespaces.directory.path()), crate::caa::testing::Caa::new());
+    fs::create_dir(world.pods.join("named")).unwrap();
+    fs::write(world.pods.join("named/apf.json"), caa.text("podvm-web-0-aaaaaaaa")).unwrap();
+    let vm = "192.0.2.1".parse().unwrap();
+    let strict = Identities { directory: world.directory.clone(), strict: Some(world.strict.clone()) };
+    let auto = Identities::open(world.directory.clone(), None).unwrap();
+    for identities in [&strict, &auto] {
+        let sandbox = identities.sandbox("podvm-web-0-aaaaaaaa", vm).await.unwrap();
+        assert_eq!(
+            identities.identity("podvm-web-0-aaaaaaaa", &sandbox).unwrap().server_name,
+            "podvm-web-0-aaaaaaaa"
+        );
+    }
+    let sandbox = strict.sandbox(SERVER_NAME, vm).await.unwrap();
+    assert_eq!(strict.identity(SERVER_NAME, &sandbox).unwrap().server_name, SERVER_NAME);
+    assert!(auto.sandbox(SERVER_NAME, vm).await.unwrap_err().contains("no sandbox in the pods directory"));
+    world.pod("bare", "10.244.3.9", 555_009).await;
+    let bare = world.directory.by_id(&"bare".parse().unwrap()).unwrap();
+    assert!(auto.identity("podvm-bare", &bare).unwrap_err().contains("caa-certs"));
+    let missing = Identities::open(world.directory.clone(), Some(Path::new("/nowhere")));
+    assert!(missing.unwrap_err().to_string().contains("/nowhere/server.key"));
 }
 
 #[tokio::test]
