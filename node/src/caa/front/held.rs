@@ -121,6 +121,12 @@ impl Held {
         finished.inspect_err(|error| refusals.refused(error.refusal(), Some(vm), &error.to_string()))
     }
 
+    /// Resets the connection; `reason` is logged.
+    pub fn refuse_with(self, refusal: Refusal, reason: &str) {
+        let detail = format!("server name {}: {reason}", self.server_name);
+        self.refusals.refused(refusal, Some(self.vm), &detail);
+    }
+
     /// Resets the connection.
     pub fn refuse(self, refusal: Refusal) {
         self.refusals.refused(refusal, Some(self.vm), &format!("server name {}", self.server_name));
