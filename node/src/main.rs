@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use secure_comms_keys::text::escape;
 use secure_comms_node::cli::serve::{ConfigArgs, ConfigCommand};
 use secure_comms_node::cli::{self, Cli, Command, Stop};
-use secure_comms_node::commands::{config, connect, keygen, serve, texts, user_data};
+use secure_comms_node::commands::{config, connect, doctor, keygen, pod, serve, status, texts, user_data};
 use secure_comms_node::logging::{self, Writer};
 use secure_comms_node::settings::{
     ConnectSettings, KeygenSettings, LogSettings, ServeSettings, UsageError, UserDataSettings,
@@ -134,7 +134,10 @@ async fn command(
             return Ok(interrupted.map_or(ExitCode::SUCCESS, |signal| ExitCode::from(signal.exit_code())));
         }
         Command::Serve(_) => match settings {
-            Some(settings) => serve::run(settings).await?,
+            Some(settings) => {
+                let interrupted = serve::run(settings).await?;
+                return Ok(interrupted.map_or(ExitCode::SUCCESS, |signal| ExitCode::from(signal.exit_code())));
+            }
             None => serve::remove_rules().await?,
         },
         Command::Config(args) => {
@@ -147,11 +150,13 @@ async fn command(
         Command::UserData(args) => user_data::run(UserDataSettings::read(args, env)?).await?,
         Command::Keygen(args) => keygen::run(KeygenSettings::read(args, env)?).await?,
         Command::CaaCerts(_) => anyhow::bail!("caa-certs: not in this build"),
-        Command::Pod(_) => anyhow::bail!("pod: not in this build"),
-        Command::Status(_) => anyhow::bail!("status: not in this build"),
-        Command::Keys(_) => anyhow::bail!("keys: not in this build"),
-        Command::Doctor(_) => anyhow::bail!("doctor: not in this build"),
-        Command::Openapi => anyhow::bail!("openapi: not in this build"),
+        Command::Pod(args) => pod::run(args, env).await?,
+        Command::Status(args) => status::run(args, env).await?,
+        Command::Doctor(args) => {
+            let good = doctor::run(args, env).await?;
+            return Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Openapi => texts::openapi()?,
         Command::Completions(args) => texts::completions(&args)?,
         Command::Man(args) => texts::man(&args)?,
     }

@@ -5,7 +5,7 @@ use secure_comms_keys::text::one_line;
 use secure_comms_protocol::PhaseName;
 
 use super::types;
-use crate::pods::{Happening, Launch, Launcher, PodView, Runtime};
+use crate::pods::{Happening, Launch, Launcher, Orphan, PodView, Runtime};
 
 /// Longest text of a pod or an event, in bytes.
 const TEXT_MAX: usize = 2000;
@@ -94,6 +94,20 @@ impl From<Runtime> for types::Runtime {
     }
 }
 
+impl From<Orphan> for types::Orphan {
+    fn from(orphan: Orphan) -> Self {
+        Self {
+            id: orphan.id.to_string(),
+            launcher: orphan.launch.launcher.map(Into::into),
+            namespace: namespace(&orphan.launch),
+            name: name(&orphan.launch),
+            since: orphan.since.into(),
+            reason: orphan.reason.as_str().to_owned(),
+            message: line(&orphan.reason.to_string()),
+        }
+    }
+}
+
 /// The event, of a pod that was launched so.
 pub(super) fn event(happening: &Happening, launch: Option<&Launch>) -> types::Event {
     let (kind, reason) = reason(&happening.event);
@@ -133,6 +147,8 @@ fn reason(event: &PodEvent) -> (types::EventKind, &'static str) {
         PodEvent::InitDataMismatch(_) => (Warning, "InitDataMismatch"),
         PodEvent::PublishedAgain => (Normal, "PublishedAgain"),
         PodEvent::PublishFailed(_) => (Warning, "PublishFailed"),
+        PodEvent::DeleteFailed(_) => (Warning, "DeleteFailed"),
+        PodEvent::Deleted => (Normal, "Deleted"),
         _ => (Normal, "Other"),
     }
 }

@@ -1,0 +1,66 @@
+//! `pod start`, `pod stop` and `pod forget`.
+
+use std::io::{self, Write as _};
+use std::time::Instant;
+
+use super::find::{find, id_of};
+use super::select::word;
+use crate::api::client::{Client, Ended};
+use crate::api::types::{PodSpec, StartOrder};
+use crate::cli::service::{PodForgetArgs, PodStartArgs, PodStopArgs};
+use crate::commands::screen::{clean, show};
+use crate::settings::PodStartSettings;
+
+/// Publishes the pod's keys, connects to its VM, and waits until it can be used.
+pub(super) async fn start(client: &Client, args: PodStartArgs) -> anyhow::Result<()> {
+    let settings = PodStartSettings::read(args)?;
+    let begin = Instant::now();
+    let (namespace, name) = settings.name.unzip();
+    let spec =
+        PodSpec { namespace, name, init_data_digest: settings.init_data.map(|digest| digest.to_string()) };
+    client.prepare(&settings.pod, &spec, Some(settings.deadline)).await?;
+    let left = settings.deadline.saturating_sub(begin.elapsed()).as_secs().max(1);
+    let order = StartOrder {
+        addresses: settings.addresses.iter().map(ToString::to_string).collect(),
+        deadline_seconds: u32::try_from(left).ok(),
+        wait: settings.wait,
+    };
+    let pod = client.start(&settings.pod, &order).await?;
+    let mut text = format!("pod {}: {}\n", clean(&pod.id), word(pod.phase));
+    for endpoint in &pod.endpoints {
+        text += &format!("  {} {}\n", clean(&endpoint.tunnel), clean(&endpoint.local));
+    }
+    show(&text).map(drop)
+}
+
+/// Ends the pod, and deletes its keys.
+pub(super) async fn stop(client: &Client, args: &PodStopArgs) -> anyhow::Result<()> {
+    let id = id_of(&find(client, &args.id).await?)?;
+    let ended = client.stop(&id, args.force).await?;
+    show(&format!("pod {id}: stopped\n"))?;
+    if let Ended::Deleting(deletion) = ended {
+        note(&format!(
+            "{} may still be in the KBS: {}; the service deletes it as soon as it can",
+            clean(&deletion.resource),
+            clean(&deletion.reason)
+        ));
+    }
+    Ok(())
+}
+
+/// Deletes the pod here, although the KBS cannot delete its resource.
+pub(super) async fn forget(client: &Client, args: &PodForgetArgs) -> anyhow::Result<()> {
+    let id = id_of(&find(client, &args.id).await?)?;
+    let forgotten = client.forget(&id, args.force).await?;
+    show(&format!("pod {id}: forgotten\n"))?;
+    if let Some(resource) = forgotten.resource {
+        let why = forgotten.reason.map(|why| format!(" ({})", clean(&why))).unwrap_or_default();
+        note(&format!("{} stays in the KBS{why}: delete it there by hand", clean(&resource)));
+    }
+    Ok(())
+}
+
+fn note(text: &str) {
+    // Standard error may be closed; the exit code does not depend on it.
+    let _ = writeln!(io::stderr(), "{text}");
+}
