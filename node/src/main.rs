@@ -79,7 +79,7 @@ fn run(cli: Cli, stderr: &Writer) -> anyhow::Result<ExitCode> {
     let log = match (&cli.command, &settings) {
         // Its settings' file may say it.
         (Command::Serve(_), Some(settings)) => settings.log,
-        _ => LogSettings::read(cli.log, cli.log_format, &env)?,
+        _ => LogSettings::read(log_level(&cli, &env), cli.log_format, &env)?,
     };
     let journal = std::env::var("JOURNAL_STREAM").ok();
     logging::init(log.level, log.format, journal.as_deref(), stderr.clone());
@@ -93,6 +93,12 @@ fn run(cli: Cli, stderr: &Writer) -> anyhow::Result<ExitCode> {
     // The look-up of a name may be blocked for long: the end does not wait for it.
     runtime.shutdown_background();
     done
+}
+
+/// The level of the log. What `doctor` finds is its report: the lines of what it tries would only say it again.
+fn log_level(cli: &Cli, env: &dyn Fn(&str) -> Option<std::ffi::OsString>) -> Option<String> {
+    let is_quiet = matches!(cli.command, Command::Doctor(_)) && env("SECURE_COMMS_LOG").is_none();
+    cli.log.clone().or_else(|| is_quiet.then(|| "error".to_owned()))
 }
 
 /// The settings of the service, for the commands that need them.

@@ -225,7 +225,6 @@ fn kind(error: &AdaptorError) -> Kind {
         AdaptorError::TaskEnded(_) => Kind::Internal,
         AdaptorError::PrepareDeadline { .. } | AdaptorError::Deadline { .. } => Kind::Deadline,
         AdaptorError::NotPrepared(_) => Kind::NotFound,
-        AdaptorError::Ending { .. } => Kind::KbsDown,
         AdaptorError::AlreadyStarted(_) => Kind::AlreadyStarted,
         AdaptorError::NoAddress(_) => Kind::Invalid,
         AdaptorError::StartFailed { .. }

@@ -59,6 +59,8 @@ pub enum PodCommand {
     Stop(PodStopArgs),
     /// Delete a pod here although the KBS cannot delete its resource
     Forget(PodForgetArgs),
+    /// List the records of pods that no launcher will end, or end them
+    Orphans(PodOrphansArgs),
 }
 
 /// The flags of `pod list`.
@@ -182,6 +184,28 @@ pub struct PodForgetArgs {
     /// Forget it though the runtime still uses it, or another launcher launched it
     #[arg(long)]
     pub force: bool,
+}
+
+/// The flags of `pod orphans`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct PodOrphansArgs {
+    /// End them: delete their keys here and at the KBS
+    #[arg(long, conflicts_with = "output")]
+    pub collect: bool,
+    /// wide (more columns), json or yaml (the API's objects) [default: a table]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "table",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub output: Format,
+    /// No line of headers
+    #[arg(long)]
+    pub no_headers: bool,
 }
 
 /// The flags of `status`.

@@ -3,6 +3,7 @@
 mod drive;
 mod find;
 mod list;
+mod orphans;
 mod select;
 mod show;
 mod watch;
@@ -33,6 +34,7 @@ pub async fn run(args: PodArgs, env: Env<'_>) -> anyhow::Result<()> {
         PodCommand::Start(args) => drive::start(&client, *args).await,
         PodCommand::Stop(args) => drive::stop(&client, &args).await,
         PodCommand::Forget(args) => drive::forget(&client, &args).await,
+        PodCommand::Orphans(args) => orphans::run(&client, &args, screen).await,
     }
 }
 

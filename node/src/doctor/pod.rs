@@ -61,6 +61,10 @@ fn phase(pod: &Pod) -> Finding {
             let fix = "look at the KBS's log and its policies; the VM goes on trying";
             Finding::warning(CHECK, title, reason("the VM has no keys yet"), fix)
         }
+        Phase::Ending => {
+            let fix = "look at the KBS: the service deletes the pod's keys there as soon as it can";
+            Finding::warning(CHECK, title, reason("it is being ended"), fix)
+        }
         Phase::NotPrepared | Phase::Preparing | Phase::Prepared | Phase::Upgrading | Phase::Stopped => {
             let fix = "wait; secure-comms-adaptor pod show has its next step";
             Finding::warning(CHECK, title, reason("it cannot be used yet"), fix)

@@ -8,7 +8,8 @@ use secure_comms_adaptor::address::Address;
 use secure_comms_keys::text::escape;
 use secure_comms_protocol::{InitDataDigest, PodId};
 
-use super::{DEFAULT_RUN_DIR, Env, UsageError, units};
+use super::{Env, UsageError, units};
+use crate::api::DEFAULT_SOCKET;
 use crate::cli::service::{PodStartArgs, ServiceArgs};
 
 /// The socket's name in the run directory.
@@ -42,8 +43,9 @@ impl ServiceSettings {
             }
             Some((_, socket)) => Ok(Self { socket, is_given: true }),
             None => {
-                let run_dir = set("SECURE_COMMS_RUN_DIR").unwrap_or_else(|| PathBuf::from(DEFAULT_RUN_DIR));
-                Ok(Self { socket: run_dir.join(SOCKET), is_given: false })
+                // As the service's own setting.
+                let run_dir = set("SECURE_COMMS_RUN_DIR").map(|run_dir| run_dir.join(SOCKET));
+                Ok(Self { socket: run_dir.unwrap_or_else(|| DEFAULT_SOCKET.into()), is_given: false })
             }
         }
     }

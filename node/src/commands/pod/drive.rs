@@ -3,10 +3,10 @@
 use std::io::{self, Write as _};
 use std::time::Instant;
 
-use super::find::{find, id_of};
+use super::find::{find, find_or_orphan, id_of};
 use super::select::word;
 use crate::api::client::{Client, Ended};
-use crate::api::types::{PodSpec, StartOrder};
+use crate::api::types::{PodRef, PodSpec, StartOrder};
 use crate::cli::service::{PodForgetArgs, PodStartArgs, PodStopArgs};
 use crate::commands::screen::{clean, show};
 use crate::settings::PodStartSettings;
@@ -15,9 +15,10 @@ use crate::settings::PodStartSettings;
 pub(super) async fn start(client: &Client, args: PodStartArgs) -> anyhow::Result<()> {
     let settings = PodStartSettings::read(args)?;
     let begin = Instant::now();
-    let (namespace, name) = settings.name.unzip();
-    let spec =
-        PodSpec { namespace, name, init_data_digest: settings.init_data.map(|digest| digest.to_string()) };
+    let spec = PodSpec {
+        pod_ref: settings.name.map(|(namespace, name)| PodRef { namespace, name }),
+        init_data_digest: settings.init_data.map(|digest| digest.to_string()),
+    };
     client.prepare(&settings.pod, &spec, Some(settings.deadline)).await?;
     let left = settings.deadline.saturating_sub(begin.elapsed()).as_secs().max(1);
     let order = StartOrder {
@@ -39,23 +40,24 @@ pub(super) async fn stop(client: &Client, args: &PodStopArgs) -> anyhow::Result<
     let ended = client.stop(&id, args.force).await?;
     show(&format!("pod {id}: stopped\n"))?;
     if let Ended::Deleting(deletion) = ended {
+        let what = deletion.resource.as_deref().unwrap_or("its record in the store");
         note(&format!(
-            "{} may still be in the KBS: {}; the service deletes it as soon as it can",
-            clean(&deletion.resource),
+            "{} is not deleted yet: {}; the service tries again until it is",
+            clean(what),
             clean(&deletion.reason)
         ));
     }
     Ok(())
 }
 
-/// Deletes the pod here, although the KBS cannot delete its resource.
+/// Deletes the pod here without the KBS: a pod that is served, or an orphan.
 pub(super) async fn forget(client: &Client, args: &PodForgetArgs) -> anyhow::Result<()> {
-    let id = id_of(&find(client, &args.id).await?)?;
+    let id = find_or_orphan(client, &args.id).await?;
     let forgotten = client.forget(&id, args.force).await?;
     show(&format!("pod {id}: forgotten\n"))?;
-    if let Some(resource) = forgotten.resource {
-        let why = forgotten.reason.map(|why| format!(" ({})", clean(&why))).unwrap_or_default();
-        note(&format!("{} stays in the KBS{why}: delete it there by hand", clean(&resource)));
+    if !forgotten.resources.is_empty() {
+        let resources = clean(&forgotten.resources.join(", "));
+        note(&format!("{resources} may stay in the KBS: delete it there by hand"));
     }
     Ok(())
 }

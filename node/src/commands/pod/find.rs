@@ -28,6 +28,22 @@ pub(super) fn id_of(pod: &Pod) -> anyhow::Result<PodId> {
         .map_err(|_| anyhow::anyhow!("the service's answer has no valid pod id: '{}'", clean(&pod.id)))
 }
 
+/// The id of the pod that `text` names, or of an orphan with that very id.
+///
+/// # Errors
+/// As [`find`].
+pub(super) async fn find_or_orphan(client: &Client, text: &str) -> anyhow::Result<PodId> {
+    let none = match find(client, text).await {
+        Ok(pod) => return id_of(&pod),
+        Err(error) => error,
+    };
+    let orphans = client.orphans().await?;
+    match text.parse::<PodId>() {
+        Ok(id) if orphans.iter().any(|orphan| orphan.id == text) => Ok(id),
+        _ => Err(none),
+    }
+}
+
 fn choose(pods: Vec<Pod>, text: &str) -> anyhow::Result<Pod> {
     let shown = clean(text);
     if text.is_empty() {

@@ -179,6 +179,10 @@ fn next_step(pod: &Pod) -> (String, Option<Colour>) {
             );
             (text, Some(Colour::Red))
         }
+        Phase::Ending => (
+            format!("delete its keys: {}; the service tries again", reason("under way")),
+            Some(Colour::Yellow),
+        ),
         Phase::Stopped => ("none: it was stopped".to_owned(), None),
     }
 }
