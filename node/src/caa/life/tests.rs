@@ -440,7 +440,7 @@ async fn a_dial_alone_does_not_end_a_pod_that_is_connected() {
     let _young = stage.dial("young", vm(1)).await;
     sleep(Duration::from_secs(60)).await;
     assert_eq!(stage.count("stop old"), 0);
-    stage.scene.down.send_modify(|down| drop(down.insert("old".to_owned())));
+    stage.scene.down.send_modify(|down| assert!(down.insert("old".to_owned())));
     stage.sees("closed 1").await;
     stage.sees("stop old").await;
 }
