@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use secure_comms_adaptor::store::{Store, StoreError};
 use secure_comms_adaptor::user_data::{self, UserDataError};
-use secure_comms_keys::KeyError;
+use secure_comms_keys::{KeyError, WorkerNodeKey};
 use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
 use zeroize::Zeroizing;
 
@@ -27,9 +27,12 @@ pub struct VmTunnels {
 pub(super) async fn fragment(tunnels: &VmTunnels, id: &PodId) -> Result<Zeroizing<String>, Problem> {
     let store = |error: StoreError| Problem::from(AdaptorError::from(error));
     let key = |error: KeyError| Problem::from(AdaptorError::from(error));
-    let worker_node = tunnels.store.worker_node_key().await.map_err(store)?.public().map_err(key)?;
     let pod = tunnels.store.pod_key(id).await.map_err(store)?;
-    let json = user_data::fragment(&pod, &worker_node, &tunnels.inbounds, &tunnels.outbounds);
+    let nodes = tunnels.store.pod_worker_nodes(id).await.map_err(store)?;
+    let given: Vec<String> = nodes.all().map(WorkerNodeKey::fingerprint).collect();
+    tunnels.store.save_given(id, &given).await.map_err(store)?;
+    let nodes: Result<Vec<_>, _> = nodes.all().map(WorkerNodeKey::public).collect();
+    let json = user_data::fragment(&pod, &nodes.map_err(key)?, &tunnels.inbounds, &tunnels.outbounds);
     let json = json.map_err(|error: UserDataError| Kind::Internal.problem(with_causes(&error)))?;
     let text = std::str::from_utf8(&json).map_err(|error| Kind::Internal.problem(error.to_string()))?;
     Ok(Zeroizing::new(text.to_owned()))
