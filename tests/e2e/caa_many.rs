@@ -1,5 +1,8 @@
 //! Many pods of cloud-api-adaptor's on one node at once, and the end of the node's service among them.
 
+// clippy.toml allows these in `#[test]` functions; the helpers of a test program are tests as well.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};

@@ -33,8 +33,10 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
 
 use self::destination::vm_of;
+use self::hangup::reset;
 use self::places::Places;
 use self::refusal::Refusals;
+use super::identity::STRICT_SERVER_NAME;
 use crate::metrics::Metrics;
 
 pub use self::destination::original_destination;
@@ -200,7 +202,7 @@ fn admit(stream: &TcpStream, shared: &Shared) -> Option<SocketAddr> {
         Ok(vm) => Some(vm),
         Err(why) => {
             shared.refusals.refused(Refusal::NotRedirected, None, &why.to_string());
-            held::reset(stream);
+            reset(stream);
             None
         }
     }
@@ -225,9 +227,14 @@ async fn serve(stream: TcpStream, vm: SocketAddr, shared: Shared, held: mpsc::Se
     };
     let refuse = |refusal| {
         shared.refusals.refused(refusal, Some(vm), "");
-        held::reset(&stream);
+        reset(&stream);
     };
-    let Some(kept) = shared.held.enter(&hello.server_name) else { return refuse(Refusal::TooManyHeld) };
+    // In the strict variant all VMs have one name.
+    let name = match hello.server_name == STRICT_SERVER_NAME {
+        true => vm.ip().to_string(),
+        false => hello.server_name.clone(),
+    };
+    let Some(kept) = shared.held.enter(&name) else { return refuse(Refusal::TooManyHeld) };
     let connection = match Held::new(stream, hello, vm, kept, &shared) {
         Ok(connection) => connection,
         Err(error) => {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::harness::shim::Shim;
-use secure_comms_tests::simulators::caa::{Line, write_in_place};
+use secure_comms_tests::simulators::caa::{Line, apf};
 use serde_json::Value;
 
 use secure_comms_tests::harness::scene::PATIENCE;
@@ -81,7 +81,7 @@ async fn a_key_of_another_pod_is_refused_with_the_reason() -> Result<()> {
         let mut json = read(&file)?;
         json["tls-server-key"] = other["tls-server-key"].clone();
         fs::remove_file(&file)?;
-        write_in_place(&file, &json)?;
+        apf::write(&file, &json)?;
         let mut starting = scene.node.start(&shim).await?;
         starting.is("ended", |line| matches!(line, Line::Ended(_))).await?;
         scene.says("the server's private key does not fit its certificate").await?;

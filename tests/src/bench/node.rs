@@ -7,13 +7,14 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::harness::caa_node::{CaaNode, NodeOptions};
+use crate::harness::cloud::Vm;
 use crate::harness::pod_runtime::PodRuntime;
 use crate::harness::process::Child;
 use crate::harness::scene::PATIENCE;
@@ -28,6 +29,10 @@ const IDLE: Duration = Duration::from_secs(30);
 const GRACE: u32 = 300;
 /// Clock ticks of `/proc/<pid>/stat` in a second.
 const TICKS: f64 = 100.0;
+/// Length of a cut of a pod that flaps, and of the time between two.
+const FLAP: Duration = Duration::from_millis(300);
+/// Checks that are timed.
+const CHECKS: usize = 3000;
 /// Bytes that each pod moves once it is up.
 const BLOCK: u32 = 32 * 1024;
 
@@ -52,6 +57,15 @@ pub struct Figures {
     peak_kib: u64,
     idle: f64,
     resumed: Duration,
+    neighbours: Neighbours,
+}
+
+/// Checks of one pod, while another one does this.
+#[derive(Debug, Default)]
+struct Neighbours {
+    quiet: Vec<Duration>,
+    flaps: Vec<Duration>,
+    floods: Vec<Duration>,
 }
 
 /// A pod that runs.
@@ -68,7 +82,7 @@ impl Node {
     /// # Errors
     /// If a pod does not start, or is not resumed, or a byte is wrong.
     pub async fn run(self) -> Result<Figures> {
-        ensure!(self.pods > 0, "a node without pods is not measured");
+        ensure!(self.pods > 1, "a pod and its neighbour are wanted at least");
         let node = Arc::new(CaaNode::new(NodeOptions { grace: GRACE, ..NodeOptions::default() }).await?);
         let mut serve = node.serve().await?;
         let measured = self.measure(&node, &mut serve).await;
@@ -92,6 +106,7 @@ impl Node {
         sleep(IDLE).await;
         let idle = (ticks(serve.pid())? - before) / TICKS / begun.elapsed().as_secs_f64();
         let (rss_kib, peak_kib) = (serve.rss_kib()?, serve.peak_kib()?);
+        let neighbours = Neighbours::measure(node, &mut running).await?;
         serve.kill9().await?;
         let begun = Instant::now();
         *serve = node.serve().await?;
@@ -106,7 +121,7 @@ impl Node {
             // The runtime has given it up.
             pod.shim.stop_vm().await?;
         }
-        Ok(Figures { pods: self.pods, usable, released, api, rss_kib, peak_kib, idle, resumed })
+        Ok(Figures { pods: self.pods, usable, released, api, rss_kib, peak_kib, idle, resumed, neighbours })
     }
 
     async fn start(self, node: &Arc<CaaNode>) -> Result<Vec<Running>> {
@@ -150,6 +165,63 @@ impl Node {
         };
         timeout(PATIENCE, all).await.context("not all pods are resumed")?
     }
+}
+
+impl Neighbours {
+    /// Disturbs the second pod, and times the first.
+    async fn measure(node: &CaaNode, running: &mut [Running]) -> Result<Self> {
+        let [victim, other, ..] = running else { bail!("there are no two pods") };
+        let vm = node.cloud.vm(&other.shim.id)?;
+        let quiet = checks(&victim.runtime).await?;
+        let flaps = tokio::select! {
+            error = flap(node, &vm) => return Err(error),
+            checked = checks(&victim.runtime) => checked?,
+        };
+        // A cut that was under way may not be there.
+        let _ = node.cloud.cut(&vm, false).await;
+        let floods = tokio::select! {
+            error = flood(&mut other.runtime) => return Err(error),
+            checked = checks(&victim.runtime) => checked?,
+        };
+        Ok(Self { quiet, flaps, floods })
+    }
+}
+
+/// Cuts a VM off again and again, until that fails.
+async fn flap(node: &CaaNode, vm: &Vm) -> anyhow::Error {
+    let cut_once = async || {
+        node.cloud.cut(vm, true).await?;
+        sleep(FLAP).await;
+        node.cloud.cut(vm, false).await?;
+        sleep(FLAP).await;
+        anyhow::Ok(())
+    };
+    loop {
+        if let Err(error) = cut_once().await {
+            return error;
+        }
+    }
+}
+
+/// Moves bytes all the time, until that fails.
+async fn flood(runtime: &mut PodRuntime) -> anyhow::Error {
+    loop {
+        if let Err(error) = runtime.exchange(BLOCK).await {
+            return error;
+        }
+    }
+}
+
+/// The sorted times of some thousand checks.
+async fn checks(runtime: &PodRuntime) -> Result<Vec<Duration>> {
+    let mut times = Vec::with_capacity(CHECKS);
+    for _ in 0..CHECKS {
+        let begun = Instant::now();
+        runtime.calls().check().await.context("Check")?;
+        times.push(begun.elapsed());
+    }
+    times.sort_unstable();
+    Ok(times)
 }
 
 /// Lists the pods again and again; returns how long each answer took.
@@ -202,6 +274,9 @@ impl Figures {
                 "<= 65536 KiB",
             ),
             ("idle, of a core", format!("{:.2} %", self.idle * 100.0), "<= 1 %"),
+            ("Check of a pod, p50 and p99", pair(&self.neighbours.quiet), ""),
+            ("the same while a neighbour flaps", pair(&self.neighbours.flaps), "p99 + 10 %"),
+            ("the same while a neighbour floods", pair(&self.neighbours.floods), "p99 + 10 %"),
             ("all resumed after kill -9", format!("{:.2?}", self.resumed), "<= 10 s"),
         ];
         for (what, value, goal) in rows {

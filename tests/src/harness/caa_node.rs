@@ -1,21 +1,16 @@
 //! A worker node with CAA in a network namespace of its own: the KBS, a stand-in CAA, and `secure-comms-adaptor serve`; its
 //! VMs are those of a [`TestCloud`].
 
+mod asks;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper::Request;
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
-use secure_comms_tunnel::netns::{self, Namespace};
-use serde_json::Value;
+use secure_comms_tunnel::netns::Namespace;
 use tempfile::TempDir;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{UnixDatagram, UnixStream};
+use tokio::net::UnixDatagram;
 use tokio::process::Command;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -194,54 +189,6 @@ impl CaaNode {
         Ok(serve)
     }
 
-    /// Asks the API; returns status and body.
-    ///
-    /// # Errors
-    /// If there is no answer.
-    pub async fn api(&self, method: &str, path: &str) -> Result<(u16, Value)> {
-        let stream =
-            UnixStream::connect(self.path("run/adaptor.sock")).await.context("connecting to the API")?;
-        let (status, body) = http(stream, method, path).await?;
-        let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body)? };
-        Ok((status, body))
-    }
-
-    /// The pods that the API lists.
-    ///
-    /// # Errors
-    /// If it lists none because it fails.
-    pub async fn pods(&self) -> Result<Vec<Value>> {
-        let (status, body) = self.api("GET", "/v1/pods").await?;
-        ensure!(status == 200, "GET /v1/pods: {status} {body}");
-        let pods = body.get("items").and_then(Value::as_array).cloned();
-        pods.with_context(|| format!("GET /v1/pods: no list in {body}"))
-    }
-
-    /// The metrics.
-    ///
-    /// # Errors
-    /// If there is no answer.
-    pub async fn metrics(&self) -> Result<String> {
-        let stream = netns::connect(Some(&Namespace::new(self.namespace.name())), METRICS.parse()?).await?;
-        let (status, body) = http(stream, "GET", "/metrics").await?;
-        ensure!(status == 200, "metrics: status {status}");
-        Ok(String::from_utf8(body.into())?)
-    }
-
-    /// The sum of all metrics of this name whose labels contain `labels`.
-    ///
-    /// # Errors
-    /// If there is no answer.
-    pub async fn metric(&self, name: &str, labels: &str) -> Result<f64> {
-        let text = self.metrics().await?;
-        let values = text.lines().filter_map(|line| {
-            let (metric, value) = line.rsplit_once(' ')?;
-            let is = metric.split('{').next() == Some(name) && metric.contains(labels);
-            is.then(|| value.parse::<f64>().ok()).flatten()
-        });
-        Ok(values.sum())
-    }
-
     /// Waits until the KBS has no key of the pod, and the store nothing.
     ///
     /// # Errors
@@ -300,21 +247,4 @@ impl Starting {
         let started = timeout(PATIENCE, self.started.join_next()).await.context("StartVM hangs")?;
         started.context("StartVM ended twice")??
     }
-}
-
-async fn http<S>(stream: S, method: &str, path: &str) -> Result<(u16, Bytes)>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let exchange = async {
-        let (mut requests, connection) = http1::handshake(TokioIo::new(stream)).await?;
-        let connection = tokio::spawn(connection);
-        let request = Request::builder().method(method).uri(path).header("host", "localhost");
-        let answer = requests.send_request(request.body(Full::<Bytes>::default())?).await?;
-        let status = answer.status().as_u16();
-        let body = answer.into_body().collect().await?.to_bytes();
-        connection.abort();
-        anyhow::Ok((status, body))
-    };
-    timeout(PATIENCE, exchange).await.with_context(|| format!("{method} {path} hangs"))?
 }

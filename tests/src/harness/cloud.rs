@@ -16,7 +16,7 @@ use tokio::process::Command;
 
 use crate::harness::process::{Child, ensure_built};
 use crate::harness::test_namespace::TestNamespace;
-use crate::simulators::caa::{Cloud, Instance, write_in_place};
+use crate::simulators::caa::{Cloud, Instance, apf};
 use crate::simulators::guest::{Backend, Cdh, CdhOptions, Rest};
 use crate::simulators::kata_api::server::{KataServer, OWN_DIRECTORY};
 
@@ -151,7 +151,7 @@ impl TestCloud {
         let run = directory.path().join("run");
         std::fs::create_dir_all(run.join("peerpod"))?;
         std::fs::create_dir(run.join(OWN_DIRECTORY))?;
-        write_in_place(&run.join("peerpod/apf.json"), &apf_json)?;
+        apf::write(&run.join("peerpod/apf.json"), &apf_json)?;
         let (kbs_port, guest_port) = (FIRST_PORT + number * 2, FIRST_PORT + number * 2 + 1);
         let namespace = Namespace::new(self.namespace.name());
         let mut options = CdhOptions::new(format!("http://127.0.0.1:{kbs_port}"));

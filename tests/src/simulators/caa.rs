@@ -12,19 +12,18 @@
 //! It differs from the real one in this: bytes are relayed as they are, so it makes no edits of `CreateContainer`, and it serves
 //! the first client of `agent.ttrpc` only.
 
+pub mod apf;
 pub mod forwarder;
 pub mod name;
 mod proxy;
 pub mod service;
 mod tls;
 
-#[cfg(test)]
-mod tests;
-
 use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -33,14 +32,14 @@ use async_trait::async_trait;
 use secure_comms_kata_api::api::hypervisor_ttrpc::create_hypervisor;
 use secure_comms_kata_api::ttrpc::r#async::{Server, transport::Listener};
 use secure_comms_tunnel::netns::Namespace;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 
 pub use self::proxy::Line;
 use self::proxy::Proxy;
+use self::tls::Client;
 pub use self::tls::{Certificates, OwnCertificates};
-use self::tls::{Client, PodKeys};
 
 /// The port of the forwarder in a VM.
 pub const FORWARDER_PORT: u16 = 15150;
@@ -110,6 +109,8 @@ struct Shared {
     cloud: Arc<dyn Cloud>,
     client: Client,
     sandboxes: Mutex<HashMap<String, Sandbox>>,
+    /// Sandboxes so far.
+    pods: AtomicU32,
     /// Of stopped sandboxes: they dial until their time is over.
     left: Mutex<Vec<Proxy>>,
 }
@@ -139,8 +140,14 @@ impl Caa {
         let listener =
             UnixListener::bind(&socket).with_context(|| format!("CAA: binding {}", socket.display()))?;
         let client = Client::new(&options.certificates)?;
-        let shared =
-            Arc::new(Shared { options, cloud, client, sandboxes: Mutex::default(), left: Mutex::default() });
+        let shared = Arc::new(Shared {
+            options,
+            cloud,
+            client,
+            sandboxes: Mutex::default(),
+            pods: AtomicU32::new(1),
+            left: Mutex::default(),
+        });
         let service = create_hypervisor(Arc::new(service::Hypervisor(Arc::clone(&shared))));
         let mut server = Server::new().add_listener(Listener::from(listener)).register_service(service);
         server.start().await.context("CAA: starting its server")?;
@@ -217,18 +224,24 @@ impl Shared {
         self.directory(id).join("agent.ttrpc")
     }
 
+    /// An address of a pod, with its prefix length; each pod has its own. The real one reads it in the pod's namespace.
+    fn pod_ip(&self) -> String {
+        let [_, _, high, low] = self.pods.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+        format!("10.244.{high}.{low}/16")
+    }
+
     /// `CreateVM`: makes the sandbox and its files; returns the agent's socket.
-    fn create(&self, id: &str, namespace: &str, pod: &str, pod_ip: &str) -> Result<PathBuf> {
+    fn create(&self, id: &str, namespace: &str, pod: &str) -> Result<PathBuf> {
         let pod = name::pod(pod);
         let keys = self.client.pod_keys(&name::server(&pod, id))?;
-        let apf_json = apf_json(namespace, &pod, pod_ip, &keys);
+        let apf_json = apf::json(namespace, &pod, &self.pod_ip(), &keys);
         let directory = self.directory(id);
         let mut sandboxes = self.sandboxes();
         if sandboxes.contains_key(id) {
             bail!("sandbox {id} already exists");
         }
         std::fs::create_dir_all(&directory).context("CAA: making the directory of the sandbox")?;
-        write_in_place(&directory.join("apf.json"), &apf_json)?;
+        apf::write(&directory.join("apf.json"), &apf_json)?;
         let server_name = keys.server_name().to_owned();
         sandboxes.insert(id.to_owned(), Sandbox { server_name, apf_json, directory, proxy: None });
         Ok(self.agent_socket(id))
@@ -283,46 +296,4 @@ async fn ended_before_up(mut line: watch::Receiver<Line>) -> Option<String> {
         Ok(_) => None,
         Err(_) => Some("the proxy is gone".to_owned()),
     }
-}
-
-/// What is written to `apf.json`, and what the VM gets by user data.
-fn apf_json(namespace: &str, pod: &str, pod_ip: &str, keys: &PodKeys) -> Value {
-    let mut apf_json = json!({
-        "pod-network": {
-            "podip": pod_ip,
-            "pod-hw-addr": "0a:58:0a:f4:00:05",
-            "interface": "eth0",
-            "worker-node-ip": "10.82.0.1/16",
-            "tunnel-type": "vxlan",
-            "routes": [{"dst": "::ffff:0.0.0.0/0", "gw": "10.244.0.1", "dev": "eth0"}],
-            "neighbors": null,
-            "mtu": 1450,
-            "index": 1,
-            "vxlan-port": 4789,
-            "vxlan-id": 555_001,
-            "dedicated": false,
-            "external-net-via-pod-vm": false,
-        },
-        "pod-namespace": namespace,
-        "pod-name": pod,
-    });
-    if let (Some(object), PodKeys::Made { key, certificate, client, .. }) = (apf_json.as_object_mut(), keys) {
-        object.insert("tls-server-key".to_owned(), key.as_str().into());
-        object.insert("tls-server-cert".to_owned(), certificate.as_str().into());
-        object.insert("tls-client-ca".to_owned(), client.as_str().into());
-    }
-    apf_json
-}
-
-/// Writes a file as CAA does: created empty and filled, so that a reader may see a part of it.
-///
-/// # Errors
-/// If it can't be written.
-pub fn write_in_place(path: &Path, json: &Value) -> Result<()> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut options = std::fs::OpenOptions::new();
-    let file = options.write(true).create(true).truncate(true).mode(0o644).open(path);
-    let mut file = file.with_context(|| format!("CAA: writing {}", path.display()))?;
-    let text = serde_json::to_vec_pretty(json)?;
-    std::io::Write::write_all(&mut file, &text).with_context(|| format!("CAA: writing {}", path.display()))
 }

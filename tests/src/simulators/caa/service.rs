@@ -17,9 +17,6 @@ use super::Shared;
 pub const POD_NAME: &str = "io.kubernetes.cri.sandbox-name";
 /// Annotation of `CreateVM`: the pod's namespace.
 pub const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
-/// The address that the real one finds in the pod's network namespace.
-const POD_IP: &str = "10.244.0.5/24";
-
 /// The service of a CAA.
 pub(super) struct Hypervisor(pub(super) Arc<Shared>);
 
@@ -32,7 +29,7 @@ impl hypervisor_ttrpc::Hypervisor for Hypervisor {
     ) -> ttrpc::Result<CreateVMResponse> {
         let annotation = |name: &str| request.annotations.get(name).map(String::as_str).unwrap_or_default();
         let (namespace, pod) = (annotation(POD_NAMESPACE), annotation(POD_NAME));
-        let socket = self.0.create(&request.id, namespace, pod, POD_IP).map_err(|error| failure(&error))?;
+        let socket = self.0.create(&request.id, namespace, pod).map_err(|error| failure(&error))?;
         let agent_socket_path = socket.to_string_lossy().into_owned();
         Ok(CreateVMResponse { agentSocketPath: agent_socket_path, ..Default::default() })
     }

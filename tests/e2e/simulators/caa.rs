@@ -1,18 +1,26 @@
 //! The stand-in with a forwarder without Secure Comms, which the real CAA is made for.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use async_trait::async_trait;
 
 use rustls::SupportedProtocolVersion;
 use rustls::version::{TLS12, TLS13};
 use tempfile::TempDir;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::forwarder::Forwarder;
-use super::*;
-use crate::harness::drawn::free_port;
-use crate::harness::shim::Shim;
-use secure_comms_kata_api::server::KataServer;
+use secure_comms_tests::harness::drawn::free_port;
+use secure_comms_tests::harness::shim::Shim;
+use secure_comms_tests::simulators::caa::forwarder::Forwarder;
+use secure_comms_tests::simulators::caa::{Caa, CaaOptions, Cloud, Instance, Line};
+use secure_comms_tests::simulators::kata_api::server::KataServer;
+use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(60);
 
