@@ -23,12 +23,14 @@ use tokio::time::timeout;
 fn stranger(node: &Node) -> String {
     use std::os::unix::process::CommandExt as _;
     assert!(geteuid().is_root(), "only root can start a process of another user: run the test as root");
-    let script = r#"use IO::Socket::UNIX; my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or exit 0;
+    let script = r#"use IO::Socket::UNIX; my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or do { print STDERR "$!\n"; exit 0 };
         $s->print("GET /v1/pods HTTP/1.1\r\nHost: x\r\n\r\n"); $s->flush; print while <$s>;"#;
     let output =
         Command::new("/usr/bin/perl").args(["-e", script]).arg(&node.socket).uid(65534).gid(65534).output();
     let output = output.unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    println!("user 65534: {errors}");
     String::from_utf8(output.stdout).unwrap()
 }
 
