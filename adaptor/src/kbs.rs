@@ -34,6 +34,7 @@ pub use self::error::KbsError;
 use self::pace::{Pace, REQUEST_TIMEOUT_MAX};
 use self::posts::Posts;
 use self::response::KbsResponse;
+pub use self::tls::config as tls_config;
 use self::verdict::Verdict;
 
 /// The largest resource that the KBS accepts, in bytes.

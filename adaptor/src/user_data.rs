@@ -3,10 +3,12 @@
 use std::fmt;
 
 use base64ct::{Base64, Encoding};
-use secure_comms_keys::{KeyError, PodKey, WorkerNodePublic};
-use secure_comms_protocol::{InboundTag, OutboundTag};
+use secure_comms_keys::{KeyError, PodKey, WorkerNodeKey, WorkerNodePublic};
+use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
 use serde::Serialize;
 use zeroize::Zeroizing;
+
+use crate::store::{Store, StoreError};
 
 /// Error of making the fragment.
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +19,9 @@ pub enum UserDataError {
     /// The JSON could not be written.
     #[error("user data")]
     Json(#[from] serde_json::Error),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 #[derive(Serialize)]
@@ -32,27 +37,52 @@ struct Fragment<'a> {
     outbounds: &'a str,
 }
 
-/// The fragment: one JSON object and a newline. It is secret, because it holds the pod's private key; wiped on drop.
+/// The fragment for a pod. Makes the keys that are missing, and saves which worker nodes the VM is given. Secret.
+///
+/// # Errors
+/// The store failed, or a key could not be encoded.
+///
+/// # Cancellation
+/// Dropping the future may leave the pod with keys, and nothing saved of what it is given: a later call does that.
+pub async fn of_pod(
+    store: &dyn Store,
+    pod: &PodId,
+    inbounds: &[InboundTag],
+    outbounds: &[OutboundTag],
+) -> Result<Zeroizing<Vec<u8>>, UserDataError> {
+    let key = store.pod_key(pod).await?;
+    let nodes = store.pod_worker_nodes(pod).await?;
+    let given: Vec<String> = nodes.all().map(WorkerNodeKey::fingerprint).collect();
+    store.save_given(pod, &given).await?;
+    let nodes: Result<Vec<_>, _> = nodes.all().map(WorkerNodeKey::public).collect();
+    fragment(&key, &nodes?, inbounds, outbounds)
+}
+
+/// The fragment: one JSON object and a newline, with the worker nodes that may log in. It is secret, because it holds the
+/// pod's private key; wiped on drop.
 ///
 /// # Errors
 /// A key could not be encoded.
 pub fn fragment(
     pod: &PodKey,
-    worker_node: &WorkerNodePublic,
+    worker_nodes: &[WorkerNodePublic],
     inbounds: &[InboundTag],
     outbounds: &[OutboundTag],
 ) -> Result<Zeroizing<Vec<u8>>, UserDataError> {
     let pod_private = Zeroizing::new(Base64::encode_string(pod.to_pem()?.as_bytes()));
+    let lines: Result<Vec<String>, _> =
+        worker_nodes.iter().map(WorkerNodePublic::authorized_keys_line).collect();
+    let lines = lines?.join("\n");
     let (inbounds, outbounds) = (list(inbounds), list(outbounds));
     let fragment = Fragment {
         sc: true,
         pod_private: &pod_private,
-        worker_node_public: &Base64::encode_string(worker_node.authorized_keys_line()?.as_bytes()),
+        worker_node_public: &Base64::encode_string(lines.as_bytes()),
         inbounds: &inbounds,
         outbounds: &outbounds,
     };
     // The whole capacity at once: a vector that grows leaves copies behind that are not wiped. JSON escapes at most sixfold.
-    let room = 4096 + pod_private.len() + 6 * (inbounds.len() + outbounds.len());
+    let room = 4096 + pod_private.len() + 2 * lines.len() + 6 * (inbounds.len() + outbounds.len());
     let mut json = Zeroizing::new(Vec::with_capacity(room));
     serde_json::to_writer(&mut *json, &fragment)?;
     json.push(b'\n');
@@ -74,7 +104,7 @@ mod tests {
         let pod = PodKey::generate().unwrap();
         let node = WorkerNodeKey::generate().unwrap().public().unwrap();
         let inbounds = parse_list("KUBERNETES_PHASE:LOG:podns:7000, KUBERNETES_PHASE:B:0").unwrap();
-        let json = fragment(&pod, &node, &inbounds, &[]).unwrap();
+        let json = fragment(&pod, &[node], &inbounds, &[]).unwrap();
         assert_eq!(json.last(), Some(&b'\n'));
         let value: serde_json::Value = serde_json::from_slice(&json).unwrap();
         assert_eq!(value["sc"], true);

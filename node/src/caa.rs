@@ -7,13 +7,35 @@
 //!                                            \--- handshake finished --> relay <==> KATAAGENT stream
 //! ```
 
+pub mod check;
+pub mod directory;
+pub mod front;
+mod identity;
+mod life;
 pub mod rules;
 mod sandbox;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use self::sandbox::{Sandbox, TlsIdentity};
+use secure_comms_adaptor::store::StoreError;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinSet};
+
+use self::front::{Front, FrontError, FrontLimits};
+use self::life::Lives;
+use self::rules::RulesSettings;
+
+use crate::health::Health;
+use crate::init_data::InitDataPolicy;
+use crate::metrics::Metrics;
+use crate::pods::Pods;
+
+pub use self::directory::{Change, Changes, LookupError, PodsDirectory};
+pub use self::identity::{IdentityError, TlsIdentity, Whose};
+pub use self::sandbox::Sandbox;
 
 /// Settings of the way in of cloud-api-adaptor.
 #[derive(Clone, Debug)]
@@ -44,4 +66,56 @@ impl Default for CaaSettings {
             start_deadline: Duration::from_secs(600),
         }
     }
+}
+
+/// Error of the way in of cloud-api-adaptor.
+#[derive(Debug, thiserror::Error)]
+pub enum CaaError {
+    /// Its dials cannot be served.
+    #[error(transparent)]
+    Front(#[from] FrontError),
+    /// The pods of earlier processes cannot be listed.
+    #[error("list the pods in the store")]
+    Store(#[from] StoreError),
+    /// A part of it ended unexpectedly.
+    #[error("a part of the service for cloud-api-adaptor ended unexpectedly: report it")]
+    Part(#[source] JoinError),
+}
+
+/// Dials that wait for their lives to look at them.
+const DIALS_QUEUED: usize = 64;
+
+/// Serves the pods of cloud-api-adaptor until `stop` becomes true. The adaptor has resumed its pods before.
+///
+/// # Errors
+/// Its port cannot be listened at, or the store cannot be read.
+///
+/// # Cancellation
+/// Dropping the future cuts the connections of cloud-api-adaptor: the runtime then ends its pods.
+pub async fn run(
+    settings: CaaSettings,
+    init_data: InitDataPolicy,
+    pods: Pods,
+    health: Health,
+    metrics: Metrics,
+    stop: watch::Receiver<bool>,
+) -> Result<(), CaaError> {
+    // What the rules redirect to has to be there before them.
+    let front = Front::bind(settings.listen_port, FrontLimits::default(), metrics.clone()).await?;
+    let rules = RulesSettings { forwarder_port: settings.forwarder_port, listen_port: front.port() };
+    let directory = PodsDirectory::open(&settings.pods_directory);
+    let lives = Lives::new(&settings, init_data, pods, directory.clone(), metrics.clone()).await?;
+    let (dials, held) = mpsc::channel(DIALS_QUEUED);
+    let mut parts = JoinSet::new();
+    parts.spawn(front.run(dials, stop.clone()));
+    parts.spawn(rules::keep(rules, health.clone(), metrics, stop.clone()));
+    parts.spawn({
+        let stop = stop.clone();
+        async move { directory.run(health, stop).await }
+    });
+    parts.spawn(lives.run(held, stop));
+    while let Some(ended) = parts.join_next().await {
+        ended.map_err(CaaError::Part)?;
+    }
+    Ok(())
 }

@@ -1,1 +1,120 @@
 //! `doctor`: what is wrong with this node or a pod, and what to do about it.
+//!
+//! In: where things are ([`Node`]), and what the service says of itself. Out: a [`Report`]: groups of [`Finding`]s, each with
+//! a mark and, where something is wrong, a fix. Each check is a function that looks at one thing. Doctor changes nothing but a
+//! probe file in the store and a probe resource at the KBS, which it deletes. Nothing secret gets into a finding.
+
+mod caa;
+mod clock;
+mod counters;
+mod kbs;
+mod pod;
+mod processes;
+mod report;
+mod service;
+mod settings;
+mod store;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use secure_comms_adaptor::kbs::KbsSettings;
+
+use self::processes::Processes;
+use crate::api::types::{Event, Pod};
+use crate::caa::CaaSettings;
+use crate::caa::rules::RulesSettings;
+
+pub use self::caa::Seen;
+pub use self::kbs::PROBE;
+pub use self::report::{Finding, Group, Marks, Outcome, Report};
+
+/// How the settings of the service were read.
+#[derive(Clone, Debug, Default)]
+pub struct SettingsRead {
+    /// The settings' file.
+    pub file: PathBuf,
+    /// Whether it is the default one, which need not be there.
+    pub is_default: bool,
+    /// The faults of the settings, one a line.
+    pub faults: Vec<String>,
+    /// What is valid and probably not meant, one a line.
+    pub warnings: Vec<String>,
+    /// Files with secrets that the settings name.
+    pub secrets: Vec<PathBuf>,
+}
+
+/// Where the parts of a node's service are.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// How that was found out.
+    pub read: SettingsRead,
+    /// The API's socket.
+    pub socket: PathBuf,
+    /// The rest; `None`: the settings cannot be read.
+    pub places: Option<Places>,
+}
+
+/// What valid settings say.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// Directory of the key store.
+    pub store: PathBuf,
+    /// The KBS; `None`: the VMs have their keys from user data.
+    pub kbs: Option<KbsSettings>,
+    /// The way in of cloud-api-adaptor; `None`: off.
+    pub caa: Option<CaaSettings>,
+    /// Where the service's counters are read; `None`: nowhere.
+    pub metrics: Option<SocketAddr>,
+}
+
+/// Looks at the service: whether it runs, and its process. Its number is `None` if it does not run or cannot be known.
+pub async fn look_at_service(node: &Node) -> (Vec<Finding>, Option<u32>) {
+    let processes = Processes::of("/proc");
+    let (reachable, pid) = service::reachable(&node.socket).await;
+    let files = pid.map(|pid| service::files(&processes, pid));
+    (Vec::from_iter([Some(reachable), files].into_iter().flatten()), pid)
+}
+
+/// Looks at the node: all but the service itself. `service` is the number of its process.
+pub async fn look_at_node(node: &Node, service: Option<u32>, seen: &Seen, report: &mut Report) {
+    let processes = Processes::of("/proc");
+    report.add("settings", settings::check(&node.read));
+    let Some(places) = &node.places else { return };
+    report.add("store", store::check(&places.store));
+    if let Some(kbs) = &places.kbs {
+        report.add("kbs", kbs::check(kbs).await);
+    }
+    report.add("clock", vec![clock::check(&processes)]);
+    if let Some(caa) = &places.caa {
+        report.add("cloud-api-adaptor", look_at_caa(caa, places.metrics, &processes, service, seen).await);
+    }
+}
+
+/// Looks at a pod, with its last events.
+pub async fn look_at_pod(pod: &Pod, events: &[Event]) -> Vec<Finding> {
+    pod::check(pod, events).await
+}
+
+async fn look_at_caa(
+    caa: &CaaSettings,
+    metrics: Option<SocketAddr>,
+    processes: &Processes,
+    service: Option<u32>,
+    seen: &Seen,
+) -> Vec<Finding> {
+    let ports = RulesSettings { forwarder_port: caa.forwarder_port, listen_port: caa.listen_port };
+    let mut findings = self::caa::rules(ports).await;
+    findings.push(self::service::port(processes, caa.listen_port, service));
+    let unix = Path::new("/proc/net/unix");
+    findings.push(self::caa::directory(&caa.pods_directory, caa.certificates.is_some(), unix));
+    findings.extend(caa.certificates.as_deref().map(self::caa::certificates));
+    let refused = match (service, metrics) {
+        (None, _) => Err("the service does not run".to_owned()),
+        (Some(_), None) => Err("the service has no counters: metrics-listen is off".to_owned()),
+        (Some(_), Some(listen)) => counters::refused_dials(listen).await,
+    };
+    findings.extend(self::caa::observed(refused.as_ref().map_err(String::as_str), seen));
+    findings.push(self::caa::network(processes));
+    findings
+}

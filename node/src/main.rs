@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use secure_comms_keys::text::escape;
+use secure_comms_node::cli::serve::{ConfigArgs, ConfigCommand};
 use secure_comms_node::cli::{self, Cli, Command, Stop};
-use secure_comms_node::commands::{connect, keygen, serve, texts, user_data};
+use secure_comms_node::commands::{config, connect, doctor, keygen, pod, serve, status, texts, user_data};
 use secure_comms_node::logging::{self, Writer};
 use secure_comms_node::settings::{
     ConnectSettings, KeygenSettings, LogSettings, ServeSettings, UsageError, UserDataSettings,
-    unknown_variables,
+    unknown_variables, with_log_flags,
 };
 use tokio::runtime::Builder;
 
@@ -74,7 +75,12 @@ fn forbid_core_dumps() -> anyhow::Result<()> {
 
 fn run(cli: Cli, stderr: &Writer) -> anyhow::Result<ExitCode> {
     let env = |name: &str| std::env::var_os(name);
-    let log = LogSettings::read(cli.log, cli.log_format, &env)?;
+    let settings = service_settings(&cli, &env)?;
+    let log = match (&cli.command, &settings) {
+        // Its settings' file may say it.
+        (Command::Serve(_), Some(settings)) => settings.log,
+        _ => LogSettings::read(log_level(&cli, &env), cli.log_format, &env)?,
+    };
     let journal = std::env::var("JOURNAL_STREAM").ok();
     logging::init(log.level, log.format, journal.as_deref(), stderr.clone());
     forbid_core_dumps()?;
@@ -83,10 +89,31 @@ fn run(cli: Cli, stderr: &Writer) -> anyhow::Result<ExitCode> {
         tracing::warn!("{warning}");
     }
     let runtime = runtime_of(&cli.command).enable_all().build().context("start the runtime")?;
-    let done = runtime.block_on(command(cli.command, &env));
+    let done = runtime.block_on(command(cli.command, settings, &env));
     // The look-up of a name may be blocked for long: the end does not wait for it.
     runtime.shutdown_background();
     done
+}
+
+/// The level of the log. What `doctor` finds is its report: the lines of what it tries would only say it again.
+fn log_level(cli: &Cli, env: &dyn Fn(&str) -> Option<std::ffi::OsString>) -> Option<String> {
+    let is_quiet = matches!(cli.command, Command::Doctor(_)) && env("SECURE_COMMS_LOG").is_none();
+    cli.log.clone().or_else(|| is_quiet.then(|| "error".to_owned()))
+}
+
+/// The settings of the service, for the commands that need them.
+fn service_settings(
+    cli: &Cli,
+    env: &dyn Fn(&str) -> Option<std::ffi::OsString>,
+) -> Result<Option<ServeSettings>, UsageError> {
+    let (flags, config) = match &cli.command {
+        // The rules can be removed whatever the settings are.
+        Command::Serve(args) if !args.remove_rules => (&args.flags, &args.config),
+        Command::Config(ConfigArgs { command: ConfigCommand::Show(args) }) => (&args.flags, &args.config),
+        Command::Config(ConfigArgs { command: ConfigCommand::Check(args) }) => (&args.flags, &args.config),
+        _ => return Ok(None),
+    };
+    ServeSettings::read(with_log_flags(flags.clone(), cli), config.clone(), env).map(Some)
 }
 
 /// One thread for one pod: its bytes go through one SSH session, and handing them to another thread costs more than it
@@ -104,6 +131,7 @@ fn runtime_of(command: &Command) -> Builder {
 
 async fn command(
     command: Command,
+    settings: Option<ServeSettings>,
     env: &dyn Fn(&str) -> Option<std::ffi::OsString>,
 ) -> anyhow::Result<ExitCode> {
     match command {
@@ -111,16 +139,30 @@ async fn command(
             let interrupted = connect::run(ConnectSettings::read(*args, env)?).await?;
             return Ok(interrupted.map_or(ExitCode::SUCCESS, |signal| ExitCode::from(signal.exit_code())));
         }
-        Command::Serve(args) => serve::run(ServeSettings::read(*args, env)?).await?,
+        Command::Serve(_) => match settings {
+            Some(settings) => {
+                let interrupted = serve::run(settings).await?;
+                return Ok(interrupted.map_or(ExitCode::SUCCESS, |signal| ExitCode::from(signal.exit_code())));
+            }
+            None => serve::remove_rules().await?,
+        },
+        Command::Config(args) => {
+            let settings = settings.context("read the settings")?;
+            match args.command {
+                ConfigCommand::Show(args) => config::show(&settings, args.output)?,
+                ConfigCommand::Check(_) => config::check(&settings)?,
+            }
+        }
         Command::UserData(args) => user_data::run(UserDataSettings::read(args, env)?).await?,
         Command::Keygen(args) => keygen::run(KeygenSettings::read(args, env)?).await?,
-        Command::Config(_) => anyhow::bail!("config: not in this build"),
         Command::CaaCerts(_) => anyhow::bail!("caa-certs: not in this build"),
-        Command::Pod(_) => anyhow::bail!("pod: not in this build"),
-        Command::Status(_) => anyhow::bail!("status: not in this build"),
-        Command::Keys(_) => anyhow::bail!("keys: not in this build"),
-        Command::Doctor(_) => anyhow::bail!("doctor: not in this build"),
-        Command::Openapi => anyhow::bail!("openapi: not in this build"),
+        Command::Pod(args) => pod::run(args, env).await?,
+        Command::Status(args) => status::run(args, env).await?,
+        Command::Doctor(args) => {
+            let good = doctor::run(args, env).await?;
+            return Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Openapi => texts::openapi()?,
         Command::Completions(args) => texts::completions(&args)?,
         Command::Man(args) => texts::man(&args)?,
     }

@@ -5,25 +5,33 @@
 
 mod events;
 mod launch;
+mod orders;
 mod orphans;
 mod runtime;
+mod stop_cost;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use secure_comms_adaptor::address::Address;
-use secure_comms_adaptor::pod::PodSnapshot;
+use secure_comms_adaptor::pod::{PodSnapshot, PodState};
 use secure_comms_adaptor::store::StoreError;
 use secure_comms_adaptor::{Adaptor, AdaptorError, Deadline, Endpoint, PodSpec, Stopped};
+use secure_comms_keys::text::one_line;
 use secure_comms_protocol::{InitDataDigest, PodId, TunnelName};
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, watch};
 
+use self::orders::Orders;
+use crate::logging::names;
+
 pub use self::events::{Events, Happening};
 pub use self::launch::{Launch, Launcher};
+pub use self::orders::Order;
 pub use self::orphans::{CollectError, Orphan, OrphanReason};
 pub use self::runtime::Runtime;
+pub use self::stop_cost::StopCost;
 
 /// All that is shown of a pod.
 #[derive(Clone, Debug)]
@@ -36,6 +44,8 @@ pub struct PodView {
     pub snapshot: PodSnapshot,
     /// The runtime's connection to its kata agent.
     pub runtime: Runtime,
+    /// What its launcher says keeps it from being used, in one line; `None`: nothing does.
+    pub obstacle: Option<String>,
 }
 
 /// The pods of the node. A clone is the same pods.
@@ -47,12 +57,39 @@ struct Inner {
     adaptor: Adaptor,
     events: Events,
     runtimes: Mutex<HashMap<PodId, Runtime>>,
+    orders: Orders,
+    obstacles: Mutex<HashMap<PodId, Obstacle>>,
 }
+
+/// What keeps a pod from being used, though it may have no channel yet.
+#[derive(Clone, Debug)]
+struct Obstacle {
+    launch: Launch,
+    since: SystemTime,
+    reason: String,
+}
+
+/// Pods with an obstacle that are remembered.
+const OBSTACLES_MAX: usize = 1024;
+/// The longest text of an obstacle, in bytes.
+const OBSTACLE_MAX: usize = 1000;
 
 impl Pods {
     /// The pods of `adaptor`, whose observer is that of `events`.
     pub fn new(adaptor: Adaptor, events: Events) -> Self {
-        Self(Arc::new(Inner { adaptor, events, runtimes: Mutex::default() }))
+        Self(Arc::new(Inner {
+            adaptor,
+            events,
+            runtimes: Mutex::default(),
+            orders: Orders::default(),
+            obstacles: Mutex::default(),
+        }))
+    }
+
+    /// Has the observer learn of every order and its result, in the task of who orders: it must not block. A second one is
+    /// ignored.
+    pub fn observe_orders(&self, observer: impl Fn(&PodId, &Order<'_>) + Send + Sync + 'static) {
+        self.0.orders.observe(Box::new(observer));
     }
 
     /// The adaptor, for what this type does not offer.
@@ -75,8 +112,17 @@ impl Pods {
         init_data: Option<InitDataDigest>,
         deadline: Deadline,
     ) -> Result<Vec<Endpoint>, AdaptorError> {
+        if let Some(name) = &launch.name {
+            names::insert(id, name);
+        }
+        let state = self.0.adaptor.snapshot(id).map(|pod| pod.state);
+        if matches!(state, None | Some(PodState::NotPrepared | PodState::Failed { .. } | PodState::Stopped)) {
+            self.0.orders.happened(id, &Order::Prepare);
+        }
         let spec = PodSpec::bound_to(init_data).labelled(launch.to_labels());
-        self.0.adaptor.prepare(id, spec, deadline).await
+        let prepared = self.0.adaptor.prepare(id, spec, deadline).await;
+        self.0.orders.happened(id, &Order::Prepared(prepared.as_ref().map(|_| ())));
+        prepared
     }
 
     /// Connects to the pod's VM, and returns once the Kubernetes phase is up: see [`Adaptor::start`].
@@ -92,7 +138,9 @@ impl Pods {
         addresses: &[Address],
         deadline: Deadline,
     ) -> Result<(), AdaptorError> {
-        self.0.adaptor.start(id, addresses, deadline).await
+        let started = self.0.adaptor.start(id, addresses, deadline).await;
+        self.0.orders.happened(id, &Order::Started(started.as_ref().copied()));
+        started
     }
 
     /// Ends the pod, and deletes its keys here and at the KBS: see [`Adaptor::end`]. While that fails and is retried, the pod
@@ -105,7 +153,7 @@ impl Pods {
     /// Dropping the future drops the wait only.
     pub async fn stop(&self, id: &PodId) -> Result<Stopped, AdaptorError> {
         let stopped = self.0.adaptor.end(id).await;
-        self.runtimes().remove(id);
+        self.ended(id);
         stopped
     }
 
@@ -118,7 +166,7 @@ impl Pods {
     /// Dropping the future drops the wait only.
     pub async fn forget(&self, id: &PodId) -> Result<Vec<String>, AdaptorError> {
         let left = self.0.adaptor.forget(id).await;
-        self.runtimes().remove(id);
+        self.ended(id);
         left
     }
 
@@ -158,15 +206,25 @@ impl Pods {
         self.0.adaptor.open(id, tunnel).await
     }
 
-    /// The pod now; `None` if it is not served.
+    /// The pod now; `None` if it is not served, and nothing keeps it from that.
     pub fn get(&self, id: &PodId) -> Option<PodView> {
-        Some(self.view(id.clone(), self.0.adaptor.snapshot(id)?))
+        match self.0.adaptor.snapshot(id) {
+            Some(snapshot) => Some(self.view(id.clone(), snapshot)),
+            None => {
+                let obstacle = self.obstacles().get(id).cloned()?;
+                Some(self.refused(id.clone(), obstacle))
+            }
+        }
     }
 
     /// All pods now, by their ids.
     pub fn list(&self) -> Vec<PodView> {
         let mut all: Vec<PodView> =
             self.0.adaptor.snapshots().into_iter().map(|(id, snapshot)| self.view(id, snapshot)).collect();
+        let served: HashSet<PodId> = all.iter().map(|pod| pod.id.clone()).collect();
+        let refused: Vec<(PodId, Obstacle)> = self.obstacles().clone().into_iter().collect();
+        let refused = refused.into_iter().filter(|(id, _)| !served.contains(id));
+        all.extend(refused.map(|(id, obstacle)| self.refused(id, obstacle)));
         all.sort_by(|a, b| a.id.cmp(&b.id));
         all
     }
@@ -186,10 +244,70 @@ impl Pods {
         self.runtimes().insert(id.clone(), runtime);
     }
 
+    fn ended(&self, id: &PodId) {
+        self.runtimes().remove(id);
+        self.0.orders.happened(id, &Order::Stopped);
+        // One whose deletion is retried is still served, and logged.
+        if self.0.adaptor.snapshot(id).is_none() {
+            names::remove(id);
+        }
+    }
+
+    /// Listens and connects again for every pod that an earlier process started: see [`Adaptor::resume_all`].
+    ///
+    /// # Errors
+    /// As [`Adaptor::resume_all`].
+    ///
+    /// # Cancellation
+    /// Dropping the future leaves the pods that were resumed already running.
+    pub async fn resume_all(&self) -> Result<Vec<PodId>, AdaptorError> {
+        let resumed = self.0.adaptor.resume_all().await;
+        for pod in self.list() {
+            if let Some(name) = &pod.launch.name {
+                names::insert(&pod.id, name);
+            }
+        }
+        resumed
+    }
+
+    /// Says what keeps a pod from being used; `None`: nothing does. For launchers.
+    pub fn set_obstacle(&self, id: &PodId, launch: &Launch, reason: Option<String>) {
+        let mut obstacles = self.obstacles();
+        let Some(reason) = reason else {
+            obstacles.remove(id);
+            return;
+        };
+        let since = obstacles.get(id).map_or_else(SystemTime::now, |obstacle| obstacle.since);
+        if obstacles.len() < OBSTACLES_MAX || obstacles.contains_key(id) {
+            let reason = one_line(&reason, OBSTACLE_MAX);
+            obstacles.insert(id.clone(), Obstacle { launch: launch.clone(), since, reason });
+        }
+    }
+
+    /// A pod that is not served, because of the obstacle.
+    fn refused(&self, id: PodId, obstacle: Obstacle) -> PodView {
+        let Obstacle { launch, since, reason } = obstacle;
+        let snapshot = PodSnapshot {
+            state: PodState::Failed { reason: reason.clone() },
+            since,
+            labels: launch.to_labels(),
+            addresses: Vec::new(),
+            endpoints: Vec::new(),
+            init_data: None,
+            session: None,
+        };
+        PodView { obstacle: Some(reason), ..self.view(id, snapshot) }
+    }
+
+    fn obstacles(&self) -> MutexGuard<'_, HashMap<PodId, Obstacle>> {
+        self.0.obstacles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn view(&self, id: PodId, snapshot: PodSnapshot) -> PodView {
         let launch = Launch::of_labels(&snapshot.labels);
         let runtime = self.runtimes().get(&id).cloned().unwrap_or_default();
-        PodView { id, launch, snapshot, runtime }
+        let obstacle = self.obstacles().get(&id).map(|obstacle| obstacle.reason.clone());
+        PodView { id, launch, snapshot, runtime, obstacle }
     }
 
     fn runtimes(&self) -> MutexGuard<'_, HashMap<PodId, Runtime>> {

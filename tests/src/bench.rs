@@ -6,6 +6,7 @@
 //! - `measure`: the measurements of one contender in one round;
 //! - `groups`: which measurements run at which place, and their goals;
 //! - `cuts`: cuts of the line, which no stream may notice; OpenSSH is no contender there;
+//! - `node`: the node's service with many pods; OpenSSH is no contender there, and it runs by name only;
 //! - `tables`, `plot`: tables and pictures.
 //!
 //! Every figure is a median over rounds, every ratio the median of the rounds' ratios: a slow round slows both
@@ -21,6 +22,7 @@ mod measure;
 pub mod groups;
 
 pub mod cuts;
+pub mod node;
 
 mod plot;
 pub mod tables;

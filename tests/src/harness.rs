@@ -11,8 +11,10 @@
 //! - [`routed_path`]: worker node and VM in network namespaces, with a router between them that has faults;
 //! - [`session_pod`]: one pod at unix sockets only, for the faults of the line between its programs;
 //! - [`pod_runtime`]: the runtime with its open calls, and its patience;
+//! - [`shim`]: the runtime with a remote hypervisor: it has a VM made, and is its pod's [`pod_runtime`];
 //! - [`steady`]: a stream with a byte each way in steady steps;
 //! - [`busy_pod`]: all of these together;
+//! - [`cloud`]: VMs at addresses of their own; [`caa_node`]: a worker node with CAA and `serve`, whose VMs these are;
 //! - [`vm`]: the same with the VM's programs in network namespaces;
 //! - [`pod_site`]: the VM's and the worker node's ends of a pod's network.
 
@@ -23,6 +25,8 @@ pub mod test_namespace;
 pub mod pod_keys;
 
 pub mod busy_pod;
+pub mod caa_node;
+pub mod cloud;
 pub mod control_channel;
 pub mod drawn;
 pub mod kept_directory;
@@ -31,5 +35,6 @@ pub mod pod_site;
 pub mod routed_path;
 pub mod scene;
 pub mod session_pod;
+pub mod shim;
 pub mod steady;
 pub mod vm;

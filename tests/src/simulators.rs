@@ -1,6 +1,7 @@
 //! Programs and tasks that behave like the real systems around Secure Comms, with faults on demand.
 //!
 //! - [`kbs`]: Trustee's key broker service;
+//! - [`caa`]: cloud-api-adaptor, as far as the node's service meets it;
 //! - [`guest`]: the guest components in the VM (`api-server-rest`, CDH), which fetch keys through the agent;
 //! - [`kata`]: an echo server in the place of the kata agent, and clients that check every byte;
 //! - [`kata_api`]: a kata agent and its runtime that speak the real protocol, ttrpc;
@@ -15,6 +16,7 @@ pub mod kbs;
 pub use secure_comms_kata_api as kata_api;
 pub use secure_comms_simulators::{guest, inspector, kata};
 
+pub mod caa;
 pub mod openssh;
 
 pub mod impaired_link;

@@ -16,7 +16,11 @@ use super::{KbsError, KbsSettings};
 /// `secp521r1` (RFC 5480, 2.1.1.1), as DER. *ring* has no signatures with this curve.
 const P521: &[u8] = &[0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x23];
 
-pub(super) fn config(settings: &KbsSettings) -> Result<ClientConfig, KbsError> {
+/// The TLS configuration with which this crate talks to the KBS, for a caller that looks at the connection itself.
+///
+/// # Errors
+/// The CA cannot be read.
+pub fn config(settings: &KbsSettings) -> Result<ClientConfig, KbsError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()

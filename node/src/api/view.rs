@@ -39,7 +39,7 @@ impl From<&PodState> for types::Phase {
 
 impl From<PodView> for types::Pod {
     fn from(pod: PodView) -> Self {
-        let PodView { id, launch, snapshot, runtime } = pod;
+        let PodView { id, launch, snapshot, runtime, obstacle } = pod;
         let (reason, attempt, instance) = match &snapshot.state {
             PodState::Connecting { last_error } | PodState::Ending { last_error } => {
                 (last_error.as_deref(), None, None)
@@ -59,7 +59,7 @@ impl From<PodView> for types::Pod {
             namespace: namespace(&launch),
             name: name(&launch),
             phase: (&snapshot.state).into(),
-            reason: reason.map(line),
+            reason: reason.or(obstacle.as_deref()).map(line),
             attempt,
             instance,
             since: snapshot.since.into(),

@@ -2,47 +2,22 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::setting::Flags;
 
 /// The flags of `serve`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ServeArgs {
-    /// The settings' file, TOML [default: /etc/secure-comms/adaptor.toml, if it is there]
+    /// The settings' file, TOML [env: SECURE_COMMS_CONFIG] [default: /etc/secure-comms/adaptor.toml, if it is there]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Where the sockets of the pods' inbounds are [env: SECURE_COMMS_RUN_DIR] [default: /run/secure-comms]
-    #[arg(long, value_name = "DIR")]
-    pub run_dir: Option<PathBuf>,
-    /// Where keys are kept [default: /var/lib/secure-comms-adaptor]
-    #[arg(long, value_name = "DIR")]
-    pub store: Option<PathBuf>,
-    /// Where the VMs' KBS tunnel leads [env: SECURE_COMMS_KBS_ADDR] [default: kbs-service.trustee-operator-system:8080]
-    #[arg(long, value_name = "HOST:PORT")]
-    pub kbs: Option<String>,
-    /// Where we publish keys, http or https [default: http:// and the address of --kbs]
-    #[arg(long, value_name = "URL")]
-    pub kbs_url: Option<String>,
-    /// The KBS admin's Ed25519 key, PKCS#8 PEM; without it no admin token is sent
-    #[arg(long, value_name = "FILE")]
-    pub kbs_admin_key: Option<PathBuf>,
-    /// The VMs have their keys from user data, not from a KBS [env: SECURE_COMMS_NO_TRUSTEE=true]
-    #[arg(long)]
-    pub no_trustee: bool,
-    /// Serve cloud-api-adaptor: on or off [default: on]
-    #[arg(long, value_name = "SWITCH")]
-    pub caa: Option<String>,
-    /// The socket of the API [default: /run/secure-comms/adaptor.sock]
-    #[arg(long, value_name = "PATH")]
-    pub socket: Option<PathBuf>,
-    /// Where monitoring reads /metrics, /healthz and /readyz [default: 127.0.0.1:9464]
-    #[arg(long, value_name = "HOST:PORT")]
-    pub metrics_listen: Option<String>,
-    /// Where cloud-api-adaptor writes its sandboxes [default: /run/peerpod/pods]
-    #[arg(long, value_name = "DIR")]
-    pub pods_directory: Option<PathBuf>,
     /// Take the node's nftables rules away, and end
     #[arg(long)]
     pub remove_rules: bool,
+    /// The settings.
+    #[command(flatten)]
+    pub flags: Flags,
 }
 
 /// The flags of `config`.
@@ -57,7 +32,44 @@ pub struct ConfigArgs {
 #[derive(Clone, Debug, Subcommand)]
 pub enum ConfigCommand {
     /// Print each setting of `serve`, its value and where that comes from
-    Show(Box<ServeArgs>),
+    Show(Box<ConfigShowArgs>),
+    /// Look for faults in the settings of `serve`, as it would at its start
+    Check(Box<ConfigCheckArgs>),
+}
+
+/// The flags of `config show`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ConfigShowArgs {
+    /// The form of what is printed
+    #[arg(short, long, value_enum, value_name = "FORMAT", default_value_t)]
+    pub output: ConfigFormat,
+    /// The settings' file [env: SECURE_COMMS_CONFIG] [default: /etc/secure-comms/adaptor.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The settings.
+    #[command(flatten)]
+    pub flags: Flags,
+}
+
+/// The flags of `config check`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ConfigCheckArgs {
+    /// The settings' file [env: SECURE_COMMS_CONFIG] [default: /etc/secure-comms/adaptor.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The settings.
+    #[command(flatten)]
+    pub flags: Flags,
+}
+
+/// The form in which settings are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ConfigFormat {
+    /// As a settings' file, with a comment that says where each value comes from.
+    #[default]
+    Toml,
+    /// One object, for programs.
+    Json,
 }
 
 /// The flags of `caa-certs`.

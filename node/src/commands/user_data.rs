@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use secure_comms_adaptor::store::Store as _;
 use secure_comms_adaptor::user_data;
 
 use super::open_store;
@@ -29,8 +28,6 @@ pub async fn run(settings: UserDataSettings) -> anyhow::Result<()> {
         );
     }
     let store = open_store(&settings.store)?;
-    let worker_node = store.worker_node_key().await?.public()?;
-    let pod = store.pod_key(&settings.pod).await?;
-    let json = user_data::fragment(&pod, &worker_node, &settings.inbounds, &settings.outbounds)?;
+    let json = user_data::of_pod(&store, &settings.pod, &settings.inbounds, &settings.outbounds).await?;
     output.write(&json)
 }

@@ -89,9 +89,7 @@ struct Rule {
 /// # Errors
 /// The file cannot be read or is not a list of rules, no rule matches the pod, or the rule's file is not init-data.
 pub fn of_pod(file: &Path, pod: &PodName) -> Result<Option<InitDataDigest>, InitDataError> {
-    let text = String::from_utf8(read(file)?).map_err(|_| fault("not UTF-8"))?;
-    let rules: Rules =
-        toml::from_str(&text).map_err(|error| fault(error.to_string().trim().replace('\n', " ")))?;
+    let rules = Rules::read(file)?;
     let mut found = None;
     // All of them are read: a fault shows at once, and not with the first pod that the rule is for.
     for (number, rule) in (1..).zip(&rules.rule) {
@@ -104,6 +102,25 @@ pub fn of_pod(file: &Path, pod: &PodName) -> Result<Option<InitDataDigest>, Init
     found.ok_or_else(|| {
         fault(format!("no rule matches pod {pod}: add one, with unbound = true if its VM has no init-data"))
     })
+}
+
+/// Looks for faults in the rules of a file, and in the files that they name.
+///
+/// # Errors
+/// The file cannot be read or is not a list of rules, or a rule's file is not init-data.
+pub fn check(file: &Path) -> Result<(), InitDataError> {
+    for (number, rule) in (1..).zip(&Rules::read(file)?.rule) {
+        let digest = rule.expected().and_then(|expected| expected.digest(file));
+        drop(digest.map_err(|error| fault(format!("rule {number}: {error}")))?);
+    }
+    Ok(())
+}
+
+impl Rules {
+    fn read(file: &Path) -> Result<Self, InitDataError> {
+        let text = String::from_utf8(read(file)?).map_err(|_| fault("not UTF-8"))?;
+        toml::from_str(&text).map_err(|error| fault(error.to_string().trim().replace('\n', " ")))
+    }
 }
 
 /// What a rule says.

@@ -7,74 +7,100 @@ use std::path::Path;
 use secure_comms_keys::WorkerNodeKeys;
 use secure_comms_keys::text::escape;
 
-use super::{ExpectedInitData, SettingsReader};
-use crate::cli::ConnectArgs;
-use crate::init_data::rules::{PodName, of_pod};
-use crate::init_data::{InitDataError, digest_of_file};
+use super::ExpectedInitData;
+use super::reader::{Given, SettingsReader, Source};
+use crate::cli::setting::{INIT_DATA, INIT_DATA_DIGEST, INIT_DATA_RULES, Setting, WORKER_NODE_KEYS};
+use crate::init_data::rules::{self, PodName, of_pod};
+use crate::init_data::{InitDataError, InitDataPolicy, digest_of_file};
 
 /// The largest list of worker nodes, in bytes: with the pod's key it must fit into what an agent reads.
 const WORKER_NODES_MAX: u64 = 48 * 1024;
 
-const FILE: (&str, &str) = ("--init-data", "SECURE_COMMS_INIT_DATA");
-const DIGEST: (&str, &str) = ("--init-data-digest", "SECURE_COMMS_INIT_DATA_DIGEST");
-const RULES: (&str, &str) = ("--init-data-rules", "SECURE_COMMS_INIT_DATA_RULES");
 const POD: (&str, &str) = ("--pod", "SECURE_COMMS_POD");
-const WORKER_NODES: (&str, &str) = ("--worker-node-keys", "SECURE_COMMS_WORKER_NODE_KEYS");
 
-/// A source of the digest, the name of its flag or variable, and its value.
-type Given = ((&'static str, &'static str), &'static str, String);
+/// What says which init-data is expected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    File,
+    Digest,
+    Rules,
+}
 
-/// The init-data that is expected. One flag may say it; without a flag, one variable.
-pub(super) fn expected(reader: &mut SettingsReader<'_>, args: &ConnectArgs) -> ExpectedInitData {
-    let sources = [(FILE, &args.init_data), (DIGEST, &args.init_data_digest), (RULES, &args.init_data_rules)];
-    let mut given: Vec<Given> =
-        sources.into_iter().filter_map(|(source, value)| Some((source, source.0, value.clone()?))).collect();
-    if given.is_empty() {
-        for (source, _) in sources {
-            given.extend(reader.variable(source.1).map(|value| (source, source.1, value)));
-        }
-    }
-    if let [_, (_, second, _), ..] = given.as_slice() {
-        let names: Vec<&str> = given.iter().map(|(_, name, _)| *name).collect();
-        let fault =
-            format!("{second}: contradicts another source of init-data: give one of {}", names.join(", "));
+/// The setting that says it, with its name for faults and its value. The strongest source counts; in one source, only one
+/// setting may say it.
+fn source(reader: &mut SettingsReader<'_>) -> Option<(Form, String, String)> {
+    let settings: [(Form, &Setting); 3] =
+        [(Form::File, &INIT_DATA), (Form::Digest, &INIT_DATA_DIGEST), (Form::Rules, &INIT_DATA_RULES)];
+    let strength = |given: &Given| match given.source {
+        Source::Flag => 3,
+        Source::Variable(_) => 2,
+        Source::File(..) => 1,
+        Source::Default => 0,
+    };
+    let mut given: Vec<(Form, &Setting, Given)> = settings
+        .into_iter()
+        .filter_map(|(form, setting)| Some((form, setting, reader.given(setting)?)))
+        .collect();
+    let strongest = given.iter().map(|(.., given)| strength(given)).max()?;
+    given.retain(|(.., given)| strength(given) == strongest);
+    if let [_, (.., second), ..] = given.as_slice() {
+        let names: Vec<&str> = given.iter().map(|(.., given)| given.name.as_str()).collect();
+        let names = names.join(", ");
+        let fault = format!("{}: contradicts another source of init-data: give one of {names}", second.name);
         reader.faults.push(fault);
-        return ExpectedInitData::AsBefore;
+        return None;
     }
-    if args.pod.is_some() && !given.iter().any(|(source, ..)| *source == RULES) {
+    let (form, setting, _) = given.pop()?;
+    let (name, value) = reader.text(setting)?;
+    Some((form, name, value))
+}
+
+/// The init-data that is expected of one pod's VM. `pod` is the value of `--pod`.
+pub(super) fn expected(reader: &mut SettingsReader<'_>, pod: Option<String>) -> ExpectedInitData {
+    let faults = reader.faults.len();
+    let found = source(reader);
+    let is_rules = matches!(found, Some((Form::Rules, ..)));
+    if pod.is_some() && !is_rules && reader.faults.len() == faults {
         reader.faults.push("--pod: needs --init-data-rules".to_owned());
     }
-    let Some((source, name, value)) = given.pop() else { return ExpectedInitData::AsBefore };
-    match source {
-        FILE => from_file(reader, name, &value),
-        DIGEST => reader.parsed(name, &value).map_or(ExpectedInitData::AsBefore, ExpectedInitData::Digest),
-        _ => from_rules(reader, args, (name, &value)),
-    }
+    let expected = match found {
+        None => None,
+        Some((Form::File, name, file)) => {
+            digest_of_file(Path::new(&file)).map_err(|error| unusable(reader, &name, &file, &error)).ok()
+        }
+        Some((Form::Digest, name, digest)) => reader.parsed(&name, &digest),
+        Some((Form::Rules, name, file)) => return from_rules(reader, pod, (&name, &file)),
+    };
+    expected.map_or(ExpectedInitData::AsBefore, ExpectedInitData::Digest)
 }
 
-fn unusable(
-    reader: &mut SettingsReader<'_>,
-    name: &str,
-    file: &str,
-    error: &InitDataError,
-) -> ExpectedInitData {
+/// The init-data that is expected of the VMs of a node. Rules are looked through now, and read again for each pod.
+pub(super) fn policy(reader: &mut SettingsReader<'_>) -> InitDataPolicy {
+    let policy = match source(reader) {
+        None => None,
+        Some((Form::File, name, file)) => {
+            let digest = digest_of_file(Path::new(&file));
+            digest.map(InitDataPolicy::Digest).map_err(|error| unusable(reader, &name, &file, &error)).ok()
+        }
+        Some((Form::Digest, name, digest)) => reader.parsed(&name, &digest).map(InitDataPolicy::Digest),
+        Some((Form::Rules, name, file)) => rules::check(Path::new(&file))
+            .map(|()| InitDataPolicy::Rules(file.clone().into()))
+            .map_err(|error| unusable(reader, &name, &file, &error))
+            .ok(),
+    };
+    policy.unwrap_or_default()
+}
+
+fn unusable(reader: &mut SettingsReader<'_>, name: &str, file: &str, error: &InitDataError) {
     reader.faults.push(escape(&format!("{name}: {file}: {error}")));
-    ExpectedInitData::AsBefore
-}
-
-fn from_file(reader: &mut SettingsReader<'_>, name: &str, file: &str) -> ExpectedInitData {
-    match digest_of_file(Path::new(file)) {
-        Ok(digest) => ExpectedInitData::Digest(digest),
-        Err(error) => unusable(reader, name, file, &error),
-    }
 }
 
 fn from_rules(
     reader: &mut SettingsReader<'_>,
-    args: &ConnectArgs,
+    pod: Option<String>,
     (name, file): (&str, &str),
 ) -> ExpectedInitData {
-    let Some((pod_name, pod)) = reader.flag_or((POD.0, args.pod.clone()), POD.1) else {
+    let Some((pod_name, pod)) = reader.flag_or((POD.0, pod), POD.1) else {
         reader.faults.push(format!("{name}: needs --pod NAMESPACE/NAME, or {}", POD.1));
         return ExpectedInitData::AsBefore;
     };
@@ -82,13 +108,16 @@ fn from_rules(
     match of_pod(Path::new(file), &pod) {
         Ok(Some(digest)) => ExpectedInitData::Digest(digest),
         Ok(None) => ExpectedInitData::Unbound,
-        Err(error) => unusable(reader, name, file, &error),
+        Err(error) => {
+            unusable(reader, name, file, &error);
+            ExpectedInitData::AsBefore
+        }
     }
 }
 
 /// The further worker nodes that may log in.
-pub(super) fn worker_nodes(reader: &mut SettingsReader<'_>, args: &ConnectArgs) -> Option<WorkerNodeKeys> {
-    let (name, file) = reader.flag_or((WORKER_NODES.0, args.worker_node_keys.clone()), WORKER_NODES.1)?;
+pub(super) fn worker_nodes(reader: &mut SettingsReader<'_>) -> Option<WorkerNodeKeys> {
+    let (name, file) = reader.text(&WORKER_NODE_KEYS)?;
     let mut lines = Vec::new();
     let read = File::open(&file).and_then(|file| file.take(WORKER_NODES_MAX + 1).read_to_end(&mut lines));
     let keys = match read {
@@ -99,16 +128,4 @@ pub(super) fn worker_nodes(reader: &mut SettingsReader<'_>, args: &ConnectArgs) 
         Ok(_) => WorkerNodeKeys::parse(&lines).map_err(|error| format!("{:#}", anyhow::Error::from(error))),
     };
     keys.map_err(|error| reader.faults.push(escape(&format!("{name}: {file}: {error}")))).ok()
-}
-
-/// Flags that need a KBS.
-pub(super) fn kbs_flags(args: &ConnectArgs) -> [(&'static str, bool); 6] {
-    [
-        (FILE.0, args.init_data.is_some()),
-        (DIGEST.0, args.init_data_digest.is_some()),
-        (RULES.0, args.init_data_rules.is_some()),
-        (POD.0, args.pod.is_some()),
-        (WORKER_NODES.0, args.worker_node_keys.is_some()),
-        ("--allow-old-agents", args.allow_old_agents),
-    ]
 }

@@ -5,45 +5,34 @@ use std::ffi::OsStr;
 use secure_comms_keys::text::one_line;
 use strsim::jaro_winkler;
 
+use crate::cli::setting::SERVE;
+
 const PREFIX: &str = "SECURE_COMMS_";
-/// Variables of this program and, as they may share a config map, of the agent. Those of the tests end with `_DIR`.
-const KNOWN: [&str; 20] = [
-    "SECURE_COMMS_LOG",
-    "SECURE_COMMS_LOG_FORMAT",
+/// Variables that are no settings of `serve`. Those of the tests end with `_DIR`.
+const OTHERS: [&str; 5] = [
+    "SECURE_COMMS_CONFIG",
     "SECURE_COMMS_EVENTS",
-    "SECURE_COMMS_INBOUNDS",
-    "SECURE_COMMS_OUTBOUNDS",
-    "SECURE_COMMS_KBS_ADDR",
-    "SECURE_COMMS_NO_TRUSTEE",
-    "SECURE_COMMS_INIT_DATA",
-    "SECURE_COMMS_INIT_DATA_DIGEST",
-    "SECURE_COMMS_INIT_DATA_RULES",
     "SECURE_COMMS_POD",
-    "SECURE_COMMS_WORKER_NODE_KEYS",
-    "SECURE_COMMS_ALLOW_OLD_AGENTS",
-    "SECURE_COMMS_REQUIRE_PQ",
-    "SECURE_COMMS_PP_INBOUNDS",
-    "SECURE_COMMS_PP_OUTBOUNDS",
-    "SECURE_COMMS_RUN_DIR",
-    "SECURE_COMMS_KBS_FILTER",
     "SECURE_COMMS_BIN_DIR",
     "SECURE_COMMS_TEST_VM_DIR",
 ];
 /// From this similarity on, of 0 to 1, a known name is suggested; clap suggests flags from 0.7.
-const SIMILAR: f64 = 0.7;
+pub(super) const SIMILAR: f64 = 0.7;
 /// Longest name that is shown.
 const NAME_MAX: usize = 100;
 
 /// A warning for each variable `SECURE_COMMS_*` that is not known, with the most similar one that is.
 pub fn unknown_variables<'a>(names: impl IntoIterator<Item = &'a OsStr>) -> Vec<String> {
+    let known: Vec<&str> =
+        SERVE.iter().flat_map(|setting| setting.variables).copied().chain(OTHERS).collect();
     let warning = |name: &OsStr| {
         let name = name.to_string_lossy();
         let rest = name.strip_prefix(PREFIX)?;
-        if KNOWN.contains(&name.as_ref()) {
+        if known.contains(&name.as_ref()) {
             return None;
         }
         let similarity = |known: &&str| jaro_winkler(rest, known.strip_prefix(PREFIX).unwrap_or(known));
-        let nearest = KNOWN.iter().copied().max_by(|a, b| similarity(a).total_cmp(&similarity(b)));
+        let nearest = known.iter().copied().max_by(|a, b| similarity(a).total_cmp(&similarity(b)));
         let advice = match nearest.filter(|known| similarity(known) >= SIMILAR) {
             Some(known) => format!("did you mean {known}?"),
             None => "see --help for the variables that are read".to_owned(),

@@ -1,4 +1,4 @@
-//! The part of the kata agent's API that the tests use, over the `ttrpc` crate that kata itself uses.
+//! The parts of the kata agent's API and of the remote hypervisor's that the tests use, over the `ttrpc` crate that kata itself uses.
 //!
 //! - [`api`]: messages, client and server, generated from `proto/` with the field numbers of the kata agent;
 //! - [`client`]: the runtime's side; [`server`]: the kata agent's, which records its requests.

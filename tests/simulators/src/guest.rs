@@ -16,8 +16,9 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::{Request, StatusCode};
+use secure_comms_tunnel::netns::{self, Namespace};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::RwLock;
 
 use crate::accept::Serving;
@@ -55,7 +56,20 @@ impl Rest {
     /// # Errors
     /// If the address cannot be bound.
     pub async fn start(listen: SocketAddr, backend: Backend) -> Result<Self> {
-        let listener = TcpListener::bind(listen).await.with_context(|| format!("guest: binding {listen}"))?;
+        Self::start_in(None, listen, backend).await
+    }
+
+    /// As [`Rest::start`], in a network namespace.
+    ///
+    /// # Errors
+    /// As there, and if the namespace can't be entered.
+    pub async fn start_in(
+        namespace: Option<&Namespace>,
+        listen: SocketAddr,
+        backend: Backend,
+    ) -> Result<Self> {
+        let listener = netns::listen(namespace, listen).await;
+        let listener = listener.with_context(|| format!("guest: binding {listen}"))?;
         let addr = listener.local_addr().context("guest: reading the bound address")?;
         let serving = Serving::start(listener, move |stream| {
             let backend = backend.clone();

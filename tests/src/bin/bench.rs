@@ -1,6 +1,6 @@
 //! Compares Secure Comms with stock OpenSSH in one run; `tests/bench` builds what this needs and calls it.
 //!
-//! `bench [--short] [--write DOCUMENT] [--cuts N] [--max SECONDS] [GROUP...]`. The agent is that of `SECURE_COMMS_BIN_DIR`, as in the tests. Every
+//! `bench [--short] [--write DOCUMENT] [--cuts N] [--max SECONDS] [--pods N] [GROUP...]`. The agent is that of `SECURE_COMMS_BIN_DIR`, as in the tests. Every
 //! byte is compared; a wrong byte is an error, a slow one is not. A stream that a cut ends is an error, too.
 
 use std::path::PathBuf;
@@ -11,13 +11,17 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::bench::cuts::{self, Cuts};
 use secure_comms_tests::bench::groups::{Amount, GROUPS, Group};
+use secure_comms_tests::bench::node::{self, Node};
 use secure_comms_tests::bench::tables;
 use secure_comms_tests::harness::process::ensure_built;
 use secure_comms_tests::usage::is_help;
 
-const USAGE: &str = "usage: bench [--short] [--write DOCUMENT] [--cuts N] [--max SECONDS] [GROUP...]";
+const USAGE: &str =
+    "usage: bench [--short] [--write DOCUMENT] [--cuts N] [--max SECONDS] [--pods N] [GROUP...]";
 /// Group of its own: OpenSSH is no contender in it.
 const CUTS: &str = "cuts";
+/// As that, and by name only: it starts hundreds of programs.
+const NODE: &str = "node";
 const FULL: Amount = Amount { rounds: 5, counted: Duration::from_millis(1500), requests: 3000 };
 /// Enough to check that every measurement works; the figures mean little.
 const SHORT: Amount = Amount { rounds: 1, counted: Duration::from_millis(300), requests: 200 };
@@ -27,6 +31,7 @@ struct Arguments {
     document: Option<PathBuf>,
     groups: Vec<Group>,
     cuts: Option<Cuts>,
+    node: Option<Node>,
 }
 
 #[tokio::main]
@@ -51,29 +56,34 @@ async fn main() -> ExitCode {
 }
 
 fn arguments(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
-    let mut arguments = Arguments { amount: FULL, document: None, groups: Vec::new(), cuts: None };
+    let mut arguments =
+        Arguments { amount: FULL, document: None, groups: Vec::new(), cuts: None, node: None };
     let (mut cuts, mut asks_for_cuts) = (cuts::DEFAULT, false);
+    let (mut node, mut asks_for_node) = (node::DEFAULT, false);
     while let Some(word) = words.next() {
         match word.as_str() {
             "--short" => arguments.amount = SHORT,
             "--write" => arguments.document = Some(words.next().ok_or("--write wants a file")?.into()),
             "--cuts" => cuts.count = number(&word, words.next())?,
             "--max" => cuts.longest = Duration::from_secs(number(&word, words.next())?),
+            "--pods" => node.pods = number(&word, words.next())?,
             CUTS => asks_for_cuts = true,
+            NODE => asks_for_node = true,
             name => {
                 let group = GROUPS.into_iter().find(|group| group.name == name);
-                let names = || GROUPS.map(|group| group.name).join(", ") + ", " + CUTS;
+                let names = || GROUPS.map(|group| group.name).join(", ") + ", " + CUTS + ", " + NODE;
                 arguments
                     .groups
                     .push(group.ok_or_else(|| format!("no group {name:?}; there are {}", names()))?);
             }
         }
     }
-    if arguments.groups.is_empty() && !asks_for_cuts {
+    if arguments.groups.is_empty() && !asks_for_cuts && !asks_for_node {
         arguments.groups = GROUPS.to_vec();
         asks_for_cuts = true;
     }
     arguments.cuts = asks_for_cuts.then_some(cuts);
+    arguments.node = asks_for_node.then_some(node);
     if arguments.document.is_some() && (arguments.groups.len() < GROUPS.len() || !asks_for_cuts) {
         return Err("--write wants all groups: a document has one run's figures".to_owned());
     }
@@ -93,6 +103,9 @@ async fn run(arguments: Arguments) -> Result<()> {
         let summaries = tables::summarize(&group, &rounds);
         println!("{}", tables::table(&group, &summaries));
         measured.push((group, summaries));
+    }
+    if let Some(node) = arguments.node {
+        println!("{}", node.run().await.context(NODE)?.table());
     }
     let mut cuts_table = None;
     if let Some(cuts) = arguments.cuts {

@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::harness::scene::PATIENCE;
 use crate::simulators::kata_api::api::agent::{
-    CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, GetOOMEventRequest,
+    CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, GetOOMEventRequest,
     ReadStreamRequest, SignalProcessRequest, StartContainerRequest, WaitProcessRequest,
 };
 use crate::simulators::kata_api::client::Runtime;
@@ -77,6 +77,11 @@ impl PodRuntime {
     }
 
     async fn make(runtime: &Runtime) -> Result<()> {
+        // The first request of all, and the real one fails the pod without an answer.
+        let checked = timeout(CHECK_WITHIN, runtime.check()).await;
+        checked
+            .with_context(|| format!("the first Check had no answer in {CHECK_WITHIN:?}"))?
+            .context("Check")?;
         runtime.create_sandbox(&CreateSandboxRequest::new()).await.context("CreateSandbox")?;
         let request = CreateContainerRequest { container_id: CONTAINER.into(), ..Default::default() };
         runtime.create_container(&request).await.context("CreateContainer")?;
@@ -118,6 +123,25 @@ impl PodRuntime {
         let read = read.await.context("ReadStdout hangs")?.context("ReadStdout")?;
         ensure!(read == output(CONTAINER, size), "ReadStdout: other bytes than were sent");
         self.lives()
+    }
+
+    /// Copies a file of this many bytes into the VM, as the runtime does with volumes.
+    ///
+    /// # Errors
+    /// If the call fails or hangs.
+    pub async fn copy_file(&self, bytes: usize) -> Result<()> {
+        let request = CopyFileRequest { data: output("file", bytes), ..Default::default() };
+        let copied = timeout(PATIENCE, self.runtime.agent().copy_file(Context::default(), &request)).await;
+        copied.context("CopyFile hangs")?.context("CopyFile").map(drop)
+    }
+
+    /// Asks for the statistics of the container.
+    ///
+    /// # Errors
+    /// If the call fails or hangs.
+    pub async fn stats(&self) -> Result<()> {
+        let stats = timeout(PATIENCE, self.runtime.stats_container(CONTAINER)).await;
+        stats.context("StatsContainer hangs")?.context("StatsContainer")
     }
 
     /// Ends the container and the sandbox: each open call must get its answer now.

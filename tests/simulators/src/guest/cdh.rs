@@ -1,5 +1,6 @@
 //! AA and CDH: each fetch is a full attestation, through what listens at the KBS address.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -14,6 +15,7 @@ use hyper_util::rt::TokioIo;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
+use secure_comms_tunnel::netns::{self, Namespace};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -37,6 +39,8 @@ pub struct CdhOptions {
     pub retry: Duration,
     /// Timeout of one answer. The fetch then fails without another attempt.
     pub answer_limit: Duration,
+    /// The network namespace of the VM; none: that of this process.
+    pub namespace: Option<Namespace>,
     /// Keep each connection open, unused, until the other side closes it, as connection pools of HTTP clients do.
     pub pooled: bool,
 }
@@ -52,6 +56,7 @@ impl CdhOptions {
             attempts: 4,
             retry: Duration::from_millis(50),
             answer_limit: Duration::from_secs(50),
+            namespace: None,
             pooled: false,
         }
     }
@@ -182,8 +187,7 @@ impl Cdh {
     async fn connect(&self) -> Result<Connection, Failure> {
         let limit = self.options.answer_limit;
         let connect = async {
-            let tcp =
-                TcpStream::connect((self.host.as_str(), self.port)).await.context("connecting to the KBS")?;
+            let tcp = self.dial().await.context("connecting to the KBS")?;
             match &self.tls {
                 None => Connection::over(tcp).await,
                 Some((tls, name)) => {
@@ -195,6 +199,15 @@ impl Cdh {
             .await
             .map_err(|_| Failure::Final(anyhow!("no connection to the KBS within {limit:?}")))?
             .map_err(Failure::Retry)
+    }
+
+    async fn dial(&self) -> Result<TcpStream> {
+        let host = self.host.as_str();
+        let Some(namespace) = &self.options.namespace else {
+            return Ok(TcpStream::connect((host, self.port)).await?);
+        };
+        let address = host.parse().with_context(|| format!("in a namespace, {host} must be an address"))?;
+        Ok(netns::connect(Some(namespace), SocketAddr::new(address, self.port)).await?)
     }
 
     async fn send(

@@ -1,0 +1,104 @@
+//! The whole life of a pod of cloud-api-adaptor's, over the real `serve` and agent.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use secure_comms_tests::harness::caa_node::{CaaNode, NodeOptions};
+use secure_comms_tests::harness::pod_runtime::PodRuntime;
+use secure_comms_tests::harness::scene::PATIENCE;
+use secure_comms_tests::simulators::kata_api::server::{Request, output};
+use tokio::time::{sleep, timeout};
+
+/// As the runtime sends the input of a process.
+const BLOCK: u32 = 32 * 1024;
+/// Length of the cut.
+const CUT: Duration = Duration::from_secs(10);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_lives_from_create_vm_to_stop_vm() -> Result<()> {
+    let node = CaaNode::new(NodeOptions::default()).await?;
+    let serve = node.serve().await?;
+    let lived = life(&node).await;
+    lived.with_context(|| serve.log())
+}
+
+async fn life(node: &CaaNode) -> Result<()> {
+    let shim = node.shim("web-1")?;
+    let keys = format!("default/pp-{}/keys", shim.id);
+    // The VM does not exist yet, and its keys are at the KBS.
+    let agent = shim.create_vm().await?;
+    node.kbs.wait_for_request(|r| r.method == "POST" && r.path.ends_with(&keys), PATIENCE).await?;
+    let starting = node.start_held(&shim).await?;
+    node.cloud.boot(&shim.id).await?;
+    starting.started().await?;
+    let vm = node.cloud.vm(&shim.id)?;
+    // One Check of our own, and the runtime's first call is not here yet.
+    ensure!(matches!(vm.kata.requests()[..], [Request::Check(_)]), "{:?}", vm.kata.requests());
+    let mut runtime = shim.connect(&agent).await?;
+    // Once the Kubernetes phase is up, no container finds the keys at the KBS.
+    ensure!(node.kbs.resource(&keys).is_none(), "the keys stay at the KBS");
+    traffic(&mut runtime, 16).await?;
+    node.cloud.cut(&vm, true).await?;
+    let cut = async {
+        sleep(CUT).await;
+        node.cloud.cut(&vm, false).await
+    };
+    let (healed, moved) = tokio::join!(cut, traffic(&mut runtime, 16));
+    healed?;
+    moved.with_context(|| format!("during the cut\n{}", vm.log()))?;
+    runtime.lives()?;
+    let sent: Vec<u8> = vm.kata.requests().into_iter().filter_map(stdin).flatten().collect();
+    let block = output("stdin", usize::try_from(BLOCK)?);
+    ensure!(sent == block.repeat(32), "the container got {} bytes, or others", sent.len());
+    shim.end(runtime).await?;
+    ensure!(node.cloud.deleted() == [shim.id.clone()]);
+    node.forgets(&shim.id).await?;
+    ensure!(node.caa.directory(&shim.id).join("apf.json").exists(), "CAA's file is gone");
+    Ok(())
+}
+
+async fn traffic(runtime: &mut PodRuntime, blocks: usize) -> Result<()> {
+    for _ in 0..blocks {
+        runtime.exchange(BLOCK).await?;
+    }
+    runtime.copy_file(1024 * 1024).await
+}
+
+fn stdin(request: Request) -> Option<Vec<u8>> {
+    match request {
+        Request::WriteStdin(request) => Some(request.data),
+        _ => None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tmp_connect() -> Result<()> {
+    use secure_comms_tests::harness::process::{Child, ensure_built};
+    use secure_comms_tests::simulators::caa::{Cloud, Instance};
+    let node = CaaNode::new(NodeOptions::default()).await?;
+    let shim = node.shim("x")?;
+    let address =
+        node.cloud.create(Instance { id: shim.id.clone(), apf_json: serde_json::json!({}) }).await?;
+    let mut command = node.namespace.command(&ensure_built().await?.adaptor);
+    node.serve_command().await?;
+    command
+        .args(["connect", "--pod-id", &shim.id, "--address", &address.to_string()])
+        .arg("--run-dir")
+        .arg(node.path("run"))
+        .arg("--store")
+        .arg(node.path("store"))
+        .args(["--kbs", &node.kbs.addr().to_string(), "--kbs-url", &node.kbs.url()])
+        .arg("--kbs-admin-key")
+        .arg(node.path("kbs-admin.pem"));
+    let adaptor = Child::spawn("connect", command)?;
+    let test = async {
+        adaptor.wait_for_text("KATAAGENT listens on", PATIENCE).await?;
+        let socket = node.path("run").join("pods").join(&shim.id).join("agent.ttrpc");
+        let mut runtime = shim.connect(&socket).await?;
+        traffic(&mut runtime, 16).await?;
+        runtime.finish().await
+    };
+    let vm = node.cloud.vm(&shim.id)?;
+    let done = timeout(Duration::from_secs(60), test).await.map_err(anyhow::Error::from).flatten();
+    done.with_context(|| format!("{}\n{}", adaptor.log(), vm.log()))
+}
