@@ -43,7 +43,7 @@ pub use self::user_data::VmTunnels;
 /// Where the API listens by default.
 pub const DEFAULT_SOCKET: &str = "/run/secure-comms/adaptor.sock";
 /// The API, as a part of the service's health.
-const PART: &str = "api";
+pub const PART: &str = "api";
 
 /// Settings of the API.
 #[derive(Clone, Debug)]

@@ -1,6 +1,7 @@
 //! The log on stderr: one line for each event, also if it quotes a stranger's text.
 
 mod format;
+pub mod names;
 mod writer;
 
 use std::fmt;

@@ -134,7 +134,10 @@ async fn command(
             return Ok(interrupted.map_or(ExitCode::SUCCESS, |signal| ExitCode::from(signal.exit_code())));
         }
         Command::Serve(_) => match settings {
-            Some(settings) => serve::run(settings).await?,
+            Some(settings) => {
+                let interrupted = serve::run(settings).await?;
+                return Ok(interrupted.map_or(ExitCode::SUCCESS, |signal| ExitCode::from(signal.exit_code())));
+            }
             None => serve::remove_rules().await?,
         },
         Command::Config(args) => {

@@ -5,25 +5,32 @@
 
 mod events;
 mod launch;
+mod orders;
 mod orphans;
 mod runtime;
+mod stop_cost;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use secure_comms_adaptor::address::Address;
-use secure_comms_adaptor::pod::PodSnapshot;
+use secure_comms_adaptor::pod::{PodSnapshot, PodState};
 use secure_comms_adaptor::store::StoreError;
 use secure_comms_adaptor::{Adaptor, AdaptorError, Deadline, Endpoint, PodSpec, Stopped};
 use secure_comms_protocol::{InitDataDigest, PodId, TunnelName};
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, watch};
 
+use self::orders::Orders;
+use crate::logging::names;
+
 pub use self::events::{Events, Happening};
 pub use self::launch::{Launch, Launcher};
+pub use self::orders::Order;
 pub use self::orphans::{CollectError, Orphan, OrphanReason};
 pub use self::runtime::Runtime;
+pub use self::stop_cost::StopCost;
 
 /// All that is shown of a pod.
 #[derive(Clone, Debug)]
@@ -47,12 +54,19 @@ struct Inner {
     adaptor: Adaptor,
     events: Events,
     runtimes: Mutex<HashMap<PodId, Runtime>>,
+    orders: Orders,
 }
 
 impl Pods {
     /// The pods of `adaptor`, whose observer is that of `events`.
     pub fn new(adaptor: Adaptor, events: Events) -> Self {
-        Self(Arc::new(Inner { adaptor, events, runtimes: Mutex::default() }))
+        Self(Arc::new(Inner { adaptor, events, runtimes: Mutex::default(), orders: Orders::default() }))
+    }
+
+    /// Has the observer learn of every order and its result, in the task of who orders: it must not block. A second one is
+    /// ignored.
+    pub fn observe_orders(&self, observer: impl Fn(&PodId, &Order<'_>) + Send + Sync + 'static) {
+        self.0.orders.observe(Box::new(observer));
     }
 
     /// The adaptor, for what this type does not offer.
@@ -75,8 +89,17 @@ impl Pods {
         init_data: Option<InitDataDigest>,
         deadline: Deadline,
     ) -> Result<Vec<Endpoint>, AdaptorError> {
+        if let Some(name) = &launch.name {
+            names::insert(id, name);
+        }
+        let state = self.0.adaptor.snapshot(id).map(|pod| pod.state);
+        if matches!(state, None | Some(PodState::NotPrepared | PodState::Failed { .. } | PodState::Stopped)) {
+            self.0.orders.happened(id, &Order::Prepare);
+        }
         let spec = PodSpec::bound_to(init_data).labelled(launch.to_labels());
-        self.0.adaptor.prepare(id, spec, deadline).await
+        let prepared = self.0.adaptor.prepare(id, spec, deadline).await;
+        self.0.orders.happened(id, &Order::Prepared(prepared.as_ref().map(|_| ())));
+        prepared
     }
 
     /// Connects to the pod's VM, and returns once the Kubernetes phase is up: see [`Adaptor::start`].
@@ -92,7 +115,9 @@ impl Pods {
         addresses: &[Address],
         deadline: Deadline,
     ) -> Result<(), AdaptorError> {
-        self.0.adaptor.start(id, addresses, deadline).await
+        let started = self.0.adaptor.start(id, addresses, deadline).await;
+        self.0.orders.happened(id, &Order::Started(started.as_ref().copied()));
+        started
     }
 
     /// Ends the pod, and deletes its keys here and at the KBS: see [`Adaptor::end`]. While that fails and is retried, the pod
@@ -105,7 +130,7 @@ impl Pods {
     /// Dropping the future drops the wait only.
     pub async fn stop(&self, id: &PodId) -> Result<Stopped, AdaptorError> {
         let stopped = self.0.adaptor.end(id).await;
-        self.runtimes().remove(id);
+        self.ended(id);
         stopped
     }
 
@@ -118,7 +143,7 @@ impl Pods {
     /// Dropping the future drops the wait only.
     pub async fn forget(&self, id: &PodId) -> Result<Vec<String>, AdaptorError> {
         let left = self.0.adaptor.forget(id).await;
-        self.runtimes().remove(id);
+        self.ended(id);
         left
     }
 
@@ -184,6 +209,32 @@ impl Pods {
     /// Says how the runtime's connection to the pod's kata agent is. For launchers.
     pub fn set_runtime(&self, id: &PodId, runtime: Runtime) {
         self.runtimes().insert(id.clone(), runtime);
+    }
+
+    fn ended(&self, id: &PodId) {
+        self.runtimes().remove(id);
+        self.0.orders.happened(id, &Order::Stopped);
+        // One whose deletion is retried is still served, and logged.
+        if self.0.adaptor.snapshot(id).is_none() {
+            names::remove(id);
+        }
+    }
+
+    /// Listens and connects again for every pod that an earlier process started: see [`Adaptor::resume_all`].
+    ///
+    /// # Errors
+    /// As [`Adaptor::resume_all`].
+    ///
+    /// # Cancellation
+    /// Dropping the future leaves the pods that were resumed already running.
+    pub async fn resume_all(&self) -> Result<Vec<PodId>, AdaptorError> {
+        let resumed = self.0.adaptor.resume_all().await;
+        for pod in self.list() {
+            if let Some(name) = &pod.launch.name {
+                names::insert(&pod.id, name);
+            }
+        }
+        resumed
     }
 
     fn view(&self, id: PodId, snapshot: PodSnapshot) -> PodView {

@@ -24,7 +24,7 @@ use crate::metrics::Metrics;
 /// The table, of family `inet`.
 pub const TABLE: &str = "secure-comms-adaptor";
 /// The name of the part in [`Health`].
-const PART: &str = "rules";
+pub const PART: &str = "rules";
 /// How often the rules are looked at even if no change was announced: an announcement may be lost.
 const LOOK: Duration = Duration::from_secs(15);
 /// The pause before the next try after a failure.

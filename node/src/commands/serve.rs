@@ -1,4 +1,12 @@
 //! `serve`: the service of a node. Serves all of its pods until SIGTERM or SIGINT.
+//!
+//! ```text
+//! store, KBS --> adaptor --> pods --resumed--> caa, api, metrics: until one fails, or a signal --> drain
+//!                             \--> report: the service manager
+//! ```
+
+mod drain;
+mod report;
 
 use std::io;
 use std::sync::Arc;
@@ -6,22 +14,28 @@ use std::time::Duration;
 
 use secure_comms_adaptor::kbs::{KbsClient, KbsError};
 use secure_comms_adaptor::key_source::KeySource;
+use secure_comms_adaptor::pod::PodEvent;
 use secure_comms_adaptor::store::DirectoryStore;
 use secure_comms_adaptor::{Adaptor, AdaptorError, Config};
+use secure_comms_protocol::PodId;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::task::{JoinError, JoinSet};
 
+use self::report::Reporter;
 use super::{open_store, print};
-use crate::caa::rules;
+use crate::api::{self, ApiSettings, VmTunnels};
+use crate::caa::{self, rules};
 use crate::health::Health;
-use crate::metrics::Metrics;
+use crate::metrics::{self, Metrics, MetricsSettings};
 use crate::pods::{Events, Pods};
 use crate::settings::ServeSettings;
 use crate::signals::{EndSignal, Signals};
+use crate::systemd::{Notifier, NotifyError};
 
-/// Time limit for a pod's streams to end.
-const SUSPEND: Duration = Duration::from_secs(10);
+/// Longest that a call to the KBS may take.
+const KBS_TIME: Duration = Duration::from_secs(60);
+/// The part of the health that is the service itself.
+const PART: &str = "service";
 
 /// Error of `serve`.
 #[derive(Debug, thiserror::Error)]
@@ -38,45 +52,140 @@ pub enum ServeError {
     /// The signal handlers cannot be installed.
     #[error("wait for signals")]
     Signals(#[source] io::Error),
+    /// The service manager cannot be notified.
+    #[error(transparent)]
+    Notify(#[from] NotifyError),
     /// A part of the service ended.
     #[error("{0:#}")]
     Part(anyhow::Error),
 }
 
-/// Serves the node's pods until SIGTERM or SIGINT. Must run in a tokio runtime with I/O and time enabled.
+/// All that runs.
+struct Service {
+    settings: ServeSettings,
+    store: Arc<DirectoryStore>,
+    pods: Pods,
+    health: Health,
+    metrics: Metrics,
+}
+
+/// What the parts return: an error ends the service.
+type Parts = JoinSet<anyhow::Result<()>>;
+
+/// Serves the node's pods until SIGTERM or SIGINT; a second signal ends it at once, and is returned. Must run in a tokio
+/// runtime with I/O and time enabled.
 ///
 /// # Errors
 /// The store or the KBS client cannot be set up, or a part of the service failed.
 ///
 /// # Cancellation
 /// Dropping the future cuts the connections of all pods. Their keys stay in the store and in the KBS.
-pub async fn run(settings: ServeSettings) -> Result<(), ServeError> {
+pub async fn run(settings: ServeSettings) -> Result<Option<EndSignal>, ServeError> {
     let mut signals = Signals::new().map_err(ServeError::Signals)?;
+    let notifier = Arc::new(Notifier::from_env()?);
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
     }
-    let store = Arc::new(open_store(&settings.store).map_err(ServeError::Store)?);
-    let events = Events::default();
-    let adaptor = build_adaptor(store, &settings, &events)?;
-    let pods = Pods::new(adaptor, events);
-    let (health, metrics) = (Health::default(), Metrics::default());
-    let resumed = pods.adaptor().resume_all().await?;
-    tracing::info!("resumed {} pods", resumed.len());
+    let service = Service::new(settings)?;
     let (stop, stopped) = watch::channel(false);
-    let mut parts = start_parts(&settings, &pods, &health, &metrics, &stopped);
+    let reporter = Reporter::start(&notifier, &service.pods, &service.health);
+    let mut parts = Parts::new();
     let ended = tokio::select! {
-        signal = end_signal(&mut signals) => {
-            tracing::info!("{signal}: ending; a second signal ends at once");
-            Ok(())
-        }
-        Some(ended) = parts.join_next() => ended.unwrap_or_else(|error| Err(error.into())),
+        signal = end_signal(&mut signals) => Ok(signal),
+        error = service.serve(&mut parts, &stopped, &notifier) => Err(error),
     };
+    // It would overwrite what the end says.
+    drop(reporter);
+    service.say_what_the_end_costs(&ended, &notifier);
     stop.send_replace(true);
-    tokio::select! {
-        () = drain(&pods, &mut parts) => {}
-        signal = end_signal(&mut signals) => tracing::warn!("{signal} during the end: open streams are cut"),
+    let interrupted = tokio::select! {
+        () = drain::drain(&service.pods, &mut parts) => None,
+        signal = end_signal(&mut signals) => {
+            tracing::warn!("{signal} during the end: open streams are cut");
+            Some(signal)
+        }
+    };
+    ended.map(|_| interrupted)
+}
+
+impl Service {
+    fn new(settings: ServeSettings) -> Result<Self, ServeError> {
+        let store = Arc::new(open_store(&settings.store).map_err(ServeError::Store)?);
+        let (events, metrics) = (Events::default(), Metrics::default());
+        let adaptor = build_adaptor(Arc::clone(&store), &settings, &events, &metrics)?;
+        let pods = Pods::new(adaptor, events);
+        let counted = metrics.clone();
+        pods.observe_orders(move |pod, order| counted.ordered(pod, order));
+        Ok(Self { settings, store, pods, health: Health::default(), metrics })
     }
-    ended.map_err(ServeError::Part)
+
+    /// Resumes the pods and runs the parts. Returns only when one of them has failed.
+    async fn serve(
+        &self,
+        parts: &mut Parts,
+        stopped: &watch::Receiver<bool>,
+        notifier: &Notifier,
+    ) -> ServeError {
+        self.health.fails(PART, "pods are being resumed");
+        // The probes answer meanwhile.
+        self.start_metrics(parts, stopped);
+        let resumed = match self.pods.resume_all().await {
+            Ok(resumed) => resumed,
+            Err(error) => return error.into(),
+        };
+        tracing::info!("serve: pods resumed: {}", resumed.len());
+        self.start_launchers(parts, stopped);
+        self.health.works(PART);
+        let ready = report::ready(&self.health, notifier);
+        let (ended, ()) = tokio::join!(failed(parts), ready);
+        ended
+    }
+
+    fn start_metrics(&self, parts: &mut Parts, stopped: &watch::Receiver<bool>) {
+        let Some(listen) = self.settings.metrics_listen else { return };
+        let settings = MetricsSettings { listen, each_pod: self.settings.metrics_pods };
+        let (pods, health, metrics) = (self.pods.clone(), self.health.clone(), self.metrics.clone());
+        let stop = stopped.clone();
+        parts.spawn(async move {
+            metrics::run(settings, pods, health, metrics, stop).await;
+            Ok(())
+        });
+    }
+
+    fn start_launchers(&self, parts: &mut Parts, stopped: &watch::Receiver<bool>) {
+        let (pods, health, metrics) = (&self.pods, &self.health, &self.metrics);
+        let without_trustee = matches!(self.settings.key_source, KeySource::UserData);
+        let vm_tunnels = without_trustee.then(|| VmTunnels {
+            store: Arc::clone(&self.store) as _,
+            inbounds: self.settings.agent.inbounds.clone(),
+            outbounds: self.settings.agent.outbounds.clone(),
+        });
+        let settings = ApiSettings {
+            socket: self.settings.socket.clone(),
+            allowed_uids: self.settings.allowed_uids.clone(),
+            vm_tunnels,
+        };
+        health.fails(api::PART, "it does not listen yet");
+        let api = api::run(settings, pods.clone(), health.clone(), metrics.clone(), stopped.clone());
+        parts.spawn(async move { api.await.map_err(anyhow::Error::from) });
+        let Some(settings) = self.settings.caa.clone() else { return };
+        health.fails(rules::PART, "the nftables rules are not in place yet");
+        health.fails(caa::directory::HEALTH, "the directory is not read yet");
+        let init_data = self.settings.init_data.clone();
+        let caa =
+            caa::run(settings, init_data, pods.clone(), health.clone(), metrics.clone(), stopped.clone());
+        parts.spawn(async move { caa.await.map_err(anyhow::Error::from) });
+    }
+
+    fn say_what_the_end_costs(&self, ended: &Result<EndSignal, ServeError>, notifier: &Notifier) {
+        let cost = self.pods.stop_cost();
+        notifier.stopping();
+        notifier.status(&format!("ending: {cost}"));
+        match ended {
+            Ok(signal) => tracing::info!("serve: {signal}: ending: {cost}; a second signal ends at once"),
+            Err(_) => tracing::error!("serve: a part has failed: ending: {cost}"),
+        }
+    }
 }
 
 /// Takes the nftables rules away that an earlier process has left.
@@ -93,55 +202,44 @@ pub async fn remove_rules() -> anyhow::Result<()> {
     print(text.as_bytes())
 }
 
-/// The parts, each of which runs until it is stopped.
-fn start_parts(
-    _settings: &ServeSettings,
-    _pods: &Pods,
-    _health: &Health,
-    _metrics: &Metrics,
-    stopped: &watch::Receiver<bool>,
-) -> JoinSet<anyhow::Result<()>> {
-    let mut parts = JoinSet::new();
-    let mut stop = stopped.clone();
-    // Keeps the set from being empty.
-    parts.spawn(async move { stop.wait_for(|stop| *stop).await.map(|_| ()).map_err(anyhow::Error::from) });
-    parts
+/// Waits until a part fails. One that has ended without an error was stopped.
+async fn failed(parts: &mut Parts) -> ServeError {
+    while let Some(ended) = parts.join_next().await {
+        if let Err(error) = flat(ended) {
+            return ServeError::Part(error);
+        }
+    }
+    ServeError::Part(anyhow::anyhow!("all parts have ended: report the bug"))
 }
 
-/// The next signal that ends the service. SIGHUP does not.
+fn flat(ended: Result<anyhow::Result<()>, JoinError>) -> anyhow::Result<()> {
+    ended.unwrap_or_else(|error| Err(anyhow::anyhow!("a part ended by a panic: report the bug: {error}")))
+}
+
+/// The next signal that ends the service. SIGHUP does not: the rules for init-data are read for each pod, and all else at the
+/// start.
 async fn end_signal(signals: &mut Signals) -> EndSignal {
     loop {
         match signals.next().await {
-            EndSignal::Hup => tracing::info!("SIGHUP: nothing is read again: restart to change settings"),
+            EndSignal::Hup => {
+                tracing::info!("serve: SIGHUP: settings are read at the start only: restart to change them");
+            }
             signal => return signal,
         }
     }
-}
-
-/// Waits for the parts, and suspends all pods.
-async fn drain(pods: &Pods, parts: &mut JoinSet<anyhow::Result<()>>) {
-    while parts.join_next().await.is_some() {}
-    let mut suspensions = JoinSet::new();
-    for pod in pods.list() {
-        let pods = pods.clone();
-        suspensions.spawn(async move {
-            if timeout(SUSPEND, pods.adaptor().suspend(&pod.id)).await.is_err() {
-                tracing::warn!("pod {}: its streams have not ended in time: they are cut", pod.id);
-            }
-        });
-    }
-    while suspensions.join_next().await.is_some() {}
 }
 
 fn build_adaptor(
     store: Arc<DirectoryStore>,
     settings: &ServeSettings,
     events: &Events,
+    metrics: &Metrics,
 ) -> Result<Adaptor, ServeError> {
     let key_source = match &settings.key_source {
-        KeySource::Kbs(kbs) => KeySource::Kbs(KbsClient::new(kbs, settings.deadline)?),
+        KeySource::Kbs(kbs) => KeySource::Kbs(KbsClient::new(kbs, settings.deadline.min(KBS_TIME))?),
         KeySource::UserData => KeySource::UserData,
     };
+    let (observer, metrics) = (events.observer(), metrics.clone());
     let config = Config {
         inbounds: settings.inbounds.clone(),
         outbounds: settings.outbounds.clone(),
@@ -151,7 +249,10 @@ fn build_adaptor(
         kbs_filter: settings.kbs_filter,
         rekey_bytes: settings.rekey_bytes,
         require_pq: settings.require_pq,
-        observer: events.observer(),
+        observer: Arc::new(move |pod: &PodId, event: &PodEvent| {
+            metrics.happened(pod, event);
+            observer(pod, event);
+        }),
     };
     Ok(Adaptor::new(store, key_source, config))
 }

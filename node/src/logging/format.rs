@@ -1,13 +1,18 @@
 //! The text of a log line, in each style.
 
+use std::borrow::Cow;
 use std::fmt::{self, Write as _};
 
 use secure_comms_keys::text::one_line;
+use secure_comms_protocol::PodId;
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
+
+use super::names;
+use crate::init_data::rules::PodName;
 
 /// Most bytes of a line's text. The texts of strangers are bounded where they are received; this bounds the rest.
 const TEXT_MAX: usize = 8192;
@@ -15,6 +20,12 @@ const TEXT_MAX: usize = 8192;
 const SHORT_ID: usize = 12;
 /// Shortest id that is cut.
 const LONG_ID: usize = 32;
+
+/// The pod that a line is about, with its name where that is known.
+pub(super) struct About {
+    id: PodId,
+    name: Option<PodName>,
+}
 
 /// How a line is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +46,7 @@ pub(super) struct Entry {
     level: Level,
     target: String,
     message: String,
+    pod: Option<About>,
 }
 
 /// The time now, as RFC 3339 in UTC.
@@ -51,7 +63,20 @@ impl Entry {
         event.record(&mut fields);
         let metadata = event.metadata();
         let target = fields.target.unwrap_or_else(|| metadata.target().to_owned());
-        Self { time: now(), level: *metadata.level(), target, message: fields.message + &fields.others }
+        let message = fields.message + &fields.others;
+        let pod = pod_of(&message).and_then(|(id, _)| id.parse().ok());
+        let pod = pod.map(|id| About { name: names::of(&id), id });
+        Self { time: now(), level: *metadata.level(), target, message, pod }
+    }
+
+    /// The message, with the pod's name where it is known: `pod namespace/name (short id): ...`.
+    fn named(&self) -> Cow<'_, str> {
+        match (&self.pod, pod_of(&self.message)) {
+            (Some(About { name: Some(name), .. }), Some((id, rest))) => {
+                Cow::Owned(format!("pod {name} ({}):{rest}", short(id)))
+            }
+            _ => Cow::Borrowed(&self.message),
+        }
     }
 
     /// The target, if it helps: of other crates always, of ours for developers.
@@ -65,7 +90,7 @@ impl Entry {
 impl Style {
     /// The line of an event, without the newline.
     pub(super) fn line(self, entry: &Entry) -> String {
-        let text = || one_line(&format!("{}{}", entry.prefix(), entry.message), TEXT_MAX);
+        let text = || one_line(&format!("{}{}", entry.prefix(), entry.named()), TEXT_MAX);
         match self {
             Self::Terminal => {
                 let label = match entry.level {
@@ -88,30 +113,45 @@ impl Style {
                 format!("<{priority}>{}", text())
             }
             Self::Plain => format!("{} {:>5} {}", entry.time, entry.level, text()),
-            Self::Json => json_line([
-                ("time", entry.time.as_str().into()),
-                ("level", entry.level.as_str().to_ascii_lowercase().into()),
-                ("target", one_line(&entry.target, TEXT_MAX).into()),
-                ("message", one_line(&entry.message, TEXT_MAX).into()),
-            ]),
+            Self::Json => json_line(entry),
         }
     }
 }
 
 /// A JSON object on one line.
-fn json_line<const N: usize>(fields: [(&str, Value); N]) -> String {
+fn json_line(entry: &Entry) -> String {
+    let mut fields: Vec<(&str, Value)> = vec![
+        ("time", entry.time.as_str().into()),
+        ("level", entry.level.as_str().to_ascii_lowercase().into()),
+        ("target", one_line(&entry.target, TEXT_MAX).into()),
+        ("message", one_line(&entry.message, TEXT_MAX).into()),
+    ];
+    if let Some(pod) = &entry.pod {
+        fields.push(("pod", pod.id.as_str().into()));
+        if let Some(name) = &pod.name {
+            fields.extend([("namespace", name.namespace().into()), ("name", name.name().into())]);
+        }
+    }
     let fields = fields.into_iter().map(|(name, value)| (name.to_owned(), value));
     Value::Object(fields.collect::<Map<_, _>>()).to_string()
 }
 
+/// The pod that a message is about, and the rest: `pod ID: ...`.
+fn pod_of(message: &str) -> Option<(&str, &str)> {
+    message.strip_prefix("pod ")?.split_once(':')
+}
+
+fn short(id: &str) -> &str {
+    let is_long = id.len() >= LONG_ID && id.bytes().all(|c| c.is_ascii_hexdigit());
+    if is_long { id.get(..SHORT_ID).unwrap_or(id) } else { id }
+}
+
 /// Cuts a container's id after `pod `, which takes half a terminal's width.
 fn with_short_id(text: &str) -> String {
-    let cut = text.strip_prefix("pod ").and_then(|rest| {
-        let (id, rest) = rest.split_once(':')?;
-        let is_long = id.len() >= LONG_ID && id.bytes().all(|c| c.is_ascii_hexdigit());
-        is_long.then(|| format!("pod {}:{rest}", id.get(..SHORT_ID).unwrap_or(id)))
-    });
-    cut.unwrap_or_else(|| text.to_owned())
+    match pod_of(text) {
+        Some((id, rest)) if short(id) != id => format!("pod {}:{rest}", short(id)),
+        _ => text.to_owned(),
+    }
 }
 
 /// The fields of an event. Those of a record of the `log` crate carry its target.
@@ -147,7 +187,8 @@ mod tests {
 
     fn entry(level: Level, target: &str, message: &str) -> Entry {
         let time = "2026-11-27T00:38:11.613407Z".to_owned();
-        Entry { time, level, target: target.to_owned(), message: message.to_owned() }
+        let pod = pod_of(message).and_then(|(id, _)| id.parse().ok()).map(|id| About { id, name: None });
+        Entry { time, level, target: target.to_owned(), message: message.to_owned(), pod }
     }
 
     const OURS: &str = "secure_comms_adaptor::pod";
@@ -187,8 +228,26 @@ mod tests {
                 "level": "warn",
                 "target": OURS,
                 "message": "pod p: channel down: no answer",
+                "pod": "p",
             })
         );
+    }
+
+    #[test]
+    fn a_pod_is_named_where_its_name_is_known() {
+        let id = "0123456789abcdef".repeat(4);
+        let mut up = entry(Level::INFO, OURS, &format!("pod {id}: stopped: at last"));
+        up.pod.as_mut().unwrap().name = Some("shop/web-1".parse().unwrap());
+        assert_eq!(Style::Terminal.line(&up), "00:38:11Z pod shop/web-1 (0123456789ab): stopped: at last");
+        assert_eq!(Style::Journal.line(&up), "<6>pod shop/web-1 (0123456789ab): stopped: at last");
+        let json: Value = serde_json::from_str(&Style::Json.line(&up)).unwrap();
+        assert_eq!(
+            (&json["pod"], &json["namespace"], &json["name"]),
+            (&id.as_str().into(), &"shop".into(), &"web-1".into())
+        );
+        assert_eq!(json["message"], format!("pod {id}: stopped: at last"));
+        let other = entry(Level::INFO, OURS, "pod /x: y");
+        assert!(other.pod.is_none());
     }
 
     #[test]
