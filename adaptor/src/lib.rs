@@ -74,6 +74,7 @@ pub mod pod;
 
 mod transport;
 pub use transport::kbs_filter;
+pub use transport::ssh::{Greeting, GreetingError, greeting};
 
 mod text;
 mod throttle;

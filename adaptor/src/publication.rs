@@ -4,6 +4,7 @@
 //! names every path before a private key is sent there, and loses it only after a deletion that the KBS has confirmed:
 //! so a later process knows what to delete.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use zeroize::Zeroizing;
 
 use crate::deadline::Deadline;
 use crate::kbs::{KbsClient, KbsError};
-use crate::store::{Store, StoreError};
+use crate::store::{PodWorkerNodes, Store, StoreError};
 use crate::text::with_causes;
 
 /// Error of publishing or deleting a pod's keys.
@@ -35,8 +36,23 @@ pub(crate) enum PublicationError {
 /// The keys that a pod's VM gets.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Keys<'a> {
-    pub(crate) node: &'a WorkerNodeKey,
+    pub(crate) nodes: &'a PodWorkerNodes,
     pub(crate) pod: &'a PodKey,
+}
+
+/// Fingerprints of the worker-node keys that a pod's VM may have been given. It grows with each publication. A clone is the
+/// same.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Given(Arc<Mutex<BTreeSet<String>>>);
+
+impl Given {
+    pub(crate) fn extend(&self, fingerprints: impl IntoIterator<Item = String>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).extend(fingerprints);
+    }
+
+    pub(crate) fn contains(&self, fingerprint: &str) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(fingerprint)
+    }
 }
 
 /// What is published of every pod.
@@ -63,6 +79,7 @@ pub(crate) struct Publication {
     exclusive: tokio::sync::Mutex<()>,
     /// The paths under which the private key may be; `None` until the record was read.
     recorded: Mutex<Option<Vec<String>>>,
+    given: Given,
 }
 
 impl fmt::Debug for Publication {
@@ -82,7 +99,13 @@ impl Publication {
             needed,
             exclusive: tokio::sync::Mutex::default(),
             recorded: Mutex::default(),
+            given: Given::default(),
         }
+    }
+
+    /// What the pod's VM may have been given by this publication.
+    pub(crate) fn given(&self) -> &Given {
+        &self.given
     }
 
     /// The KBS's URL.
@@ -195,6 +218,12 @@ impl Publication {
         for path in before.iter().filter(|path| !secret.contains(path)) {
             within().delete(path).await?;
         }
+        // Before the VM can get them: it says later which it has.
+        let nodes = keys.nodes.all().map(WorkerNodeKey::fingerprint);
+        let others = self.policy.worker_nodes.iter().flat_map(WorkerNodeKeys::fingerprints);
+        let given: Vec<String> = nodes.chain(others).collect();
+        self.store.save_given(&self.id, &given).await?;
+        self.given.extend(given);
         self.cache(&secret);
         self.store.save_published(&self.id, &secret).await.inspect_err(|_| self.cache(&before))?;
         for (path, content, _) in &resources {
@@ -227,9 +256,13 @@ impl Publication {
 
     async fn resources(&self, keys: Keys<'_>) -> Result<Vec<Resource>, PublicationError> {
         let init_data = self.store.init_data(&self.id).await?;
-        let node = keys.node.public()?.authorized_keys_line()? + "\n";
-        let others = self.policy.worker_nodes.as_ref().map(WorkerNodeKeys::to_lines).transpose()?;
-        let lines = node + others.as_deref().unwrap_or_default();
+        let mut lines = String::new();
+        for node in keys.nodes.all() {
+            lines += &node.public()?.authorized_keys_line()?;
+            lines.push('\n');
+        }
+        lines +=
+            &self.policy.worker_nodes.as_ref().map(WorkerNodeKeys::to_lines).transpose()?.unwrap_or_default();
         let pem = keys.pod.to_pem()?;
         let text = PodKeys::parse(pem.as_bytes(), lines.as_bytes())?.to_text()?;
         let bytes = |text: &str| Zeroizing::new(text.as_bytes().to_vec());

@@ -38,6 +38,39 @@ pub trait Store: Send + Sync + Debug {
     /// The store cannot be read or written, or the stored key is unusable. An unusable key is never replaced.
     async fn worker_node_key(&self) -> Result<WorkerNodeKey, StoreError>;
 
+    /// The worker-node keys that are valid: the current one first, then the earlier ones, the newest first. Empty if none was
+    /// made.
+    ///
+    /// # Errors
+    /// The store cannot be read, or a stored key is unusable.
+    async fn worker_node_keys(&self) -> Result<Vec<WorkerNodeKey>, StoreError>;
+
+    /// Makes a new worker-node key, which is the current one from now on. The earlier ones stay valid until [`prune`](Self::prune):
+    /// each pod goes on with the key that its record names.
+    ///
+    /// # Errors
+    /// As for [`worker_node_key`](Self::worker_node_key). The current key is then the same as before.
+    async fn rotate_worker_node_key(&self) -> Result<WorkerNodeKey, StoreError>;
+
+    /// Removes the earlier worker-node keys that no pod's record needs, and says which remain and for which pods.
+    ///
+    /// # Errors
+    /// The store cannot be read or written, or a record is damaged: then nothing is removed.
+    async fn prune(&self) -> Result<Pruned, StoreError>;
+
+    /// The worker-node keys of a pod: the one with which this adaptor logs in to its VM, which its record names, and all
+    /// that are valid. The record of a version before 0.2 names none: then it is the oldest.
+    ///
+    /// # Errors
+    /// The pod has no record, the store cannot be read, or a key is unusable or missing.
+    async fn pod_worker_nodes(&self, pod: &PodId) -> Result<PodWorkerNodes, StoreError>;
+
+    /// Saves the fingerprints of worker-node keys that the pod's VM may get, in addition to those that it was given before.
+    ///
+    /// # Errors
+    /// The pod has no record, or the store cannot be written. Saving what is stored already succeeds on a read-only store.
+    async fn save_given(&self, pod: &PodId, fingerprints: &[String]) -> Result<(), StoreError>;
+
     /// The pod's key; makes it, and with it the pod's record, if there is none. Callers that race for it get the same key.
     ///
     /// # Errors
@@ -140,6 +173,33 @@ pub trait Store: Send + Sync + Debug {
     async fn lock_pod(&self, pod: &PodId) -> Result<Option<PodLock>, StoreError>;
 }
 
+/// The worker-node keys of a pod.
+#[derive(Clone, Debug)]
+pub struct PodWorkerNodes {
+    /// The key with which this adaptor logs in to the pod's VM.
+    pub own: WorkerNodeKey,
+    /// The other keys of the store that are valid.
+    pub others: Vec<WorkerNodeKey>,
+    /// Fingerprints of all worker-node keys that the pod's VM may have been given so far.
+    pub given: Vec<String>,
+}
+
+impl PodWorkerNodes {
+    /// All that are valid, the own one first.
+    pub fn all(&self) -> impl Iterator<Item = &WorkerNodeKey> {
+        std::iter::once(&self.own).chain(&self.others)
+    }
+}
+
+/// What [`Store::prune`] did. Keys are named by their fingerprints.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pruned {
+    /// The keys that were removed.
+    pub removed: Vec<String>,
+    /// The earlier keys that remain, and the pods that need each.
+    pub needed: Vec<(String, Vec<PodId>)>,
+}
+
 /// The lock of a pod. Dropping it releases it.
 #[derive(Debug)]
 pub struct PodLock {
@@ -177,6 +237,16 @@ pub enum StoreError {
     /// A file that says where in the KBS the pod's key is, or which init-data its VM has, is damaged.
     #[error("key store: {}: damaged: restore the file from a backup; without one, delete it, and name the VM's init-data with --init-data", .0.display())]
     BrokenRecord(PathBuf),
+    /// The worker-node key that the pod's record names is missing.
+    #[error(
+        "key store: pod {pod}: its worker-node key {fingerprint} is missing: restore the store's worker-node.*.key from a backup; without one, stop the pod"
+    )]
+    MissingWorkerNodeKey {
+        /// The pod.
+        pod: PodId,
+        /// The key's fingerprint.
+        fingerprint: String,
+    },
     /// The labels of a pod are too long.
     #[error(
         "key store: pod {pod}: its labels have {len} bytes, and may have {LABELS_MAX}: give shorter ones"

@@ -32,27 +32,30 @@ struct Fragment<'a> {
     outbounds: &'a str,
 }
 
-/// The fragment: one JSON object and a newline. It is secret, because it holds the pod's private key; wiped on drop.
+/// The fragment: one JSON object and a newline, with the worker nodes that may log in. It is secret, because it holds the pod's private key; wiped on drop.
 ///
 /// # Errors
 /// A key could not be encoded.
 pub fn fragment(
     pod: &PodKey,
-    worker_node: &WorkerNodePublic,
+    worker_nodes: &[WorkerNodePublic],
     inbounds: &[InboundTag],
     outbounds: &[OutboundTag],
 ) -> Result<Zeroizing<Vec<u8>>, UserDataError> {
     let pod_private = Zeroizing::new(Base64::encode_string(pod.to_pem()?.as_bytes()));
+    let lines: Result<Vec<String>, _> =
+        worker_nodes.iter().map(WorkerNodePublic::authorized_keys_line).collect();
+    let lines = lines?.join("\n");
     let (inbounds, outbounds) = (list(inbounds), list(outbounds));
     let fragment = Fragment {
         sc: true,
         pod_private: &pod_private,
-        worker_node_public: &Base64::encode_string(worker_node.authorized_keys_line()?.as_bytes()),
+        worker_node_public: &Base64::encode_string(lines.as_bytes()),
         inbounds: &inbounds,
         outbounds: &outbounds,
     };
     // The whole capacity at once: a vector that grows leaves copies behind that are not wiped. JSON escapes at most sixfold.
-    let room = 4096 + pod_private.len() + 6 * (inbounds.len() + outbounds.len());
+    let room = 4096 + pod_private.len() + 2 * lines.len() + 6 * (inbounds.len() + outbounds.len());
     let mut json = Zeroizing::new(Vec::with_capacity(room));
     serde_json::to_writer(&mut *json, &fragment)?;
     json.push(b'\n');
@@ -74,7 +77,7 @@ mod tests {
         let pod = PodKey::generate().unwrap();
         let node = WorkerNodeKey::generate().unwrap().public().unwrap();
         let inbounds = parse_list("KUBERNETES_PHASE:LOG:podns:7000, KUBERNETES_PHASE:B:0").unwrap();
-        let json = fragment(&pod, &node, &inbounds, &[]).unwrap();
+        let json = fragment(&pod, &[node], &inbounds, &[]).unwrap();
         assert_eq!(json.last(), Some(&b'\n'));
         let value: serde_json::Value = serde_json::from_slice(&json).unwrap();
         assert_eq!(value["sc"], true);

@@ -20,7 +20,13 @@ pub(crate) mod testing;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use secure_comms_adaptor::store::StoreError;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinSet};
+
+use self::front::{Front, FrontError, FrontLimits};
+use self::life::Lives;
+use self::rules::RulesSettings;
 
 use crate::health::Health;
 use crate::init_data::InitDataPolicy;
@@ -65,27 +71,51 @@ impl Default for CaaSettings {
 /// Error of the way in of cloud-api-adaptor.
 #[derive(Debug, thiserror::Error)]
 pub enum CaaError {
-    /// A part of it cannot be set up.
-    #[error("{0}")]
-    Setup(String),
+    /// Its dials cannot be served.
+    #[error(transparent)]
+    Front(#[from] FrontError),
+    /// The pods of earlier processes cannot be listed.
+    #[error("list the pods in the store")]
+    Store(#[from] StoreError),
+    /// A part of it ended unexpectedly.
+    #[error("a part of the service for cloud-api-adaptor ended unexpectedly: report it")]
+    Part(#[source] JoinError),
 }
 
-/// Serves the pods of cloud-api-adaptor until `stop` becomes true.
+/// Dials that wait for their lives to look at them.
+const DIALS_QUEUED: usize = 64;
+
+/// Serves the pods of cloud-api-adaptor until `stop` becomes true. The adaptor has resumed its pods before.
 ///
 /// # Errors
-/// A part of it cannot be set up.
+/// Its port cannot be listened at, or the store cannot be read.
 ///
 /// # Cancellation
 /// Dropping the future cuts the connections of cloud-api-adaptor: the runtime then ends its pods.
 pub async fn run(
-    _settings: CaaSettings,
-    _init_data: InitDataPolicy,
-    _pods: Pods,
-    _health: Health,
-    _metrics: Metrics,
-    mut stop: watch::Receiver<bool>,
+    settings: CaaSettings,
+    init_data: InitDataPolicy,
+    pods: Pods,
+    health: Health,
+    metrics: Metrics,
+    stop: watch::Receiver<bool>,
 ) -> Result<(), CaaError> {
-    // An error means that the process ends.
-    drop(stop.wait_for(|stop| *stop).await);
+    // What the rules redirect to has to be there before them.
+    let front = Front::bind(settings.listen_port, FrontLimits::default(), metrics.clone()).await?;
+    let rules = RulesSettings { forwarder_port: settings.forwarder_port, listen_port: front.port() };
+    let directory = PodsDirectory::open(&settings.pods_directory);
+    let lives = Lives::new(&settings, init_data, pods, directory.clone(), metrics.clone()).await?;
+    let (dials, held) = mpsc::channel(DIALS_QUEUED);
+    let mut parts = JoinSet::new();
+    parts.spawn(front.run(dials, stop.clone()));
+    parts.spawn(rules::keep(rules, health.clone(), metrics, stop.clone()));
+    parts.spawn({
+        let stop = stop.clone();
+        async move { directory.run(health, stop).await }
+    });
+    parts.spawn(lives.run(held, stop));
+    while let Some(ended) = parts.join_next().await {
+        ended.map_err(CaaError::Part)?;
+    }
     Ok(())
 }

@@ -14,7 +14,7 @@ use secure_comms_keys::text::escape;
 
 use self::doctor::DoctorArgs;
 use self::serve::{CaaCertsArgs, ConfigArgs, ServeArgs};
-use self::service::{KeysArgs, PodArgs, StatusArgs};
+use self::service::{PodArgs, StatusArgs};
 use self::texts::{CompletionsArgs, ManArgs};
 
 /// Secure Comms on the worker node: keys, tunnels and state of peer pods.
@@ -29,10 +29,10 @@ use self::texts::{CompletionsArgs, ManArgs};
 )]
 pub struct Cli {
     /// error, warn, info, debug or trace [env: SECURE_COMMS_LOG] [default: info]
-    #[arg(long, global = true, value_name = "LEVEL")]
+    #[arg(long, global = true, value_name = "LEVEL", display_order = 901)]
     pub log: Option<String>,
     /// The log's lines on standard error: text or json [env: SECURE_COMMS_LOG_FORMAT] [default: text]
-    #[arg(long, global = true, value_name = "FORMAT")]
+    #[arg(long, global = true, value_name = "FORMAT", display_order = 902)]
     pub log_format: Option<String>,
     /// The command.
     #[command(subcommand)]
@@ -65,8 +65,6 @@ pub enum Command {
     Pod(PodArgs),
     /// Show how this node's service is
     Status(StatusArgs),
-    /// Show and rotate the worker node's keys
-    Keys(KeysArgs),
     /// Look for what is wrong with this node or a pod, and say what to do
     #[command(after_help = "It ends with 0 if nothing is wrong, and with 1 if something is.")]
     Doctor(DoctorArgs),

@@ -2,10 +2,14 @@
 
 pub mod config;
 pub mod connect;
+pub mod doctor;
 mod events;
 pub mod keygen;
 mod output;
+pub mod pod;
+mod screen;
 pub mod serve;
+pub mod status;
 pub mod texts;
 pub mod user_data;
 

@@ -8,6 +8,7 @@ mod caa;
 mod clock;
 mod counters;
 mod kbs;
+mod pod;
 mod processes;
 mod report;
 mod service;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 use secure_comms_adaptor::kbs::KbsSettings;
 
 use self::processes::Processes;
+use crate::api::types::{Event, Pod};
 use crate::caa::CaaSettings;
 use crate::caa::rules::RulesSettings;
 
@@ -87,6 +89,11 @@ pub async fn look_at_node(node: &Node, service: Option<u32>, seen: &Seen, report
     if let Some(caa) = &places.caa {
         report.add("cloud-api-adaptor", look_at_caa(caa, places.metrics, &processes, service, seen).await);
     }
+}
+
+/// Looks at a pod, with its last events.
+pub async fn look_at_pod(pod: &Pod, events: &[Event]) -> Vec<Finding> {
+    pod::check(pod, events).await
 }
 
 async fn look_at_caa(

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use secure_comms_keys::text::escape;
 use secure_comms_node::cli::serve::{ConfigArgs, ConfigCommand};
 use secure_comms_node::cli::{self, Cli, Command, Stop};
-use secure_comms_node::commands::{config, connect, keygen, serve, texts, user_data};
+use secure_comms_node::commands::{config, connect, doctor, keygen, pod, serve, status, texts, user_data};
 use secure_comms_node::logging::{self, Writer};
 use secure_comms_node::settings::{
     ConnectSettings, KeygenSettings, LogSettings, ServeSettings, UsageError, UserDataSettings,
@@ -79,7 +79,7 @@ fn run(cli: Cli, stderr: &Writer) -> anyhow::Result<ExitCode> {
     let log = match (&cli.command, &settings) {
         // Its settings' file may say it.
         (Command::Serve(_), Some(settings)) => settings.log,
-        _ => LogSettings::read(cli.log, cli.log_format, &env)?,
+        _ => LogSettings::read(log_level(&cli, &env), cli.log_format, &env)?,
     };
     let journal = std::env::var("JOURNAL_STREAM").ok();
     logging::init(log.level, log.format, journal.as_deref(), stderr.clone());
@@ -93,6 +93,12 @@ fn run(cli: Cli, stderr: &Writer) -> anyhow::Result<ExitCode> {
     // The look-up of a name may be blocked for long: the end does not wait for it.
     runtime.shutdown_background();
     done
+}
+
+/// The level of the log. What `doctor` finds is its report: the lines of what it tries would only say it again.
+fn log_level(cli: &Cli, env: &dyn Fn(&str) -> Option<std::ffi::OsString>) -> Option<String> {
+    let is_quiet = matches!(cli.command, Command::Doctor(_)) && env("SECURE_COMMS_LOG").is_none();
+    cli.log.clone().or_else(|| is_quiet.then(|| "error".to_owned()))
 }
 
 /// The settings of the service, for the commands that need them.
@@ -150,11 +156,13 @@ async fn command(
         Command::UserData(args) => user_data::run(UserDataSettings::read(args, env)?).await?,
         Command::Keygen(args) => keygen::run(KeygenSettings::read(args, env)?).await?,
         Command::CaaCerts(_) => anyhow::bail!("caa-certs: not in this build"),
-        Command::Pod(_) => anyhow::bail!("pod: not in this build"),
-        Command::Status(_) => anyhow::bail!("status: not in this build"),
-        Command::Keys(_) => anyhow::bail!("keys: not in this build"),
-        Command::Doctor(_) => anyhow::bail!("doctor: not in this build"),
-        Command::Openapi => anyhow::bail!("openapi: not in this build"),
+        Command::Pod(args) => pod::run(args, env).await?,
+        Command::Status(args) => status::run(args, env).await?,
+        Command::Doctor(args) => {
+            let good = doctor::run(args, env).await?;
+            return Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Openapi => texts::openapi()?,
         Command::Completions(args) => texts::completions(&args)?,
         Command::Man(args) => texts::man(&args)?,
     }

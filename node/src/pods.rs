@@ -10,7 +10,7 @@ mod orphans;
 mod runtime;
 mod stop_cost;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -18,6 +18,7 @@ use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::pod::{PodSnapshot, PodState};
 use secure_comms_adaptor::store::StoreError;
 use secure_comms_adaptor::{Adaptor, AdaptorError, Deadline, Endpoint, PodSpec, Stopped};
+use secure_comms_keys::text::one_line;
 use secure_comms_protocol::{InitDataDigest, PodId, TunnelName};
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, watch};
@@ -43,6 +44,8 @@ pub struct PodView {
     pub snapshot: PodSnapshot,
     /// The runtime's connection to its kata agent.
     pub runtime: Runtime,
+    /// What its launcher says keeps it from being used, in one line; `None`: nothing does.
+    pub obstacle: Option<String>,
 }
 
 /// The pods of the node. A clone is the same pods.
@@ -55,12 +58,32 @@ struct Inner {
     events: Events,
     runtimes: Mutex<HashMap<PodId, Runtime>>,
     orders: Orders,
+    obstacles: Mutex<HashMap<PodId, Obstacle>>,
 }
+
+/// What keeps a pod from being used, though it may have no channel yet.
+#[derive(Clone, Debug)]
+struct Obstacle {
+    launch: Launch,
+    since: SystemTime,
+    reason: String,
+}
+
+/// Pods with an obstacle that are remembered.
+const OBSTACLES_MAX: usize = 1024;
+/// The longest text of an obstacle, in bytes.
+const OBSTACLE_MAX: usize = 1000;
 
 impl Pods {
     /// The pods of `adaptor`, whose observer is that of `events`.
     pub fn new(adaptor: Adaptor, events: Events) -> Self {
-        Self(Arc::new(Inner { adaptor, events, runtimes: Mutex::default(), orders: Orders::default() }))
+        Self(Arc::new(Inner {
+            adaptor,
+            events,
+            runtimes: Mutex::default(),
+            orders: Orders::default(),
+            obstacles: Mutex::default(),
+        }))
     }
 
     /// Has the observer learn of every order and its result, in the task of who orders: it must not block. A second one is
@@ -183,15 +206,25 @@ impl Pods {
         self.0.adaptor.open(id, tunnel).await
     }
 
-    /// The pod now; `None` if it is not served.
+    /// The pod now; `None` if it is not served, and nothing keeps it from that.
     pub fn get(&self, id: &PodId) -> Option<PodView> {
-        Some(self.view(id.clone(), self.0.adaptor.snapshot(id)?))
+        match self.0.adaptor.snapshot(id) {
+            Some(snapshot) => Some(self.view(id.clone(), snapshot)),
+            None => {
+                let obstacle = self.obstacles().get(id).cloned()?;
+                Some(self.refused(id.clone(), obstacle))
+            }
+        }
     }
 
     /// All pods now, by their ids.
     pub fn list(&self) -> Vec<PodView> {
         let mut all: Vec<PodView> =
             self.0.adaptor.snapshots().into_iter().map(|(id, snapshot)| self.view(id, snapshot)).collect();
+        let served: HashSet<PodId> = all.iter().map(|pod| pod.id.clone()).collect();
+        let refused: Vec<(PodId, Obstacle)> = self.obstacles().clone().into_iter().collect();
+        let refused = refused.into_iter().filter(|(id, _)| !served.contains(id));
+        all.extend(refused.map(|(id, obstacle)| self.refused(id, obstacle)));
         all.sort_by(|a, b| a.id.cmp(&b.id));
         all
     }
@@ -237,10 +270,44 @@ impl Pods {
         resumed
     }
 
+    /// Says what keeps a pod from being used; `None`: nothing does. For launchers.
+    pub fn set_obstacle(&self, id: &PodId, launch: &Launch, reason: Option<String>) {
+        let mut obstacles = self.obstacles();
+        let Some(reason) = reason else {
+            obstacles.remove(id);
+            return;
+        };
+        let since = obstacles.get(id).map_or_else(SystemTime::now, |obstacle| obstacle.since);
+        if obstacles.len() < OBSTACLES_MAX || obstacles.contains_key(id) {
+            let reason = one_line(&reason, OBSTACLE_MAX);
+            obstacles.insert(id.clone(), Obstacle { launch: launch.clone(), since, reason });
+        }
+    }
+
+    /// A pod that is not served, because of the obstacle.
+    fn refused(&self, id: PodId, obstacle: Obstacle) -> PodView {
+        let Obstacle { launch, since, reason } = obstacle;
+        let snapshot = PodSnapshot {
+            state: PodState::Failed { reason: reason.clone() },
+            since,
+            labels: launch.to_labels(),
+            addresses: Vec::new(),
+            endpoints: Vec::new(),
+            init_data: None,
+            session: None,
+        };
+        PodView { obstacle: Some(reason), ..self.view(id, snapshot) }
+    }
+
+    fn obstacles(&self) -> MutexGuard<'_, HashMap<PodId, Obstacle>> {
+        self.0.obstacles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn view(&self, id: PodId, snapshot: PodSnapshot) -> PodView {
         let launch = Launch::of_labels(&snapshot.labels);
         let runtime = self.runtimes().get(&id).cloned().unwrap_or_default();
-        PodView { id, launch, snapshot, runtime }
+        let obstacle = self.obstacles().get(&id).map(|obstacle| obstacle.reason.clone());
+        PodView { id, launch, snapshot, runtime, obstacle }
     }
 
     fn runtimes(&self) -> MutexGuard<'_, HashMap<PodId, Runtime>> {

@@ -6,6 +6,7 @@ mod file;
 mod init_data;
 mod reader;
 mod serve;
+mod service;
 mod units;
 mod variables;
 
@@ -27,6 +28,7 @@ use crate::logging::{Level, LogFormat};
 pub use file::DEFAULT_CONFIG;
 pub use reader::Source;
 pub use serve::{EffectiveSetting, ServeSettings, with_log_flags};
+pub use service::{PodStartSettings, ServiceSettings};
 pub use variables::unknown_variables;
 
 /// Settings of `connect`.

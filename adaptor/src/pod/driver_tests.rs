@@ -19,6 +19,7 @@ use super::{
     PodSnapshot, PodState, StatusReporter, Stop,
 };
 use crate::key_source::KeySource;
+use crate::publication::Given;
 use crate::support::agent::{Agent, Mode};
 use crate::support::{KATAAGENT, Lines, PATIENCE, addresses, pod};
 use crate::transport::agent_connection::Tunnels;
@@ -40,7 +41,7 @@ impl Driven {
         let (node_key, key) = (WorkerNodeKey::generate().unwrap(), PodKey::generate().unwrap());
         let latched = Mode::kubernetes(key.clone(), node_key.public().unwrap());
         let (inbounds, outbounds) = (parse_list(KATAAGENT).unwrap(), parse_list("").unwrap());
-        let expected = ExpectedAgent::new(&pod(), &node_key, None, &AgentTunnels::default());
+        let expected = ExpectedAgent::new(&pod(), &node_key, &Given::default(), &AgentTunnels::default());
         let plan = Plan {
             id: pod(),
             addresses: addresses(at),

@@ -7,8 +7,8 @@
 use std::collections::HashSet;
 use std::fmt;
 
+use secure_comms_keys::WorkerNodeKey;
 use secure_comms_keys::text::one_line;
-use secure_comms_keys::{WorkerNodeKey, WorkerNodeKeys};
 use secure_comms_protocol::tag::{Host, Tag};
 use secure_comms_protocol::{
     AgentConfig, Bind, Hello, InboundTag, InitDataDigest, OutboundTag, PhaseName, PhaseSet, PodId, Target,
@@ -16,6 +16,7 @@ use secure_comms_protocol::{
 };
 
 use crate::key_source::KeySource;
+use crate::publication::Given;
 
 /// Paths at which image and distributions have the kata agent's socket.
 pub const KATA_AGENT_SOCKETS: [&str; 2] = ["/run/kata-agent/agent.sock", "/run/kata-containers/agent.sock"];
@@ -50,8 +51,8 @@ pub(crate) struct ExpectedAgent {
     pub(crate) pod: PodId,
     /// Fingerprint of our own key.
     pub(crate) node: String,
-    /// Fingerprints of the other worker-node keys that were published.
-    pub(crate) other_nodes: Vec<String>,
+    /// Fingerprints of the worker-node keys that the pod was given, ours included.
+    pub(crate) given: Given,
     pub(crate) tunnels: AgentTunnels,
     /// Whether an agent that does not say what it runs with is accepted.
     pub(crate) old_agents: bool,
@@ -105,16 +106,11 @@ impl Faults {
 
 impl ExpectedAgent {
     /// What the configuration of an adaptor expects of a pod's agent.
-    pub(crate) fn new(
-        pod: &PodId,
-        node: &WorkerNodeKey,
-        worker_nodes: Option<&WorkerNodeKeys>,
-        tunnels: &AgentTunnels,
-    ) -> Self {
+    pub(crate) fn new(pod: &PodId, node: &WorkerNodeKey, given: &Given, tunnels: &AgentTunnels) -> Self {
         Self {
             pod: pod.clone(),
             node: node.fingerprint(),
-            other_nodes: worker_nodes.into_iter().flat_map(WorkerNodeKeys::fingerprints).collect(),
+            given: given.clone(),
             tunnels: tunnels.clone(),
             old_agents: false,
             attests: true,
@@ -212,7 +208,7 @@ impl ExpectedAgent {
             ));
         }
         for key in found {
-            if *key != self.node && !self.other_nodes.contains(key) {
+            if *key != self.node && !self.given.contains(key) {
                 faults.add(format!(
                     "it lets in the worker-node key {}, which is not this node's: its holder can drive the pod; \
                      make a new VM, or if the key is right add it to --worker-node-keys",

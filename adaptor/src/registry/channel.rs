@@ -49,7 +49,7 @@ impl Channel {
     ) -> Plan {
         let config = &shared.config;
         let (inbounds, outbounds) = (&config.inbounds, &config.outbounds);
-        let expected = ExpectedAgent::new(id, &served.node_key, config.worker_nodes.as_ref(), &config.agent)
+        let expected = ExpectedAgent::new(id, &served.node_key, &served.given, &config.agent)
             .with_old_agents(config.old_agents)
             .with_keys_from(&shared.key_source)
             .with_init_data(served.init_data.clone());

@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use secure_comms_keys::{PodPublic, WorkerNodeKey};
+use secure_comms_keys::{PodPublic, WorkerNodeKey, WorkerNodeKeys};
 use secure_comms_protocol::{InitDataDigest, PodId};
 use secure_comms_tunnel::Inbound;
 use tokio::sync::watch;
@@ -22,8 +22,8 @@ use super::shared::{PodSpec, Shared};
 use crate::address::Address;
 use crate::deadline::Deadline;
 use crate::pod::Endpoint;
-use crate::publication::{Keys, Publication, PublicationError};
-use crate::store::{Labels, PodLock, StoreError};
+use crate::publication::{Given, Keys, Publication, PublicationError};
+use crate::store::{Labels, PodLock, PodWorkerNodes, StoreError};
 use crate::text::with_causes;
 use crate::transport::routes::Routes;
 
@@ -42,6 +42,8 @@ pub(super) struct Served {
     pub(super) endpoints: Vec<Endpoint>,
     pub(super) routes: Arc<Routes>,
     pub(super) node_key: WorkerNodeKey,
+    /// The worker nodes that the pod's agent may let in.
+    pub(super) given: Given,
     pub(super) pod_key: PodPublic,
     /// Digest of the init-data that the pod's VM must show.
     pub(super) init_data: Option<InitDataDigest>,
@@ -192,9 +194,11 @@ impl Context {
         deadline: Deadline,
     ) -> Result<(), AdaptorError> {
         let store = &self.shared.store;
-        let (node_key, pod_key) = (store.worker_node_key().await?, store.pod_key(&self.id).await?);
+        store.worker_node_key().await?;
+        let pod_key = store.pod_key(&self.id).await?;
         // The lock of a deleted record is none of the new one.
         acquired.lock = if acquired.ended { store.lock_pod(&self.id).await? } else { self.lock().await? };
+        let nodes = store.pod_worker_nodes(&self.id).await?;
         acquired.labels = Some(match &spec.labels {
             Some(labels) => {
                 store.save_labels(&self.id, labels).await?;
@@ -204,7 +208,7 @@ impl Context {
         });
         // Before anything is published, so that a port that is in use fails the call early.
         if !self.served {
-            let listening = self.listen(node_key.clone(), pod_key.public()?);
+            let listening = self.listen(&nodes, pod_key.public()?);
             let served = self.unless_cancelled(timeout_at(deadline.at(), listening)).await?;
             acquired.served = Some(served.map_err(|_| AdaptorError::PrepareDeadline {
                 pod: self.id.clone(),
@@ -219,7 +223,7 @@ impl Context {
                 let was_up = self.was_up(publication).await?;
                 self.unless_cancelled(publication.bind(init_data, deadline)).await??;
                 if !was_up {
-                    let keys = Keys { node: &node_key, pod: &pod_key };
+                    let keys = Keys { nodes: &nodes, pod: &pod_key };
                     let publish = publication.publish(keys, Some(deadline));
                     acquired.published = self.unless_cancelled(publish).await??;
                 }
@@ -259,14 +263,14 @@ impl Context {
             return Ok(());
         }
         acquired.lock = self.lock().await?;
-        let node_key = store.worker_node_key().await?;
+        let nodes = store.pod_worker_nodes(&self.id).await?;
         let init_data = store.init_data(&self.id).await?;
         acquired.labels = Some(store.labels(&self.id).await?);
         if let Some(publication) = &self.publication {
             // The channel must know whether the key is there.
             publication.recorded().await?;
         }
-        let listening = self.listen(node_key, pod_key.public()?);
+        let listening = self.listen(&nodes, pod_key.public()?);
         acquired.served = Some(self.unless_cancelled(listening).await??);
         acquired.init_data = Some(init_data);
         acquired.addresses = addresses;
@@ -290,10 +294,10 @@ impl Context {
             let cause = "nothing is published for it".to_owned();
             return Err(AdaptorError::Ending { pod: self.id.clone(), cause });
         }
-        let node_key = store.worker_node_key().await?;
+        let nodes = store.pod_worker_nodes(&self.id).await?;
         let Some(publication) = &self.publication else { return Ok(()) };
         self.step.send_replace(format!("the KBS at {} to take the keys", publication.url()));
-        let publish = publication.publish(Keys { node: &node_key, pod: &pod_key }, None);
+        let publish = publication.publish(Keys { nodes: &nodes, pod: &pod_key }, None);
         acquired.published = self.unless_cancelled(publish).await??;
         Ok(())
     }
@@ -329,11 +333,16 @@ impl Context {
         }
     }
 
-    async fn listen(&self, node_key: WorkerNodeKey, pod_key: PodPublic) -> Result<Served, AdaptorError> {
+    async fn listen(&self, nodes: &PodWorkerNodes, pod_key: PodPublic) -> Result<Served, AdaptorError> {
+        let given = self.publication.as_ref().map(|publication| publication.given().clone());
+        let given = given.unwrap_or_default();
+        given.extend(nodes.given.iter().cloned());
+        given.extend(self.shared.config.worker_nodes.iter().flat_map(WorkerNodeKeys::fingerprints));
         let mut served = Served {
             endpoints: Vec::new(),
             routes: Arc::default(),
-            node_key,
+            node_key: nodes.own.clone(),
+            given,
             pod_key,
             init_data: None,
             inbounds: JoinSet::new(),

@@ -1,7 +1,9 @@
-//! The store in a directory: `worker-node.key`, and `pods/<pod id>/` with `key`, `addresses.json`, `labels.json`,
-//! `init-data`, `published.json`, while an adaptor serves the pod `adaptor.pid`, and once the pod is being ended `ending`.
+//! The store in a directory: `worker-node.key`, earlier ones as `worker-node.<number>.key`, and `pods/<pod id>/` with `key`, `addresses.json`, `labels.json`,
+//! `init-data`, `published.json`, `worker-nodes.json`, while an adaptor serves the pod `adaptor.pid`, and once the pod is being ended `ending`.
 //!
 //! Writers of all processes hold a lock, so an unfinished file that a lock holder finds was left by a crash.
+
+mod worker_nodes;
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -17,7 +19,7 @@ use secure_comms_protocol::limits::KEY_MAX;
 use secure_comms_protocol::{InitDataDigest, PodId};
 use zeroize::Zeroizing;
 
-use super::{LABELS_MAX, Labels, PodLock, Store, StoreError};
+use super::{LABELS_MAX, Labels, PodLock, PodWorkerNodes, Pruned, Store, StoreError};
 use crate::address::Address;
 use crate::text::with_causes;
 
@@ -173,24 +175,16 @@ impl DirectoryStore {
         Ok(())
     }
 
-    fn find_or_make_worker_node_key(&self) -> Result<WorkerNodeKey, StoreError> {
-        let path = self.worker_node_key_file();
-        find_or_make(&path, WorkerNodeKey::from_pem, || {
-            let _locked = self.lock()?;
-            let pem = WorkerNodeKey::generate().and_then(|key| key.to_pem()).map_err(StoreError::Key)?;
-            Ok(private_file::create(&path, pem.as_bytes())?)
-        })
-    }
-
     fn find_or_make_pod_key(&self, pod: &PodId) -> Result<PodKey, StoreError> {
         let path = self.key_file(pod);
         find_or_make(&path, PodKey::from_pem, || {
-            let _locked = self.lock()?;
+            let locked = self.lock()?;
             own_directory(&self.pod_directory(pod))?;
             private_file::sync_directory(&self.pods_directory())?;
             let pem = PodKey::generate().and_then(|key| key.to_pem()).map_err(StoreError::Key)?;
             // Before the key, which makes the record: a new key is nowhere in the KBS.
             private_file::replace(&self.published_file(pod), b"[]")?;
+            self.assign_worker_node(pod, &locked)?;
             Ok(private_file::create(&path, pem.as_bytes())?)
         })
     }
@@ -393,6 +387,28 @@ fn remove_leftovers(directory: &Path) -> Result<(), FileError> {
 impl Store for DirectoryStore {
     async fn worker_node_key(&self) -> Result<WorkerNodeKey, StoreError> {
         self.on_disk(Self::find_or_make_worker_node_key).await
+    }
+
+    async fn worker_node_keys(&self) -> Result<Vec<WorkerNodeKey>, StoreError> {
+        self.on_disk(Self::read_worker_node_keys).await
+    }
+
+    async fn rotate_worker_node_key(&self) -> Result<WorkerNodeKey, StoreError> {
+        self.on_disk(Self::rotate).await
+    }
+
+    async fn prune(&self) -> Result<Pruned, StoreError> {
+        self.on_disk(Self::prune_worker_node_keys).await
+    }
+
+    async fn pod_worker_nodes(&self, pod: &PodId) -> Result<PodWorkerNodes, StoreError> {
+        let pod = pod.clone();
+        self.on_disk(move |store| store.read_pod_worker_nodes(&pod)).await
+    }
+
+    async fn save_given(&self, pod: &PodId, fingerprints: &[String]) -> Result<(), StoreError> {
+        let (pod, fingerprints) = (pod.clone(), fingerprints.to_vec());
+        self.on_disk(move |store| store.write_given(&pod, &fingerprints)).await
     }
 
     async fn pod_key(&self, pod: &PodId) -> Result<PodKey, StoreError> {

@@ -11,9 +11,12 @@ mod handler;
 
 mod client;
 
+mod greeting;
+
 pub(crate) use self::auth_hold::{AuthHold, AuthLock};
 pub(crate) use self::client::{Dial, Flag, SshConnection, connect_attestation, connect_kubernetes};
 pub(crate) use self::error::ConnectError;
+pub use self::greeting::{Greeting, GreetingError, greeting};
 pub(crate) use self::handler::{AgentLink, TransportEnd};
 
 pub(crate) use self::phase::ClientPhase;

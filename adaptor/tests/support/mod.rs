@@ -222,6 +222,13 @@ impl World {
         Self { adaptor, events, store, ..self }
     }
 
+    /// As [`restart`](Self::restart), with another configuration.
+    pub fn restart_configured(self, change: impl FnOnce(&mut Config)) -> Self {
+        let (adaptor, events, store) =
+            build_changed(&self.directory, Some(&self.kbs), "", KATAAGENT, None, change);
+        Self { adaptor, events, store, ..self }
+    }
+
     pub async fn user_data() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let kbs_full = Arc::default();

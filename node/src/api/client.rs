@@ -22,7 +22,9 @@ use tokio::time::timeout;
 
 pub use self::events::{EventReader, StreamItem};
 use super::problem::with_causes;
-use super::types::{Deletion, Forgotten, Pod, PodList, PodSpec, Prepared, Problem, StartOrder, Status};
+use super::types::{
+    Deletion, Forgotten, Orphan, OrphanList, Pod, PodList, PodSpec, Prepared, Problem, StartOrder, Status,
+};
 
 /// Time for the connection.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -65,7 +67,7 @@ pub enum ClientError {
 pub enum Ended {
     /// The pod and its keys are gone.
     Gone,
-    /// The pod is ended; its resource may still be in the KBS.
+    /// The pod is ended; its keys are not deleted yet, and that is retried.
     Deleting(Deletion),
 }
 
@@ -141,17 +143,43 @@ impl Client {
     /// # Cancellation
     /// Dropping the future drops the wait only.
     pub async fn stop(&self, id: &PodId, force: bool) -> Result<Ended, ClientError> {
-        let (status, body) = self.answer(Method::DELETE, &pod_path(id, forced(force)), None).await?;
+        self.end(&pod_path(id, forced(force))).await
+    }
+
+    /// The records of the store that no launcher will end, by their ids.
+    ///
+    /// # Errors
+    /// The store cannot be read, or the service does not answer.
+    pub async fn orphans(&self) -> Result<Vec<Orphan>, ClientError> {
+        self.json(Method::GET, "/v1/orphans", None).await.map(|list: OrphanList| list.items)
+    }
+
+    /// Ends an orphan, as [`stop`](Self::stop) ends a pod.
+    ///
+    /// # Errors
+    /// The pod is no orphan ([`Problem::word`] is `no-orphan`), or as [`stop`](Self::stop).
+    ///
+    /// # Cancellation
+    /// Dropping the future drops the wait only.
+    pub async fn collect(&self, id: &PodId) -> Result<Ended, ClientError> {
+        self.end(&format!("/v1/orphans/{id}")).await
+    }
+
+    async fn end(&self, path: &str) -> Result<Ended, ClientError> {
+        let (status, body) = self.answer(Method::DELETE, path, None).await?;
         match status {
             StatusCode::NO_CONTENT => Ok(Ended::Gone),
             _ => parse(&body).map(Ended::Deleting),
         }
     }
 
-    /// Deletes a pod here, although the KBS cannot delete its resource.
+    /// Deletes a pod here without the KBS.
     ///
     /// # Errors
     /// As [`stop`](Self::stop).
+    ///
+    /// # Cancellation
+    /// Dropping the future drops the wait only.
     pub async fn forget(&self, id: &PodId, force: bool) -> Result<Forgotten, ClientError> {
         let path = pod_path(id, &format!("/forget{}", forced(force)));
         self.json(Method::POST, &path, None).await

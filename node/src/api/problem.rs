@@ -47,7 +47,9 @@ pub(super) enum Kind {
     KbsRefused,
     StartFailed,
     KbsDown,
-    Ending,
+    PodEnding,
+    NoOrphan,
+    ServiceEnding,
     Busy,
     Deadline,
     StoreFull,
@@ -79,7 +81,9 @@ impl Kind {
             Self::KbsRefused => ("kbs-refused", "The KBS refused", StatusCode::BAD_GATEWAY),
             Self::StartFailed => ("start-failed", "The pod did not come up", StatusCode::BAD_GATEWAY),
             Self::KbsDown => ("kbs-down", "The KBS does not answer", StatusCode::SERVICE_UNAVAILABLE),
-            Self::Ending => ("ending", "The service ends", StatusCode::SERVICE_UNAVAILABLE),
+            Self::PodEnding => ("pod-ending", "The pod is being ended", StatusCode::CONFLICT),
+            Self::NoOrphan => ("no-orphan", "The pod is no orphan", StatusCode::NOT_FOUND),
+            Self::ServiceEnding => ("service-ending", "The service ends", StatusCode::SERVICE_UNAVAILABLE),
             Self::Busy => ("busy", "Too many readers", StatusCode::SERVICE_UNAVAILABLE),
             Self::Deadline => ("deadline", "The deadline passed", StatusCode::GATEWAY_TIMEOUT),
             Self::StoreFull => ("store-full", "The key store is full", StatusCode::INSUFFICIENT_STORAGE),
@@ -90,7 +94,7 @@ impl Kind {
     fn retry_after(self) -> Option<u64> {
         match self {
             Self::KbsDown => Some(10),
-            Self::Ending | Self::Busy => Some(5),
+            Self::ServiceEnding | Self::Busy | Self::PodEnding => Some(5),
             _ => None,
         }
     }
@@ -217,10 +221,10 @@ fn kind(error: &AdaptorError) -> Kind {
         AdaptorError::Bind(_) | AdaptorError::Path(_) => Kind::Listen,
         AdaptorError::Key(_) | AdaptorError::NoKey(_) => Kind::Store,
         AdaptorError::Stopped(_) => Kind::Stopped,
+        AdaptorError::Ending { .. } => Kind::PodEnding,
         AdaptorError::TaskEnded(_) => Kind::Internal,
         AdaptorError::PrepareDeadline { .. } | AdaptorError::Deadline { .. } => Kind::Deadline,
         AdaptorError::NotPrepared(_) => Kind::NotFound,
-        AdaptorError::Ending { .. } => Kind::KbsDown,
         AdaptorError::AlreadyStarted(_) => Kind::AlreadyStarted,
         AdaptorError::NoAddress(_) => Kind::Invalid,
         AdaptorError::StartFailed { .. }
@@ -234,7 +238,7 @@ fn store_kind(error: &StoreError) -> Kind {
         StoreError::Locked { .. } => Kind::Locked,
         StoreError::UnknownPod(_) => Kind::NotFound,
         StoreError::LongLabels { .. } => Kind::Invalid,
-        StoreError::CutOff => Kind::Ending,
+        StoreError::CutOff => Kind::ServiceEnding,
         StoreError::File(FileError::Io { source, .. }) if is_full(source) => Kind::StoreFull,
         _ => Kind::Store,
     }
@@ -318,7 +322,7 @@ mod tests {
         }
     }
 
-    const ALL: [Kind; 23] = [
+    const ALL: [Kind; 25] = [
         Kind::Malformed,
         Kind::Forbidden,
         Kind::NoRoute,
@@ -338,7 +342,9 @@ mod tests {
         Kind::KbsRefused,
         Kind::StartFailed,
         Kind::KbsDown,
-        Kind::Ending,
+        Kind::PodEnding,
+        Kind::NoOrphan,
+        Kind::ServiceEnding,
         Kind::Busy,
         Kind::Deadline,
         Kind::StoreFull,

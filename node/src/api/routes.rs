@@ -1,5 +1,6 @@
 //! The routes: each is one call of the pods, and its answer.
 
+mod ending;
 mod events;
 mod prepare;
 
@@ -7,26 +8,27 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use axum::extract::State;
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderValue, Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
+use secure_comms_adaptor::Deadline;
 use secure_comms_adaptor::pod::PodState;
-use secure_comms_adaptor::{AdaptorError, Deadline, Stopped};
 use secure_comms_protocol::PodId;
 use tokio::sync::{Semaphore, watch};
 
 use self::prepare::Claims;
 use super::events::History;
-use super::input::{self, EndQuery, Fields, Id, Start};
-use super::problem::{Kind, with_causes};
-use super::types::{Deletion, Part, Phase, Pod, PodList, Problem, StartOrder, Status, StopCost, Time};
+use super::input::{self, Id, Start};
+use super::problem::Kind;
+use super::types::{Part, Phase, Pod, PodList, Problem, StartOrder, Status, StopCost, Time};
 use super::user_data::VmTunnels;
 use super::{openapi, stopped};
 use crate::health::Health;
 use crate::pods::{Launcher, Pods, Runtime};
 
+pub(super) use self::ending::{__path_collect, __path_forget, __path_orphans, __path_stop};
 pub(super) use self::events::__path_events;
 pub(super) use self::prepare::__path_prepare;
 
@@ -76,8 +78,11 @@ impl Api {
     pub(super) fn router(self) -> Router {
         Router::new()
             .route("/v1/pods", get(list))
-            .route("/v1/pods/{id}", get(show).put(prepare::prepare).delete(stop))
+            .route("/v1/pods/{id}", get(show).put(prepare::prepare).delete(ending::stop))
             .route("/v1/pods/{id}/start", post(start))
+            .route("/v1/pods/{id}/forget", post(ending::forget))
+            .route("/v1/orphans", get(ending::orphans))
+            .route("/v1/orphans/{id}", delete(ending::collect))
             .route("/v1/events", get(events::events))
             .route("/v1/status", get(status))
             .route("/openapi.json", get(document))
@@ -96,7 +101,7 @@ impl Api {
         tokio::select! {
             biased;
             done = work => Ok(done),
-            () = stopped(self.0.stop.clone()) => Err(Kind::Ending
+            () = stopped(self.0.stop.clone()) => Err(Kind::ServiceEnding
                 .problem("the service ends; what was begun goes on with the next process")),
         }
     }
@@ -254,37 +259,5 @@ async fn begins(mut state: watch::Receiver<secure_comms_adaptor::pod::PodSnapsho
     if state.wait_for(|snapshot| is_started(&snapshot.state)).await.is_err() {
         // The pod has ended; so has the start.
         std::future::pending().await
-    }
-}
-
-/// Ends the pod, and deletes its keys here and at the KBS. A pod that is not known is not an error.
-///
-/// Dropping the request drops the wait only.
-#[utoipa::path(delete, path = "/v1/pods/{id}", tag = "pods", params(openapi::IdParam, openapi::ForceParam), responses(
-    (status = 202, description = "The pod is ended; its resource may still be in the KBS", body = Deletion),
-    (status = 204, description = "The pod and its keys are gone"),
-    (status = 409, description = "Another adaptor drives the pod, or it is cloud-api-adaptor's", body = Problem,
-        content_type = "application/problem+json"),
-    (status = 422, description = "The request is invalid", body = Problem, content_type = "application/problem+json"),
-    (status = "default", description = "A problem", body = Problem, content_type = "application/problem+json"),
-))]
-async fn stop(
-    State(api): State<Api>,
-    Id(id): Id,
-    Fields(query): Fields<EndQuery>,
-) -> Result<Response, Problem> {
-    if !query.force {
-        api.refuse_owned(&id, "it stops the pod itself; to end the pod all the same, add ?force=true")?;
-    }
-    match api.unless_ending(api.0.pods.stop(&id)).await?? {
-        Stopped::Done => Ok(StatusCode::NO_CONTENT.into_response()),
-        Stopped::Retried(error) => {
-            let (resource, reason) = match error {
-                AdaptorError::NotDeleted { resource, cause, .. } => (Some(resource), with_causes(&*cause)),
-                error => (None, with_causes(&error)),
-            };
-            let deletion = Deletion { id: id.to_string(), resource, reason };
-            Ok((StatusCode::ACCEPTED, [(CACHE_CONTROL, "no-store")], Json(deletion)).into_response())
-        }
     }
 }

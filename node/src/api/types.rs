@@ -145,7 +145,7 @@ pub enum Phase {
     Down,
     /// Preparing or starting it failed. No connection is attempted any more.
     Failed,
-    /// It is ended, and its keys are being deleted from the KBS: that is retried until it is done.
+    /// It is being ended: its keys could not be deleted yet. That is retried until it is done.
     Ending,
     /// It was stopped.
     Stopped,
@@ -256,17 +256,18 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// A pod that is stopped, and whose resource could not be deleted from the KBS: the deletion is tried again until it is
-/// done.
+/// A pod that is stopped, and whose keys could not be deleted. That is retried until it is done, over restarts; until then
+/// the pod is listed, in the phase Ending.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Deletion {
     /// The pod.
     pub id: String,
-    /// The resource that may still be in the KBS. Not there: the deletion failed before the KBS was asked.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// The resource that may still be in the KBS. Not there: it is the store that failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
     pub resource: Option<String>,
-    /// Why it could not be deleted. One line.
+    /// Why the keys could not be deleted. One line.
     pub reason: String,
 }
 
@@ -276,14 +277,43 @@ pub struct Deletion {
 pub struct Forgotten {
     /// The pod.
     pub id: String,
-    /// The resource that stays in the KBS, and that an admin of the KBS has to delete. Not there: none stays.
+    /// The resources that may stay in the KBS: an admin of the KBS has to delete them. Empty: none stays.
+    pub resources: Vec<String>,
+}
+
+/// All orphans of the store, by their ids.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OrphanList {
+    /// The orphans.
+    pub items: Vec<Orphan>,
+}
+
+/// A record of the store that no launcher will end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Orphan {
+    /// The pod.
+    pub id: String,
+    /// Who launched it, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
-    pub resource: Option<String>,
-    /// Why it stays. One line.
+    pub launcher: Option<Launcher>,
+    /// Its namespace in Kubernetes, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
-    pub reason: Option<String>,
+    pub namespace: Option<String>,
+    /// Its name in Kubernetes, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub name: Option<String>,
+    /// Since when it is what the reason says.
+    #[schema(value_type = String, format = DateTime)]
+    pub since: Time,
+    /// Why it is one, as one word: NoLauncher, NeverStarted or Ending.
+    pub reason: String,
+    /// The same in one line.
+    pub message: String,
 }
 
 /// Something that happened to a pod: the data of a `pod` event in `GET /v1/events`.

@@ -5,7 +5,7 @@ use secure_comms_keys::text::one_line;
 use secure_comms_protocol::PhaseName;
 
 use super::types;
-use crate::pods::{Happening, Launch, Launcher, PodView, Runtime};
+use crate::pods::{Happening, Launch, Launcher, Orphan, PodView, Runtime};
 
 /// Longest text of a pod or an event, in bytes.
 const TEXT_MAX: usize = 2000;
@@ -39,7 +39,7 @@ impl From<&PodState> for types::Phase {
 
 impl From<PodView> for types::Pod {
     fn from(pod: PodView) -> Self {
-        let PodView { id, launch, snapshot, runtime } = pod;
+        let PodView { id, launch, snapshot, runtime, obstacle } = pod;
         let (reason, attempt, instance) = match &snapshot.state {
             PodState::Connecting { last_error } | PodState::Ending { last_error } => {
                 (last_error.as_deref(), None, None)
@@ -59,7 +59,7 @@ impl From<PodView> for types::Pod {
             namespace: namespace(&launch),
             name: name(&launch),
             phase: (&snapshot.state).into(),
-            reason: reason.map(line),
+            reason: reason.or(obstacle.as_deref()).map(line),
             attempt,
             instance,
             since: snapshot.since.into(),
@@ -91,6 +91,20 @@ impl From<Runtime> for types::Runtime {
             }
         };
         Self { state, since: since.map(Into::into), reason }
+    }
+}
+
+impl From<Orphan> for types::Orphan {
+    fn from(orphan: Orphan) -> Self {
+        Self {
+            id: orphan.id.to_string(),
+            launcher: orphan.launch.launcher.map(Into::into),
+            namespace: namespace(&orphan.launch),
+            name: name(&orphan.launch),
+            since: orphan.since.into(),
+            reason: orphan.reason.as_str().to_owned(),
+            message: line(&orphan.reason.to_string()),
+        }
     }
 }
 
@@ -133,6 +147,8 @@ fn reason(event: &PodEvent) -> (types::EventKind, &'static str) {
         PodEvent::InitDataMismatch(_) => (Warning, "InitDataMismatch"),
         PodEvent::PublishedAgain => (Normal, "PublishedAgain"),
         PodEvent::PublishFailed(_) => (Warning, "PublishFailed"),
+        PodEvent::DeleteFailed(_) => (Warning, "DeleteFailed"),
+        PodEvent::Deleted => (Normal, "Deleted"),
         _ => (Normal, "Other"),
     }
 }

@@ -208,15 +208,15 @@ impl PodsDirectory {
         let Candidates { mut seen, mut left_over } = self.known().candidates(server_name);
         if seen.len() + left_over.len() > 1 {
             let living = self.listeners().await;
-            let all: Vec<PodId> = seen.iter().map(|sandbox| &sandbox.id).chain(&left_over).cloned().collect();
-            if all.iter().any(|id| living.contains(id)) {
+            if seen.iter().map(|sandbox| &sandbox.id).chain(&left_over).any(|id| living.contains(id)) {
                 seen.retain(|sandbox| living.contains(&sandbox.id));
                 left_over.retain(|id| living.contains(id));
             } else if !seen.is_empty() {
                 left_over.clear();
             }
-            if seen.len() + left_over.len() > 1 {
-                return Err(LookupError::Ambiguous(all));
+            let ids = seen.iter().map(|sandbox| &sandbox.id).chain(&left_over);
+            if ids.clone().count() > 1 {
+                return Err(LookupError::Ambiguous(ids.cloned().collect()));
             }
         }
         match (seen.pop(), left_over.pop()) {

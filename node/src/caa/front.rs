@@ -33,6 +33,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
 
 use self::destination::vm_of;
+use self::hangup::reset;
 use self::places::Places;
 use self::refusal::Refusals;
 use crate::metrics::Metrics;
@@ -200,7 +201,7 @@ fn admit(stream: &TcpStream, shared: &Shared) -> Option<SocketAddr> {
         Ok(vm) => Some(vm),
         Err(why) => {
             shared.refusals.refused(Refusal::NotRedirected, None, &why.to_string());
-            held::reset(stream);
+            reset(stream);
             None
         }
     }
@@ -225,7 +226,7 @@ async fn serve(stream: TcpStream, vm: SocketAddr, shared: Shared, held: mpsc::Se
     };
     let refuse = |refusal| {
         shared.refusals.refused(refusal, Some(vm), "");
-        held::reset(&stream);
+        reset(&stream);
     };
     let Some(kept) = shared.held.enter(&hello.server_name) else { return refuse(Refusal::TooManyHeld) };
     let connection = match Held::new(stream, hello, vm, kept, &shared) {

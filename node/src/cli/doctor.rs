@@ -15,11 +15,19 @@ pub struct DoctorArgs {
     /// The service's configuration, TOML [env: SECURE_COMMS_CONFIG] [default: /etc/secure-comms/adaptor.toml]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Look at this pod as well: its id, or the first digits of it
+    /// Look at this pod as well: its id, the first digits of it, or NAMESPACE/NAME
     #[arg(long, value_name = "ID")]
     pub pod: Option<String>,
-    /// The form: lines for people, or json
-    #[arg(short, long, value_enum, default_value = "text", hide_default_value = true)]
+    /// json: one object [default: lines for people]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "text",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     pub output: ReportFormat,
 }
 

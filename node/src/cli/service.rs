@@ -8,7 +8,7 @@ use clap::{Args, Subcommand, ValueEnum};
 #[derive(Args, Clone, Debug, Default)]
 pub struct ServiceArgs {
     /// Where the service listens [env: SECURE_COMMS_SOCKET] [default: /run/secure-comms/adaptor.sock]
-    #[arg(long, global = true, value_name = "PATH")]
+    #[arg(long, global = true, value_name = "PATH", display_order = 900)]
     pub socket: Option<PathBuf>,
 }
 
@@ -57,10 +57,10 @@ pub enum PodCommand {
     Start(Box<PodStartArgs>),
     /// End a pod: its channel, its keys here and at the KBS
     Stop(PodStopArgs),
-    /// Drop a pod whose VM is gone, without its agent's consent; its keys here and at the KBS are deleted
+    /// Delete a pod here although the KBS cannot delete its resource
     Forget(PodForgetArgs),
-    /// List what pods that are gone have left behind, or collect it
-    Orphans(OrphansArgs),
+    /// List the records of pods that no launcher will end, or end them
+    Orphans(PodOrphansArgs),
 }
 
 /// The flags of `pod list`.
@@ -75,8 +75,16 @@ pub struct PodListArgs {
     /// Only pods in these phases, comma separated; `!` before one: not in it
     #[arg(long, value_name = "PHASES")]
     pub phase: Option<String>,
-    /// The form
-    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    /// wide (more columns), json or yaml (the API's objects) [default: a table]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "table",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     pub output: Format,
     /// No line of headers
     #[arg(long)]
@@ -86,23 +94,39 @@ pub struct PodListArgs {
 /// The flags of `pod show`.
 #[derive(Args, Clone, Debug)]
 pub struct PodShowArgs {
-    /// The pod: its id, or the first digits of it
+    /// The pod: its id, the first digits of it, or NAMESPACE/NAME
     pub id: String,
-    /// The form
-    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    /// wide (more columns), json or yaml (the API's objects) [default: a table]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "table",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     pub output: Format,
 }
 
 /// The flags of `pod watch`.
 #[derive(Args, Clone, Debug)]
 pub struct PodWatchArgs {
-    /// Only this pod: its id, or the first digits of it
+    /// Only this pod: its id, the first digits of it, or NAMESPACE/NAME
     pub id: Option<String>,
     /// Only pods of this namespace
     #[arg(short, long, value_name = "NAMESPACE", conflicts_with = "id")]
     pub namespace: Option<String>,
-    /// The form: a line for people, or json
-    #[arg(short, long, value_enum, default_value = "text", hide_default_value = true)]
+    /// json: the API's objects, one a line [default: lines for people]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "text",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     pub output: EventFormat,
 }
 
@@ -145,7 +169,7 @@ pub struct PodStartArgs {
 /// The flags of `pod stop`.
 #[derive(Args, Clone, Debug)]
 pub struct PodStopArgs {
-    /// The pod: its id, or the first digits of it
+    /// The pod: its id, the first digits of it, or NAMESPACE/NAME
     pub id: String,
     /// Stop it though the runtime still uses it, or another launcher launched it
     #[arg(long)]
@@ -155,19 +179,33 @@ pub struct PodStopArgs {
 /// The flags of `pod forget`.
 #[derive(Args, Clone, Debug)]
 pub struct PodForgetArgs {
-    /// The pod: its id, or the first digits of it
+    /// The pod: its id, the first digits of it, or NAMESPACE/NAME
     pub id: String,
+    /// Forget it though the runtime still uses it, or another launcher launched it
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// The flags of `pod orphans`.
 #[derive(Args, Clone, Debug, Default)]
-pub struct OrphansArgs {
-    /// Delete what is listed
-    #[arg(long)]
+pub struct PodOrphansArgs {
+    /// End them: delete their keys here and at the KBS
+    #[arg(long, conflicts_with = "output")]
     pub collect: bool,
-    /// The form
-    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    /// wide (more columns), json or yaml (the API's objects) [default: a table]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "table",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     pub output: Format,
+    /// No line of headers
+    #[arg(long)]
+    pub no_headers: bool,
 }
 
 /// The flags of `status`.
@@ -176,37 +214,15 @@ pub struct StatusArgs {
     /// Where the service is.
     #[command(flatten)]
     pub service: ServiceArgs,
-    /// The form
-    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
-    pub output: Format,
-}
-
-/// The flags of `keys`.
-#[derive(Args, Clone, Debug)]
-pub struct KeysArgs {
-    /// Where the service is.
-    #[command(flatten)]
-    pub service: ServiceArgs,
-    /// What to do.
-    #[command(subcommand)]
-    pub command: KeysCommand,
-}
-
-/// The commands of `keys`.
-#[derive(Clone, Debug, Subcommand)]
-pub enum KeysCommand {
-    /// List the worker node's keys: which pods know which
-    List(KeysListArgs),
-    /// Make a new key for the worker node; pods that know only the old one keep it
-    Rotate,
-    /// Delete old keys that no pod needs
-    Prune,
-}
-
-/// The flags of `keys list`.
-#[derive(Args, Clone, Debug, Default)]
-pub struct KeysListArgs {
-    /// The form
-    #[arg(short, long, value_enum, default_value = "table", hide_default_value = true)]
+    /// wide (more columns), json or yaml (the API's objects) [default: a table]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "table",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
     pub output: Format,
 }

@@ -3,12 +3,15 @@
 mod drive;
 mod find;
 mod list;
+mod orphans;
 mod select;
 mod show;
 mod watch;
 
 pub(super) use self::find::find;
 pub(super) use self::list::phase_colour;
+pub(super) use self::select::word as phase_word;
+pub(super) use self::show::recent as recent_events;
 
 use serde::Serialize;
 
@@ -28,9 +31,10 @@ pub async fn run(args: PodArgs, env: Env<'_>) -> anyhow::Result<()> {
         PodCommand::List(args) => list::run(&client, args, screen).await,
         PodCommand::Show(args) => show::run(&client, &args, screen).await,
         PodCommand::Watch(args) => watch::run(&client, args, screen).await,
-        PodCommand::Start(args) => drive::start(&client, *args, env).await,
+        PodCommand::Start(args) => drive::start(&client, *args).await,
         PodCommand::Stop(args) => drive::stop(&client, &args).await,
         PodCommand::Forget(args) => drive::forget(&client, &args).await,
+        PodCommand::Orphans(args) => orphans::run(&client, &args, screen).await,
     }
 }
 

@@ -114,7 +114,8 @@ pub struct Marks {
 }
 
 impl Marks {
-    fn of(self, outcome: &Outcome) -> String {
+    /// The mark of an outcome.
+    pub fn of(self, outcome: &Outcome) -> String {
         let (mark, ascii, colour) = match outcome {
             Outcome::Ok => ("√", "ok", "32"),
             Outcome::Warning { .. } => ("‼", "!!", "33"),

@@ -74,10 +74,15 @@ impl Actor {
         }
         if deletes {
             self.begin_deletion();
-        } else {
-            self.ending = None;
+            return self.answer_suspends();
         }
+        let suspended = !ending.suspends.is_empty();
         self.answer_suspends();
+        self.ending = None;
+        if suspended {
+            // A later process continues the deletion of a pod that was ended before.
+            self.undone = None;
+        }
     }
 
     fn answer_suspends(&mut self) {

@@ -10,9 +10,11 @@ use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio_rustls::StartHandshake;
 use tokio_rustls::rustls::client::danger::HandshakeSignatureValid;
+use tokio_rustls::rustls::crypto::ring::sign::any_supported_type;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use tokio_rustls::rustls::server::NoServerSessionStorage;
 use tokio_rustls::rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use tokio_rustls::rustls::sign::{CertifiedKey, SingleCertAndKey};
 use tokio_rustls::rustls::version::{TLS12, TLS13};
 use tokio_rustls::rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, ServerConfig, SignatureScheme,
@@ -20,7 +22,7 @@ use tokio_rustls::rustls::{
 use tokio_rustls::server::TlsStream;
 
 use super::refusal::Refusal;
-use crate::caa::TlsIdentity;
+use crate::caa::identity::TlsIdentity;
 
 /// The longest error of the other end's, in bytes.
 const MAX_TEXT: usize = 200;
@@ -115,10 +117,13 @@ pub(super) fn server_config(asked: &str, identity: &TlsIdentity) -> Result<Serve
 fn server(identity: &TlsIdentity) -> Result<ServerConfig, Error> {
     let provider = Arc::new(ring::default_provider());
     let client = OneClient { certificate: identity.client.clone(), provider: Arc::clone(&provider) };
+    // Not `with_single_cert`, which wants a copy of the key that nothing wipes.
+    let key = CertifiedKey::new(vec![identity.certificate.clone()], any_supported_type(&identity.key)?);
+    key.keys_match()?;
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13, &TLS12])?
         .with_client_cert_verifier(Arc::new(client))
-        .with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())?;
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(config)

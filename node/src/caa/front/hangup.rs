@@ -1,4 +1,4 @@
-//! The end of a connection, seen without reading from it.
+//! The end of a connection: that of the other end, seen without reading, and our own.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -64,5 +64,13 @@ impl HangupWatch {
                 Err(error) => return Poll::Ready(Err(error.into())),
             }
         }
+    }
+}
+
+/// Makes the connection end with a reset when it is dropped.
+pub(super) fn reset(stream: &TcpStream) {
+    if let Err(error) = stream.set_zero_linger() {
+        // It ends otherwise then, which costs the client nothing.
+        tracing::debug!("caa front: a connection is closed instead of reset: {error}");
     }
 }

@@ -16,7 +16,7 @@ use super::hangup::{Hangup, HangupWatch};
 use super::hello::Hello;
 use super::places::Place;
 use super::refusal::{Refusal, Refusals};
-use crate::caa::TlsIdentity;
+use crate::caa::identity::TlsIdentity;
 
 /// A connection of a client that has sent its hello, and has got no answer. Dropping it resets the connection:
 /// cloud-api-adaptor dials again then.
@@ -121,16 +121,14 @@ impl Held {
         finished.inspect_err(|error| refusals.refused(error.refusal(), Some(vm), &error.to_string()))
     }
 
+    /// Resets the connection; `reason` is logged.
+    pub fn refuse_with(self, refusal: Refusal, reason: &str) {
+        let detail = format!("server name {}: {reason}", self.server_name);
+        self.refusals.refused(refusal, Some(self.vm), &detail);
+    }
+
     /// Resets the connection.
     pub fn refuse(self, refusal: Refusal) {
         self.refusals.refused(refusal, Some(self.vm), &format!("server name {}", self.server_name));
-    }
-}
-
-/// Makes the connection end with a reset when it is dropped.
-pub(super) fn reset(stream: &TcpStream) {
-    if let Err(error) = stream.set_zero_linger() {
-        // It ends otherwise then, which costs the client nothing.
-        tracing::debug!("caa front: a connection is closed instead of reset: {error}");
     }
 }

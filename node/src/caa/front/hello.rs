@@ -6,7 +6,7 @@ use secure_comms_keys::text::one_line;
 use tokio::net::TcpStream;
 use tokio_rustls::rustls::server::{Accepted, Acceptor};
 
-use super::held;
+use super::hangup::reset;
 use super::refusal::Refusal;
 
 /// The longest hello, with the heads of its records, in bytes. cloud-api-adaptor's has some 1,510.
@@ -48,7 +48,7 @@ impl HelloFault {
     /// Answers by an alert, or else by a reset.
     pub(super) fn answer(&self, stream: &TcpStream) {
         if self.alert.is_empty() {
-            held::reset(stream);
+            reset(stream);
         } else if let Err(error) = stream.try_write(&self.alert) {
             // The client is gone, or has not read: it has no need of an alert.
             tracing::debug!("caa front: no alert was sent: {error}");

@@ -30,8 +30,6 @@ pub(super) enum Order<D> {
     Dial(D, Arc<Sandbox>),
     /// A younger sandbox has the address of its VM: this one.
     Superseded(PodId),
-    /// The service ends: held dials are closed, relays go on until the task is dropped.
-    Drain,
 }
 
 /// Nothing of the sandbox is left, after this number of orders.
@@ -79,7 +77,7 @@ pub(super) struct Common<W: World> {
 /// What a task of the sandbox has done.
 enum Done<W: World> {
     Slot { slot: Slot, number: u64, outcome: Outcome<W> },
-    DialClosed(DialNo),
+    DialClosed(DialNo, String),
     DialTaken,
     RelayEnded(DialNo, String),
 }
@@ -139,16 +137,10 @@ impl<W: World> Actor<W> {
         Self::with(id, common, view, machine)
     }
 
-    /// A sandbox whose pod the adaptor has resumed at this address.
-    pub(super) fn resumed(
-        id: PodId,
-        sandbox: Option<Arc<Sandbox>>,
-        vm: Option<IpAddr>,
-        common: Arc<Common<W>>,
-        view: View,
-    ) -> Self {
+    /// A sandbox whose pod an earlier process has begun. `vm`: the adaptor has resumed it there.
+    pub(super) fn resumed(id: PodId, vm: Option<IpAddr>, common: Arc<Common<W>>, view: View) -> Self {
         let (machine, effects) = Machine::resumed(common.times, vm);
-        let mut actor = Self { sandbox, ..Self::with(id, common, view, machine) };
+        let mut actor = Self::with(id, common, view, machine);
         actor.perform(effects);
         actor
     }
@@ -227,7 +219,6 @@ impl<W: World> Actor<W> {
                 self.last_end = format!("sandbox {by}, which is younger, has the address of its VM");
                 self.step(Input::Superseded);
             }
-            Order::Drain => self.dials.clear(),
         }
     }
 
@@ -246,7 +237,7 @@ impl<W: World> Actor<W> {
                     }
                     Done::DialTaken
                 }
-                () = dial.closed() => Done::DialClosed(number),
+                reason = dial.closed() => Done::DialClosed(number, reason),
             }
         });
         self.step(Input::Dialled { dial: number, vm });
@@ -255,10 +246,9 @@ impl<W: World> Actor<W> {
     fn done(&mut self, done: Done<W>) {
         match done {
             Done::DialTaken => {}
-            Done::DialClosed(dial) => {
+            Done::DialClosed(dial, reason) => {
                 if self.dials.remove(&dial).is_some() {
-                    "cloud-api-adaptor has closed its connection before the pod could be used"
-                        .clone_into(&mut self.last_end);
+                    self.last_end = reason;
                     self.step(Input::DialClosed(dial));
                 }
             }
@@ -344,9 +334,7 @@ impl<W: World> Actor<W> {
         if let Some(obstacle) = &obstacle {
             tracing::warn!("pod {}: {obstacle}; it is tried again while cloud-api-adaptor waits", self.id);
         }
-        if let Some(sandbox) = &self.sandbox {
-            self.common.world.obstacle(sandbox, obstacle.clone());
-        }
+        self.common.world.obstacle(&self.id, self.sandbox.as_deref(), obstacle.clone());
         self.obstacle = obstacle;
     }
 
@@ -480,9 +468,10 @@ impl<W: World> Actor<W> {
     fn relay(&mut self, dial: DialNo) {
         let (Some(client), Some(stream)) = (self.client.take(), self.stream.take()) else { return };
         tracing::info!("pod {}: can be used: the runtime is connected to its kata agent", self.id);
-        let common = Arc::clone(&self.common);
-        let task =
-            self.tasks.spawn(async move { Done::RelayEnded(dial, common.world.relay(client, stream).await) });
+        let (common, id) = (Arc::clone(&self.common), self.id.clone());
+        let task = self
+            .tasks
+            .spawn(async move { Done::RelayEnded(dial, common.world.relay(&id, client, stream).await) });
         self.relays.insert(dial, task);
     }
 

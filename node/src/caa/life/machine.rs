@@ -163,14 +163,16 @@ pub(super) enum Effect {
     Expire(Option<Duration>),
     /// Show the connection like this.
     Show(Connection),
-    /// Nothing of the sandbox is left.
+    /// Nothing of the sandbox is left. Given again by each input that does not change that.
     Ended,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Channel {
-    /// The adaptor serves nothing.
+    /// There is nothing of the pod.
     Unknown,
+    /// An earlier process has prepared the pod; it is not served.
+    Recorded,
     Preparing,
     PrepareLater,
     Prepared,
@@ -243,7 +245,6 @@ pub(super) struct Machine {
     stale: bool,
     superseded: bool,
     failures: Failures,
-    ended: bool,
 }
 
 /// Failures in a row.
@@ -271,18 +272,17 @@ impl Machine {
             stale: false,
             superseded: false,
             failures: Failures::default(),
-            ended: false,
         }
     }
 
-    /// A sandbox whose pod the adaptor has resumed, at this address of its VM: it waits for a dial.
+    /// A sandbox whose pod an earlier process has begun. `vm`: the adaptor has resumed it there. It waits for a dial.
     pub(super) fn resumed(times: Times, vm: Option<IpAddr>) -> (Self, Vec<Effect>) {
         let mut machine = Self::new(times);
         machine.last = Expiry::NextDial(Cause::NotDialledAgain);
         let mut effects = Vec::new();
         match vm {
             Some(vm) => machine.start(vm, &mut effects),
-            None => machine.channel = Channel::Prepared,
+            None => machine.channel = Channel::Recorded,
         }
         machine.settle(&mut effects);
         (machine, effects)
@@ -331,7 +331,7 @@ impl Machine {
 
     fn appeared(&mut self) {
         self.wanted = true;
-        let ended = matches!(self.channel, Channel::Unknown | Channel::Stopping);
+        let ended = matches!(self.channel, Channel::Unknown | Channel::Recorded | Channel::Stopping);
         if ended || self.last == Expiry::NextDial(Cause::DirectoryGone) {
             self.last = Expiry::FirstDial;
         }
@@ -346,7 +346,6 @@ impl Machine {
 
     /// The oldest dial is kept: cloud-api-adaptor closes one before it makes the next.
     fn dialled(&mut self, dial: DialNo, vm: IpAddr, effects: &mut Vec<Effect>) {
-        self.ended = false;
         if self.dials.len() >= DIALS_MAX
             && let Some(place) = self.dials.iter().skip(1).position(|(dial, _)| !self.is_finishing(*dial))
         {
@@ -543,8 +542,7 @@ impl Machine {
         self.settle_release(effects);
         self.settle_expiry(effects);
         self.settle_shown(effects);
-        let over = self.channel == Channel::Unknown && self.dials.is_empty() && !self.wanted;
-        if over && !std::mem::replace(&mut self.ended, over) {
+        if self.channel == Channel::Unknown && self.dials.is_empty() && !self.wanted {
             effects.push(Effect::Ended);
         }
     }
@@ -564,7 +562,9 @@ impl Machine {
 
     fn settle_channel(&mut self, effects: &mut Vec<Effect>) {
         match self.channel {
-            Channel::Unknown if self.wanted || !self.dials.is_empty() => self.prepare(effects),
+            Channel::Unknown | Channel::Recorded if self.wanted || !self.dials.is_empty() => {
+                self.prepare(effects)
+            }
             Channel::Preparing | Channel::PrepareLater | Channel::Prepared if self.stale => {
                 self.prepare(effects);
             }
@@ -645,3 +645,7 @@ impl Machine {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

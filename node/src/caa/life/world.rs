@@ -7,6 +7,7 @@ use std::sync::Arc;
 use secure_comms_protocol::PodId;
 
 use super::super::Sandbox;
+use super::super::directory::{Change, Changes};
 use super::machine::{ReleaseFailure, StartFailure};
 use crate::pods::Runtime;
 
@@ -18,11 +19,23 @@ pub(super) trait Dial: Send + 'static {
     /// The server name that it asks for, fit for a log.
     fn server_name(&self) -> String;
 
-    /// Completes when the other end has closed it.
-    fn closed(&mut self) -> impl Future<Output = ()> + Send;
+    /// Completes when it is of no more use, and says why: the other end has closed it, mostly.
+    fn closed(&mut self) -> impl Future<Output = String> + Send;
 
     /// Closes it, and says why.
     fn refuse(self, reason: &str);
+}
+
+/// The changes of the pods directory.
+pub(super) trait Directory: Send {
+    /// The next change.
+    fn next(&mut self) -> impl Future<Output = Change> + Send;
+}
+
+impl Directory for Changes {
+    async fn next(&mut self) -> Change {
+        Self::next(self).await
+    }
 }
 
 /// A failure, with its reason for people.
@@ -44,9 +57,6 @@ pub(super) trait World: Send + Sync + 'static {
 
     /// The sandbox that is dialled. The error is its reason; it may change with the directory.
     fn sandbox_of(&self, dial: &Self::Dial) -> impl Future<Output = Result<Arc<Sandbox>, String>> + Send;
-
-    /// Whether the sandbox begins or lives: its directory may be left over from one that is long gone.
-    fn is_alive(&self, sandbox: &Sandbox) -> bool;
 
     /// Publishes the keys.
     fn prepare(&self, sandbox: &Sandbox) -> impl Future<Output = Result<(), String>> + Send;
@@ -74,7 +84,12 @@ pub(super) trait World: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Self::Client, String>> + Send;
 
     /// Relays until either side ends, and says why it ended.
-    fn relay(&self, client: Self::Client, stream: Self::Stream) -> impl Future<Output = String> + Send;
+    fn relay(
+        &self,
+        id: &PodId,
+        client: Self::Client,
+        stream: Self::Stream,
+    ) -> impl Future<Output = String> + Send;
 
     /// Completes once the pod is not up.
     fn until_down(&self, id: &PodId) -> impl Future<Output = ()> + Send;
@@ -83,5 +98,5 @@ pub(super) trait World: Send + Sync + 'static {
     fn show(&self, id: &PodId, runtime: Runtime);
 
     /// Shows what keeps the pod from being used; `None`: nothing does.
-    fn obstacle(&self, sandbox: &Sandbox, reason: Option<String>);
+    fn obstacle(&self, id: &PodId, sandbox: Option<&Sandbox>, reason: Option<String>);
 }

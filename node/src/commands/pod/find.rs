@@ -23,7 +23,25 @@ pub(in crate::commands) async fn find(client: &Client, text: &str) -> anyhow::Re
 /// # Errors
 /// The service's answer has none that is valid.
 pub(super) fn id_of(pod: &Pod) -> anyhow::Result<PodId> {
-    pod.id.parse().map_err(|_| anyhow::anyhow!("the service's answer has no valid pod id: '{}'", clean(&pod.id)))
+    pod.id
+        .parse()
+        .map_err(|_| anyhow::anyhow!("the service's answer has no valid pod id: '{}'", clean(&pod.id)))
+}
+
+/// The id of the pod that `text` names, or of an orphan with that very id.
+///
+/// # Errors
+/// As [`find`].
+pub(super) async fn find_or_orphan(client: &Client, text: &str) -> anyhow::Result<PodId> {
+    let none = match find(client, text).await {
+        Ok(pod) => return id_of(&pod),
+        Err(error) => error,
+    };
+    let orphans = client.orphans().await?;
+    match text.parse::<PodId>() {
+        Ok(id) if orphans.iter().any(|orphan| orphan.id == text) => Ok(id),
+        _ => Err(none),
+    }
 }
 
 fn choose(pods: Vec<Pod>, text: &str) -> anyhow::Result<Pod> {
@@ -60,7 +78,8 @@ mod tests {
 
     #[test]
     fn a_pod_is_found_by_what_is_unique() {
-        let pods = || vec![pod("3f2a11", "web-1"), pod("3f2a22", "web-2"), pod("3f2a", "web-3"), pod("77", "web-2")];
+        let pods =
+            || vec![pod("3f2a11", "web-1"), pod("3f2a22", "web-2"), pod("3f2a", "web-3"), pod("77", "web-2")];
         let id = |text: &str| choose(pods(), text).map(|pod| pod.id).map_err(|error| error.to_string());
         assert_eq!(id("3f2a1"), Ok("3f2a11".to_owned()));
         assert_eq!(id("3f2a"), Ok("3f2a".to_owned()), "a whole id");

@@ -160,7 +160,14 @@ pub(super) mod tests {
     #[test]
     fn a_wide_table_has_more_columns() {
         let mut pods = vec![pod("3f2a", "web-2"), pod("77", "web-1")];
-        pods.push(Pod { namespace: None, name: None, launcher: None, created: None, session: None, ..pod("5", "") });
+        pods.push(Pod {
+            namespace: None,
+            name: None,
+            launcher: None,
+            created: None,
+            session: None,
+            ..pod("5", "")
+        });
         sort(&mut pods);
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(200);
         let screen = Screen::of_stdout(&|_| None);

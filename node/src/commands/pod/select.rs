@@ -5,7 +5,7 @@ use std::str::FromStr;
 use crate::api::types::{Phase, Pod};
 
 /// All phases, by their words.
-const PHASES: [(&str, Phase); 10] = [
+const PHASES: [(&str, Phase); 11] = [
     ("NotPrepared", Phase::NotPrepared),
     ("Preparing", Phase::Preparing),
     ("Prepared", Phase::Prepared),
@@ -15,6 +15,7 @@ const PHASES: [(&str, Phase); 10] = [
     ("Up", Phase::Up),
     ("Down", Phase::Down),
     ("Failed", Phase::Failed),
+    ("Ending", Phase::Ending),
     ("Stopped", Phase::Stopped),
 ];
 
