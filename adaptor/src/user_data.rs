@@ -3,10 +3,12 @@
 use std::fmt;
 
 use base64ct::{Base64, Encoding};
-use secure_comms_keys::{KeyError, PodKey, WorkerNodePublic};
-use secure_comms_protocol::{InboundTag, OutboundTag};
+use secure_comms_keys::{KeyError, PodKey, WorkerNodeKey, WorkerNodePublic};
+use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
 use serde::Serialize;
 use zeroize::Zeroizing;
+
+use crate::store::{Store, StoreError};
 
 /// Error of making the fragment.
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +19,9 @@ pub enum UserDataError {
     /// The JSON could not be written.
     #[error("user data")]
     Json(#[from] serde_json::Error),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 #[derive(Serialize)]
@@ -32,7 +37,29 @@ struct Fragment<'a> {
     outbounds: &'a str,
 }
 
-/// The fragment: one JSON object and a newline, with the worker nodes that may log in. It is secret, because it holds the pod's private key; wiped on drop.
+/// The fragment for a pod. Makes the keys that are missing, and saves which worker nodes the VM is given. Secret.
+///
+/// # Errors
+/// The store failed, or a key could not be encoded.
+///
+/// # Cancellation
+/// Dropping the future may leave the pod with keys, and nothing saved of what it is given: a later call does that.
+pub async fn of_pod(
+    store: &dyn Store,
+    pod: &PodId,
+    inbounds: &[InboundTag],
+    outbounds: &[OutboundTag],
+) -> Result<Zeroizing<Vec<u8>>, UserDataError> {
+    let key = store.pod_key(pod).await?;
+    let nodes = store.pod_worker_nodes(pod).await?;
+    let given: Vec<String> = nodes.all().map(WorkerNodeKey::fingerprint).collect();
+    store.save_given(pod, &given).await?;
+    let nodes: Result<Vec<_>, _> = nodes.all().map(WorkerNodeKey::public).collect();
+    fragment(&key, &nodes?, inbounds, outbounds)
+}
+
+/// The fragment: one JSON object and a newline, with the worker nodes that may log in. It is secret, because it holds the
+/// pod's private key; wiped on drop.
 ///
 /// # Errors
 /// A key could not be encoded.

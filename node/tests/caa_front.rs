@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rcgen::KeyPair;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use secure_comms_node::caa::front::{Closed, FinishError, FrontLimits, Refusal, Side, relay};
+use secure_comms_node::metrics::Form;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::time::timeout;
@@ -314,7 +315,12 @@ fn whatever_else_is_refused_with_a_reason() {
             let mut stream = TcpStream::connect(VM).await.unwrap();
             stream.write_all(bytes).await.unwrap();
             let (answer, end) = read_to_end(&mut stream).await;
-            assert_eq!(scene.refused(word), before + 1, "{word}: {}", scene.metrics.encode().unwrap());
+            assert_eq!(
+                scene.refused(word),
+                before + 1,
+                "{word}: {}",
+                scene.metrics.counters(Form::Prometheus).unwrap()
+            );
             assert_eq!((end, answer.is_empty()), (how, how.is_some()), "{word}");
             if how.is_none() {
                 assert_eq!(answer[0], 21, "a TLS alert");

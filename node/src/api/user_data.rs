@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use secure_comms_adaptor::store::{Store, StoreError};
+use secure_comms_adaptor::store::Store;
 use secure_comms_adaptor::user_data::{self, UserDataError};
-use secure_comms_keys::KeyError;
 use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
 use zeroize::Zeroizing;
 
@@ -25,12 +24,12 @@ pub struct VmTunnels {
 
 /// The fragment of `apf.json` for the pod. Makes the keys that are missing. Secret.
 pub(super) async fn fragment(tunnels: &VmTunnels, id: &PodId) -> Result<Zeroizing<String>, Problem> {
-    let store = |error: StoreError| Problem::from(AdaptorError::from(error));
-    let key = |error: KeyError| Problem::from(AdaptorError::from(error));
-    let worker_node = tunnels.store.worker_node_key().await.map_err(store)?.public().map_err(key)?;
-    let pod = tunnels.store.pod_key(id).await.map_err(store)?;
-    let json = user_data::fragment(&pod, &worker_node, &tunnels.inbounds, &tunnels.outbounds);
-    let json = json.map_err(|error: UserDataError| Kind::Internal.problem(with_causes(&error)))?;
+    let VmTunnels { store, inbounds, outbounds } = tunnels;
+    let json = user_data::of_pod(&**store, id, inbounds, outbounds).await.map_err(|error| match error {
+        UserDataError::Store(error) => Problem::from(AdaptorError::from(error)),
+        UserDataError::Key(error) => Problem::from(AdaptorError::from(error)),
+        error @ UserDataError::Json(_) => Kind::Internal.problem(with_causes(&error)),
+    })?;
     let text = std::str::from_utf8(&json).map_err(|error| Kind::Internal.problem(error.to_string()))?;
     Ok(Zeroizing::new(text.to_owned()))
 }

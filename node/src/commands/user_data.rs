@@ -2,9 +2,7 @@
 
 use std::path::Path;
 
-use secure_comms_adaptor::store::Store as _;
 use secure_comms_adaptor::user_data;
-use secure_comms_keys::WorkerNodeKey;
 
 use super::open_store;
 use super::output::Output;
@@ -30,11 +28,6 @@ pub async fn run(settings: UserDataSettings) -> anyhow::Result<()> {
         );
     }
     let store = open_store(&settings.store)?;
-    let pod = store.pod_key(&settings.pod).await?;
-    let nodes = store.pod_worker_nodes(&settings.pod).await?;
-    let given: Vec<String> = nodes.all().map(WorkerNodeKey::fingerprint).collect();
-    store.save_given(&settings.pod, &given).await?;
-    let nodes: Result<Vec<_>, _> = nodes.all().map(WorkerNodeKey::public).collect();
-    let json = user_data::fragment(&pod, &nodes?, &settings.inbounds, &settings.outbounds)?;
+    let json = user_data::of_pod(&store, &settings.pod, &settings.inbounds, &settings.outbounds).await?;
     output.write(&json)
 }

@@ -12,7 +12,7 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use secure_comms_node::caa::TlsIdentity;
 use secure_comms_node::caa::front::{Front, FrontLimits, Held};
-use secure_comms_node::metrics::Metrics;
+use secure_comms_node::metrics::{Form, Metrics};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
@@ -101,7 +101,7 @@ impl Scene {
     }
 
     pub(crate) fn refused(&self, reason: &str) -> u64 {
-        let text = self.metrics.encode().unwrap();
+        let text = self.metrics.counters(Form::Prometheus).unwrap();
         let line = text.lines().find(|line| line.contains(&format!("{{reason=\"{reason}\"}}")));
         line.map_or(0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
     }
