@@ -14,6 +14,7 @@ mod identity;
 mod life;
 pub mod rules;
 mod sandbox;
+pub mod strict;
 #[cfg(test)]
 pub(crate) mod testing;
 
@@ -27,6 +28,7 @@ use tokio::task::{JoinError, JoinSet};
 use self::front::{Front, FrontError, FrontLimits};
 use self::life::Lives;
 use self::rules::RulesSettings;
+use self::strict::{Identities, StrictError};
 
 use crate::health::Health;
 use crate::init_data::InitDataPolicy;
@@ -34,7 +36,7 @@ use crate::metrics::Metrics;
 use crate::pods::Pods;
 
 pub use self::directory::{Change, Changes, LookupError, PodsDirectory};
-pub use self::identity::{IdentityError, TlsIdentity, Whose};
+pub use self::identity::{IdentityError, STRICT_SERVER_NAME, TlsIdentity, Whose};
 pub use self::sandbox::Sandbox;
 
 /// Settings of the way in of cloud-api-adaptor.
@@ -74,6 +76,9 @@ pub enum CaaError {
     /// Its dials cannot be served.
     #[error(transparent)]
     Front(#[from] FrontError),
+    /// There are no certificates for the strict variant.
+    #[error("read the certificates for cloud-api-adaptor")]
+    Strict(#[from] StrictError),
     /// The pods of earlier processes cannot be listed.
     #[error("list the pods in the store")]
     Store(#[from] StoreError),
@@ -104,7 +109,9 @@ pub async fn run(
     let front = Front::bind(settings.listen_port, FrontLimits::default(), metrics.clone()).await?;
     let rules = RulesSettings { forwarder_port: settings.forwarder_port, listen_port: front.port() };
     let directory = PodsDirectory::open(&settings.pods_directory);
-    let lives = Lives::new(&settings, init_data, pods, directory.clone(), metrics.clone()).await?;
+    let identities = Identities::open(directory.clone(), settings.certificates.as_deref())?;
+    let changes = directory.changes();
+    let lives = Lives::new(&settings, init_data, pods, (changes, identities), metrics.clone()).await?;
     let (dials, held) = mpsc::channel(DIALS_QUEUED);
     let mut parts = JoinSet::new();
     parts.spawn(front.run(dials, stop.clone()));

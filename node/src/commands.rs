@@ -1,5 +1,6 @@
 //! What the program does: one file for each command.
 
+pub mod caa_certs;
 pub mod config;
 pub mod connect;
 pub mod doctor;

@@ -8,7 +8,9 @@ use anyhow::Context as _;
 use secure_comms_keys::text::escape;
 use secure_comms_node::cli::serve::{ConfigArgs, ConfigCommand};
 use secure_comms_node::cli::{self, Cli, Command, Stop};
-use secure_comms_node::commands::{config, connect, doctor, keygen, pod, serve, status, texts, user_data};
+use secure_comms_node::commands::{
+    caa_certs, config, connect, doctor, keygen, pod, serve, status, texts, user_data,
+};
 use secure_comms_node::logging::{self, Writer};
 use secure_comms_node::settings::{
     ConnectSettings, KeygenSettings, LogSettings, ServeSettings, UsageError, UserDataSettings,
@@ -155,7 +157,7 @@ async fn command(
         }
         Command::UserData(args) => user_data::run(UserDataSettings::read(args, env)?).await?,
         Command::Keygen(args) => keygen::run(KeygenSettings::read(args, env)?).await?,
-        Command::CaaCerts(_) => anyhow::bail!("caa-certs: not in this build"),
+        Command::CaaCerts(args) => caa_certs::run(&args)?,
         Command::Pod(args) => pod::run(args, env).await?,
         Command::Status(args) => status::run(args, env).await?,
         Command::Doctor(args) => {

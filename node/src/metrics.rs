@@ -152,6 +152,14 @@ impl Metrics {
         self.0.failed_checks.inc();
     }
 
+    /// The counters alone.
+    ///
+    /// # Errors
+    /// A metric cannot be formatted.
+    pub fn counters(&self, form: Form) -> Result<String, std::fmt::Error> {
+        text::encode(form, &[&self.0.registry])
+    }
+
     /// All metrics: the counters, and the pods and the process as they are now. `each_pod`: of each pod as well.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::sched::{CloneFlags, unshare};
 use secure_comms_node::caa::rules::{RulesSettings, RulesState, apply, inspect, keep, remove};
 use secure_comms_node::health::Health;
-use secure_comms_node::metrics::Metrics;
+use secure_comms_node::metrics::{Form, Metrics};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -62,7 +62,7 @@ impl Kept {
     }
 
     fn put_back(&self) -> String {
-        let text = self.metrics.encode().unwrap();
+        let text = self.metrics.counters(Form::Prometheus).unwrap();
         text.lines().find(|line| line.starts_with("secure_comms_rules_put_back_total")).unwrap().to_owned()
     }
 }

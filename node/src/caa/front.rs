@@ -36,6 +36,7 @@ use self::destination::vm_of;
 use self::hangup::reset;
 use self::places::Places;
 use self::refusal::Refusals;
+use super::identity::STRICT_SERVER_NAME;
 use crate::metrics::Metrics;
 
 pub use self::destination::original_destination;
@@ -228,7 +229,12 @@ async fn serve(stream: TcpStream, vm: SocketAddr, shared: Shared, held: mpsc::Se
         shared.refusals.refused(refusal, Some(vm), "");
         reset(&stream);
     };
-    let Some(kept) = shared.held.enter(&hello.server_name) else { return refuse(Refusal::TooManyHeld) };
+    // In the strict variant all VMs have one name.
+    let name = match hello.server_name == STRICT_SERVER_NAME {
+        true => vm.ip().to_string(),
+        false => hello.server_name.clone(),
+    };
+    let Some(kept) = shared.held.enter(&name) else { return refuse(Refusal::TooManyHeld) };
     let connection = match Held::new(stream, hello, vm, kept, &shared) {
         Ok(connection) => connection,
         Err(error) => {

@@ -10,6 +10,9 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 use zeroize::Zeroize as _;
 
+/// The server name that cloud-api-adaptor asks each VM for if it has certificates of its own.
+pub const STRICT_SERVER_NAME: &str = "podvm-server";
+
 /// What the server of a TLS connection of cloud-api-adaptor's needs. The key is wiped on drop.
 pub struct TlsIdentity {
     /// The name that cloud-api-adaptor asks for (SNI), in lower case: the DNS name in the certificate.

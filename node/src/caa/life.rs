@@ -24,8 +24,9 @@ use self::machine::Times;
 use self::node::Node;
 use self::router::{Resumed, Router};
 use super::CaaSettings;
-use super::directory::{Changes, PodsDirectory};
+use super::directory::Changes;
 use super::front::Held;
+use super::strict::Identities;
 use crate::init_data::InitDataPolicy;
 use crate::metrics::Metrics;
 use crate::pods::{Launch, Launcher, Pods};
@@ -45,12 +46,12 @@ impl Lives {
         settings: &CaaSettings,
         init_data: InitDataPolicy,
         pods: Pods,
-        directory: PodsDirectory,
+        (changes, identities): (Changes, Identities),
         metrics: Metrics,
     ) -> Result<Self, StoreError> {
         let times = Times { grace: settings.grace, first_dial: settings.start_deadline };
-        let changes = directory.changes();
-        let node = Node { pods: pods.clone(), init_data, directory, start_deadline: settings.start_deadline };
+        let node =
+            Node { pods: pods.clone(), init_data, identities, start_deadline: settings.start_deadline };
         let mut router = Router::new(node, times, metrics);
         for record in pods.adaptor().records().await? {
             let launch = Launch::of_labels(&record.labels);
@@ -74,3 +75,6 @@ fn vm_of(pod: &PodSnapshot) -> Option<IpAddr> {
         Host::Name(_) => None,
     })
 }
+
+#[cfg(test)]
+mod tests;

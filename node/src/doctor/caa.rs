@@ -12,6 +12,7 @@ use super::counters::Refused;
 use super::processes::Processes;
 use super::report::Finding;
 use crate::caa::rules::{self, NftError, RulesSettings, RulesState};
+use crate::caa::strict::{self, StrictError};
 
 pub(super) use self::sandboxes::check as directory;
 
@@ -161,13 +162,16 @@ impl Fact {
 pub(super) fn certificates(directory: &Path) -> Finding {
     const CHECK: &str = "caa-certificates";
     let title = format!("the certificates of the strict variant are in {}", directory.display());
-    match std::fs::read_dir(directory) {
+    match strict::load(directory) {
         Ok(_) => Finding::ok(CHECK, title),
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+        Err(StrictError::File(error)) if error.is_denied() => {
             Finding::not_checked(CHECK, title, format!("{error}: run doctor as root"))
         }
         Err(error) => {
-            let fix = format!("make them: secure-comms-adaptor caa-certs {}", directory.display());
+            let fix = format!(
+                "put those of another node there, or make new ones for all: secure-comms-adaptor caa-certs {}",
+                directory.display()
+            );
             Finding::fault(CHECK, title, error.to_string(), fix)
         }
     }

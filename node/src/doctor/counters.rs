@@ -77,7 +77,7 @@ mod tests {
         metrics.dial_refused("not_tls");
         metrics.dial_refused("not_tls");
         metrics.dial_refused("unknown_pod");
-        let refused = parse(&metrics.encode().unwrap());
+        let refused = parse(&metrics.counters(crate::metrics::Form::Prometheus).unwrap());
         assert_eq!(refused, Refused::from([("not_tls".to_owned(), 2), ("unknown_pod".to_owned(), 1)]));
         assert!(parse("secure_comms_refused_dials_total{x} y\n{").is_empty());
     }

@@ -1,6 +1,5 @@
 //! A network namespace with the redirect of cloud-api-adaptor's dials, our port in it, and clients.
 
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -12,7 +11,7 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use secure_comms_node::caa::TlsIdentity;
 use secure_comms_node::caa::front::{Front, FrontLimits, Held};
-use secure_comms_node::metrics::Metrics;
+use secure_comms_node::metrics::{Form, Metrics};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
@@ -101,7 +100,7 @@ impl Scene {
     }
 
     pub(crate) fn refused(&self, reason: &str) -> u64 {
-        let text = self.metrics.encode().unwrap();
+        let text = self.metrics.counters(Form::Prometheus).unwrap();
         let line = text.lines().find(|line| line.contains(&format!("{{reason=\"{reason}\"}}")));
         line.map_or(0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
     }
@@ -273,8 +272,4 @@ pub(crate) async fn read_to_end(stream: &mut TcpStream) -> (Vec<u8>, Option<std:
     let mut bytes = Vec::new();
     let end = timeout(PATIENCE, stream.read_to_end(&mut bytes)).await.expect("the connection is ended");
     (bytes, end.err().map(|error| error.kind()))
-}
-
-pub(crate) fn vm() -> SocketAddr {
-    VM.parse().unwrap()
 }

@@ -14,10 +14,10 @@ use tokio::net::UnixStream;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
+use super::super::Sandbox;
 use super::super::check::check;
-use super::super::directory::{LookupError, PodsDirectory};
 use super::super::front::{CaaStream, Closed, Held, Refusal, Side, relay};
-use super::super::{Sandbox, TlsIdentity};
+use super::super::strict::Identities;
 use super::machine::{ReleaseFailure, StartFailure};
 use super::world::{Dial, Failed, World};
 use crate::init_data::InitDataPolicy;
@@ -35,14 +35,14 @@ const CHECK_TIME: Duration = Duration::from_secs(5);
 pub(super) struct Node {
     pub(super) pods: Pods,
     pub(super) init_data: InitDataPolicy,
-    pub(super) directory: PodsDirectory,
+    pub(super) identities: Identities,
     /// Time limit of one start; it is tried again.
     pub(super) start_deadline: Duration,
 }
 
 impl Dial for Held {
     fn vm(&self) -> IpAddr {
-        self.vm.ip()
+        self.vm.ip().to_canonical()
     }
 
     fn server_name(&self) -> String {
@@ -163,8 +163,7 @@ impl World for Node {
     type Stream = UnixStream;
 
     async fn sandbox_of(&self, dial: &Held) -> Result<Arc<Sandbox>, String> {
-        let found = self.directory.by_server_name(&dial.server_name).await;
-        let sandbox = found.map_err(|error: LookupError| error.to_string())?;
+        let sandbox = self.identities.sandbox(&dial.server_name, dial.vm.ip()).await?;
         dial.recognise();
         Ok(sandbox)
     }
@@ -234,7 +233,7 @@ impl World for Node {
     }
 
     async fn finish(&self, dial: Held, sandbox: &Sandbox) -> Result<CaaStream, String> {
-        let identity: &TlsIdentity = sandbox.tls.as_ref().ok_or("its apf.json has no TLS keys")?;
+        let identity = self.identities.identity(&dial.server_name, sandbox)?;
         dial.finish(identity).await.map_err(|error| text(&error))
     }
 
