@@ -97,7 +97,7 @@ async fn an_interrupted_rotation_loses_no_key() {
     let root = directory.path().join("store");
     // Killed after the copy.
     fs::copy(root.join("worker-node.key"), root.join("worker-node.1.key")).unwrap();
-    assert_eq!(prints(&store.worker_node_keys().await.unwrap()), [first.clone()]);
+    assert_eq!(prints(&store.worker_node_keys().await.unwrap()), std::slice::from_ref(&first));
     let second = store.rotate_worker_node_key().await.unwrap().fingerprint();
     assert_eq!(prints(&store.worker_node_keys().await.unwrap()), [second, first]);
 }
