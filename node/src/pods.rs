@@ -229,7 +229,10 @@ impl Pods {
 
     /// Says how the runtime's connection to the pod's kata agent is. For launchers.
     pub fn set_runtime(&self, id: &PodId, runtime: Runtime) {
-        self.runtimes().insert(id.clone(), runtime);
+        match runtime {
+            Runtime::None => self.runtimes().remove(id),
+            runtime => self.runtimes().insert(id.clone(), runtime),
+        };
     }
 
     fn ended(&self, id: &PodId) {
