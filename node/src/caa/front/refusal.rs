@@ -234,15 +234,4 @@ mod tests {
         refusals.report();
         assert!(refusals.may_log(scan) && !refusals.may_log(other));
     }
-
-    #[test]
-    fn each_refusal_is_counted() {
-        let metrics = Metrics::default();
-        let refusals = Refusals::new(metrics.clone());
-        for _ in 0..3 {
-            refusals.refused(Refusal::NotTls, None, "");
-        }
-        let text = metrics.encode().unwrap();
-        assert!(text.contains("{reason=\"not_tls\"} 3"), "{text}");
-    }
 }
