@@ -59,8 +59,7 @@ pub async fn of_pod(
     fragment(&pod, &nodes?, inbounds, outbounds)
 }
 
-/// The fragment: one JSON object and a newline, with the worker nodes that may log in. It is secret, because it holds the
-/// pod's private key; wiped on drop.
+/// The fragment: one JSON object and a newline, with the worker nodes that may log in. It is secret, because it holds the pod's private key; wiped on drop.
 ///
 /// # Errors
 /// A key could not be encoded.
