@@ -101,7 +101,7 @@ fn bash_completes_commands_and_values() {
         let count = words.split(' ').count() - 1;
         let ask = format!(
             "{script}\nCOMP_WORDS=({words}); [ {count} -lt ${{#COMP_WORDS[@]}} ] || COMP_WORDS+=(''); COMP_CWORD={count}\n\
-             _secure-comms-adaptor secure-comms-adaptor \"${{COMP_WORDS[{count}]}}\" \"${{COMP_WORDS[$(({count} - 1))]}}\"\n\
+             _secure__comms__adaptor secure-comms-adaptor \"${{COMP_WORDS[{count}]}}\" \"${{COMP_WORDS[$(({count} - 1))]}}\"\n\
              echo \"${{COMPREPLY[@]}}\""
         );
         let output = Command::new("bash").args(["--norc", "-c", &ask]).output().unwrap();
