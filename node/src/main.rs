@@ -35,6 +35,8 @@ fn main() -> ExitCode {
         Err(Stop::Text(text)) => {
             return match io::stdout().write_all(text.as_bytes()) {
                 Ok(()) => ExitCode::SUCCESS,
+                // The reader has seen what it wanted.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
                 Err(_) => ExitCode::FAILURE,
             };
         }

@@ -109,6 +109,8 @@ fn bash_completes_commands_and_values() {
     };
     assert_eq!(complete("secure-comms-adaptor pod orph"), "orphans");
     assert_eq!(complete("secure-comms-adaptor pod list -o y"), "yaml");
+    assert_eq!(complete("secure-comms-adaptor caa-ce"), "caa-certs");
+    assert_eq!(complete("secure-comms-adaptor doctor --po"), "--pod");
 }
 
 #[test]
