@@ -30,10 +30,9 @@ fn commands() -> Vec<Vec<String>> {
         let listed = help.split("\nCommands:\n").nth(1).map(|rest| rest.split("\n\n").next().unwrap());
         for line in listed.into_iter().flat_map(str::lines).filter(|line| line.starts_with("  ")) {
             // A name begins in the third column; the lines of its text that follow begin further on.
-            if let Some(name) = line[2..].split_whitespace().next().filter(|_| !line[2..].starts_with(' ')) {
-                if name != "help" {
-                    open.push([&*path, &[name.to_owned()]].concat());
-                }
+            let name = line[2..].split_whitespace().next().filter(|_| !line[2..].starts_with(' '));
+            if let Some(name) = name.filter(|name| *name != "help") {
+                open.push([&*path, &[name.to_owned()]].concat());
             }
         }
         found.push(path);
