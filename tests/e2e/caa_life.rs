@@ -7,7 +7,7 @@ use secure_comms_tests::harness::caa_node::{CaaNode, NodeOptions};
 use secure_comms_tests::harness::pod_runtime::PodRuntime;
 use secure_comms_tests::harness::scene::PATIENCE;
 use secure_comms_tests::simulators::kata_api::server::{Request, output};
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 /// As the runtime sends the input of a process.
 const BLOCK: u32 = 32 * 1024;
@@ -69,36 +69,4 @@ fn stdin(request: Request) -> Option<Vec<u8>> {
         Request::WriteStdin(request) => Some(request.data),
         _ => None,
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn tmp_connect() -> Result<()> {
-    use secure_comms_tests::harness::process::{Child, ensure_built};
-    use secure_comms_tests::simulators::caa::{Cloud, Instance};
-    let node = CaaNode::new(NodeOptions::default()).await?;
-    let shim = node.shim("x")?;
-    let address =
-        node.cloud.create(Instance { id: shim.id.clone(), apf_json: serde_json::json!({}) }).await?;
-    let mut command = node.namespace.command(&ensure_built().await?.adaptor);
-    node.serve_command().await?;
-    command
-        .args(["connect", "--pod-id", &shim.id, "--address", &address.to_string()])
-        .arg("--run-dir")
-        .arg(node.path("run"))
-        .arg("--store")
-        .arg(node.path("store"))
-        .args(["--kbs", &node.kbs.addr().to_string(), "--kbs-url", &node.kbs.url()])
-        .arg("--kbs-admin-key")
-        .arg(node.path("kbs-admin.pem"));
-    let adaptor = Child::spawn("connect", command)?;
-    let test = async {
-        adaptor.wait_for_text("KATAAGENT listens on", PATIENCE).await?;
-        let socket = node.path("run").join("pods").join(&shim.id).join("agent.ttrpc");
-        let mut runtime = shim.connect(&socket).await?;
-        traffic(&mut runtime, 16).await?;
-        runtime.finish().await
-    };
-    let vm = node.cloud.vm(&shim.id)?;
-    let done = timeout(Duration::from_secs(60), test).await.map_err(anyhow::Error::from).flatten();
-    done.with_context(|| format!("{}\n{}", adaptor.log(), vm.log()))
 }

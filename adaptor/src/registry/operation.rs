@@ -156,6 +156,8 @@ impl Context {
             if !known && ours && !left {
                 match self.shared.store.forget(&self.id).await {
                     Ok(()) => acquired.untouched = true,
+                    // A fault of the store has failed both, and the caller reports it; a launcher tries again and again.
+                    Err(_) if matches!(error, AdaptorError::Store(_)) => {}
                     Err(error) => tracing::error!(
                         "pod {}: cleaning up after a failed prepare: {}",
                         self.id,

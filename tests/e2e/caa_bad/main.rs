@@ -72,9 +72,12 @@ impl Scene {
         self.node.forgets(&shim.id).await
     }
 
-    /// Waits until `serve` has said this.
-    async fn says(&self, text: &str) -> Result<()> {
-        self.serve.wait_for_text(text, PATIENCE).await.map(drop)
+    /// Waits until `serve` has said this after a [`Child::mark`], of this pod if there is one.
+    async fn says(&self, mark: usize, shim: Option<&Shim>, text: &str) -> Result<()> {
+        // The log has a short form of the id.
+        let of = shim.map(|shim| shim.id.get(..12).unwrap_or_default()).unwrap_or_default();
+        let says = |line: &str| line.contains(of) && line.contains(text);
+        self.serve.wait_from(mark, says, PATIENCE).await.map(drop)
     }
 
     /// The pod that ran all the time must have moved bytes to its end, and must leave nothing.

@@ -47,16 +47,17 @@ impl Drop for Disk {
 }
 
 /// A pod waits, with the reason in the log, until the store can be written.
-async fn a_pod_waits(fault: impl Fn(&Disk, bool) -> Result<()>) -> Result<()> {
+async fn a_pod_waits(reason: &str, fault: impl Fn(&Disk, bool) -> Result<()>) -> Result<()> {
     let node = CaaNode::new(NodeOptions { proxy_timeout: PATIENCE, ..NodeOptions::default() }).await?;
     let disk = Disk::at(&node.path("store"))?;
     let scene = Scene::on(node).await?;
     let test = async {
         fault(&disk, true)?;
+        let mark = scene.serve.mark();
         let shim = scene.node.shim("waits")?;
         let agent = shim.create_vm().await?;
         let starting = scene.node.start(&shim).await?;
-        scene.says(&shim.id).await?;
+        scene.says(mark, Some(&shim), reason).await?;
         ensure!(!scene.node.stored(&shim.id), "something was stored");
         fault(&disk, false)?;
         starting.started().await?;
@@ -71,10 +72,10 @@ async fn a_pod_waits(fault: impl Fn(&Disk, bool) -> Result<()>) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_waits_until_a_full_disk_has_room() -> Result<()> {
-    a_pod_waits(Disk::full).await
+    a_pod_waits("No space left on device", Disk::full).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_waits_until_a_read_only_store_is_writable() -> Result<()> {
-    a_pod_waits(Disk::read_only).await
+    a_pod_waits("Read-only file system", Disk::read_only).await
 }
