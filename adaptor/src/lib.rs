@@ -14,7 +14,7 @@
 //! use secure_comms_adaptor::key_source::KeySource;
 //! use secure_comms_adaptor::pod::AgentTunnels;
 //! use secure_comms_adaptor::store::DirectoryStore;
-//! use secure_comms_adaptor::{Adaptor, Config, Deadline, PodSpec};
+//! use secure_comms_adaptor::{Adaptor, Config, Deadline, MEMORY, PodSpec};
 //! use secure_comms_protocol::limits::REKEY_BYTES;
 //! use secure_comms_protocol::tag::parse_list;
 //!
@@ -32,6 +32,7 @@
 //!     kbs_filter: true,
 //!     rekey_bytes: REKEY_BYTES,
 //!     require_pq: true,
+//!     memory: MEMORY,
 //!     observer: Arc::new(|pod, event| println!("pod {pod}: {event}")),
 //! };
 //! let adaptor = Adaptor::new(store, KeySource::Kbs(kbs), config);
@@ -59,7 +60,7 @@
 
 pub mod registry;
 pub use deadline::Deadline;
-pub use registry::{Adaptor, AdaptorError, Config, Endpoint, PodRecord, PodSpec, Stopped};
+pub use registry::{Adaptor, AdaptorError, Config, Endpoint, MEMORY, PodRecord, PodSpec, Stopped, Traffic};
 
 pub mod address;
 mod deadline;

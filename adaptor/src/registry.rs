@@ -18,8 +18,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use secure_comms_protocol::{PodId, TunnelName};
+pub use secure_comms_tunnel::account::Traffic;
 use secure_comms_tunnel::relay::{relay, report};
-use secure_comms_tunnel::{Link as _, OpenError, Socket};
+use secure_comms_tunnel::{Link as _, MemoryBudget, OpenError, Socket};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -32,7 +33,7 @@ pub use self::records::PodRecord;
 use self::retry::Retries;
 pub use self::retry::Stopped;
 use self::shared::Shared;
-pub use self::shared::{Config, PodSpec};
+pub use self::shared::{Config, MEMORY, PodSpec};
 use crate::address::Address;
 use crate::deadline::Deadline;
 use crate::kbs::KbsClient;
@@ -114,10 +115,9 @@ pub struct Adaptor {
 impl Adaptor {
     /// An adaptor without pods. Its VMs get their keys from `key_source`.
     pub fn new(store: Arc<dyn Store>, key_source: KeySource<KbsClient>, config: Config) -> Self {
-        Self {
-            shared: Arc::new(Shared { store, key_source, config, retries: Retries::default() }),
-            pods: Arc::default(),
-        }
+        let memory = MemoryBudget::new(config.memory);
+        let shared = Shared { store, key_source, config, retries: Retries::default(), memory };
+        Self { shared: Arc::new(shared), pods: Arc::default() }
     }
 
     /// Sends the pod a command, and waits for its result. Starts the pod's task if it has none.
@@ -140,8 +140,10 @@ impl Adaptor {
         };
         // Subscribers of the ended task stay subscribed.
         let status = pods.get(id).map(|pod| pod.status.clone());
-        let status = status
-            .unwrap_or_else(|| StatusReporter::new(id.clone(), Arc::clone(&self.shared.config.observer)));
+        let status = status.unwrap_or_else(|| {
+            StatusReporter::new(id.clone(), Arc::clone(&self.shared.config.observer))
+                .charged_to(self.shared.memory.account())
+        });
         let (commands, queue) = mpsc::unbounded_channel();
         let (shared, pods_of_task) = (Arc::clone(&self.shared), Arc::downgrade(&self.pods));
         let actor = Actor::new(id.clone(), shared, pods_of_task, queue, status.clone());
@@ -284,6 +286,22 @@ impl Adaptor {
     /// The pod's changes; `None` if it has no task. The channel closes with `suspend` and `stop`.
     pub fn subscribe(&self, id: &PodId) -> Option<watch::Receiver<PodSnapshot>> {
         self.pods.lock().get(id).map(|pod| pod.status.subscribe())
+    }
+
+    /// What the streams of all pods have moved since the adaptor was made, also of pods that have ended. Nothing that the
+    /// transport adds is counted, and what was sent again after a cut once.
+    pub fn traffic(&self) -> Traffic {
+        self.shared.memory.traffic()
+    }
+
+    /// What the streams of the pod have moved since its task began; `None` if it has no task.
+    pub fn traffic_of(&self, id: &PodId) -> Option<Traffic> {
+        self.pods.lock().get(id).map(|pod| pod.status.account().traffic())
+    }
+
+    /// Bytes of [`Config::memory`] that the streams of all pods hold now.
+    pub fn memory_used(&self) -> usize {
+        self.shared.memory.used()
     }
 
     /// Stops serving the pod, and keeps its keys and its KBS resource: a later process can resume it. A pod that is not

@@ -273,6 +273,13 @@ pub enum StoreError {
     CutOff,
 }
 
+impl StoreError {
+    /// Whether the disk is full or read-only: what is stored can be used, and nothing new be stored.
+    pub fn is_unwritable(&self) -> bool {
+        matches!(self, Self::File(error) if error.is_read_only() || error.is_full())
+    }
+}
+
 fn holder(pid: Option<u32>) -> String {
     pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
 }

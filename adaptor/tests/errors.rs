@@ -42,6 +42,7 @@ async fn prepare(store: &Path, inbounds: &str) -> Box<dyn Error> {
         kbs_filter: true,
         rekey_bytes: REKEY_BYTES,
         require_pq: false,
+        memory: secure_comms_adaptor::MEMORY,
         observer: Arc::new(|_, _| {}),
     };
     let store = Arc::new(DirectoryStore::open(store).unwrap());

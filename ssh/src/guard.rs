@@ -12,12 +12,12 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
-use secure_comms_tunnel::budget;
+use secure_comms_tunnel::{Account, budget};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::task::coop::poll_proceed;
 use tokio::time::Instant;
@@ -29,6 +29,8 @@ mod strict;
 
 /// Read-ahead limit before the peer has authenticated, in bytes.
 const UNAUTHENTICATED_READ_AHEAD: usize = 256 * 1024;
+/// Read-ahead that no account is charged for, in bytes.
+const UNCHARGED_READ_AHEAD: usize = UNAUTHENTICATED_READ_AHEAD;
 /// Most bytes of framing and channel messages, in addition to the data that credits count. A smaller limit gets a
 /// quarter of its data instead, so that eight unproven peers that never read do not take 8 MiB.
 const READ_AHEAD_SLACK: usize = 1024 * 1024;
@@ -59,6 +61,8 @@ struct Shared {
     complaint: Mutex<Option<String>>,
     /// Whether the peer's identification has arrived.
     identified: AtomicBool,
+    /// What is read ahead beyond [`UNCHARGED_READ_AHEAD`] is taken from it; none before the peer has authenticated.
+    account: OnceLock<Account>,
 }
 
 impl Shared {
@@ -89,6 +93,7 @@ impl Default for Guard {
             unanswered: AtomicU64::new(0),
             complaint: Mutex::default(),
             identified: AtomicBool::new(false),
+            account: OnceLock::new(),
         }))
     }
 }
@@ -136,6 +141,13 @@ impl Guard {
     pub fn set_read_ahead_limit(&self, bytes: usize) {
         self.0.read_ahead.store(bytes + READ_AHEAD_SLACK.min(bytes / 4), Ordering::Relaxed);
     }
+
+    /// Takes what is read ahead beyond 256 KiB from this account, from now on; the first one stays. While the account is
+    /// full, no more is read ahead, and a write waits until the peer has read: an agent reads ahead, too, and reads all that
+    /// its own credit allows us to send.
+    pub fn charge_read_ahead_to(&self, account: Account) {
+        self.0.account.get_or_init(|| account);
+    }
 }
 
 /// A guarded socket, for a russh session.
@@ -144,7 +156,34 @@ pub struct Guarded<S> {
     socket: S,
     guard: Guard,
     ahead: ReadAhead,
+    /// What the read-ahead has taken from the account.
+    charged: Charged,
     strict: StrictKex,
+}
+
+/// Bytes that were taken from an account; given back on drop.
+#[derive(Debug, Default)]
+struct Charged(Option<(Account, usize)>);
+
+impl Charged {
+    /// Whether another piece may be read ahead.
+    fn may_read(&mut self, account: Option<&Account>, ahead: usize) -> bool {
+        let Some(account) = account else { return true };
+        let (account, charged) = self.0.get_or_insert_with(|| (account.clone(), 0));
+        let wanted = (ahead + READ).saturating_sub(UNCHARGED_READ_AHEAD + *charged);
+        if wanted > 0 {
+            *charged += account.take(wanted.max(READ));
+        }
+        ahead + READ <= UNCHARGED_READ_AHEAD + *charged
+    }
+}
+
+impl Drop for Charged {
+    fn drop(&mut self) {
+        if let Some((account, charged)) = &self.0 {
+            account.give_back(*charged);
+        }
+    }
 }
 
 /// Bytes that have been read ahead, in pieces: one growing buffer would be copied each time it grows, and take up to
@@ -207,8 +246,13 @@ impl<S> Guarded<S> {
     /// Guards `socket`; `peer` is the role of the other end.
     pub fn new(socket: S, peer: Peer) -> (Self, Guard) {
         let guard = Guard::default();
-        let guarded =
-            Self { socket, guard: guard.clone(), ahead: ReadAhead::default(), strict: StrictKex::new(peer) };
+        let guarded = Self {
+            socket,
+            guard: guard.clone(),
+            ahead: ReadAhead::default(),
+            charged: Charged::default(),
+            strict: StrictKex::new(peer),
+        };
         (guarded, guard)
     }
 
@@ -283,7 +327,7 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
     /// Reads the bytes that have arrived, up to the limit.
     fn read_ahead(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let bound = self.guard.0.read_ahead.load(Ordering::Relaxed);
-        while self.ahead.len < bound {
+        while self.ahead.len < bound && self.charged.may_read(self.guard.0.account.get(), self.ahead.len) {
             match self.ahead.read_from(READ, &mut self.socket, cx) {
                 Ok(Some(data)) if !data.is_empty() => {
                     budget::charge(cx, data.len());
@@ -310,6 +354,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
             ready!(poll_proceed(cx)).made_progress();
             let before = out.remaining();
             this.ahead.take(out);
+            if this.ahead.len == 0 {
+                this.charged = Charged::default();
+            }
             budget::charge(cx, before - out.remaining());
             return Poll::Ready(Ok(()));
         }

@@ -23,6 +23,8 @@ use secure_comms_protocol::limits::{CreditLimits, MESSAGE_COST_MIN, MESSAGE_MAX}
 use secure_comms_protocol::{RefusalReason, TunnelName};
 use tokio::sync::{Notify, watch};
 
+use crate::account::Account;
+
 use self::places::Places;
 use self::window::Window;
 
@@ -89,6 +91,7 @@ pub struct Credits(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     limits: CreditLimits,
+    account: Account,
     side: Side,
     peer: watch::Sender<Option<PeerFlow>>,
     gone: watch::Sender<bool>,
@@ -157,11 +160,17 @@ impl SendState {
 impl Credits {
     /// Makes the flow control of a new connection, or of a new session.
     pub fn new(side: Side, limits: CreditLimits) -> Self {
+        Self::charged_to(Account::unlimited(), side, limits)
+    }
+
+    /// As [`Credits::new`]. The growth of the windows is taken from the account, and what the streams move is counted there.
+    pub fn charged_to(account: Account, side: Side, limits: CreditLimits) -> Self {
         let next_id = if side == Side::Adaptor { 1 } else { 2 };
         let due = HashMap::from([(LaneNumber::ALONE, Due::default())]);
         let table = Table { next_id, due, ..Table::default() };
         Self(Arc::new(Shared {
             limits,
+            account,
             side,
             peer: watch::Sender::new(None),
             gone: watch::Sender::new(false),
@@ -477,8 +486,9 @@ impl Flow {
             tokio::pin!(room);
             room.as_mut().enable();
             let pool_used = self.slot.credits.table().pool_used;
+            // The last condition waits for this stream's own bytes at worst: it holds some.
             if self.window_only_held.load(Relaxed) < shared.limits.initial
-                || pool_used < shared.limits.growth_pool
+                || (pool_used < shared.limits.growth_pool && !shared.account.is_full())
             {
                 return;
             }
@@ -493,8 +503,10 @@ impl Flow {
         let before = self.window_only_held.load(Relaxed);
         let after = change(before);
         self.window_only_held.store(after, Relaxed);
-        table.pool_used =
-            (table.pool_used + after.saturating_sub(initial)).saturating_sub(before.saturating_sub(initial));
+        let (beyond, beyond_before) = (after.saturating_sub(initial), before.saturating_sub(initial));
+        table.pool_used = (table.pool_used + beyond).saturating_sub(beyond_before);
+        // A message that has arrived is held, whether there is room for it or not.
+        self.slot.credits.0.account.charge(beyond as usize, beyond_before as usize);
         drop(table);
         if after < before {
             self.slot.credits.0.window_only_room.notify_waiters();
@@ -520,6 +532,7 @@ impl Flow {
         if let Some(credit) = &self.credit {
             credit.send.available.fetch_sub(cost(len).into(), Relaxed);
         }
+        self.slot.credits.0.account.sent(len);
     }
 
     /// Counts a message of `len` bytes that has arrived, and returns its cost.
@@ -528,6 +541,7 @@ impl Flow {
     /// The peer exceeded its credit by more than one message. The connection is ended too.
     pub fn arrived(&self, len: usize) -> Result<u32, Overrun> {
         let cost = cost(len);
+        self.slot.credits.0.account.received(len);
         let Some(credit) = &self.credit else {
             self.hold_window_only(|held| held.saturating_add(cost));
             return Ok(cost);
@@ -551,8 +565,19 @@ impl Flow {
         }
         let mut table = self.slot.credits.table();
         let limits = &self.slot.credits.0.limits;
+        let account = &self.slot.credits.0.account;
         let before = window.grown(limits);
-        let grant = window.batch(limits, limits.growth_pool - table.pool_used, table.round_trip);
+        let grant = if account.is_over() {
+            window.shrink(limits)
+        } else {
+            let wanted = window.growth_max(limits).min(limits.growth_pool - table.pool_used);
+            let taken = account.take(wanted as usize);
+            // No more than was wanted.
+            let grant = window.batch(limits, u32::try_from(taken).unwrap_or(wanted), table.round_trip);
+            account.give_back(taken - window.grown(limits).saturating_sub(before) as usize);
+            grant
+        };
+        account.give_back(before.saturating_sub(window.grown(limits)) as usize);
         table.pool_used = table.pool_used - before + window.grown(limits);
         credit.outstanding.fetch_add(grant.into(), Relaxed);
         credit.send.given.fetch_add(grant.into(), Relaxed);
@@ -580,6 +605,8 @@ impl Drop for Flow {
         if let Some(due) = table.due.get_mut(&lane) {
             due.grants.remove(&self.id);
         }
-        table.pool_used -= credit.window().grown(&self.slot.credits.0.limits);
+        let grown = credit.window().grown(&self.slot.credits.0.limits);
+        table.pool_used -= grown;
+        self.slot.credits.0.account.give_back(grown as usize);
     }
 }

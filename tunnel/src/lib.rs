@@ -3,7 +3,7 @@
 //! The modules are in the order in which bytes pass through them. An [`inbound`] listens, and holds its clients until
 //! there is a [`link`] on which a stream can be opened. An [`outbound`] connects to the server at the other end: it
 //! [`dial`]s the addresses of its host name ([`names`]) in a [`mod@race`]. The [`mod@relay`] moves bytes between a
-//! [`Socket`] and the stream, within the [`flow`] control of the connection and the task's [`budget`], and may pass them through an interceptor
+//! [`Socket`] and the stream, within the [`flow`] control of the connection, the peer's [`account`] and the task's [`budget`], and may pass them through an interceptor
 //! ([`intercept`]). In a [`session`] a stream outlives the connection that carries it. A socket may live in another network namespace ([`netns`]).
 //!
 //! This crate knows names, phases and bytes; it does not know SSH. All of it runs in a tokio runtime of any flavour,
@@ -29,6 +29,8 @@ mod queue;
 
 pub mod budget;
 
+pub mod account;
+
 pub mod flow;
 
 pub mod session;
@@ -41,6 +43,7 @@ mod backoff;
 
 mod reminder;
 
+pub use account::{Account, MemoryBudget};
 pub use backoff::Backoff;
 pub use flow::{Credits, Flow};
 pub use inbound::Inbound;

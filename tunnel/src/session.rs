@@ -23,6 +23,7 @@ use self::entry::Entry;
 pub use self::halves::{SessionReceiver, SessionSender};
 pub use self::incoming::{IncomingStream, NewStream};
 pub use self::open::SessionLink;
+use crate::account::Account;
 use crate::flow::{Credits, LaneNumber, PeerFlow, Side};
 use crate::link::{Incoming, Receiver, Sender};
 
@@ -133,7 +134,18 @@ impl<C: Channels> Table<C> {
 impl<C: Channels> Session<C> {
     /// A session without connections. `peer_credit` is what the peer's hello grants each stream, in bytes.
     pub fn new(side: Side, limits: CreditLimits, id: SessionId, peer_credit: u32) -> Self {
-        let credits = Credits::new(side, limits);
+        Self::charged_to(Account::unlimited(), side, limits, id, peer_credit)
+    }
+
+    /// As [`Session::new`], with the account of [`Credits::charged_to`].
+    pub fn charged_to(
+        account: Account,
+        side: Side,
+        limits: CreditLimits,
+        id: SessionId,
+        peer_credit: u32,
+    ) -> Self {
+        let credits = Credits::charged_to(account, side, limits);
         credits.set_peer_mode(PeerFlow::Credits(peer_credit));
         let table = Table { streams: HashMap::new(), lanes: HashMap::new(), last_number: LaneNumber::ALONE };
         Self(Arc::new(Shared {

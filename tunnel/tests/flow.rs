@@ -12,7 +12,7 @@ use secure_comms_protocol::limits::CreditLimits;
 use secure_comms_tunnel::flow::{Overrun, PeerFlow, Side, StreamError};
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::relay::RelayError;
-use secure_comms_tunnel::{Credits, Sender};
+use secure_comms_tunnel::{Credits, MemoryBudget, Sender};
 use tokio::io::AsyncWriteExt;
 use tokio::task::JoinSet;
 
@@ -189,6 +189,44 @@ async fn a_window_takes_its_growth_from_the_pool_and_returns_it() {
         let (third, _holds_pool) = grow(&connection).await;
         assert!(third > 64 << 10 && third <= 128 << 10, "the pool was full again: {third}");
         drop(holds_nothing);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn peers_share_a_budget_and_all_of_them_finish() {
+    const TOTAL: usize = 128 << 10;
+    within(async {
+        let limits = CreditLimits {
+            initial: 32 << 10,
+            stream_soft_max: 256 << 10,
+            stream_max: 256 << 10,
+            growth_pool: 1 << 20,
+            streams: 8,
+            opener_streams: 8,
+            reserved: 0,
+        };
+        let budget = MemoryBudget::new(TOTAL);
+        let accounts: Vec<_> = (0..6).map(|_| budget.account()).collect();
+        let (mut held, mut windows) = (Vec::new(), Vec::new());
+        for account in &accounts {
+            let connection = Connection::charged_to(limits, account);
+            let (window, streams) = grow(&connection).await;
+            assert!(budget.used() <= TOTAL, "{}", budget.used());
+            windows.push(window);
+            held.push((connection, streams));
+        }
+        // The first has half of the budget, and the last its initial window and a little.
+        assert!(accounts.iter().all(|account| account.held() <= TOTAL / 2), "{accounts:?}");
+        assert!(windows.iter().all(|window| *window > 16 << 10), "{windows:?}");
+        assert!(windows.iter().sum::<i64>() <= (TOTAL + 6 * (32 << 10)) as i64, "{windows:?}");
+        let received = accounts.iter().map(|account| account.traffic().received);
+        assert!(received.clone().all(|bytes| bytes == 4 << 20), "{:?}", received.collect::<Vec<_>>());
+        let connections: Vec<_> = held.into_iter().map(|(connection, _streams)| connection).collect();
+        for connection in &connections {
+            quiet(|| connection.agent.credits.open_streams()).await;
+        }
+        assert_eq!(budget.used(), 0);
     })
     .await;
 }

@@ -138,6 +138,7 @@ impl Attempt {
             hold,
             connected: Flag::default(),
             answered: plan.answered.clone(),
+            account: plan.account.clone(),
         };
         Self { plan, dial, lock, failure: Failure::new(address), detector: LostVmDetector::default() }
     }

@@ -9,6 +9,7 @@ use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{AgentConfig, PhaseName};
 use secure_comms_ssh::profile::KeyExchange;
+use secure_comms_tunnel::Account;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
@@ -56,6 +57,7 @@ impl Driven {
             attestation_limits: limits,
             lost_limits: LostLimits::for_start(LONG),
             answered: Flag::default(),
+            account: Account::unlimited(),
             session: None,
         };
         let events = Lines::default();

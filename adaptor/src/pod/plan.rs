@@ -7,6 +7,7 @@ use std::time::Duration;
 use secure_comms_protocol::tag::Host;
 use secure_comms_protocol::{Attestation, Kubernetes, PodId, SessionId};
 use secure_comms_ssh::profile::KeyExchange;
+use secure_comms_tunnel::Account;
 
 use super::expected_agent::ExpectedAgent;
 use super::lost_vm::LostLimits;
@@ -49,6 +50,8 @@ pub(crate) struct Plan {
     pub(crate) lost_limits: LostLimits,
     /// Learns of an SSH server at one of the addresses.
     pub(crate) answered: Flag,
+    /// What the pod's streams hold and move.
+    pub(crate) account: Account,
     /// The session that the next connection in the Kubernetes phase is to resume; none to begin one.
     pub(crate) session: Option<SessionId>,
 }

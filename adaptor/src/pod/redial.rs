@@ -162,6 +162,7 @@ impl Redial {
             hold: AuthHold::default(),
             connected,
             answered: self.plan.answered.clone(),
+            account: self.plan.account.clone(),
         };
         let connection =
             ssh::connect_kubernetes(&dial, *pod_key, AuthLock::default(), kubernetes.outbounds()).await?;

@@ -82,7 +82,13 @@ impl Driver {
         id: SessionId,
     ) -> Result<Option<Connected>, Ended> {
         let credit = connection.agent().credit.unwrap_or_default();
-        let session = Session::new(Side::Adaptor, Kubernetes::CREDIT, id.clone(), credit);
+        let session = Session::charged_to(
+            self.plan.account.clone(),
+            Side::Adaptor,
+            Kubernetes::CREDIT,
+            id.clone(),
+            credit,
+        );
         self.plan.session = Some(id);
         let (main_lane, seen) = watch::channel(None);
         let data_lane = DataLane::new(self.plan.clone(), session.clone(), seen, self.status.clone());

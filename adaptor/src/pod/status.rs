@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use secure_comms_protocol::{InitDataDigest, KeyProgress, Lane, PhaseName, PodId, TunnelName};
+use secure_comms_tunnel::Account;
 use tokio::sync::watch;
 
 use crate::address::Address;
@@ -278,6 +279,7 @@ pub(crate) struct StatusReporter {
     seen: Arc<Mutex<LastSeen>>,
     throttles: Arc<Mutex<Throttles>>,
     answered: Flag,
+    account: Account,
 }
 
 /// Limits of the events that an unproven peer can cause as often as it likes, by new connections or new texts.
@@ -342,7 +344,18 @@ impl StatusReporter {
             seen: Arc::default(),
             throttles: Arc::default(),
             answered: Flag::default(),
+            account: Account::unlimited(),
         }
+    }
+
+    /// The same pod, whose streams use this account.
+    pub(crate) fn charged_to(self, account: Account) -> Self {
+        Self { account, ..self }
+    }
+
+    /// What the pod's streams hold and move.
+    pub(crate) fn account(&self) -> &Account {
+        &self.account
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<PodSnapshot> {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use secure_comms_protocol::PodId;
 use secure_comms_protocol::limits::SHUTDOWN_DRAIN;
 use secure_comms_ssh::profile::KeyExchange;
+use secure_comms_tunnel::Account;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -68,9 +69,10 @@ impl Channel {
             rekey_bytes: config.rekey_bytes,
             kex: KeyExchange::post_quantum(config.require_pq),
             attestation_limits: AttestationLimits::default(),
-            // `open` sets both.
+            // `open` sets these.
             lost_limits: LostLimits::for_start(Duration::ZERO),
             answered: Flag::default(),
+            account: Account::unlimited(),
             session: None,
         }
     }
@@ -87,6 +89,7 @@ impl Channel {
             plan.lost_limits = LostLimits::for_start(start.deadline.total());
         }
         plan.answered = status.answered().clone();
+        plan.account = status.account().clone();
         let (order, orders) = watch::channel(None);
         let driver = Driver::new(plan, routes, status, orders);
         let waiter = start.map(|order| (order.deadline, order.reply));

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use secure_comms_keys::WorkerNodeKeys;
 use secure_comms_protocol::{InboundTag, InitDataDigest, OutboundTag, PodId};
+use secure_comms_tunnel::MemoryBudget;
 
 use super::retry::Retries;
 use crate::kbs::KbsClient;
@@ -12,6 +13,10 @@ use crate::key_source::KeySource;
 use crate::pod::{AgentTunnels, Observer};
 use crate::publication::{Policy, Publication};
 use crate::store::{Labels, Store};
+
+/// A memory budget for some hundred pods, in bytes: one pod has at most half of it, which lets a window grow to the largest
+/// that a stream may have; 250 pods that all want more than they can get have half a MiB each.
+pub const MEMORY: usize = 128 * 1024 * 1024;
 
 /// What all pods of an adaptor have in common.
 #[derive(Clone)]
@@ -34,6 +39,9 @@ pub struct Config {
     pub rekey_bytes: usize,
     /// Whether only post-quantum key exchange is offered and accepted, in both phases.
     pub require_pq: bool,
+    /// Memory, in bytes, that the streams of all pods together may hold for slow readers, beyond the initial windows: 32 KiB
+    /// for each open stream, and 256 KiB for each connection. [`MEMORY`] is a choice for some hundred pods.
+    pub memory: usize,
     /// Receives every event of every pod.
     pub observer: Observer,
 }
@@ -78,6 +86,7 @@ pub(super) struct Shared {
     pub(super) key_source: KeySource<KbsClient>,
     pub(super) config: Config,
     pub(super) retries: Retries,
+    pub(super) memory: MemoryBudget,
 }
 
 impl Shared {

@@ -13,7 +13,7 @@ use secure_comms_protocol::limits::{LOG_TEXT_MAX, REKEY_BYTES, TCP_CONNECT};
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{Attestation, Control, Kubernetes, Phase, PhaseName, TunnelName};
 use secure_comms_ssh::profile::KeyExchange;
-use secure_comms_tunnel::Link;
+use secure_comms_tunnel::{Account, Link};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
@@ -26,6 +26,7 @@ fn dial(address: SocketAddr, node_key: &WorkerNodeKey) -> Dial {
         kex: KeyExchange::Any,
         hold: AuthHold::default(),
         answered: Flag::default(),
+        account: Account::unlimited(),
         connected: Flag::default(),
         tcp_timeout: TCP_CONNECT,
     }

@@ -315,6 +315,7 @@ fn build_changed(
         kbs_filter: true,
         rekey_bytes: REKEY_BYTES,
         require_pq: false,
+        memory: secure_comms_adaptor::MEMORY,
         observer: Arc::new(move |_, event| {
             let event = event.to_string();
             recorded.push(event.clone());

@@ -202,6 +202,7 @@ fn build_adaptor(
         kbs_filter: settings.kbs_filter,
         rekey_bytes: settings.rekey_bytes,
         require_pq: settings.require_pq,
+        memory: secure_comms_adaptor::MEMORY,
         observer: Arc::new(move |pod: &PodId, event: &PodEvent| events.happened(pod, event)),
     };
     Ok(Adaptor::new(store, key_source, config))

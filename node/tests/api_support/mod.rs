@@ -78,6 +78,7 @@ pub async fn node_for(kbs: Option<&url::Url>, allowed_uids: &[u32]) -> Node {
         kbs_filter: true,
         rekey_bytes: REKEY_BYTES,
         require_pq: false,
+        memory: secure_comms_adaptor::MEMORY,
         observer: observer.clone(),
     };
     let pods = Pods::new(Adaptor::new(store.clone(), keys, config), events);

@@ -71,6 +71,22 @@ impl Window {
         grant
     }
 
+    /// The most by which the next batch can grow the window, in bytes.
+    pub(super) fn growth_max(&self, limits: &CreditLimits) -> u32 {
+        self.size.min(limits.stream_max.saturating_sub(self.size))
+    }
+
+    /// Credit to give back now, in bytes, of a window that gives back half of its growth: others need the memory.
+    pub(super) fn shrink(&mut self, limits: &CreditLimits) -> u32 {
+        // The peer notices only that less credit comes back. The odd byte goes, too.
+        let back = self.grown(limits).div_ceil(2).min(self.pending);
+        let grant = self.pending - back;
+        self.size -= back;
+        self.pending = 0;
+        (self.since, self.used) = (Instant::now(), 0);
+        grant
+    }
+
     /// Doubles the window, up to `most` and within the pool; returns the growth in bytes.
     fn grow(&mut self, most: u32, pool: u32) -> u32 {
         let growth = self.size.min(most.saturating_sub(self.size)).min(pool);

@@ -16,8 +16,8 @@ use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::relay::RelayError;
 use secure_comms_tunnel::{
-    Credits, Event, Flow, Incoming, Link, OpenError, Outbounds, Receiver, Sender, Socket, Stream, outbound,
-    relay, relay_through,
+    Account, Credits, Event, Flow, Incoming, Link, OpenError, Outbounds, Receiver, Sender, Socket, Stream,
+    outbound, relay, relay_through,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
@@ -156,6 +156,17 @@ impl Connection {
 
     /// Makes a connection before any hello.
     pub(crate) fn silent(limits: CreditLimits) -> Self {
+        Self::silent_charged_to(limits, &Account::unlimited())
+    }
+
+    /// As [`new`](Self::new), with the agent's windows on this account.
+    pub(crate) fn charged_to(limits: CreditLimits, account: &Account) -> Self {
+        let connection = Self::silent_charged_to(limits, account);
+        connection.set_peer_mode(PeerFlow::Credits(limits.initial));
+        connection
+    }
+
+    fn silent_charged_to(limits: CreditLimits, account: &Account) -> Self {
         let wire = Arc::new(Wire {
             dead: watch::Sender::new(false),
             initial: limits.initial.into(),
@@ -163,7 +174,10 @@ impl Connection {
         });
         let (ask, asks) = mpsc::unbounded_channel();
         let end = |side| MemLink {
-            credits: Credits::new(side, limits),
+            credits: match side {
+                Side::Adaptor => Credits::new(side, limits),
+                Side::Agent => Credits::charged_to(account.clone(), side, limits),
+            },
             side,
             wire: wire.clone(),
             asks: ask.clone(),

@@ -16,7 +16,7 @@ use secure_comms_ssh::link::SshLink;
 use secure_comms_ssh::profile::{self, KeyExchange};
 use secure_comms_tunnel::flow::LaneNumber;
 use secure_comms_tunnel::session::Session;
-use secure_comms_tunnel::{Credits, Outbounds, Receiver, Sender};
+use secure_comms_tunnel::{Account, Credits, Outbounds, Receiver, Sender};
 use tokio::net::TcpStream;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::timeout;
@@ -47,6 +47,8 @@ pub(crate) struct Dial {
     pub(crate) connected: Flag,
     /// Learns of an SSH server at the address.
     pub(crate) answered: Flag,
+    /// What the pod's streams hold and move.
+    pub(crate) account: Account,
 }
 
 /// Something that has happened, such as that an SSH server has answered at an address of the pod.
@@ -153,7 +155,7 @@ async fn connect_phase<P: ClientPhase>(
     let (socket, guard) = Guarded::new(tcp, Peer::Server);
     let cut = CutOnDrop(guard.clone());
     let _answer = RecordAnswer { guard: guard.clone(), answered: &dial.answered };
-    let shared = Shared::new(dial.address, host, outbounds);
+    let shared = Shared::new(dial.address, host, outbounds, dial.account.clone());
     let handshake = async {
         let mut config = profile::client(dial.rekey_bytes, dial.kex);
         if !dial.hold.is_open() {
@@ -176,6 +178,7 @@ async fn connect_phase<P: ClientPhase>(
         Ok(authenticated) => {
             let (handle, lock) = authenticated?;
             guard.set_read_ahead_limit(P::CREDIT.held_max());
+            guard.charge_read_ahead_to(dial.account.clone());
             Ok(SshConnection { handle, shared, cut, _lock: lock })
         }
         Err(_) => Err(ConnectError::Timeout(AUTHENTICATE.as_secs(), "agreeing on keys and authenticating")),

@@ -14,7 +14,7 @@ use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_tunnel::flow::{LaneNumber, Side};
 use secure_comms_tunnel::outbound::{self, Admitted};
 use secure_comms_tunnel::session::{IncomingStream, Session};
-use secure_comms_tunnel::{Credits, Incoming, Outbounds};
+use secure_comms_tunnel::{Account, Credits, Incoming, Outbounds};
 use tokio::sync::watch;
 
 use super::error::{ConnectError, cause};
@@ -74,12 +74,13 @@ impl<P: ClientPhase> Shared<P> {
         address: SocketAddr,
         host: P::Host,
         outbounds: Arc<Outbounds<P, KbsFilter>>,
+        account: Account,
     ) -> Arc<Self> {
         Arc::new(Self {
             address,
             host,
             outbounds,
-            credits: Credits::new(Side::Adaptor, P::CREDIT),
+            credits: Credits::charged_to(account, Side::Adaptor, P::CREDIT),
             requested: Mutex::default(),
             refusals: AtomicU32::new(0),
             banner: Mutex::default(),
