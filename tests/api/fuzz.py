@@ -94,7 +94,7 @@ def main(adaptor, schemathesis, seed, examples):
             environment = clean | {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(HERE.resolve())}
             command = [schemathesis, "--config-file", str((HERE / "schemathesis.toml").resolve()), "run",
                        f"{url}/openapi.json", "--url", url, "--seed", seed, "--max-examples", examples,
-                       "--generation-deterministic", "--generation-database", "none", "--workers", "2",
+                       "--generation-database", "none", "--workers", "2",
                        "--request-timeout", "20", "--no-color", "--warnings", "off",
                        # It never ends. node/tests/api.rs tests it.
                        "--exclude-path", "/v1/events"]

@@ -197,6 +197,7 @@ async fn show(State(api): State<Api>, Id(id): Id) -> Result<Json<Pod>, Problem> 
     openapi::WithBody,
     (status = 502, description = "The start failed", body = Problem, content_type = "application/problem+json"),
     (status = 504, description = "The deadline passed", body = Problem, content_type = "application/problem+json"),
+    (status = 507, description = "The key store is full", body = Problem, content_type = "application/problem+json"),
     openapi::Always,
 ))]
 async fn start(

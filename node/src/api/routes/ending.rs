@@ -28,6 +28,8 @@ const OWNED: &str = "it stops the pod itself; to end the pod all the same, add ?
     (status = 204, description = "The pod and its keys are gone"),
     (status = 409, description = "Another adaptor drives the pod, or it is cloud-api-adaptor's", body = Problem,
         content_type = "application/problem+json"),
+    (status = 502, description = "The KBS refused, and the pod has no record here to retry with", body = Problem,
+        content_type = "application/problem+json"),
     openapi::WithInput,
     openapi::Always,
 ))]
@@ -83,6 +85,9 @@ pub(super) async fn orphans(State(api): State<Api>) -> Result<Json<OrphanList>, 
         body = Deletion),
     (status = 204, description = "The orphan and its keys are gone"),
     (status = 404, description = "The pod is no orphan", body = Problem, content_type = "application/problem+json"),
+    (status = 409, description = "Another adaptor drives the pod", body = Problem, content_type = "application/problem+json"),
+    (status = 502, description = "The KBS refused, and the pod has no record here to retry with", body = Problem,
+        content_type = "application/problem+json"),
     openapi::WithInput,
     openapi::Always,
 ))]
