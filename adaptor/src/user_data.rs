@@ -16,6 +16,9 @@ pub enum UserDataError {
     /// A key could not be encoded.
     #[error("user data")]
     Key(#[from] KeyError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// The JSON could not be written.
     #[error("user data")]
     Json(#[from] serde_json::Error),
@@ -37,25 +40,26 @@ struct Fragment<'a> {
     outbounds: &'a str,
 }
 
-/// The fragment for a pod. Makes the keys that are missing, and saves which worker nodes the VM is given. Secret.
+/// The fragment of a pod: one JSON object and a newline. Makes the keys that are missing. The VM lets in every worker-node key
+/// that is valid now, and the pod's record says so. It is secret; wiped on drop.
 ///
 /// # Errors
 /// The store failed, or a key could not be encoded.
 ///
 /// # Cancellation
-/// Dropping the future may leave the pod with keys, and nothing saved of what it is given: a later call does that.
+/// Keys that were made stay.
 pub async fn of_pod(
     store: &dyn Store,
-    pod: &PodId,
+    id: &PodId,
     inbounds: &[InboundTag],
     outbounds: &[OutboundTag],
 ) -> Result<Zeroizing<Vec<u8>>, UserDataError> {
-    let key = store.pod_key(pod).await?;
-    let nodes = store.pod_worker_nodes(pod).await?;
+    let pod = store.pod_key(id).await?;
+    let nodes = store.pod_worker_nodes(id).await?;
     let given: Vec<String> = nodes.all().map(WorkerNodeKey::fingerprint).collect();
-    store.save_given(pod, &given).await?;
+    store.save_given(id, &given).await?;
     let nodes: Result<Vec<_>, _> = nodes.all().map(WorkerNodeKey::public).collect();
-    fragment(&key, &nodes?, inbounds, outbounds)
+    fragment(&pod, &nodes?, inbounds, outbounds)
 }
 
 /// The fragment: one JSON object and a newline, with the worker nodes that may log in. It is secret, because it holds the
@@ -63,7 +67,7 @@ pub async fn of_pod(
 ///
 /// # Errors
 /// A key could not be encoded.
-pub fn fragment(
+fn fragment(
     pod: &PodKey,
     worker_nodes: &[WorkerNodePublic],
     inbounds: &[InboundTag],
@@ -96,7 +100,6 @@ fn list<T: fmt::Display>(tags: &[T]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use secure_comms_keys::WorkerNodeKey;
     use secure_comms_protocol::tag::parse_list;
 
     #[test]

@@ -231,3 +231,18 @@ async fn the_lock_of_a_pod_does_not_outlive_its_record() {
     assert!(matches!(a.lock_pod(&pod("a")).await, Err(StoreError::Locked { .. })));
     drop(again);
 }
+
+#[tokio::test]
+async fn a_key_file_that_was_removed_is_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("store");
+    let store = open(&root);
+    let pod = pod("a");
+    let first = store.pod_key(&pod).await.unwrap().public().unwrap();
+    let paths = ["default/pp-a/keys".to_owned()];
+    store.save_published(&pod, &paths).await.unwrap();
+    fs::remove_file(root.join("pods/a/key")).unwrap();
+    assert_ne!(store.pod_key(&pod).await.unwrap().public().unwrap(), first);
+    // The earlier key may still be there.
+    assert_eq!(store.published(&pod).await.unwrap().unwrap(), paths);
+}

@@ -204,10 +204,22 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
 /// # Errors
 /// It could not be written.
 pub fn create(path: &Path, bytes: &[u8]) -> Result<bool, FileError> {
+    let created = create_unsynced(path, bytes)?;
+    if created {
+        sync_directory(directory_of(path))?;
+    }
+    Ok(created)
+}
+
+/// As [`create`], but its name outlasts a crash only after [`sync_directory`]: for several files of one directory.
+///
+/// # Errors
+/// It could not be written.
+pub fn create_unsynced(path: &Path, bytes: &[u8]) -> Result<bool, FileError> {
     let unfinished = Unfinished::next_to(path, bytes)?;
     // A link, unlike a rename, never replaces.
     match fs::hard_link(unfinished.name(), path) {
-        Ok(()) => sync_directory(directory_of(path)).map(|()| true),
+        Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         Err(source) => Err(FileError::io("writing", path)(source)),
     }

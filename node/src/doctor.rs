@@ -68,16 +68,25 @@ pub struct Places {
     pub metrics: Option<SocketAddr>,
 }
 
-/// Looks at the service: whether it runs, and its process. Its number is `None` if it does not run or cannot be known.
-pub async fn look_at_service(node: &Node) -> (Vec<Finding>, Option<u32>) {
-    let processes = Processes::of("/proc");
-    let (reachable, pid) = service::reachable(&node.socket).await;
-    let files = pid.map(|pid| service::files(&processes, pid));
-    (Vec::from_iter([Some(reachable), files].into_iter().flatten()), pid)
+/// The service's process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Service {
+    /// Whether it takes connections.
+    pub answers: bool,
+    /// Its number; `None`: unknown, as where it is in another namespace of process numbers.
+    pub pid: Option<u32>,
 }
 
-/// Looks at the node: all but the service itself. `service` is the number of its process.
-pub async fn look_at_node(node: &Node, service: Option<u32>, seen: &Seen, report: &mut Report) {
+/// Looks at the service: whether it runs, and whether it has what it needs.
+pub async fn look_at_service(node: &Node) -> (Vec<Finding>, Service) {
+    let processes = Processes::of("/proc");
+    let (reachable, service) = service::reachable(&node.socket).await;
+    let files = service.pid.map(|pid| service::files(&processes, pid));
+    (Vec::from_iter([Some(reachable), files].into_iter().flatten()), service)
+}
+
+/// Looks at the node: all but the service itself.
+pub async fn look_at_node(node: &Node, service: Service, seen: &Seen, report: &mut Report) {
     let processes = Processes::of("/proc");
     report.add("settings", settings::check(&node.read));
     let Some(places) = &node.places else { return };
@@ -87,7 +96,8 @@ pub async fn look_at_node(node: &Node, service: Option<u32>, seen: &Seen, report
     }
     report.add("clock", vec![clock::check(&processes)]);
     if let Some(caa) = &places.caa {
-        report.add("cloud-api-adaptor", look_at_caa(caa, places.metrics, &processes, service, seen).await);
+        let findings = look_at_caa(caa, places.metrics, &processes, service, seen).await;
+        report.add("cloud-api-adaptor", findings);
     }
 }
 
@@ -100,7 +110,7 @@ async fn look_at_caa(
     caa: &CaaSettings,
     metrics: Option<SocketAddr>,
     processes: &Processes,
-    service: Option<u32>,
+    service: Service,
     seen: &Seen,
 ) -> Vec<Finding> {
     let ports = RulesSettings { forwarder_port: caa.forwarder_port, listen_port: caa.listen_port };
@@ -109,10 +119,10 @@ async fn look_at_caa(
     let unix = Path::new("/proc/net/unix");
     findings.push(self::caa::directory(&caa.pods_directory, caa.certificates.is_some(), unix));
     findings.extend(caa.certificates.as_deref().map(self::caa::certificates));
-    let refused = match (service, metrics) {
-        (None, _) => Err("the service does not run".to_owned()),
-        (Some(_), None) => Err("the service has no counters: metrics-listen is off".to_owned()),
-        (Some(_), Some(listen)) => counters::refused_dials(listen).await,
+    let refused = match metrics {
+        _ if !service.answers => Err("the service does not run".to_owned()),
+        None => Err("the service has no counters: metrics-listen is off".to_owned()),
+        Some(listen) => counters::refused_dials(listen).await,
     };
     findings.extend(self::caa::observed(refused.as_ref().map_err(String::as_str), seen));
     findings.push(self::caa::network(processes));

@@ -5,12 +5,13 @@
 
 mod events;
 mod launch;
+mod obstacles;
 mod orders;
 mod orphans;
 mod runtime;
 mod stop_cost;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -18,7 +19,6 @@ use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::pod::{PodSnapshot, PodState};
 use secure_comms_adaptor::store::StoreError;
 use secure_comms_adaptor::{Adaptor, AdaptorError, Deadline, Endpoint, PodSpec, Stopped};
-use secure_comms_keys::text::one_line;
 use secure_comms_protocol::{InitDataDigest, PodId, TunnelName};
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, watch};
@@ -28,6 +28,7 @@ use crate::logging::names;
 
 pub use self::events::{Events, Happening};
 pub use self::launch::{Launch, Launcher};
+use self::obstacles::Obstacles;
 pub use self::orders::Order;
 pub use self::orphans::{CollectError, Orphan, OrphanReason};
 pub use self::runtime::Runtime;
@@ -57,22 +58,9 @@ struct Inner {
     adaptor: Adaptor,
     events: Events,
     runtimes: Mutex<HashMap<PodId, Runtime>>,
+    obstacles: Obstacles,
     orders: Orders,
-    obstacles: Mutex<HashMap<PodId, Obstacle>>,
 }
-
-/// What keeps a pod from being used, though it may have no channel yet.
-#[derive(Clone, Debug)]
-struct Obstacle {
-    launch: Launch,
-    since: SystemTime,
-    reason: String,
-}
-
-/// Pods with an obstacle that are remembered.
-const OBSTACLES_MAX: usize = 1024;
-/// The longest text of an obstacle, in bytes.
-const OBSTACLE_MAX: usize = 1000;
 
 impl Pods {
     /// The pods of `adaptor`, whose observer is that of `events`.
@@ -81,8 +69,8 @@ impl Pods {
             adaptor,
             events,
             runtimes: Mutex::default(),
+            obstacles: Obstacles::default(),
             orders: Orders::default(),
-            obstacles: Mutex::default(),
         }))
     }
 
@@ -206,25 +194,20 @@ impl Pods {
         self.0.adaptor.open(id, tunnel).await
     }
 
-    /// The pod now; `None` if it is not served, and nothing keeps it from that.
+    /// The pod now; `None` if it is not served, and nothing is known to keep it from that.
     pub fn get(&self, id: &PodId) -> Option<PodView> {
-        match self.0.adaptor.snapshot(id) {
-            Some(snapshot) => Some(self.view(id.clone(), snapshot)),
-            None => {
-                let obstacle = self.obstacles().get(id).cloned()?;
-                Some(self.refused(id.clone(), obstacle))
-            }
-        }
+        let refused = || Some(self.0.obstacles.get(id)?.snapshot());
+        Some(self.view(id.clone(), self.0.adaptor.snapshot(id).or_else(refused)?))
     }
 
     /// All pods now, by their ids.
     pub fn list(&self) -> Vec<PodView> {
+        let mut snapshots: HashMap<PodId, PodSnapshot> = self.0.adaptor.snapshots().into_iter().collect();
+        for (id, obstacle) in self.0.obstacles.all() {
+            snapshots.entry(id).or_insert_with(|| obstacle.snapshot());
+        }
         let mut all: Vec<PodView> =
-            self.0.adaptor.snapshots().into_iter().map(|(id, snapshot)| self.view(id, snapshot)).collect();
-        let served: HashSet<PodId> = all.iter().map(|pod| pod.id.clone()).collect();
-        let refused: Vec<(PodId, Obstacle)> = self.obstacles().clone().into_iter().collect();
-        let refused = refused.into_iter().filter(|(id, _)| !served.contains(id));
-        all.extend(refused.map(|(id, obstacle)| self.refused(id, obstacle)));
+            snapshots.into_iter().map(|(id, snapshot)| self.view(id, snapshot)).collect();
         all.sort_by(|a, b| a.id.cmp(&b.id));
         all
     }
@@ -237,6 +220,11 @@ impl Pods {
     /// What happens to all pods from now on. A receiver that is too slow is told how much it has missed.
     pub fn events(&self) -> broadcast::Receiver<Happening> {
         self.0.events.subscribe()
+    }
+
+    /// Says what keeps a pod from being used; `None`: nothing does. For launchers.
+    pub fn set_obstacle(&self, id: &PodId, launch: &Launch, reason: Option<String>) {
+        self.0.obstacles.set(id, launch, reason);
     }
 
     /// Says how the runtime's connection to the pod's kata agent is. For launchers.
@@ -270,43 +258,10 @@ impl Pods {
         resumed
     }
 
-    /// Says what keeps a pod from being used; `None`: nothing does. For launchers.
-    pub fn set_obstacle(&self, id: &PodId, launch: &Launch, reason: Option<String>) {
-        let mut obstacles = self.obstacles();
-        let Some(reason) = reason else {
-            obstacles.remove(id);
-            return;
-        };
-        let since = obstacles.get(id).map_or_else(SystemTime::now, |obstacle| obstacle.since);
-        if obstacles.len() < OBSTACLES_MAX || obstacles.contains_key(id) {
-            let reason = one_line(&reason, OBSTACLE_MAX);
-            obstacles.insert(id.clone(), Obstacle { launch: launch.clone(), since, reason });
-        }
-    }
-
-    /// A pod that is not served, because of the obstacle.
-    fn refused(&self, id: PodId, obstacle: Obstacle) -> PodView {
-        let Obstacle { launch, since, reason } = obstacle;
-        let snapshot = PodSnapshot {
-            state: PodState::Failed { reason: reason.clone() },
-            since,
-            labels: launch.to_labels(),
-            addresses: Vec::new(),
-            endpoints: Vec::new(),
-            init_data: None,
-            session: None,
-        };
-        PodView { obstacle: Some(reason), ..self.view(id, snapshot) }
-    }
-
-    fn obstacles(&self) -> MutexGuard<'_, HashMap<PodId, Obstacle>> {
-        self.0.obstacles.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn view(&self, id: PodId, snapshot: PodSnapshot) -> PodView {
         let launch = Launch::of_labels(&snapshot.labels);
         let runtime = self.runtimes().get(&id).cloned().unwrap_or_default();
-        let obstacle = self.obstacles().get(&id).map(|obstacle| obstacle.reason.clone());
+        let obstacle = self.0.obstacles.get(&id).map(|obstacle| obstacle.reason);
         PodView { id, launch, snapshot, runtime, obstacle }
     }
 

@@ -4,6 +4,10 @@
 #[path = "caa_front/scene.rs"]
 mod scene;
 
+#[path = "caa_front/relaying.rs"]
+mod relaying;
+
+use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
@@ -12,12 +16,10 @@ use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use secure_comms_node::caa::front::{Closed, FinishError, FrontLimits, Refusal, Side, relay};
 use secure_comms_node::metrics::Form;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpSocket, TcpStream, UnixStream};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
-use scene::{
-    Client, Keys, NAME, PATIENCE, Scene, VM, VM_V6, client_certificate, in_namespace, read_to_end, vm,
-};
+use scene::{Client, Keys, NAME, PATIENCE, Scene, VM, VM_V6, client_certificate, in_namespace, read_to_end};
 
 async fn answered(client: Client, address: &'static str, scene: &mut Scene, keys: &Keys) {
     let dial = tokio::spawn(client.connect(address));
@@ -348,12 +350,13 @@ fn whatever_else_is_refused_with_a_reason() {
 fn ten_thousand_dials_keep_no_pod_from_starting() {
     in_namespace(|| async {
         let (mut scene, keys) = (Scene::new().await, Keys::new());
-        let vm = vm();
-        let flood = tokio::spawn(async move {
-            let mut open = Vec::new();
+        let flood = tokio::spawn(async {
+            let mut open = VecDeque::new();
             for index in 0..10_000_u32 {
-                let socket = TcpSocket::new_v4().unwrap();
-                open.push(socket.connect(vm).await.unwrap());
+                open.push_back(TcpStream::connect(VM).await.unwrap());
+                if open.len() > 2000 {
+                    open.pop_front();
+                }
                 if index % 20 == 0 {
                     tokio::task::yield_now().await;
                 }

@@ -25,7 +25,11 @@ use crate::text::with_causes;
 
 /// Name prefix of the directory of a pod that is being deleted.
 const GONE_PREFIX: &str = ".gone-";
+/// Name prefix of the directory of a pod whose record is being made.
+const NEW_PREFIX: &str = ".new-";
 
+const KEY: &str = "key";
+const PUBLISHED: &str = "published.json";
 /// Holds the process that serves the pod, in the pod's directory.
 const PID_FILE: &str = "adaptor.pid";
 /// How long a pod's lock is waited for: an adaptor that ends releases it a little later.
@@ -83,7 +87,7 @@ impl DirectoryStore {
     }
 
     fn key_file(&self, pod: &PodId) -> PathBuf {
-        self.pod_directory(pod).join("key")
+        self.pod_directory(pod).join(KEY)
     }
 
     fn addresses_file(&self, pod: &PodId) -> PathBuf {
@@ -102,7 +106,7 @@ impl DirectoryStore {
 
     /// The paths of the KBS under which the pod's private key may be. Missing in a record of a version before 0.2.
     fn published_file(&self, pod: &PodId) -> PathBuf {
-        self.pod_directory(pod).join("published.json")
+        self.pod_directory(pod).join(PUBLISHED)
     }
 
     /// Empty: making it needs no space, so that a pod can be ended on a full disk. Its age is that of the mark.
@@ -110,12 +114,22 @@ impl DirectoryStore {
         self.pod_directory(pod).join("ending")
     }
 
+    /// For changes that no other change may cross.
     fn lock(&self) -> Result<Locked, FileError> {
+        self.lock_by(File::lock)
+    }
+
+    /// For changes within one pod's record: those of different pods wait for the disk side by side.
+    fn lock_shared(&self) -> Result<Locked, FileError> {
+        self.lock_by(File::lock_shared)
+    }
+
+    fn lock_by(&self, lock: fn(&File) -> std::io::Result<()>) -> Result<Locked, FileError> {
         let path = self.root.join(".lock");
         let failed = || FileError::io("locking", &path);
         let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
         let file = file.map_err(failed())?;
-        file.lock().map_err(failed())?;
+        lock(&file).map_err(failed())?;
         Ok(Locked { _file: file })
     }
 
@@ -175,18 +189,57 @@ impl DirectoryStore {
         Ok(())
     }
 
+    /// The record is made in a directory of its own, which is then renamed: it is there as a whole or not at all.
     fn find_or_make_pod_key(&self, pod: &PodId) -> Result<PodKey, StoreError> {
         let path = self.key_file(pod);
         find_or_make(&path, PodKey::from_pem, || {
-            let locked = self.lock()?;
-            own_directory(&self.pod_directory(pod))?;
-            private_file::sync_directory(&self.pods_directory())?;
-            let pem = PodKey::generate().and_then(|key| key.to_pem()).map_err(StoreError::Key)?;
-            // Before the key, which makes the record: a new key is nowhere in the KBS.
-            private_file::replace(&self.published_file(pod), b"[]")?;
-            self.assign_worker_node(pod, &locked)?;
-            Ok(private_file::create(&path, pem.as_bytes())?)
+            // The lock is exclusive while it is made.
+            let own = self.find_or_make_worker_node_key()?;
+            let directory = self.pod_directory(pod);
+            if directory.exists() {
+                return self.complete_record(&directory, &own);
+            }
+            let locked = self.lock_shared()?;
+            let new = self.pods_directory().join(format!("{NEW_PREFIX}{:032x}", rand::random::<u128>()));
+            let made = self.make_record(&new, &own, &locked).and_then(|()| self.place_record(&new, pod));
+            if !matches!(made, Ok(true)) {
+                // The first error is what the caller needs; what remains is removed at the next start.
+                let _ = fs::remove_dir_all(&new);
+            }
+            made
         })
+    }
+
+    /// The key file was removed, as the advice for an unusable one says. What else the record says is kept: the earlier key
+    /// may be in the KBS.
+    fn complete_record(&self, directory: &Path, own: &WorkerNodeKey) -> Result<bool, StoreError> {
+        let locked = self.lock()?;
+        self.make_record(directory, own, &locked)?;
+        Ok(true)
+    }
+
+    /// Makes the files that are missing.
+    fn make_record(&self, new: &Path, own: &WorkerNodeKey, locked: &Locked) -> Result<(), StoreError> {
+        own_directory(new)?;
+        let pem = PodKey::generate().and_then(|key| key.to_pem()).map_err(StoreError::Key)?;
+        // A new key is nowhere in the KBS.
+        private_file::create_unsynced(&new.join(PUBLISHED), b"[]")?;
+        self.assign_worker_nodes(new, own, locked)?;
+        private_file::create_unsynced(&new.join(KEY), pem.as_bytes())?;
+        Ok(private_file::sync_directory(new)?)
+    }
+
+    /// False if another caller has made a record of the pod.
+    fn place_record(&self, new: &Path, pod: &PodId) -> Result<bool, StoreError> {
+        let path = self.pod_directory(pod);
+        match fs::rename(new, &path) {
+            Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => Ok(false),
+            renamed => {
+                renamed.map_err(FileError::io("making", &path))?;
+                private_file::sync_directory(&self.pods_directory())?;
+                Ok(true)
+            }
+        }
     }
 
     fn list_pods(&self) -> Result<Vec<PodId>, StoreError> {
@@ -207,13 +260,12 @@ impl DirectoryStore {
             renamed => renamed.map_err(FileError::io("forgetting", &self.pod_directory(pod)))?,
         }
         private_file::sync_directory(&pods)?;
-        remove_leftovers(&pods)?;
-        Ok(())
+        Ok(fs::remove_dir_all(&gone).map_err(FileError::io("removing", &gone))?)
     }
 
     /// Writes a file of the pod's record.
     fn write_record(&self, pod: &PodId, path: &Path, content: &[u8]) -> Result<(), StoreError> {
-        let _locked = self.lock()?;
+        let _locked = self.lock_shared()?;
         if !self.key_file(pod).exists() {
             return Err(StoreError::UnknownPod(pod.clone()));
         }
@@ -310,7 +362,7 @@ impl DirectoryStore {
         if path.exists() {
             return Ok(true);
         }
-        let _locked = self.lock()?;
+        let _locked = self.lock_shared()?;
         if !self.key_file(pod).exists() {
             return Ok(false);
         }
@@ -374,7 +426,7 @@ fn names(directory: &Path) -> Result<Vec<String>, FileError> {
 fn remove_leftovers(directory: &Path) -> Result<(), FileError> {
     for name in names(directory)? {
         let path = directory.join(&name);
-        if name.starts_with(GONE_PREFIX) {
+        if name.starts_with(GONE_PREFIX) || name.starts_with(NEW_PREFIX) {
             fs::remove_dir_all(&path).map_err(FileError::io("removing", &path))?;
         } else if name.starts_with(TEMP_PREFIX) {
             fs::remove_file(&path).map_err(FileError::io("removing", &path))?;

@@ -18,7 +18,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 pub use self::events::{EventReader, StreamItem};
 use super::problem::with_causes;
@@ -28,6 +28,8 @@ use super::types::{
 
 /// Time for the connection.
 const CONNECT: Duration = Duration::from_secs(5);
+/// Pause while too many clients wait to be accepted.
+const FULL_PAUSE: Duration = Duration::from_millis(20);
 /// The largest answer, in bytes.
 const ANSWER_MAX: usize = 64 * 1024 * 1024;
 
@@ -228,7 +230,7 @@ impl Client {
         request: Request<Full<Bytes>>,
     ) -> Result<(Response<Incoming>, Connection), ClientError> {
         let unreachable = |cause: String| ClientError::Unreachable { socket: self.socket.clone(), cause };
-        let connected = timeout(CONNECT, UnixStream::connect(&self.socket)).await;
+        let connected = timeout(CONNECT, connect(&self.socket)).await;
         let stream = match connected {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -243,6 +245,17 @@ impl Client {
         let connection = Connection(tokio::spawn(async move { drop(connection.await) }));
         let response = sender.send_request(request).await.map_err(|error| lost(&error))?;
         Ok((response, connection))
+    }
+}
+
+/// Connects; waits while too many others wait to be accepted.
+async fn connect(socket: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(socket).await {
+            // The kernel gives no notice of room.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(FULL_PAUSE).await,
+            connected => return connected,
+        }
     }
 }
 

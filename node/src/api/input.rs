@@ -10,6 +10,7 @@ use secure_comms_adaptor::address::Address;
 use secure_comms_protocol::{InitDataDigest, PodId};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::time::timeout;
 
 use super::problem::Kind;
@@ -53,7 +54,21 @@ impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Fields<T> {
 #[derive(Debug)]
 pub(super) struct Json<T>(pub(super) T);
 
-impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+/// The body of a request.
+pub(super) trait Content: DeserializeOwned {
+    /// Pointers (RFC 6901) to the values that are objects if they are there: serde takes a list for one as well.
+    const OBJECTS: &'static [&'static str];
+}
+
+impl Content for PodSpec {
+    const OBJECTS: &'static [&'static str] = &["", "/podRef"];
+}
+
+impl Content for StartOrder {
+    const OBJECTS: &'static [&'static str] = &[""];
+}
+
+impl<S: Send + Sync, T: Content> FromRequest<S> for Json<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
@@ -82,14 +97,22 @@ fn too_large() -> Problem {
     Kind::TooLarge.problem(format!("the body is larger than {BODY_MAX} bytes"))
 }
 
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
-    serde_json::from_slice(body).map_err(|error| {
+fn parse<T: Content>(body: &[u8]) -> Result<T, Problem> {
+    let refused = |error: serde_json::Error| {
         if error.is_data() {
             Problem::invalid(vec![Fault::new("body", error)])
         } else {
             Kind::Malformed.problem(format!("the body is not JSON: {error}"))
         }
-    })
+    };
+    let value: Value = serde_json::from_slice(body).map_err(refused)?;
+    let lists = T::OBJECTS.iter().filter(|at| value.pointer(at).is_some_and(Value::is_array));
+    let lists: Vec<_> =
+        lists.map(|at| Fault::new(&format!("body{at}"), "expected an object, got a list")).collect();
+    if !lists.is_empty() {
+        return Err(Problem::invalid(lists));
+    }
+    serde_json::from_slice(body).map_err(refused)
 }
 
 /// The query of `PUT /v1/pods/{id}`.
@@ -221,6 +244,8 @@ mod tests {
         assert_eq!((problem.status, &*problem.faults[0].field), (422, "body"));
         assert!(problem.faults[0].reason.contains("unknown field `addresses`"));
         assert_eq!(parse::<PodSpec>(b"{").unwrap_err().status, 400);
-        assert_eq!(parse::<PodSpec>(b"[]").unwrap_err().status, 422);
+        for list in [&b"[]"[..], br#"{"podRef": ["default", "web-1"]}"#] {
+            assert_eq!(parse::<PodSpec>(list).unwrap_err().status, 422);
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::io;
 
 use axum::body::Body;
-use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use secure_comms_adaptor::AdaptorError;
@@ -181,6 +181,8 @@ pub(super) fn finished(mut response: Response, path: &str) -> Response {
     if let Some(problem) = response.extensions_mut().remove::<Box<Problem>>() {
         // A struct of texts and numbers is always JSON.
         let body = serde_json::to_vec(&problem.at(path)).unwrap_or_default();
+        // That of the empty body before.
+        response.headers_mut().remove(CONTENT_LENGTH);
         *response.body_mut() = Body::from(body);
     }
     response

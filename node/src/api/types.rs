@@ -22,12 +22,11 @@ pub(super) const DEADLINE_MAX: u32 = 86_400;
 pub struct PodSpec {
     /// What Kubernetes calls the pod. Nothing proves it; it is shown with the pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
     pub pod_ref: Option<PodRef>,
     /// Digest of the init-data that the VM is started with, in 64, 96 or 128 hex digits. The keys are published under a
     /// path that names it, which a resource policy can bind to the VM's evidence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false, pattern = "^([0-9A-Fa-f]{64}|[0-9A-Fa-f]{96}|[0-9A-Fa-f]{128})$")]
+    #[schema(pattern = "^([0-9A-Fa-f]{64}|[0-9A-Fa-f]{96}|[0-9A-Fa-f]{128})$")]
     pub init_data_digest: Option<String>,
 }
 
@@ -52,7 +51,7 @@ pub struct StartOrder {
     pub addresses: Vec<String>,
     /// Time until the pod must be up, in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false, minimum = 1, maximum = 86400, default = 600)]
+    #[schema(minimum = 1, maximum = 86400, default = 600)]
     pub deadline_seconds: Option<u32>,
     /// Whether the answer waits until the pod is up or the start has failed.
     #[serde(default)]

@@ -176,3 +176,120 @@ async fn close(stream: &mut UnixStream) -> io::Result<()> {
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it said more than its answer")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// `Check` of `grpc.Health` as the first call of a ttrpc client, with 30 s for it.
+    const ASKED: &[u8] =
+        b"\x00\x00\x00\x1a\x00\x00\x00\x01\x01\x00\x0a\x0bgrpc.Health\x12\x05Check\x20\x80\xd8\x8e\xe1\x6f";
+
+    fn frame(call: u32, kind: u8, message: &[u8]) -> Vec<u8> {
+        let mut frame = u32::try_from(message.len()).unwrap().to_be_bytes().to_vec();
+        frame.extend(call.to_be_bytes());
+        frame.extend([kind, 0]);
+        frame.extend(message);
+        frame
+    }
+
+    /// A kata agent that answers with these bytes, and ends its stream once its client has.
+    async fn answered(answer: Vec<u8>) -> Result<(), CheckError> {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let agent = tokio::spawn(async move {
+            let mut asked = vec![0; ASKED.len()];
+            theirs.read_exact(&mut asked).await.unwrap();
+            theirs.write_all(&answer).await.unwrap();
+            let mut rest = Vec::new();
+            // A reset: our answer was not read to its end.
+            let end = theirs.read_to_end(&mut rest).await;
+            assert!(end.is_ok_and(|more| more == 0) || !answer.is_empty());
+            asked
+        });
+        let result = check(ours, PATIENCE).await;
+        assert_eq!(agent.await.unwrap(), ASKED);
+        result
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_serves_is_found() {
+        answered(frame(1, 2, b"\x12\x02\x08\x01")).await.unwrap();
+        // An empty status is OK as well.
+        answered(frame(1, 2, b"\x0a\x00\x12\x02\x08\x01")).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_agent_has_seen_the_end_when_the_check_is_over() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let checking = tokio::spawn(check(ours, PATIENCE));
+        theirs.read_exact(&mut vec![0; ASKED.len()]).await.unwrap();
+        theirs.write_all(&frame(1, 2, b"\x12\x02\x08\x01")).await.unwrap();
+        assert_eq!(theirs.read(&mut [0; 1]).await.unwrap(), 0, "our end is closed");
+        assert!(!checking.is_finished(), "and we wait for the agent's");
+        drop(theirs);
+        checking.await.unwrap().unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_agent_that_leaves_the_stream_open_serves_as_well() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let checking = tokio::spawn(check(ours, PATIENCE));
+        theirs.read_exact(&mut vec![0; ASKED.len()]).await.unwrap();
+        theirs.write_all(&frame(1, 2, b"\x12\x02\x08\x01")).await.unwrap();
+        checking.await.unwrap().unwrap();
+        drop(theirs);
+    }
+
+    #[tokio::test]
+    async fn an_error_of_the_agent_is_one_bounded_line() {
+        let text = "a\nb\x1b[2J".repeat(1000);
+        let status = Status { code: 5, message: text };
+        let response = Response { status: Some(status), payload: vec![] }.encode_to_vec();
+        let error = answered(frame(1, 2, &response)).await.unwrap_err();
+        let CheckError::Status { code: 5, text } = error else { panic!("{error:?}") };
+        assert!(text.starts_with("a\\nb\\u{1b}") && text.len() < MAX_TEXT + 40, "{text}");
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_does_not_serve_is_an_error() {
+        for (answer, status) in [(b"\x12\x02\x08\x02".as_slice(), 2), (b"", 0)] {
+            let error = answered(frame(1, 2, answer)).await.unwrap_err();
+            assert!(matches!(error, CheckError::NotServing(is) if is == status), "{error:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_no_answer_is_an_error() {
+        let too_long = (u32::MAX).to_be_bytes().into_iter().chain([0, 0, 0, 1, 2, 0]).collect();
+        let answers = [
+            frame(3, 2, b"\x12\x02\x08\x01"),
+            frame(1, 1, b"\x12\x02\x08\x01"),
+            frame(1, 2, b"\xff\xff\xff"),
+            too_long,
+            b"SSH-2.0-OpenSSH_9.9\r\n".to_vec(),
+        ];
+        for answer in answers {
+            let error = answered(answer).await.unwrap_err();
+            assert!(matches!(error, CheckError::Protocol(_)), "{error:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_agent_is_given_up() {
+        for answer in [vec![], frame(1, 2, b"\x12\x02\x08\x01")[..9].to_vec()] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            theirs.write_all(&answer).await.unwrap();
+            let error = check(ours, PATIENCE).await.unwrap_err();
+            assert!(matches!(error, CheckError::Timeout(PATIENCE)), "{error:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_ends_early_is_an_error() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        assert!(matches!(check(ours, PATIENCE).await, Err(CheckError::Closed)));
+    }
+}

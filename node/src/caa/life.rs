@@ -75,3 +75,6 @@ fn vm_of(pod: &PodSnapshot) -> Option<IpAddr> {
         Host::Name(_) => None,
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -22,14 +22,11 @@ pub async fn run(args: DoctorArgs, env: Env<'_>) -> anyhow::Result<bool> {
     let node = node(&args, service, env);
     let client = Client::new(&node.socket);
     let mut report = Report::default();
-    let (mut findings, pid) = doctor::look_at_service(&node).await;
-    let pods = match pid {
-        Some(_) => ask(&client, &mut findings).await,
-        None => None,
-    };
+    let (mut findings, service) = doctor::look_at_service(&node).await;
+    let pods = if service.answers { ask(&client, &mut findings).await } else { None };
     let seen = Seen { connected: pods.as_deref().map(connected) };
-    doctor::look_at_node(&node, pid, &seen, &mut report).await;
     report.add("service", findings);
+    doctor::look_at_node(&node, service, &seen, &mut report).await;
     if let Some(text) = &args.pod {
         report.add("pod", pod(&client, text, pods.is_some()).await);
     }

@@ -28,6 +28,7 @@ pub async fn run(settings: UserDataSettings) -> anyhow::Result<()> {
         );
     }
     let store = open_store(&settings.store)?;
-    let json = user_data::of_pod(&store, &settings.pod, &settings.inbounds, &settings.outbounds).await?;
+    let (inbounds, outbounds) = (&settings.inbounds, &settings.outbounds);
+    let json = user_data::of_pod(&store, &settings.pod, inbounds, outbounds).await?;
     output.write(&json)
 }

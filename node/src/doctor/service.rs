@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+use super::Service;
 use super::processes::Processes;
 use super::report::Finding;
 
@@ -18,7 +19,7 @@ const PROGRAM: &str = "secure-comms-adaptor";
 const FILES: u64 = 8192;
 
 /// Connects to the API's socket, and finds the process that listens there.
-pub(super) async fn reachable(socket: &Path) -> (Finding, Option<u32>) {
+pub(super) async fn reachable(socket: &Path) -> (Finding, Service) {
     const CHECK: &str = "service-reachable";
     let title = format!("the service answers at {}", socket.display());
     let error = match timeout(CONNECT, UnixStream::connect(socket)).await {
@@ -27,13 +28,13 @@ pub(super) async fn reachable(socket: &Path) -> (Finding, Option<u32>) {
             let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
             let pid = pid.and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
             let process = pid.map_or_else(String::new, |pid| format!(", process {pid}"));
-            return (Finding::ok(CHECK, format!("{title}{process}")), pid);
+            return (Finding::ok(CHECK, format!("{title}{process}")), Service { answers: true, pid });
         }
         Ok(Err(error)) => error,
         Err(_) => {
             let found = format!("it takes no connection within {} s", CONNECT.as_secs());
             let fix = "look at its log: journalctl -u secure-comms-adaptor";
-            return (Finding::fault(CHECK, title, found, fix), None);
+            return (Finding::fault(CHECK, title, found, fix), Service::default());
         }
     };
     let finding = match error.kind() {
@@ -52,7 +53,7 @@ pub(super) async fn reachable(socket: &Path) -> (Finding, Option<u32>) {
         ),
         _ => Finding::fault(CHECK, title, error.to_string(), "check the path with --socket"),
     };
-    (finding, None)
+    (finding, Service::default())
 }
 
 /// Whether the service may open as many files as its pods need.
@@ -84,7 +85,7 @@ fn enough(limit: u64, open: Option<usize>) -> Finding {
 }
 
 /// Who listens at the port to which cloud-api-adaptor's dials are redirected.
-pub(super) fn port(processes: &Processes, port: u16, service: Option<u32>) -> Finding {
+pub(super) fn port(processes: &Processes, port: u16, service: Service) -> Finding {
     const CHECK: &str = "caa-port";
     let title = format!("port {port} is the service's");
     let listeners = match processes.listeners(port) {
@@ -92,9 +93,9 @@ pub(super) fn port(processes: &Processes, port: u16, service: Option<u32>) -> Fi
         Err(error) => return Finding::not_checked(CHECK, title, error.to_string()),
     };
     let Some(first) = listeners.first() else {
-        return match service {
-            None => Finding::not_checked(CHECK, title, "the service does not run; the port is free"),
-            Some(_) => Finding::fault(
+        return match service.answers {
+            false => Finding::not_checked(CHECK, title, "the service does not run; the port is free"),
+            true => Finding::fault(
                 CHECK,
                 title,
                 "nothing listens there: dials of cloud-api-adaptor are refused, and it dials again",
@@ -110,8 +111,7 @@ pub(super) fn port(processes: &Processes, port: u16, service: Option<u32>) -> Fi
         );
     };
     let name = processes.comm(owner).unwrap_or_else(|| "?".to_owned());
-    let is_ours =
-        service.map_or_else(|| processes.named(PROGRAM).contains(&owner), |service| service == owner);
+    let is_ours = service.pid.map_or_else(|| processes.named(PROGRAM).contains(&owner), |pid| pid == owner);
     if !is_ours {
         let fix = format!("end process {owner}, or give the service another port: listen-port");
         return Finding::fault(CHECK, title, format!("process {owner} ({name}) listens there"), fix);
@@ -139,12 +139,13 @@ mod tests {
     async fn a_service_that_does_not_run_is_a_fault() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("s");
-        let (finding, pid) = reachable(&socket).await;
+        let (finding, service) = reachable(&socket).await;
         assert!(matches!(&finding.outcome, Outcome::Fault { found, .. } if found.contains("no such socket")));
-        assert_eq!(pid, None);
+        assert_eq!(service, Service::default());
         let server = tokio::net::UnixListener::bind(&socket).unwrap();
-        let (finding, pid) = reachable(&socket).await;
-        assert_eq!((finding.outcome, pid), (Outcome::Ok, Some(std::process::id())));
+        let (finding, service) = reachable(&socket).await;
+        let us = Service { answers: true, pid: Some(std::process::id()) };
+        assert_eq!((finding.outcome, service), (Outcome::Ok, us));
         drop(server);
         let (finding, _) = reachable(&socket).await;
         assert!(matches!(&finding.outcome, Outcome::Fault { found, .. } if found.contains("has ended")));
@@ -162,14 +163,15 @@ mod tests {
     #[test]
     fn a_port_of_another_process_is_a_fault() {
         let processes = Processes::of("/proc");
-        let (us, other) = (std::process::id(), 1);
+        let of = |pid| Service { answers: true, pid: Some(pid) };
+        let (us, other) = (of(std::process::id()), of(1));
         let server = TcpListener::bind("127.0.0.1:0").unwrap();
         let at = server.local_addr().unwrap().port();
-        assert!(matches!(port(&processes, at, Some(other)).outcome, Outcome::Fault { .. }));
+        assert!(matches!(port(&processes, at, other).outcome, Outcome::Fault { .. }));
         // IPv4 only.
-        assert!(matches!(port(&processes, at, Some(us)).outcome, Outcome::Warning { .. }));
+        assert!(matches!(port(&processes, at, us).outcome, Outcome::Warning { .. }));
         drop(server);
-        assert!(matches!(port(&processes, at, Some(us)).outcome, Outcome::Fault { .. }));
-        assert!(matches!(port(&processes, at, None).outcome, Outcome::NotChecked { .. }));
+        assert!(matches!(port(&processes, at, us).outcome, Outcome::Fault { .. }));
+        assert!(matches!(port(&processes, at, Service::default()).outcome, Outcome::NotChecked { .. }));
     }
 }

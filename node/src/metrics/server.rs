@@ -23,7 +23,7 @@ use crate::health::Health;
 use crate::pods::Pods;
 
 /// The part of the service, for its health.
-pub(super) const PART: &str = "metrics";
+const PART: &str = "metrics";
 /// Connections at a time. The next one waits until one ends.
 const CONNECTIONS_MAX: usize = 32;
 /// Time that a connection has.

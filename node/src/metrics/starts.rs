@@ -85,6 +85,17 @@ impl Starts {
             kbs_errors: Family::default(),
             measured: Mutex::default(),
         };
+        // Series that are there from the start: a rate has its first step only then.
+        for result in ["up", "deadline", "failed"] {
+            drop(starts.starts.get_or_create(&Outcome { result }));
+        }
+        for reason in ["timeout", "agent", "reset", "closed", "other"] {
+            drop(starts.losses.get_or_create(&Reason { reason }));
+            drop(starts.reconnects.get_or_create(&Reason { reason }));
+        }
+        for kind in ["refused", "unanswered", "unreachable"] {
+            drop(starts.kbs_errors.get_or_create(&Kind { kind }));
+        }
         registry.register("prepares", "Pods that launchers ordered to prepare", starts.prepares.clone());
         registry.register("starts", "Starts that launchers ordered, by their result", starts.starts.clone());
         registry.register_with_unit(

@@ -142,7 +142,7 @@ fn texts(setting: &Setting, value: &DeValue<'_>) -> Result<Vec<String>, &'static
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::setting::{CAA, GRACE, INBOUNDS, LISTEN_PORT, NO_TRUSTEE};
+    use crate::cli::setting::{CAA, DefaultValue, GRACE, INBOUNDS, LISTEN_PORT, NO_TRUSTEE};
 
     fn parse(text: &str) -> Result<SettingsFile, Vec<String>> {
         SettingsFile::parse(Path::new("/f"), text)
@@ -182,6 +182,46 @@ mod tests {
             faults[0].starts_with("/f:2: not TOML: ") && faults[1].starts_with("/f:3: not TOML: "),
             "{faults:?}"
         );
+    }
+
+    #[test]
+    fn the_example_file_has_every_setting_and_its_default() {
+        let example = include_str!("../../../deploy/adaptor.toml");
+        let is_value =
+            |line: &str| line.split_once(" = ").is_some_and(|(key, _)| !key.contains([' ', ':', '`']));
+        let values = example.lines().filter_map(|line| line.strip_prefix("# ")).filter(|line| is_value(line));
+        let file = parse(&values.collect::<Vec<_>>().join("\n")).unwrap();
+        for setting in SERVE {
+            let (_, _, texts) = file.get(setting).unwrap_or_else(|| panic!("{} is missing", setting.name));
+            match setting.default {
+                DefaultValue::Text(default) => {
+                    let texts = texts.join(" ").replace("true", "on").replace("false", "off");
+                    let default = default.replace("true", "on").replace("false", "off");
+                    assert_eq!(texts, default, "{}", setting.name);
+                }
+                DefaultValue::List(default) => assert_eq!(texts, default, "{}", setting.name),
+                DefaultValue::None | DefaultValue::Derived(_) => {}
+            }
+            assert!(setting.variables.iter().all(|variable| example.contains(variable)), "{}", setting.name);
+        }
+        assert!(parse(example).is_ok());
+    }
+
+    #[test]
+    fn the_reference_lists_every_setting() {
+        let reference = include_str!("../../../docs/operations/REFERENCE.md");
+        let (_, table) = reference.split_once("### `serve`").unwrap();
+        let (table, _) = table.split_once("\n### ").unwrap();
+        for setting in SERVE {
+            let row = table.lines().find(|line| line.starts_with(&format!("| `{}` |", setting.name)));
+            let row = row.unwrap_or_else(|| panic!("{} is missing", setting.name));
+            for variable in setting.variables {
+                assert!(row.contains(&format!("`{variable}`")), "{row}");
+            }
+            if let DefaultValue::Text(default) = setting.default {
+                assert!(row.contains(&format!("| `{default}` |")), "{default}: {row}");
+            }
+        }
     }
 
     proptest::proptest! {

@@ -31,6 +31,10 @@ const SOCKET_NAME: &str = "adaptor.sock";
 /// Longest path of a unix socket, in bytes.
 const SOCKET_MAX: usize = UNIX_PATH_MAX;
 
+const UNBOUND: &str = "the keys of pods are bound to no VM, unless the API names its init-data: none is expected, so anyone \
+                       who starts a VM that the KBS accepts can fetch them, also the cloud; give init-data-rules, \
+                       init-data or init-data-digest, and use the resource policy of deploy/";
+
 /// Settings of `serve`.
 #[derive(Clone, Debug)]
 pub struct ServeSettings {
@@ -105,6 +109,10 @@ impl ServeSettings {
         } else {
             (init_data::policy(&mut reader), init_data::worker_nodes(&mut reader))
         };
+        let has_kbs = channel.as_ref().is_some_and(|channel| matches!(channel.key_source, KeySource::Kbs(_)));
+        if has_kbs && init_data == InitDataPolicy::Unbound {
+            reader.warnings.push(UNBOUND.to_owned());
+        }
         let socket = socket(&mut reader);
         let allowed_uids = allowed_uids(&mut reader);
         let metrics_listen = metrics_listen(&mut reader);

@@ -1,6 +1,5 @@
 //! A network namespace with the redirect of cloud-api-adaptor's dials, our port in it, and clients.
 
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -273,8 +272,4 @@ pub(crate) async fn read_to_end(stream: &mut TcpStream) -> (Vec<u8>, Option<std:
     let mut bytes = Vec::new();
     let end = timeout(PATIENCE, stream.read_to_end(&mut bytes)).await.expect("the connection is ended");
     (bytes, end.err().map(|error| error.kind()))
-}
-
-pub(crate) fn vm() -> SocketAddr {
-    VM.parse().unwrap()
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, Metadata};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::sys::stat::{Mode, fchmod};
@@ -23,7 +23,7 @@ const STICKY: u32 = 0o1000;
 pub struct PrivateListener {
     /// Dropped in this order. While the listener exists, no other process takes the path for a stale socket; otherwise
     /// we could remove the new socket of another process.
-    _unlink: UnlinkOnDrop,
+    unlink: UnlinkOnDrop,
     listener: UnixListener,
 }
 
@@ -42,7 +42,10 @@ impl PrivateListener {
     /// # Errors
     /// As [`bind`](Self::bind).
     pub async fn bind_for_all(path: &Path) -> io::Result<Self> {
-        bind(path, OPEN).await
+        let bound = bind(path, OPEN).await?;
+        // The umask took a part of the mode. No other user can have replaced the socket.
+        fs::set_permissions(&bound.unlink.path, fs::Permissions::from_mode(OPEN))?;
+        Ok(bound)
     }
 
     /// Accepts a client.
@@ -107,7 +110,7 @@ async fn bind(path: &Path, mode: u32) -> io::Result<PrivateListener> {
     };
     let identity = Identity::of(&fs::symlink_metadata(&path)?);
     let unlink = UnlinkOnDrop { path, identity };
-    Ok(PrivateListener { _unlink: unlink, listener: socket.listen(BACKLOG)? })
+    Ok(PrivateListener { unlink, listener: socket.listen(BACKLOG)? })
 }
 
 /// A socket at `path` that does not listen yet. It is made with its mode, and at no time another user can connect.

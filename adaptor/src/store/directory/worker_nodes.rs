@@ -1,10 +1,10 @@
 //! The worker-node keys: the current one, earlier ones that are still valid, and which of them each pod was given.
 //!
 //! A pod goes on with the key that its record names, because its VM lets in what it was given and nothing else. A record is
-//! made under the lock of the store, as keys are pruned: so a key that a record names is never removed.
+//! made under a lock that keeps keys from being pruned: so a key that a record names is never removed.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use secure_comms_keys::{WorkerNodeKey, private_file};
 use secure_comms_protocol::PodId;
@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 use super::{DirectoryStore, Locked, decoded, find_or_make, names};
 use crate::store::{PodWorkerNodes, Pruned, StoreError};
 
+/// In the directory of a pod.
+const RECORD: &str = "worker-nodes.json";
 const PREFIX: &str = "worker-node.";
 const SUFFIX: &str = ".key";
 /// Longest record of the worker nodes of a pod, in bytes: some hundred fingerprints.
@@ -35,7 +37,7 @@ impl DirectoryStore {
 
     /// Missing in a record of a version before 0.2.
     fn worker_nodes_file(&self, pod: &PodId) -> PathBuf {
-        self.pod_directory(pod).join("worker-nodes.json")
+        self.pod_directory(pod).join(RECORD)
     }
 
     pub(super) fn find_or_make_worker_node_key(&self) -> Result<WorkerNodeKey, StoreError> {
@@ -128,12 +130,20 @@ impl DirectoryStore {
         Ok(pruned)
     }
 
-    /// A new pod gets the current key. Its record is made under the same lock.
-    pub(super) fn assign_worker_node(&self, pod: &PodId, locked: &Locked) -> Result<(), StoreError> {
-        let path = self.worker_node_key_file();
-        let current = find_or_make(&path, WorkerNodeKey::from_pem, || self.make_worker_node_key(locked))?;
-        let record = Record { own: current.fingerprint(), given: Vec::new() };
-        Ok(private_file::replace(&self.worker_nodes_file(pod), &json(&record))?)
+    /// A new pod gets the current key to be driven with, and may be given all that are valid. Its record is placed under
+    /// the same lock.
+    pub(super) fn assign_worker_nodes(
+        &self,
+        new: &Path,
+        own: &WorkerNodeKey,
+        _locked: &Locked,
+    ) -> Result<(), StoreError> {
+        // They may have been rotated and pruned before the lock was held.
+        let keys = self.read_worker_node_keys()?;
+        let given = keys.iter().map(WorkerNodeKey::fingerprint).collect();
+        let record = Record { own: keys.first().unwrap_or(own).fingerprint(), given };
+        private_file::create_unsynced(&new.join(RECORD), &json(&record))?;
+        Ok(())
     }
 
     fn read_worker_nodes(&self, pod: &PodId) -> Result<Option<Record>, StoreError> {
@@ -168,6 +178,17 @@ impl DirectoryStore {
     }
 
     pub(super) fn write_given(&self, pod: &PodId, fingerprints: &[String]) -> Result<(), StoreError> {
+        let known = |record: Record| fingerprints.iter().all(|print| record.given.contains(print));
+        if self.read_worker_nodes(pod)?.is_some_and(known) {
+            return Ok(());
+        }
+        // Before the lock, which it takes.
+        self.find_or_make_worker_node_key()?;
+        // Exclusive: a record that another process adds to loses nothing.
+        let _locked = self.lock()?;
+        if !self.key_file(pod).exists() {
+            return Err(StoreError::UnknownPod(pod.clone()));
+        }
         let there = self.read_worker_nodes(pod)?;
         let mut record = match &there {
             Some(record) => record.clone(),
@@ -181,10 +202,7 @@ impl DirectoryStore {
                 record.given.push(fingerprint.clone());
             }
         }
-        if there.as_ref() == Some(&record) {
-            return Ok(());
-        }
-        self.write_record(pod, &self.worker_nodes_file(pod), &json(&record))
+        Ok(private_file::replace(&self.worker_nodes_file(pod), &json(&record))?)
     }
 }
 

@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use secure_comms_keys::text::one_line;
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Sleep, sleep, timeout};
@@ -17,6 +18,11 @@ use super::hangup::{Hangup, HangupWatch};
 
 /// How much is read from the pod at once, in bytes.
 const CHUNK: usize = 64 * 1024;
+/// The usual reasons.
+const CLOSED: &str = "it closed the connection";
+const RESET: &str = "it reset the connection";
+/// The longest reason, in bytes.
+const MAX_TEXT: usize = 200;
 /// How long one direction may go on without a byte when the other has ended.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long the last bytes for cloud-api-adaptor may take.
@@ -82,7 +88,7 @@ struct Relay {
     first: Option<End>,
     /// The time that the other has left.
     drain: Option<Pin<Box<Sleep>>>,
-    /// Sees cloud-api-adaptor's end while the VM takes no more: nothing is read then.
+    /// Made when the VM takes no more for the first time.
     hangup: Option<HangupWatch>,
 }
 
@@ -106,7 +112,7 @@ impl Relay {
             match self.poll_to_vm(cx) {
                 Poll::Ready(Ok(())) => {
                     self.to_vm.ended = true;
-                    self.first.get_or_insert_with(|| (Side::Runtime, "it closed the connection".to_owned()));
+                    self.first.get_or_insert_with(|| (Side::Runtime, CLOSED.to_owned()));
                 }
                 Poll::Ready(Err(end)) => return Poll::Ready(self.first.take().unwrap_or(end)),
                 Poll::Pending => {}
@@ -156,8 +162,11 @@ impl Relay {
         }
     }
 
-    /// Ready: cloud-api-adaptor has ended while the VM takes no more.
+    /// Looks for cloud-api-adaptor's end while the VM takes no more: nothing is read then. Ready: the connection is broken.
     fn poll_hangup(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
+        if self.first.is_some() {
+            return Poll::Pending;
+        }
         let hangup = match &self.hangup {
             Some(hangup) => hangup,
             None => match HangupWatch::new(self.caa.get_ref().0) {
@@ -166,11 +175,14 @@ impl Relay {
                 Err(_) => return Poll::Pending,
             },
         };
-        let how = match ready!(hangup.poll(cx)) {
-            Ok(Hangup::Closed) => "it closed the connection while the pod took no data",
-            Ok(Hangup::Reset) | Err(_) => "it reset the connection while the pod took no data",
-        };
-        Poll::Ready(Err((Side::Runtime, how.to_owned())))
+        match ready!(hangup.poll(cx)) {
+            // What it has sent before may still be wanted: the VM has the usual time for it.
+            Ok(Hangup::Closed) => {
+                self.first = Some((Side::Runtime, CLOSED.to_owned()));
+                Poll::Pending
+            }
+            Ok(Hangup::Reset) | Err(_) => Poll::Ready(Err((Side::Runtime, RESET.to_owned()))),
+        }
     }
 
     /// Ready: the VM has ended, and cloud-api-adaptor knows.
@@ -218,7 +230,7 @@ impl Relay {
 fn broken(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::UnexpectedEof => "it closed the connection without a TLS close_notify".to_owned(),
-        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => "it reset the connection".to_owned(),
-        _ => format!("the connection is broken: {error}"),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => RESET.to_owned(),
+        _ => one_line(&format!("the connection is broken: {error}"), MAX_TEXT),
     }
 }

@@ -42,7 +42,7 @@ pub(super) struct Node {
 
 impl Dial for Held {
     fn vm(&self) -> IpAddr {
-        self.vm.ip()
+        self.vm.ip().to_canonical()
     }
 
     fn server_name(&self) -> String {

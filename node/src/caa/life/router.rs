@@ -26,8 +26,6 @@ use crate::metrics::Metrics;
 const UNKNOWN_WAIT: Duration = Duration::from_secs(10);
 /// How many dials are held like that at the same time.
 const UNKNOWN_MAX: usize = 128;
-/// Pods that a log line names.
-const NAMED_MAX: usize = 10;
 
 /// A pod of an earlier process.
 #[derive(Debug)]
@@ -106,7 +104,7 @@ impl<W: World> Router<W> {
         self.spawn(id, actor, view);
     }
 
-    /// Serves until `stop` becomes true, and says then what it costs. Connections go on until it is dropped.
+    /// Serves until `stop` becomes true. Connections go on until it is dropped.
     pub(super) async fn run(
         &mut self,
         mut dials: mpsc::Receiver<W::Dial>,
@@ -126,12 +124,6 @@ impl<W: World> Router<W> {
                     tracing::error!("caa: the task of a pod has panicked: report it");
                 },
             }
-        }
-        let lives = self.lives.iter();
-        let mut connected: Vec<&PodId> =
-            lives.filter(|(_, life)| life.view.get().relaying).map(|(id, _)| id).collect();
-        if !connected.is_empty() {
-            tracing::warn!("{}", cost(&mut connected));
         }
     }
 
@@ -275,22 +267,4 @@ impl<W: World> Router<W> {
         self.tasks.spawn(actor.run(queue));
         self.lives.insert(id, Life { orders, sent: 0, view });
     }
-}
-
-/// What the end of the service costs.
-fn cost(connected: &mut [&PodId]) -> String {
-    connected.sort();
-    let named: Vec<String> = connected.iter().take(NAMED_MAX).map(ToString::to_string).collect();
-    let more = match connected.len().saturating_sub(NAMED_MAX) {
-        0 => String::new(),
-        more => format!(" and {more} more"),
-    };
-    let count = match connected.len() {
-        1 => "1 pod has a runtime connection".to_owned(),
-        count => format!("{count} pods have a runtime connection"),
-    };
-    format!(
-        "{count}: it ends with this process, and the runtime then ends these pods: {}{more}",
-        named.join(", ")
-    )
 }
