@@ -22,9 +22,6 @@ pub enum UserDataError {
     /// The JSON could not be written.
     #[error("user data")]
     Json(#[from] serde_json::Error),
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
 }
 
 #[derive(Serialize)]
