@@ -13,9 +13,6 @@ use crate::harness::cloud::TestCloud;
 use crate::harness::test_namespace::TestNamespace;
 use crate::simulators::caa::{Cloud, Instance};
 
-/// First of the VXLAN network identifiers.
-const FIRST_VNI: usize = 555_000;
-
 /// A cloud, and the namespaces of the pods whose VMs are in it.
 #[derive(Debug)]
 pub struct PodNetworks {
@@ -31,12 +28,15 @@ impl PodNetworks {
         Self { cloud, node, made: Mutex::default() }
     }
 
-    fn make(&self, id: &str, pod_ip: &str, vm: IpAddr) -> Result<()> {
+    fn make(&self, id: &str, network: &Value, vm: IpAddr) -> Result<()> {
+        let pod_ip = network.get("podip").and_then(Value::as_str).context("apf.json has no podip")?;
+        let vni = network.get("vxlan-id").and_then(Value::as_u64).context("apf.json has no vxlan-id")?;
+        let (vni, remote) = (vni.to_string(), vm.to_string());
         let pod = TestNamespace::new("pod")?;
         pod.ip(["link", "add", "eth0", "type", "veth", "peer", "name", "peer"])?;
         pod.address("eth0", pod_ip)?;
+        // One at a time: the link has a name of the node's for a moment.
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        let (vni, remote) = ((FIRST_VNI + made.len()).to_string(), vm.to_string());
         // Made in the node's namespace, where its datagrams go out.
         self.node.ip([
             "link",
@@ -63,10 +63,9 @@ impl PodNetworks {
 impl Cloud for PodNetworks {
     async fn create(&self, instance: Instance) -> Result<IpAddr> {
         let id = instance.id.clone();
-        let pod_ip = instance.apf_json.pointer("/pod-network/podip").and_then(Value::as_str);
-        let pod_ip = pod_ip.context("apf.json has no podip")?.to_owned();
+        let network = instance.apf_json.get("pod-network").context("apf.json has no pod-network")?.clone();
         let vm = self.cloud.create(instance).await?;
-        self.make(&id, &pod_ip, vm)?;
+        self.make(&id, &network, vm)?;
         Ok(vm)
     }
 
