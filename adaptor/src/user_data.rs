@@ -16,6 +16,9 @@ pub enum UserDataError {
     /// A key could not be encoded.
     #[error("user data")]
     Key(#[from] KeyError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// The JSON could not be written.
     #[error("user data")]
     Json(#[from] serde_json::Error),
