@@ -16,12 +16,12 @@ pub enum UserDataError {
     /// A key could not be encoded.
     #[error("user data")]
     Key(#[from] KeyError),
-    /// The JSON could not be written.
-    #[error("user data")]
-    Json(#[from] serde_json::Error),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The JSON could not be written.
+    #[error("user data")]
+    Json(#[from] serde_json::Error),
 }
 
 #[derive(Serialize)]
@@ -59,8 +59,7 @@ pub async fn of_pod(
     fragment(&pod, &nodes?, inbounds, outbounds)
 }
 
-/// The fragment: one JSON object and a newline, with the worker nodes that may log in. It is secret, because it holds the
-/// pod's private key; wiped on drop.
+/// The fragment: one JSON object and a newline, with the worker nodes that may log in. It is secret, because it holds the pod's private key; wiped on drop.
 ///
 /// # Errors
 /// A key could not be encoded.

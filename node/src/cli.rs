@@ -1,6 +1,7 @@
 //! The command line, as texts. [`crate::settings`] validates them, so that all faults are reported together.
 
 pub mod doctor;
+pub mod keys;
 pub mod serve;
 pub mod service;
 pub mod setting;
@@ -13,6 +14,7 @@ use clap::{Args, Parser, Subcommand};
 use secure_comms_keys::text::escape;
 
 use self::doctor::DoctorArgs;
+use self::keys::KeysArgs;
 use self::serve::{CaaCertsArgs, ConfigArgs, ServeArgs};
 use self::service::{PodArgs, StatusArgs};
 use self::texts::{CompletionsArgs, ManArgs};
@@ -65,6 +67,8 @@ pub enum Command {
     Pod(PodArgs),
     /// Show how this node's service is
     Status(StatusArgs),
+    /// Show, rotate and prune the worker node's keys
+    Keys(KeysArgs),
     /// Look for what is wrong with this node or a pod, and say what to do
     #[command(after_help = "It ends with 0 if nothing is wrong, and with 1 if something is.")]
     Doctor(DoctorArgs),

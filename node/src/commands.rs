@@ -6,6 +6,7 @@ pub mod connect;
 pub mod doctor;
 mod events;
 pub mod keygen;
+pub mod keys;
 mod output;
 pub mod pod;
 mod screen;

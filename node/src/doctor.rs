@@ -88,7 +88,12 @@ pub async fn look_at_service(node: &Node) -> (Vec<Finding>, Service) {
 /// Looks at the node: all but the service itself.
 pub async fn look_at_node(node: &Node, service: Service, seen: &Seen, report: &mut Report) {
     let processes = Processes::of("/proc");
-    report.add("settings", settings::check(&node.read));
+    let mut findings = settings::check(&node.read);
+    if node.places.is_none() {
+        let rest = "the store, the KBS and cloud-api-adaptor";
+        findings.push(Finding::not_checked("settings-rest", rest, "the settings do not say where they are"));
+    }
+    report.add("settings", findings);
     let Some(places) = &node.places else { return };
     report.add("store", store::check(&places.store));
     if let Some(kbs) = &places.kbs {

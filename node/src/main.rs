@@ -9,7 +9,7 @@ use secure_comms_keys::text::escape;
 use secure_comms_node::cli::serve::{ConfigArgs, ConfigCommand};
 use secure_comms_node::cli::{self, Cli, Command, Stop};
 use secure_comms_node::commands::{
-    caa_certs, config, connect, doctor, keygen, pod, serve, status, texts, user_data,
+    caa_certs, config, connect, doctor, keygen, keys, pod, serve, status, texts, user_data,
 };
 use secure_comms_node::logging::{self, Writer};
 use secure_comms_node::settings::{
@@ -35,6 +35,8 @@ fn main() -> ExitCode {
         Err(Stop::Text(text)) => {
             return match io::stdout().write_all(text.as_bytes()) {
                 Ok(()) => ExitCode::SUCCESS,
+                // The reader has seen what it wanted.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
                 Err(_) => ExitCode::FAILURE,
             };
         }
@@ -160,6 +162,7 @@ async fn command(
         Command::CaaCerts(args) => caa_certs::run(&args)?,
         Command::Pod(args) => pod::run(args, env).await?,
         Command::Status(args) => status::run(args, env).await?,
+        Command::Keys(args) => keys::run(args, env).await?,
         Command::Doctor(args) => {
             let good = doctor::run(args, env).await?;
             return Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE });

@@ -108,9 +108,13 @@ impl Pods {
             self.0.orders.happened(id, &Order::Prepare);
         }
         let spec = PodSpec::bound_to(init_data).labelled(launch.to_labels());
-        let prepared = self.0.adaptor.prepare(id, spec, deadline).await;
-        self.0.orders.happened(id, &Order::Prepared(prepared.as_ref().map(|_| ())));
-        prepared
+        let (pods, pod) = (self.clone(), id.clone());
+        orders::seen_through(id, async move {
+            let prepared = pods.0.adaptor.prepare(&pod, spec, deadline).await;
+            pods.0.orders.happened(&pod, &Order::Prepared(prepared.as_ref().map(|_| ())));
+            prepared
+        })
+        .await
     }
 
     /// Connects to the pod's VM, and returns once the Kubernetes phase is up: see [`Adaptor::start`].
@@ -126,9 +130,13 @@ impl Pods {
         addresses: &[Address],
         deadline: Deadline,
     ) -> Result<(), AdaptorError> {
-        let started = self.0.adaptor.start(id, addresses, deadline).await;
-        self.0.orders.happened(id, &Order::Started(started.as_ref().copied()));
-        started
+        let (pods, pod, addresses) = (self.clone(), id.clone(), addresses.to_vec());
+        orders::seen_through(id, async move {
+            let started = pods.0.adaptor.start(&pod, &addresses, deadline).await;
+            pods.0.orders.happened(&pod, &Order::Started(started.as_ref().copied()));
+            started
+        })
+        .await
     }
 
     /// Ends the pod, and deletes its keys here and at the KBS: see [`Adaptor::end`]. While that fails and is retried, the pod
@@ -229,7 +237,10 @@ impl Pods {
 
     /// Says how the runtime's connection to the pod's kata agent is. For launchers.
     pub fn set_runtime(&self, id: &PodId, runtime: Runtime) {
-        self.runtimes().insert(id.clone(), runtime);
+        match runtime {
+            Runtime::None => self.runtimes().remove(id),
+            runtime => self.runtimes().insert(id.clone(), runtime),
+        };
     }
 
     fn ended(&self, id: &PodId) {

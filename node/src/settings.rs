@@ -28,7 +28,7 @@ use crate::logging::{Level, LogFormat};
 pub use file::DEFAULT_CONFIG;
 pub use reader::Source;
 pub use serve::{EffectiveSetting, ServeSettings, with_log_flags};
-pub use service::{PodStartSettings, ServiceSettings};
+pub use service::{KeysSettings, PodStartSettings, ServiceSettings};
 pub use variables::unknown_variables;
 
 /// Settings of `connect`.

@@ -382,3 +382,22 @@ fn ten_thousand_dials_keep_no_pod_from_starting() {
         assert!(held <= 256, "{held} are still open");
     });
 }
+
+/// `cargo test -p secure-comms-node --test caa_front -- --ignored --nocapture`
+#[test]
+#[ignore = "prints numbers"]
+fn how_long_the_end_of_a_handshake_takes() {
+    in_namespace(|| async {
+        let (mut scene, keys) = (Scene::new().await, Keys::new());
+        let mut times = Vec::new();
+        for _ in 0..500 {
+            let (dial, held) = scene.dial(&keys).await;
+            let began = Instant::now();
+            held.finish(&keys.server).await.unwrap();
+            dial.await.unwrap().unwrap();
+            times.push(began.elapsed());
+        }
+        times.sort();
+        println!("finish, both ends: p50 {:?}, p99 {:?}, most {:?}", times[250], times[495], times[499]);
+    });
+}

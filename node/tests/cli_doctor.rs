@@ -162,9 +162,8 @@ fn faults_of_settings_store_and_kbs_are_found() {
     let refusing = kbs(&runtime, StatusCode::UNAUTHORIZED);
     node.settings(&format!("kbs = \"{refusing}\""));
     mode(Path::new(&node.path("store")), 0o755);
-    mode(Path::new(&node.path("adaptor.toml")), 0o666);
     let report = node.report(&node.dir.path().join("none"), &[]);
-    for check in ["settings-file", "store-private", "kbs-token"] {
+    for check in ["store-private", "kbs-token"] {
         assert_eq!(report.outcome(check), "fault", "{check}");
     }
     assert!(report.find("kbs-token")["found"].as_str().unwrap().contains("401"));
@@ -173,6 +172,11 @@ fn faults_of_settings_store_and_kbs_are_found() {
     let report = node.report(&node.dir.path().join("none"), &[]);
     assert_eq!(report.outcome("kbs-token"), "fault", "the key is no key");
     assert_eq!(report.outcome("settings-secret"), "ok");
+
+    mode(Path::new(&node.path("adaptor.toml")), 0o666);
+    let report = node.report(&node.dir.path().join("none"), &[]);
+    assert_eq!(report.outcome("settings-file"), "fault");
+    assert_eq!(report.outcome("settings-rest"), "not-checked");
 
     node.settings("kbss = \"x:1\"");
     let report = node.report(&node.dir.path().join("none"), &[]);

@@ -144,7 +144,7 @@ fn faults_of_usage_end_with_2() {
         (&["pod", "start", "p", "--address", "a", "--name", "n"], "--namespace"),
         (&["pod", "show"], "<ID>"),
         (&["status", "--socket", "s"], "--socket 's': expected an absolute path"),
-        (&["pod", "lst"], "unrecognized subcommand 'lst'; a similar subcommand exists: 'list'"),
+        (&["pod", "wach"], "unrecognized subcommand 'wach'; a similar subcommand exists: 'watch'"),
     ] {
         let error = fault(&service.run(args), 2);
         assert!(error.contains(words), "{args:?}: {error}");
@@ -391,4 +391,39 @@ fn the_status_fits_one_screen() {
     assert_eq!(json["stopCost"]["podsLost"], 2);
     let yaml = service.stdout(&["status", "-o", "yaml"]);
     assert!(yaml.contains("\n  podsLost: 2\n"), "{yaml}");
+}
+
+#[test]
+fn keys_are_listed_rotated_and_pruned() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let keys = |args: &[&str]| {
+        let args = [&["keys"], args, &["--store", store.to_str().unwrap()]].concat();
+        command(Path::new("/nonexistent"), &args).output().unwrap()
+    };
+    let json = || -> Value { serde_json::from_slice(&keys(&["list", "-o", "json"]).stdout).unwrap() };
+    assert_eq!(json(), json!({"items": []}));
+    let made =
+        command(Path::new("/nonexistent"), &["keygen", "--pod-id", "p1", "--store", store.to_str().unwrap()])
+            .output()
+            .unwrap();
+    assert!(made.status.success());
+    let first = json()["items"][0]["fingerprint"].as_str().unwrap().to_owned();
+    assert_eq!(json()["items"], json!([{"fingerprint": first, "current": true, "pods": ["p1"]}]));
+
+    let rotated = keys(&["rotate"]);
+    assert!(String::from_utf8_lossy(&rotated.stdout).starts_with("ssh-ed25519 "), "{rotated:?}");
+    let items = json()["items"].clone();
+    assert_eq!(items[1], json!({"fingerprint": first, "current": false, "pods": ["p1"]}));
+    let table = String::from_utf8(keys(&["list", "--no-headers"]).stdout).unwrap();
+    assert_eq!(table.lines().nth(1).unwrap(), format!("{first}   no    1"));
+
+    let pruned = String::from_utf8(keys(&["prune"]).stdout).unwrap();
+    assert_eq!(pruned, format!("{first}: kept for p1\n"));
+    let second = items[0]["fingerprint"].as_str().unwrap();
+    assert!(keys(&["rotate"]).status.success());
+    assert_eq!(
+        String::from_utf8(keys(&["prune"]).stdout).unwrap().lines().next().unwrap(),
+        format!("{second}: removed")
+    );
 }

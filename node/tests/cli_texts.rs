@@ -30,10 +30,9 @@ fn commands() -> Vec<Vec<String>> {
         let listed = help.split("\nCommands:\n").nth(1).map(|rest| rest.split("\n\n").next().unwrap());
         for line in listed.into_iter().flat_map(str::lines).filter(|line| line.starts_with("  ")) {
             // A name begins in the third column; the lines of its text that follow begin further on.
-            if let Some(name) = line[2..].split_whitespace().next().filter(|_| !line[2..].starts_with(' ')) {
-                if name != "help" {
-                    open.push([&*path, &[name.to_owned()]].concat());
-                }
+            let name = line[2..].split_whitespace().next().filter(|_| !line[2..].starts_with(' '));
+            if let Some(name) = name.filter(|name| *name != "help") {
+                open.push([&*path, &[name.to_owned()]].concat());
             }
         }
         found.push(path);
@@ -101,7 +100,7 @@ fn bash_completes_commands_and_values() {
         let count = words.split(' ').count() - 1;
         let ask = format!(
             "{script}\nCOMP_WORDS=({words}); [ {count} -lt ${{#COMP_WORDS[@]}} ] || COMP_WORDS+=(''); COMP_CWORD={count}\n\
-             _secure-comms-adaptor secure-comms-adaptor \"${{COMP_WORDS[{count}]}}\" \"${{COMP_WORDS[$(({count} - 1))]}}\"\n\
+             _secure__comms__adaptor secure-comms-adaptor \"${{COMP_WORDS[{count}]}}\" \"${{COMP_WORDS[$(({count} - 1))]}}\"\n\
              echo \"${{COMPREPLY[@]}}\""
         );
         let output = Command::new("bash").args(["--norc", "-c", &ask]).output().unwrap();
@@ -109,6 +108,8 @@ fn bash_completes_commands_and_values() {
     };
     assert_eq!(complete("secure-comms-adaptor pod orph"), "orphans");
     assert_eq!(complete("secure-comms-adaptor pod list -o y"), "yaml");
+    assert_eq!(complete("secure-comms-adaptor caa-ce"), "caa-certs");
+    assert_eq!(complete("secure-comms-adaptor doctor --po"), "--pod");
 }
 
 #[test]

@@ -390,3 +390,27 @@ fn the_log_has_the_form_that_its_reader_needs() {
         "{line}"
     );
 }
+
+#[test]
+fn certificates_are_made_once_unless_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let directory = dir.path().join("caa");
+    let directory = directory.to_str().unwrap();
+    let made = adaptor(&["caa-certs", directory], &[]);
+    assert_eq!(made.status.code(), Some(0), "{made:?}");
+    let text = String::from_utf8(made.stdout).unwrap();
+    assert!(
+        text.contains(&format!("--from-file={directory}/client.key")) && text.contains("CERT_KEY:"),
+        "{text}"
+    );
+    let key = || fs::read(dir.path().join("caa/server.key")).unwrap();
+    let before = key();
+    let again = adaptor(&["caa-certs", directory], &[]);
+    assert_eq!(again.status.code(), Some(1), "{again:?}");
+    let error = String::from_utf8(again.stderr).unwrap();
+    assert!(error.contains("ca.crt is there already") && error.contains("--overwrite"), "{error}");
+    assert_eq!(key(), before);
+    let replaced = adaptor(&["caa-certs", "--overwrite", directory], &[]);
+    assert_eq!(replaced.status.code(), Some(0), "{replaced:?}");
+    assert_ne!(key(), before);
+}

@@ -312,12 +312,15 @@ async fn a_pod_outlives_the_process_and_is_named() {
     agent.upgrade(latched(&dir.path().join("store")).await);
     serve.log.wait("pod shop/web-1 (pod-1): kubernetes phase up", 1).await;
     // The start's result follows its event.
-    let series = loop {
-        let series = checked(&serve.get("/metrics", "*/*").await.body, Form::Older);
-        if series["secure_comms_starts_total{result=\"up\"}"] > 0.0 {
-            break series;
+    let counted = timeout(PATIENCE, async {
+        loop {
+            let series = checked(&serve.get("/metrics", "*/*").await.body, Form::Older);
+            if series["secure_comms_starts_total{result=\"up\"}"] > 0.0 {
+                return series;
+            }
         }
-    };
+    });
+    let series = counted.await.unwrap();
     for (name, value) in [
         ("secure_comms_pods{phase=\"up\",launcher=\"api\"}", 1.0),
         ("secure_comms_pod_up{pod=\"pod-1\",namespace=\"shop\",name=\"web-1\",launcher=\"api\"}", 1.0),

@@ -22,6 +22,14 @@ async fn a_pod_lives_from_create_vm_to_stop_vm() -> Result<()> {
     lived.with_context(|| serve.log())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_of_the_strict_variant_lives_as_well() -> Result<()> {
+    let node = CaaNode::new(NodeOptions { strict: true, ..NodeOptions::default() }).await?;
+    let serve = node.serve().await?;
+    let lived = life(&node).await;
+    lived.with_context(|| serve.log())
+}
+
 async fn life(node: &CaaNode) -> Result<()> {
     let shim = node.shim("web-1")?;
     let keys = format!("default/pp-{}/keys", shim.id);

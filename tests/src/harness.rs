@@ -15,6 +15,7 @@
 //! - [`steady`]: a stream with a byte each way in steady steps;
 //! - [`busy_pod`]: all of these together;
 //! - [`cloud`]: VMs at addresses of their own; [`caa_node`]: a worker node with CAA and `serve`, whose VMs these are;
+//! - [`pod_networks`]: the pods' network namespaces on that node;
 //! - [`vm`]: the same with the VM's programs in network namespaces;
 //! - [`pod_site`]: the VM's and the worker node's ends of a pod's network.
 
@@ -30,6 +31,7 @@ pub mod cloud;
 pub mod control_channel;
 pub mod drawn;
 pub mod kept_directory;
+pub mod pod_networks;
 pub mod pod_runtime;
 pub mod pod_site;
 pub mod routed_path;

@@ -1,6 +1,6 @@
 //! The OpenAPI document, made from the types and the routes.
 
-use utoipa::{IntoParams, OpenApi};
+use utoipa::{IntoParams, IntoResponses, OpenApi};
 
 use super::routes;
 use super::types::{Event, Lost, Problem};
@@ -33,6 +33,48 @@ pub(super) struct PrepareParam {
     /// Time until the keys must be published, in seconds.
     #[param(minimum = 1, maximum = 86400, default = 60)]
     deadline_seconds: Option<u32>,
+}
+
+/// Problems of every request.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "only its description is used")]
+pub(super) enum Always {
+    /// The user may not use the API.
+    #[response(status = 403, content_type = "application/problem+json")]
+    Forbidden(Problem),
+    /// A fault of the program or of the key store.
+    #[response(status = 500, content_type = "application/problem+json")]
+    Fault(Problem),
+    /// The service ends, the KBS does not answer, or there are too many readers.
+    #[response(status = 503, content_type = "application/problem+json")]
+    Unavailable(Problem),
+}
+
+/// Problems of requests with an id or a query.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "only its description is used")]
+pub(super) enum WithInput {
+    /// The path or the body cannot be read.
+    #[response(status = 400, content_type = "application/problem+json")]
+    Malformed(Problem),
+    /// The request is invalid.
+    #[response(status = 422, content_type = "application/problem+json")]
+    Invalid(Problem),
+}
+
+/// Problems of requests with a body.
+#[derive(IntoResponses)]
+#[expect(dead_code, reason = "only its description is used")]
+pub(super) enum WithBody {
+    /// The body did not arrive in time.
+    #[response(status = 408, content_type = "application/problem+json")]
+    Slow(Problem),
+    /// The body is too large.
+    #[response(status = 413, content_type = "application/problem+json")]
+    TooLarge(Problem),
+    /// The body is not JSON.
+    #[response(status = 415, content_type = "application/problem+json")]
+    MediaType(Problem),
 }
 
 #[derive(OpenApi)]

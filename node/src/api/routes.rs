@@ -22,11 +22,11 @@ use self::prepare::Claims;
 use super::events::History;
 use super::input::{self, Id, Start};
 use super::problem::Kind;
-use super::types::{Part, Phase, Pod, PodList, Problem, StartOrder, Status, StopCost, Time};
+use super::types::{Part, Phase, Pod, PodList, Problem, StartOrder, Status, Time};
 use super::user_data::VmTunnels;
 use super::{openapi, stopped};
 use crate::health::Health;
-use crate::pods::{Launcher, Pods, Runtime};
+use crate::pods::{Launcher, Pods};
 
 pub(super) use self::ending::{__path_collect, __path_forget, __path_orphans, __path_stop};
 pub(super) use self::events::__path_events;
@@ -128,7 +128,7 @@ async fn no_method(method: Method, uri: Uri) -> Problem {
 /// The OpenAPI document of this API.
 #[utoipa::path(get, path = "/openapi.json", tag = "service", responses(
     (status = 200, description = "The document", body = Object, content_type = "application/json"),
-    (status = "default", description = "A problem", body = Problem, content_type = "application/problem+json"),
+    openapi::Always,
 ))]
 async fn document() -> Response {
     ([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], openapi::document()).into_response()
@@ -137,7 +137,7 @@ async fn document() -> Response {
 /// The service: its parts, its pods, and what a stop of it would cost.
 #[utoipa::path(get, path = "/v1/status", tag = "service", responses(
     (status = 200, description = "The service", body = Status),
-    (status = "default", description = "A problem", body = Problem, content_type = "application/problem+json"),
+    openapi::Always,
 ))]
 async fn status(State(api): State<Api>) -> Json<Status> {
     let parts: Vec<Part> = api
@@ -154,23 +154,11 @@ async fn status(State(api): State<Api>) -> Json<Status> {
         parts,
         pods: 0,
         pods_by_phase: [].into(),
-        stop_cost: StopCost::default(),
+        stop_cost: api.0.pods.stop_cost().into(),
     };
     for pod in api.0.pods.list() {
-        let phase = Phase::from(&pod.snapshot.state);
         status.pods += 1;
-        *status.pods_by_phase.entry(phase).or_default() += 1;
-        let cost = &mut status.stop_cost;
-        match (&pod.runtime, phase) {
-            (Runtime::Connected { .. }, _) => cost.pods_lost += 1,
-            (Runtime::Held { .. }, _) | (_, Phase::Connecting | Phase::Attesting | Phase::Upgrading) => {
-                cost.starts_interrupted += 1;
-            }
-            (_, Phase::Up | Phase::Down) if pod.launch.launcher != Some(Launcher::Caa) => {
-                cost.pods_at_risk += 1;
-            }
-            _ => {}
-        }
+        *status.pods_by_phase.entry(Phase::from(&pod.snapshot.state)).or_default() += 1;
     }
     Json(status)
 }
@@ -178,7 +166,7 @@ async fn status(State(api): State<Api>) -> Json<Status> {
 /// All pods of the node.
 #[utoipa::path(get, path = "/v1/pods", tag = "pods", responses(
     (status = 200, description = "The pods, by their ids", body = PodList),
-    (status = "default", description = "A problem", body = Problem, content_type = "application/problem+json"),
+    openapi::Always,
 ))]
 async fn list(State(api): State<Api>) -> Json<PodList> {
     Json(PodList { items: api.0.pods.list().into_iter().map(Pod::from).collect() })
@@ -188,8 +176,8 @@ async fn list(State(api): State<Api>) -> Json<PodList> {
 #[utoipa::path(get, path = "/v1/pods/{id}", tag = "pods", params(openapi::IdParam), responses(
     (status = 200, description = "The pod", body = Pod),
     (status = 404, description = "The pod is not known", body = Problem, content_type = "application/problem+json"),
-    (status = 422, description = "The id is invalid", body = Problem, content_type = "application/problem+json"),
-    (status = "default", description = "A problem", body = Problem, content_type = "application/problem+json"),
+    openapi::WithInput,
+    openapi::Always,
 ))]
 async fn show(State(api): State<Api>, Id(id): Id) -> Result<Json<Pod>, Problem> {
     api.pod(&id).map(Json)
@@ -205,10 +193,12 @@ async fn show(State(api): State<Api>, Id(id): Id) -> Result<Json<Pod>, Problem> 
     (status = 404, description = "The pod is not prepared", body = Problem, content_type = "application/problem+json"),
     (status = 409, description = "The pod is started already, was stopped, or is cloud-api-adaptor's", body = Problem,
         content_type = "application/problem+json"),
-    (status = 422, description = "The request is invalid", body = Problem, content_type = "application/problem+json"),
+    openapi::WithInput,
+    openapi::WithBody,
     (status = 502, description = "The start failed", body = Problem, content_type = "application/problem+json"),
     (status = 504, description = "The deadline passed", body = Problem, content_type = "application/problem+json"),
-    (status = "default", description = "A problem", body = Problem, content_type = "application/problem+json"),
+    (status = 507, description = "The key store is full", body = Problem, content_type = "application/problem+json"),
+    openapi::Always,
 ))]
 async fn start(
     State(api): State<Api>,

@@ -401,9 +401,9 @@ pub struct Part {
 pub struct StopCost {
     /// Pods that end: the runtime ends a pod when its connection to the kata agent closes.
     pub pods_lost: u64,
-    /// Pods of the API that are up. They end if a runtime is connected to their endpoints, which this service cannot see.
+    /// Other pods that are up. They end if a runtime is connected to their endpoints, which this service cannot see.
     pub pods_at_risk: u64,
-    /// Starts that are interrupted, and go on with the next process.
+    /// Pods whose runtime waits until they can be used. It connects again, and their starts go on with the next process.
     pub starts_interrupted: u64,
 }
 

@@ -5,7 +5,7 @@ use secure_comms_keys::text::one_line;
 use secure_comms_protocol::PhaseName;
 
 use super::types;
-use crate::pods::{Happening, Launch, Launcher, Orphan, PodView, Runtime};
+use crate::pods::{Happening, Launch, Launcher, Orphan, PodView, Runtime, StopCost};
 
 /// Longest text of a pod or an event, in bytes.
 const TEXT_MAX: usize = 2000;
@@ -104,6 +104,17 @@ impl From<Orphan> for types::Orphan {
             since: orphan.since.into(),
             reason: orphan.reason.as_str().to_owned(),
             message: line(&orphan.reason.to_string()),
+        }
+    }
+}
+
+impl From<StopCost> for types::StopCost {
+    fn from(cost: StopCost) -> Self {
+        let count = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+        Self {
+            pods_lost: count(cost.connected),
+            pods_at_risk: count(cost.up),
+            starts_interrupted: count(cost.starting),
         }
     }
 }

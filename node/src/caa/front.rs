@@ -229,12 +229,9 @@ async fn serve(stream: TcpStream, vm: SocketAddr, shared: Shared, held: mpsc::Se
         shared.refusals.refused(refusal, Some(vm), "");
         reset(&stream);
     };
-    // In the strict variant all VMs have one name.
-    let name = match hello.server_name == STRICT_SERVER_NAME {
-        true => vm.ip().to_string(),
-        false => hello.server_name.clone(),
+    let Some(kept) = shared.held.enter(&place_of(&hello.server_name, vm)) else {
+        return refuse(Refusal::TooManyHeld);
     };
-    let Some(kept) = shared.held.enter(&name) else { return refuse(Refusal::TooManyHeld) };
     let connection = match Held::new(stream, hello, vm, kept, &shared) {
         Ok(connection) => connection,
         Err(error) => {
@@ -249,6 +246,11 @@ async fn serve(stream: TcpStream, vm: SocketAddr, shared: Shared, held: mpsc::Se
     }
 }
 
+/// Of which connections a newer one takes the place: of those of one pod. In the strict variant all VMs have one name.
+fn place_of(server_name: &str, vm: SocketAddr) -> String {
+    if server_name == STRICT_SERVER_NAME { vm.ip().to_string() } else { server_name.to_owned() }
+}
+
 /// Logs what was left out, as long as there is something.
 async fn report(refusals: &Refusals) {
     let mut tick = interval(refusal::WINDOW);
@@ -256,5 +258,17 @@ async fn report(refusals: &Refusals) {
     loop {
         tick.tick().await;
         refusals.report();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn in_the_strict_variant_each_vm_has_its_places() {
+        let [one, two] = ["192.0.2.1:15150", "192.0.2.2:15150"].map(|vm| vm.parse().unwrap());
+        assert_ne!(place_of("podvm-server", one), place_of("podvm-server", two));
+        assert_eq!(place_of("podvm-web-0-aaaaaaaa", one), place_of("podvm-web-0-aaaaaaaa", two));
     }
 }

@@ -8,6 +8,7 @@
 mod drain;
 mod report;
 
+use std::future::pending;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -136,9 +137,14 @@ impl Service {
         tracing::info!("serve: pods resumed: {}", resumed.len());
         self.start_launchers(parts, stopped);
         self.health.works(PART);
-        let ready = report::ready(&self.health, notifier);
-        let (ended, ()) = tokio::join!(failed(parts), ready);
-        ended
+        let ready = async {
+            report::ready(&self.health, notifier).await;
+            pending().await
+        };
+        tokio::select! {
+            error = failed(parts) => error,
+            never = ready => never,
+        }
     }
 
     fn start_metrics(&self, parts: &mut Parts, stopped: &watch::Receiver<bool>) {

@@ -91,9 +91,9 @@ fn read_only(store: &Path, disk: &Statvfs) -> Finding {
 }
 
 fn space(store: &Path, disk: &Statvfs) -> Finding {
-    let free = u64::from(disk.blocks_available()).saturating_mul(u64::from(disk.fragment_size()));
+    let free = disk.blocks_available().saturating_mul(disk.fragment_size());
     // Some file systems, btrfs among them, count no inodes.
-    let inodes = (disk.files() > 0).then(|| u64::from(disk.files_available()));
+    let inodes = (disk.files() > 0).then(|| disk.files_available());
     room(store, free, inodes)
 }
 

@@ -117,7 +117,7 @@ impl Server {
                 Err(error) => error,
             };
             let fault =
-                format!("listening on {address}: {error}; choose another address with metrics-listen");
+                format!("cannot listen on {address}: {error}; choose another address with metrics-listen");
             if last.as_ref() != Some(&fault) {
                 tracing::error!("metrics: {fault}; retrying");
                 self.health.fails(PART, fault.clone());

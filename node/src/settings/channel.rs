@@ -13,7 +13,7 @@ use secure_comms_protocol::tag::{Host, Tag, UNIX_PATH_MAX, with_built_in};
 use secure_comms_protocol::{Bind, InboundTag, OutboundTag, PhaseSet, Target, TunnelName};
 use url::Url;
 
-use super::reader::{SettingsReader, Source};
+use super::reader::SettingsReader;
 use super::units;
 use crate::cli::setting::{
     ALLOW_OLD_AGENTS, INBOUNDS, INIT_DATA, INIT_DATA_DIGEST, INIT_DATA_RULES, KATA_AGENT_SOCKET, KBS,
@@ -149,10 +149,7 @@ fn refuse_kbs_settings(reader: &mut SettingsReader<'_>) {
         &ALLOW_OLD_AGENTS,
     ];
     for setting in all {
-        let on_purpose = reader.given(setting).filter(|given| !matches!(given.source, Source::Variable(_)));
-        let on_purpose =
-            on_purpose.filter(|given| !given.values.iter().any(|value| value == "false" || value == "off"));
-        if let Some(given) = on_purpose {
+        if let Some(given) = reader.given_on_purpose(setting) {
             reader.contradicts_no_trustee(&given.name);
         }
     }
@@ -241,7 +238,7 @@ fn url(reader: &mut SettingsReader<'_>, name: &str, text: &str) -> Option<Url> {
 fn admin(reader: &mut SettingsReader<'_>) -> Option<AdminSettings> {
     let Some(key_file) = reader.path(&KBS_ADMIN_KEY) else {
         for setting in [&KBS_ADMIN_ISSUER, &KBS_ADMIN_ROLE] {
-            if let Some(given) = reader.given(setting) {
+            if let Some(given) = reader.given_on_purpose(setting) {
                 reader.faults.push(format!("{}: needs --kbs-admin-key", given.name));
             }
         }

@@ -99,6 +99,18 @@ impl<'a> SettingsReader<'a> {
         Some(Given { name, source: Source::File(path.to_owned(), line), values })
     }
 
+    /// What sets a setting to something else than its default for this node. Variables do not: a config map sets them for all.
+    pub(super) fn given_on_purpose(&self, setting: &Setting) -> Option<Given> {
+        let given = self.given(setting)?;
+        let is_default = matches!(setting.default, DefaultValue::Text(text) if given.values == [text]);
+        match given.source {
+            Source::Flag => Some(given),
+            // `config show` writes all of them.
+            Source::File(..) => Some(given).filter(|_| !is_default),
+            Source::Variable(_) | Source::Default => None,
+        }
+    }
+
     /// The value of a setting, also if it is the default.
     pub(super) fn given_or_default(&self, setting: &Setting) -> Option<Given> {
         self.given(setting).or_else(|| {

@@ -8,9 +8,11 @@ use secure_comms_adaptor::address::Address;
 use secure_comms_keys::text::escape;
 use secure_comms_protocol::{InitDataDigest, PodId};
 
+use super::reader::SettingsReader;
 use super::{Env, UsageError, units};
 use crate::api::DEFAULT_SOCKET;
 use crate::cli::service::{PodStartArgs, ServiceArgs};
+use crate::cli::setting::{Flags, STORE};
 
 /// The socket's name in the run directory.
 const SOCKET: &str = "adaptor.sock";
@@ -48,6 +50,27 @@ impl ServiceSettings {
                 Ok(Self { socket: run_dir.unwrap_or_else(|| DEFAULT_SOCKET.into()), is_given: false })
             }
         }
+    }
+}
+
+/// Settings of `keys`.
+#[derive(Clone, Debug)]
+pub struct KeysSettings {
+    /// Directory of the key store.
+    pub store: PathBuf,
+}
+
+impl KeysSettings {
+    /// Reads the flags, the environment and the settings' file, as the service does.
+    ///
+    /// # Errors
+    /// The file cannot be read, or the store is not named well.
+    pub fn read(store: Option<PathBuf>, config: Option<PathBuf>, env: Env<'_>) -> Result<Self, UsageError> {
+        let mut flags = Flags::default();
+        flags.insert_value(&STORE, store);
+        let reader = SettingsReader::with_file(env, flags, config);
+        let store = reader.path(&STORE);
+        reader.done(store.map(|store| Self { store }))
     }
 }
 

@@ -1,4 +1,5 @@
 //! A service that answers from a table, on a unix socket.
+#![allow(dead_code, reason = "each of the tests that share this file uses some of it")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ type Answer = (u16, String);
 type Answers = Arc<Mutex<BTreeMap<String, Answer>>>;
 
 /// A fake service, and where commands find it.
-pub struct Service {
+pub(crate) struct Service {
     dir: TempDir,
     answers: Answers,
     requests: Arc<Mutex<Vec<String>>>,
@@ -27,12 +28,12 @@ pub struct Service {
 }
 
 /// A time so long ago that a test does not outlive its day.
-pub fn days_ago(days: u64) -> String {
+pub(crate) fn days_ago(days: u64) -> String {
     Time::from(SystemTime::now() - Duration::from_secs(days * 86_400)).to_string()
 }
 
 /// A pod of the API.
-pub fn pod(id: &str, namespace: &str, name: &str, phase: &str) -> Value {
+pub(crate) fn pod(id: &str, namespace: &str, name: &str, phase: &str) -> Value {
     json!({
         "id": id, "namespace": namespace, "name": name, "phase": phase, "launcher": "caa",
         "since": days_ago(3), "created": days_ago(10), "addresses": ["10.0.0.7:2222"],
@@ -44,13 +45,13 @@ pub fn pod(id: &str, namespace: &str, name: &str, phase: &str) -> Value {
 
 impl Service {
     /// A service with these pods.
-    pub fn with_pods(pods: &[Value]) -> Self {
+    pub(crate) fn with_pods(pods: &[Value]) -> Self {
         let service = Self::start();
         service.answer("GET /v1/pods", 200, &json!({ "items": pods }));
         service
     }
 
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (answers, requests) = (Answers::default(), Arc::<Mutex<Vec<String>>>::default());
         let runtime =
@@ -67,48 +68,48 @@ impl Service {
     }
 
     /// Answers a request, as `GET /v1/pods`, with JSON.
-    pub fn answer(&self, request: &str, status: u16, body: &Value) {
+    pub(crate) fn answer(&self, request: &str, status: u16, body: &Value) {
         self.answer_text(request, status, &body.to_string());
     }
 
     /// Answers a request with a text. The stream of events stays open after it, unless it ends with `END`.
-    pub fn answer_text(&self, request: &str, status: u16, body: &str) {
+    pub(crate) fn answer_text(&self, request: &str, status: u16, body: &str) {
         self.answers.lock().unwrap().insert(request.to_owned(), (status, body.to_owned()));
     }
 
     /// The requests so far, with their bodies.
-    pub fn requests(&self) -> Vec<String> {
+    pub(crate) fn requests(&self) -> Vec<String> {
         self.requests.lock().unwrap().clone()
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.dir.path().join("s")
     }
 
     /// A command that asks the service.
-    pub fn command(&self, args: &[&str]) -> Command {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         command(&self.socket(), args)
     }
 
-    pub fn run(&self, args: &[&str]) -> Output {
+    pub(crate) fn run(&self, args: &[&str]) -> Output {
         self.command(args).output().unwrap()
     }
 
     /// What a command prints; it must succeed, in silence.
     #[track_caller]
-    pub fn stdout(&self, args: &[&str]) -> String {
+    pub(crate) fn stdout(&self, args: &[&str]) -> String {
         let output = self.run(args);
         assert_eq!((output.status.code(), &*String::from_utf8_lossy(&output.stderr)), (Some(0), ""));
         String::from_utf8(output.stdout).unwrap()
     }
 
     /// Ends, with its connections.
-    pub fn end(self) {
+    pub(crate) fn end(self) {
         self.runtime.shutdown_background();
     }
 }
 
-pub fn command(socket: &Path, args: &[&str]) -> Command {
+pub(crate) fn command(socket: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"));
     command.args(args).env_clear().env("SECURE_COMMS_SOCKET", socket);
     command

@@ -3,7 +3,7 @@
 
 mod asks;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,11 +17,12 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::harness::cloud::{TestCloud, nft};
+use crate::harness::pod_networks::PodNetworks;
 use crate::harness::process::{Child, ensure_built};
 use crate::harness::scene::PATIENCE;
 use crate::harness::shim::Shim;
 use crate::harness::test_namespace::TestNamespace;
-use crate::simulators::caa::{Caa, CaaOptions, Line};
+use crate::simulators::caa::{Caa, CaaOptions, Certificates, Line, OwnCertificates};
 use crate::simulators::kbs::{Kbs, KbsOptions};
 
 /// Pause of a loop that waits for what has no event.
@@ -36,13 +37,15 @@ pub struct NodeOptions {
     pub proxy_timeout: Duration,
     /// How long `serve` keeps a pod whose connection has ended, in seconds.
     pub grace: u32,
+    /// CAA and `serve` have certificates of `caa-certs`.
+    pub strict: bool,
     /// More lines of the settings' file of `serve`.
     pub settings: String,
 }
 
 impl Default for NodeOptions {
     fn default() -> Self {
-        Self { proxy_timeout: Duration::from_secs(300), grace: 2, settings: String::new() }
+        Self { proxy_timeout: Duration::from_secs(300), grace: 2, strict: false, settings: String::new() }
     }
 }
 
@@ -56,7 +59,7 @@ pub struct CaaNode {
     /// The KBS.
     pub kbs: Kbs,
     /// The node's network namespace.
-    pub namespace: TestNamespace,
+    pub namespace: Arc<TestNamespace>,
     options: NodeOptions,
     directory: TempDir,
 }
@@ -66,18 +69,25 @@ impl CaaNode {
     ///
     /// # Errors
     /// If a step fails; names it.
-    pub async fn new(options: NodeOptions) -> Result<Self> {
+    pub async fn new(mut options: NodeOptions) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("sc-").tempdir()?;
-        let namespace = TestNamespace::new("node")?;
+        let namespace = Arc::new(TestNamespace::new("node")?);
         let cloud = Arc::new(TestCloud::new(&namespace).await?);
         let inside = Some(Namespace::new(namespace.name()));
         let kbs = Kbs::start(KbsOptions { namespace: inside.clone(), ..KbsOptions::default() }).await?;
-        let caa = CaaOptions {
+        let mut caa = CaaOptions {
             node: inside,
             proxy_timeout: options.proxy_timeout,
             ..CaaOptions::new(directory.path().join("peerpod"))
         };
-        let caa = Caa::start(caa, cloud.clone()).await?;
+        let caa = if options.strict {
+            let certificates = directory.path().join("certificates");
+            caa.certificates = Certificates::Own(make_certificates(&certificates).await?);
+            options.settings += &format!("certificates = {certificates:?}\n");
+            Caa::start(caa, Arc::new(PodNetworks::new(cloud.clone(), namespace.clone()))).await?
+        } else {
+            Caa::start(caa, cloud.clone()).await?
+        };
         Ok(Self { caa, cloud, kbs, namespace, options, directory })
     }
 
@@ -189,18 +199,23 @@ impl CaaNode {
         Ok(serve)
     }
 
-    /// Waits until the KBS has no key of the pod, and the store nothing.
+    /// Waits until the KBS has no key of the pod, the store nothing, and the API does not list it.
     ///
     /// # Errors
     /// If something stays.
     pub async fn forgets(&self, id: &str) -> Result<()> {
+        let path = format!("/v1/pods/{id}");
         let gone = async {
-            while self.kbs.resource(&format!("default/pp-{id}/keys")).is_some() || self.stored(id) {
+            while self.kbs.resource(&format!("default/pp-{id}/keys")).is_some()
+                || self.stored(id)
+                || self.api("GET", &path).await?.0 != 404
+            {
                 tokio::time::sleep(POLL).await;
             }
+            anyhow::Ok(())
         };
         match timeout(PATIENCE, gone).await {
-            Ok(()) => Ok(()),
+            Ok(gone) => gone,
             Err(_) => bail!("{id}: in the store: {}; requests: {:?}", self.stored(id), self.kbs.requests()),
         }
     }
@@ -218,6 +233,17 @@ impl CaaNode {
     pub async fn nft(&self, rules: &str) -> Result<()> {
         nft(&self.namespace, rules).await
     }
+}
+
+/// Certificates as the operator makes them for CAA.
+async fn make_certificates(directory: &Path) -> Result<OwnCertificates> {
+    let mut command = Command::new(&ensure_built().await?.adaptor);
+    let output = command.arg("caa-certs").arg(directory).output().await?;
+    ensure!(output.status.success(), "caa-certs: {}", String::from_utf8_lossy(&output.stderr));
+    let read = |name: &str| {
+        std::fs::read_to_string(directory.join(name)).with_context(|| format!("caa-certs made no {name}"))
+    };
+    Ok(OwnCertificates { ca: read("ca.crt")?, certificate: read("client.crt")?, key: read("client.key")? })
 }
 
 /// A `StartVM` under way.

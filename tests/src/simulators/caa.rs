@@ -224,17 +224,11 @@ impl Shared {
         self.directory(id).join("agent.ttrpc")
     }
 
-    /// An address of a pod, with its prefix length; each pod has its own. The real one reads it in the pod's namespace.
-    fn pod_ip(&self) -> String {
-        let [_, _, high, low] = self.pods.fetch_add(1, Ordering::Relaxed).to_be_bytes();
-        format!("10.244.{high}.{low}/16")
-    }
-
     /// `CreateVM`: makes the sandbox and its files; returns the agent's socket.
     fn create(&self, id: &str, namespace: &str, pod: &str) -> Result<PathBuf> {
         let pod = name::pod(pod);
         let keys = self.client.pod_keys(&name::server(&pod, id))?;
-        let apf_json = apf::json(namespace, &pod, &self.pod_ip(), &keys);
+        let apf_json = apf::json(namespace, &pod, self.pods.fetch_add(1, Ordering::Relaxed), &keys);
         let directory = self.directory(id);
         let mut sandboxes = self.sandboxes();
         if sandboxes.contains_key(id) {

@@ -28,10 +28,10 @@ const OWNED: &str = "it stops the pod itself; to end the pod all the same, add ?
     (status = 204, description = "The pod and its keys are gone"),
     (status = 409, description = "Another adaptor drives the pod, or it is cloud-api-adaptor's", body = Problem,
         content_type = "application/problem+json"),
-    (status = 422, description = "The request is invalid", body = Problem, content_type = "application/problem+json"),
-    (status = 503, description = "The KBS does not answer, and the pod has no record here to retry with", body = Problem,
+    (status = 502, description = "The KBS refused, and the pod has no record here to retry with", body = Problem,
         content_type = "application/problem+json"),
-    (status = "default", description = "A problem", body = Problem, content_type = "application/problem+json"),
+    openapi::WithInput,
+    openapi::Always,
 ))]
 pub(super) async fn stop(
     State(api): State<Api>,
@@ -52,8 +52,8 @@ pub(super) async fn stop(
     (status = 200, description = "The pod is gone here", body = Forgotten),
     (status = 409, description = "Another adaptor drives the pod, or it is cloud-api-adaptor's", body = Problem,
         content_type = "application/problem+json"),
-    (status = 422, description = "The request is invalid", body = Problem, content_type = "application/problem+json"),
-    (status = "default", description = "A problem", body = Problem, content_type = "application/problem+json"),
+    openapi::WithInput,
+    openapi::Always,
 ))]
 pub(super) async fn forget(
     State(api): State<Api>,
@@ -70,7 +70,7 @@ pub(super) async fn forget(
 /// The records of the store that no launcher will end.
 #[utoipa::path(get, path = "/v1/orphans", tag = "orphans", responses(
     (status = 200, description = "The orphans, by their ids", body = OrphanList),
-    (status = "default", description = "A problem", body = Problem, content_type = "application/problem+json"),
+    openapi::Always,
 ))]
 pub(super) async fn orphans(State(api): State<Api>) -> Result<Json<OrphanList>, Problem> {
     let orphans = api.unless_ending(api.0.pods.orphans()).await?.map_err(AdaptorError::from)?;
@@ -85,8 +85,11 @@ pub(super) async fn orphans(State(api): State<Api>) -> Result<Json<OrphanList>, 
         body = Deletion),
     (status = 204, description = "The orphan and its keys are gone"),
     (status = 404, description = "The pod is no orphan", body = Problem, content_type = "application/problem+json"),
-    (status = 422, description = "The id is invalid", body = Problem, content_type = "application/problem+json"),
-    (status = "default", description = "A problem", body = Problem, content_type = "application/problem+json"),
+    (status = 409, description = "Another adaptor drives the pod", body = Problem, content_type = "application/problem+json"),
+    (status = 502, description = "The KBS refused, and the pod has no record here to retry with", body = Problem,
+        content_type = "application/problem+json"),
+    openapi::WithInput,
+    openapi::Always,
 ))]
 pub(super) async fn collect(State(api): State<Api>, Id(id): Id) -> Result<Response, Problem> {
     let collected = api.unless_ending(api.0.pods.collect(&id)).await?;

@@ -17,6 +17,7 @@ use tokio::time::sleep;
 
 use super::super::events::{History, Place, Read};
 use super::super::input::{EventsQuery, Fields};
+use super::super::openapi;
 use super::super::problem::Kind;
 use super::super::stopped;
 use super::super::types::{Event, Lost, Problem};
@@ -40,9 +41,8 @@ const LAST_EVENT_ID: &str = "last-event-id";
     ),
     responses(
     (status = 200, description = "The events", body = String, content_type = "text/event-stream"),
-    (status = 422, description = "The request is invalid", body = Problem, content_type = "application/problem+json"),
-    (status = 503, description = "Too many readers", body = Problem, content_type = "application/problem+json"),
-    (status = "default", description = "A problem", body = Problem, content_type = "application/problem+json"),
+    openapi::WithInput,
+    openapi::Always,
 ))]
 pub(super) async fn events(
     State(api): State<Api>,

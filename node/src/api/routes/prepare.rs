@@ -59,12 +59,12 @@ type Work<'a> = Pin<Box<dyn Future<Output = Result<Vec<Endpoint>, AdaptorError>>
     (status = 201, description = "The pod is new, and is prepared", body = Prepared),
     (status = 409, description = "Another adaptor drives the pod, it was stopped, or it is cloud-api-adaptor's",
         body = Problem, content_type = "application/problem+json"),
-    (status = 422, description = "The request is invalid", body = Problem, content_type = "application/problem+json"),
+    openapi::WithInput,
+    openapi::WithBody,
     (status = 502, description = "The KBS refused", body = Problem, content_type = "application/problem+json"),
-    (status = 503, description = "The KBS does not answer", body = Problem, content_type = "application/problem+json"),
     (status = 504, description = "The deadline passed", body = Problem, content_type = "application/problem+json"),
     (status = 507, description = "The key store is full", body = Problem, content_type = "application/problem+json"),
-    (status = "default", description = "A problem", body = Problem, content_type = "application/problem+json"),
+    openapi::Always,
 ))]
 pub(super) async fn prepare(
     State(api): State<Api>,

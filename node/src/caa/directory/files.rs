@@ -116,7 +116,7 @@ impl Root {
         })
     }
 
-    /// Reads the file of a sandbox. The stamp is older than the content: if it is written meanwhile, the next look sees it.
+    /// Reads the file of a sandbox. The stamp is older than the content: the next look sees what is written in between.
     pub(super) fn read(&self, id: &PodId) -> io::Result<Content> {
         let directory = match self.enter(id)? {
             Entered::Nothing => return Ok(Content::Nothing),

@@ -325,6 +325,9 @@ async fn thousands_left_over_cost_neither_watches_nor_keys() {
     world.until(|known| known.named() == MANY).await;
     eprintln!("{MANY} left over: first sandboxes after {first:?}, all names after {:?}", began.elapsed());
     assert_eq!(world.directory.counts(), (MANY + 2, MANY));
+    let began = Instant::now();
+    world.directory.blocking(|scanner| scanner.scan(scan::What::Thorough)).await.unwrap().unwrap();
+    eprintln!("a look at everything, every 30 s: {:?}", began.elapsed());
     assert_eq!(world.directory.list().len(), 2);
     world.until(|known| known.waiting().is_empty()).await;
     assert_eq!(world.find("podvm-old-00000017").await, Ok(id("0000001700")));
@@ -471,4 +474,24 @@ async fn a_huge_file_is_refused() {
     let mut world = World::following(SOON);
     world.write(A, vec![b' '; 1024 * 1024 + 1]);
     assert!(world.breaks(A).await.contains("larger than 1048576 bytes"));
+}
+
+proptest::proptest! {
+    #[test]
+    fn damaged_files_are_refused_in_one_short_line(at in 0_usize..4000, byte: u8, cut in 0_usize..4000) {
+        let (caa, key) = (Caa::new(), KeyPair::generate().unwrap());
+        let mut text = caa.apf(NAME, &key).to_string().into_bytes();
+        let length = text.len();
+        text[at % length] = byte;
+        if cut % 4 == 0 {
+            text.truncate(cut);
+        }
+        if let Err(error) = parse(&text, id(A), SystemTime::now()) {
+            let error = error.to_string();
+            proptest::prop_assert!(error.len() < 400 && !error.contains('\n'), "{}", error);
+            let secret = key.serialize_pem();
+            let secret = secret.lines().nth(1).unwrap();
+            proptest::prop_assert!(!error.contains(&secret[..16]), "{}", error);
+        }
+    }
 }

@@ -216,3 +216,22 @@ impl Refusals {
         self.windows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_of_a_kind_is_logged_at_a_time() {
+        let refusals = Refusals::new(Metrics::default());
+        let (scan, other) = (Kind::Refused(Refusal::ClosedEarly), Kind::Refused(Refusal::NotTls));
+        assert!(refusals.may_log(scan));
+        assert!(!refusals.may_log(scan) && refusals.may_log(other));
+        assert_eq!(refusals.lock().get(&scan).unwrap().left_out, 1);
+        refusals.report();
+        assert!(!refusals.may_log(scan), "its time is not over");
+        refusals.lock().get_mut(&scan).unwrap().began = Instant::now().checked_sub(WINDOW).unwrap();
+        refusals.report();
+        assert!(refusals.may_log(scan) && !refusals.may_log(other));
+    }
+}

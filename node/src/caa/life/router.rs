@@ -43,14 +43,21 @@ struct Life<D> {
     view: View,
 }
 
+/// A sandbox whose VM's address a younger one has.
+struct Loss {
+    pod: PodId,
+    vm: IpAddr,
+    by: PodId,
+}
+
 /// What has come to the router.
 enum Event<W: World> {
     /// A dial's sandbox is known.
     Resolved(W::Dial, Arc<Sandbox>),
     /// It was refused, or its other end has closed it.
     Over,
-    /// This sandbox has lost its address to the other.
-    Lost(PodId, PodId),
+    /// A sandbox that was connected has lost its address.
+    Lost(Loss),
 }
 
 /// The lives of all sandboxes. Dropping it cuts their connections.
@@ -161,7 +168,11 @@ impl<W: World> Router<W> {
     fn event(&mut self, event: Result<Event<W>, tokio::task::JoinError>) {
         match event {
             Ok(Event::Resolved(dial, sandbox)) => self.dialled(dial, sandbox),
-            Ok(Event::Lost(id, to)) => self.order_if_known(&id, Order::Superseded(to)),
+            Ok(Event::Lost(Loss { pod, vm, by })) => {
+                if self.lives.get(&pod).is_some_and(|life| life.view.get().vm == Some(vm)) {
+                    self.order_if_known(&pod, Order::Superseded(by));
+                }
+            }
             Ok(Event::Over) => {}
             Err(error) if error.is_panic() => {
                 tracing::error!("caa: a task of a dial has panicked: report it");
@@ -176,7 +187,7 @@ impl<W: World> Router<W> {
         let claim = Claim { written: sandbox.written, id: sandbox.id.clone() };
         match self.claims.dialled(vm, claim) {
             Verdict::Owner => {}
-            Verdict::Taken(older) => self.supersede(older, sandbox.id.clone()),
+            Verdict::Taken(older) => self.supersede(Loss { pod: older, vm, by: sandbox.id.clone() }),
             Verdict::Zombie(owner) => {
                 tracing::info!(
                     "pod {}: its dial to {vm} is kept open without use: pod {owner}, which is younger, has the address",
@@ -197,16 +208,16 @@ impl<W: World> Router<W> {
 
     /// A dial proves nothing before its handshake, so it does not end a pod that is connected and up. But a pod that is not up
     /// must not go on: it would connect to the younger sandbox's VM.
-    fn supersede(&mut self, older: PodId, by: PodId) {
-        let Some(life) = self.lives.get(&older) else { return };
+    fn supersede(&mut self, loss: Loss) {
+        let Some(life) = self.lives.get(&loss.pod) else { return };
         if life.view.get().relaying {
             let common = Arc::clone(&self.common);
             self.events.spawn(async move {
-                common.world.until_down(&older).await;
-                Event::Lost(older, by)
+                common.world.until_down(&loss.pod).await;
+                Event::Lost(loss)
             });
         } else {
-            self.order_if_known(&older, Order::Superseded(by));
+            self.order_if_known(&loss.pod, Order::Superseded(loss.by));
         }
     }
 

@@ -36,7 +36,7 @@ pub(super) struct Link {
     pub(super) addresses: Vec<IpAddr>,
 }
 
-/// The links in all namespaces in a directory. A namespace that goes meanwhile is left out.
+/// The links in all namespaces in a directory. A namespace that goes in between is left out.
 ///
 /// # Errors
 /// The directory cannot be read, or we may not enter a namespace.
@@ -45,7 +45,7 @@ pub(super) async fn links(namespaces: &Path) -> io::Result<Vec<Link>> {
     let (done, result) = oneshot::channel();
     // A thread of its own, which ends: it does not come back from the last namespace.
     std::thread::Builder::new().name("strict-links".into()).spawn(move || {
-        // An error: nobody waits for it any more.
+        // An error: the dial that asked for it has ended.
         done.send(links_in(&namespaces)).ok();
     })?;
     result.await.map_err(|_| io::Error::other("the thread that looks into the namespaces ended early"))?

@@ -7,11 +7,13 @@ use serde_json::{Value, json};
 
 use super::tls::PodKeys;
 
-/// The content for a pod.
-pub(super) fn json(namespace: &str, pod: &str, pod_ip: &str, keys: &PodKeys) -> Value {
+/// The content for a pod. Its number makes its address and its VXLAN its own; the real one reads the address in the pod's
+/// network namespace.
+pub(super) fn json(namespace: &str, pod: &str, number: u32, keys: &PodKeys) -> Value {
+    let [_, _, high, low] = number.to_be_bytes();
     let mut apf_json = json!({
         "pod-network": {
-            "podip": pod_ip,
+            "podip": format!("10.244.{high}.{low}/16"),
             "pod-hw-addr": "0a:58:0a:f4:00:05",
             "interface": "eth0",
             "worker-node-ip": "10.82.0.1/16",
@@ -19,9 +21,9 @@ pub(super) fn json(namespace: &str, pod: &str, pod_ip: &str, keys: &PodKeys) -> 
             "routes": [{"dst": "::ffff:0.0.0.0/0", "gw": "10.244.0.1", "dev": "eth0"}],
             "neighbors": null,
             "mtu": 1450,
-            "index": 1,
+            "index": number,
             "vxlan-port": 4789,
-            "vxlan-id": 555_001,
+            "vxlan-id": 555_000 + number,
             "dedicated": false,
             "external-net-via-pod-vm": false,
         },
