@@ -27,9 +27,9 @@ const BODY_TIME: Duration = Duration::from_secs(10);
 pub(super) struct Id(pub(super) PodId);
 
 impl<S: Send + Sync> FromRequestParts<S> for Id {
-    type Rejection = Problem;
+    type Rejection = Box<Problem>;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Box<Problem>> {
         let text = Path::<String>::from_request_parts(parts, state).await;
         let Path(text) = text.map_err(|error| Kind::Malformed.problem(error.body_text()))?;
         text.parse().map(Self).map_err(|error| Problem::invalid(vec![Fault::new("id", error)]))
@@ -41,9 +41,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Id {
 pub(super) struct Fields<T>(pub(super) T);
 
 impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Fields<T> {
-    type Rejection = Problem;
+    type Rejection = Box<Problem>;
 
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Box<Problem>> {
         let fields = Query::<T>::try_from_uri(&parts.uri);
         let invalid = |reason| Problem::invalid(vec![Fault::new("query", reason)]);
         fields.map(|Query(fields)| Self(fields)).map_err(|error| invalid(error.body_text()))
@@ -69,9 +69,9 @@ impl Content for StartOrder {
 }
 
 impl<S: Send + Sync, T: Content> FromRequest<S> for Json<T> {
-    type Rejection = Problem;
+    type Rejection = Box<Problem>;
 
-    async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
+    async fn from_request(request: Request, _: &S) -> Result<Self, Box<Problem>> {
         let (parts, body) = request.into_parts();
         let header = |name| parts.headers.get(name).and_then(|value| value.to_str().ok());
         let media = header(CONTENT_TYPE).and_then(|value| value.split(';').next()).map(str::trim);
@@ -86,18 +86,18 @@ impl<S: Send + Sync, T: Content> FromRequest<S> for Json<T> {
     }
 }
 
-async fn read(body: Body) -> Result<bytes::Bytes, Problem> {
+async fn read(body: Body) -> Result<bytes::Bytes, Box<Problem>> {
     // A body that was cut off has no reader of this answer either.
     let read = timeout(BODY_TIME, to_bytes(body, BODY_MAX)).await;
     read.map_err(|_| Kind::Slow.problem(format!("the body did not arrive within {} s", BODY_TIME.as_secs())))?
         .map_err(|_| too_large())
 }
 
-fn too_large() -> Problem {
+fn too_large() -> Box<Problem> {
     Kind::TooLarge.problem(format!("the body is larger than {BODY_MAX} bytes"))
 }
 
-fn parse<T: Content>(body: &[u8]) -> Result<T, Problem> {
+fn parse<T: Content>(body: &[u8]) -> Result<T, Box<Problem>> {
     let refused = |error: serde_json::Error| {
         if error.is_data() {
             Problem::invalid(vec![Fault::new("body", error)])
@@ -141,7 +141,7 @@ pub(super) struct EventsQuery {
 }
 
 impl EventsQuery {
-    pub(super) fn pod(&self) -> Result<Option<PodId>, Problem> {
+    pub(super) fn pod(&self) -> Result<Option<PodId>, Box<Problem>> {
         let pod = self.pod.as_deref().map(str::parse).transpose();
         pod.map_err(|error: secure_comms_protocol::PodIdError| {
             Problem::invalid(vec![Fault::new("pod", error)])
@@ -162,7 +162,7 @@ const PREPARE_DEADLINE: u32 = 60;
 const START_DEADLINE: u32 = 600;
 
 impl Spec {
-    pub(super) fn new(spec: &PodSpec, query: &PrepareQuery) -> Result<Self, Problem> {
+    pub(super) fn new(spec: &PodSpec, query: &PrepareQuery) -> Result<Self, Box<Problem>> {
         let mut faults = Vec::new();
         let name = spec.pod_ref.as_ref().map(|pod| format!("{}/{}", pod.namespace, pod.name));
         let name = name.and_then(|name| {
@@ -186,7 +186,7 @@ pub(super) struct Start {
 }
 
 impl Start {
-    pub(super) fn new(order: &StartOrder) -> Result<Self, Problem> {
+    pub(super) fn new(order: &StartOrder) -> Result<Self, Box<Problem>> {
         let mut faults = Vec::new();
         let count = order.addresses.len();
         if count == 0 || count > ADDRESSES_MAX {

@@ -100,9 +100,9 @@ impl Kind {
     }
 
     /// The problem with this detail. Control characters in it are escaped.
-    pub(super) fn problem(self, detail: impl AsRef<str>) -> Problem {
+    pub(super) fn problem(self, detail: impl AsRef<str>) -> Box<Problem> {
         let (heading, title, status) = self.row();
-        Problem {
+        Box::new(Problem {
             kind: format!("{KINDS}{heading}"),
             title: title.to_owned(),
             status: status.as_u16(),
@@ -111,7 +111,7 @@ impl Kind {
             retry_after: self.retry_after(),
             advice: None,
             faults: Vec::new(),
-        }
+        })
     }
 }
 
@@ -121,7 +121,7 @@ impl Problem {
         self.kind.rsplit_once('#').map_or(&*self.kind, |(_, word)| word)
     }
 
-    pub(super) fn invalid(faults: Vec<Fault>) -> Self {
+    pub(super) fn invalid(faults: Vec<Fault>) -> Box<Self> {
         let count = faults.len();
         let detail = faults.first().map(|first| match count {
             1 => format!("{}: {}", first.field, first.reason),
@@ -132,7 +132,7 @@ impl Problem {
         problem
     }
 
-    pub(super) fn advised(mut self, advice: &str) -> Self {
+    fn advised(mut self: Box<Self>, advice: &str) -> Box<Self> {
         self.advice = Some(advice.to_owned());
         self
     }
@@ -168,10 +168,10 @@ impl Problem {
     }
 }
 
-impl IntoResponse for Problem {
+impl IntoResponse for Box<Problem> {
     fn into_response(self) -> Response {
         let mut response = self.response();
-        response.extensions_mut().insert(Box::new(self));
+        response.extensions_mut().insert(self);
         response
     }
 }
@@ -188,7 +188,7 @@ pub(super) fn finished(mut response: Response, path: &str) -> Response {
     response
 }
 
-impl From<AdaptorError> for Problem {
+impl From<AdaptorError> for Box<Problem> {
     fn from(error: AdaptorError) -> Self {
         let detail = match &error {
             // Their texts name flags of the command line.
@@ -275,7 +275,7 @@ mod tests {
     use super::*;
 
     fn status(error: AdaptorError) -> (u16, String) {
-        let problem = Problem::from(error);
+        let problem = Box::<Problem>::from(error);
         (problem.status, problem.word().to_owned())
     }
 
@@ -308,7 +308,7 @@ mod tests {
     fn a_detail_is_one_line_and_names_no_flag() {
         let last_seen = "a\nb".to_owned();
         let error = AdaptorError::Deadline { pod: "p1".parse().unwrap(), seconds: 1, last_seen };
-        let problem = Problem::from(error);
+        let problem = Box::<Problem>::from(error);
         assert!(problem.detail.ends_with("last seen: a\\nb"), "{}", problem.detail);
         assert!(problem.advice.unwrap().ends_with("deadlineSeconds"));
     }

@@ -91,13 +91,13 @@ impl Api {
             .with_state(self)
     }
 
-    fn pod(&self, id: &PodId) -> Result<Pod, Problem> {
+    fn pod(&self, id: &PodId) -> Result<Pod, Box<Problem>> {
         let pod = self.0.pods.get(id).map(Pod::from);
         pod.ok_or_else(|| Kind::NotFound.problem(format!("pod {id} is not known here")))
     }
 
     /// Ends a wait when the service ends; the work goes on.
-    async fn unless_ending<T>(&self, work: impl Future<Output = T>) -> Result<T, Problem> {
+    async fn unless_ending<T>(&self, work: impl Future<Output = T>) -> Result<T, Box<Problem>> {
         tokio::select! {
             biased;
             done = work => Ok(done),
@@ -107,7 +107,7 @@ impl Api {
     }
 
     /// Refuses to interfere with a pod of cloud-api-adaptor's.
-    fn refuse_owned(&self, id: &PodId, doing: &str) -> Result<(), Problem> {
+    fn refuse_owned(&self, id: &PodId, doing: &str) -> Result<(), Box<Problem>> {
         let launcher = self.0.pods.get(id).and_then(|pod| pod.launch.launcher);
         if launcher != Some(Launcher::Caa) {
             return Ok(());
@@ -116,12 +116,12 @@ impl Api {
     }
 }
 
-async fn no_route(method: Method, uri: Uri) -> Problem {
+async fn no_route(method: Method, uri: Uri) -> Box<Problem> {
     Kind::NoRoute
         .problem(format!("{method} {}: there is nothing; GET /openapi.json lists what is", uri.path()))
 }
 
-async fn no_method(method: Method, uri: Uri) -> Problem {
+async fn no_method(method: Method, uri: Uri) -> Box<Problem> {
     Kind::Method.problem(format!("{}: has no {method}; the header Allow lists its methods", uri.path()))
 }
 
@@ -179,7 +179,7 @@ async fn list(State(api): State<Api>) -> Json<PodList> {
     openapi::WithInput,
     openapi::Always,
 ))]
-async fn show(State(api): State<Api>, Id(id): Id) -> Result<Json<Pod>, Problem> {
+async fn show(State(api): State<Api>, Id(id): Id) -> Result<Json<Pod>, Box<Problem>> {
     api.pod(&id).map(Json)
 }
 
@@ -204,7 +204,7 @@ async fn start(
     State(api): State<Api>,
     Id(id): Id,
     input::Json(order): input::Json<StartOrder>,
-) -> Result<Response, Problem> {
+) -> Result<Response, Box<Problem>> {
     let start = Start::new(&order)?;
     api.refuse_owned(&id, "it starts the pod itself")?;
     let pods = &api.0.pods;

@@ -23,12 +23,12 @@ pub struct VmTunnels {
 }
 
 /// The fragment of `apf.json` for the pod. Makes the keys that are missing. Secret.
-pub(super) async fn fragment(tunnels: &VmTunnels, id: &PodId) -> Result<Zeroizing<String>, Problem> {
-    let made = user_data::of_pod(&*tunnels.store, id, &tunnels.inbounds, &tunnels.outbounds).await;
-    let json = made.map_err(|error| match error {
-        UserDataError::Store(error) => Problem::from(AdaptorError::from(error)),
-        UserDataError::Key(error) => Problem::from(AdaptorError::from(error)),
-        error => Kind::Internal.problem(with_causes(&error)),
+pub(super) async fn fragment(tunnels: &VmTunnels, id: &PodId) -> Result<Zeroizing<String>, Box<Problem>> {
+    let VmTunnels { store, inbounds, outbounds } = tunnels;
+    let json = user_data::of_pod(&**store, id, inbounds, outbounds).await.map_err(|error| match error {
+        UserDataError::Store(error) => Box::<Problem>::from(AdaptorError::from(error)),
+        UserDataError::Key(error) => Box::<Problem>::from(AdaptorError::from(error)),
+        error @ UserDataError::Json(_) => Kind::Internal.problem(with_causes(&error)),
     })?;
     let text = std::str::from_utf8(&json).map_err(|error| Kind::Internal.problem(error.to_string()))?;
     Ok(Zeroizing::new(text.to_owned()))

@@ -37,7 +37,7 @@ pub(super) async fn stop(
     State(api): State<Api>,
     Id(id): Id,
     Fields(query): Fields<EndQuery>,
-) -> Result<Response, Problem> {
+) -> Result<Response, Box<Problem>> {
     if !query.force {
         api.refuse_owned(&id, OWNED)?;
     }
@@ -59,7 +59,7 @@ pub(super) async fn forget(
     State(api): State<Api>,
     Id(id): Id,
     Fields(query): Fields<EndQuery>,
-) -> Result<Json<Forgotten>, Problem> {
+) -> Result<Json<Forgotten>, Box<Problem>> {
     if !query.force {
         api.refuse_owned(&id, OWNED)?;
     }
@@ -72,7 +72,7 @@ pub(super) async fn forget(
     (status = 200, description = "The orphans, by their ids", body = OrphanList),
     openapi::Always,
 ))]
-pub(super) async fn orphans(State(api): State<Api>) -> Result<Json<OrphanList>, Problem> {
+pub(super) async fn orphans(State(api): State<Api>) -> Result<Json<OrphanList>, Box<Problem>> {
     let orphans = api.unless_ending(api.0.pods.orphans()).await?.map_err(AdaptorError::from)?;
     Ok(Json(OrphanList { items: orphans.into_iter().map(Orphan::from).collect() }))
 }
@@ -91,7 +91,7 @@ pub(super) async fn orphans(State(api): State<Api>) -> Result<Json<OrphanList>, 
     openapi::WithInput,
     openapi::Always,
 ))]
-pub(super) async fn collect(State(api): State<Api>, Id(id): Id) -> Result<Response, Problem> {
+pub(super) async fn collect(State(api): State<Api>, Id(id): Id) -> Result<Response, Box<Problem>> {
     let collected = api.unless_ending(api.0.pods.collect(&id)).await?;
     let stopped = collected.map_err(|error| match error {
         CollectError::NoOrphan(_) => Kind::NoOrphan.problem(error.to_string()),

@@ -48,7 +48,7 @@ pub(super) async fn events(
     State(api): State<Api>,
     Fields(query): Fields<EventsQuery>,
     headers: HeaderMap,
-) -> Result<Response, Problem> {
+) -> Result<Response, Box<Problem>> {
     let pod = query.pod()?;
     let permit = std::sync::Arc::clone(&api.0.readers).try_acquire_owned();
     let permit = permit.map_err(|_| {
@@ -56,7 +56,7 @@ pub(super) async fn events(
     })?;
     let history = api.0.history.clone();
     let place = match headers.get(LAST_EVENT_ID) {
-        Some(id) => id.to_str().ok().and_then(Place::parse).unwrap_or_else(|| Place::unknown()),
+        Some(id) => id.to_str().ok().and_then(Place::parse).unwrap_or_else(Place::unknown),
         None => history.end(),
     };
     let news = history.news();

@@ -49,6 +49,16 @@ impl Drop for Claim<'_> {
 
 type Work<'a> = Pin<Box<dyn Future<Output = Result<Vec<Endpoint>, AdaptorError>> + Send + 'a>>;
 
+/// A request that was sent to the adaptor.
+struct Begun<'a> {
+    _claim: Claim<'a>,
+    is_new: bool,
+    /// The result, if it is there already.
+    result: Poll<Result<Vec<Endpoint>, AdaptorError>>,
+    /// What else is to be waited for.
+    work: Work<'a>,
+}
+
 /// Finds or makes the pod's keys, publishes them, and listens for its local clients. The VM may then be started.
 ///
 /// The same request again has the same result; one with another body changes what differs. Dropping the request drops the
@@ -71,7 +81,7 @@ pub(super) async fn prepare(
     Id(id): Id,
     Fields(query): Fields<PrepareQuery>,
     input::Json(spec): input::Json<PodSpec>,
-) -> Result<Response, Problem> {
+) -> Result<Response, Box<Problem>> {
     let spec = Spec::new(&spec, &query)?;
     let user_data = match &api.0.vm_tunnels {
         Some(tunnels) => {
@@ -80,18 +90,13 @@ pub(super) async fn prepare(
         }
         None => None,
     };
-    let mut work: Option<Work<'_>> = None;
-    let (_claim, is_new, begun) = begin(&api, &id, &spec, &mut work)?;
-    match begun {
+    let Begun { _claim, is_new, result, work } = begin(&api, &id, &spec)?;
+    match result {
         Poll::Ready(result) => drop(result?),
-        Poll::Pending => {
-            if let Some(work) = work {
-                api.unless_ending(work).await??;
-            }
-        }
+        Poll::Pending => drop(api.unless_ending(work).await??),
     }
     let pod = api.0.pods.get(&id).map(Pod::from);
-    let pod = pod.ok_or_else(|| Problem::from(AdaptorError::Stopped(id.clone())))?;
+    let pod = pod.ok_or_else(|| Box::<Problem>::from(AdaptorError::Stopped(id.clone())))?;
     let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
     match user_data {
         None => Ok((status, Json(Prepared { pod, user_data: None })).into_response()),
@@ -103,12 +108,7 @@ const OWNED: &str = "it prepares the pod itself";
 
 /// Sends the adaptor its command. Whether the pod is new is decided under a lock until then: of many requests at once one
 /// is the first. And a request that deletes the pod and comes later ends this one.
-fn begin<'a>(
-    api: &'a Api,
-    id: &'a PodId,
-    spec: &Spec,
-    work: &mut Option<Work<'a>>,
-) -> Result<(Claim<'a>, bool, Poll<Result<Vec<Endpoint>, AdaptorError>>), Problem> {
+fn begin<'a>(api: &'a Api, id: &'a PodId, spec: &Spec) -> Result<Begun<'a>, Box<Problem>> {
     let claims = &api.0.claims;
     let mut claimed = claims.0.lock().unwrap_or_else(PoisonError::into_inner);
     api.refuse_owned(id, OWNED)?;
@@ -121,17 +121,16 @@ fn begin<'a>(
     claimed.entry(id.clone()).or_insert((launch.created, 0)).1 += 1;
     let claim = Claim { claims, id: id.clone() };
     let (init_data, deadline) = (spec.init_data.clone(), Deadline::after(spec.deadline));
-    let mut begun: Work<'a> =
+    let mut work: Work<'a> =
         Box::pin(async move { api.0.pods.prepare(id, &launch, init_data, deadline).await });
     // It is polled again at once, with a waker.
-    let result = begun.as_mut().poll(&mut Context::from_waker(Waker::noop()));
-    *work = Some(begun);
+    let result = work.as_mut().poll(&mut Context::from_waker(Waker::noop()));
     drop(claimed);
-    Ok((claim, is_new, result))
+    Ok(Begun { _claim: claim, is_new, result, work })
 }
 
 /// The answer with the user data. What this process keeps of it is wiped; the kernel's buffers are not.
-fn secret(status: StatusCode, pod: &Pod, user_data: &str) -> Result<Response, Problem> {
+fn secret(status: StatusCode, pod: &Pod, user_data: &str) -> Result<Response, Box<Problem>> {
     #[derive(Serialize)]
     #[serde(rename_all = "camelCase")]
     struct Answer<'a> {
