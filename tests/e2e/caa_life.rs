@@ -59,7 +59,7 @@ async fn life(node: &CaaNode) -> Result<()> {
     let block = output("stdin", usize::try_from(BLOCK)?);
     ensure!(sent == block.repeat(32), "the container got {} bytes, or others", sent.len());
     shim.end(runtime).await?;
-    ensure!(node.cloud.deleted() == [shim.id.clone()]);
+    ensure!(node.cloud.deleted() == std::slice::from_ref(&shim.id));
     node.forgets(&shim.id).await?;
     ensure!(node.caa.directory(&shim.id).join("apf.json").exists(), "CAA's file is gone");
     Ok(())

@@ -87,7 +87,10 @@ async fn a_key_of_another_pod_is_refused_with_the_reason() -> Result<()> {
         apf::write(&file, &json)?;
         let mut starting = scene.node.start(&shim).await?;
         starting.is("ended", |line| matches!(line, Line::Ended(_))).await?;
-        scene.says(0, Some(&shim), "the server's private key does not fit its certificate").await?;
+        // The certificate's name, which has the pod's name and the first digits of its id, is all that the line names.
+        let name = scene.node.caa.server_name(&shim.id)?;
+        let reason = format!("the server's private key does not fit its certificate for '{name}'");
+        scene.says(0, None, &reason).await?;
         ensure!(starting.started().await.is_err(), "StartVM");
         scene.node.forgets(&shim.id).await
     };
