@@ -204,18 +204,29 @@ impl CaaNode {
     /// # Errors
     /// If something stays.
     pub async fn forgets(&self, id: &str) -> Result<()> {
+        self.leaves_nothing(id).await?;
         let path = format!("/v1/pods/{id}");
-        let gone = async {
-            while self.kbs.resource(&format!("default/pp-{id}/keys")).is_some()
-                || self.stored(id)
-                || self.api("GET", &path).await?.0 != 404
-            {
+        let unlisted = async {
+            while self.api("GET", &path).await?.0 != 404 {
                 tokio::time::sleep(POLL).await;
             }
             anyhow::Ok(())
         };
+        timeout(PATIENCE, unlisted).await.with_context(|| format!("the API goes on listing {id}"))?
+    }
+
+    /// Waits until the KBS has no key of the pod, and the store nothing.
+    ///
+    /// # Errors
+    /// If something stays.
+    pub async fn leaves_nothing(&self, id: &str) -> Result<()> {
+        let gone = async {
+            while self.kbs.resource(&format!("default/pp-{id}/keys")).is_some() || self.stored(id) {
+                tokio::time::sleep(POLL).await;
+            }
+        };
         match timeout(PATIENCE, gone).await {
-            Ok(gone) => gone,
+            Ok(()) => Ok(()),
             Err(_) => bail!("{id}: in the store: {}; requests: {:?}", self.stored(id), self.kbs.requests()),
         }
     }
