@@ -79,7 +79,7 @@ const RESUMED_AT_A_TIME: usize = 32;
 ///   completes it and then deletes; a `suspend` during a `stop` returns when the listeners are closed.
 ///
 /// While an adaptor serves a pod, it holds the pod's lock in the store: another adaptor is refused
-/// ([`StoreError::Locked`](crate::store::StoreError::Locked)).
+/// ([`StoreError::Locked`]).
 ///
 /// # State
 /// [`snapshot`](Self::snapshot) and [`subscribe`](Self::subscribe) show all there is. If a pod's task ends unexpectedly,
