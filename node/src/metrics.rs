@@ -165,6 +165,8 @@ impl Metrics {
     /// # Errors
     /// A metric cannot be formatted.
     pub fn encode(&self, form: Form, pods: &Pods, each_pod: bool) -> Result<String, std::fmt::Error> {
-        text::encode(form, &[&self.0.registry, &scrape::pods(&pods.list(), each_pod), &process::now()])
+        let (list, adaptor) = (pods.list(), pods.adaptor());
+        let streams = scrape::streams(adaptor.traffic(), adaptor.memory_used());
+        text::encode(form, &[&self.0.registry, &scrape::pods(&list, each_pod), &streams, &process::now()])
     }
 }

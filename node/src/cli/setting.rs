@@ -154,6 +154,8 @@ settings! {
         "Where the agents may have the kata agent's socket";
     REKEY_BYTES: "rekey-bytes", ["SECURE_COMMS_REKEY_BYTES"], SIZE, DefaultValue::Text("32GiB"),
         "Data in a direction after which new session keys are made, as 64MiB or 1GiB; at least 1MiB";
+    MEMORY: "memory", ["SECURE_COMMS_MEMORY"], SIZE, DefaultValue::Text("128MiB"),
+        "Memory for what slow readers of all pods' streams have not taken yet, as 64MiB or 1GiB; at least 4MiB";
     LOG: "log", ["SECURE_COMMS_LOG"], (Kind::Text, "LEVEL"), DefaultValue::Text("info"),
         "error, warn, info, debug or trace";
     LOG_FORMAT: "log-format", ["SECURE_COMMS_LOG_FORMAT"], (Kind::Text, "FORMAT"), DefaultValue::Text("text"),

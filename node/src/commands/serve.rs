@@ -255,7 +255,7 @@ fn build_adaptor(
         kbs_filter: settings.kbs_filter,
         rekey_bytes: settings.rekey_bytes,
         require_pq: settings.require_pq,
-        memory: secure_comms_adaptor::MEMORY,
+        memory: settings.memory,
         observer: Arc::new(move |pod: &PodId, event: &PodEvent| {
             metrics.happened(pod, event);
             observer(pod, event);

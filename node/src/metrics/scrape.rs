@@ -1,9 +1,11 @@
 //! The pods as they are now.
 
 use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
+use secure_comms_adaptor::Traffic;
 use secure_comms_adaptor::pod::PodState;
 
 use crate::pods::{Launcher, PodView, Runtime};
@@ -12,6 +14,11 @@ use crate::pods::{Launcher, PodView, Runtime};
 struct InPhase {
     phase: &'static str,
     launcher: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct InDirection {
+    direction: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -63,6 +70,23 @@ pub(crate) fn phase(state: &PodState) -> &'static str {
 
 fn launcher(pod: &PodView) -> &'static str {
     pod.launch.launcher.map_or("other", Launcher::as_str)
+}
+
+/// What the streams of all pods have moved, and the memory that they hold.
+pub(super) fn streams(traffic: Traffic, memory: usize) -> Registry {
+    let mut registry = Registry::with_prefix("secure_comms");
+    let moved = Family::<InDirection, Counter>::default();
+    for (direction, bytes) in [("to_vm", traffic.sent), ("from_vm", traffic.received)] {
+        moved.get_or_create(&InDirection { direction }).inc_by(bytes);
+    }
+    registry.register("stream_bytes", "Bytes that the streams of all pods have moved", moved);
+    let memory = ConstGauge::new(i64::try_from(memory).unwrap_or(i64::MAX));
+    registry.register(
+        "stream_memory_bytes",
+        "Memory that the streams of all pods hold for slow readers",
+        memory,
+    );
+    registry
 }
 
 pub(super) fn pods(all: &[PodView], each_pod: bool) -> Registry {

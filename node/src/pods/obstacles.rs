@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use secure_comms_adaptor::pod::{PodSnapshot, PodState};
 use secure_comms_keys::text::one_line;
@@ -12,6 +12,9 @@ use super::launch::Launch;
 
 /// Pods with an obstacle that are remembered.
 const PODS_MAX: usize = 1024;
+/// How long a pod without a channel is shown after its launcher has last spoken of it: longer than cloud-api-adaptor waits
+/// for a start. Its file may stay there for ever.
+const SHOWN: Duration = Duration::from_secs(900);
 /// The longest text, in bytes.
 const TEXT_MAX: usize = 1000;
 
@@ -20,6 +23,7 @@ const TEXT_MAX: usize = 1000;
 pub(super) struct Obstacle {
     launch: Launch,
     since: SystemTime,
+    said: Instant,
     pub(super) reason: String,
 }
 
@@ -53,16 +57,23 @@ impl Obstacles {
         let since = all.get(id).map_or_else(SystemTime::now, |obstacle| obstacle.since);
         if all.len() < PODS_MAX || all.contains_key(id) {
             let reason = one_line(&reason, TEXT_MAX);
-            all.insert(id.clone(), Obstacle { launch: launch.clone(), since, reason });
+            all.insert(id.clone(), Obstacle { launch: launch.clone(), since, said: Instant::now(), reason });
         }
     }
 
     pub(super) fn get(&self, id: &PodId) -> Option<Obstacle> {
-        self.lock().get(id).cloned()
+        self.current(Instant::now()).get(id).cloned()
     }
 
     pub(super) fn all(&self) -> Vec<(PodId, Obstacle)> {
-        self.lock().iter().map(|(id, obstacle)| (id.clone(), obstacle.clone())).collect()
+        self.current(Instant::now()).iter().map(|(id, obstacle)| (id.clone(), obstacle.clone())).collect()
+    }
+
+    /// Without those that are shown no longer.
+    fn current(&self, now: Instant) -> MutexGuard<'_, HashMap<PodId, Obstacle>> {
+        let mut all = self.lock();
+        all.retain(|_, obstacle| now.saturating_duration_since(obstacle.said) < SHOWN);
+        all
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<PodId, Obstacle>> {
@@ -86,6 +97,16 @@ mod tests {
         assert_eq!(Launch::of_labels(&snapshot.labels), launch);
         obstacles.set(&id, &launch, None);
         assert!(obstacles.get(&id).is_none());
+    }
+
+    #[test]
+    fn a_pod_that_is_not_spoken_of_is_shown_no_longer() {
+        let obstacles = Obstacles::default();
+        let launch = Launch::now(Launcher::Caa, None);
+        obstacles.set(&"pod-1".parse().unwrap(), &launch, Some("its key does not fit".to_owned()));
+        let now = Instant::now();
+        assert_eq!(obstacles.current(now + SHOWN / 2).len(), 1);
+        assert!(obstacles.current(now + SHOWN).is_empty());
     }
 
     #[test]

@@ -16,16 +16,19 @@ use secure_comms_protocol::{Bind, InboundTag, OutboundTag};
 
 use super::channel::{Channel, duration};
 use super::reader::{SettingsReader, Source};
-use super::{Env, LogSettings, UsageError, init_data, log_flags};
+use super::{Env, LogSettings, UsageError, init_data, log_flags, units};
 use crate::caa::CaaSettings;
 use crate::cli::Cli;
 use crate::cli::setting::{
     ALLOWED_UIDS, CAA, CERTIFICATES, FORWARDER_PORT, Flags, GRACE, INBOUNDS, KBS_ADMIN_KEY, KBS_URL,
-    LISTEN_PORT, METRICS_LISTEN, METRICS_PODS, NO_TRUSTEE, PODS_DIRECTORY, RUN_DIR, SERVE, SERVE_DEADLINE,
-    SOCKET, STORE, Setting,
+    LISTEN_PORT, MEMORY, METRICS_LISTEN, METRICS_PODS, NO_TRUSTEE, PODS_DIRECTORY, RUN_DIR, SERVE,
+    SERVE_DEADLINE, SOCKET, STORE, Setting,
 };
 use crate::init_data::InitDataPolicy;
 
+/// The longest pause of cloud-api-adaptor between two dials of a VM.
+const CAA_PAUSE: Duration = Duration::from_secs(5);
+const MEMORY_MIN: usize = 4 << 20;
 /// The API's socket in the run directory.
 const SOCKET_NAME: &str = "adaptor.sock";
 /// Longest path of a unix socket, in bytes.
@@ -60,6 +63,8 @@ pub struct ServeSettings {
     pub deadline: Duration,
     /// Bytes in one direction after which the session keys are renewed.
     pub rekey_bytes: usize,
+    /// Memory for the data of all pods' streams, in bytes.
+    pub memory: usize,
     /// Whether only post-quantum key exchange is offered and accepted.
     pub require_pq: bool,
     /// The way in of cloud-api-adaptor; `None`: off.
@@ -118,11 +123,11 @@ impl ServeSettings {
         let metrics_listen = metrics_listen(&mut reader);
         let metrics_pods = reader.switch(&METRICS_PODS);
         let caa = caa(&mut reader, channel.as_ref().map(|channel| channel.deadline));
-        let store = reader.path(&STORE);
+        let (store, memory) = (reader.path(&STORE), memory(&mut reader));
         let effective = effective(&reader, channel.as_ref(), socket.as_deref());
         let warnings = std::mem::take(&mut reader.warnings);
-        let read = channel.zip(store).zip(log).zip(socket).zip(caa);
-        let settings = read.map(|((((channel, store), log), socket), caa)| Self {
+        let read = channel.zip(store).zip(log).zip(socket).zip(caa).zip(memory);
+        let settings = read.map(|(((((channel, store), log), socket), caa), memory)| Self {
             inbounds: channel.inbounds,
             outbounds: channel.outbounds,
             agent: channel.agent,
@@ -134,6 +139,7 @@ impl ServeSettings {
             old_agents: channel.old_agents,
             deadline: channel.deadline,
             rekey_bytes: channel.rekey_bytes,
+            memory,
             require_pq: channel.require_pq,
             caa,
             socket,
@@ -244,10 +250,34 @@ fn caa(reader: &mut SettingsReader<'_>, deadline: Option<Duration>) -> Option<Op
         forwarder_port: forwarder_port?,
         listen_port: listen_port?,
         certificates: reader.path(&CERTIFICATES).filter(|path| !path.as_os_str().is_empty()),
-        grace: duration(reader, &GRACE, Duration::ZERO)?,
+        grace: grace(reader)?,
         start_deadline: deadline?,
     };
     Some(is_on.then_some(settings))
+}
+
+/// A grace that is shorter than cloud-api-adaptor's pauses ends pods that are starting.
+fn grace(reader: &mut SettingsReader<'_>) -> Option<Duration> {
+    let grace = duration(reader, &GRACE, Duration::ZERO)?;
+    if grace <= CAA_PAUSE {
+        reader.warnings.push(format!(
+            "{}: {} s: cloud-api-adaptor pauses up to {} s between two dials, so that a restart of this service may end pods \
+             that are starting: give a longer time",
+            GRACE.flag(),
+            grace.as_secs(),
+            CAA_PAUSE.as_secs()
+        ));
+    }
+    Some(grace)
+}
+
+fn memory(reader: &mut SettingsReader<'_>) -> Option<usize> {
+    let (name, text) = reader.text(&MEMORY)?;
+    let found = units::bytes(&text).filter(|bytes| *bytes >= MEMORY_MIN);
+    if found.is_none() {
+        reader.fault(&name, &text, "expected a size of at least 4MiB, such as 64MiB, 1GiB or bytes");
+    }
+    found
 }
 
 fn port(reader: &mut SettingsReader<'_>, setting: &Setting) -> Option<u16> {
