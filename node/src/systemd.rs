@@ -15,10 +15,10 @@ const STATUS_MAX: usize = 1024;
 
 /// The service manager cannot be notified.
 #[derive(Debug, thiserror::Error)]
-#[error("notify the service manager: NOTIFY_SOCKET='{socket}': {source}; use Type=notify")]
+#[error("notify the service manager: NOTIFY_SOCKET='{socket}': {cause}; use Type=notify")]
 pub struct NotifyError {
     socket: String,
-    source: io::Error,
+    cause: io::Error,
 }
 
 /// Sends notifications, if a service manager started this process.
@@ -65,8 +65,7 @@ impl Notifier {
             socket.set_nonblocking(true)?;
             Ok((socket, address))
         };
-        let manager =
-            open().map_err(|source| NotifyError { socket: name.to_string_lossy().into(), source })?;
+        let manager = open().map_err(|cause| NotifyError { socket: name.to_string_lossy().into(), cause })?;
         Ok(Self { manager: Some(manager), ..Self::default() })
     }
 

@@ -39,8 +39,9 @@ struct Serve {
 impl Serve {
     fn start(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> Self {
         let run = dir.join("run");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_secure-comms-adaptor"))
-            .args(["serve", "--store"])
+        // Not as under nohup, which this process may run under.
+        let mut child = Command::new("/usr/bin/env")
+            .args(["--default-signal=HUP", env!("CARGO_BIN_EXE_secure-comms-adaptor"), "serve", "--store"])
             .arg(dir.join("store"))
             .arg("--run-dir")
             .arg(&run)

@@ -33,7 +33,7 @@ impl Directory {
     pub(super) fn kept(path: &Path) -> Result<Self> {
         private_directory(path)?;
         let lock = File::create(path.join("lock")).with_context(|| format!("locking {}", path.display()))?;
-        if lock.try_lock().is_err() {
+        if !locked_soon(&lock) {
             bail!("{}: another program uses it: end that, or give another --dir", path.display());
         }
         end_leftover(path)?;
@@ -90,6 +90,18 @@ fn end_leftover(directory: &Path) -> Result<()> {
         std::thread::sleep(Duration::from_millis(10));
     }
     bail!("process {pid} of an earlier run does not end")
+}
+
+/// An earlier holder may keep the lock a moment longer: a process that another of its threads starts holds a copy of each
+/// file until its exec.
+fn locked_soon(lock: &File) -> bool {
+    for _ in 0..50 {
+        if lock.try_lock().is_ok() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    false
 }
 
 /// What a continued scene must have in common with the earlier one.
