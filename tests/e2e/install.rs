@@ -67,9 +67,13 @@ async fn first_pod(machine: &Machine, list: &str) -> Result<()> {
     ensure!(rows.get(1).is_some_and(|pod| pod.starts_with(&["default", "web", &id, "Up"])), "{listed}");
     ensure!(rows.len() == 2, "{listed}");
     // With a pod it sees how CAA connects.
-    machine
-        .run("secure-comms-adaptor status && secure-comms-adaptor doctor && secure-comms-adaptor doctor web")
-        .await?;
+    let doctor =
+        machine.run("secure-comms-adaptor status && secure-comms-adaptor doctor --pod default/web").await?;
+    for seen in
+        ["pods: 1 (1 Up)", ": 1 pods live, 0 are gone", "ok port 15151 is the service's", "ok it is up"]
+    {
+        ensure!(doctor.contains(seen), "no {seen}: {doctor}");
+    }
 
     shim.end(runtime).await?;
     node.forgets(&shim.id).await?;
