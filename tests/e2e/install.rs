@@ -140,13 +140,24 @@ async fn the_unit_is_well_formed_and_confined() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_settings_of_the_daemon_set_are_valid() -> Result<()> {
-    let settings = document::literal(DAEMON_SET, "adaptor.toml").context("no settings in the ConfigMap")?;
     let machine = Machine::new().await?;
-    let check = "target/release/secure-comms-adaptor config check --config /etc/settings.toml";
-    std::fs::write(machine.path("etc/settings.toml"), &settings)?;
+    let mut files = Vec::new();
+    for name in ["adaptor.toml", "init-data.toml", "kbs-ca.pem"] {
+        files.push((name, document::literal(DAEMON_SET, name).with_context(|| format!("no {name}"))?));
+    }
+    machine.mount("etc/secure-comms", &files)?;
+    machine.mount("etc/kbs-client", &[("privateKey", machine.node.kbs.admin_key_pem().to_owned())])?;
+    let check = "target/release/secure-comms-adaptor config check";
+    let error = machine.run(check).await.err().context("it passes without the KBS's CA")?;
+    ensure!(format!("{error:#}").contains("kbs-ca"), "{error:#}");
+
+    let ca = machine.path("etc/secure-comms/kbs-ca.pem");
+    std::fs::write(&ca, machine.ca_pem())?;
     machine.run(check).await?;
     // The check does look at them.
-    std::fs::write(machine.path("etc/settings.toml"), settings + "kbs-urk = \"http://other:8080\"\n")?;
+    let settings = machine.path("etc/secure-comms/adaptor.toml");
+    let text = std::fs::read_to_string(&settings)?;
+    std::fs::write(&settings, text.replace("kbs-url", "kbs-urk"))?;
     ensure!(machine.run(check).await.is_err(), "an unknown key passes");
     Ok(())
 }

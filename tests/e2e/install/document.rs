@@ -30,10 +30,9 @@ pub(crate) fn marked_blocks(document: &str) -> anyhow::Result<Vec<String>> {
 pub(crate) fn literal(yaml: &str, key: &str) -> Option<String> {
     let mut lines = yaml.lines();
     let head = lines.by_ref().find(|line| line.trim_start() == format!("{key}: |"))?;
-    let indent = head.len() - head.trim_start().len() + 2;
-    let block = lines.map_while(|line| if line.is_empty() { Some("") } else { line.get(indent..) });
-    let text: String =
-        block.take_while(|line| !line.starts_with("--")).flat_map(|line| [line, "\n"]).collect();
+    let indent = " ".repeat(head.len() - head.trim_start().len() + 2);
+    let block = lines.map_while(|line| if line.is_empty() { Some("") } else { line.strip_prefix(&indent) });
+    let text: String = block.flat_map(|line| [line, "\n"]).collect();
     (!text.is_empty()).then_some(text)
 }
 
@@ -57,7 +56,7 @@ fn only_marked_blocks_are_run() {
 
 #[test]
 fn settings_are_found_in_manifest_and_unit() {
-    let yaml = "data:\n  a.toml: |\n    x = 1\n\n    y = 2\n---\nz: 1\n";
+    let yaml = "data:\n  a.toml: |\n    x = 1\n\n    y = 2\n  z: |\n    3\n---\nz: 1\n";
     assert_eq!(literal(yaml, "a.toml").unwrap(), "x = 1\n\ny = 2\n");
     assert_eq!(literal(yaml, "b.toml"), None);
     let unit = "[Unit]\nA=0\n[Service]\nA=1\n#A=2\nA=3=4\n[Install]\nA=5\n";

@@ -25,7 +25,7 @@ pub(crate) struct Machine {
     pub(crate) node: CaaNode,
     /// The first process of its namespace.
     first: Child,
-    _https: HttpsFront,
+    https: HttpsFront,
 }
 
 impl Machine {
@@ -46,7 +46,7 @@ impl Machine {
             .arg(node.path("root"));
         let first = Child::spawn("machine", command)?;
         first.wait_for_text("mounted", PATIENCE).await?;
-        Ok(Self { node, first, _https: https })
+        Ok(Self { node, first, https })
     }
 
     /// A file of the machine, as this process sees it.
@@ -54,10 +54,35 @@ impl Machine {
         self.node.path("root").join(path)
     }
 
+    /// PEM of the KBS's CA.
+    pub(crate) fn ca_pem(&self) -> &str {
+        self.https.ca_pem()
+    }
+
+    /// Files in a directory as kubelet mounts those of a ConfigMap or Secret: by links, in a directory that all may write.
+    ///
+    /// # Errors
+    /// If they can't be written.
+    pub(crate) fn mount(&self, directory: &str, files: &[(&str, String)]) -> Result<()> {
+        let directory = self.path(directory);
+        fs::create_dir_all(directory.join("..2026"))?;
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o1777))?;
+        symlink("..2026", directory.join("..data"))?;
+        for (name, text) in files {
+            let file = directory.join("..2026").join(name);
+            fs::write(&file, text)?;
+            // As the manifest has it: defaultMode 0400 for the Secret, and 0644 unless set.
+            let mode = if *name == "privateKey" { 0o400 } else { 0o644 };
+            fs::set_permissions(&file, fs::Permissions::from_mode(mode))?;
+            symlink(Path::new("..data").join(name), directory.join(name))?;
+        }
+        Ok(())
+    }
+
     /// Runs shell commands as the operator does, each only if the one before it has succeeded; returns what they print.
     ///
     /// # Errors
-    /// If one fails, with the output and the service's log.
+    /// If one fails or warns, with the output and the service's log.
     pub(crate) async fn run(&self, commands: &str) -> Result<String> {
         let of_first = |what: &str| format!("/proc/{}/ns/{what}", self.first.pid());
         let mut command = Command::new("nsenter");
@@ -73,7 +98,12 @@ impl Machine {
         let mut operator = Child::spawn("operator", command)?;
         let status = operator.wait_exit(PATIENCE).await?;
         let log = fs::read_to_string(self.path("run/test/log")).unwrap_or_default();
-        ensure!(status.success(), "{status}\n{commands}\n{}\nthe service's log:\n{log}", operator.log());
+        let warns = operator.lines().iter().any(|line| line.text.contains(" WARN "));
+        ensure!(
+            status.success() && !warns,
+            "{status}\n{commands}\n{}\nthe service's log:\n{log}",
+            operator.log()
+        );
         let lines = operator.lines().into_iter().filter(|line| line.output == Output::Stdout);
         Ok(lines.flat_map(|line| [line.text, "\n".to_owned()]).collect())
     }
@@ -112,9 +142,7 @@ impl Machine {
 /// Its own file systems, as far as they are not this machine's.
 fn file_systems(node: &CaaNode) -> Result<()> {
     let root = node.path("root");
-    for directory in
-        ["etc/systemd/system", "etc/kbs-client", "run/test", "usr/local/bin", "var/lib", "var/tmp"]
-    {
+    for directory in ["etc/systemd/system", "run/test", "usr/local/bin", "var/lib", "var/tmp"] {
         fs::create_dir_all(root.join(directory)).context(directory)?;
     }
     let (name, ..) = KBS;
@@ -128,11 +156,7 @@ fn file_systems(node: &CaaNode) -> Result<()> {
     nix::unistd::mkfifo(&root.join("run/test/started"), Mode::S_IRUSR | Mode::S_IWUSR)?;
     let systemctl = root.join("usr/local/bin/systemctl");
     fs::write(&systemctl, include_str!("systemctl"))?;
-    fs::set_permissions(&systemctl, fs::Permissions::from_mode(0o755))?;
-    // What the DaemonSet's Secret becomes.
-    let secret = root.join("etc/kbs-client/privateKey");
-    fs::write(&secret, node.kbs.admin_key_pem())?;
-    Ok(fs::set_permissions(&secret, fs::Permissions::from_mode(0o400))?)
+    Ok(fs::set_permissions(&systemctl, fs::Permissions::from_mode(0o755))?)
 }
 
 /// The directory in which the operator is: a checkout after the build, with the KBS's files.
