@@ -97,6 +97,23 @@ async fn traffic(runtime: &mut PodRuntime) -> Result<()> {
     runtime.copy_file(1024 * 1024).await
 }
 
+/// Else the test above could not fail.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_document_with_a_fault_leads_to_an_error() -> Result<()> {
+    let blocks = document::marked_blocks(DOCUMENT)?;
+    let [settings, service, ..] = &blocks[..] else { anyhow::bail!("too few blocks") };
+    let machine = Machine::new().await?;
+    let error = machine.run(&settings.replace("kbs-url", "kbs-urk")).await.err().context("no error")?;
+    ensure!(format!("{error:#}").contains("kbs-urk"), "{error:#}");
+
+    machine.run(settings).await?;
+    std::fs::write(machine.path("etc/secure-comms/kbs-ca.pem"), "no PEM")?;
+    let error = machine.run_with_notify(service).await.err().context("the service starts")?;
+    let error = format!("{error:#}");
+    ensure!(error.contains("it ended with status 1") && error.contains("(--kbs-ca)"), "{error}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_unit_is_well_formed_and_confined() -> Result<()> {
     let is = [
