@@ -249,6 +249,21 @@ fn init_data_has_one_source_and_rules_are_looked_through() {
 }
 
 #[test]
+fn files_of_the_kbs_are_checked_as_the_service_reads_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let bad = dir.path().join("bad.pem");
+    fs::write(&bad, "no PEM").unwrap();
+    fs::set_permissions(&bad, fs::Permissions::from_mode(0o600)).unwrap();
+    for (flag, word) in [("--kbs-ca", "no certificate in it"), ("--kbs-admin-key", "KBS admin key")] {
+        let args = [flag, bad.to_str().unwrap(), "--kbs-url", "https://k"];
+        let output = adaptor(&[&["config", "check"], &args[..]].concat(), &[]);
+        let said = text(&output.stderr);
+        assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), ""), "{said}");
+        assert!(said.contains(word) && said.contains(flag), "{said}");
+    }
+}
+
+#[test]
 fn settings_without_a_fault_are_said_to_have_none() {
     let output = adaptor(&["config", "check"], &[]);
     assert_eq!(

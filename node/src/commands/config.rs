@@ -1,5 +1,9 @@
 //! `config`: shows and checks the settings of `serve`.
 
+use std::time::Duration;
+
+use secure_comms_adaptor::kbs::KbsClient;
+use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_keys::text::one_line;
 use serde_json::{Map, Value, json};
 
@@ -23,13 +27,17 @@ pub fn show(settings: &ServeSettings, format: ConfigFormat) -> anyhow::Result<()
     print(text.as_bytes())
 }
 
-/// Prints that the settings have no fault, after the warnings. With a fault, it is not reached.
+/// Prints that the settings have no fault, after the warnings. With a fault, it is not reached. Reads the KBS's files as the
+/// service does, and sends nothing.
 ///
 /// # Errors
-/// Standard output cannot be written.
+/// The KBS admin's key or the KBS's CA cannot be used, or standard output cannot be written.
 pub fn check(settings: &ServeSettings) -> anyhow::Result<()> {
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
+    }
+    if let KeySource::Kbs(kbs) = &settings.key_source {
+        KbsClient::new(kbs, Duration::ZERO)?;
     }
     print(b"the settings have no fault\n")
 }

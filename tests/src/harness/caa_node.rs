@@ -39,13 +39,16 @@ pub struct NodeOptions {
     pub grace: u32,
     /// CAA and `serve` have certificates of `caa-certs`.
     pub strict: bool,
+    /// Port of the KBS; 0: any.
+    pub kbs_port: u16,
     /// More lines of the settings' file of `serve`.
     pub settings: String,
 }
 
 impl Default for NodeOptions {
     fn default() -> Self {
-        Self { proxy_timeout: Duration::from_secs(300), grace: 2, strict: false, settings: String::new() }
+        let proxy_timeout = Duration::from_secs(300);
+        Self { proxy_timeout, grace: 2, strict: false, kbs_port: 0, settings: String::new() }
     }
 }
 
@@ -74,7 +77,8 @@ impl CaaNode {
         let namespace = Arc::new(TestNamespace::new("node")?);
         let cloud = Arc::new(TestCloud::new(&namespace).await?);
         let inside = Some(Namespace::new(namespace.name()));
-        let kbs = Kbs::start(KbsOptions { namespace: inside.clone(), ..KbsOptions::default() }).await?;
+        let kbs = KbsOptions { namespace: inside.clone(), port: options.kbs_port, ..KbsOptions::default() };
+        let kbs = Kbs::start(kbs).await?;
         let mut caa = CaaOptions {
             node: inside,
             proxy_timeout: options.proxy_timeout,

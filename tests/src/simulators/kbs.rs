@@ -5,6 +5,7 @@
 //! test can't see the difference.
 
 mod admin;
+mod front;
 mod routes;
 mod tls;
 
@@ -27,6 +28,8 @@ use tokio_rustls::TlsAcceptor;
 
 use admin::AdminKey;
 use tls::ServerIdentity;
+
+pub use front::HttpsFront;
 
 /// The evidence that the KBS expects by default.
 pub use secure_comms_simulators::guest::DEFAULT_EVIDENCE;
@@ -153,7 +156,9 @@ impl Kbs {
     /// # Errors
     /// If keys can't be made, or the port can't be bound.
     pub async fn start(options: KbsOptions) -> Result<Self> {
-        let identity = if options.https { Some(ServerIdentity::generate()?) } else { None };
+        // What the guest dials is the agent's inbound, on 127.0.0.1: that name must be in the certificate.
+        let names = ["127.0.0.1", "localhost"];
+        let identity = if options.https { Some(ServerIdentity::generate(&names)?) } else { None };
         let shared = Arc::new(Shared {
             options,
             admin: AdminKey::generate()?,

@@ -15,6 +15,8 @@ use crate::doctor::report::Finding;
 const LOOKED_AT: usize = 16;
 /// The largest file that is read, in bytes.
 const SIZE_MAX: u64 = 1 << 20;
+/// The names of the file, as the service reads them: the first that is there; CAA up to v0.14 wrote `daemon.json`.
+const NAMES: [&str; 2] = ["apf.json", "daemon.json"];
 /// The flag of a listening socket, in /proc/net/unix.
 const LISTENS: &str = "00010000";
 
@@ -64,8 +66,7 @@ pub(in crate::doctor) fn check(directory: &Path, strict: bool, unix: &Path) -> F
         Ok(listening) => listening,
         Err(error) => return Finding::not_checked(CHECK, title, format!("{}: {error}", unix.display())),
     };
-    let living: Vec<PathBuf> =
-        sandboxes.into_iter().filter(|path| listening.contains(&path.join("agent.ttrpc"))).collect();
+    let living: Vec<PathBuf> = sandboxes.into_iter().filter(|path| lives(path, &listening)).collect();
     let faults: Vec<String> =
         living.iter().take(LOOKED_AT).filter_map(|path| fault(path, strict).err()).collect();
     let title = format!("{title}: {} pods live, {} are gone", living.len(), all - living.len());
@@ -106,20 +107,20 @@ fn listening(unix: &Path) -> io::Result<HashSet<PathBuf>> {
     Ok(paths)
 }
 
+/// A socket is listed by the path that CAA bound, which may lead to ours by symbolic links.
+fn lives(sandbox: &Path, listening: &HashSet<PathBuf>) -> bool {
+    let listens = |path: &Path| listening.contains(&path.join("agent.ttrpc"));
+    listens(sandbox) || sandbox.canonicalize().is_ok_and(|path| listens(&path))
+}
+
 fn fault(sandbox: &Path, strict: bool) -> Result<(), String> {
-    let path = sandbox.join("apf.json");
+    let paths = NAMES.map(|name| sandbox.join(name));
+    let path = paths.iter().find(|path| path.exists()).unwrap_or(&paths[0]);
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let mut text = Zeroizing::new(Vec::new());
-    match fs::File::open(&path) {
+    match fs::File::open(path) {
         Ok(file) => file.take(SIZE_MAX + 1).read_to_end(&mut text).map_err(|error| failed(&error))?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let old = if sandbox.join("daemon.json").exists() {
-                "; daemon.json is of CAA before v0.15"
-            } else {
-                ""
-            };
-            return Err(failed(&format!("it is not there{old}")));
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(failed(&"it is not there")),
         Err(error) => return Err(failed(&error)),
     };
     if text.len() as u64 > SIZE_MAX {
@@ -189,6 +190,17 @@ mod tests {
     }
 
     #[test]
+    fn a_pods_directory_may_be_a_link() {
+        let mut node = Node::new();
+        node.sandbox("one", Some(GOOD), true);
+        node.check(false);
+        let link = node.dir.path().join("link");
+        std::os::unix::fs::symlink(node.dir.path().join("pods"), &link).unwrap();
+        let title = check(&link, false, &node.dir.path().join("unix")).title;
+        assert!(title.ends_with("1 pods live, 0 are gone"), "{title}");
+    }
+
+    #[test]
     fn missing_keys_and_files_are_faults() {
         for (apf, word) in [
             (Some("{\"pod-name\": \"a\"}"), "without pod-namespace, tls-server-key"),
@@ -218,10 +230,15 @@ mod tests {
     }
 
     #[test]
-    fn an_old_file_is_named() {
+    fn the_older_file_name_is_looked_at_if_alone() {
         let mut node = Node::new();
         node.sandbox("one", None, true);
-        fs::write(node.dir.path().join("pods/one/daemon.json"), "{}").unwrap();
-        assert!(fault_of(&node.check(false)).contains("daemon.json"));
+        let older = node.dir.path().join("pods/one/daemon.json");
+        fs::write(&older, "{}").unwrap();
+        assert!(fault_of(&node.check(false)).contains("daemon.json: without pod-name"));
+        fs::write(&older, GOOD).unwrap();
+        assert_eq!(node.check(false).outcome, Outcome::Ok);
+        fs::write(older.with_file_name("apf.json"), "{}").unwrap();
+        assert!(fault_of(&node.check(false)).contains("apf.json: without pod-name"));
     }
 }

@@ -7,23 +7,22 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls::ServerConfig;
 use rustls::pki_types::PrivatePkcs8KeyDer;
 
-/// Certificate and key for 127.0.0.1 and localhost, ready to serve.
+/// Certificate and key, ready to serve.
 pub(super) struct ServerIdentity {
     ca_pem: String,
     config: Arc<ServerConfig>,
 }
 
 impl ServerIdentity {
-    /// Makes the CA, the certificate and their keys.
-    pub(super) fn generate() -> Result<Self> {
+    /// Makes the CA, the certificate for these names and addresses, and their keys.
+    pub(super) fn generate(names: &[&str]) -> Result<Self> {
         let mut ca = CertificateParams::new(Vec::new()).context("KBS: CA parameters")?;
         ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         ca.distinguished_name.push(DnType::CommonName, "simulated KBS CA");
         let ca_key = KeyPair::generate().context("KBS: CA key")?;
         let ca_pem = ca.self_signed(&ca_key).context("KBS: CA certificate")?.pem();
 
-        // What the guest dials is the agent's inbound, on 127.0.0.1: that name must be in the certificate.
-        let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
+        let names: Vec<_> = names.iter().copied().map(str::to_owned).collect();
         let leaf = CertificateParams::new(names).context("KBS: certificate parameters")?;
         let key = KeyPair::generate().context("KBS: key")?;
         let certificate = leaf.signed_by(&key, &Issuer::new(ca, ca_key)).context("KBS: certificate")?;
