@@ -9,6 +9,7 @@
 //! client: the other end, in the same types
 //! ```
 
+mod described;
 mod events;
 mod input;
 mod openapi;
@@ -22,6 +23,7 @@ mod view;
 pub mod client;
 pub mod types;
 
+use axum::routing::get;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
@@ -109,7 +111,8 @@ pub async fn run(
     health.works(PART);
     let history = History::new();
     let api = Api::new(pods.clone(), health.clone(), history.clone(), settings.vm_tunnels, stop.clone());
-    let server = Server::new(api.router(), Access::of(&settings.allowed_uids), health, metrics);
+    let server =
+        Server::new(api.router(get(openapi::serve)), Access::of(&settings.allowed_uids), health, metrics);
     tokio::select! {
         () = server.serve(listener, stop) => {}
         () = history.record(&pods) => {}

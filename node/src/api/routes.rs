@@ -8,10 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use axum::extract::State;
-use axum::http::header::CONTENT_TYPE;
-use axum::http::{HeaderValue, Method, StatusCode, Uri};
+use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{MethodRouter, delete, get, post};
 use axum::{Json, Router};
 use secure_comms_adaptor::Deadline;
 use secure_comms_adaptor::pod::PodState;
@@ -24,7 +23,7 @@ use super::input::{self, Id, Start};
 use super::problem::Kind;
 use super::types::{Part, Phase, Pod, PodList, Problem, StartOrder, Status, Time};
 use super::user_data::VmTunnels;
-use super::{openapi, stopped};
+use super::{described, stopped};
 use crate::health::Health;
 use crate::pods::{Launcher, Pods};
 
@@ -74,8 +73,8 @@ impl Api {
         }))
     }
 
-    /// All routes.
-    pub(super) fn router(self) -> Router {
+    /// All routes; `document` is that of the OpenAPI document, which is made from the others.
+    pub(super) fn router(self, document: MethodRouter<Self>) -> Router {
         Router::new()
             .route("/v1/pods", get(list))
             .route("/v1/pods/{id}", get(show).put(prepare::prepare).delete(ending::stop))
@@ -85,7 +84,7 @@ impl Api {
             .route("/v1/orphans/{id}", delete(ending::collect))
             .route("/v1/events", get(events::events))
             .route("/v1/status", get(status))
-            .route("/openapi.json", get(document))
+            .route("/openapi.json", document)
             .fallback(no_route)
             .method_not_allowed_fallback(no_method)
             .with_state(self)
@@ -125,19 +124,10 @@ async fn no_method(method: Method, uri: Uri) -> Box<Problem> {
     Kind::Method.problem(format!("{}: has no {method}; the header Allow lists its methods", uri.path()))
 }
 
-/// The OpenAPI document of this API.
-#[utoipa::path(get, path = "/openapi.json", tag = "service", responses(
-    (status = 200, description = "The document", body = Object, content_type = "application/json"),
-    openapi::Always,
-))]
-async fn document() -> Response {
-    ([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], openapi::document()).into_response()
-}
-
 /// The service: its parts, its pods, and what a stop of it would cost.
 #[utoipa::path(get, path = "/v1/status", tag = "service", responses(
     (status = 200, description = "The service", body = Status),
-    openapi::Always,
+    described::Always,
 ))]
 async fn status(State(api): State<Api>) -> Json<Status> {
     let parts: Vec<Part> = api
@@ -166,18 +156,18 @@ async fn status(State(api): State<Api>) -> Json<Status> {
 /// All pods of the node.
 #[utoipa::path(get, path = "/v1/pods", tag = "pods", responses(
     (status = 200, description = "The pods, by their ids", body = PodList),
-    openapi::Always,
+    described::Always,
 ))]
 async fn list(State(api): State<Api>) -> Json<PodList> {
     Json(PodList { items: api.0.pods.list().into_iter().map(Pod::from).collect() })
 }
 
 /// One pod.
-#[utoipa::path(get, path = "/v1/pods/{id}", tag = "pods", params(openapi::IdParam), responses(
+#[utoipa::path(get, path = "/v1/pods/{id}", tag = "pods", params(described::IdParam), responses(
     (status = 200, description = "The pod", body = Pod),
     (status = 404, description = "The pod is not known", body = Problem, content_type = "application/problem+json"),
-    openapi::WithInput,
-    openapi::Always,
+    described::WithInput,
+    described::Always,
 ))]
 async fn show(State(api): State<Api>, Id(id): Id) -> Result<Json<Pod>, Box<Problem>> {
     api.pod(&id).map(Json)
@@ -186,19 +176,19 @@ async fn show(State(api): State<Api>, Id(id): Id) -> Result<Json<Pod>, Box<Probl
 /// Connects to the pod's VM. The connection is kept up until the pod is deleted.
 ///
 /// Dropping the request drops the wait: the start goes on until the pod is up or the deadline passes.
-#[utoipa::path(post, path = "/v1/pods/{id}/start", tag = "pods", params(openapi::IdParam),
+#[utoipa::path(post, path = "/v1/pods/{id}/start", tag = "pods", params(described::IdParam),
     request_body = StartOrder, responses(
     (status = 200, description = "The pod is up (with `wait`)", body = Pod),
     (status = 202, description = "The start goes on (without `wait`)", body = Pod),
     (status = 404, description = "The pod is not prepared", body = Problem, content_type = "application/problem+json"),
     (status = 409, description = "The pod is started already, was stopped, or is cloud-api-adaptor's", body = Problem,
         content_type = "application/problem+json"),
-    openapi::WithInput,
-    openapi::WithBody,
+    described::WithInput,
+    described::WithBody,
     (status = 502, description = "The start failed", body = Problem, content_type = "application/problem+json"),
     (status = 504, description = "The deadline passed", body = Problem, content_type = "application/problem+json"),
     (status = 507, description = "The key store is full", body = Problem, content_type = "application/problem+json"),
-    openapi::Always,
+    described::Always,
 ))]
 async fn start(
     State(api): State<Api>,

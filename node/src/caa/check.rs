@@ -41,7 +41,7 @@ pub enum CheckError {
     Closed,
     /// The stream is broken.
     #[error("the stream to the kata agent is broken: {0}")]
-    Broken(#[source] io::Error),
+    Broken(io::Error),
     /// It answered with an error.
     #[error("the kata agent answered with error {code}: {text}")]
     Status {

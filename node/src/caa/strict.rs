@@ -53,12 +53,12 @@ struct Look {
 #[derive(Debug, thiserror::Error)]
 pub enum VmLookupError {
     /// The namespaces cannot be looked into.
-    #[error("looking for the VM in {}: {source}; this needs CAP_SYS_ADMIN and the host's {NAMESPACES}", path.display())]
+    #[error("looking for the VM in {}: {cause}; this needs CAP_SYS_ADMIN and the host's {NAMESPACES}", path.display())]
     Namespaces {
         /// Their directory.
         path: PathBuf,
         /// Error of the system.
-        source: io::Error,
+        cause: io::Error,
     },
     /// No link leads to the VM.
     #[error(
@@ -119,9 +119,9 @@ impl Strict {
     /// The namespaces cannot be looked into, or the VM is of no sandbox or of several.
     pub async fn by_vm(&self, vm: IpAddr) -> Result<Arc<Sandbox>, VmLookupError> {
         let vm = vm.to_canonical();
-        let links = self.links().await.map_err(|source| {
+        let links = self.links().await.map_err(|cause| {
             let path = self.0.namespaces.clone();
-            VmLookupError::Namespaces { path, source }
+            VmLookupError::Namespaces { path, cause }
         })?;
         let links: Vec<&Link> = links.iter().filter(|link| link.remote == vm).collect();
         if links.is_empty() {

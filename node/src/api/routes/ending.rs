@@ -8,8 +8,8 @@ use secure_comms_adaptor::{AdaptorError, Stopped};
 use secure_comms_keys::text::one_line;
 use secure_comms_protocol::PodId;
 
+use super::super::described;
 use super::super::input::{EndQuery, Fields, Id};
-use super::super::openapi;
 use super::super::problem::{Kind, with_causes};
 use super::super::types::{Deletion, Forgotten, Orphan, OrphanList, Problem};
 use super::Api;
@@ -23,15 +23,15 @@ const OWNED: &str = "it stops the pod itself; to end the pod all the same, add ?
 /// Ends the pod, and deletes its keys here and at the KBS. A pod that is not known is not an error.
 ///
 /// Dropping the request drops the wait only.
-#[utoipa::path(delete, path = "/v1/pods/{id}", tag = "pods", params(openapi::IdParam, openapi::ForceParam), responses(
+#[utoipa::path(delete, path = "/v1/pods/{id}", tag = "pods", params(described::IdParam, described::ForceParam), responses(
     (status = 202, description = "The pod is ended; its keys are not deleted yet, and that is retried", body = Deletion),
     (status = 204, description = "The pod and its keys are gone"),
     (status = 409, description = "Another adaptor drives the pod, or it is cloud-api-adaptor's", body = Problem,
         content_type = "application/problem+json"),
     (status = 502, description = "The KBS refused, and the pod has no record here to retry with", body = Problem,
         content_type = "application/problem+json"),
-    openapi::WithInput,
-    openapi::Always,
+    described::WithInput,
+    described::Always,
 ))]
 pub(super) async fn stop(
     State(api): State<Api>,
@@ -48,12 +48,12 @@ pub(super) async fn stop(
 /// Deletes the pod here without the KBS, and says which resources may stay there. For a KBS that is gone for good.
 ///
 /// Dropping the request drops the wait only.
-#[utoipa::path(post, path = "/v1/pods/{id}/forget", tag = "pods", params(openapi::IdParam, openapi::ForceParam), responses(
+#[utoipa::path(post, path = "/v1/pods/{id}/forget", tag = "pods", params(described::IdParam, described::ForceParam), responses(
     (status = 200, description = "The pod is gone here", body = Forgotten),
     (status = 409, description = "Another adaptor drives the pod, or it is cloud-api-adaptor's", body = Problem,
         content_type = "application/problem+json"),
-    openapi::WithInput,
-    openapi::Always,
+    described::WithInput,
+    described::Always,
 ))]
 pub(super) async fn forget(
     State(api): State<Api>,
@@ -70,7 +70,7 @@ pub(super) async fn forget(
 /// The records of the store that no launcher will end.
 #[utoipa::path(get, path = "/v1/orphans", tag = "orphans", responses(
     (status = 200, description = "The orphans, by their ids", body = OrphanList),
-    openapi::Always,
+    described::Always,
 ))]
 pub(super) async fn orphans(State(api): State<Api>) -> Result<Json<OrphanList>, Box<Problem>> {
     let orphans = api.unless_ending(api.0.pods.orphans()).await?.map_err(AdaptorError::from)?;
@@ -80,7 +80,7 @@ pub(super) async fn orphans(State(api): State<Api>) -> Result<Json<OrphanList>, 
 /// Ends an orphan, as `DELETE /v1/pods/{id}` ends a pod.
 ///
 /// Dropping the request drops the wait only.
-#[utoipa::path(delete, path = "/v1/orphans/{id}", tag = "orphans", params(openapi::IdParam), responses(
+#[utoipa::path(delete, path = "/v1/orphans/{id}", tag = "orphans", params(described::IdParam), responses(
     (status = 202, description = "The orphan is ended; its keys are not deleted yet, and that is retried",
         body = Deletion),
     (status = 204, description = "The orphan and its keys are gone"),
@@ -88,8 +88,8 @@ pub(super) async fn orphans(State(api): State<Api>) -> Result<Json<OrphanList>, 
     (status = 409, description = "Another adaptor drives the pod", body = Problem, content_type = "application/problem+json"),
     (status = 502, description = "The KBS refused, and the pod has no record here to retry with", body = Problem,
         content_type = "application/problem+json"),
-    openapi::WithInput,
-    openapi::Always,
+    described::WithInput,
+    described::Always,
 ))]
 pub(super) async fn collect(State(api): State<Api>, Id(id): Id) -> Result<Response, Box<Problem>> {
     let collected = api.unless_ending(api.0.pods.collect(&id)).await?;

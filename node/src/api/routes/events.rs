@@ -15,9 +15,9 @@ use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::sleep;
 
+use super::super::described;
 use super::super::events::{History, Place, Read};
 use super::super::input::{EventsQuery, Fields};
-use super::super::openapi;
 use super::super::problem::Kind;
 use super::super::stopped;
 use super::super::types::{Event, Lost, Problem};
@@ -41,8 +41,8 @@ const LAST_EVENT_ID: &str = "last-event-id";
     ),
     responses(
     (status = 200, description = "The events", body = String, content_type = "text/event-stream"),
-    openapi::WithInput,
-    openapi::Always,
+    described::WithInput,
+    described::Always,
 ))]
 pub(super) async fn events(
     State(api): State<Api>,

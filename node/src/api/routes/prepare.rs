@@ -21,7 +21,7 @@ use zeroize::Zeroizing;
 use super::super::input::{Fields, Id, PrepareQuery, Spec};
 use super::super::problem::Kind;
 use super::super::types::{Pod, PodSpec, Prepared, Problem};
-use super::super::{input, openapi, user_data};
+use super::super::{described, input, user_data};
 use super::Api;
 use crate::pods::{Launch, Launcher};
 
@@ -63,18 +63,18 @@ struct Begun<'a> {
 ///
 /// The same request again has the same result; one with another body changes what differs. Dropping the request drops the
 /// wait only.
-#[utoipa::path(put, path = "/v1/pods/{id}", tag = "pods", params(openapi::IdParam, openapi::PrepareParam),
+#[utoipa::path(put, path = "/v1/pods/{id}", tag = "pods", params(described::IdParam, described::PrepareParam),
     request_body = PodSpec, responses(
     (status = 200, description = "The pod was known, and is prepared", body = Prepared),
     (status = 201, description = "The pod is new, and is prepared", body = Prepared),
     (status = 409, description = "Another adaptor drives the pod, it was stopped, or it is cloud-api-adaptor's",
         body = Problem, content_type = "application/problem+json"),
-    openapi::WithInput,
-    openapi::WithBody,
+    described::WithInput,
+    described::WithBody,
     (status = 502, description = "The KBS refused", body = Problem, content_type = "application/problem+json"),
     (status = 504, description = "The deadline passed", body = Problem, content_type = "application/problem+json"),
     (status = 507, description = "The key store is full", body = Problem, content_type = "application/problem+json"),
-    openapi::Always,
+    described::Always,
 ))]
 pub(super) async fn prepare(
     State(api): State<Api>,

@@ -29,7 +29,7 @@ pub(super) enum NotRedirected {
     #[error("it was made to {0}, an address of this node only")]
     Local(IpAddr),
     #[error("its original address is unknown ({0})")]
-    Unknown(#[source] io::Error),
+    Unknown(io::Error),
 }
 
 /// The VM that the client has dialled.

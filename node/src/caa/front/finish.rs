@@ -44,7 +44,7 @@ pub enum FinishError {
     },
     /// The key does not fit the certificate, or either is broken.
     #[error("the server key and certificate of the pod are of no use: {0}")]
-    Identity(#[source] Error),
+    Identity(Error),
     /// The client presented no certificate.
     #[error("the client presented no certificate")]
     NoClientCertificate,
@@ -59,7 +59,7 @@ pub enum FinishError {
     Tls(String),
     /// The client has closed the connection.
     #[error("the client has closed the connection: {0}")]
-    Closed(#[source] io::Error),
+    Closed(io::Error),
     /// The client did not go on in time.
     #[error("the client did not go on with the handshake within {} s", .0.as_secs())]
     Timeout(Duration),

@@ -52,15 +52,15 @@ pub enum StrictError {
     )]
     Exists(PathBuf),
     /// They could not be made.
-    #[error("making certificates: {0}")]
+    #[error("make certificates")]
     Make(#[from] rcgen::Error),
     /// A file is not what it should be.
-    #[error("the certificates in {}: {source}; make new ones: secure-comms-adaptor caa-certs", directory.display())]
+    #[error("the certificates in {}: {cause}; make new ones: secure-comms-adaptor caa-certs", directory.display())]
     Identity {
         /// Their directory.
         directory: PathBuf,
         /// What is wrong.
-        source: IdentityError,
+        cause: IdentityError,
     },
     /// cloud-api-adaptor would refuse the server's certificate.
     #[error(
@@ -185,7 +185,7 @@ pub fn load(directory: &Path) -> Result<TlsIdentity, StrictError> {
     let open = |name| private_file::read_ours(&real(name)?, SIZE_MAX);
     let (server, client, ca) = (open(SERVER)?, open(CLIENT)?, open(CA)?);
     let identity = TlsIdentity::from_pem(&key, &server, &client)
-        .map_err(|source| StrictError::Identity { directory: directory.to_owned(), source })?;
+        .map_err(|cause| StrictError::Identity { directory: directory.to_owned(), cause })?;
     would_accept(&identity, &ca)
         .map_err(|reason| StrictError::Refused { directory: directory.to_owned(), reason })?;
     Ok(identity)
