@@ -78,6 +78,7 @@ pub use transport::kbs_filter;
 pub use transport::ssh::{Greeting, GreetingError, greeting};
 
 mod text;
+pub use text::with_causes;
 mod throttle;
 
 // Unit tests share the simulated agent with the integration tests, which know this crate by its name.

@@ -39,7 +39,7 @@ fn shorten_ids(text: &str) -> String {
 }
 
 /// The error and its causes, joined by colons. A cause that stands in the text already is not repeated.
-pub(crate) fn with_causes(error: &dyn Error) -> String {
+pub fn with_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

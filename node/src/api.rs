@@ -28,6 +28,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
+use secure_comms_adaptor::with_causes;
 use secure_comms_keys::FileError;
 use secure_comms_tunnel::inbound::PrivateListener;
 use tokio::sync::watch;
@@ -103,7 +104,7 @@ pub async fn run(
     let listener = match listen(&settings).await {
         Ok(listener) => listener,
         Err(error) => {
-            health.fails(PART, problem::with_causes(&error));
+            health.fails(PART, with_causes(&error));
             return Err(error);
         }
     };

@@ -13,6 +13,7 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use secure_comms_adaptor::with_causes;
 use secure_comms_protocol::PodId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -21,7 +22,6 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 pub use self::events::{EventReader, StreamItem};
-use super::problem::with_causes;
 use super::types::{
     Deletion, Forgotten, Orphan, OrphanList, Pod, PodList, PodSpec, Prepared, Problem, StartOrder, Status,
 };

@@ -1,6 +1,5 @@
 //! Errors as the client sees them: which status, which kind, and what to do. One table for all.
 
-use std::error::Error;
 use std::io;
 
 use axum::body::Body;
@@ -11,6 +10,7 @@ use secure_comms_adaptor::AdaptorError;
 use secure_comms_adaptor::kbs::KbsError;
 use secure_comms_adaptor::registry::PathError;
 use secure_comms_adaptor::store::StoreError;
+use secure_comms_adaptor::with_causes;
 use secure_comms_keys::FileError;
 use secure_comms_keys::text::one_line;
 
@@ -255,17 +255,6 @@ fn kbs_kind(error: &KbsError) -> Kind {
         KbsError::Unreachable { .. } | KbsError::Unanswered { .. } => Kind::KbsDown,
         _ => Kind::KbsRefused,
     }
-}
-
-/// The error and what caused it, in one line.
-pub(super) fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

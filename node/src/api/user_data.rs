@@ -7,9 +7,10 @@ use secure_comms_adaptor::user_data::{self, UserDataError};
 use secure_comms_protocol::{InboundTag, OutboundTag, PodId};
 use zeroize::Zeroizing;
 
-use super::problem::{Kind, with_causes};
+use super::problem::Kind;
 use super::types::Problem;
 use secure_comms_adaptor::AdaptorError;
+use secure_comms_adaptor::with_causes;
 
 /// The tunnels of pod VMs that get their keys from their user data, and where the keys are.
 #[derive(Clone, Debug)]

@@ -1,6 +1,5 @@
 //! `connect`: serves one pod in the foreground, until a signal.
 
-use std::error::Error as _;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +8,7 @@ use secure_comms_adaptor::kbs::{KbsClient, KbsError};
 use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::pod::{PodEvent, PodState};
 use secure_comms_adaptor::store::{DirectoryStore, Store as _, StoreError};
+use secure_comms_adaptor::with_causes;
 use secure_comms_adaptor::{Adaptor, AdaptorError, Config, Deadline, Endpoint, PodSpec};
 use secure_comms_protocol::resource::pod_keys;
 use secure_comms_protocol::{InitDataDigest, PodId};
@@ -125,7 +125,7 @@ async fn end_failed_start(
         (false, false) => {
             // The cause of the failed start is what the operator needs: a failing cleanup is only logged.
             if let Err(cleanup) = end(adaptor, settings, signals).await {
-                let [cause, cleanup] = [error, &cleanup].map(with_causes);
+                let [cause, cleanup] = [error, &cleanup].map(|error| with_causes(error));
                 // The same again if another adaptor drives the pod.
                 if cleanup != cause {
                     tracing::error!("cleaning up after the failed start: {cleanup}");
@@ -144,16 +144,6 @@ async fn end_failed_start(
         () = adaptor.suspend(pod) => {}
         signal = signals.next() => tracing::warn!("pod {pod}: {signal} during the end: open streams are cut"),
     }
-}
-
-fn with_causes(error: &ConnectError) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 /// Ends after a signal that came during the start.

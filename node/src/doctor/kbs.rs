@@ -12,6 +12,7 @@ use hyper::header::{DATE, HOST};
 use hyper_util::rt::TokioIo;
 use rustls_pki_types::ServerName;
 use secure_comms_adaptor::kbs::{KbsClient, KbsError, KbsSettings, tls_config};
+use secure_comms_adaptor::with_causes;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
@@ -112,7 +113,7 @@ async fn handshake(
     const FIX: &str = "give the CA that signed the KBS's certificate, or that certificate, as PEM; the certificate must \
                        name the host of the KBS's URL";
     let fault = |found: String| Finding::fault("kbs-tls", "its certificate is trusted", found, FIX);
-    let config = tls_config(settings).map_err(|error| fault(causes(&error)))?;
+    let config = tls_config(settings).map_err(|error| fault(with_causes(&error)))?;
     let name = match settings.url.host() {
         Some(Host::Domain(name)) => {
             ServerName::try_from(name.to_owned()).map_err(|error| fault(error.to_string()))?
@@ -163,7 +164,7 @@ async fn ask(
             let date = answer.headers().get(DATE).and_then(|date| date.to_str().ok()).map(str::to_owned);
             Ok(Answer { healthy: healthy(answer.status()), date })
         }
-        Ok(Err(error)) => Err(fault(causes(&error))),
+        Ok(Err(error)) => Err(fault(with_causes(&error))),
         Err(_) => Err(fault(format!("no answer within {} s", STEP.as_secs()))),
     }
 }
@@ -190,7 +191,7 @@ async fn token(settings: &KbsSettings) -> Finding {
     let fault = |error: &KbsError| {
         let fix = "give the private key of an admin whose public key the KBS has (--kbs-admin-key; kbs.key of Trustee's \
                    secret), and the issuer and role that the KBS expects";
-        Finding::fault(CHECK, title, causes(error), fix)
+        Finding::fault(CHECK, title, with_causes(error), fix)
     };
     let written = async {
         let client = KbsClient::new(settings, STEP)?;
@@ -207,20 +208,6 @@ async fn token(settings: &KbsSettings) -> Finding {
             "let the KBS ask for an admin token, and give its key",
         ),
     }
-}
-
-/// An error and its causes. The texts of some errors end with that of their cause.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let more = cause.to_string();
-        if !text.ends_with(&more) {
-            text = format!("{text}: {more}");
-        }
-        next = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

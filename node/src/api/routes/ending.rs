@@ -4,13 +4,14 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use secure_comms_adaptor::with_causes;
 use secure_comms_adaptor::{AdaptorError, Stopped};
 use secure_comms_keys::text::one_line;
 use secure_comms_protocol::PodId;
 
 use super::super::described;
 use super::super::input::{EndQuery, Fields, Id};
-use super::super::problem::{Kind, with_causes};
+use super::super::problem::Kind;
 use super::super::types::{Deletion, Forgotten, Orphan, OrphanList, Problem};
 use super::Api;
 use crate::pods::CollectError;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::pod::PodState;
+use secure_comms_adaptor::with_causes;
 use secure_comms_adaptor::{AdaptorError, Deadline, Stopped};
 use secure_comms_protocol::limits::SSH_PORT;
 use secure_comms_protocol::tag::Host;
@@ -173,7 +174,7 @@ impl World for Node {
         let init_data = self.expected_init_data(sandbox).await?;
         let deadline = Deadline::after(PREPARE_TIME);
         let prepared = self.pods.prepare(&sandbox.id, &launch, init_data, deadline).await;
-        prepared.map(drop).map_err(|error| text(&error))
+        prepared.map(drop).map_err(|error| with_causes(&error))
     }
 
     async fn start(&self, id: &PodId, vm: IpAddr) -> Result<(), Failed<StartFailure>> {
@@ -190,7 +191,7 @@ impl World for Node {
                     }
                     _ => StartFailure::Again,
                 };
-                Failed { failure, reason: text(&error) }
+                Failed { failure, reason: with_causes(&error) }
             }
         };
         Err(failure)
@@ -208,15 +209,17 @@ impl World for Node {
         }
         match self.pods.stop(id).await {
             Ok(Stopped::Done) => Ok(()),
-            Ok(Stopped::Retried(error)) => Err(format!("{}; it is retried until it is done", text(&error))),
-            Err(error) => Err(text(&error)),
+            Ok(Stopped::Retried(error)) => {
+                Err(format!("{}; it is retried until it is done", with_causes(&error)))
+            }
+            Err(error) => Err(with_causes(&error)),
         }
     }
 
     async fn check(&self, id: &PodId) -> Result<(), Failed<ReleaseFailure>> {
         let stream = self.open(id).await?;
         let checked = check(stream, CHECK_TIME).await;
-        checked.map_err(|error| Failed { failure: ReleaseFailure::Again, reason: text(&error) })
+        checked.map_err(|error| Failed { failure: ReleaseFailure::Again, reason: with_causes(&error) })
     }
 
     async fn open(&self, id: &PodId) -> Result<UnixStream, Failed<ReleaseFailure>> {
@@ -225,16 +228,16 @@ impl World for Node {
         match timeout(OPEN_TIME, self.pods.open(id, &TunnelName::kata_agent())).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(error @ (AdaptorError::NotPrepared(_) | AdaptorError::TaskEnded(_)))) => {
-                Err(Failed { failure: ReleaseFailure::Lost, reason: text(&error) })
+                Err(Failed { failure: ReleaseFailure::Lost, reason: with_causes(&error) })
             }
-            Ok(Err(error)) => Err(again(text(&error))),
+            Ok(Err(error)) => Err(again(with_causes(&error))),
             Err(_) => Err(again(format!("the agent has not confirmed it within {} s", OPEN_TIME.as_secs()))),
         }
     }
 
     async fn finish(&self, dial: Held, sandbox: &Sandbox) -> Result<CaaStream, String> {
         let identity = self.identities.identity(&dial.server_name, sandbox)?;
-        dial.finish(identity).await.map_err(|error| text(&error))
+        dial.finish(identity).await.map_err(|error| with_causes(&error))
     }
 
     async fn relay(&self, id: &PodId, client: CaaStream, stream: UnixStream) -> String {
@@ -261,18 +264,4 @@ impl World for Node {
         let name = sandbox.and_then(|sandbox| sandbox.name.clone());
         self.pods.set_obstacle(id, &Launch::now(Launcher::Caa, name), reason);
     }
-}
-
-fn text(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
-        // Some errors say their cause themselves.
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
-        }
-        cause = error.source();
-    }
-    text
 }
