@@ -26,6 +26,8 @@ const NAME: &str = "secure-comms-adaptor";
 const USAGE: u8 = 2;
 /// Threads of `serve`.
 const SERVE_THREADS: usize = 2;
+/// Its threads for blocking work, as on the store. Each keeps memory of its own once it has run.
+const BLOCKING_THREADS: usize = 16;
 /// Time limit for writing the last lines: stderr may be a pipe that is not read.
 const FLUSH: Duration = Duration::from_secs(1);
 
@@ -126,7 +128,11 @@ fn runtime_of(command: &Command) -> Builder {
     match command {
         Command::Serve(_) => {
             let mut runtime = Builder::new_multi_thread();
-            runtime.worker_threads(SERVE_THREADS);
+            runtime.worker_threads(SERVE_THREADS).max_blocking_threads(BLOCKING_THREADS);
+            // The allocator asks for huge pages, and with many pods most of each is not used: half of the memory.
+            if let Err(error) = nix::sys::prctl::set_thp_disable(true) {
+                tracing::debug!("huge pages stay on: {error}");
+            }
             runtime
         }
         _ => Builder::new_current_thread(),
