@@ -225,7 +225,7 @@ impl Pods {
         self.0.adaptor.subscribe(id)
     }
 
-    /// What happens to all pods from now on. A receiver that is too slow is told how much it has missed.
+    /// What happens to all pods from now on. A receiver that is too slow learns how much it has missed.
     pub fn events(&self) -> broadcast::Receiver<Happening> {
         self.0.events.subscribe()
     }

@@ -217,7 +217,7 @@ mod tests {
                     prop_assert!(taken <= bytes);
                     // It holds no more than what is free, unless it did before.
                     prop_assert!(taken == 0 || peer.held() <= budget.free());
-                    // Whoever holds less than what is free gets something.
+                    // A pod that holds less than what is free gets something.
                     prop_assert!(taken > 0 || bytes == 0 || before.0 + 2 > before.1);
                 } else {
                     peer.give_back(bytes.min(peer.held()));

@@ -128,7 +128,7 @@ impl Service {
         notifier: &Notifier,
     ) -> ServeError {
         self.health.fails(PART, "pods are being resumed");
-        // The probes answer meanwhile.
+        // The probes answer all the while.
         self.start_metrics(parts, stopped);
         let resumed = match self.pods.resume_all().await {
             Ok(resumed) => resumed,

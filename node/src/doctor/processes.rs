@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 
-/// The kernel keeps so many bytes of a process's name.
+/// Bytes of a process's name that the kernel keeps.
 const COMM_MAX: usize = 15;
 /// The state of a socket that listens, in /proc/net/tcp.
 const LISTEN: &str = "0A";

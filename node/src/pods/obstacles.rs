@@ -13,7 +13,7 @@ use super::launch::Launch;
 /// Pods with an obstacle that are remembered.
 const PODS_MAX: usize = 1024;
 /// How long a pod without a channel is shown after its launcher has last spoken of it: longer than cloud-api-adaptor waits
-/// for a start. Its file may stay there for ever.
+/// for a start. Its file may stay there.
 const SHOWN: Duration = Duration::from_secs(900);
 /// The longest text, in bytes.
 const TEXT_MAX: usize = 1000;

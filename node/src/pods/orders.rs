@@ -1,4 +1,4 @@
-//! What launchers order, for whoever counts it.
+//! What launchers order, for their counters.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -48,7 +48,7 @@ impl Orders {
     }
 }
 
-/// Waits for an order's result. It is seen through also if the caller does not wait for it: a result is counted whoever waits.
+/// Waits for an order's result. It is seen through also if the caller does not wait for it: a result is always counted.
 /// Orders of a pod keep the order in which their futures were first polled.
 ///
 /// # Errors

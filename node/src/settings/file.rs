@@ -30,7 +30,7 @@ pub(super) struct SettingsFile {
 }
 
 impl SettingsFile {
-    /// Reads a file. Whoever can write it decides which VMs get keys, so it must not be writable for others.
+    /// Reads a file. Its content decides which VMs get keys, so it must not be writable for others.
     ///
     /// # Errors
     /// All faults of the file, each with its line. One that is not there has none, unless it is `required`.

@@ -177,7 +177,7 @@ fn refuse_inbounds_of_one_pod(reader: &mut SettingsReader<'_>) {
     }
 }
 
-/// Whoever has this key is the admin of the KBS. A file that cannot be opened is reported when it is read.
+/// The holder of this key is the admin of the KBS. A file that cannot be opened is reported when it is read.
 fn refuse_admin_key_of_others(reader: &mut SettingsReader<'_>) {
     let Some(given) = reader.given(&KBS_ADMIN_KEY) else { return };
     let Some(path) = given.values.first().map(PathBuf::from) else { return };

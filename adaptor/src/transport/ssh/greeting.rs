@@ -43,7 +43,7 @@ impl GreetingError {
 /// What is said of an attempt that got no TCP connection in time.
 const TCP: &str = "connecting";
 
-/// Connects to an agent as far as its banner, in which it names its phase. Sends no key, and logs in as nobody. It takes at
+/// Connects to an agent as far as its banner, in which it names its phase. Sends no key, and logs in as no user. It takes at
 /// most the time limits of a TCP connection and of an authentication together.
 ///
 /// # Errors

@@ -80,7 +80,7 @@ impl Held {
         self.place.recognise();
     }
 
-    /// Returns once the client has closed or reset the connection, or has so many newer ones that this one is to be dropped.
+    /// Returns once the client has closed or reset the connection, or is dropped to make room for newer ones.
     /// At once, whatever lies unread.
     ///
     /// # Cancellation

@@ -27,9 +27,9 @@ const FIRST_SEGMENT: usize = 100;
 /// The connection to a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Line {
-    /// It dials; so many dials failed.
+    /// It dials, after this number of failed dials.
     Dials(u32),
-    /// The VM has accepted, and the TLS handshake is not done; so many dials failed before.
+    /// The VM has accepted, and the TLS handshake is not done; this number of dials failed before.
     Held(u32),
     /// The handshake is done.
     Up,
