@@ -106,7 +106,7 @@ pub(in crate::commands) fn phase_colour(phase: Phase) -> Colour {
     }
 }
 
-/// Digits of which no two ids have the same.
+/// Digits that distinguish ids.
 fn digits(pods: &[Pod]) -> usize {
     let mut ids: Vec<&str> = pods.iter().map(|pod| &*pod.id).collect();
     ids.sort_unstable();
