@@ -1,13 +1,11 @@
 //! `keys`: the worker node's keys, in the store. The service may run: it reads them whenever it prepares a pod.
 
-use std::io::{self, Write as _};
-
 use secure_comms_adaptor::store::Store as _;
 use serde::Serialize;
 
 use super::open_store;
 use super::pod::{print_json, print_yaml};
-use super::screen::{Screen, Table, show};
+use super::screen::{Screen, Table, note, show};
 use crate::cli::keys::{KeysArgs, KeysCommand, KeysListArgs};
 use crate::cli::service::Format;
 use crate::settings::{Env, KeysSettings};
@@ -106,9 +104,4 @@ fn some(ids: &[String]) -> String {
         0 => named.join(", "),
         more => format!("{} and {more} more", named.join(", ")),
     }
-}
-
-fn note(text: &str) {
-    // Standard error may be closed; the exit code does not depend on it.
-    let _ = writeln!(io::stderr(), "{text}");
 }

@@ -17,6 +17,12 @@ const GAP: &str = "   ";
 /// What stands for an absent value, as kubectl has it.
 pub(super) const NONE: &str = "<none>";
 
+/// Writes a line to standard error.
+pub(super) fn note(text: &str) {
+    // Standard error may be closed; the exit code does not depend on it.
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
 /// A colour of a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Colour {

@@ -1,6 +1,5 @@
 //! `pod start`, `pod stop` and `pod forget`.
 
-use std::io::{self, Write as _};
 use std::time::Instant;
 
 use super::find::{find, find_or_orphan, id_of};
@@ -8,7 +7,7 @@ use super::select::word;
 use crate::api::client::{Client, Ended};
 use crate::api::types::{PodRef, PodSpec, StartOrder};
 use crate::cli::service::{PodForgetArgs, PodStartArgs, PodStopArgs};
-use crate::commands::screen::{clean, show};
+use crate::commands::screen::{clean, note, show};
 use crate::settings::PodStartSettings;
 
 /// Publishes the pod's keys, connects to its VM, and waits until it can be used.
@@ -60,9 +59,4 @@ pub(super) async fn forget(client: &Client, args: &PodForgetArgs) -> anyhow::Res
         note(&format!("{resources} may stay in the KBS: delete it there by hand"));
     }
     Ok(())
-}
-
-fn note(text: &str) {
-    // Standard error may be closed; the exit code does not depend on it.
-    let _ = writeln!(io::stderr(), "{text}");
 }

@@ -1,6 +1,5 @@
 //! `pod list`: a table as kubectl's.
 
-use std::io::{self, Write as _};
 use std::time::SystemTime;
 
 use super::select::{Selector, word};
@@ -8,7 +7,7 @@ use super::{print_json, print_yaml};
 use crate::api::client::Client;
 use crate::api::types::{Launcher, Phase, Pod, PodList, RuntimeState};
 use crate::cli::service::{Format, PodListArgs};
-use crate::commands::screen::{Colour, Screen, Table, age, show};
+use crate::commands::screen::{Colour, Screen, Table, age, note, show};
 use crate::settings::UsageError;
 
 /// Digits of an id that are shown: as many as of a container's.
@@ -28,8 +27,7 @@ pub(super) async fn run(client: &Client, args: PodListArgs, screen: Screen) -> a
         Format::Json => print_json(&PodList { items }),
         Format::Yaml => print_yaml(&PodList { items }),
         _ if items.is_empty() => {
-            // Nothing may read standard error.
-            let _ = writeln!(io::stderr(), "no pods found");
+            note("no pods found");
             Ok(())
         }
         format => {

@@ -1,6 +1,5 @@
 //! `pod orphans`: what pods that no launcher will end have left behind.
 
-use std::io::{self, Write as _};
 use std::time::SystemTime;
 
 use anyhow::bail;
@@ -11,7 +10,7 @@ use super::{print_json, print_yaml};
 use crate::api::client::{Client, Ended};
 use crate::api::types::{Orphan, OrphanList};
 use crate::cli::service::{Format, PodOrphansArgs};
-use crate::commands::screen::{Screen, Table, age, clean, show};
+use crate::commands::screen::{Screen, Table, age, clean, note, show};
 
 pub(super) async fn run(client: &Client, args: &PodOrphansArgs, screen: Screen) -> anyhow::Result<()> {
     let items = client.orphans().await?;
@@ -22,8 +21,7 @@ pub(super) async fn run(client: &Client, args: &PodOrphansArgs, screen: Screen) 
         Format::Json => print_json(&OrphanList { items }),
         Format::Yaml => print_yaml(&OrphanList { items }),
         _ if items.is_empty() => {
-            // Nothing may read standard error.
-            let _ = writeln!(io::stderr(), "no orphans found");
+            note("no orphans found");
             Ok(())
         }
         format => {
