@@ -40,8 +40,6 @@ use crate::health::Health;
 
 /// A file that is broken or missing for so long is said to be.
 const SETTLE: Duration = Duration::from_secs(3);
-/// How long the answer of who listens is used.
-const LIVING_AGE: Duration = Duration::from_millis(250);
 /// A name that is not known causes a look at most once in this time.
 const MISS_PAUSE: Duration = Duration::from_secs(1);
 /// The longest wait for such a look, and for the first one.
@@ -149,10 +147,20 @@ impl PodsDirectory {
         self.known().counts()
     }
 
-    /// Whether cloud-api-adaptor listens on the sandbox's `agent.ttrpc`. The answer may be 0.25 seconds old. If it can't be
-    /// found out: no.
-    pub async fn living(&self, id: &PodId) -> bool {
-        self.listeners().await.contains(id)
+    /// The sandboxes on whose `agent.ttrpc` cloud-api-adaptor listens, asked after this call began: an earlier answer would
+    /// name the older of two sandboxes with one server name. If it can't be found out: none.
+    pub async fn living(&self) -> Arc<HashSet<PodId>> {
+        let called = Instant::now();
+        let mut last = self.0.living.lock().await;
+        if let Some((_, living)) = last.as_ref().filter(|(asked, _)| *asked >= called) {
+            return Arc::clone(living);
+        }
+        let asked = Instant::now();
+        // An error counts as no listener, as it is documented; the follower says it.
+        let living = self.blocking(|scanner| living::living(scanner.path)).await;
+        let living = Arc::new(living.and_then(|living| living).unwrap_or_default());
+        *last = Some((asked, Arc::clone(&living)));
+        living
     }
 
     /// What becomes of the sandboxes: first all that are there, then the changes.
@@ -186,7 +194,7 @@ impl PodsDirectory {
     async fn resolve(&self, server_name: &str) -> Result<Arc<Sandbox>, LookupError> {
         let Candidates { mut seen, mut left_over } = self.known().candidates(server_name);
         if seen.len() + left_over.len() > 1 {
-            let living = self.listeners().await;
+            let living = self.living().await;
             if seen.iter().map(|sandbox| &sandbox.id).chain(&left_over).any(|id| living.contains(id)) {
                 seen.retain(|sandbox| living.contains(&sandbox.id));
                 left_over.retain(|id| living.contains(id));
@@ -230,19 +238,6 @@ impl PodsDirectory {
         }
         self.0.wanted.notify_one();
         matches!(timeout(MISS_WAIT, looked.changed()).await, Ok(Ok(())))
-    }
-
-    async fn listeners(&self) -> Arc<HashSet<PodId>> {
-        let mut last = self.0.living.lock().await;
-        if let Some((_, living)) = last.as_ref().filter(|(asked, _)| asked.elapsed() < LIVING_AGE) {
-            return Arc::clone(living);
-        }
-        let asked = Instant::now();
-        // An error counts as no listener, as it is documented; the follower says it.
-        let living = self.blocking(|scanner| living::living(scanner.path)).await;
-        let living = Arc::new(living.and_then(|living| living).unwrap_or_default());
-        *last = Some((asked, Arc::clone(&living)));
-        living
     }
 }
 

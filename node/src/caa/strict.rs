@@ -130,14 +130,9 @@ impl Strict {
         let mut sandboxes = self.0.directory.list();
         sandboxes.retain(|sandbox| links.iter().any(|link| is_of(sandbox, link)));
         if sandboxes.len() > 1 {
-            let mut living = Vec::new();
-            for sandbox in &sandboxes {
-                if self.0.directory.living(&sandbox.id).await {
-                    living.push(Arc::clone(sandbox));
-                }
-            }
-            if living.len() == 1 {
-                sandboxes = living;
+            let living = self.0.directory.living().await;
+            if let [one] = sandboxes.iter().filter(|sandbox| living.contains(&sandbox.id)).collect::<Vec<_>>()[..] {
+                sandboxes = vec![Arc::clone(one)];
             }
         }
         match (sandboxes.pop(), sandboxes.is_empty()) {
