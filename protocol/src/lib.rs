@@ -28,6 +28,8 @@ pub mod json;
 
 mod refusal;
 
+pub mod volumes;
+
 pub mod limits;
 
 pub use banner::{Banner, BannerHint, LoginState};

@@ -131,7 +131,9 @@ impl Strict {
         sandboxes.retain(|sandbox| links.iter().any(|link| is_of(sandbox, link)));
         if sandboxes.len() > 1 {
             let living = self.0.directory.living().await;
-            if let [one] = sandboxes.iter().filter(|sandbox| living.contains(&sandbox.id)).collect::<Vec<_>>()[..] {
+            if let [one] =
+                sandboxes.iter().filter(|sandbox| living.contains(&sandbox.id)).collect::<Vec<_>>()[..]
+            {
                 sandboxes = vec![Arc::clone(one)];
             }
         }

@@ -1,0 +1,8 @@
+//! `process-user-data` and `azure-ready`: what a pod VM takes from its cloud before anything else runs.
+//!
+//! A cloud may write anything into user data. So all of it is bounded and checked before the first file is written, and what it may
+//! decide is little: docs/THREAT-MODEL.md.
+//!
+//! The modules are in the order in which data passes through them.
+
+pub mod files;
