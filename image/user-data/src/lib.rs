@@ -6,3 +6,4 @@
 //! The modules are in the order in which data passes through them.
 
 pub mod files;
+pub mod http;
