@@ -6,4 +6,9 @@
 //! The modules are in the order in which data passes through them.
 
 pub mod files;
+
+pub mod cloud;
+pub mod console;
+pub mod fetch;
 pub mod http;
+pub mod input;

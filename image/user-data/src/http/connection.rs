@@ -2,7 +2,7 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{HttpError, Limits};
 
@@ -11,7 +11,6 @@ use super::{HttpError, Limits};
 pub(super) struct Connection {
     stream: TcpStream,
     deadline: Instant,
-    limits: Limits,
 }
 
 impl Connection {
@@ -23,12 +22,14 @@ impl Connection {
         if limits.connect.is_zero() {
             return Err(HttpError::ConnectTimeout(limits.connect));
         }
+        let start = Instant::now();
         let stream =
             TcpStream::connect_timeout(&address, limits.connect).map_err(|error| match error.kind() {
                 ErrorKind::TimedOut => HttpError::ConnectTimeout(limits.connect),
                 _ => HttpError::Connect(error),
             })?;
-        Ok(Self { stream, deadline: Instant::now() + limits.answer, limits })
+        let deadline = (Instant::now() + limits.answer).min(start + limits.total);
+        Ok(Self { stream, deadline })
     }
 
     /// Sends all of `bytes`.
@@ -47,9 +48,9 @@ impl Connection {
     }
 
     /// The time until the deadline.
-    fn left(&self) -> Result<std::time::Duration, HttpError> {
+    fn left(&self) -> Result<Duration, HttpError> {
         let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() { Err(HttpError::AnswerTimeout(self.limits.answer)) } else { Ok(left) }
+        if left.is_zero() { Err(HttpError::AnswerTimeout) } else { Ok(left) }
     }
 
     /// A timeout of the socket is no error yet: the deadline decides.
