@@ -133,7 +133,8 @@ fn decoded((what, mut body): (String, Vec<u8>)) -> Result<(String, Vec<u8>), Fau
 
 /// Whether more bytes could make it base64.
 fn is_cut(body: &[u8]) -> bool {
-    body.len() % 4 != 0 && body.iter().all(|byte| byte.is_ascii_alphanumeric() || b"+/=".contains(byte))
+    !body.len().is_multiple_of(4)
+        && body.iter().all(|byte| byte.is_ascii_alphanumeric() || b"+/=".contains(byte))
 }
 
 #[cfg(test)]
