@@ -21,7 +21,7 @@ pub const TOML_MAX: usize = 1024 * 1024;
 /// The init-data of a pod that brings none, as cloud-api-adaptor's programs write them: an empty aa.toml and nothing else.
 pub const DUMMY: &str = "H4sIAAAAAAAA/0rMSc8vyizJyFWwVVAqzkg0MjVT4ipLLSrOzM8DCRnoGeoZKHFxRackliTGciklJuqV5OfmKCnYKqir\
                          q3Opq6sDAgAA//8lc7IOQgAAAA==";
-const DUMMY_TOML: &str = "algorithm = \"sha256\"\nversion = \"0.1.0\"\n\n[data]\n\"aa.toml\" = '''\n'''\n";
+const DUMMY_TOML: &str = "algorithm = \"sha256\"\nversion = \"0.1.0\"\n\n[data]\n\"aa.toml\" = '''\n'''";
 const DUMMY_DIGEST: &str = "adb48cc14fea9403d3d51f3b5f5068fd4d80445a14e94f1b3d5dbabaad66478d";
 
 /// What [`DUMMY`] says.
@@ -75,8 +75,8 @@ fn from_base64(text: &[u8]) -> Result<Vec<u8>, InitDataError> {
         return Err(InitDataError::Empty);
     }
     let decoded = std::str::from_utf8(&text).ok().and_then(|text| Base64::decode_vec(text).ok());
-    let is_cut =
-        text.len() % 4 != 0 && text.iter().all(|byte| byte.is_ascii_alphanumeric() || b"+/=".contains(byte));
+    let is_cut = !text.len().is_multiple_of(4)
+        && text.iter().all(|byte| byte.is_ascii_alphanumeric() || b"+/=".contains(byte));
     decoded.ok_or(if is_cut { InitDataError::CutBase64 } else { InitDataError::Base64 })
 }
 
