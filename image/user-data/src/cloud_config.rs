@@ -266,5 +266,7 @@ fn block(
         Chomping::Clip if !text.is_empty() && !breaks.is_empty() => text.push('\n'),
         Chomping::Clip | Chomping::Strip => {}
     }
-    Ok(Field { text: Some(text), last_line: last.number, is_ended: last.is_ended })
+    // A block of nothing is nothing: the text of a real one follows.
+    let text = (!text.is_empty()).then_some(text);
+    Ok(Field { text, last_line: last.number, is_ended: last.is_ended })
 }

@@ -31,6 +31,11 @@ impl CloudConfigError {
         self.fault
     }
 
+    /// Its line, from 1; none for a fault of the whole.
+    pub const fn line(&self) -> Option<usize> {
+        self.line
+    }
+
     /// Whether the same text would come again: false where a part of it seems to be missing.
     pub const fn is_permanent(&self) -> bool {
         let is_partial = matches!(
@@ -108,7 +113,7 @@ pub enum Fault {
     WrongType,
     /// `: ` in a plain value.
     Colon,
-    /// A quote without its end.
+    /// A quote without its end in the same line.
     OpenQuote,
     /// Something after the end of a value.
     Trailing,
@@ -158,7 +163,7 @@ impl fmt::Display for Fault {
             Self::DuplicateKey => "a key that stands there twice",
             Self::WrongType => "expected write_files: with a list of items that have a path and a content",
             Self::Colon => "a colon and a space in a plain value; expected quotes around it, or |",
-            Self::OpenQuote => "a quote without its end",
+            Self::OpenQuote => "a quote without its end in the same line",
             Self::Trailing => "something after the end of a value",
             Self::Escape => "an unknown escape in double quotes",
             Self::BlockHeader => "something unknown after |; expected |, |- or |+",

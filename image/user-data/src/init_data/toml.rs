@@ -156,6 +156,19 @@ impl EventReceiver for Reader<'_> {
         }
     }
 
+    /// Decoding finds characters that no comment may have.
+    fn comment(&mut self, span: Span, error: &mut dyn ErrorSink) {
+        if let Some(raw) = self.raw(span, None) {
+            raw.decode_comment(error);
+        }
+    }
+
+    fn newline(&mut self, span: Span, error: &mut dyn ErrorSink) {
+        if let Some(raw) = self.raw(span, None) {
+            raw.decode_newline(error);
+        }
+    }
+
     fn scalar(&mut self, span: Span, encoding: Option<Encoding>, error: &mut dyn ErrorSink) {
         let Some(raw) = self.raw(span, encoding) else { return };
         let mut value = Cow::Borrowed("");
