@@ -58,8 +58,8 @@ pub enum RunError {
         cause: io::Error,
     },
     /// The init-data are wrong.
-    #[error("init-data: {0}")]
-    InitData(InitDataError),
+    #[error(transparent)]
+    InitData(#[from] InitDataError),
     /// User data and init-data do not go together, or are refused by the flags.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -134,7 +134,7 @@ fn provision(
 ) -> Result<(), RunError> {
     let earlier = directory.earlier()?;
     let raw = raw_init_data(user_data, &earlier);
-    let init_data = raw.map(init_data::decode).transpose().map_err(RunError::InitData)?;
+    let init_data = raw.map(init_data::decode).transpose()?;
     for skipped in init_data.iter().flat_map(|init_data| &init_data.skipped) {
         console.note(&format!("init-data: {skipped}"));
     }
