@@ -5,4 +5,7 @@
 //!
 //! The modules are in the order in which data passes through them.
 
+pub mod cloud_config;
+pub mod init_data;
+
 pub mod files;
