@@ -3,6 +3,7 @@
 mod guest;
 mod inspector;
 mod kata_agent;
+mod metadata;
 
 use std::future::Future;
 
@@ -13,13 +14,14 @@ use secure_comms_simulators::{bare, user_data};
 /// Runs a role with its arguments, until it ends or a signal ends it.
 pub(crate) type Role = fn(Vec<String>) -> Result<()>;
 
-const ROLES: [(&str, Role); 8] = [
+const ROLES: [(&str, Role); 9] = [
     ("kata-agent", |args| run(kata_agent::serve(args))),
     ("cdh", |args| run(guest::cdh(args))),
     ("confidential-data-hub", |args| run(guest::cdh(args))),
     ("api-server-rest", |args| run(guest::api_server_rest(args))),
     ("process-user-data", process_user_data),
     ("attestation-agent", |args| run(attestation_agent(args))),
+    ("metadata", metadata::serve),
     ("inspector", |args| run(inspector::serve(args))),
     // The kernel's name for PID 1 of an initramfs.
     ("init", |_| bare::main()),
