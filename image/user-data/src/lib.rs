@@ -18,3 +18,7 @@ pub mod fetch;
 pub mod cloud_config;
 
 pub mod init_data;
+
+pub mod provision;
+
+pub mod pcr;
