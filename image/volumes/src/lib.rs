@@ -18,3 +18,17 @@ pub mod discover;
 pub mod program;
 
 pub mod signature;
+
+pub mod format;
+
+pub mod mounts;
+
+pub mod mappings;
+
+pub mod cdh;
+
+pub mod failure;
+
+pub mod log;
+
+pub mod mounting;
