@@ -32,3 +32,13 @@ pub mod failure;
 pub mod log;
 
 pub mod mounting;
+
+pub mod uevents;
+
+pub mod service;
+
+pub mod socket;
+
+pub mod scratch;
+
+pub mod cli;
