@@ -270,3 +270,7 @@ fn block(
     let text = (!text.is_empty()).then_some(text);
     Ok(Field { text, last_line: last.number, is_ended: last.is_ended })
 }
+
+#[cfg(test)]
+#[path = "cloud_config_tests.rs"]
+mod tests;

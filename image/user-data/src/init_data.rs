@@ -111,7 +111,7 @@ fn file(key: &str) -> Option<Result<FileName, Doubtful>> {
         return Some(Ok(name));
     }
     // The original cleans paths: `./cdh.toml` and `x/../cdh.toml` are cdh.toml to it.
-    let last = key.trim_end_matches(['/', '.']).rsplit('/').next().unwrap_or(key);
+    let last = key.trim().trim_end_matches(['/', '.']).rsplit('/').next().unwrap_or(key);
     known.iter().any(|name| name.as_str().eq_ignore_ascii_case(last)).then_some(Err(Doubtful))
 }
 

@@ -120,7 +120,7 @@ fn member(
 }
 
 /// CRC-32 as of RFC 1952 section 8.
-fn crc32(bytes: &[u8]) -> u32 {
+pub(super) fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc, byte| {
         let index = (crc ^ u32::from(*byte)) & 0xff;
         let entry = usize::try_from(index).ok().and_then(|index| CRC_TABLE.get(index));
