@@ -148,11 +148,12 @@ pub fn report(settings: &Settings, clock: &mut impl Clock, console: &mut Console
             Err(error) => error,
         };
         let left = settings.total.saturating_sub(clock.now().saturating_sub(start));
-        if error.is_permanent() || left.is_zero() {
+        // A try without time would hide the fault behind its own.
+        if error.is_permanent() || left <= settings.pause {
             return Err(error);
         }
         console.fault(&format!("Azure: {}; trying again", with_causes(&error)));
-        clock.pause(settings.pause.min(left));
+        clock.pause(settings.pause);
     }
 }
 
