@@ -5,8 +5,8 @@ use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
-use nix::sys::socket::{Backlog, listen};
 use metadata::{Script, Server as Simulator, Step, answer};
+use nix::sys::socket::{Backlog, listen};
 
 use super::*;
 
@@ -212,7 +212,8 @@ fn verdict(row: &serde_json::Value) -> String {
     let original_succeeds = row["exit"] == "0";
     let run = match case {
         "badflag" | "help" | "extra-arg" => return "elsewhere -> cli".to_owned(),
-@@
+        "refused" | "noroute" => return "elsewhere -> a_server_that_is_not_there_is_asked_again".to_owned(),
+        "blackhole" => return "elsewhere -> a_server_that_drops_connections_is_asked_again".to_owned(),
         // One try: each waits for the timeout, which also bounds the requests before.
         case if case.contains("stall") => run_for(script(case), Duration::from_secs(2), 1),
         case => run(script(case)),
