@@ -202,7 +202,8 @@ fn comparable(files: &Files) -> BTreeMap<String, (u64, String)> {
 /// A fault without its paths.
 fn class(line: &str) -> String {
     let known = ["No space left on device", "Read-only file system", "Permission denied"];
-    known.into_iter().find(|text| line.contains(text)).unwrap_or(line).to_owned()
+    let fault = line.split("the last fault: /media/cidata/user-data: ").last().unwrap_or(line);
+    known.into_iter().find(|text| fault.contains(text)).unwrap_or(fault).to_owned()
 }
 
 fn verdict(row: &Value) -> String {
