@@ -5,4 +5,16 @@
 //!
 //! The modules are in the order in which data passes through them.
 
+// Small things that the others share.
+pub mod console;
 pub mod files;
+pub mod input;
+
+pub mod cloud;
+pub mod http;
+
+pub mod fetch;
+
+pub mod cloud_config;
+
+pub mod init_data;

@@ -4,6 +4,7 @@ mod guest;
 mod inspector;
 mod installed;
 mod kata_agent;
+mod metadata;
 
 use std::future::Future;
 
@@ -14,7 +15,7 @@ use secure_comms_simulators::{bare, user_data};
 /// Runs a role with its arguments, until it ends or a signal ends it.
 pub(crate) type Role = fn(Vec<String>) -> Result<()>;
 
-const ROLES: [(&str, Role); 8] = [
+const ROLES: [(&str, Role); 9] = [
     ("kata-agent", |args| {
         if has(&args, "--config") { run(installed::kata_agent(args)) } else { run(kata_agent::serve(args)) }
     }),
@@ -29,6 +30,7 @@ const ROLES: [(&str, Role); 8] = [
     }),
     ("process-user-data", process_user_data),
     ("attestation-agent", |args| run(installed::attestation_agent(args))),
+    ("metadata", metadata::serve),
     ("inspector", |args| run(inspector::serve(args))),
     // The kernel's name for PID 1 of an initramfs.
     ("init", |_| bare::main()),
