@@ -5,10 +5,12 @@
 //!
 //! The modules are in the order in which data passes through them.
 
-// Small things that the others share.
+// What the others share.
 pub mod console;
 pub mod files;
 pub mod input;
+
+pub mod cli;
 
 pub mod cloud;
 pub mod http;
@@ -18,3 +20,9 @@ pub mod fetch;
 pub mod cloud_config;
 
 pub mod init_data;
+
+pub mod provision;
+
+pub mod pcr;
+
+pub mod run;
