@@ -186,3 +186,51 @@ fn every_row_of_init_data_has_its_verdict() {
 fn what_the_generator_writes_is_read_exactly() {
     check("generator", 19);
 }
+
+#[test]
+fn a_policy_of_80_kb_is_read() {
+    let policy = format!("package agent_policy\n{}\n", "# not one byte of it repeats\n".repeat(2700));
+    let toml = format!(
+        "algorithm = \"sha256\"\nversion = \"0.1.0\"\n\n[data]\n\"policy.rego\" = '''\n{policy}'''\n"
+    );
+    // Stored, so that the base64 is as long as that of a policy that can't be compressed.
+    let base64 = Base64::encode_string(&common::gzip(toml.as_bytes(), 0));
+    let plain = lines("generator.jsonl").iter().map(|line| Row::of(line)).find(|row| row.case == "g1-plain");
+    let plain = String::from_utf8(plain.unwrap().user_data.unwrap()).unwrap();
+    let text = format!("{plain}  - path: /run/peerpod/initdata\n    content: |\n      {base64}\n");
+    assert!(base64.len() > 80_000 && text.len() < cloud_config::USER_DATA_MAX);
+
+    let files = BTreeMap::from_iter(cloud_config::parse(text.as_bytes()).unwrap().files);
+    let init_data = &files[&FileName::InitData];
+    assert_eq!(init_data, format!("{base64}\n").as_bytes());
+    let init_data = init_data::decode(init_data).unwrap();
+    assert_eq!(init_data.toml, toml.as_bytes());
+    assert_eq!(init_data.files, [(FileName::Policy, policy.into_bytes())]);
+}
+
+#[test]
+fn the_vectors_of_init_data_are_equal() {
+    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/vectors");
+    let mut seen = 0;
+    for vector in fs::read_dir(vectors).unwrap() {
+        let vector = vector.unwrap().path();
+        let init_data = init_data::decode(&fs::read(vector.join("initdata")).unwrap()).unwrap();
+        let mut files =
+            BTreeMap::from_iter(init_data.files.into_iter().map(|(name, text)| (name.as_str(), text)));
+        files.insert("initdata.digest", init_data.digest.into_bytes());
+        for file in fs::read_dir(&vector).unwrap() {
+            let file = file.unwrap();
+            let name = file.file_name().into_string().unwrap();
+            if name != "initdata" {
+                assert_eq!(
+                    files.remove(name.as_str()),
+                    Some(fs::read(file.path()).unwrap()),
+                    "{vector:?} {name}"
+                );
+            }
+        }
+        assert!(files.is_empty(), "{vector:?}: also {files:?}");
+        seen += 1;
+    }
+    assert_eq!(seen, 5);
+}
