@@ -131,7 +131,7 @@ struct Style {
 fn style() -> impl Strategy<Value = Style> {
     let line_break = prop::sample::select(vec!["\n", "\r\n"]);
     let quote = prop::sample::select(vec!["", "'", "\""]);
-    let comment = prop::sample::select(vec!["", "\n", "   # c\n", "#c\n\n"]);
+    let comment = prop::sample::select(vec!["", "\n", " # c\n", "#c\n\n"]);
     (0..5_usize, 0..3_usize, 1..6_usize, any::<bool>(), line_break, quote, comment).prop_map(
         |(list, more, text, is_content_first, line_break, quote, comment)| Style {
             list,
