@@ -1,5 +1,5 @@
-//! What the agent says is complete, although the one that ships is built without the texts of `{:?}`
-//! (docs/decisions/0033): no message of its crates rests on them, and the real binary's lines have no gaps.
+//! What the pod VM's programs say is complete, although those that ship are built without the texts of `{:?}`
+//! (docs/decisions/0033): no message of their crates rests on them, and the lines of the agent's binary have no gaps.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::fs;
@@ -14,8 +14,9 @@ use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, says, sc
 use secure_comms_tests::simulators::openssh::OpenSsh;
 use tokio::time::timeout;
 
-/// The crates that the agent is made of.
-const CRATES: [&str; 5] = ["agent", "ssh", "tunnel", "keys", "protocol"];
+/// The crates that the agent and the image's other programs are made of.
+const CRATES: [&str; 8] =
+    ["agent", "ssh", "tunnel", "keys", "protocol", "image/init", "image/user-data", "image/volumes"];
 
 /// Files of a crate that are part of the program, with their texts.
 fn sources(name: &str) -> Vec<(PathBuf, String)> {
@@ -57,7 +58,7 @@ fn debug_texts(text: &str) -> Vec<&str> {
 }
 
 #[test]
-fn no_message_of_the_agent_rests_on_debug_texts() {
+fn no_message_rests_on_debug_texts() {
     let mut found = Vec::new();
     for name in CRATES {
         let sources = sources(name);

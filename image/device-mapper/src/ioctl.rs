@@ -7,13 +7,13 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::ioctl::ioctl_num_type;
 
-use super::message::{Command, HEADER, Message};
+use crate::message::{Command, HEADER, Message};
 
 /// `DM_IOCTL` of <linux/dm-ioctl.h>.
 const DM_IOCTL: u8 = 0xfd;
 
 /// Passes a message to the device mapper, which writes its answer over it.
-pub(super) fn call(control: &File, command: Command, message: &mut Message) -> Result<(), Errno> {
+pub(crate) fn call(control: &File, command: Command, message: &mut Message) -> Result<(), Errno> {
     let request: ioctl_num_type = nix::request_code_readwrite!(DM_IOCTL, command.number(), HEADER);
     let buffer = message.as_mut_bytes();
     // SAFETY: the descriptor is open as long as `control` is borrowed. The kernel reads and writes at most the bytes
