@@ -127,11 +127,14 @@ impl Strict {
         if links.is_empty() {
             return Err(VmLookupError::NoLink(vm));
         }
+        self.0.directory.look().await;
         let mut sandboxes = self.0.directory.list();
         sandboxes.retain(|sandbox| links.iter().any(|link| is_of(sandbox, link)));
         if sandboxes.len() > 1 {
             let living = self.0.directory.living().await;
-            if let [one] = sandboxes.iter().filter(|sandbox| living.contains(&sandbox.id)).collect::<Vec<_>>()[..] {
+            if let [one] =
+                sandboxes.iter().filter(|sandbox| living.contains(&sandbox.id)).collect::<Vec<_>>()[..]
+            {
                 sandboxes = vec![Arc::clone(one)];
             }
         }
