@@ -133,3 +133,53 @@ fn initrd(pe: &Pe<'_>) -> Result<Vec<u8>, BadUki> {
     }
     Ok(joined)
 }
+
+#[cfg(test)]
+mod tests {
+    use sha2::{Digest, Sha256};
+
+    use super::{BadUki, Uki};
+    use crate::cpio;
+    use crate::pe::tests::program;
+
+    fn sha256(bytes: &[u8]) -> [u8; 32] {
+        Sha256::digest(bytes).into()
+    }
+
+    #[test]
+    fn the_stub_measures_sections_in_its_own_order() {
+        let file = program(
+            &[(".text", b"code", 4), (".initrd", b"cpio", 4), (".pcrsig", b"no", 2), (".linux", b"kern", 4)],
+            b"",
+        );
+        let events = Uki::parse(&file).unwrap().events().unwrap();
+        let found: Vec<_> =
+            events.iter().filter(|event| event.pcr == 11).map(|event| event.digests.sha256).collect();
+        assert_eq!(found, [&b".linux\0"[..], b"kern", b".initrd\0", b"cpio"].map(sha256));
+    }
+
+    #[test]
+    fn the_kernel_measures_the_command_line_and_the_joined_initrd() {
+        let sections: [(&str, &[u8], usize); 4] = [
+            (".linux", b"k", 1),
+            (".cmdline", b" a=\tb \n\0 ", 9),
+            (".osrel", b"ID=x", 4),
+            (".initrd", b"12345", 5),
+        ];
+        let file = program(&sections, b"");
+        let uki = Uki::parse(&file).unwrap();
+        assert_eq!(uki.command_line, "a= b");
+        let mut initrd = b"12345\0\0\0".to_vec();
+        initrd.extend(cpio::extra("os-release", b"ID=x"));
+        let events = uki.events().unwrap();
+        let found: Vec<_> =
+            events.iter().filter(|event| event.pcr == 9).map(|event| event.digests.sha256).collect();
+        assert_eq!(found, [sha256(b"a\0=\0 \0b\0\0\0"), sha256(&initrd)]);
+    }
+
+    #[test]
+    fn a_program_without_a_kernel_is_no_uki() {
+        let file = program(&[(".text", b"code", 4)], b"");
+        assert_eq!(Uki::parse(&file).unwrap_err(), BadUki::NoKernel);
+    }
+}

@@ -39,11 +39,12 @@ struct Arguments {
     #[argh(option)]
     init_data_digest: Option<String>,
 
-    /// launch digest of a VM that the host boots directly from the UKI's parts: snp. Needs sev-snp-measure, --ovmf and --vcpus
+    /// launch digest of a VM: snp, which boots the UKI's parts directly, or snp-firmware, whose firmware boots a disk. Needs
+    /// sev-snp-measure, --ovmf and --vcpus
     #[argh(option)]
     launch: Option<String>,
 
-    /// firmware of that VM: OVMF with a table for the hashes of kernel, initrd and command line
+    /// firmware of that VM; with snp, OVMF with a table for the hashes of kernel, initrd and command line (its AmdSev build)
     #[argh(option)]
     ovmf: Option<PathBuf>,
 
@@ -118,18 +119,19 @@ fn init_data(arguments: &Arguments) -> Result<Option<InitDataDigest>, String> {
 fn launch(arguments: &Arguments, uki: &Uki<'_>) -> Result<Option<String>, String> {
     match arguments.launch.as_deref() {
         None => Ok(None),
-        Some("snp") => {
+        Some(kind @ ("snp" | "snp-firmware")) => {
             let (Some(firmware), Some(processors)) = (arguments.ovmf.clone(), arguments.vcpus) else {
-                return Err("--launch snp needs --ovmf and --vcpus".to_owned());
+                return Err(format!("--launch {kind} needs --ovmf and --vcpus"));
             };
             let (processor, guest_features) = (arguments.vcpu_type.clone(), arguments.guest_features);
-            let machine = SnpMachine { firmware, processors, processor, guest_features };
+            let direct = kind == "snp";
+            let machine = SnpMachine { firmware, processors, processor, guest_features, direct };
             launch::snp(&machine, uki).map(Some).map_err(described)
         }
         Some("tdx") => Err("--launch tdx: no registry has a program that computes MRTD (docs/IMAGE.md); \
              --format json has RTMR 2"
             .to_owned()),
-        Some(other) => Err(format!("--launch {other}: only snp")),
+        Some(other) => Err(format!("--launch {other}: snp or snp-firmware")),
     }
 }
 
