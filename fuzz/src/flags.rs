@@ -74,6 +74,7 @@ fn write(options: &Options) -> Vec<String> {
         format!("-secure-comms-state-dir-on-disk={}", options.state_place == StatePlace::AnyDisk),
         format!("-secure-comms-require-pq={}", options.require_pq),
         format!("-secure-comms-mount-prefixes={}", options.mount_prefixes),
+        format!("-secure-comms-volumes-socket={}", path(&options.volumes_socket)),
         format!("-secure-comms-rekey-bytes={}", options.rekey_bytes),
     ];
     written.extend(options.namespace_address.map(|address| format!("-pod-namespace-address={address}")));

@@ -476,7 +476,7 @@ async fn a_pod_namespace_replaces_no_other_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("deep/podns");
     let text = path.to_str().unwrap();
-    assert!(make(text).await.status.success());
+    assert!(make(text, &[]).await.status.success());
     let output =
         Command::new("nsenter").arg(format!("--net={text}")).args(["ip", "-o", "link"]).output().await;
     let links = String::from_utf8(output.unwrap().stdout).unwrap();
@@ -486,7 +486,7 @@ async fn a_pod_namespace_replaces_no_other_file() {
     let file = directory.path().join("notes");
     std::fs::write(&file, "mine").unwrap();
     for path in [&file, &directory.path().to_owned()] {
-        let said = make(path.to_str().unwrap()).await;
+        let said = make(path.to_str().unwrap(), &[]).await;
         assert_eq!(said.status.code(), Some(1));
         let error = String::from_utf8_lossy(&said.stderr).into_owned();
         assert!(error.contains("the path is neither a namespace nor an empty file; remove it"), "{error}");

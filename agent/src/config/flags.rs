@@ -11,6 +11,7 @@ use argh::FromArgs;
 use secure_comms_keys::text::escape;
 use secure_comms_protocol::{PodId, limits};
 
+use crate::kata::podvm_volumes;
 use crate::kata::sources::MountPrefixes;
 use crate::pod_network::spec::Prefix;
 
@@ -71,6 +72,8 @@ pub struct Options {
     pub require_pq: bool,
     /// Directories below which the sources of bind mounts are made.
     pub mount_prefixes: MountPrefixes,
+    /// Path of the unix socket of the program that mounts cloud volumes.
+    pub volumes_socket: PathBuf,
     /// Bytes on a connection after which it is rekeyed.
     pub rekey_bytes: usize,
     /// Flags that were given and are ignored.
@@ -206,6 +209,9 @@ struct Flags {
     /// (default /run/kata-containers,/run/cloud-volumes,/var/lib/kubelet)
     #[argh(option, default = "default_mount_prefixes()", from_str_fn(mount_prefixes))]
     secure_comms_mount_prefixes: MountPrefixes,
+    /// unix socket of podvm-volumes, which mounts cloud volumes (default /run/podvm-volumes/volumes.sock)
+    #[argh(option, default = "PathBuf::from(podvm_volumes::SOCKET)", from_str_fn(path))]
+    secure_comms_volumes_socket: PathBuf,
     /// bytes after which a connection is rekeyed, e.g. 64M or 1GiB (default 32GiB, at least 1MiB)
     #[argh(option, default = "limits::REKEY_BYTES", from_str_fn(rekey_bytes))]
     secure_comms_rekey_bytes: usize,
@@ -405,6 +411,7 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Options, Exit> {
         },
         require_pq: flags.secure_comms_require_pq,
         mount_prefixes: flags.secure_comms_mount_prefixes,
+        volumes_socket: flags.secure_comms_volumes_socket,
         rekey_bytes: flags.secure_comms_rekey_bytes,
         unused: unused.map(|flag| flag.name).collect(),
     })

@@ -52,6 +52,7 @@ pub(super) const FLAGS: &[Flag] = &[
     boolean("secure-comms-state-dir-on-disk"),
     boolean("secure-comms-require-pq"),
     value("secure-comms-mount-prefixes"),
+    value("secure-comms-volumes-socket"),
     value("secure-comms-rekey-bytes"),
     unused(value("ca-cert-file")),
     unused(value("cert-file")),

@@ -79,7 +79,9 @@ impl DeviceMapper {
     /// The table is too long (InvalidInput) or the kernel refuses it; its log says why.
     pub fn load(&self, name: &str, target: &Target<'_>) -> io::Result<()> {
         let flags = Flags { read_only: target.read_only, secret: target.secret, ..Flags::default() };
-        self.call(Command::LoadTable, &mut Message::new(name, flags)?.with_target(target)?)
+        let mut message = Message::new(name, flags)?;
+        message.add_target(target)?;
+        self.call(Command::LoadTable, &mut message)
     }
 
     /// Makes the loaded table the live one.

@@ -99,8 +99,8 @@ impl Message {
         Ok(message)
     }
 
-    /// Adds the target.
-    pub(crate) fn with_target(mut self, target: &Target<'_>) -> io::Result<Self> {
+    /// Adds the target. In place: a moved message would leave a copy of a secret behind.
+    pub(crate) fn add_target(&mut self, target: &Target<'_>) -> io::Result<()> {
         if TARGET + HEADER + target.table.len() >= SIZE || target.kind.len() >= 16 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the table is too long"));
         }
@@ -109,7 +109,7 @@ impl Message {
         self.put(HEADER + 20, &((SIZE - HEADER) as u32).to_ne_bytes());
         self.put(HEADER + 24, target.kind.as_bytes());
         self.put(HEADER + TARGET, target.table.as_bytes());
-        Ok(self)
+        Ok(())
     }
 
     fn put(&mut self, at: usize, bytes: &[u8]) {
@@ -182,10 +182,16 @@ mod tests {
         Message::new("root", flags).unwrap()
     }
 
+    fn with_table(flags: Flags) -> Message {
+        let mut message = root(flags);
+        message.add_target(&target("1 2 3")).unwrap();
+        message
+    }
+
     #[test]
     fn a_table_is_at_the_offset_that_the_kernel_reads() {
         let flags = Flags { read_only: true, ..Flags::default() };
-        let mut message = root(flags).with_target(&target("1 2 3")).unwrap();
+        let mut message = with_table(flags);
         let bytes = message.as_mut_bytes();
         assert_eq!(bytes[..4], 4u32.to_ne_bytes());
         assert_eq!(bytes[12..24], [4096u32.to_ne_bytes(), 312u32.to_ne_bytes(), 1u32.to_ne_bytes()].concat());
@@ -207,9 +213,9 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        assert!(root(Flags::default()).with_target(&target(&"x".repeat(4000))).is_err());
+        assert!(root(Flags::default()).add_target(&target(&"x".repeat(4000))).is_err());
         let long = Target { kind: "sixteen-bytes-xx", ..target("") };
-        assert!(root(Flags::default()).with_target(&long).is_err());
+        assert!(root(Flags::default()).add_target(&long).is_err());
         for name in ["", "a\0b", &"n".repeat(128)] {
             assert!(Message::new(name, Flags::default()).is_err(), "{name}");
         }
@@ -225,7 +231,7 @@ mod tests {
 
     #[test]
     fn an_answer_names_its_target_and_arguments() {
-        let mut message = root(Flags::default()).with_target(&target("1 2 3")).unwrap();
+        let mut message = with_table(Flags::default());
         let (kind, table) = message.table().unwrap();
         assert_eq!((kind.as_str(), table.as_str()), ("verity", "1 2 3"));
         message.put(28, &0x100u32.to_ne_bytes());

@@ -165,7 +165,7 @@ impl Fault {
 
 /// No user data, finally.
 #[derive(Debug, thiserror::Error)]
-#[error("no user data from {cloud} after {tries} tries in {seconds} s; the last fault")]
+#[error("no user data from {cloud} in {seconds} s (tries: {tries}); the last fault")]
 pub struct FetchError {
     cloud: Cloud,
     tries: u32,

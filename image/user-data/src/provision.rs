@@ -3,17 +3,20 @@
 //! [`plan()`] decides over contents only, [`Directory`] over files only. The order for a caller:
 //!
 //! 1. [`Directory::open`] takes the lock and finishes or discards what a killed run left;
-//! 2. [`Directory::earlier`] says what is there, [`raw_init_data`] which init-data count, [`plan()`] what is to be written;
+//! 2. [`Directory::earlier`] says what is there, [`plan()`] what is to be written;
 //! 3. [`Directory::stage`] writes all of it out of sight;
 //! 4. [`crate::pcr::measure`] extends the TPM: before any file can start the attestation agent;
 //! 5. [`Staged::commit`] puts the files in place.
+//!
+//! [`plan()`] can also judge user data before they are accepted from a cloud: it changes nothing.
 
 mod directory;
-mod json;
 mod plan;
+#[cfg(test)]
+mod samples;
 
 pub use directory::{Directory, Outcome, Staged, WriteError};
-pub use plan::{DUMMY, DUMMY_DIGEST, Earlier, FileSet, Note, PlanError, check, plan, raw_init_data};
+pub use plan::{Earlier, FileSet, Note, PlanError, plan};
 
 use std::fmt;
 use std::str::FromStr;

@@ -10,10 +10,9 @@ use crate::console::{Console, with_causes};
 use crate::fetch::{self, Clock, Endpoints, Fetch, FetchError, Pace, Rejection};
 use crate::files::{DIRECTORY, FileName, UserData};
 use crate::http::BODY_LIMIT;
-use crate::init_data::{self, InitDataError};
 use crate::input;
 use crate::pcr::{self, Measured, PcrError};
-use crate::provision::{Directory, Options, Outcome, PlanError, WriteError, plan, raw_init_data};
+use crate::provision::{Directory, Earlier, Options, Outcome, PlanError, WriteError, plan};
 
 /// Where everything is; other places only in tests.
 #[derive(Clone, Debug)]
@@ -57,10 +56,7 @@ pub enum RunError {
         #[source]
         cause: io::Error,
     },
-    /// The init-data are wrong.
-    #[error(transparent)]
-    InitData(#[from] InitDataError),
-    /// User data and init-data do not go together, or are refused by the flags.
+    /// The init-data are wrong, or user data and init-data do not go together, or are refused by the flags.
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// The files could not be written.
@@ -87,17 +83,20 @@ pub fn provision_files(
     console.note(&format!("{cloud}: this is where the user data come from"));
     let fetch =
         Fetch { cloud, endpoints: &machine.endpoints, pace: Pace::within(flags.timeout), clock, console };
-    let user_data = fetch::fetch(fetch, judge)?;
-    for skipped in &user_data.skipped {
-        console.note(&format!("user data: {skipped}"));
-    }
+    // Not locked while fetching. What a run that was killed left is settled even if there are no user data now.
+    let earlier = Directory::open(&machine.directory)?.earlier()?;
+    let user_data = fetch::fetch(fetch, |body| judge(body, &earlier, &flags.options))?;
     let directory = Directory::open(&machine.directory)?;
     provision(&directory, &user_data, machine, &flags.options, console)
 }
 
-fn judge(body: &[u8]) -> Result<UserData, Rejection> {
-    cloud_config::parse(body)
-        .map_err(|error| Rejection { is_permanent: error.is_permanent(), cause: Box::new(error) })
+/// Init-data are looked at too: they are the last large item, so a text that was cut may be cut there.
+fn judge(body: &[u8], earlier: &Earlier, options: &Options) -> Result<UserData, Rejection> {
+    let user_data = cloud_config::parse(body)
+        .map_err(|error| Rejection { is_permanent: error.is_permanent(), cause: Box::new(error) })?;
+    plan(&user_data, earlier, options)
+        .map_err(|error| Rejection { is_permanent: error.is_permanent(), cause: Box::new(error) })?;
+    Ok(user_data)
 }
 
 /// No cloud is known: the files that are in the directory stand for the user data.
@@ -132,13 +131,7 @@ fn provision(
     options: &Options,
     console: &mut Console,
 ) -> Result<(), RunError> {
-    let earlier = directory.earlier()?;
-    let raw = raw_init_data(user_data, &earlier);
-    let init_data = raw.map(init_data::decode).transpose()?;
-    for skipped in init_data.iter().flat_map(|init_data| &init_data.skipped) {
-        console.note(&format!("init-data: {skipped}"));
-    }
-    let set = plan(user_data, init_data, &earlier, options)?;
+    let set = plan(user_data, &directory.earlier()?, options)?;
     for note in set.notes() {
         console.note(&note.to_string());
     }

@@ -18,3 +18,27 @@ pub mod discover;
 pub mod program;
 
 pub mod signature;
+
+pub mod format;
+
+pub mod mounts;
+
+pub mod mappings;
+
+pub mod cdh;
+
+pub mod failure;
+
+pub mod log;
+
+pub mod mounting;
+
+pub mod uevents;
+
+pub mod service;
+
+pub mod socket;
+
+pub mod scratch;
+
+pub mod cli;

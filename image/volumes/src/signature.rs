@@ -2,12 +2,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 
 use nix::libc;
+use nix::sys::stat::{major, minor};
 
+use crate::block::Device;
+use crate::mountinfo::DeviceNumber;
 use crate::program::{self, ProgramError};
 use crate::text::one_line;
 
@@ -45,12 +48,25 @@ pub enum Unsure {
     Read(#[source] io::Error),
 }
 
-/// Opens the disk, which nothing else may use: the kernel refuses the second exclusive user, be it a mount or a mapping.
+/// Opens a disk for reading, once it is certain that nothing uses it: the kernel refuses a second exclusive user, be it a
+/// mount or a mapping. While the file is open, its device number stays this disk's.
 ///
 /// # Errors
-/// It is in use (EBUSY), is no block device any more, or may not be opened.
-pub fn open_exclusively(node: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NOFOLLOW | libc::O_NONBLOCK).open(node)
+/// It is in use (EBUSY), is another device by now, or may not be opened.
+pub fn open_unused(device: &Device) -> io::Result<File> {
+    let open = |flags| {
+        let flags = flags | libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        OpenOptions::new().read(true).custom_flags(flags).open(&device.node)
+    };
+    let file = open(0)?;
+    let metadata = file.metadata()?;
+    let number = DeviceNumber { major: major(metadata.rdev()), minor: minor(metadata.rdev()) };
+    if !metadata.file_type().is_block_device() || number != device.number {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "another device by now"));
+    }
+    // Closed again: a mount needs to be the exclusive user itself.
+    drop(open(libc::O_EXCL)?);
+    Ok(file)
 }
 
 /// Looks at a disk once.

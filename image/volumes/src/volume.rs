@@ -97,6 +97,12 @@ impl FileSystem {
         [Self::Ext4, Self::Ext3, Self::Xfs].into_iter().find(|fs| fs.name() == name)
     }
 
+    /// Whether a volume that is to have the other may have this one: an ext3 can have become an ext4.
+    #[must_use]
+    pub fn is_kin_of(self, other: Self) -> bool {
+        (self == Self::Xfs) == (other == Self::Xfs)
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(self) -> &'static str {

@@ -8,38 +8,27 @@ use tempfile::TempDir;
 
 use super::sys::faults::{self, Fault};
 use super::*;
-use crate::files::{InitData, UserData};
-use crate::provision::{Options, plan};
+use crate::provision::{Options, plan, samples};
 
 const DIGEST: &str = "692f2059ebbdf6189c795392d263f2bd0b4020d43e5044b22965424e1670759a";
 
 type Texts = BTreeMap<String, String>;
 
-fn set(user_data: &[(FileName, &str)], init_data: &[(FileName, &str)]) -> FileSet {
-    let files = |files: &[(FileName, &str)]| -> Vec<_> {
-        files.iter().map(|(name, text)| (*name, text.as_bytes().to_vec())).collect()
-    };
-    let user_data = UserData { files: files(user_data), skipped: Vec::new() };
-    let init_data = InitData {
-        toml: b"toml".to_vec(),
-        digest: DIGEST.to_owned(),
-        files: files(init_data),
-        skipped: Vec::new(),
-    };
-    plan(&user_data, Some(init_data), &Earlier::default(), &Options::default()).unwrap()
+fn set(user_data: &[(FileName, &str)], init_data: &[(&str, &str)]) -> FileSet {
+    plan(&samples::user_data(user_data, Some(init_data)), &Earlier::default(), &Options::default()).unwrap()
 }
 
 fn old_set() -> FileSet {
     set(
-        &[(FileName::Apf, "{\"old\":1}"), (FileName::Auth, "{\"old\":2}"), (FileName::InitData, "old")],
-        &[(FileName::AttestationAgent, "old"), (FileName::Policy, "old")],
+        &[(FileName::Apf, "{\"old\":1}"), (FileName::Auth, "{\"old\":2}")],
+        &[("aa.toml", "old"), ("policy.rego", "old")],
     )
 }
 
 fn new_set() -> FileSet {
     set(
-        &[(FileName::Apf, "{\"new\":1}"), (FileName::ScratchSpaceMarker, ""), (FileName::InitData, "new")],
-        &[(FileName::AttestationAgent, "new"), (FileName::ConfidentialDataHub, "new")],
+        &[(FileName::Apf, "{\"new\":1}"), (FileName::ScratchSpaceMarker, "")],
+        &[("aa.toml", "new"), ("cdh.toml", "new")],
     )
 }
 
