@@ -316,11 +316,11 @@ fn hostile() -> Result<Vec<(Vec<u8>, &'static str)>> {
         (
             format!("#cloud-config\n\nwrite_files:\n  - path: {unit}\n    content: |\n      [Service]\n")
                 .into(),
-            "no apf.json",
+            "no item for /run/peerpod/apf.json",
         ),
-        (with("  - path: /run/peerpod/initdata\n    content: |\n      H4sIAAAA\n"), "init-data"),
-        (vec![0x1f, 0x8b, 8, 0, 27, b'[', b'2', b'J'], "gzip"),
-        (with(""), "no init-data"),
+        (with("  - path: /run/peerpod/initdata\n    content: |\n      H4sIAAAA\n"), "init-data: gzip"),
+        (vec![0x1f, 0x8b, 8, 0, 27, b'[', b'2', b'J'], "compressed by gzip"),
+        (with(""), "no init-data; give"),
     ])
 }
 
