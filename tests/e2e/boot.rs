@@ -7,8 +7,8 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail, ensure};
 use secure_comms_tests::boot::{
-    AGENT, Boot, CloudConfig, Machine, MachineOptions, MachinePermit, Pod, UserData, apf_json, artifacts,
-    scene, sees_only_its_own,
+    AGENT, Boot, CloudConfig, DataDisk, Machine, MachineOptions, MachinePermit, Pod, UserData, apf_json,
+    artifacts, scene, sees_only_its_own,
 };
 use secure_comms_tests::harness::scene::{PATIENCE, endpoint, kata_client, up};
 use secure_comms_tests::simulators::inspector::Request;
@@ -268,11 +268,18 @@ async fn the_image_with_systemd_confines_the_agent_and_recovers_it() -> Result<(
     Ok(())
 }
 
+/// Enough for ext4.
+const VOLUME_SIZE: u64 = 64 * 1024 * 1024;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_verified_disk_boots_and_attests_after_a_reboot() -> Result<()> {
     let apf = apf_json(&json!({}))?;
     let user_data = UserData::Aws(CloudConfig::new(apf.clone()));
-    let pod = Pod::start(scene(false).await?, "disk", Boot::Disk(None), user_data).await?;
+    let scene = scene(false).await?;
+    let volume = DataDisk { file: scene.path("volume.raw"), serial: "volume" };
+    std::fs::File::create(&volume.file)?.set_len(VOLUME_SIZE)?;
+    let options = MachineOptions::new("disk", Boot::Disk(None), scene.ssh, user_data);
+    let pod = Pod::start_as(scene, MachineOptions { disks: vec![volume], ..options }).await?;
     pod.works().await?;
     pod.has(&apf).await?;
     systemd_is_content(&pod, NO_CAPABILITY).await?;
@@ -290,7 +297,11 @@ async fn the_verified_disk_boots_and_attests_after_a_reboot() -> Result<()> {
     let root_hash = artifacts()?.root_hash()?;
     ensure!(command_line.contains(&format!("roothash={root_hash}")), "{command_line}");
     pod.listeners().await?;
+    ensure!(pod.cloud_volume().await?.is_none(), "an empty disk was not formatted");
+    pod.keep_on_volume().await?;
     pod.rebooted().await?;
+    let kept = pod.cloud_volume().await?;
+    ensure!(kept.as_deref() == Some("kept\n"), "after a reboot the volume has {kept:?}");
     pod.machine.passed();
     Ok(())
 }
@@ -305,11 +316,11 @@ fn hostile() -> Result<Vec<(Vec<u8>, &'static str)>> {
         (
             format!("#cloud-config\n\nwrite_files:\n  - path: {unit}\n    content: |\n      [Service]\n")
                 .into(),
-            "no apf.json",
+            "no item for /run/peerpod/apf.json",
         ),
-        (with("  - path: /run/peerpod/initdata\n    content: |\n      H4sIAAAA\n"), "init-data"),
-        (vec![0x1f, 0x8b, 8, 0, 27, b'[', b'2', b'J'], "gzip"),
-        (with(""), "no init-data"),
+        (with("  - path: /run/peerpod/initdata\n    content: |\n      H4sIAAAA\n"), "init-data: gzip"),
+        (vec![0x1f, 0x8b, 8, 0, 27, b'[', b'2', b'J'], "compressed by gzip"),
+        (with(""), "no init-data; give"),
     ])
 }
 
