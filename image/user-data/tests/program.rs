@@ -339,6 +339,20 @@ fn an_azure_that_refuses_is_named_on_the_console() {
 }
 
 #[test]
+fn init_data_that_are_there_need_no_cloud() {
+    Machine::with(&[], |machine| {
+        fs::create_dir("/run/peerpod").unwrap();
+        fs::write("/run/peerpod/initdata", init_data().0).unwrap();
+        let output = machine.run("60");
+        assert_eq!(output.status.code(), Some(1));
+        assert!(machine.console().contains("no apf.json"), "{}", machine.console());
+        assert!(!Path::new("/run/peerpod/initdata.digest").exists());
+        fs::write("/run/peerpod/apf.json", format!("{APF}\n")).unwrap();
+        check_success(&machine.run("60"));
+    });
+}
+
+#[test]
 fn wrong_usage_exits_with_1() {
     for args in [&["provision"][..], &[], &["provision-files", "--nope"], &["provision-files", "-t", "x"]] {
         let output = Command::new(env!("CARGO_BIN_EXE_process-user-data")).args(args).output().unwrap();
