@@ -83,8 +83,9 @@ impl Machine {
     }
 
     fn start(&self, seconds: &str) -> Child {
-        Command::new(env!("CARGO_BIN_EXE_process-user-data"))
-            .args(["provision-files", "-t", seconds])
+        // A program that hangs fails the test, by exit code 124.
+        Command::new("timeout")
+            .args(["100", env!("CARGO_BIN_EXE_process-user-data"), "provision-files", "-t", seconds])
             // Must not be asked.
             .env("http_proxy", "http://127.0.0.1:1")
             .stdin(Stdio::null())
