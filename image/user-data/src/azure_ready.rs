@@ -12,7 +12,7 @@ use std::time::Duration;
 pub use xml::XmlFault;
 
 use crate::console::{Console, with_causes};
-use crate::fetch::Clock;
+use crate::fetch::{Clock, Monotonic};
 use crate::http::{self, Answer, HttpError, Limits, Request};
 
 /// The version that is asked for if the server has it.
@@ -23,7 +23,7 @@ const AGENT: &str = "azure-ready";
 const NAME_MAX: usize = 256;
 
 /// Where and how long.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// `-endpoint URL`.
     pub endpoint: Endpoint,
@@ -285,6 +285,19 @@ fn health(state: &GoalState) -> String {
         xml::escape(&state.container),
         xml::escape(&state.instance)
     )
+}
+
+/// Reports from this machine; false after a fault, which is on the console then.
+#[must_use]
+pub fn report_this_machine(settings: &Settings) -> bool {
+    let mut console = Console::of_machine("azure-ready");
+    match report(settings, &mut Monotonic::default(), &mut console) {
+        Ok(()) => true,
+        Err(error) => {
+            console.fatal(&format!("Azure: {}", with_causes(&error)));
+            false
+        }
+    }
 }
 
 #[cfg(test)]

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
 use metadata::{Script, Server as Simulator, Step, answer};
+use nix::sys::socket::{Backlog, listen};
 
 use super::*;
 
@@ -211,9 +212,8 @@ fn verdict(row: &serde_json::Value) -> String {
     let original_succeeds = row["exit"] == "0";
     let run = match case {
         "badflag" | "help" | "extra-arg" => return "elsewhere -> cli".to_owned(),
-        "refused" | "noroute" | "blackhole" => {
-            return "elsewhere -> a_server_that_is_not_there_is_asked_again".to_owned();
-        }
+        "refused" | "noroute" => return "elsewhere -> a_server_that_is_not_there_is_asked_again".to_owned(),
+        "blackhole" => return "elsewhere -> a_server_that_drops_connections_is_asked_again".to_owned(),
         // One try: each waits for the timeout, which also bounds the requests before.
         case if case.contains("stall") => run_for(script(case), Duration::from_secs(2), 1),
         case => run(script(case)),
@@ -267,7 +267,6 @@ fn each_row_of_the_table_has_its_verdict() {
     for (found, expected) in verdicts.lines().zip(VERDICTS.lines()) {
         assert_eq!(found, expected);
     }
-    eprintln!("{verdicts}");
     assert_eq!(verdicts, VERDICTS);
 }
 
@@ -289,6 +288,19 @@ fn a_server_that_is_not_there_is_asked_again() {
             "{log}"
         );
     }
+}
+
+#[test]
+fn a_server_that_drops_connections_is_asked_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listen(&listener, Backlog::new(0).unwrap()).unwrap();
+    let address = listener.local_addr().unwrap();
+    // Fills the queue; from now on the kernel answers to nobody.
+    let _waiting = TcpStream::connect(address).unwrap();
+    let (result, _) = report_to(format!("http://{address}").parse().unwrap(), Duration::from_millis(200), 1);
+    let error = result.unwrap_err();
+    assert!(!error.is_permanent());
+    assert!(matches!(error, ReadyError::Http { cause: HttpError::ConnectTimeout(_), .. }), "{error:?}");
 }
 
 #[test]
