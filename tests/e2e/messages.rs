@@ -15,8 +15,17 @@ use secure_comms_tests::simulators::openssh::OpenSsh;
 use tokio::time::timeout;
 
 /// The crates that the agent and the image's other programs are made of.
-const CRATES: [&str; 8] =
-    ["agent", "ssh", "tunnel", "keys", "protocol", "image/init", "image/user-data", "image/volumes"];
+const CRATES: [&str; 9] = [
+    "agent",
+    "ssh",
+    "tunnel",
+    "keys",
+    "protocol",
+    "image/device-mapper",
+    "image/init",
+    "image/user-data",
+    "image/volumes",
+];
 
 /// Files of a crate that are part of the program, with their texts.
 fn sources(name: &str) -> Vec<(PathBuf, String)> {
@@ -42,7 +51,11 @@ fn sources(name: &str) -> Vec<(PathBuf, String)> {
 /// same cause without it), and everything in the return value of `main`, which is printed by Debug.
 fn debug_texts(text: &str) -> Vec<&str> {
     // Modules of tests come last in their file.
-    let program = text.split_once("#[cfg(test)]\nmod ").map_or(text, |(program, _)| program);
+    let tests = ["#[cfg(test)]\nmod ", "#[cfg(test)]\npub(super) mod "]
+        .into_iter()
+        .filter_map(|begin| text.find(begin))
+        .min();
+    let program = tests.map_or(text, |begin| &text[..begin]);
     let lines = program.lines().filter(|line| !line.trim_start().starts_with("//"));
     let is_debug = |line: &&str| {
         let by_format = line.match_indices("?}").any(|(end, _)| {

@@ -1,10 +1,14 @@
 //! The command line: the names, flags and exit codes of cloud-api-adaptor's `process-user-data` and `azure-ready`, and a few flags of
 //! our own.
 
+mod azure;
 mod flags;
 
 use std::time::Duration;
 
+pub use azure::parse_azure_ready;
+
+use crate::azure_ready;
 use crate::provision::{Options, WithoutInitData};
 use flags::Flags;
 
@@ -36,6 +40,8 @@ pub enum Command {
     Print(String),
     /// `provision-files`.
     ProvisionFiles(ProvisionFiles),
+    /// `azure-ready`.
+    AzureReady(azure_ready::Settings),
 }
 
 /// The flags of `provision-files`.
@@ -67,7 +73,7 @@ pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Command, UsageErr
         Some("provision-files") => provision_files(args).map_err(usage),
         Some("-v" | "--version" | "version") => Ok(Command::Print(version("process-user-data"))),
         Some("-h" | "--help" | "help") => Ok(Command::Print(HELP.to_owned())),
-        Some(other) => Err(usage(format!("unknown command {other:?}"))),
+        Some(other) => Err(usage(format!("unknown command \"{}\"", other.escape_debug()))),
         None => Err(usage("a command is missing".to_owned())),
     }
 }
@@ -113,7 +119,7 @@ mod tests {
     fn provision_files(line: &str) -> ProvisionFiles {
         match parsed(line).unwrap() {
             Command::ProvisionFiles(flags) => flags,
-            Command::Print(text) => panic!("{text}"),
+            other => panic!("{other:?}"),
         }
     }
 

@@ -228,6 +228,15 @@ fn a_pod_needs_a_complete_daemon_config() {
 }
 
 #[test]
+fn depth_of_json_costs_nothing() {
+    let deep = |text: &str| config(&format!("- path: /run/peerpod/apf.json\n  content: |\n    {text}\n"));
+    let open = format!("{{\"a\": {}", "[".repeat(100_000));
+    let whole = format!("{open}{}}}", "]".repeat(100_000));
+    assert!(parse(deep(&whole).as_bytes()).is_ok());
+    assert_eq!(parse(deep(&open).as_bytes()).unwrap_err().fault(), Fault::Incomplete(FileName::Apf));
+}
+
+#[test]
 fn other_kinds_of_user_data_are_named() {
     for (bytes, expected) in [
         (b"\x1f\x8b\x08\x00".as_slice(), Fault::Gzip),

@@ -165,7 +165,7 @@ impl Fault {
 
 /// No user data, finally.
 #[derive(Debug, thiserror::Error)]
-#[error("no user data from {cloud} after {tries} tries in {seconds} s; the last fault")]
+#[error("no user data from {cloud} in {seconds} s (tries: {tries}); the last fault")]
 pub struct FetchError {
     cloud: Cloud,
     tries: u32,
@@ -174,7 +174,21 @@ pub struct FetchError {
     cause: Fault,
 }
 
-/// Where from and how: what [`fetch`] needs beside the judge.
+impl FetchError {
+    /// The last fault.
+    #[must_use]
+    pub fn fault(&self) -> &Fault {
+        &self.cause
+    }
+
+    /// How often it tried.
+    #[must_use]
+    pub fn tries(&self) -> u32 {
+        self.tries
+    }
+}
+
+/// Where from and how: what [`fetch`] needs but the judge.
 pub struct Fetch<'a, C> {
     /// As detected.
     pub cloud: Cloud,
@@ -210,12 +224,13 @@ pub fn fetch<C: Clock, T>(
         };
         permanent_faults += u32::from(fault.is_permanent());
         let spent = with.clock.now().saturating_sub(start);
-        let left = with.pace.total.saturating_sub(spent);
-        if left.is_zero() || permanent_faults >= with.pace.permanent_faults {
+        // A try without time would end with a fault of its own and hide this one.
+        let is_last = with.pace.total.saturating_sub(spent) <= with.pace.pause;
+        if is_last || permanent_faults >= with.pace.permanent_faults {
             return Err(FetchError { cloud: with.cloud, tries, seconds: spent.as_secs(), cause: fault });
         }
         with.console.fault(&format!("{}: {}; trying again", with.cloud, with_causes(&fault)));
-        with.clock.pause(with.pace.pause.min(left));
+        with.clock.pause(with.pace.pause);
     }
 }
 

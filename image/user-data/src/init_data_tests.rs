@@ -74,12 +74,12 @@ fn members_are_joined_and_nothing_may_follow() {
 
 #[test]
 fn a_member_sees_nothing_of_the_one_before() {
-    // Copies ten bytes from ten bytes back: fixed codes, length 10, distance 9 to 12, end of block.
-    let stored = gzip_with(0, b"", b"0123456789");
-    let mut copy = vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255];
-    copy.extend([0b0010_0011, 0b0011_0000, 0b0100_0000, 0, 0, 0]);
-    copy.extend([0; 8]);
-    assert_eq!(decode(&encode(&[stored, copy].concat())), Err(InitDataError::Damaged));
+    // zlib's deflate of the same text, with the text as its dictionary: one copy from 30 bytes back.
+    let text = b"012345678901234567890123456789";
+    let mut copy = vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255, 0xc3, 0xcf, 2, 0];
+    copy.extend(gzip::crc32(text).to_le_bytes());
+    copy.extend(30_u32.to_le_bytes());
+    assert_eq!(decode(&encode(&[gzip_with(0, b"", text), copy].concat())), Err(InitDataError::Damaged));
 }
 
 #[test]

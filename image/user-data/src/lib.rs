@@ -26,3 +26,5 @@ pub mod provision;
 pub mod pcr;
 
 pub mod run;
+
+pub mod azure_ready;

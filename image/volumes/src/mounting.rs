@@ -161,16 +161,16 @@ impl Volumes {
         let started = Instant::now();
         // Events may come without end; time limits the wait then.
         let limit = self.settings.delay.saturating_mul(self.settings.attempts);
+        let at = volume.name.mount_point();
         let mut attempts = 0;
         loop {
             let search = discover::find(&self.roots, volume).map_err(VolumeError::Search)?;
-            if let Some(found) = search.found {
-                return Ok(found);
-            }
-            let at = volume.name.mount_point();
-            let mounts = mountinfo::read(&self.roots).map_err(VolumeError::Search)?;
-            if mountinfo::at(&mounts, &at).is_some() {
-                return Err(VolumeError::OtherMounted(at).into());
+            match search.found {
+                Some(Found::Unused(_)) | None if self.is_occupied(&at)? => {
+                    return Err(VolumeError::OtherMounted(at).into());
+                }
+                Some(found) => return Ok(found),
+                None => {}
             }
             attempts += 1;
             if attempts >= self.settings.attempts || started.elapsed() > limit {
@@ -184,6 +184,11 @@ impl Volumes {
                 Woken::GivenUp => return Err(Stop::GivenUp),
             }
         }
+    }
+
+    fn is_occupied(&self, at: &Path) -> Result<bool, VolumeError> {
+        let mounts = mountinfo::read(&self.roots).map_err(VolumeError::Search)?;
+        Ok(mountinfo::at(&mounts, at).is_some())
     }
 
     /// What is on the disk, by several looks if need be, and the open disk.

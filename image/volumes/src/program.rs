@@ -171,7 +171,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     fn shell(script: &str, limit: Duration) -> Result<Output, ProgramError> {
-        run(Path::new(SHELL), &["-c", script], limit)
+        run(Path::new(SHELL), &["-c", &format!("PATH=/usr/bin:/bin; {script}")], limit)
     }
 
     #[test]
@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn a_program_that_hangs_is_killed() {
-        let slow = shell("exec sleep 600", Duration::from_millis(50));
+        let slow = shell("exec sleep 60", Duration::from_millis(50));
         assert!(matches!(slow, Err(ProgramError::TooSlow { .. })));
     }
 

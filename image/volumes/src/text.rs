@@ -36,7 +36,7 @@ mod tests {
 
     #[test]
     fn a_text_from_outside_is_one_short_line() {
-        assert_eq!(one_line(" a\nb\r\x1b[31m\u{202e}c "), "a b   [31m c");
+        assert_eq!(one_line(" a\nb\r\x1b[31m\u{202e}c "), "a b  [31m c");
         assert_eq!(one_line(&"x".repeat(5000)).len(), 302);
     }
 }

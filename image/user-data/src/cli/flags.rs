@@ -19,7 +19,7 @@ impl<I: Iterator<Item = String>> Flags<I> {
         let Some(given) = self.args.next() else { return Ok(None) };
         self.given = given;
         let Some(flag) = self.given.strip_prefix('-') else {
-            return Err(format!("unexpected argument {:?}", self.given));
+            return Err(format!("unexpected argument \"{}\"", self.given.escape_debug()));
         };
         let flag = flag.strip_prefix('-').unwrap_or(flag);
         let (name, value) = match flag.split_once('=') {
@@ -45,7 +45,7 @@ impl<I: Iterator<Item = String>> Flags<I> {
 
     /// The error for the last flag, if it is not known.
     pub(super) fn unknown(&self) -> String {
-        format!("unknown flag {:?}", self.given)
+        format!("unknown flag \"{}\"", self.given.escape_debug())
     }
 
     fn fault(&self, fault: &str) -> String {

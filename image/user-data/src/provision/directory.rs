@@ -116,7 +116,7 @@ impl Directory {
     /// No part of the path may be a symbolic link, no other user may write to the directory.
     pub fn open(path: &Path) -> Result<Self, WriteError> {
         let failed = |action| {
-            move |cause: Errno| WriteError::System { action, path: path.to_owned(), cause: cause.into() }
+            move |errno: Errno| WriteError::System { action, path: path.to_owned(), cause: errno.into() }
         };
         let fd = match sys::open_path(path) {
             Err(Errno::ENOENT) => make(path).map_err(failed("making"))?,

@@ -221,7 +221,8 @@ impl fmt::Debug for FileSet {
 impl fmt::Debug for Earlier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let size = |content: &Option<Vec<u8>>| content.as_ref().map(Vec::len);
-        write!(f, "Earlier {{ init_data: {:?}, digest: {:?} }}", size(&self.init_data), size(&self.digest))
+        let mut earlier = f.debug_struct("Earlier");
+        earlier.field("init_data", &size(&self.init_data)).field("digest", &size(&self.digest)).finish()
     }
 }
 
