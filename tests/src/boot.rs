@@ -15,7 +15,7 @@ mod user_data;
 
 pub use artifacts::{Artifacts, artifacts};
 pub use confinement::sees_only_its_own;
-pub use firmware::{Certificate, test_certificate};
+pub use firmware::{Certificate, SECURE_VARIABLES, test_certificate};
 pub use host_credentials::{HOST_RAN, HostCredentials};
 pub use machine::{Boot, Machine, MachineOptions, MachinePermit, Platform};
 pub use pod::{AGENT, Pod, scene};

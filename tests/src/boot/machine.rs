@@ -54,7 +54,7 @@ pub enum Platform {
     /// Neither Secure Boot nor a TPM.
     #[default]
     Plain,
-    /// Secure Boot, with the public test key of Debian's OVMF in its db.
+    /// Secure Boot, with the public test key of Debian's OVMF in its db, and a TPM 2.0.
     SecureBoot,
     /// A TPM 2.0.
     Tpm,
@@ -129,8 +129,8 @@ impl Machine {
             .args(options.host.arguments(directory.path())?)
             .args(boot_arguments(&options.boot, options.platform, &artifacts()?, directory.path())?);
         let tpm = match options.platform {
-            Platform::Tpm => Some(tpm::start(directory.path(), &mut command).await?),
-            Platform::Plain | Platform::SecureBoot => None,
+            Platform::Tpm | Platform::SecureBoot => Some(tpm::start(directory.path(), &mut command).await?),
+            Platform::Plain => None,
         };
         if options.no_reboot {
             command.arg("-no-reboot");
