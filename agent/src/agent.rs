@@ -154,6 +154,7 @@ impl Agent {
                     &config.outbounds,
                     config.pod_namespace.as_deref(),
                     &config.mount_prefixes,
+                    &config.volumes_socket,
                 )),
             },
             attempt: Attempt {

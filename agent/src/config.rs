@@ -81,6 +81,8 @@ pub struct Config {
     pub require_pq: bool,
     /// Directories below which the sources of bind mounts are made.
     pub mount_prefixes: MountPrefixes,
+    /// Path of the unix socket of the program that mounts cloud volumes.
+    pub volumes_socket: PathBuf,
     /// Bytes on a connection after which it is rekeyed.
     pub rekey_bytes: usize,
     /// All inbounds, with the built-in one.
@@ -166,6 +168,7 @@ impl Config {
             state_place: options.state_place,
             require_pq: options.require_pq,
             mount_prefixes: options.mount_prefixes,
+            volumes_socket: options.volumes_socket,
             rekey_bytes: options.rekey_bytes,
             inbounds,
             outbounds,

@@ -1,25 +1,29 @@
 //! The interceptor in the tunnel to the kata agent: adapts `CreateContainer` and `CreateSandbox` to a pod VM, passes all else
-//! unchanged.
+//! unchanged. Has cloud volumes mounted before a container is made, and unmounted before `DestroySandbox` passes.
 //!
 //! In: a stream of ttrpc requests, and one of responses. Out: the same streams, with edited requests and our refusals. May
-//! make directories for bind mounts, and read the VM's mounts.
+//! make directories for bind mounts, read the VM's mounts, and ask `podvm-volumes`.
 //!
 //! In the order data passes: [`requests`] splits the stream into [`frame`]s; [`edit`] changes requests, whose [`protobuf`] it
-//! reads field by field; `waiting` holds requests within the `budget` of their connection, and `mounts` waits for what a
-//! container needs, whose `sources` are made; `reply` builds refusals; `conversation` is what both directions know of one
+//! reads field by field, and whose [`cloud_volumes`] it reads from their annotation; `waiting` holds requests within the
+//! `budget` of their connection, [`podvm_volumes`] has volumes mounted, and `mounts` waits for what else a container needs,
+//! whose `sources` are made; `reply` builds refusals; `conversation` is what both directions know of one
 //! connection. docs/KATA-AGENT.md has the reasons.
 
 mod budget;
+pub mod cloud_volumes;
 mod conversation;
 pub mod edit;
 pub mod frame;
 mod mounts;
+pub mod podvm_volumes;
 pub mod protobuf;
 mod reply;
 pub mod requests;
 pub mod sources;
 mod waiting;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
@@ -32,21 +36,26 @@ use secure_comms_tunnel::netns::Namespace;
 use budget::Budget;
 use conversation::Conversation;
 use frame::Scanner;
+use podvm_volumes::PodvmVolumes;
 use reply::RequestRefusal;
 use requests::{Out, Requests};
 use sources::MountPrefixes;
-use waiting::Waiting;
+use waiting::{Means, Waiting};
 
 /// The outbounds of the Kubernetes phase. The one to the kata agent gets its connect timeout and its interceptor; containers
-/// join the network namespace `pod_namespace`, a name or a path. Sources of bind mounts are made below `mount_prefixes`.
+/// join the network namespace `pod_namespace`, a name or a path. Sources of bind mounts are made below `mount_prefixes`. The
+/// program that mounts cloud volumes listens on `volumes_socket`.
 pub(crate) fn outbounds(
     tags: &[OutboundTag],
     pod_namespace: Option<&str>,
     mount_prefixes: &MountPrefixes,
+    volumes_socket: &Path,
 ) -> Outbounds<Kubernetes, KataAgent> {
+    let interceptor =
+        KataAgent::new(pod_namespace, mount_prefixes.clone()).with_volumes_socket(volumes_socket);
     Outbounds::new(tags)
         .with_connect_timeout(&TunnelName::kata_agent(), KATA_AGENT_CONNECT)
-        .with_interceptor(TunnelName::kata_agent(), KataAgent::new(pod_namespace, mount_prefixes.clone()))
+        .with_interceptor(TunnelName::kata_agent(), interceptor)
 }
 
 /// The interceptor of the tunnel to the kata agent.
@@ -54,7 +63,7 @@ pub(crate) fn outbounds(
 pub struct KataAgent {
     namespace: Option<Arc<str>>,
     budget: Budget,
-    prefixes: MountPrefixes,
+    means: Means,
 }
 
 impl KataAgent {
@@ -62,7 +71,15 @@ impl KataAgent {
     /// mounts are made below the `prefixes`.
     pub fn new(pod_namespace: Option<&str>, prefixes: MountPrefixes) -> Self {
         let path = |text| Namespace::new(text).path().to_string_lossy().as_ref().into();
-        Self { namespace: pod_namespace.map(path), budget: Budget::default(), prefixes }
+        let means = Means { prefixes, volumes: PodvmVolumes::default() };
+        Self { namespace: pod_namespace.map(path), budget: Budget::default(), means }
+    }
+
+    /// With another path of the socket of the program that mounts cloud volumes than [`podvm_volumes::SOCKET`].
+    #[must_use]
+    pub fn with_volumes_socket(mut self, path: &Path) -> Self {
+        self.means.volumes = PodvmVolumes::at(path);
+        self
     }
 }
 
@@ -73,16 +90,20 @@ impl Interceptor for KataAgent {
     fn begin(&self) -> (ToKataAgent, FromKataAgent) {
         let conversation = Arc::new(Conversation::within(self.budget.clone()));
         let to = ToKataAgent {
-            requests: Requests::within(self.namespace.clone(), self.budget.clone()),
-            waiting: Waiting::within(self.budget.clone(), self.prefixes.clone()),
+            requests: Requests::within(
+                self.namespace.clone(),
+                self.means.volumes.clone(),
+                self.budget.clone(),
+            ),
+            waiting: Waiting::within(self.budget.clone(), self.means.clone()),
             conversation: conversation.clone(),
         };
         (to, FromKataAgent { scanner: Scanner::default(), discarding: false, conversation })
     }
 
     fn for_connection(&self) -> Self {
-        let (namespace, prefixes) = (self.namespace.clone(), self.prefixes.clone());
-        Self { namespace, budget: self.budget.of_another_connection(), prefixes }
+        let (namespace, means) = (self.namespace.clone(), self.means.clone());
+        Self { namespace, budget: self.budget.of_another_connection(), means }
     }
 }
 
@@ -98,19 +119,17 @@ impl ToServer for ToKataAgent {
     fn on_message(&mut self, message: Bytes, out: &mut impl FnMut(Bytes)) -> Result<(), InterceptError> {
         let mut result = Ok(());
         self.requests.take(message, &mut |what| {
-            let (stream, refusal) = match what {
-                Out::Pass(piece) => return out(piece),
-                Out::Hold(held) => {
-                    let stream = held.stream;
-                    match self.waiting.hold(held) {
-                        Ok(()) => return,
-                        Err(refusal) => (stream, refusal),
-                    }
-                }
-                Out::Refuse { stream, refusal } => (stream, refusal),
+            let what = match what {
+                Out::Hold(held) => self.waiting.hold(held),
+                what => Some(what),
             };
-            if result.is_ok() {
-                result = self.conversation.refuse(stream, &refusal);
+            match what {
+                Some(Out::Pass(piece)) => out(piece),
+                Some(Out::Refuse { stream, refusal }) if result.is_ok() => {
+                    result = self.conversation.refuse(stream, &refusal);
+                }
+                // One that was held is not held again.
+                Some(Out::Refuse { .. } | Out::Hold(_)) | None => {}
             }
         })?;
         self.conversation.saw(self.requests.seen());

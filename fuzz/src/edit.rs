@@ -1,14 +1,17 @@
 //! Properties of the edit of any request: the request before and after is read by another decoder, and
 //! compared.
 
-use agent_protocol_forwarder::kata::edit::{self, Edited, Mounts, SERVICE, VOLUMES, Verdict, recognise};
+use agent_protocol_forwarder::kata::cloud_volumes::{self, CLOUD_VOLUMES, CloudVolume, MOUNT_BASE};
+use agent_protocol_forwarder::kata::edit::{
+    self, EditError, Edited, Method, Mounts, SERVICE, VOLUMES, Verdict, recognise,
+};
 use agent_protocol_forwarder::kata::protobuf::{Malformed, put};
 use prost::Message;
+use secure_comms_protocol::volumes::{Request as VolumesRequest, VOLUMES_MAX};
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const PATH: &str = "/run/netns/podns";
@@ -127,7 +130,13 @@ fn request(method: &[u8], payload: &[u8]) -> Vec<u8> {
 }
 
 fn untouched(request: &[u8], timeout: Option<Duration>) -> Edited<'_> {
-    Edited { request: Cow::Borrowed(request), mounts: Mounts::default(), method: None, timeout }
+    Edited {
+        request: Cow::Borrowed(request),
+        volumes: None,
+        mounts: Mounts::default(),
+        method: None,
+        timeout,
+    }
 }
 
 fn edited<'a>(request: &'a [u8], namespace: Option<&str>) -> Edited<'a> {
@@ -140,13 +149,32 @@ fn container(payload: &[u8], namespace: Option<&str>) {
     assert!((0..64).all(|seen| recognise(&request[..seen.min(request.len())], false) != Verdict::Pass));
     let Ok(before) = before else { return drop(edit::request(&request, namespace)) };
     if let Some(name) = repeated(payload) {
-        assert_eq!(edit::request(&request, namespace), Err(Malformed::Repeated(name)));
+        assert_eq!(edit::request(&request, namespace), Err(Malformed::Repeated(name).into()));
         return;
     }
-    let Edited { request: after, mounts, .. } = edited(&request, namespace);
-    assert_eq!(mounts, wanted(&before));
-    let Some(path) = namespace else { return assert_eq!(*after, *request) };
+    let volumes = match cloud_volumes::parse(annotation(&before, CLOUD_VOLUMES)) {
+        Ok(volumes) => volumes,
+        Err(invalid) => {
+            assert_eq!(edit::request(&request, namespace), Err(EditError::Volumes(invalid)));
+            return;
+        }
+    };
     let mut expected = before;
+    place(&mut expected, &volumes);
+    let mut wanted = wanted(&expected);
+    wanted.sources.retain(|source| !volumes.iter().any(|volume| volume.path() == *source));
+    wanted.volumes.retain(|source| wanted.sources.contains(source));
+    let Edited { request: after, mounts, volumes: asked, .. } = edited(&request, namespace);
+    assert_eq!(mounts, wanted);
+    let names: Vec<_> = volumes.into_iter().map(|volume| volume.volume).collect();
+    assert_eq!(
+        asked,
+        Some(VolumesRequest::Mount(names)).filter(|asked| *asked != VolumesRequest::Mount(vec![]))
+    );
+    let Some(path) = namespace else {
+        let payload = Request::decode(&*after).expect("it is still a request").payload;
+        return assert_eq!(Container::decode(&*payload).expect("it is still one"), expected);
+    };
     let linux = expected.oci.get_or_insert_default().linux.get_or_insert_default();
     linux.namespaces.retain(|namespace| namespace.kind != b"network");
     linux.namespaces.push(Namespace { kind: b"network".into(), path: path.into() });
@@ -168,13 +196,44 @@ fn repeated(payload: &[u8]) -> Option<&'static str> {
     }
 }
 
+/// The volumes at their mounts, each in a directory of its own.
+fn place(container: &mut Container, volumes: &[CloudVolume]) {
+    assert!(volumes.len() <= VOLUMES_MAX);
+    assert!(volumes.iter().all(|volume| volume.path().parent() == Some(Path::new(MOUNT_BASE))));
+    let Some(oci) = &mut container.oci else { return assert!(volumes.is_empty()) };
+    let is_at = |mount: &Mount, volume: &CloudVolume| {
+        Path::new(OsStr::from_bytes(&mount.destination)) == volume.mount_point
+    };
+    let is_bind = |mount: &&Mount| mount.kind == b"bind" && mount.source.starts_with(b"/");
+    let before = oci.mounts.clone();
+    let of_source = |mount: &Mount| {
+        let same =
+            |other: &&Mount| is_bind(&mount) && is_bind(other) && path(&other.source) == path(&mount.source);
+        volumes.iter().find(|volume| before.iter().filter(same).any(|other| is_at(other, volume)))
+    };
+    for mount in &mut oci.mounts {
+        let at = volumes.iter().find(|volume| is_at(mount, volume));
+        if let Some(volume) = at.or_else(|| of_source(mount)) {
+            mount.source = volume.path().as_os_str().as_bytes().into();
+            mount.kind = b"bind".into();
+        }
+    }
+}
+
+/// Of several entries with one key the last one applies.
+fn annotation<'a>(container: &'a Container, key: &str) -> &'a [u8] {
+    let entries = container.oci.iter().flat_map(|oci| &oci.annotations);
+    entries
+        .filter(|entry| entry.key == key.as_bytes())
+        .next_back()
+        .map(|entry| &*entry.value)
+        .unwrap_or_default()
+}
+
 /// Sources of bind mounts, and the ones that are annotated as volumes.
 fn wanted(container: &Container) -> Mounts {
     let Some(oci) = &container.oci else { return Mounts::default() };
-    // Of several entries with one key the last one applies.
-    let annotations: BTreeMap<_, _> =
-        oci.annotations.iter().map(|entry| (&*entry.key, &*entry.value)).collect();
-    let listed = annotations.get(VOLUMES.as_bytes()).copied().unwrap_or_default();
+    let listed = annotation(container, VOLUMES);
     let volumes: Vec<PathBuf> =
         listed.split(|byte| *byte == b',').map(|one| path(one.trim_ascii())).collect();
     let binds = oci.mounts.iter().filter(|mount| mount.kind == b"bind" && mount.source.starts_with(b"/"));
@@ -205,11 +264,16 @@ fn sandbox(payload: &[u8], namespace: Option<&str>) {
 fn raw(request: &[u8], namespace: Option<&str>) {
     let after = edit::request(request, namespace);
     let Ok(before) = Request::decode(request) else { return };
-    let touched =
-        before.service == SERVICE && matches!(&*before.method, b"CreateContainer" | b"CreateSandbox");
-    if !touched {
-        let timeout = u64::try_from(before.timeout_nano).ok().filter(|nanos| *nanos > 0);
-        return assert_eq!(after, Ok(untouched(request, timeout.map(Duration::from_nanos))));
+    let timeout = u64::try_from(before.timeout_nano).ok().filter(|nanos| *nanos > 0);
+    let untouched = untouched(request, timeout.map(Duration::from_nanos));
+    match &*before.method {
+        _ if before.service != SERVICE => return assert_eq!(after, Ok(untouched)),
+        b"CreateContainer" | b"CreateSandbox" => {}
+        b"DestroySandbox" => {
+            let (volumes, method) = (Some(VolumesRequest::UnmountAll), Some(Method::DestroySandbox));
+            return assert_eq!(after, Ok(Edited { volumes, method, ..untouched }));
+        }
+        _ => return assert_eq!(after, Ok(untouched)),
     }
     let Ok(Edited { request: after, .. }) = after else { return };
     let after = Request::decode(&*after).expect("it is still a request");

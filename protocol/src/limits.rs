@@ -200,6 +200,8 @@ pub const REPLIES_WITH_TEXT_MAX: usize = 64;
 pub const CONNECTION_REPLIES_WITH_TEXT_MAX: usize = 1024;
 /// Time that a container waits for its annotated volumes to be mounted.
 pub const VOLUME_MOUNT: Duration = Duration::from_secs(180);
+/// Time that the end of a sandbox waits for its cloud volumes to be unmounted. Half of the 60 s that a runtime gives it.
+pub const VOLUMES_UNMOUNT: Duration = Duration::from_secs(30);
 /// Timeout of a channel open.
 pub const CHANNEL_OPEN: Duration = Duration::from_secs(160);
 /// A stream that the other end has closed is dropped when its local reader takes no bytes for this long.

@@ -3,6 +3,8 @@
 //!  namespace and for mounts.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
+#[path = "kata_agent/cloud_volumes.rs"]
+mod cloud_volumes;
 #[path = "kata_agent/sources.rs"]
 mod sources;
 

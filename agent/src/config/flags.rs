@@ -11,7 +11,9 @@ use argh::FromArgs;
 use secure_comms_keys::text::escape;
 use secure_comms_protocol::{PodId, limits};
 
+use crate::kata::podvm_volumes;
 use crate::kata::sources::MountPrefixes;
+use crate::pod_network::spec::Prefix;
 
 use super::go_flags::{FLAGS, Stop, normalise};
 use super::user_data::{AllowedHost, UserDataMode};
@@ -36,6 +38,8 @@ pub struct Options {
     pub pod_namespace: Option<String>,
     /// What to do if the pod's network namespace is missing.
     pub missing_namespace: MissingNamespace,
+    /// An address for `lo` of the namespace that is made; none for 127.0.0.1 and ::1 alone.
+    pub namespace_address: Option<Prefix>,
     /// The interface for the pod network tunnel; none for the one with the default route.
     pub host_interface: Option<String>,
     /// Whether `-secure-comms` is set.
@@ -68,6 +72,8 @@ pub struct Options {
     pub require_pq: bool,
     /// Directories below which the sources of bind mounts are made.
     pub mount_prefixes: MountPrefixes,
+    /// Path of the unix socket of the program that mounts cloud volumes.
+    pub volumes_socket: PathBuf,
     /// Bytes on a connection after which it is rekeyed.
     pub rekey_bytes: usize,
     /// Flags that were given and are ignored.
@@ -150,6 +156,9 @@ struct Flags {
     /// create the pod's network namespace if missing, then exit
     #[argh(switch)]
     create_pod_namespace_only: bool,
+    /// an address for lo of that namespace, such as 169.254.169.254/32 (default none)
+    #[argh(option, from_str_fn(prefix))]
+    pod_namespace_address: Option<Prefix>,
     /// interface for the pod network tunnel (default: the one with the default route)
     #[argh(option)]
     host_interface: Option<String>,
@@ -200,6 +209,9 @@ struct Flags {
     /// (default /run/kata-containers,/run/cloud-volumes,/var/lib/kubelet)
     #[argh(option, default = "default_mount_prefixes()", from_str_fn(mount_prefixes))]
     secure_comms_mount_prefixes: MountPrefixes,
+    /// unix socket of podvm-volumes, which mounts cloud volumes (default /run/podvm-volumes/volumes.sock)
+    #[argh(option, default = "PathBuf::from(podvm_volumes::SOCKET)", from_str_fn(path))]
+    secure_comms_volumes_socket: PathBuf,
     /// bytes after which a connection is rekeyed, e.g. 64M or 1GiB (default 32GiB, at least 1MiB)
     #[argh(option, default = "limits::REKEY_BYTES", from_str_fn(rekey_bytes))]
     secure_comms_rekey_bytes: usize,
@@ -238,6 +250,10 @@ fn path(text: &str) -> Result<PathBuf, String> {
 
 fn path_or_none(text: &str) -> Result<Option<PathBuf>, String> {
     if text.is_empty() { Ok(None) } else { path(text).map(Some) }
+}
+
+fn prefix(text: &str) -> Result<Prefix, String> {
+    text.parse().map_err(|()| format!("expected {}", Prefix::EXPECTED))
 }
 
 fn user_data_mode(text: &str) -> Result<UserDataMode, String> {
@@ -363,12 +379,18 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Options, Exit> {
     if pod_namespace.is_none() && missing_namespace != MissingNamespace::Awaited {
         return Err(Exit::usage("flag -create-pod-namespace: -pod-namespace is empty; name the one to make"));
     }
+    if flags.pod_namespace_address.is_some() && missing_namespace == MissingNamespace::Awaited {
+        return Err(Exit::usage(
+            "flag -pod-namespace-address: the namespace is another unit's; add -create-pod-namespace",
+        ));
+    }
     let unused = FLAGS.iter().filter(|flag| flag.unused && given.0.contains_key(flag.name));
     Ok(Options {
         config: flags.config,
         kata_agent_socket: flags.kata_agent_socket,
         pod_namespace,
         missing_namespace,
+        namespace_address: flags.pod_namespace_address,
         host_interface: flags.host_interface.filter(|name| !name.is_empty()),
         secure_comms: flags.secure_comms,
         inbounds: flags.secure_comms_inbounds,
@@ -389,6 +411,7 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Options, Exit> {
         },
         require_pq: flags.secure_comms_require_pq,
         mount_prefixes: flags.secure_comms_mount_prefixes,
+        volumes_socket: flags.secure_comms_volumes_socket,
         rekey_bytes: flags.secure_comms_rekey_bytes,
         unused: unused.map(|flag| flag.name).collect(),
     })

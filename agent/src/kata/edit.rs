@@ -1,11 +1,14 @@
-//! The edit of the two requests: bytes in, bytes out. Fields that are not named here stay unchanged, in their order.
+//! The edit of the requests: bytes in, bytes out. Fields that are not named here stay unchanged, in their order.
 
 use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use secure_comms_protocol::volumes::Request as VolumesRequest;
+
+use super::cloud_volumes::{self, CLOUD_VOLUMES, CloudVolume, InvalidVolumes};
 use super::protobuf::{self, Field, Fields, Malformed, put, put_number};
 
 /// The service of the requests.
@@ -29,6 +32,7 @@ mod kata {
     pub(super) const OCI_MOUNTS: u32 = 5;
     pub(super) const OCI_ANNOTATIONS: u32 = 7;
     pub(super) const OCI_LINUX: u32 = 8;
+    pub(super) const MOUNT_DESTINATION: u32 = 1;
     pub(super) const MOUNT_SOURCE: u32 = 2;
     pub(super) const MOUNT_TYPE: u32 = 3;
     pub(super) const ENTRY_KEY: u32 = 1;
@@ -40,23 +44,28 @@ mod kata {
 
 /// The type of the namespaces that are replaced.
 const NETWORK: &[u8] = b"network";
+/// The type of the mounts whose sources are directories of the VM.
+const BIND: &[u8] = b"bind";
 
-/// A request that is edited.
+/// A request that is edited or held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
     /// `CreateContainer`.
     CreateContainer,
     /// `CreateSandbox`.
     CreateSandbox,
+    /// `DestroySandbox`.
+    DestroySandbox,
 }
 
 impl Method {
-    /// The method of these names, if its requests are edited.
+    /// The method of these names, if its requests are edited or held.
     pub fn of(service: &[u8], method: &[u8]) -> Option<Self> {
         match method {
             _ if service != SERVICE => None,
             b"CreateContainer" => Some(Self::CreateContainer),
             b"CreateSandbox" => Some(Self::CreateSandbox),
+            b"DestroySandbox" => Some(Self::DestroySandbox),
             _ => None,
         }
     }
@@ -67,7 +76,8 @@ impl Method {
 pub enum Verdict {
     /// The request is not edited.
     Pass,
-    /// The whole request is needed: it is edited, or its service and method are not in front, where every encoder has them.
+    /// The whole request is needed: it is edited or held, or its service and method are not in front, where every encoder has
+    /// them.
     Assemble,
     /// A longer beginning is needed.
     More,
@@ -106,9 +116,11 @@ fn is_name(field: &[u8]) -> bool {
 pub struct Edited<'a> {
     /// Bytes of the request.
     pub request: Cow<'a, [u8]>,
+    /// What `podvm-volumes` must have done before the request passes.
+    pub volumes: Option<VolumesRequest>,
     /// Mounts to wait for before the request passes.
     pub mounts: Mounts,
-    /// The method, if it is one that is edited.
+    /// The method, if it is one that is edited or held.
     pub method: Option<Method>,
     /// Time that the runtime waits for the answer, if that is limited.
     pub timeout: Option<Duration>,
@@ -123,25 +135,54 @@ pub struct Mounts {
     pub volumes: Vec<PathBuf>,
 }
 
+/// Why a request is not edited.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EditError {
+    /// The request is malformed.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    /// The annotation of a container's cloud volumes can't be right.
+    #[error(transparent)]
+    Volumes(#[from] InvalidVolumes),
+}
+
 /// Edits a ttrpc request. `namespace` is the path of the network namespace that containers join.
 ///
 /// # Errors
 /// The request is one that is edited, and malformed.
-pub fn request<'a>(request: &'a [u8], namespace: Option<&str>) -> Result<Edited<'a>, Malformed> {
+pub fn request<'a>(request: &'a [u8], namespace: Option<&str>) -> Result<Edited<'a>, EditError> {
     let service = protobuf::last(request, request::SERVICE)?;
     let payload = protobuf::last(request, request::PAYLOAD)?;
     let method = Method::of(service, protobuf::last(request, request::METHOD)?);
     let timeout = timeout(request)?;
-    let untouched = Edited { request: Cow::Borrowed(request), mounts: Mounts::default(), method, timeout };
-    let (payload_after, mounts) = match method {
-        None => return Ok(untouched),
-        Some(Method::CreateSandbox) => (create_sandbox(payload)?, Mounts::default()),
-        Some(Method::CreateContainer) => (create_container(payload, namespace)?, mounts(payload)?),
+    let mut edited =
+        Edited { request: Cow::Borrowed(request), volumes: None, mounts: Mounts::default(), method, timeout };
+    let payload_after = match method {
+        None => return Ok(edited),
+        Some(Method::DestroySandbox) => {
+            edited.volumes = Some(VolumesRequest::UnmountAll);
+            return Ok(edited);
+        }
+        Some(Method::CreateSandbox) => create_sandbox(payload)?,
+        Some(Method::CreateContainer) => {
+            let in_network = create_container(payload, namespace)?;
+            let volumes = volumes(payload)?;
+            let after = with_volumes(in_network, &volumes)?;
+            edited.mounts = mounts(&after)?;
+            // They are mounted once `podvm-volumes` says so. If one is not, a directory in its place would take its data.
+            edited.mounts.sources.retain(|source| !volumes.iter().any(|volume| volume.path() == *source));
+            edited.mounts.volumes.retain(|source| !volumes.iter().any(|volume| volume.path() == *source));
+            if !volumes.is_empty() {
+                let volumes = volumes.into_iter().map(|volume| volume.volume).collect();
+                edited.volumes = Some(VolumesRequest::Mount(volumes));
+            }
+            after
+        }
     };
-    if *payload_after == *payload {
-        return Ok(Edited { mounts, ..untouched });
+    if *payload_after != *payload {
+        edited.request = Cow::Owned(with_payload(request, &payload_after)?);
     }
-    Ok(Edited { request: Cow::Owned(with_payload(request, &payload_after)?), mounts, ..untouched })
+    Ok(edited)
 }
 
 /// Zero and negative numbers mean that there is no limit, as in ttrpc's own servers.
@@ -248,27 +289,129 @@ fn without<'a>(
     path: &[u32],
     drops: &dyn Fn(&[u8]) -> Result<bool, Malformed>,
 ) -> Result<Cow<'a, [u8]>, Malformed> {
+    changed(message, path, &|content| Ok(if drops(content)? { Change::Drop } else { Change::Keep }))
+}
+
+/// What becomes of a field.
+enum Change {
+    Keep,
+    Drop,
+    Replace(Vec<u8>),
+}
+
+/// `message` whose fields at the end of `path` have become what `change` makes of their content.
+fn changed<'a>(
+    message: &'a [u8],
+    path: &[u32],
+    change: &dyn Fn(&[u8]) -> Result<Change, Malformed>,
+) -> Result<Cow<'a, [u8]>, Malformed> {
     let Some((wanted, deeper)) = path.split_first() else { return Ok(Cow::Borrowed(message)) };
     let mut out = Vec::with_capacity(message.len());
+    let mut is_changed = false;
     for field in Fields::of(message) {
         let field = field?;
-        let Some(content) = field.content.filter(|_| field.number == *wanted) else {
-            out.extend_from_slice(field.raw);
-            continue;
+        let becomes = match field.content.filter(|_| field.number == *wanted) {
+            None => Change::Keep,
+            Some(content) if deeper.is_empty() => change(content)?,
+            Some(content) => match changed(content, deeper, change)? {
+                Cow::Borrowed(_) => Change::Keep,
+                Cow::Owned(content) => Change::Replace(content),
+            },
         };
-        if deeper.is_empty() {
-            if !drops(content)? {
-                out.extend_from_slice(field.raw);
-            }
-            continue;
-        }
-        match without(content, deeper, drops)? {
-            Cow::Borrowed(_) => out.extend_from_slice(field.raw),
-            Cow::Owned(content) => put(field.number, &content, &mut out),
+        is_changed |= !matches!(becomes, Change::Keep);
+        match becomes {
+            Change::Keep => out.extend_from_slice(field.raw),
+            Change::Drop => {}
+            Change::Replace(content) => put(field.number, &content, &mut out),
         }
     }
-    // Fields are only removed, so equal length means unchanged.
-    Ok(if out.len() == message.len() { Cow::Borrowed(message) } else { Cow::Owned(out) })
+    Ok(if is_changed { Cow::Owned(out) } else { Cow::Borrowed(message) })
+}
+
+/// The cloud volumes of a `CreateContainerRequest`, in the order of their names.
+fn volumes(payload: &[u8]) -> Result<Vec<CloudVolume>, EditError> {
+    match only_oci(payload)? {
+        Some(oci) => Ok(cloud_volumes::parse(annotation(oci, CLOUD_VOLUMES)?)?),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// The `CreateContainerRequest` in which the mounts for these volumes are bind mounts of the directories where the volumes are
+/// mounted: those with the volume's destination, and others of the same source, which are the same volume. All else of a mount
+/// stays, its options too.
+fn with_volumes<'a>(payload: Cow<'a, [u8]>, volumes: &[CloudVolume]) -> Result<Cow<'a, [u8]>, Malformed> {
+    if volumes.is_empty() {
+        return Ok(payload);
+    }
+    let mounts = match only_oci(&payload)? {
+        Some(oci) => protobuf::contents(oci, kata::OCI_MOUNTS)?,
+        None => Vec::new(),
+    };
+    let mut sources = Vec::new();
+    for volume in volumes {
+        let mut is_missing = true;
+        for mount in &mounts {
+            if destination(mount)? == volume.mount_point {
+                is_missing = false;
+                let source = path(protobuf::last(mount, kata::MOUNT_SOURCE)?);
+                if source.is_absolute() && protobuf::last(mount, kata::MOUNT_TYPE)? == BIND {
+                    sources.push((source, volume));
+                }
+            }
+        }
+        if is_missing {
+            log::warn!(
+                "tunnel KATAAGENT: the container has no mount at {}, where its cloud volume {} is to be; the volume is \
+                 mounted in the VM only",
+                volume.mount_point.display(),
+                volume.volume.name
+            );
+        }
+    }
+    let place = |mount: &[u8]| {
+        let destination = destination(mount)?;
+        let source = path(protobuf::last(mount, kata::MOUNT_SOURCE)?);
+        let is_bind = protobuf::last(mount, kata::MOUNT_TYPE)? == BIND;
+        let of_mount_point = volumes.iter().find(|volume| volume.mount_point == destination);
+        let of_source =
+            || sources.iter().find(|(taken, _)| is_bind && *taken == source).map(|(_, volume)| *volume);
+        let Some(volume) = of_mount_point.or_else(of_source) else { return Ok(Change::Keep) };
+        bind_of(mount, &volume.path()).map(Change::Replace)
+    };
+    let edited = changed(&payload, &[kata::CREATE_CONTAINER_OCI, kata::OCI_MOUNTS], &place)?;
+    Ok(match edited {
+        Cow::Borrowed(_) => payload,
+        Cow::Owned(edited) => Cow::Owned(edited),
+    })
+}
+
+fn destination(mount: &[u8]) -> Result<&Path, Malformed> {
+    Ok(Path::new(OsStr::from_bytes(protobuf::last(mount, kata::MOUNT_DESTINATION)?)))
+}
+
+/// The mount as a bind mount of this directory.
+fn bind_of(mount: &[u8], source: &Path) -> Result<Vec<u8>, Malformed> {
+    let mut out = Vec::with_capacity(mount.len() + source.as_os_str().len() + 16);
+    for field in Fields::of(mount) {
+        let field = field?;
+        if field.content.is_none() || !matches!(field.number, kata::MOUNT_SOURCE | kata::MOUNT_TYPE) {
+            out.extend_from_slice(field.raw);
+        }
+    }
+    put(kata::MOUNT_SOURCE, source.as_os_str().as_bytes(), &mut out);
+    put(kata::MOUNT_TYPE, BIND, &mut out);
+    Ok(out)
+}
+
+/// The value of an annotation; empty if there is none. Of several with one key the last counts.
+fn annotation<'a>(oci: &'a [u8], key: &str) -> Result<&'a [u8], Malformed> {
+    let mut found: &[u8] = &[];
+    for entry in protobuf::contents(oci, kata::OCI_ANNOTATIONS)? {
+        if protobuf::last(entry, kata::ENTRY_KEY)? == key.as_bytes() {
+            found = protobuf::last(entry, kata::ENTRY_VALUE)?;
+        }
+    }
+    Ok(found)
 }
 
 /// The bind mounts of a `CreateContainerRequest`.
@@ -280,15 +423,11 @@ pub fn mounts(payload: &[u8]) -> Result<Mounts, Malformed> {
     let mut listed: &[u8] = &[];
     if let Some(oci) = only_oci(payload)? {
         for mount in protobuf::contents(oci, kata::OCI_MOUNTS)? {
-            if protobuf::last(mount, kata::MOUNT_TYPE)? == b"bind" {
+            if protobuf::last(mount, kata::MOUNT_TYPE)? == BIND {
                 found.sources.push(path(protobuf::last(mount, kata::MOUNT_SOURCE)?));
             }
         }
-        for entry in protobuf::contents(oci, kata::OCI_ANNOTATIONS)? {
-            if protobuf::last(entry, kata::ENTRY_KEY)? == VOLUMES.as_bytes() {
-                listed = protobuf::last(entry, kata::ENTRY_VALUE)?;
-            }
-        }
+        listed = annotation(oci, VOLUMES)?;
     }
     // The kata agent resolves relative ones.
     found.sources.retain(|source| source.is_absolute());

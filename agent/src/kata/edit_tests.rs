@@ -4,10 +4,15 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use prost::Message;
 
-use super::{Mounts, Verdict, create_container, create_sandbox, mounts, recognise, request};
+use secure_comms_protocol::volumes::{Request as VolumesRequest, Volume};
+
+use super::{
+    EditError, Method, Mounts, Verdict, create_container, create_sandbox, mounts, recognise, request,
+};
+use crate::kata::cloud_volumes::{CLOUD_VOLUMES, Fault, InvalidVolumes};
 use crate::kata::frame::HEADER;
 use crate::kata::messages::{
-    self, CreateContainer, CreateSandbox, Linux, LinuxNamespace, Oci, Request, decode,
+    self, CreateContainer, CreateSandbox, Linux, LinuxNamespace, Mount, Oci, Request, decode,
 };
 use crate::kata::protobuf::Malformed;
 
@@ -67,7 +72,7 @@ fn a_message_that_two_decoders_read_differently_is_refused() {
         let bytes = messages::request(1, "CreateContainer", &payload);
         for namespace in [Some(PATH), None] {
             let fault = request(&bytes[HEADER..], namespace).unwrap_err();
-            assert_eq!(fault, Malformed::Repeated(name), "{}", payload.escape_ascii());
+            assert_eq!(fault, Malformed::Repeated(name).into(), "{}", payload.escape_ascii());
         }
         // Of a request that is not edited nothing is read.
         let bytes = messages::request(1, "UpdateContainer", &payload);
@@ -126,7 +131,7 @@ fn what_is_malformed_is_told_apart_only_where_it_is_touched() {
     for method in ["CreateContainer", "CreateSandbox"] {
         let bytes = messages::request(1, method, &malformed);
         for namespace in [None, Some(PATH)] {
-            assert_eq!(request(&bytes[HEADER..], namespace), Err(Malformed::Truncated), "{method}");
+            assert_eq!(request(&bytes[HEADER..], namespace), Err(Malformed::Truncated.into()), "{method}");
         }
     }
     let bytes = messages::request(1, "StartContainer", &malformed);
@@ -179,6 +184,127 @@ fn bind_mounts_and_their_volumes_are_found() {
     assert_eq!(mounts(&split.concat()), Err(Malformed::Repeated("OCI")));
 }
 
+/// A mount of the node's directory for a volume, as a runtime requests it.
+fn mount(destination: &str, source: &str, kind: &str) -> Mount {
+    let options = vec!["rbind".into(), "ro".into()];
+    Mount { destination: destination.into(), source: source.into(), kind: kind.into(), options }
+}
+
+/// A container with these mounts and the annotation of its cloud volumes, `target_path` too.
+fn with_volumes(mounts: Vec<Mount>, cloud_volumes: &str, target_path: &str) -> CreateContainer {
+    let annotations = [(CLOUD_VOLUMES, cloud_volumes), (super::VOLUMES, target_path)];
+    let annotations = annotations.map(|(key, value)| (key.into(), value.into())).into();
+    let oci = Oci { mounts, annotations, later: vec![1, 2, 3], ..Oci::default() };
+    CreateContainer { container_id: "c1".into(), oci: Some(oci), later: 7 }
+}
+
+const TWO: &str =
+    r#"{"vol-1":{"mount_point":"/logs/","lun":"1"},"vol-0":{"mount_point":"/data","lun":"0","disk_id":"d"}}"#;
+
+#[test]
+fn the_mounts_of_cloud_volumes_get_new_sources() {
+    let before = with_volumes(
+        vec![
+            mount("/proc", "proc", "proc"),
+            mount("/data", "/node/a", "bind"),
+            mount("/logs", "/node/b", "tmpfs"),
+            mount("/other", "/node/c", "bind"),
+            // The volume of /data, once more.
+            mount("/data-too", "/node/a", "bind"),
+        ],
+        TWO,
+        ",/node/a,/node/c",
+    );
+    for namespace in [Some(PATH), None] {
+        let bytes = messages::request(1, "CreateContainer", &before.encode_to_vec());
+        let edit = request(&bytes[HEADER..], namespace).unwrap();
+        let volume = |name: &str, lun: &str, disk_id: &str| Volume {
+            name: name.into(),
+            fs_type: "ext4".into(),
+            lun: lun.into(),
+            disk_id: disk_id.into(),
+            ..Volume::default()
+        };
+        let asked = vec![volume("vol-0", "0", "d"), volume("vol-1", "1", "")];
+        assert_eq!(edit.volumes, Some(VolumesRequest::Mount(asked)));
+        // Neither what was replaced nor what replaces it is made or waited for.
+        let left = vec![PathBuf::from("/node/c")];
+        assert_eq!(edit.mounts, Mounts { sources: left.clone(), volumes: left });
+        let mut expected = if namespace.is_some() { edited(before.clone()) } else { before.clone() };
+        let mounts = &mut expected.oci.as_mut().unwrap().mounts;
+        mounts[1].source = "/run/cloud-volumes/vol-0".into();
+        mounts[2] = mount("/logs", "/run/cloud-volumes/vol-1", "bind");
+        mounts[4].source = "/run/cloud-volumes/vol-0".into();
+        let after = Request::decode(&edit.request[..]).unwrap();
+        assert_eq!(CreateContainer::decode(&after.payload[..]).unwrap(), expected);
+    }
+}
+
+#[test]
+fn golden_bytes_of_a_mount_with_unknown_fields() {
+    // OCI { Mounts { destination "/d", source "/s", type "x", unknown 9: 1, options "o", source as a number, source "/t" },
+    // Annotations { cloud volumes }, unknown 15 }
+    let mount = "0a022f64 12022f73 1a0178 4801 22016f 1005 12022f74";
+    let json = br#"{"v":{"mount_point":"/d","lun":"0"}}"#;
+    let mut entry = Vec::new();
+    crate::kata::protobuf::put(1, CLOUD_VOLUMES.as_bytes(), &mut entry);
+    crate::kata::protobuf::put(2, json, &mut entry);
+    let payload = |mount: &str| {
+        let mut oci = Vec::new();
+        crate::kata::protobuf::put(5, &hex(mount), &mut oci);
+        crate::kata::protobuf::put(7, &entry, &mut oci);
+        oci.extend(hex("7a0178"));
+        let mut payload = Vec::new();
+        crate::kata::protobuf::put(6, &oci, &mut payload);
+        payload
+    };
+    let bytes = messages::request(1, "CreateContainer", &payload(mount));
+    let after = Request::decode(&request(&bytes[HEADER..], None).unwrap().request[..]).unwrap();
+    // "/run/cloud-volumes/v", "bind"
+    let expected = "0a022f64 4801 22016f 1005 12142f72756e2f636c6f75642d766f6c756d65732f76 1a0462696e64";
+    assert_eq!(after.payload, payload(expected));
+}
+
+#[test]
+fn without_volumes_a_container_stays_as_it_is() {
+    for annotation in ["", "{}"] {
+        let before = with_volumes(vec![mount("/data", "/node/a", "bind")], annotation, "");
+        let bytes = messages::request(1, "CreateContainer", &before.encode_to_vec());
+        let edit = request(&bytes[HEADER..], None).unwrap();
+        assert_eq!((&edit.request[..], &edit.volumes), (&bytes[HEADER..], &None), "'{annotation}'");
+        assert_eq!(edit.mounts.sources, [PathBuf::from("/node/a")]);
+    }
+}
+
+#[test]
+fn a_volume_without_a_mount_is_mounted_all_the_same() {
+    for mounts in [vec![], vec![mount("/data/x", "/node/a", "bind"), mount("data", "/node/a", "bind")]] {
+        let before = with_volumes(mounts, r#"{"v":{"mount_point":"/data","lun":"0"}}"#, "");
+        let bytes = messages::request(1, "CreateContainer", &before.encode_to_vec());
+        let edit = request(&bytes[HEADER..], None).unwrap();
+        assert_eq!(&edit.request[..], &bytes[HEADER..]);
+        assert!(matches!(&edit.volumes, Some(VolumesRequest::Mount(volumes)) if volumes.len() == 1));
+    }
+}
+
+#[test]
+fn a_fault_of_one_volume_refuses_the_container() {
+    let json = r#"{"a":{"mount_point":"/a","lun":"0"},"../b":{"mount_point":"/b","lun":"1"}}"#;
+    let before = with_volumes(vec![mount("/a", "/node/a", "bind")], json, "");
+    let bytes = messages::request(1, "CreateContainer", &before.encode_to_vec());
+    let invalid = InvalidVolumes::Volume { name: "../b".into(), fault: Fault::Name };
+    assert_eq!(request(&bytes[HEADER..], None), Err(EditError::Volumes(invalid)));
+}
+
+#[test]
+fn the_end_of_a_sandbox_unmounts() {
+    let bytes = messages::request(1, "DestroySandbox", b"any bytes");
+    assert_eq!(recognise(&bytes[HEADER..][..36], false), Verdict::Assemble);
+    let edit = request(&bytes[HEADER..], Some(PATH)).unwrap();
+    assert_eq!(edit.volumes, Some(VolumesRequest::UnmountAll));
+    assert_eq!((edit.method, &edit.request[..]), (Some(Method::DestroySandbox), &bytes[HEADER..]));
+}
+
 proptest! {
     #[test]
     fn a_container_changes_in_its_network_namespace_only(
@@ -189,7 +315,7 @@ proptest! {
         let before = CreateContainer::decode(&payload[..]).unwrap();
         let bytes = messages::request(stream, "CreateContainer", &payload);
         if parts.iter().filter(|part| part.oci.is_some()).count() > 1 {
-            prop_assert_eq!(request(&bytes[HEADER..], Some(PATH)), Err(Malformed::Repeated("OCI")));
+            prop_assert_eq!(request(&bytes[HEADER..], Some(PATH)), Err(Malformed::Repeated("OCI").into()));
             return Ok(());
         }
         let edit = request(&bytes[HEADER..], Some(PATH)).unwrap();

@@ -34,6 +34,9 @@ pub(super) async fn prepare(
     end: Instant,
     threads: Arc<Semaphore>,
 ) -> Result<(), RequestRefusal> {
+    if mounts.sources.is_empty() {
+        return Ok(());
+    }
     let start = Instant::now();
     // The semaphore is never closed.
     let Ok(Ok(permit)) = timeout_at(end, threads.acquire_owned()).await else {

@@ -7,7 +7,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use secure_comms_protocol::limits::{HELD_BYTES_MAX, HELD_REQUESTS_MAX, MOUNT_THREADS_MAX, TTRPC_DATA_MAX};
 
+use super::cloud_volumes::{CLOUD_VOLUMES, InvalidVolumes};
+use super::edit::EditError;
 use super::frame::{HEADER, Header, RESPONSE};
+use super::podvm_volumes::VolumesFault;
 use super::protobuf::{Malformed, put, put_number};
 use super::sources::Why;
 
@@ -39,10 +42,18 @@ pub enum RequestRefusal {
     AnswerTooLong(usize),
     /// The edited request is too long.
     #[error(
-        "adding the pod's network namespace: the request of {0} bytes becomes longer than the {TTRPC_DATA_MAX} of \
+        "adding the pod's network namespace and volumes: the request of {0} bytes becomes longer than the {TTRPC_DATA_MAX} of \
          ttrpc; make the container's spec smaller"
     )]
     TooLong(usize),
+    /// The annotation of the cloud volumes can't be right.
+    #[error(
+        "reading the annotation {CLOUD_VOLUMES}: {0}; see what cloud-api-adaptor makes of the pod's volumes"
+    )]
+    CloudVolumes(InvalidVolumes),
+    /// The cloud volumes are not mounted.
+    #[error("mounting the cloud volumes: {0}")]
+    NotMounted(#[from] VolumesFault),
     /// Too many requests are held, or too many bytes.
     #[error(
         "waiting for mounts: {HELD_REQUESTS_MAX} requests, or {HELD_BYTES_MAX} bytes of them, wait on this connection \
@@ -105,12 +116,22 @@ pub enum RequestRefusal {
     Mounts(io::Error),
 }
 
+impl From<EditError> for RequestRefusal {
+    fn from(error: EditError) -> Self {
+        match error {
+            EditError::Malformed(malformed) => Self::Malformed(malformed),
+            EditError::Volumes(invalid) => Self::CloudVolumes(invalid),
+        }
+    }
+}
+
 impl RequestRefusal {
     /// The code, from google.rpc.Code.
     fn code(&self) -> u64 {
         match self {
             // INVALID_ARGUMENT
-            Self::Malformed(_) => 3,
+            Self::Malformed(_) | Self::CloudVolumes(_) => 3,
+            Self::NotMounted(fault) => fault.code(),
             // DEADLINE_EXCEEDED
             Self::Volume { .. } | Self::Sources(_) | Self::TimedOut => 4,
             // RESOURCE_EXHAUSTED

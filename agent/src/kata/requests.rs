@@ -9,11 +9,13 @@ use std::sync::Arc;
 
 use bytes::{Buf, Bytes, BytesMut};
 use secure_comms_protocol::limits::TTRPC_DATA_MAX;
+use secure_comms_protocol::volumes::Request as VolumesRequest;
 use tokio::time::{Duration, Instant};
 
 use super::budget::{Budget, Room};
 use super::edit::{self, Edited, Method, Mounts, Verdict, recognise};
 use super::frame::{FrameError, HEADER, Header, REQUEST, Scanner};
+use super::podvm_volumes::PodvmVolumes;
 use super::protobuf::Malformed;
 use super::reply::RequestRefusal;
 
@@ -46,6 +48,8 @@ pub struct Held {
     pub stream: u32,
     /// The edited frame.
     pub frame: Bytes,
+    /// What `podvm-volumes` must have done first.
+    pub volumes: Option<VolumesRequest>,
     /// Mounts to wait for.
     pub mounts: Mounts,
     /// The end of the request's own timeout, if it has one.
@@ -57,8 +61,8 @@ pub struct Held {
 impl Held {
     /// The request at the time when it passes: with what is left of its timeout, so that the kata agent does not work on it after
     /// the runtime has given up.
-    fn passing(self) -> Out {
-        let Self { stream, frame, mounts: _, deadline, room } = self;
+    pub(super) fn passing(self) -> Out {
+        let Self { stream, frame, volumes: _, mounts: _, deadline, room } = self;
         let Some(deadline) = deadline else { return Out::Pass(room.bind(frame)) };
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -104,13 +108,6 @@ pub struct Seen {
     pub destroyed: bool,
 }
 
-impl Seen {
-    /// Notes a request that is not edited, by its beginning.
-    fn note(&mut self, beginning: &[u8]) {
-        self.destroyed |= beginning.starts_with(DESTROY_SANDBOX);
-    }
-}
-
 /// The beginning of a request to destroy the sandbox, as every encoder writes it.
 const DESTROY_SANDBOX: &[u8] = b"\x0a\x11grpc.AgentService\x12\x0eDestroySandbox";
 
@@ -118,6 +115,7 @@ const DESTROY_SANDBOX: &[u8] = b"\x0a\x11grpc.AgentService\x12\x0eDestroySandbox
 #[derive(Debug)]
 pub struct Requests {
     namespace: Option<Arc<str>>,
+    volumes: PodvmVolumes,
     scanner: Scanner,
     state: FrameState,
     header: Header,
@@ -138,13 +136,14 @@ pub struct Requests {
 impl Requests {
     /// The requests of a new stream, the only one of its connection. Containers join the network namespace at this path.
     pub fn new(namespace: Option<Arc<str>>) -> Self {
-        Self::within(namespace, Budget::default())
+        Self::within(namespace, PodvmVolumes::default(), Budget::default())
     }
 
     /// The requests of a new stream, within the budget of its connection.
-    pub(super) fn within(namespace: Option<Arc<str>>, budget: Budget) -> Self {
+    pub(super) fn within(namespace: Option<Arc<str>>, volumes: PodvmVolumes, budget: Budget) -> Self {
         Self {
             namespace,
+            volumes,
             budget,
             room: Room::default(),
             scanner: Scanner::default(),
@@ -257,11 +256,13 @@ impl Requests {
         let state = match recognise(beginning, whole) {
             Verdict::More => FrameState::Unknown,
             Verdict::Pass => FrameState::Pass,
+            // Where nothing is to be unmounted it passes whatever the connection holds.
+            Verdict::Assemble if beginning.starts_with(DESTROY_SANDBOX) && !self.volumes.is_in_use() => {
+                self.seen.destroyed = true;
+                FrameState::Pass
+            }
             Verdict::Assemble => FrameState::Assemble,
         };
-        if matches!(state, FrameState::Pass) {
-            self.seen.note(beginning);
-        }
         Ok((used + more, state))
     }
 
@@ -283,7 +284,9 @@ impl Requests {
     fn finish(&mut self) -> Out {
         let (stream, frame) = (self.header.stream, std::mem::take(&mut self.frame).freeze());
         match self.edit(stream, frame) {
-            Ok(held) if held.mounts.sources.is_empty() => Out::Pass(held.room.bind(held.frame)),
+            Ok(held) if held.mounts.sources.is_empty() && held.volumes.is_none() => {
+                Out::Pass(held.room.bind(held.frame))
+            }
             Ok(held) => Out::Hold(held),
             Err(refusal) => Out::Refuse { stream, refusal },
         }
@@ -292,15 +295,20 @@ impl Requests {
     fn edit(&mut self, stream: u32, frame: Bytes) -> Result<Held, RequestRefusal> {
         let room = std::mem::take(&mut self.room);
         let data = frame.get(HEADER..).unwrap_or_default();
-        let Edited { request, mounts, method, timeout } = edit::request(data, self.namespace.as_deref())?;
+        let Edited { request, volumes, mounts, method, timeout } =
+            edit::request(data, self.namespace.as_deref())?;
         self.seen.sandbox |= method == Some(Method::CreateSandbox);
+        self.seen.destroyed |= method == Some(Method::DestroySandbox);
         // A timeout beyond what a clock can hold is none.
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let Cow::Owned(request) = request else { return Ok(Held { stream, frame, mounts, deadline, room }) };
         if request.len() > TTRPC_DATA_MAX {
             return Err(RequestRefusal::TooLong(data.len()));
         }
-        Ok(Held { stream, frame: whole(self.header, &request), mounts, deadline, room })
+        let frame = match request {
+            Cow::Borrowed(_) => frame,
+            Cow::Owned(request) => whole(self.header, &request),
+        };
+        Ok(Held { stream, frame, volumes, mounts, deadline, room })
     }
 
     /// What has passed or was edited so far.

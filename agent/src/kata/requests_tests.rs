@@ -33,7 +33,14 @@ fn take(requests: &mut Requests, messages: &[Bytes]) -> Result<Vec<Out>, FrameEr
 }
 
 fn held(frame: impl Into<Bytes>) -> Held {
-    Held { stream: 1, frame: frame.into(), mounts: Mounts::default(), deadline: None, room: Room::default() }
+    Held {
+        stream: 1,
+        frame: frame.into(),
+        volumes: None,
+        mounts: Mounts::default(),
+        deadline: None,
+        room: Room::default(),
+    }
 }
 
 /// The bytes that pass; panics on any other result.

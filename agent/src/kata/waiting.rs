@@ -1,14 +1,16 @@
-//! Held requests, each of which waits for its mounts in a task. None outlives the runtime's interest in it: its own timeout, or the
+//! Held requests, each of which waits for its volumes and mounts in a task. None outlives the runtime's interest in it: its own timeout, or the
 //! connection.
 
-use secure_comms_protocol::limits::VOLUME_MOUNT;
+use secure_comms_protocol::limits::{VOLUME_MOUNT, VOLUMES_UNMOUNT};
+use secure_comms_protocol::volumes::Request as VolumesRequest;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 
 use super::budget::Budget;
 use super::mounts;
+use super::podvm_volumes::PodvmVolumes;
 use super::reply::RequestRefusal;
-use super::requests::Held;
+use super::requests::{Held, Out};
 use super::sources::MountPrefixes;
 
 /// The held requests of one stream, within the budget of its connection. Dropped with the stream.
@@ -16,37 +18,60 @@ use super::sources::MountPrefixes;
 pub(super) struct Waiting {
     tasks: JoinSet<Ready>,
     budget: Budget,
-    prefixes: MountPrefixes,
+    means: Means,
+}
+
+/// What a request waits with.
+#[derive(Clone, Debug)]
+pub(super) struct Means {
+    /// Directories below which sources of bind mounts are made.
+    pub(super) prefixes: MountPrefixes,
+    /// The program that mounts cloud volumes.
+    pub(super) volumes: PodvmVolumes,
 }
 
 /// The end of a wait: the request, or the stream that is refused and why.
 pub(super) type Ready = Result<Held, (u32, RequestRefusal)>;
 
 impl Waiting {
-    /// No requests yet. Sources of bind mounts are made below the `prefixes`.
-    pub(super) fn within(budget: Budget, prefixes: MountPrefixes) -> Self {
-        Self { tasks: JoinSet::new(), budget, prefixes }
+    /// No requests yet.
+    pub(super) fn within(budget: Budget, means: Means) -> Self {
+        Self { tasks: JoinSet::new(), budget, means }
     }
 
-    /// Holds a request until its mounts are ready, at most until its own timeout or for [`VOLUME_MOUNT`].
-    ///
-    /// # Errors
-    /// Too many requests, or too many bytes of them, are held on the connection.
-    pub(super) fn hold(&mut self, mut held: Held) -> Result<(), RequestRefusal> {
-        if !self.budget.hold(&mut held.room, held.frame.len()) {
-            return Err(RequestRefusal::TooMany);
+    /// Holds a request until its volumes and mounts are ready, at most until its own timeout or for [`VOLUME_MOUNT`]. Returns
+    /// what becomes of one that is not held: it is refused if too many requests, or too many bytes of them, are held on the
+    /// connection; one that only unmounts passes then, as it does if nothing is mounted.
+    pub(super) fn hold(&mut self, mut held: Held) -> Option<Out> {
+        let unmounts = held.volumes == Some(VolumesRequest::UnmountAll);
+        if unmounts && !self.means.volumes.is_in_use() {
+            return Some(held.passing());
         }
-        let limit = Instant::now() + VOLUME_MOUNT;
+        if !self.budget.hold(&mut held.room, held.frame.len()) {
+            let refused = Out::Refuse { stream: held.stream, refusal: RequestRefusal::TooMany };
+            return Some(if unmounts { held.passing() } else { refused });
+        }
+        let now = Instant::now();
+        let limit = now + VOLUME_MOUNT;
         let end = held.deadline.map_or(limit, |deadline| deadline.min(limit));
-        let mounts = std::mem::take(&mut held.mounts);
-        let (threads, prefixes) = (self.budget.threads().clone(), self.prefixes.clone());
+        let stream = held.stream;
+        let (volumes, mounts) = (held.volumes.take(), std::mem::take(&mut held.mounts));
+        let (threads, means) = (self.budget.threads().clone(), self.means.clone());
         self.tasks.spawn(async move {
-            match mounts::prepare(mounts, prefixes, end, threads).await {
-                Ok(()) => Ok(held),
-                Err(refusal) => Err((held.stream, refusal)),
-            }
+            let ready = async {
+                match volumes {
+                    Some(VolumesRequest::Mount(volumes)) => means.volumes.mount(volumes, end).await?,
+                    // The kata agent needs time for its answer too.
+                    Some(VolumesRequest::UnmountAll) => {
+                        means.volumes.unmount((now + VOLUMES_UNMOUNT).min(now + (end - now) / 2)).await;
+                    }
+                    None => {}
+                }
+                mounts::prepare(mounts, means.prefixes, end, threads).await
+            };
+            ready.await.map(|()| held).map_err(|refusal| (stream, refusal))
         });
-        Ok(())
+        None
     }
 
     pub(super) fn is_empty(&self) -> bool {

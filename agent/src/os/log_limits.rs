@@ -19,6 +19,8 @@ pub(crate) static EVICTED: Throttle = Throttle::new("evicted connections", 20);
 pub(crate) static UNPROVEN: Throttle = Throttle::new("peers of the Attestation phase", 60);
 /// Lines about connections of the session that were lost or replaced: the network can cause any number.
 pub(crate) static SESSIONS: Throttle = Throttle::new("connections of the session", 20);
+/// Lines about cloud volumes that are asked for: the worker node can cause any number.
+pub(crate) static VOLUMES: Throttle = Throttle::new("cloud volumes", 60);
 /// Lines of the libraries that serve streams and connections: peers cause most of them.
 pub(crate) static LIBRARIES: Throttle = Throttle::new("streams and SSH", 60);
 
@@ -112,7 +114,8 @@ pub(crate) async fn report_left_out() {
         LEFT_OUT.notified().await;
         sleep(MINUTE).await;
         // All of them, without an early end: each may have ended its minute.
-        let goes_on = [&UNAUTHENTICATED, &EVICTED, &UNPROVEN, &SESSIONS, &LIBRARIES].map(Throttle::report);
+        let goes_on =
+            [&UNAUTHENTICATED, &EVICTED, &UNPROVEN, &SESSIONS, &VOLUMES, &LIBRARIES].map(Throttle::report);
         if goes_on.contains(&true) {
             LEFT_OUT.notify_one();
         }

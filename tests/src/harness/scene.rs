@@ -183,6 +183,9 @@ impl Scene {
             .arg("-secure-comms-state-dir-on-disk")
             .arg("-secure-comms-mount-prefixes")
             .arg(self.path(""))
+            // Not the machine's own.
+            .arg("-secure-comms-volumes-socket")
+            .arg(self.path("volumes.sock"))
             .arg("-secure-comms-guest-api")
             .arg(self.guest.addr().to_string())
             .arg("-secure-comms-inbounds")
