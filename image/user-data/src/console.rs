@@ -1,5 +1,5 @@
-//! Lines for whoever reads the machine's log: standard error (the journal), and for faults also the console, which a cloud shows even
-//! of a machine that can't be reached.
+//! Lines of the machine's log: on standard error (the journal), and for faults also on the console, which a cloud shows even of a
+//! machine that can't be reached.
 
 use std::collections::BTreeSet;
 use std::error::Error;
