@@ -83,8 +83,9 @@ impl Machine {
     }
 
     fn start(&self, seconds: &str) -> Child {
-        Command::new(env!("CARGO_BIN_EXE_process-user-data"))
-            .args(["provision-files", "-t", seconds])
+        // A program that hangs fails the test, by exit code 124.
+        Command::new("timeout")
+            .args(["100", env!("CARGO_BIN_EXE_process-user-data"), "provision-files", "-t", seconds])
             // Must not be asked.
             .env("http_proxy", "http://127.0.0.1:1")
             .stdin(Stdio::null())
@@ -335,6 +336,20 @@ fn an_azure_that_refuses_is_named_on_the_console() {
         assert_eq!(output.status.code(), Some(1), "{}", log(&output));
         let expected = "azure-ready: Azure: GET http://168.63.129.16/?comp=versions: status 403\r\n";
         assert_eq!(machine.console(), expected);
+    });
+}
+
+#[test]
+fn init_data_that_are_there_need_no_cloud() {
+    Machine::with(&[], |machine| {
+        fs::create_dir("/run/peerpod").unwrap();
+        fs::write("/run/peerpod/initdata", init_data().0).unwrap();
+        let output = machine.run("60");
+        assert_eq!(output.status.code(), Some(1));
+        assert!(machine.console().contains("no apf.json"), "{}", machine.console());
+        assert!(!Path::new("/run/peerpod/initdata.digest").exists());
+        fs::write("/run/peerpod/apf.json", format!("{APF}\n")).unwrap();
+        check_success(&machine.run("60"));
     });
 }
 
