@@ -76,17 +76,33 @@ impl<'a> Uki<'a> {
         Ok(self.pe.signatures()?)
     }
 
-    /// What is measured from the firmware's boot option on, in its order: by the firmware (PCR 4), by systemd-stub (PCR 11),
-    /// and by the kernel's EFI stub (PCR 9).
+    /// What the firmware measures of it, into PCR 4, if its boot option is the first that the firmware tries.
+    ///
+    /// Without Secure Boot the firmware is asked to load the inner kernel, and measures it. With Secure Boot systemd-stub
+    /// takes the place of the firmware's check meanwhile, which is also what measures.
     ///
     /// # Errors
     /// If the file ends too early.
-    pub fn events(&self) -> Result<Vec<Event>, BadUki> {
+    pub fn loaded(&self, secure_boot: bool) -> Result<Vec<Event>, BadUki> {
         let mut events = vec![
             Event::new(4, "the firmware starts a boot option", b"Calling EFI Application from Boot Option"),
             Event::separator(4),
             Event { pcr: 4, what: "the UKI".to_owned(), digests: self.authenticode()? },
         ];
+        if !secure_boot {
+            let digests = Pe::parse(&self.kernel)?.authenticode()?;
+            events.push(Event { pcr: 4, what: "the kernel".to_owned(), digests });
+        }
+        Ok(events)
+    }
+
+    /// What is measured of its parts, in the order of the measurements: by systemd-stub (PCR 11), and by the kernel's EFI stub
+    /// (PCR 9). Nothing extends PCR 12.
+    ///
+    /// # Errors
+    /// If the file ends too early.
+    pub fn parts(&self) -> Result<Vec<Event>, BadUki> {
+        let mut events = Vec::new();
         for name in MEASURED {
             let Some(content) = self.pe.section(name)? else { continue };
             let mut terminated = name.as_bytes().to_vec();
@@ -132,4 +148,54 @@ fn initrd(pe: &Pe<'_>) -> Result<Vec<u8>, BadUki> {
         cpio::join(&mut joined, &part);
     }
     Ok(joined)
+}
+
+#[cfg(test)]
+mod tests {
+    use sha2::{Digest, Sha256};
+
+    use super::{BadUki, Uki};
+    use crate::cpio;
+    use crate::pe::tests::program;
+
+    fn sha256(bytes: &[u8]) -> [u8; 32] {
+        Sha256::digest(bytes).into()
+    }
+
+    #[test]
+    fn the_stub_measures_sections_in_its_own_order() {
+        let file = program(
+            &[(".text", b"code", 4), (".initrd", b"cpio", 4), (".pcrsig", b"no", 2), (".linux", b"kern", 4)],
+            b"",
+        );
+        let events = Uki::parse(&file).unwrap().parts().unwrap();
+        let found: Vec<_> =
+            events.iter().filter(|event| event.pcr == 11).map(|event| event.digests.sha256).collect();
+        assert_eq!(found, [&b".linux\0"[..], b"kern", b".initrd\0", b"cpio"].map(sha256));
+    }
+
+    #[test]
+    fn the_kernel_measures_the_command_line_and_the_joined_initrd() {
+        let sections: [(&str, &[u8], usize); 4] = [
+            (".linux", b"k", 1),
+            (".cmdline", b" a=\tb \n\0 ", 9),
+            (".osrel", b"ID=x", 4),
+            (".initrd", b"12345", 5),
+        ];
+        let file = program(&sections, b"");
+        let uki = Uki::parse(&file).unwrap();
+        assert_eq!(uki.command_line, "a= b");
+        let mut initrd = b"12345\0\0\0".to_vec();
+        initrd.extend(cpio::extra("os-release", b"ID=x"));
+        let events = uki.parts().unwrap();
+        let found: Vec<_> =
+            events.iter().filter(|event| event.pcr == 9).map(|event| event.digests.sha256).collect();
+        assert_eq!(found, [sha256(b"a\0=\0 \0b\0\0\0"), sha256(&initrd)]);
+    }
+
+    #[test]
+    fn a_program_without_a_kernel_is_no_uki() {
+        let file = program(&[(".text", b"code", 4)], b"");
+        assert_eq!(Uki::parse(&file).unwrap_err(), BadUki::NoKernel);
+    }
 }

@@ -38,3 +38,43 @@ fn entry_raw(archive: &mut Vec<u8>, fields: [usize; 13], name: &str, content: &[
 fn pad(bytes: &mut Vec<u8>) {
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{extra, join};
+
+    #[test]
+    fn an_archive_is_a_directory_a_file_and_a_trailer() {
+        let archive = extra("os-release", b"ID=podvm");
+        let text = String::from_utf8(archive.clone()).unwrap();
+        let names: Vec<_> = text.split('\0').filter(|part| !part.is_empty()).collect();
+        assert_eq!(
+            names,
+            [
+                concat!(
+                    "070701000000010000416d00000000000000000000000100000000000000",
+                    "00000000000000000000000000000000000000000700000000.extra",
+                ),
+                concat!(
+                    "070701000000020000812400000000000000000000000100000000000000",
+                    "08000000000000000000000000000000000000001200000000.extra/os-",
+                    "release",
+                ),
+                concat!(
+                    "ID=podvm0707010000000000000000000000000000000000000001000000",
+                    "0000000000000000000000000000000000000000000000000B00000000TR",
+                    "AILER!!!",
+                ),
+            ]
+        );
+        assert_eq!(archive.len() % 4, 0);
+    }
+
+    #[test]
+    fn joined_archives_begin_at_multiples_of_four() {
+        let mut joined = Vec::new();
+        join(&mut joined, b"12345");
+        join(&mut joined, b"6");
+        assert_eq!(joined, b"12345\0\0\x006\0\0\0");
+    }
+}

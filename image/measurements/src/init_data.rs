@@ -73,3 +73,39 @@ impl InitDataDigest {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{BadInitData, InitDataDigest};
+    use crate::register::{hex, pcr};
+
+    #[test]
+    fn the_digest_is_by_the_algorithm_that_init_data_name() {
+        let toml = |algorithm: &str| {
+            format!("version = \"0.1.0\"\nalgorithm = {algorithm} # why\n[data]\nalgorithm = \"no\"\n")
+        };
+        for (name, digits) in [("\"sha256\"", 64), ("'sha384'", 96), ("\"sha512\"", 128)] {
+            assert_eq!(InitDataDigest::of(toml(name).as_bytes()).unwrap().0.len(), digits, "{name}");
+        }
+        assert_eq!(InitDataDigest::of(toml("\"md5\"").as_bytes()), Err(BadInitData::Algorithm));
+        assert_eq!(InitDataDigest::of(b"[data]\nalgorithm = \"sha256\"\n"), Err(BadInitData::Algorithm));
+    }
+
+    #[test]
+    fn the_register_takes_the_first_half_of_a_long_digest() {
+        // By coreutils: { head -c 32 /dev/zero; head -c 32 /dev/zero | tr '\\0' '\\253'; } | sha256sum
+        let expected = "debb3e7acfff6dd18d501042273629f0b79cb206bb8c24f59f62ddb80849403b";
+        for digits in [64, 96, 128] {
+            let text = format!("{}{}", "AB".repeat(32), "00".repeat(digits / 2 - 32));
+            let event = InitDataDigest::parse(&text).unwrap().event().unwrap();
+            assert_eq!(hex(&pcr(8, &[event])), expected);
+        }
+    }
+
+    #[test]
+    fn other_texts_are_no_digests() {
+        for text in ["", "ab", &"g".repeat(64), &"a".repeat(65), &"a".repeat(32)] {
+            assert_eq!(InitDataDigest::parse(text), Err(BadInitData::Digest), "{text}");
+        }
+    }
+}

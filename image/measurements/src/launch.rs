@@ -1,4 +1,5 @@
-//! The launch digest of a confidential VM that the host boots directly: firmware, kernel, initrd and command line.
+//! The launch digest of a confidential VM: of its firmware, and of the kernel, the initrd and the command line where the host boots
+//! them directly.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,8 @@ const ENVIRONMENT: &str = "cache/sev-snp-measure";
 /// A virtual machine with SEV-SNP, as its host starts it.
 #[derive(Clone, Debug)]
 pub struct SnpMachine {
-    /// The firmware; it must have a table for the hashes of the kernel, the initrd and the command line (OVMF's AmdSev).
+    /// The firmware; for a direct boot it must have a table for the hashes of the kernel, the initrd and the command line (OVMF's
+    /// AmdSev).
     pub firmware: PathBuf,
     /// Number of processors.
     pub processors: u32,
@@ -22,6 +24,8 @@ pub struct SnpMachine {
     pub processor: String,
     /// SEV features of the VM's save area.
     pub guest_features: u64,
+    /// The host boots the UKI's parts directly. Else the firmware boots a disk, which the launch digest does not cover.
+    pub direct: bool,
 }
 
 /// Why there is no launch digest.
@@ -40,7 +44,7 @@ pub enum LaunchError {
     Refused(String),
 }
 
-/// The launch digest of `machine` that boots the parts of `uki` directly, in hex.
+/// The launch digest of `machine`, in hex; of the parts of `uki` only with a direct boot.
 ///
 /// # Errors
 /// If sev-snp-measure is not installed, or refuses.
@@ -52,13 +56,12 @@ pub fn snp(machine: &SnpMachine, uki: &Uki<'_>) -> Result<String, LaunchError> {
         .arg(format!("--vcpus={}", machine.processors))
         .arg(format!("--guest-features={:#x}", machine.guest_features))
         .arg("--ovmf")
-        .arg(&machine.firmware)
-        .arg("--kernel")
-        .arg(parts.directory.join("kernel"))
-        .arg("--initrd")
-        .arg(parts.directory.join("initrd"))
-        .arg("--append")
-        .arg(&uki.command_line);
+        .arg(&machine.firmware);
+    if machine.direct {
+        command.arg("--kernel").arg(parts.directory.join("kernel"));
+        command.arg("--initrd").arg(parts.directory.join("initrd"));
+        command.arg("--append").arg(&uki.command_line);
+    }
     let output = command.output().map_err(LaunchError::Run)?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);

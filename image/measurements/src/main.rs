@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use argh::FromArgs;
 use measurements::boot::Uki;
+use measurements::event::Event;
 use measurements::init_data::InitDataDigest;
 use measurements::launch::{self, SnpMachine};
 use measurements::report::{Format, Prediction};
@@ -13,8 +14,8 @@ use measurements::secure_boot;
 use measurements::variables::Variables;
 
 /// What the registers of a VM hold once a UKI has started, for an attestation policy: a line `PCR DIGEST` each, for a vTPM's
-/// SHA-256 bank. PCR 4, 9, 11 and 12 always; PCR 7 with --secure-boot; PCR 8 with --init-data or --init-data-digest; the launch
-/// digest with --launch.
+/// SHA-256 bank. PCR 9, 11 and 12 always; PCR 4 and 7 with --secure-boot; PCR 8 with --init-data or --init-data-digest; the
+/// launch digest with --launch.
 #[derive(FromArgs)]
 struct Arguments {
     /// the UKI, an EFI program, as it is on the disk (image/measure takes a disk as well)
@@ -26,10 +27,14 @@ struct Arguments {
     #[argh(option, default = "Format::Text")]
     format: Format,
 
-    /// state of Secure Boot: off, or where its variables are: a directory with PK, KEK, db and dbx, named so or as in efivarfs, or
-    /// OVMF's file of variables. Predicts PCR 7
+    /// state of Secure Boot: on or off. Predicts PCR 4 and 7
     #[argh(option)]
     secure_boot: Option<String>,
+
+    /// its variables: a directory with PK, KEK, db and dbx, named so or as in efivarfs, or OVMF's file of variables. Needed with on;
+    /// none with off, unless the machine has some
+    #[argh(option)]
+    variables: Option<PathBuf>,
 
     /// init-data as TOML. Predicts PCR 8
     #[argh(option)]
@@ -39,11 +44,12 @@ struct Arguments {
     #[argh(option)]
     init_data_digest: Option<String>,
 
-    /// launch digest of a VM that the host boots directly from the UKI's parts: snp. Needs sev-snp-measure, --ovmf and --vcpus
+    /// launch digest of a VM: snp, which boots the UKI's parts directly, or snp-firmware, whose firmware boots a disk. Needs
+    /// sev-snp-measure, --ovmf and --vcpus
     #[argh(option)]
     launch: Option<String>,
 
-    /// firmware of that VM: OVMF with a table for the hashes of kernel, initrd and command line
+    /// firmware of that VM; with snp, OVMF with a table for the hashes of kernel, initrd and command line (its AmdSev build)
     #[argh(option)]
     ovmf: Option<PathBuf>,
 
@@ -76,29 +82,39 @@ fn main() -> ExitCode {
 
 fn predict(arguments: &Arguments) -> Result<Prediction, String> {
     let file = read(&arguments.uki)?;
-    let at = |path: &Path| path.display().to_string();
-    let uki = Uki::parse(&file).map_err(|error| format!("{}: {error}", at(&arguments.uki)))?;
-    let mut events = uki.events().map_err(|error| format!("{}: {error}", at(&arguments.uki)))?;
-    let mut registers = vec![4, 9, 11, 12];
-
-    match arguments.secure_boot.as_deref() {
-        None => {}
-        Some("off") => events.extend(secure_boot::off()),
-        Some(path) => {
-            let variables = Variables::read(Path::new(path)).map_err(described)?;
-            let signatures = uki.signatures().map_err(described)?;
-            events.extend(secure_boot::on(&variables, signatures).map_err(described)?);
-        }
+    let in_uki = |error: &dyn Display| format!("{}: {error}", arguments.uki.display());
+    let uki = Uki::parse(&file).map_err(|error| in_uki(&error))?;
+    let (mut registers, mut events) = (vec![9, 11, 12], Vec::new());
+    if let Some(state) = &arguments.secure_boot {
+        events.extend(secure_boot(state, arguments.variables.as_deref(), &uki)?);
+        registers.extend([4, 7]);
+    } else if arguments.variables.is_some() {
+        return Err("--variables needs --secure-boot".to_owned());
     }
-    if arguments.secure_boot.is_some() {
-        registers.push(7);
-    }
+    events.extend(uki.parts().map_err(|error| in_uki(&error))?);
     if let Some(digest) = init_data(arguments)? {
         events.push(digest.event().map_err(described)?);
         registers.push(8);
     }
     let snp_launch = launch(arguments, &uki)?;
     Ok(Prediction { registers, events, snp_launch })
+}
+
+/// Events of PCR 7 and PCR 4.
+fn secure_boot(state: &str, variables: Option<&Path>, uki: &Uki<'_>) -> Result<Vec<Event>, String> {
+    let (mut events, on) = match (state, variables) {
+        ("off", None) => (secure_boot::off(&Variables::default()), false),
+        ("off", Some(path)) => (secure_boot::off(&Variables::read(path).map_err(described)?), false),
+        ("on", Some(path)) => {
+            let variables = Variables::read_with_keys(path).map_err(described)?;
+            let signatures = uki.signatures().map_err(described)?;
+            (secure_boot::on(&variables, signatures).map_err(described)?, true)
+        }
+        ("on", None) => return Err("--secure-boot on needs --variables".to_owned()),
+        (other, _) => return Err(format!("--secure-boot {other}: on or off")),
+    };
+    events.extend(uki.loaded(on).map_err(described)?);
+    Ok(events)
 }
 
 fn init_data(arguments: &Arguments) -> Result<Option<InitDataDigest>, String> {
@@ -118,18 +134,19 @@ fn init_data(arguments: &Arguments) -> Result<Option<InitDataDigest>, String> {
 fn launch(arguments: &Arguments, uki: &Uki<'_>) -> Result<Option<String>, String> {
     match arguments.launch.as_deref() {
         None => Ok(None),
-        Some("snp") => {
+        Some(kind @ ("snp" | "snp-firmware")) => {
             let (Some(firmware), Some(processors)) = (arguments.ovmf.clone(), arguments.vcpus) else {
-                return Err("--launch snp needs --ovmf and --vcpus".to_owned());
+                return Err(format!("--launch {kind} needs --ovmf and --vcpus"));
             };
             let (processor, guest_features) = (arguments.vcpu_type.clone(), arguments.guest_features);
-            let machine = SnpMachine { firmware, processors, processor, guest_features };
+            let direct = kind == "snp";
+            let machine = SnpMachine { firmware, processors, processor, guest_features, direct };
             launch::snp(&machine, uki).map(Some).map_err(described)
         }
         Some("tdx") => Err("--launch tdx: no registry has a program that computes MRTD (docs/IMAGE.md); \
              --format json has RTMR 2"
             .to_owned()),
-        Some(other) => Err(format!("--launch {other}: only snp")),
+        Some(other) => Err(format!("--launch {other}: snp or snp-firmware")),
     }
 }
 

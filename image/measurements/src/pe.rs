@@ -2,6 +2,9 @@
 
 use crate::event::Digests;
 
+/// The largest section, in bytes of memory.
+const SECTION_MAX: usize = 1 << 30;
+
 /// A file that is not an EFI program, or not one that firmware would start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadPe {
@@ -79,11 +82,14 @@ impl<'a> Pe<'a> {
     /// Content of the section `name` as it is in memory: what systemd-stub measures and hands on.
     ///
     /// # Errors
-    /// If it lies beyond the file's end.
+    /// If it lies beyond the file's end, or is larger in memory than any UKI's (1 GiB).
     pub fn section(&self, name: &str) -> Result<Option<Vec<u8>>, BadPe> {
         let Some(section) = self.sections.iter().find(|section| section.name == name) else {
             return Ok(None);
         };
+        if section.memory > SECTION_MAX {
+            return Err(BadPe::Truncated);
+        }
         let size = section.size.min(section.memory);
         let mut content = self.slice(section.offset, size)?.to_vec();
         content.resize(section.memory, 0);
@@ -140,4 +146,102 @@ fn section(file: &[u8], header: usize) -> Result<Section, BadPe> {
         offset: number32(file, header + 20)?,
         size: number32(file, header + 16)?,
     })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use sha2::{Digest, Sha256};
+
+    use super::{BadPe, Pe};
+
+    const OPTIONAL: usize = 0x40 + 24;
+
+    /// An EFI program with these sections (name, content, size in memory), a signature and four bytes behind the sections.
+    pub(crate) fn program(sections: &[(&str, &[u8], usize)], signature: &[u8]) -> Vec<u8> {
+        let mut file = vec![0; 0x400];
+        let mut put = |offset: usize, bytes: &[u8]| file[offset..offset + bytes.len()].copy_from_slice(bytes);
+        let number = |number: usize| u32::try_from(number).unwrap().to_le_bytes();
+        put(0, b"MZ");
+        put(0x3c, &number(0x40));
+        put(0x40, b"PE\0\0");
+        put(0x46, &number(sections.len())[..2]);
+        put(0x54, &number(240)[..2]);
+        put(OPTIONAL, &0x20b_u16.to_le_bytes());
+        put(OPTIONAL + 60, &number(0x400));
+        put(OPTIONAL + 64, b"sum!");
+        let (mut offset, mut data) = (0x400, Vec::new());
+        for (index, (name, content, memory)) in sections.iter().enumerate() {
+            let header = OPTIONAL + 240 + index * 40;
+            put(header, name.as_bytes());
+            put(header + 8, &number(*memory));
+            put(header + 16, &number(content.len()));
+            put(header + 20, &number(offset));
+            offset += content.len();
+            data.extend_from_slice(content);
+        }
+        if !signature.is_empty() {
+            put(OPTIONAL + 112 + 32, &number(offset + 4));
+            put(OPTIONAL + 112 + 36, &number(signature.len()));
+        }
+        file.extend(data);
+        file.extend(b"tail");
+        file.extend(signature);
+        file
+    }
+
+    #[test]
+    fn a_section_is_as_in_memory() {
+        let file = program(&[(".a", b"padded..", 3), (".bss", b"xy", 6), (".longname", b"12345678", 8)], b"");
+        let pe = Pe::parse(&file).unwrap();
+        assert_eq!(pe.section(".a").unwrap().unwrap(), b"pad");
+        assert_eq!(pe.section(".bss").unwrap().unwrap(), b"xy\0\0\0\0");
+        assert_eq!(pe.section(".c").unwrap(), None);
+    }
+
+    #[test]
+    fn the_digest_leaves_out_checksum_and_signature() {
+        let sections: [(&str, &[u8], usize); 2] = [(".a", b"12345678", 8), (".b", b"abcdefgh", 8)];
+        let signed = program(&sections, b"signature");
+        let digest = |file: &[u8]| Pe::parse(file).unwrap().authenticode().unwrap();
+        let expected = {
+            let without = [
+                &signed[..OPTIONAL + 64],
+                &signed[OPTIONAL + 68..OPTIONAL + 144],
+                &signed[OPTIONAL + 152..signed.len() - b"signature".len()],
+            ];
+            without.into_iter().fold(Sha256::new(), Sha256::chain_update).finalize()
+        };
+        assert_eq!(digest(&signed).sha256, *expected);
+        assert_eq!(digest(&program(&sections, b"")), digest(&signed));
+        let mut changed = signed.clone();
+        changed[OPTIONAL + 64] ^= 1;
+        assert_eq!(digest(&changed), digest(&signed));
+        for offset in [2, OPTIONAL + 60 + 92, 0x400, signed.len() - 10] {
+            let mut changed = signed.clone();
+            changed[offset] ^= 1;
+            assert_ne!(digest(&changed), digest(&signed), "{offset}");
+        }
+        assert_eq!(Pe::parse(&signed).unwrap().signatures().unwrap(), b"signature");
+    }
+
+    #[test]
+    fn a_cut_or_mangled_file_is_an_error() {
+        let file = program(&[(".linux", b"12345678", 8)], b"signature");
+        for end in 0..file.len() {
+            let read = Pe::parse(&file[..end]).and_then(|pe| {
+                let whole = (pe.authenticode()?, pe.section(".linux")?, pe.signatures()?);
+                Ok(whole)
+            });
+            assert!(read.is_err(), "{end}");
+        }
+        assert_eq!(Pe::parse(b"#!/bin/sh\n").unwrap_err(), BadPe::Magic);
+        // Sizes and offsets of 4 GiB: errors, not panics.
+        for offset in 0x3c..0x200 {
+            let mut mangled = file.clone();
+            mangled[offset..offset + 4].fill(0xff);
+            if let Ok(pe) = Pe::parse(&mangled) {
+                let _read = (pe.authenticode(), pe.signatures());
+            }
+        }
+    }
 }

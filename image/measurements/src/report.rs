@@ -108,3 +108,56 @@ impl Prediction {
         Value::Object(values)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use base64ct::{Base64, Encoding};
+    use serde_json::{Value, json};
+
+    use super::{Format, Prediction};
+    use crate::event::Event;
+
+    const SEPARATED: &str = "3d458cfe55cc03ea1f443f1562beec8df51c75e14a9fcf9a7234a13f198e7969";
+    const ZEROS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+
+    fn prediction() -> Prediction {
+        Prediction {
+            registers: vec![12, 4],
+            events: vec![Event::separator(4), Event::separator(7)],
+            snp_launch: Some("ab".repeat(48)),
+        }
+    }
+
+    #[test]
+    fn text_is_a_line_for_each_register() {
+        let launch = "ab".repeat(48);
+        assert_eq!(prediction().print(Format::Text), format!("4 {SEPARATED}\n12 {ZEROS}\nsnp {launch}\n"));
+    }
+
+    #[test]
+    fn json_has_registers_and_their_events() {
+        let value: Value = serde_json::from_str(&prediction().print(Format::Json)).unwrap();
+        assert_eq!(value["pcrs"], json!({ "4": SEPARATED, "12": ZEROS }));
+        assert_eq!(value["events"].as_array().unwrap().len(), 1);
+        assert_eq!(value["events"][0]["what"], "separator");
+    }
+
+    /// The message that Trustee's rvps/README.md makes by hand for the "sample" extractor: names with lists of values.
+    #[test]
+    fn rvps_gets_a_message_with_lists_of_values() {
+        let message: Value = serde_json::from_str(&prediction().print(Format::Rvps)).unwrap();
+        assert_eq!(message["version"], "0.1.0");
+        assert_eq!(message["type"], "sample");
+        assert_eq!(message.as_object().unwrap().len(), 3);
+        let payload = Base64::decode_vec(message["payload"].as_str().unwrap()).unwrap();
+        let values: Value = serde_json::from_slice(&payload).unwrap();
+        for platform in ["snp", "tdx", "tpm"] {
+            assert_eq!(values[format!("{platform}_pcr04")], json!([SEPARATED]));
+            assert_eq!(values[format!("{platform}_pcr12")], json!([ZEROS]));
+        }
+        assert_eq!(values["snp_launch_measurement"], json!(["ab".repeat(48)]));
+        assert_eq!(values["rtmr_2"][0].as_str().unwrap().len(), 96);
+        let printed: Value = serde_json::from_str(&prediction().print(Format::ReferenceValues)).unwrap();
+        assert_eq!(printed, values);
+    }
+}

@@ -22,10 +22,15 @@ pub enum NoAuthority {
     BadList,
 }
 
-/// Events of a machine with Secure Boot off and no keys, as OVMF starts without them.
-pub fn off() -> Vec<Event> {
-    let mut events = vec![variable(SECURE_BOOT, &[0])];
-    events.extend(NAMES.map(|name| variable(name, &[])));
+/// Events of a machine with Secure Boot off; most have no variables then.
+pub fn off(variables: &Variables) -> Vec<Event> {
+    start(variables, 0)
+}
+
+/// What the firmware measures before it starts anything.
+fn start(variables: &Variables, secure_boot: u8) -> Vec<Event> {
+    let mut events = vec![variable(SECURE_BOOT, &[secure_boot])];
+    events.extend(NAMES.iter().zip(&variables.0).map(|(name, value)| variable(*name, value)));
     events.push(Event::separator(7));
     events
 }
@@ -35,9 +40,7 @@ pub fn off() -> Vec<Event> {
 /// # Errors
 /// If none of db's certificates signed it.
 pub fn on(variables: &Variables, signatures: &[u8]) -> Result<Vec<Event>, NoAuthority> {
-    let mut events = vec![variable(SECURE_BOOT, &[1])];
-    events.extend(NAMES.iter().zip(&variables.0).map(|(name, value)| variable(*name, value)));
-    events.push(Event::separator(7));
+    let mut events = start(variables, 1);
     let authority = authority(variables.db(), signatures)?;
     events.push(Event {
         what: "the certificate of db that signed the UKI".to_owned(),
@@ -81,4 +84,44 @@ fn authority<'a>(db: &'a [u8], signatures: &[u8]) -> Result<&'a [u8], NoAuthorit
         rest = rest.get(list..).filter(|_| list > 0).ok_or(NoAuthority::BadList)?;
     }
     Err(NoAuthority::NotInDb)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{NoAuthority, X509, authority, off};
+    use crate::register::{hex, pcr};
+    use crate::variables::Variables;
+
+    fn list(kind: [u8; 16], entries: &[&[u8]]) -> Vec<u8> {
+        let entry = entries.first().map_or(0, |entry| entry.len());
+        let number = |number: usize| u32::try_from(number).unwrap().to_le_bytes();
+        let size = 28 + entries.iter().map(|entry| entry.len()).sum::<usize>();
+        [&kind[..], &number(size), &number(0), &number(entry), &entries.concat()].concat()
+    }
+
+    #[test]
+    fn without_keys_the_register_is_that_of_real_machines() {
+        let value = hex(&pcr(7, &off(&Variables::default())));
+        assert_eq!(value, "65caf8dd1e0ea7a6347b635d2b379c93b9a1351edc2afc3ecda700e534eb3068");
+    }
+
+    #[test]
+    fn the_authority_is_the_entry_whose_certificate_signed() {
+        let (first, second) =
+            ([&[1; 16][..], b"first certificate"].concat(), [&[2; 16][..], b"other certificate"].concat());
+        let db = [list([9; 16], &[&[0; 48]]), list(X509, &[&first, &second])].concat();
+        assert_eq!(authority(&db, b"... other certificate ..."), Ok(&second[..]));
+        assert_eq!(authority(&db, b"a third certificate"), Err(NoAuthority::NotInDb));
+        assert_eq!(authority(&db, b""), Err(NoAuthority::NotSigned));
+    }
+
+    #[test]
+    fn a_cut_list_is_an_error() {
+        let db = list(X509, &[b"0123456789abcdefcertificate"]);
+        for end in 1..db.len() {
+            assert_eq!(authority(&db[..end], b"something"), Err(NoAuthority::BadList), "{end}");
+        }
+        // A list of size 0 would never end.
+        assert_eq!(authority(&[0; 64], b"something"), Err(NoAuthority::BadList));
+    }
 }

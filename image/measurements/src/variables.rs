@@ -39,8 +39,8 @@ pub enum BadVariables {
     /// A file that holds no variables.
     #[error("{0}: neither a directory nor OVMF's variables")]
     NoStore(String),
-    /// Keys are missing: Secure Boot can't be on.
-    #[error("{0}: no {1} in it: with Secure Boot off, say --secure-boot off")]
+    /// Keys are missing.
+    #[error("{0}: no {1} in it, so Secure Boot can't be on")]
     Missing(String, &'static str),
 }
 
@@ -49,18 +49,24 @@ pub enum BadVariables {
 pub struct Variables(pub [Vec<u8>; 4]);
 
 impl Variables {
-    /// Reads the variables of a machine with Secure Boot: a directory with the files `PK`, `KEK`, `db` and `dbx` (each a list
+    /// Reads the variables of a machine: a directory with the files `PK`, `KEK`, `db` and `dbx` (each a list
     /// of signatures, or as it is in efivarfs: by that name and with four bytes of attributes before), or OVMF's file of variables.
     ///
     /// # Errors
-    /// If they can't be read, or there is no PK, KEK or db.
+    /// If they can't be read.
     pub fn read(path: &Path) -> Result<Self, BadVariables> {
-        let variables = if path.is_dir() {
-            Self::from_directory(path)?
-        } else {
-            let file = read(path)?;
-            Self::from_store(&file).ok_or_else(|| BadVariables::NoStore(path.display().to_string()))?
-        };
+        if path.is_dir() {
+            return Self::from_directory(path);
+        }
+        Self::from_store(&read(path)?).ok_or_else(|| BadVariables::NoStore(path.display().to_string()))
+    }
+
+    /// As [`Variables::read`], of a machine with Secure Boot on.
+    ///
+    /// # Errors
+    /// If they can't be read, or there is no PK, KEK or db.
+    pub fn read_with_keys(path: &Path) -> Result<Self, BadVariables> {
+        let variables = Self::read(path)?;
         for ((name, _), value) in NAMES.iter().zip(&variables.0).take(3) {
             if value.is_empty() {
                 return Err(BadVariables::Missing(path.display().to_string(), name));
@@ -141,4 +147,61 @@ impl SplitOrEmpty for Vec<u8> {
 
 fn read(path: &Path) -> Result<Vec<u8>, BadVariables> {
     fs::read(path).map_err(|cause| BadVariables::Read { path: path.display().to_string(), cause })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::{ADDED, BadVariables, Guid, NAMES, STORE, Variables};
+
+    fn variable(name: &str, guid: Guid, state: u8, value: &[u8]) -> Vec<u8> {
+        let name: Vec<u8> = format!("{name}\0").encode_utf16().flat_map(u16::to_le_bytes).collect();
+        let number = |number: usize| u32::try_from(number).unwrap().to_le_bytes();
+        let mut bytes = vec![0xaa, 0x55, state, 0];
+        bytes.extend([0; 32]);
+        bytes.extend(number(name.len()));
+        bytes.extend(number(value.len()));
+        bytes.extend(guid.0);
+        bytes.extend(name);
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0xff);
+        bytes
+    }
+
+    #[test]
+    fn a_store_of_ovmf_has_the_valid_variables() {
+        let mut file = vec![0; 72];
+        file.extend(STORE);
+        file.extend([0; 12]);
+        for ((name, guid), value) in NAMES.into_iter().zip(["a", "bc", "def", "ghij"]) {
+            // Deleted, and of another vendor.
+            file.extend(variable(name, guid, 0x3c, b"old"));
+            file.extend(variable(name, Guid([7; 16]), ADDED, b"foreign"));
+            file.extend(variable(name, guid, ADDED, value.as_bytes()));
+        }
+        file.extend([0xff; 64]);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("VARS.fd");
+        fs::write(&path, &file).unwrap();
+        let values = ["a", "bc", "def", "ghij"].map(|value| value.as_bytes().to_vec());
+        assert_eq!(Variables::read(&path).unwrap(), Variables(values));
+        // Cut anywhere: an error, or fewer variables.
+        for end in 0..file.len() {
+            let _cut = Variables::from_store(&file[..end]);
+        }
+    }
+
+    #[test]
+    fn a_directory_has_lists_or_files_of_efivarfs() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::write(at("PK"), "pk").unwrap();
+        fs::write(at("KEK-8be4df61-93ca-11d2-aa0d-00e098032b8c"), b"\x27\0\0\0kek").unwrap();
+        let error = Variables::read_with_keys(directory.path()).unwrap_err();
+        assert!(matches!(error, BadVariables::Missing(_, "db")), "{error}");
+        fs::write(at("db-d719b2cb-3d3a-4596-a3bc-dad00e67656f"), b"\x27\0\0\0db").unwrap();
+        let values = ["pk", "kek", "db", ""].map(|value| value.as_bytes().to_vec());
+        assert_eq!(Variables::read_with_keys(directory.path()).unwrap(), Variables(values));
+    }
 }
