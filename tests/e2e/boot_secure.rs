@@ -8,8 +8,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::boot::{
-    Boot, Machine, MachineOptions, MachinePermit, Platform, Pod, SECURE_VARIABLES, UserData, apf_json,
-    artifacts, scene, test_certificate,
+    Boot, CloudConfig, Machine, MachineOptions, MachinePermit, Platform, Pod, SECURE_VARIABLES, UserData,
+    apf_json, artifacts, scene, test_certificate,
 };
 use serde_json::json;
 
@@ -58,7 +58,7 @@ async fn a_signed_disk_boots_under_secure_boot() -> Result<()> {
     sign.arg("--key").arg(&signer.key).arg("--cert").arg(&signer.certificate).arg("--output").arg(&disk);
     run(sign.arg(artifacts()?.file("podvm.raw")?))?;
 
-    let user_data = UserData::NoCloud(apf_json(&json!({}))?);
+    let user_data = UserData::NoCloud(CloudConfig::new(apf_json(&json!({}))?));
     let boot = Boot::Disk(Some(disk.clone()));
     let pod = start_on(Platform::SecureBoot, "secure-boot", boot, user_data).await?;
     pod.works().await?;
@@ -78,7 +78,7 @@ async fn a_signed_disk_boots_under_secure_boot() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unsigned_disk_never_starts_under_secure_boot() -> Result<()> {
     let scene = scene(false).await?;
-    let user_data = UserData::NoCloud(apf_json(&json!({}))?);
+    let user_data = UserData::NoCloud(CloudConfig::new(apf_json(&json!({}))?));
     let options = MachineOptions {
         platform: Platform::SecureBoot,
         no_reboot: true,
@@ -98,7 +98,7 @@ async fn an_unsigned_disk_never_starts_under_secure_boot() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_registers_of_a_tpm_are_as_predicted() -> Result<()> {
     let predicted = predict(&["--secure-boot", "off"], &artifacts()?.file("podvm.efi")?)?;
-    let user_data = UserData::NoCloud(apf_json(&json!({}))?);
+    let user_data = UserData::NoCloud(CloudConfig::new(apf_json(&json!({}))?));
     let pod = start_on(Platform::Tpm, "tpm", Boot::Disk(None), user_data).await?;
     pod.works().await?;
     registers_are(&pod, &predicted, &["4", "7", "9", "11", "12"]).await?;

@@ -15,6 +15,7 @@ use flags::Flags;
 /// Printed by `process-user-data --help`.
 pub const HELP: &str = "\
 Usage: process-user-data provision-files [FLAG]...
+       process-user-data azure-ready [FLAG]...   the same as azure-ready, another name of this program
        process-user-data -v | --version | -h | --help
 
 Fetches a pod VM's user data from its cloud (NoCloud, Azure, AWS, GCP, Alibaba Cloud, OpenStack), checks them and
@@ -71,6 +72,7 @@ pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Command, UsageErr
     let mut args = args.into_iter();
     match args.next().as_deref() {
         Some("provision-files") => provision_files(args).map_err(usage),
+        Some("azure-ready") => parse_azure_ready(args),
         Some("-v" | "--version" | "version") => Ok(Command::Print(version("process-user-data"))),
         Some("-h" | "--help" | "help") => Ok(Command::Print(HELP.to_owned())),
         Some(other) => Err(usage(format!("unknown command \"{}\"", other.escape_debug()))),
@@ -161,6 +163,14 @@ mod tests {
             let error = parsed(line).unwrap_err();
             assert_eq!((error.to_string().as_str(), error.exit_status), (expected, 1), "{line}");
         }
+    }
+
+    #[test]
+    fn azure_ready_is_a_command_too() {
+        let expected = parse_azure_ready(["-timeout".to_owned(), "5s".to_owned()]);
+        assert!(matches!(expected, Ok(Command::AzureReady(_))));
+        assert_eq!(parsed("azure-ready -timeout 5s"), expected);
+        assert_eq!(parsed("azure-ready -nope").unwrap_err().exit_status, 2);
     }
 
     #[test]

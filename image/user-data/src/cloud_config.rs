@@ -158,25 +158,23 @@ fn list(lines: &mut Lines<'_>) -> Result<Vec<Item>, CloudConfigError> {
     Ok(items)
 }
 
+/// Where a key stands.
+#[derive(Clone, Copy)]
+struct Key<'t> {
+    line: Line<'t>,
+    column: usize,
+    /// The line from the key on.
+    text: &'t str,
+}
+
 /// Reads the item that begins with the dash of `dash`.
-fn item(lines: &mut Lines<'_>, dash: Line<'_>) -> Result<Item, CloudConfigError> {
+fn item<'t>(lines: &mut Lines<'t>, dash: Line<'t>) -> Result<Item, CloudConfigError> {
     let mut item = Item { line: dash.number, path: None, content: None };
-    let after = dash.content().strip_prefix('-').unwrap_or_default();
-    let (mut line, mut text) = (dash, after.trim_start_matches(' '));
-    let mut column = dash.text.len() - text.len();
-    if scalar::is_end(after) {
-        lines.skip();
-        line = match lines.structure()? {
-            Some(line) if line.indent() > dash.indent() => line,
-            _ => return Err(CloudConfigError::at(dash.number, Fault::WrongType)),
-        };
-        text = line.content();
-        column = line.indent();
-    }
+    let mut key = first_key(lines, dash)?;
     loop {
-        let fault = |fault| CloudConfigError::at(line.number, fault);
-        let (key, rest) = scalar::entry(text).map_err(fault)?;
-        let field = match key.as_str() {
+        let fault = |fault| CloudConfigError::at(key.line.number, fault);
+        let (name, rest) = scalar::entry(key.text).map_err(fault)?;
+        let field = match name.as_str() {
             "path" => &mut item.path,
             "content" => &mut item.content,
             _ => return Err(fault(Fault::UnknownKey)),
@@ -187,73 +185,71 @@ fn item(lines: &mut Lines<'_>, dash: Line<'_>) -> Result<Item, CloudConfigError>
         lines.skip();
         let value = scalar::value(rest).map_err(fault)?;
         let is_block = matches!(value, Value::Block(_));
-        *field = Some(take(lines, line, column, value)?);
-        line = match lines.structure()? {
-            Some(next) if next.indent() > dash.indent() => next,
-            _ => return Ok(item),
+        *field = Some(take(lines, key, value)?);
+        let Some(line) = lines.structure()?.filter(|line| line.indent() > dash.indent()) else {
+            return Ok(item);
         };
-        let fault = |fault| CloudConfigError::at(line.number, fault);
-        match line.indent() {
-            indent if indent > column && !is_block => return Err(fault(Fault::MultiLine)),
-            indent if indent != column => return Err(fault(Fault::Indentation)),
-            _ => text = line.content(),
+        if line.indent() != key.column {
+            let is_more = line.indent() > key.column && !is_block;
+            let fault = if is_more { Fault::MultiLine } else { Fault::Indentation };
+            return Err(CloudConfigError::at(line.number, fault));
         }
+        key = Key { line, column: key.column, text: line.content() };
     }
 }
 
-/// The field for `value`, which begins in `line`; the lines of a block are taken from `lines`.
-fn take(
-    lines: &mut Lines<'_>,
-    line: Line<'_>,
-    column: usize,
-    value: Value,
-) -> Result<Field, CloudConfigError> {
-    let field = |text, is_ended| Field { text, last_line: line.number, is_ended };
+/// The first key of an item: behind its dash, or in a line of its own.
+fn first_key<'t>(lines: &mut Lines<'t>, dash: Line<'t>) -> Result<Key<'t>, CloudConfigError> {
+    let after = dash.content().strip_prefix('-').unwrap_or_default();
+    if !scalar::is_end(after) {
+        let text = after.trim_start_matches(' ');
+        return Ok(Key { line: dash, column: dash.text.len() - text.len(), text });
+    }
+    lines.skip();
+    let line = lines.structure()?.filter(|line| line.indent() > dash.indent());
+    let line = line.ok_or(CloudConfigError::at(dash.number, Fault::WrongType))?;
+    Ok(Key { line, column: line.indent(), text: line.content() })
+}
+
+/// The field for `value`, whose key was `key`; the lines of a block are taken from `lines`.
+fn take(lines: &mut Lines<'_>, key: Key<'_>, value: Value) -> Result<Field, CloudConfigError> {
+    let field = |text, is_ended| Field { text, last_line: key.line.number, is_ended };
     Ok(match value {
-        Value::Null => field(None, line.is_ended),
-        Value::Plain(text) => field(Some(text), line.is_ended),
+        Value::Null => field(None, key.line.is_ended),
+        Value::Plain(text) => field(Some(text), key.line.is_ended),
         Value::Quoted(text) => field(Some(text), true),
-        Value::Block(header) => block(lines, line, column, header)?,
+        Value::Block(header) => block(lines, key, header)?,
     })
 }
 
-/// Reads the text of a block, whose key is in `column` of `key`.
-fn block(
-    lines: &mut Lines<'_>,
-    key: Line<'_>,
-    column: usize,
-    header: BlockHeader,
-) -> Result<Field, CloudConfigError> {
+/// Reads the text of a block.
+fn block(lines: &mut Lines<'_>, key: Key<'_>, header: BlockHeader) -> Result<Field, CloudConfigError> {
     let mut text = String::new();
-    let mut indent = header.indent.map(|more| column + more);
-    let mut last = key;
+    let mut indent = header.indent.map(|more| key.column + more);
+    let mut last = key.line;
     // Line breaks of blank lines: they count if text follows, or if all are kept.
     let mut breaks = String::new();
     // The most spaces of a blank line before the first line with text.
     let mut widest = 0;
     while let Some(line) = lines.peek() {
-        let fault = |fault| CloudConfigError::at(line.number, fault);
-        let is_blank = line.content().is_empty();
-        if is_blank && indent.is_none_or(|indent| line.indent() <= indent) {
+        if line.content().is_empty() && indent.is_none_or(|indent| line.indent() <= indent) {
             widest = widest.max(line.indent());
         } else {
-            if line.indent() < indent.unwrap_or(column + 1) {
-                let is_tab = line.content().starts_with('\t');
-                if is_tab { return Err(fault(Fault::Tab)) } else { break }
+            let is_tab = line.content().starts_with('\t');
+            let is_first = indent.is_none();
+            let is_over = line.indent() < indent.unwrap_or(key.column + 1);
+            // YAML refuses both as the first line: the column of the text would be doubtful.
+            if is_tab && (is_over || is_first) {
+                return Err(CloudConfigError::at(line.number, Fault::Tab));
             }
-            let indent = *indent.get_or_insert(line.indent());
-            if text.is_empty() && header.indent.is_none() {
-                // YAML refuses both: the column of the text would be doubtful.
-                if line.content().starts_with('\t') {
-                    return Err(fault(Fault::Tab));
-                }
-                if widest > indent {
-                    return Err(fault(Fault::Indentation));
-                }
+            if is_over {
+                break;
             }
-            text.push_str(&breaks);
-            breaks.clear();
-            text.push_str(line.text.get(indent..).unwrap_or_default());
+            if is_first && widest > line.indent() {
+                return Err(CloudConfigError::at(line.number, Fault::Indentation));
+            }
+            text.push_str(&std::mem::take(&mut breaks));
+            text.push_str(line.text.get(*indent.get_or_insert(line.indent())..).unwrap_or_default());
         }
         if line.is_ended {
             breaks.push('\n');

@@ -166,6 +166,8 @@ fn keys_and_items_stand_in_their_columns() {
         ("- path: a\nwrite_files:\n", 4, Fault::DuplicateKey),
         ("- path: a\nruncmd:\n", 4, Fault::UnknownKey),
         ("- path: a\n\tcontent: b\n", 4, Fault::Tab),
+        ("- path: a\n\t\n", 4, Fault::Tab),
+        ("- path: a\n \t# c\n", 4, Fault::Tab),
         ("-\tpath: a\n", 3, Fault::Tab),
     ] {
         assert_eq!(fault(&config(items)), (Some(line), expected), "{items}");

@@ -248,3 +248,81 @@ fn once<C, T>(
         is_permanent: rejection.is_permanent,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// Pauses take no time, except on this clock.
+    #[derive(Default)]
+    struct Simulated {
+        now: Duration,
+        pauses: Vec<Duration>,
+    }
+
+    impl Clock for Simulated {
+        fn now(&self) -> Duration {
+            self.now
+        }
+
+        fn pause(&mut self, time: Duration) {
+            self.now += time;
+            self.pauses.push(time);
+        }
+    }
+
+    /// The file that is there, judged by `judge`: the error and the pauses.
+    fn failed(
+        seconds: u64,
+        judge: impl FnMut(&[u8]) -> Result<(), Rejection>,
+    ) -> (FetchError, Vec<Duration>) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let endpoints = Endpoints { no_cloud: file.path().to_owned(), ..Endpoints::default() };
+        let mut clock = Simulated::default();
+        let mut console = Console::new("test", Box::new(io::sink()), None);
+        let pace = Pace::within(Duration::from_secs(seconds));
+        let with = Fetch {
+            cloud: Cloud::NoCloud,
+            endpoints: &endpoints,
+            pace,
+            clock: &mut clock,
+            console: &mut console,
+        };
+        (fetch(with, judge).unwrap_err(), clock.pauses)
+    }
+
+    fn rejected(is_permanent: bool) -> Result<(), Rejection> {
+        Err(Rejection { cause: "wrong".into(), is_permanent })
+    }
+
+    #[test]
+    fn a_fault_that_may_pass_is_tried_until_the_time_is_over() {
+        let (error, pauses) = failed(180, |_| rejected(false));
+        assert_eq!((error.tries(), pauses), (36, vec![Duration::from_secs(5); 35]));
+        assert_eq!(failed(6, |_| rejected(false)).0.tries(), 2);
+        assert_eq!(failed(1, |_| rejected(false)).0.tries(), 1);
+    }
+
+    #[test]
+    fn a_fault_that_stays_is_tried_three_times() {
+        let (error, pauses) = failed(180, |_| rejected(true));
+        assert_eq!((error.tries(), pauses.len()), (3, 2));
+        // Those that may pass do not count.
+        let tries = Cell::new(0);
+        let mixed = |_: &[u8]| {
+            tries.set(tries.get() + 1);
+            rejected(tries.get() % 2 == 0)
+        };
+        assert_eq!(failed(180, mixed).0.tries(), 6);
+    }
+
+    #[test]
+    fn the_last_fault_is_in_the_error() {
+        let (error, _) = failed(1, |_| rejected(false));
+        let text = with_causes(&error);
+        assert!(text.starts_with("no user data from NoCloud in 0 s (tries: 1); the last fault: "), "{text}");
+        assert!(text.ends_with(": wrong"), "{text}");
+    }
+}

@@ -16,6 +16,7 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use base64ct::{Base64, Encoding};
@@ -120,12 +121,12 @@ fn setup(cloud: &str, what: &str) -> Setup {
 fn service(cloud: &str, what: &str) -> Script {
     let encoded = matches!(cloud, "azure" | "gcp");
     let what = what.to_owned();
-    let tries = std::sync::atomic::AtomicUsize::new(0);
+    let tries = AtomicUsize::new(0);
     Arc::new(move |request: &Request, _| {
         if request.path == "/latest/api/token" {
             return token(&what);
         }
-        let number = tries.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let number = tries.fetch_add(1, Ordering::Relaxed);
         user_data(&what, encoded, number, request)
     })
 }
@@ -428,4 +429,18 @@ fn each_row_has_its_verdict() {
     let differing: Vec<_> =
         verdicts.iter().zip(&expected).filter(|(ours, expected)| ours != *expected).collect();
     assert!(differing.is_empty() && expected.len() == rows.len(), "{differing:#?}");
+}
+
+#[test]
+fn a_stalled_answer_is_asked_for_again() {
+    let tries = AtomicUsize::new(0);
+    let script: Script = Arc::new(move |_, _| match tries.fetch_add(1, Ordering::Relaxed) {
+        0 => vec![Step::Stall],
+        _ => send(answer(200, &[], GOOD.as_bytes())),
+    });
+    // Long enough for the second answer on a busy machine.
+    let limits = Limits { answer: Duration::from_secs(1), ..Limits::default() };
+    let setup = Setup { facts: facts("alibaba"), file: None, network: Network::Service(script), limits };
+    let (ours, requests) = run(&setup, 255);
+    assert!(matches!(ours, Ours::UserData(_)) && requests.len() == 2);
 }

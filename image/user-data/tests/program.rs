@@ -12,8 +12,9 @@ use std::fs::{self, File};
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 
-use metadata::{Behaviour, Cloud, Server};
+use metadata::{Behaviour, Cloud, Request, Script, Server, Step, answer};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
@@ -73,14 +74,18 @@ impl Machine {
 
     /// Starts a metadata service at `address`.
     fn serve(&self, address: &str, cloud: Cloud, behaviour: Behaviour, user_data: &str) -> Server {
+        self.serve_by(address, behaviour.script(cloud, user_data.into()))
+    }
+
+    fn serve_by(&self, address: &str, script: Script) -> Server {
         ip(&["address", "add", address, "dev", "lo"]);
-        let listener = TcpListener::bind((address, 80)).unwrap();
-        Server::start(listener, behaviour.script(cloud, user_data.into())).unwrap()
+        Server::start(TcpListener::bind((address, 80)).unwrap(), script).unwrap()
     }
 
     fn start(&self, seconds: &str) -> Child {
-        Command::new(env!("CARGO_BIN_EXE_process-user-data"))
-            .args(["provision-files", "-t", seconds])
+        // A program that hangs fails the test, by exit code 124.
+        Command::new("timeout")
+            .args(["100", env!("CARGO_BIN_EXE_process-user-data"), "provision-files", "-t", seconds])
             // Must not be asked.
             .env("http_proxy", "http://127.0.0.1:1")
             .stdin(Stdio::null())
@@ -284,6 +289,67 @@ fn a_machine_in_no_cloud_is_left_alone() {
         let files: Vec<_> =
             fs::read_dir("/run/peerpod").unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(files, Vec::<std::ffi::OsString>::new());
+    });
+}
+
+/// Azure's wire server, as far as a VM reports to it.
+fn wire_server(request: &Request, _number: usize) -> Vec<Step> {
+    let body = match (request.method.as_str(), request.path.as_str()) {
+        ("GET", "/?comp=versions") => {
+            "<Versions><Supported><Version>2015-04-05</Version></Supported></Versions>"
+        }
+        ("GET", "/machine/?comp=goalstate") => {
+            "<GoalState><Incarnation>1</Incarnation><Container><ContainerId>c-1</ContainerId><RoleInstanceList>\
+             <RoleInstance><InstanceId>i-2</InstanceId></RoleInstance></RoleInstanceList></Container></GoalState>"
+        }
+        ("POST", "/machine?comp=health") => "",
+        _ => return vec![Step::Send(answer(404, &[], b""))],
+    };
+    vec![Step::Send(answer(200, &[], body.as_bytes()))]
+}
+
+#[test]
+fn azure_hears_that_the_vm_is_ready() {
+    Machine::with(&[], |machine| {
+        let path = Path::new("/media/azure-ready");
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_process-user-data"), path).unwrap();
+        let server = machine.serve_by("168.63.129.16", Arc::new(wire_server));
+        let output = Command::new(path).arg("-v").output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", log(&output));
+        assert_eq!(machine.console(), "");
+        let requests = server.requests();
+        assert_eq!(requests.len(), 3, "{requests:?}");
+        let report = String::from_utf8(requests[2].body.clone()).unwrap();
+        for part in ["<ContainerId>c-1<", "<InstanceId>i-2<", "<State>Ready<", "<GoalStateIncarnation>1<"] {
+            assert!(report.contains(part), "{part}: {report}");
+        }
+    });
+}
+
+#[test]
+fn an_azure_that_refuses_is_named_on_the_console() {
+    Machine::with(&[], |machine| {
+        let refuse: Script = Arc::new(|_, _| vec![Step::Send(answer(403, &[], b""))]);
+        let _server = machine.serve_by("168.63.129.16", refuse);
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_process-user-data")).arg("azure-ready").output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{}", log(&output));
+        let expected = "azure-ready: Azure: GET http://168.63.129.16/?comp=versions: status 403\r\n";
+        assert_eq!(machine.console(), expected);
+    });
+}
+
+#[test]
+fn init_data_that_are_there_need_no_cloud() {
+    Machine::with(&[], |machine| {
+        fs::create_dir("/run/peerpod").unwrap();
+        fs::write("/run/peerpod/initdata", init_data().0).unwrap();
+        let output = machine.run("60");
+        assert_eq!(output.status.code(), Some(1));
+        assert!(machine.console().contains("no apf.json"), "{}", machine.console());
+        assert!(!Path::new("/run/peerpod/initdata.digest").exists());
+        fs::write("/run/peerpod/apf.json", format!("{APF}\n")).unwrap();
+        check_success(&machine.run("60"));
     });
 }
 

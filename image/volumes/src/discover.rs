@@ -155,7 +155,8 @@ fn azure(roots: &Roots, volume: &Volume) -> io::Result<Vec<Candidate>> {
 fn aws(roots: &Roots, volume: &Volume) -> io::Result<Vec<Candidate>> {
     let by_id = roots.dev.join("disk/by-id");
     let id = volume.disk_id.replace('-', "");
-    if id.is_empty() || !block::list(&by_id)?.iter().any(|name| name.starts_with(EBS)) {
+    let is_plain = id.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    if id.is_empty() || !is_plain || !block::list(&by_id)?.iter().any(|name| name.starts_with(EBS)) {
         return Ok(Vec::new());
     }
     Ok(vec![Candidate { path: by_id.join(format!("{EBS}{id}")), rule: Rule::None }])

@@ -10,7 +10,7 @@ use secure_comms_protocol::volumes::{Failure, FailureKind};
 use crate::cdh::CallError;
 use crate::program::ProgramError;
 use crate::signature::Unsure;
-use crate::text::message_line;
+use crate::text::{message_line, one_line};
 use crate::volume::{BadVolume, FileSystem, VolumeName};
 
 /// A request failed.
@@ -136,7 +136,7 @@ pub enum VolumeError {
 }
 
 fn id_text(id: &str) -> String {
-    if id.is_empty() { String::new() } else { format!(" or id {id}") }
+    if id.is_empty() { String::new() } else { format!(" or id {}", one_line(id)) }
 }
 
 fn refused_text(refused: &[String]) -> String {

@@ -162,7 +162,7 @@ impl Volumes {
         // Events may come without end; time limits the wait then.
         let limit = self.settings.delay.saturating_mul(self.settings.attempts);
         let at = volume.name.mount_point();
-        let mut attempts = 0;
+        let (mut attempts, mut waiting) = (0, false);
         loop {
             let search = discover::find(&self.roots, volume).map_err(VolumeError::Search)?;
             match search.found {
@@ -177,6 +177,12 @@ impl Volumes {
                 let (lun, disk_id) = (volume.lun, volume.disk_id.clone());
                 let waited = self.settings.delay.saturating_mul(self.settings.attempts.saturating_sub(1));
                 return Err(VolumeError::NoDisk { lun, disk_id, waited, refused: search.refused }.into());
+            }
+            if !std::mem::replace(&mut waiting, true) {
+                log::line(format_args!(
+                    "volume {}: waiting for its disk, with LUN {}",
+                    volume.name, volume.lun
+                ));
             }
             match patience.pause(self.settings.delay) {
                 Woken::Time => {}

@@ -74,6 +74,11 @@ fn aws_disks_are_found_by_id_without_hyphens() {
     assert_eq!(found(&tree, 1, "vol-0aa"), Ok("nvme1n1".into()));
     assert!(found(&tree, 0, "vol-0cc").is_err());
     assert!(found(&tree, 0, "").is_err());
+    // An id that would lead elsewhere.
+    tree.link("disk/by-id/nvme-Amazon_Elastic_Block_Store_x/y", "nvme1n1");
+    for id in ["x/y", "x/../vol0aa", "/subscriptions/0/disks/d"] {
+        assert_eq!(found(&tree, 0, id), Err(String::new()), "{id}");
+    }
 }
 
 #[test]

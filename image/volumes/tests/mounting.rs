@@ -263,9 +263,9 @@ fn ext3_is_made_and_may_have_become_ext4() {
 fn without_mkfs_an_empty_disk_is_refused_at_once() {
     in_own_mounts(|| {
         let (tree, _device) = tree(64 * MIB);
-        fs::copy("/usr/sbin/blkid", "/tmp/blkid").unwrap();
+        fs::copy("/usr/sbin/blkid", "/run/blkid").unwrap();
         mount(Some("tmpfs"), "/usr/sbin", Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
-        fs::copy("/tmp/blkid", "/usr/sbin/blkid").unwrap();
+        fs::copy("/run/blkid", "/usr/sbin/blkid").unwrap();
         let volumes = volumes_of(&tree, settings(), Fake::default());
         let mut wanted = volume("vol-0", 0);
         wanted.fs_type = "xfs".into();
@@ -340,7 +340,7 @@ fn a_disk_in_use_elsewhere_is_refused() {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-                mount(Some(&device.node), "/tmp", Some("ext4"), MsFlags::empty(), None::<&str>).unwrap();
+                mount(Some(&device.node), "/mnt", Some("ext4"), MsFlags::empty(), None::<&str>).unwrap();
                 mounted.wait();
                 mounted.wait();
             });

@@ -150,7 +150,8 @@ async fn a_container_gets_its_cloud_volumes() -> Result<()> {
 /// `DestroySandbox` reaches the kata agent once the volumes are unmounted.
 async fn ends_after_its_volumes(pod: &Pod, kata: &KataServer, listener: &UnixListener) -> Result<()> {
     let runtime = pod.runtime().await?;
-    let destroyed = || kata.requests().iter().any(|request| matches!(request, Request::DestroySandbox(_)));
+    let destroyed =
+        || kata.requests().iter().any(|request| matches!(request, Request::Other("DestroySandbox")));
     let agent = runtime.agent().clone();
     let end = tokio::spawn(async move {
         agent.destroy_sandbox(Context::default(), &DestroySandboxRequest::new()).await
@@ -170,7 +171,8 @@ async fn a_container_without_its_volumes_is_refused() -> Result<()> {
     let (pod, kata) = Pod::with_kata_agent().await?;
     let runtime = pod.runtime().await?;
     // No podvm-volumes: not waited for.
-    let call = runtime.create_container(&with_volumes("refused", TWO));
+    let refused = with_volumes("refused", TWO);
+    let call = runtime.create_container(&refused);
     let (code, text) = status(pod.within("CreateContainer", call).await?)?;
     ensure!(code == Code::FAILED_PRECONDITION && text.contains("its service must run in the VM"), "{text}");
     let listener = socket(&pod)?;
@@ -226,7 +228,8 @@ async fn an_annotation_that_is_wrong_is_refused_at_once() -> Result<()> {
             "has another fs_type than ext4, ext3 and xfs",
         ),
     ] {
-        let call = runtime.create_container(&with_volumes("refused", &annotation));
+        let refused = with_volumes("refused", &annotation);
+        let call = runtime.create_container(&refused);
         let (code, text) = status(pod.within("CreateContainer", call).await?)?;
         ensure!(code == Code::INVALID_ARGUMENT && text.contains(reason), "{code:?} {text}");
     }

@@ -121,7 +121,7 @@ impl<'t> Lines<'t> {
     pub(super) fn structure(&mut self) -> Result<Option<Line<'t>>, CloudConfigError> {
         while let Some(line) = self.peek() {
             let content = line.content();
-            if !content.trim_matches([' ', '\t']).is_empty() && !content.starts_with('#') {
+            if !content.is_empty() && !content.starts_with('#') {
                 return match forbidden_in_structure(line.text) {
                     Some(fault) => Err(CloudConfigError::at(line.number, fault)),
                     None => Ok(Some(line)),

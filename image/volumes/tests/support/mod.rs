@@ -42,7 +42,7 @@ impl Tree {
 
     /// An empty tree without mounts.
     pub(crate) fn bare() -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = tempfile::tempdir_in(FOLDER.with_borrow(Clone::clone)).unwrap();
         let roots = Roots::below(folder.path());
         fs::create_dir_all(roots.sys.join("dev/block")).unwrap();
         fs::create_dir_all(&roots.dev).unwrap();
@@ -183,18 +183,24 @@ pub(crate) fn run(program: &str, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+thread_local! {
+    /// Where trees are.
+    static FOLDER: RefCell<PathBuf> = RefCell::new(std::env::temp_dir());
+}
+
 /// Runs the test in a thread with mounts of its own: nothing that it mounts is seen elsewhere, and all goes with it.
-pub(crate) fn in_own_mounts(test: impl FnOnce() + Send + 'static) {
-    let thread = std::thread::spawn(move || {
+pub(crate) fn in_own_mounts(test: impl FnOnce() + Send) {
+    let own_mounts = || {
         unshare(CloneFlags::CLONE_NEWNS).expect("needs root");
         let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
         mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
         mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         // The nodes of a fake /dev can be opened there, whatever the flags of /tmp are.
-        mount(Some("tmpfs"), "/tmp", Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        FOLDER.set("/run".into());
         test();
-    });
-    if let Err(panic) = thread.join() {
+    };
+    let result = std::thread::scope(|scope| scope.spawn(own_mounts).join());
+    if let Err(panic) = result {
         std::panic::resume_unwind(panic);
     }
 }
