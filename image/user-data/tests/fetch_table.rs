@@ -1,7 +1,7 @@
 //! The conformance table of fetching: what the original `process-user-data` did on 182 machines and metadata services, and what ours
 //! does.
 //!
-//! tests/data/README.md says where it comes from and what a verdict means. Time is simulated: pauses take none, the limits of a
+//! tests/data/README.md says where it comes from and what a verdict means. Needs root. Time is simulated: pauses take none, the limits of a
 //! row with a slow service are scaled down, and that service goes on when the client has given up.
 #![allow(
     clippy::unwrap_used,
