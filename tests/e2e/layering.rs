@@ -31,7 +31,7 @@ const AGENT: [&str; 11] = [
 ];
 
 /// Our crates, each with those of ours that it may depend on.
-const CRATES: [(&str, &[&str]); 11] = [
+const CRATES: [(&str, &[&str]); 12] = [
     ("protocol", &[]),
     ("keys", &["protocol"]),
     ("tunnel", &["protocol"]),
@@ -41,6 +41,7 @@ const CRATES: [(&str, &[&str]); 11] = [
     ("node", &["adaptor", "ssh", "tunnel", "keys", "protocol"]),
     ("image/device-mapper", &[]),
     ("image/init", &[]),
+    ("image/measurements", &[]),
     ("image/user-data", &[]),
     ("image/volumes", &["protocol"]),
 ];

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use device_mapper::{CONTROL, DeviceMapper, Target};
+use podvm_device_mapper::{CONTROL, DeviceMapper, Target};
 
 use crate::failure::{Context, Failure};
 

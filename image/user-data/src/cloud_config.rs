@@ -74,8 +74,13 @@ struct Field {
 /// The files of the items: of two with one path the last.
 fn files(items: Vec<Item>) -> Result<UserData, CloudConfigError> {
     let mut user_data = UserData::default();
-    for item in items {
+    let last = items.len();
+    for (number, item) in (1..).zip(items) {
         let Some(Field { text: Some(path), last_line, is_ended }) = item.path else {
+            // The path may come after the content.
+            if number == last {
+                return Err(CloudConfigError::at(item.line, Fault::NoPath));
+            }
             user_data.skipped.push(Skipped { line: item.line, reason: SkipReason::NoPath });
             continue;
         };

@@ -182,7 +182,7 @@ fn of_two_items_with_one_path_the_last_counts() {
 
 #[test]
 fn an_item_for_another_path_is_noted_not_kept() {
-    let items = "- path: /run/peerpod/policy.rego\n  content: a\n- content: b\n- path: ~\n";
+    let items = "- path: /run/peerpod/policy.rego\n  content: a\n- content: b\n- path: ~\n- path: /a\n";
     let user_data = read(config(items).as_bytes()).unwrap();
     assert_eq!(user_data.files, []);
     let notes: Vec<String> = user_data.skipped.iter().map(ToString::to_string).collect();
@@ -192,6 +192,7 @@ fn an_item_for_another_path_is_noted_not_kept() {
             "line 3: an item for a path that user data may not write: skipped",
             "line 5: an item without a path: skipped",
             "line 6: an item without a path: skipped",
+            "line 7: an item for a path that user data may not write: skipped",
         ]
     );
 }
@@ -265,6 +266,7 @@ fn other_kinds_of_user_data_are_named() {
 fn a_fault_of_an_unfinished_last_line_may_be_a_cut() {
     for (text, is_permanent) in [
         ("write_files:\n- pa", false),
+        ("write_files:\n- path: /a\n- content: a\n", false),
         ("write_files:\n- pa\n", true),
         ("write_files:\n- path: /a\n  mode: 1\n- path: /run", true),
         ("write_files:\n- path: /run/peerpod/cdh.to", false),

@@ -1,5 +1,5 @@
-//! Lines for whoever reads the machine's log: standard error (the journal), and for faults also the console, which a cloud shows even
-//! of a machine that can't be reached.
+//! Lines of the machine's log: on standard error (the journal), and for faults also on the console, which a cloud shows even of a
+//! machine that can't be reached.
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -76,7 +76,7 @@ impl Console {
 /// Without waiting: a serial console whose other end is stopped must not stop the boot.
 fn open_console(path: &Path) -> Option<File> {
     let flags = OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
-    let console = OpenOptions::new().write(true).custom_flags(flags.bits()).open(path).ok()?;
+    let console = OpenOptions::new().append(true).custom_flags(flags.bits()).open(path).ok()?;
     let is_log = fs::metadata("/proc/self/fd/2").ok().zip(console.metadata().ok());
     match is_log {
         Some((log, console)) if log.rdev() == console.rdev() && log.rdev() != 0 => None,

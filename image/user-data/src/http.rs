@@ -1,7 +1,7 @@
 //! A client for the few HTTP/1.1 requests to a cloud's metadata service: one request per connection, to a literal address.
 //!
 //! It follows no redirect, asks no resolver and no proxy, and accepts no content encoding: the service needs none of them, and each would
-//! let someone else answer.
+//! let another server answer.
 
 mod answer;
 mod connection;

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use device_mapper::{DeviceMapper, Target};
+use podvm_device_mapper::{DeviceMapper, Target};
 use zeroize::Zeroizing;
 
 /// Devices of the device mapper.

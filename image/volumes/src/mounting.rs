@@ -1,32 +1,31 @@
 //! Requests, carried out: what is mounted already counts, so a request can be repeated, also after a restart.
 
-use std::collections::BTreeMap;
+mod encrypted;
+mod unmounting;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use secure_comms_protocol::volumes;
 
-use crate::block::{self, Device};
-use crate::cdh::{self, SecureMount};
+use crate::block::Device;
+use crate::cdh;
 use crate::discover::{self, Found};
 use crate::failure::{RequestError, VolumeError};
 use crate::format;
 use crate::log;
 use crate::mappings::Mappings;
 use crate::mountinfo;
-use crate::mounts::{self, BusyLimit, Unmounted};
+use crate::mounts::{self, BusyLimit};
 use crate::roots::Roots;
 use crate::signature::{self, Signature};
-use crate::volume::{self, DIRECTORY, FileSystem, MAPPING_PREFIX, Volume};
+use crate::volume::{self, FileSystem, Volume};
 
 /// How often a disk is looked at before it counts as unclear.
 const LOOKS: u32 = 3;
-/// What `blkid` calls a disk that is encrypted with LUKS.
-const LUKS: &str = "crypto_LUKS";
 
 /// What can be set.
 #[derive(Clone, Debug)]
@@ -150,7 +149,8 @@ impl Volumes {
         log::line(format_args!("volume {}: {node} {state} at {}", volume.name, at.display()));
         if volume.key.is_none() {
             log::line(format_args!(
-                "volume {}: not encrypted: the cloud chose this disk, and reads and writes what is on it; set encrypt_type and key_id",
+                "volume {}: not encrypted: the cloud chose this disk, and reads and writes what is on it; set \
+                 encrypt_type and key_id",
                 volume.name
             ));
         }
@@ -252,204 +252,13 @@ impl Volumes {
             .and_then(|()| mounts::attach(node, fs, &at, read_only))
             .map_err(|cause| VolumeError::Mount { at, cause }.into())
     }
-
-    fn mount_encrypted(
-        &self,
-        volume: &Volume,
-        key: &str,
-        disk: &Device,
-        patience: &dyn Patience,
-    ) -> Result<(), Stop> {
-        let (signature, _held) = self.look(disk, patience)?;
-        let source = match signature {
-            Signature::Nothing if disk.is_read_only(&self.roots) => {
-                return Err(VolumeError::EmptyReadOnly(disk.node.clone()).into());
-            }
-            Signature::Nothing => "empty",
-            Signature::Of(kind) if kind == LUKS => "encrypted",
-            Signature::Of(kind) => return Err(content(disk, &kind, "LUKS").into()),
-            Signature::PartitionTable => return Err(content(disk, "a partition table", "LUKS").into()),
-        };
-        let at = volume.name.mount_point();
-        mounts::make_directory(&at).map_err(|cause| VolumeError::Mount { at: at.clone(), cause })?;
-        let request = secure_mount_request(volume, key, disk, source);
-        cdh::secure_mount(&self.settings.data_hub, &request).map_err(|error| {
-            self.remove_mapping_left_behind(volume);
-            error.into()
-        })
-    }
-
-    /// Checks what the data hub has done: that the volume's mount is there, over this disk, and that the kernel encrypts.
-    fn check_encrypted(&self, volume: &Volume, disk: &Device, read_only: bool) -> Result<(), Stop> {
-        let at = volume.name.mount_point();
-        let mounts = mountinfo::read(&self.roots).map_err(VolumeError::Search)?;
-        if !discover::is_mounted(&self.roots, volume, &mounts, disk) {
-            let why = format!(
-                "{} has no mount of {} over {} here: its unit must share the VM's mounts",
-                at.display(),
-                volume.name.mapping(),
-                disk.node.display()
-            );
-            return Err(VolumeError::NotAsAsked(why).into());
-        }
-        let table = self.mappings.table(&volume.name.mapping());
-        let why = match table {
-            Ok((kind, table)) if kind == "crypt" && is_real_cipher(&table) => None,
-            Ok((kind, table)) => {
-                let cipher = table.split(' ').next().unwrap_or_default();
-                Some(format!(
-                    "the mapping {} is {kind} {cipher}, which protects nothing",
-                    volume.name.mapping()
-                ))
-            }
-            Err(error) => Some(format!("the mapping {} can't be checked: {error}", volume.name.mapping())),
-        };
-        if let Some(why) = why {
-            let closed = mounts::detach(&at, self.settings.busy);
-            self.remove_mapping_left_behind(volume);
-            closed.map_err(|cause| VolumeError::Mount { at, cause })?;
-            return Err(VolumeError::NotAsAsked(why).into());
-        }
-        mounts::restrict(&at, read_only).map_err(|cause| VolumeError::Mount { at, cause }.into())
-    }
-
-    /// Removes the mapping of a volume that is not mounted, so that the next attempt can make it.
-    fn remove_mapping_left_behind(&self, volume: &Volume) {
-        let mapping = volume.name.mapping();
-        match self.mappings.remove(&mapping, true) {
-            Ok(()) => {
-                log::line(format_args!("volume {}: closed {mapping}, which was left behind", volume.name))
-            }
-            // None was made, or there is no device mapper to make one.
-            Err(error) if is_absent(&error) => {}
-            Err(error) => log::line(format_args!("volume {}: closing {mapping}: {error}", volume.name)),
-        }
-    }
-
-    /// Unmounts all volumes, the last one first, and closes their mappings.
-    ///
-    /// # Errors
-    /// The first fault; the other volumes are unmounted all the same.
-    pub fn unmount_all(&self) -> Result<(), RequestError> {
-        let mounts = mountinfo::read(&self.roots).map_err(RequestError::Mounts)?;
-        let ours = mounts
-            .iter()
-            .rev()
-            .filter(|mount| mount.at.starts_with(DIRECTORY) && mount.at != Path::new(DIRECTORY));
-        let mut result = Ok(());
-        for mount in ours {
-            let at = mount.at.clone();
-            match mounts::detach(&at, self.settings.busy) {
-                Ok(Unmounted::Fully) => log::line(format_args!("{} is unmounted", at.display())),
-                Ok(Unmounted::Lazily) => log::line(format_args!(
-                    "{} is still in use: detached, and closed once its last user ends",
-                    at.display()
-                )),
-                Err(cause) => keep_first(&mut result, RequestError::Unmount { at, cause }),
-            }
-        }
-        for name in block::names(&self.roots).map_err(RequestError::Mounts)? {
-            let mapping =
-                block::mapping_named(&self.roots, &name).filter(|name| name.starts_with(MAPPING_PREFIX));
-            if let Some(mapping) = mapping
-                && let Err(cause) = self.close(&mapping)
-            {
-                keep_first(&mut result, RequestError::Unmount { at: mapping.into(), cause });
-            }
-        }
-        remove_directories();
-        result
-    }
-
-    fn close(&self, mapping: &str) -> io::Result<()> {
-        let is_busy = |error: &io::Error| error.raw_os_error() == Some(Errno::EBUSY as i32);
-        for _ in 0..self.settings.busy.attempts {
-            match self.mappings.remove(mapping, false) {
-                Err(error) if is_busy(&error) => sleep(self.settings.busy.pause),
-                Err(error) if is_absent(&error) => return Ok(()),
-                result => return result,
-            }
-        }
-        log::line(format_args!("{mapping} is still in use: it is closed once its last user ends"));
-        self.mappings.remove(mapping, true)
-    }
-}
-
-fn keep_first(result: &mut Result<(), RequestError>, error: RequestError) {
-    if result.is_ok() {
-        *result = Err(error);
-    } else {
-        log::line(format_args!("{}", crate::failure::chain(&error)));
-    }
-}
-
-/// Removes the volumes' directories; one that a lazy unmount left in use is kept.
-fn remove_directories() {
-    let Ok(entries) = fs::read_dir(DIRECTORY) else { return };
-    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-        if let Err(error) = fs::remove_dir(&path) {
-            log::line(format_args!("removing {}: {error}", path.display()));
-        }
-    }
-}
-
-fn is_absent(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(code) if code == Errno::ENXIO as i32 || code == Errno::ENOENT as i32)
 }
 
 fn content(disk: &Device, there: &str, wanted: &'static str) -> VolumeError {
     VolumeError::Content { node: disk.node.clone(), there: there.to_owned(), wanted }
 }
 
-/// Whether a table of dm-crypt encrypts: LUKS2 allows a header, which is the disk's word, to ask for the null cipher.
-fn is_real_cipher(table: &str) -> bool {
-    let cipher = table.split(' ').next().unwrap_or_default();
-    let known = cipher.starts_with("aes-xts-") || cipher.starts_with("capi:") && cipher.contains("xts(aes)");
-    known && !cipher.contains("null")
-}
-
-fn secure_mount_request(volume: &Volume, key: &str, disk: &Device, source: &str) -> SecureMount {
-    let options = [
-        ("devicePath", disk.node.to_string_lossy().into_owned()),
-        ("sourceType", source.to_owned()),
-        ("targetType", "fileSystem".to_owned()),
-        ("encryptionType", "luks2".to_owned()),
-        ("filesystemType", volume.fs.name().to_owned()),
-        ("key", format!("kbs:///{key}")),
-        ("mapperName", volume.name.mapping()),
-    ];
-    SecureMount {
-        volume_type: "block-device".to_owned(),
-        options: options
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), value))
-            .collect::<BTreeMap<_, _>>(),
-        flags: Vec::new(),
-        mount_point: volume.name.mount_point().to_string_lossy().into_owned(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::is_real_cipher;
-
-    #[test]
-    fn the_null_cipher_is_no_encryption() {
-        for table in [
-            "aes-xts-plain64 :64:logon:cryptsetup:u-d0 0 254:16 32768",
-            "capi:authenc(hmac(sha256),xts(aes))-random k 0",
-        ] {
-            assert!(is_real_cipher(table), "{table}");
-        }
-        for table in [
-            "",
-            "cipher_null-ecb - 0 254:16 0",
-            "null 0",
-            "capi:ecb(cipher_null)-null k",
-            "aes-ecb k",
-            "aes-xts-null k",
-        ] {
-            assert!(!is_real_cipher(table), "{table}");
-        }
-    }
+/// Whether a mapping is not there, or no device mapper that could have one.
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(code) if code == Errno::ENXIO as i32 || code == Errno::ENOENT as i32)
 }

@@ -23,7 +23,7 @@ use crate::uevents::Uevents;
 
 /// Limit for the request of a connection, from its start, and for taking the answer.
 const CLIENT_LIMIT: Duration = Duration::from_secs(5);
-/// Most connections whose request is read or waits for its turn.
+/// Most connections whose request is read, or which wait for the worker.
 const CLIENTS_MAX: usize = 16;
 /// Pause after the socket refused to give a connection, such as for want of files.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
@@ -162,7 +162,7 @@ fn work(queue: &Receiver<Job>, volumes: &Volumes) {
     while let Ok(Job { client, request, _place }) = queue.recv() {
         let patience = Client { stream: &client, uevents: uevents.as_ref() };
         if patience.pause(Duration::ZERO) == Woken::GivenUp {
-            log::line(format_args!("a request was given up before its turn"));
+            log::line(format_args!("a request was given up before the worker came to it"));
             continue;
         }
         let result = match request {

@@ -106,7 +106,7 @@ fn any_cloud_has_its_scsi_address_host_0_last() {
 }
 
 #[test]
-fn a_partitioned_disk_on_another_host_is_left_to_its_signature() {
+fn a_partitioned_disk_elsewhere_is_left_to_its_signature() {
     let tree = Tree::new();
     tree.scsi("sdb", 16, "1:0:0:0").partition("sdb", "sdb1", 8, 17);
     assert_eq!(found(&tree, 0, ""), Ok("sdb".into()));

@@ -40,7 +40,12 @@ impl CloudConfigError {
     pub const fn is_permanent(&self) -> bool {
         let is_partial = matches!(
             self.fault,
-            Fault::Empty | Fault::NoContent | Fault::Cut | Fault::NoDaemonConfig | Fault::Incomplete(_)
+            Fault::Empty
+                | Fault::NoContent
+                | Fault::NoPath
+                | Fault::Cut
+                | Fault::NoDaemonConfig
+                | Fault::Incomplete(_)
         );
         !self.is_cut && !is_partial
     }
@@ -127,6 +132,8 @@ pub enum Fault {
     Empty,
     /// An item without a content, though its file needs one.
     NoContent,
+    /// The last item has no path: it may come after the content.
+    NoPath,
     /// The last line has no line break, and nothing else says that it is complete.
     Cut,
     /// No apf.json.
@@ -170,6 +177,7 @@ impl fmt::Display for Fault {
             Self::TooManyItems => "more than 64 items",
             Self::Empty => "no item in write_files: is the text cut, or for another program?",
             Self::NoContent => "an item without a content: is the text cut?",
+            Self::NoPath => "the last item has no path: is the text cut?",
             Self::Cut => "the last line has no line break and may be cut",
             Self::NoDaemonConfig => {
                 "no item for /run/peerpod/apf.json: is the text cut, or for another program?"

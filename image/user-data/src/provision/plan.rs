@@ -4,6 +4,7 @@
 //! guest components, the policy and the settings of Secure Comms come from init-data alone.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 
 use super::{Options, WithoutInitData};
@@ -194,8 +195,8 @@ impl FileSet {
         self.files.extend(init_data.files.into_iter().filter(|(name, _)| FileName::INIT_DATA.contains(name)));
         // Upstream's units wait for this file and say nothing while it is missing. That the init-data have none is measured too, so
         // its absence decides the same as an empty file: the agent's defaults.
-        if !self.files.contains_key(&FileName::AttestationAgent) {
-            self.files.insert(FileName::AttestationAgent, Vec::new());
+        if let Entry::Vacant(agent_config) = self.files.entry(FileName::AttestationAgent) {
+            agent_config.insert(Vec::new());
             self.notes.push(Note::EmptyAgentConfig);
         }
     }
