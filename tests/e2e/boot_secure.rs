@@ -24,16 +24,22 @@ fn run(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Lines of image/measure for `file`, with these options.
-fn predict(options: &[&str], file: &Path) -> Result<String> {
-    run(Command::new(image_tool("measure")).args(options).arg(file))
+/// Lines of image/measure for `file` and the init-data of `config`, with these options.
+fn predict(options: &[&str], config: &CloudConfig, file: &Path) -> Result<String> {
+    let directory = tempfile::tempdir()?;
+    let init_data = directory.path().join("init-data.toml");
+    std::fs::write(&init_data, config.init_data().context("init-data")?)?;
+    run(Command::new(image_tool("measure")).args(options).arg("--init-data").arg(init_data).arg(file))
 }
 
-/// Checks that the registers of the VM's TPM are exactly as predicted, and that these were predicted.
-async fn registers_are(pod: &Pod, predicted: &str, registers: &[&str]) -> Result<()> {
+/// The registers that are predicted.
+const REGISTERS: [&str; 6] = ["4", "7", "8", "9", "11", "12"];
+
+/// Checks that the [`REGISTERS`] of the VM's TPM are exactly as predicted.
+async fn registers_are(pod: &Pod, predicted: &str) -> Result<()> {
     let lines: Vec<_> = predicted.lines().filter_map(|line| line.split_once(' ')).collect();
     let named: Vec<_> = lines.iter().map(|(register, _)| *register).collect();
-    ensure!(named == registers, "predicted are {named:?}, not {registers:?}");
+    ensure!(named == REGISTERS, "predicted are {named:?}, not {REGISTERS:?}");
     for (register, digest) in lines {
         let path = format!("/sys/class/tpm/tpm0/pcr-sha256/{register}");
         let found = pod.inspection.read(&path).await?;
@@ -58,8 +64,9 @@ async fn a_signed_disk_boots_under_secure_boot() -> Result<()> {
     sign.arg("--key").arg(&signer.key).arg("--cert").arg(&signer.certificate).arg("--output").arg(&disk);
     run(sign.arg(artifacts()?.file("podvm.raw")?))?;
 
-    let user_data = UserData::NoCloud(CloudConfig::new(apf_json(&json!({}))?));
+    let config = CloudConfig::new(apf_json(&json!({}))?);
     let boot = Boot::Disk(Some(disk.clone()));
+    let user_data = UserData::NoCloud(config.clone());
     let pod = start_on(Platform::SecureBoot, "secure-boot", boot, user_data).await?;
     pod.works().await?;
     // Four bytes of attributes, then the value.
@@ -70,7 +77,7 @@ async fn a_signed_disk_boots_under_secure_boot() -> Result<()> {
         "the firmware does not say that Secure Boot is on: {on}"
     );
     let options = ["--secure-boot", "on", "--variables", SECURE_VARIABLES];
-    registers_are(&pod, &predict(&options, &disk)?, &["4", "7", "9", "11", "12"]).await?;
+    registers_are(&pod, &predict(&options, &config, &disk)?).await?;
     pod.machine.passed();
     Ok(())
 }
@@ -97,11 +104,11 @@ async fn an_unsigned_disk_never_starts_under_secure_boot() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_registers_of_a_tpm_are_as_predicted() -> Result<()> {
-    let predicted = predict(&["--secure-boot", "off"], &artifacts()?.file("podvm.efi")?)?;
-    let user_data = UserData::NoCloud(CloudConfig::new(apf_json(&json!({}))?));
-    let pod = start_on(Platform::Tpm, "tpm", Boot::Disk(None), user_data).await?;
+    let config = CloudConfig::new(apf_json(&json!({}))?);
+    let predicted = predict(&["--secure-boot", "off"], &config, &artifacts()?.file("podvm.efi")?)?;
+    let pod = start_on(Platform::Tpm, "tpm", Boot::Disk(None), UserData::NoCloud(config)).await?;
     pod.works().await?;
-    registers_are(&pod, &predicted, &["4", "7", "9", "11", "12"]).await?;
+    registers_are(&pod, &predicted).await?;
     pod.machine.passed();
     Ok(())
 }
