@@ -83,13 +83,13 @@ fn config_fault(error: ConfigError) -> Exit {
     Exit { code: error.exit_code(), ..failed(error) }
 }
 
-/// Makes the pod's namespace if it is missing, and sets `lo` up in it.
+/// Makes the pod's namespace if it is missing, and sets `lo` up in it, with one more address if there is one.
 async fn make_namespace(options: &Options) -> Result<(), Exit> {
     let Some(namespace) = options.pod_namespace.as_deref().map(Namespace::new) else { return Ok(()) };
     if namespace.make().await.map_err(failed)? {
         log::info!("network namespace {}: made", namespace.path().display());
     }
-    pod_network::set_loopback_up(&namespace).await.map_err(failed)
+    pod_network::set_loopback_up(&namespace, options.namespace_address).await.map_err(failed)
 }
 
 async fn serve(options: Options) -> Result<(), Exit> {

@@ -56,7 +56,7 @@ fn write(options: &Options) -> Vec<String> {
         MissingNamespace::Made => (true, false),
         MissingNamespace::MadeOnly => (false, true),
     };
-    vec![
+    let mut written = vec![
         format!("-config={}", options.config.as_deref().map(path).unwrap_or_default()),
         format!("-kata-agent-socket={}", path(&options.kata_agent_socket)),
         format!("--pod-namespace={}", options.pod_namespace.as_deref().unwrap_or_default()),
@@ -76,5 +76,7 @@ fn write(options: &Options) -> Vec<String> {
         format!("-secure-comms-mount-prefixes={}", options.mount_prefixes),
         format!("-secure-comms-volumes-socket={}", path(&options.volumes_socket)),
         format!("-secure-comms-rekey-bytes={}", options.rekey_bytes),
-    ]
+    ];
+    written.extend(options.namespace_address.map(|address| format!("-pod-namespace-address={address}")));
+    written
 }

@@ -7,16 +7,19 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail, ensure};
 use secure_comms_tests::boot::{
-    AGENT, Boot, Machine, MachineOptions, MachinePermit, Pod, UserData, apf_json, artifacts, scene,
-    sees_only_its_own,
+    AGENT, Boot, CloudConfig, DataDisk, Machine, MachineOptions, MachinePermit, Pod, UserData, apf_json,
+    artifacts, scene, sees_only_its_own,
 };
-use secure_comms_tests::harness::scene::PATIENCE;
+use secure_comms_tests::harness::scene::{PATIENCE, endpoint, kata_client, up};
+use secure_comms_tests::simulators::inspector::Request;
+use secure_comms_tests::simulators::kata::client::bulk_both_ways;
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bare_vm_survives_a_kill_and_attests_after_a_reboot() -> Result<()> {
     let apf = apf_json(&json!({}))?;
-    let pod = Pod::start(scene(false).await?, "bare", Boot::Bare, UserData::NoCloud(apf.clone())).await?;
+    let user_data = UserData::NoCloud(CloudConfig::without_init_data(apf.clone()));
+    let pod = Pod::start(scene(false).await?, "bare", Boot::Bare, user_data).await?;
     pod.works().await?;
     pod.machine.says_after(0, "user data: NoCloud seed on /dev/vd").await?;
     pod.machine.says_after(0, "agent READY").await?;
@@ -127,12 +130,83 @@ async fn has_capabilities(pod: &Pod, pid: i32, capabilities: &str) -> Result<()>
     }
 }
 
-/// Checks that the attestation agent gets the flag for init-data exactly if there are some.
-async fn attestation_agent_has_init_data(pod: &Pod, expected: bool) -> Result<()> {
-    let command = pod.inspection.process("attestation-agent").await?.command;
-    let flag = ["--initdata-toml", "/run/peerpod/initdata.toml"];
-    let found = command.windows(2).any(|words| words == flag);
-    ensure!(found == expected && command.len() == if expected { 5 } else { 3 }, "{command:?}");
+/// Checks that each of the guest's programs runs with what init-data, and the image, say.
+async fn guest_is_configured(pod: &Pod) -> Result<()> {
+    let inspection = &pod.inspection;
+    for (program, arguments) in [
+        (
+            "attestation-agent",
+            "--attestation_sock unix:///run/confidential-containers/attestation-agent/attestation-agent.sock \
+             -c /run/peerpod/aa.toml --initdata-toml /run/peerpod/initdata.toml",
+        ),
+        ("confidential-data-hub", "-c /run/peerpod/cdh.toml"),
+        ("kata-agent", "--config /etc/agent-config.toml"),
+        ("api-server-rest", "--features all --bind 127.0.0.1:8006"),
+    ] {
+        let command = inspection.process(program).await?.command;
+        let found = command.get(1..).unwrap_or_default().join(" ");
+        ensure!(found == arguments, "{program} runs with {found:?}");
+        // Too early or with the wrong files, they end.
+        let unit = format!("{program}.service");
+        let restarts = inspection.run(&["systemctl", "show", "-P", "NRestarts", &unit]).await?;
+        ensure!(restarts.trim() == "0", "{program} was restarted: {}", restarts.trim());
+    }
+    let files = inspection.run(&["ls", "/run/peerpod"]).await?;
+    for name in ["aa.toml", "auth.json", "cdh.toml", "initdata.digest", "policy.rego", "secure-comms.toml"] {
+        ensure!(files.lines().any(|line| line == name), "no {name} in /run/peerpod: {files}");
+    }
+    let policy = inspection.read("/etc/kata-opa/default-policy.rego").await?;
+    ensure!(policy.contains("default ExecProcessRequest := true"), "another policy: {policy}");
+    Ok(())
+}
+
+/// Kills and restarts what is around the kata agent and the agent: the pod goes on with the same ones.
+async fn restarts_keep_the_pod(pod: &Pod) -> Result<()> {
+    let inspection = &pod.inspection;
+    let (kata, agent) = (inspection.process("kata-agent").await?.pid, inspection.process(AGENT).await?.pid);
+    let rest = inspection.process("api-server-rest").await?.pid;
+    for killed in ["attestation-age", "confidential-da"] {
+        inspection.ask::<usize>(&Request::Signal(killed.into(), 9)).await?;
+    }
+    for unit in ["netns@podns.service", "process-user-data.service", "scratch-disk.service"] {
+        let _ = inspection.run(&["systemctl", "restart", unit]).await?;
+    }
+    let back = async {
+        loop {
+            let mut running = true;
+            for program in ["attestation-agent", "confidential-data-hub", "api-server-rest"] {
+                running &= inspection.process(program).await.is_ok_and(|process| process.pid != rest);
+            }
+            if running {
+                return;
+            }
+            // No event of the VM shows this.
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, back).await.context("the guest's programs do not come back")?;
+    ensure!(inspection.process("kata-agent").await?.pid == kata, "the kata agent was restarted");
+    ensure!(inspection.process(AGENT).await?.pid == agent, "the agent was restarted");
+    pod.works().await
+}
+
+/// The metadata service answers containers in podns as it answers the VM, and nothing else of the VM's network does.
+async fn containers_reach_the_metadata_service(pod: &Pod) -> Result<()> {
+    let ask = |port: u16| {
+        let head = ["PUT /latest/api/token HTTP/1.1", "Host: 169.254.169.254", "Connection: close"];
+        let more = ["X-Aws-Ec2-Metadata-Token-Ttl-Seconds: 60", "Content-Length: 0", "", ""];
+        // Escapes of printf.
+        let request = [&head[..], &more].concat().join("\\r\\n");
+        format!("exec 3<>/dev/tcp/169.254.169.254/{port} && printf '{request}' >&3 && cat <&3")
+    };
+    let in_pod = |script: String| async move {
+        let enter = ["nsenter", "--net=/run/netns/podns", "bash", "-c", script.as_str()];
+        pod.inspection.run(&enter).await
+    };
+    let answer = in_pod(ask(80)).await?;
+    ensure!(answer.starts_with("HTTP/1.1 200"), "the metadata service says {answer:?}");
+    let refused = in_pod(ask(81)).await.err().context("another port is open")?.to_string();
+    ensure!(refused.contains("refused") || refused.contains("unreachable"), "{refused}");
     Ok(())
 }
 
@@ -177,17 +251,18 @@ async fn the_image_with_systemd_confines_the_agent_and_recovers_it() -> Result<(
         "vxlan-port": 4789,
         "vxlan-id": 555001,
     }}))?;
-    let pod = Pod::start(scene(false).await?, "fast", Boot::Fast, UserData::NoCloudWithInitData(apf.clone()))
-        .await?;
+    let user_data = UserData::NoCloud(CloudConfig::new(apf.clone()));
+    let pod = Pod::start(scene(false).await?, "fast", Boot::Fast, user_data).await?;
     pod.works().await?;
     pod.has(&apf).await?;
     pod.network("pod0").await?;
     systemd_is_content(&pod, NET_ADMIN).await?;
-    attestation_agent_has_init_data(&pod, true).await?;
+    guest_is_configured(&pod).await?;
     // Without the capabilities that it had at its start.
     pod.containers().await?;
     boot_time(&pod).await?;
     pod.listeners().await?;
+    restarts_keep_the_pod(&pod).await?;
     pod.agent_killed().await?;
     pod.network("pod0").await?;
     has_capabilities(&pod, pod.inspection.process(AGENT).await?.pid, NET_ADMIN).await?;
@@ -195,15 +270,23 @@ async fn the_image_with_systemd_confines_the_agent_and_recovers_it() -> Result<(
     Ok(())
 }
 
+/// Enough for ext4.
+const VOLUME_SIZE: u64 = 64 * 1024 * 1024;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_verified_disk_boots_and_attests_after_a_reboot() -> Result<()> {
     let apf = apf_json(&json!({}))?;
-    let pod =
-        Pod::start(scene(false).await?, "disk", Boot::Disk(None), UserData::NoCloud(apf.clone())).await?;
+    let user_data = UserData::Aws(CloudConfig::new(apf.clone()));
+    let scene = scene(false).await?;
+    let volume = DataDisk { file: scene.path("volume.raw"), serial: "volume" };
+    std::fs::File::create(&volume.file)?.set_len(VOLUME_SIZE)?;
+    let options = MachineOptions::new("disk", Boot::Disk(None), scene.ssh, user_data);
+    let pod = Pod::start_as(scene, MachineOptions { disks: vec![volume], ..options }).await?;
     pod.works().await?;
     pod.has(&apf).await?;
     systemd_is_content(&pod, NO_CAPABILITY).await?;
-    attestation_agent_has_init_data(&pod, false).await?;
+    guest_is_configured(&pod).await?;
+    containers_reach_the_metadata_service(&pod).await?;
     pod.containers().await?;
     boot_time(&pod).await?;
     let mounts = pod.inspection.read("/proc/self/mounts").await?;
@@ -216,15 +299,63 @@ async fn the_verified_disk_boots_and_attests_after_a_reboot() -> Result<()> {
     let root_hash = artifacts()?.root_hash()?;
     ensure!(command_line.contains(&format!("roothash={root_hash}")), "{command_line}");
     pod.listeners().await?;
+    ensure!(pod.cloud_volume().await?.is_none(), "an empty disk was not formatted");
+    pod.keep_on_volume().await?;
     pod.rebooted().await?;
+    let kept = pod.cloud_volume().await?;
+    ensure!(kept.as_deref() == Some("kept\n"), "after a reboot the volume has {kept:?}");
     pod.machine.passed();
+    Ok(())
+}
+
+/// User data of a hostile cloud, each with what the console says of it.
+fn hostile() -> Result<Vec<(Vec<u8>, &'static str)>> {
+    let apf = "  - path: /run/peerpod/apf.json\n    content: |\n      {}\n";
+    let with = |more: &str| format!("#cloud-config\n\nwrite_files:\n{apf}{more}").into_bytes();
+    let unit = "/etc/systemd/system/multi-user.target.wants/host.service";
+    Ok(vec![
+        (with("runcmd:\n  - reboot\n"), "an unknown key"),
+        (
+            format!("#cloud-config\n\nwrite_files:\n  - path: {unit}\n    content: |\n      [Service]\n")
+                .into(),
+            "no item for /run/peerpod/apf.json",
+        ),
+        (with("  - path: /run/peerpod/initdata\n    content: |\n      H4sIAAAA\n"), "init-data: gzip"),
+        (vec![0x1f, 0x8b, 8, 0, 27, b'[', b'2', b'J'], "compressed by gzip"),
+        (with(""), "no init-data; give"),
+    ])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_user_data_can_only_fail() -> Result<()> {
+    let mut scene = scene(false).await?;
+    let good = CloudConfig::new(apf_json(&json!({}))?);
+    let user_data = UserData::Aws(good.clone());
+    user_data.announce(&mut scene)?;
+    let permit = MachinePermit::take().await;
+    let adaptor = scene.adaptor()?;
+    let options = MachineOptions::new("hostile-metadata", Boot::Fast, scene.ssh, user_data);
+    let machine = Machine::start(permit, &options).await?;
+    for (text, why) in hostile()? {
+        machine.set_user_data(&text)?;
+        let line = machine.says_after(0, why).await?;
+        ensure!(line.contains("process-user-data: "), "{line}");
+        println!("{line}");
+    }
+    let log = adaptor.log();
+    ensure!(!log.contains("kubernetes phase up") && scene.kbs.attestations() == 0, "it has a pod: {log}");
+    // Once the cloud says what is right, nothing of this is left.
+    machine.set_user_data(good.text()?.as_bytes())?;
+    up(&adaptor).await.with_context(|| machine.console.log())?;
+    bulk_both_ways(kata_client(endpoint(&adaptor, "KATAAGENT").await?).await?, 1 << 20, 11).await?;
+    machine.passed();
     Ok(())
 }
 
 /// A machine that must not come up: it prints the reason and powers off, without having served.
 async fn refuses_to_start(name: &'static str, boot: Boot, why: &str) -> Result<()> {
     let scene = scene(false).await?;
-    let user_data = UserData::NoCloud(apf_json(&json!({}))?);
+    let user_data = UserData::NoCloud(CloudConfig::new(apf_json(&json!({}))?));
     let options = MachineOptions { no_reboot: true, ..MachineOptions::new(name, boot, scene.ssh, user_data) };
     let mut machine = Machine::start(MachinePermit::take().await, &options).await?;
     let (status, served) = machine.ends_without_serving().await?;

@@ -10,8 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use secure_comms_tests::attackers::stranger::{Answer, Stranger};
 use secure_comms_tests::boot::{
-    Boot, HOST_RAN, HostCredentials, Machine, MachineOptions, MachinePermit, Pod, UserData, apf_json,
-    artifacts, scene,
+    Boot, CloudConfig, HOST_RAN, HostCredentials, Machine, MachineOptions, MachinePermit, Pod, UserData,
+    apf_json, artifacts, scene,
 };
 use secure_comms_tests::harness::scene::{PATIENCE, Scene, endpoint, kata_client, up};
 use secure_comms_tests::simulators::kata::client::bulk_both_ways;
@@ -19,7 +19,7 @@ use serde_json::json;
 use tokio::time::{sleep, timeout};
 
 fn options(name: &'static str, scene: &Scene, boot: Boot) -> Result<MachineOptions> {
-    let user_data = UserData::NoCloud(apf_json(&json!({}))?);
+    let user_data = UserData::NoCloud(CloudConfig::new(apf_json(&json!({}))?));
     Ok(MachineOptions::new(name, boot, scene.ssh, user_data))
 }
 
@@ -95,8 +95,9 @@ fn hostile_user_data() -> serde_json::Value {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn user_data_opens_nothing_of_the_vm_to_a_stranger() -> Result<()> {
-    let scene = scene(false).await?;
-    let user_data = UserData::NoCloud(apf_json(&hostile_user_data())?);
+    let mut scene = scene(false).await?;
+    let user_data = UserData::NoCloud(CloudConfig::new(apf_json(&hostile_user_data())?));
+    user_data.announce(&mut scene)?;
     let options = MachineOptions::new("hostile-user-data", Boot::Disk(None), scene.ssh, user_data);
     let machine = Machine::start(MachinePermit::take().await, &options).await?;
     let booted = async {

@@ -8,8 +8,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use secure_comms_tests::boot::{
-    Boot, Machine, MachineOptions, MachinePermit, Platform, Pod, UserData, apf_json, artifacts, scene,
-    test_certificate,
+    Boot, CloudConfig, Machine, MachineOptions, MachinePermit, Platform, Pod, SECURE_VARIABLES, UserData,
+    apf_json, artifacts, scene, test_certificate,
 };
 use serde_json::json;
 
@@ -22,6 +22,25 @@ fn run(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("running {command:?}"))?;
     ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Lines of image/measure for `file`, with these options.
+fn predict(options: &[&str], file: &Path) -> Result<String> {
+    run(Command::new(image_tool("measure")).args(options).arg(file))
+}
+
+/// Checks that the registers of the VM's TPM are exactly as predicted, and that these were predicted.
+async fn registers_are(pod: &Pod, predicted: &str, registers: &[&str]) -> Result<()> {
+    let lines: Vec<_> = predicted.lines().filter_map(|line| line.split_once(' ')).collect();
+    let named: Vec<_> = lines.iter().map(|(register, _)| *register).collect();
+    ensure!(named == registers, "predicted are {named:?}, not {registers:?}");
+    for (register, digest) in lines {
+        let path = format!("/sys/class/tpm/tpm0/pcr-sha256/{register}");
+        let found = pod.inspection.read(&path).await?;
+        println!("PCR {register}: predicted {digest}, found {}", found.trim());
+        ensure!(found.trim().eq_ignore_ascii_case(digest), "PCR {register} is not as predicted");
+    }
+    Ok(())
 }
 
 async fn start_on(platform: Platform, name: &'static str, boot: Boot, user_data: UserData) -> Result<Pod> {
@@ -39,8 +58,8 @@ async fn a_signed_disk_boots_under_secure_boot() -> Result<()> {
     sign.arg("--key").arg(&signer.key).arg("--cert").arg(&signer.certificate).arg("--output").arg(&disk);
     run(sign.arg(artifacts()?.file("podvm.raw")?))?;
 
-    let user_data = UserData::NoCloud(apf_json(&json!({}))?);
-    let boot = Boot::Disk(Some(disk));
+    let user_data = UserData::NoCloud(CloudConfig::new(apf_json(&json!({}))?));
+    let boot = Boot::Disk(Some(disk.clone()));
     let pod = start_on(Platform::SecureBoot, "secure-boot", boot, user_data).await?;
     pod.works().await?;
     // Four bytes of attributes, then the value.
@@ -50,6 +69,8 @@ async fn a_signed_disk_boots_under_secure_boot() -> Result<()> {
         on.split_whitespace().last() == Some("1"),
         "the firmware does not say that Secure Boot is on: {on}"
     );
+    let options = ["--secure-boot", "on", "--variables", SECURE_VARIABLES];
+    registers_are(&pod, &predict(&options, &disk)?, &["4", "7", "9", "11", "12"]).await?;
     pod.machine.passed();
     Ok(())
 }
@@ -57,7 +78,7 @@ async fn a_signed_disk_boots_under_secure_boot() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unsigned_disk_never_starts_under_secure_boot() -> Result<()> {
     let scene = scene(false).await?;
-    let user_data = UserData::NoCloud(apf_json(&json!({}))?);
+    let user_data = UserData::NoCloud(CloudConfig::new(apf_json(&json!({}))?));
     let options = MachineOptions {
         platform: Platform::SecureBoot,
         no_reboot: true,
@@ -76,18 +97,11 @@ async fn an_unsigned_disk_never_starts_under_secure_boot() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_registers_of_a_tpm_are_as_predicted() -> Result<()> {
-    let predicted = run(Command::new(image_tool("measure")).arg(artifacts()?.file("podvm.efi")?))?;
-    let user_data = UserData::NoCloud(apf_json(&json!({}))?);
+    let predicted = predict(&["--secure-boot", "off"], &artifacts()?.file("podvm.efi")?)?;
+    let user_data = UserData::NoCloud(CloudConfig::new(apf_json(&json!({}))?));
     let pod = start_on(Platform::Tpm, "tpm", Boot::Disk(None), user_data).await?;
     pod.works().await?;
-    ensure!(predicted.lines().count() == 2, "a register too few or too many: {predicted}");
-    for line in predicted.lines() {
-        let (register, digest) = line.split_once(' ').context("a line of image/measure")?;
-        let path = format!("/sys/class/tpm/tpm0/pcr-sha256/{register}");
-        let found = pod.inspection.read(&path).await?;
-        println!("PCR {register}: predicted {digest}, found {}", found.trim());
-        ensure!(found.trim().eq_ignore_ascii_case(digest), "PCR {register} is not as predicted");
-    }
+    registers_are(&pod, &predicted, &["4", "7", "9", "11", "12"]).await?;
     pod.machine.passed();
     Ok(())
 }

@@ -31,7 +31,7 @@ const AGENT: [&str; 11] = [
 ];
 
 /// Our crates, each with those of ours that it may depend on.
-const CRATES: [(&str, &[&str]); 8] = [
+const CRATES: [(&str, &[&str]); 12] = [
     ("protocol", &[]),
     ("keys", &["protocol"]),
     ("tunnel", &["protocol"]),
@@ -39,7 +39,11 @@ const CRATES: [(&str, &[&str]); 8] = [
     ("agent", &["ssh", "tunnel", "keys", "protocol"]),
     ("adaptor", &["ssh", "tunnel", "keys", "protocol"]),
     ("node", &["adaptor", "ssh", "tunnel", "keys", "protocol"]),
+    ("image/device-mapper", &[]),
     ("image/init", &[]),
+    ("image/measurements", &[]),
+    ("image/user-data", &[]),
+    ("image/volumes", &["protocol"]),
 ];
 
 /// The crates in which a folder's own file counts as a module of the folder: no file in it imports from it. In the others a

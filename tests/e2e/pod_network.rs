@@ -379,7 +379,7 @@ async fn a_pod_namespace_that_comes_late_gets_its_network() {
     command.args(["-pod-namespace", &path]);
     let agent = Child::spawn("agent", command).unwrap();
     agent.wait_for_text(&format!("opening network namespace {path}"), PATIENCE).await.unwrap();
-    assert!(make(&path).await.status.success());
+    assert!(make(&path, &[]).await.status.success());
     is_up(&agent).await.unwrap();
     // The interface may disappear before the agent stops.
     assert!(Command::new("ip").args(["netns", "del", &late.0]).status().await.unwrap().success());
@@ -404,10 +404,10 @@ async fn a_wrong_pod_network_ends_the_agent_with_every_fault() {
 }
 
 /// Runs the agent to make a namespace.
-async fn make(path: &str) -> Output {
+async fn make(path: &str, more: &[&str]) -> Output {
     let mut command = Command::new(&ensure_built().await.unwrap().agent);
     command.env("JOURNAL_STREAM", "1:1").env_remove("SECURE_COMMS_BIN_DIR");
-    command.args(["-pod-namespace", path, "-create-pod-namespace-only"]);
+    command.args(["-pod-namespace", path, "-create-pod-namespace-only"]).args(more);
     command.output().await.unwrap()
 }
 
@@ -425,7 +425,7 @@ impl Drop for Made {
 async fn a_missing_pod_namespace_is_made_and_an_existing_one_kept() {
     let made = Made(format!("sc-made-{}", std::process::id()));
     let path = format!("/run/netns/{}", made.0);
-    let said = make(&path).await;
+    let said = make(&path, &[]).await;
     assert!(said.status.success() && String::from_utf8_lossy(&said.stderr).contains(": made"), "{said:?}");
     let inside = || async {
         let mut command = Command::new("ip");
@@ -444,15 +444,26 @@ async fn a_missing_pod_namespace_is_made_and_an_existing_one_kept() {
     let first = inside().await;
     assert!(first.contains(": lo: <LOOPBACK,UP"), "{first}");
     assert!(!first.contains(std::fs::read_link("/proc/self/ns/net").unwrap().to_str().unwrap()));
-    let again = make(&path).await;
+    let again = make(&path, &[]).await;
     assert!(again.status.success() && again.stderr.is_empty(), "{again:?}");
     assert_eq!(inside().await, first);
+
+    // A route of the pod's network to that address does not count: packets to it stay in the namespace.
+    for _ in 0..2 {
+        let said = make(&path, &["-pod-namespace-address", "169.254.169.254/32"]).await;
+        assert!(said.status.success() && said.stderr.is_empty(), "{said:?}");
+    }
+    let routes = "ip link add pod0 type dummy; ip link set pod0 up; ip addr add 10.244.1.7/24 dev pod0; \
+                  ip route add default via 10.244.1.1; ip route add 169.254.169.254 via 10.244.1.1; ip route get 169.254.169.254";
+    let shell = ["netns", "exec", &made.0, "sh", "-ec", routes];
+    let route = Command::new("ip").args(shell).output().await.unwrap();
+    assert!(String::from_utf8_lossy(&route.stdout).starts_with("local 169.254.169.254 dev lo"), "{route:?}");
 
     // A file that a crash or a lost mount left.
     std::fs::File::create(&path).map(drop).unwrap_or_default();
     let unmounted = Command::new("umount").arg(&path).status().await.unwrap();
     assert!(unmounted.success() && std::fs::metadata(&path).unwrap().len() == 0);
-    let repaired = make(&path).await;
+    let repaired = make(&path, &[]).await;
     assert!(repaired.status.success(), "{repaired:?}");
     assert!(String::from_utf8_lossy(&repaired.stderr).contains("repaired"), "{repaired:?}");
     assert_ne!(inside().await, first);
@@ -465,7 +476,7 @@ async fn a_pod_namespace_replaces_no_other_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("deep/podns");
     let text = path.to_str().unwrap();
-    assert!(make(text).await.status.success());
+    assert!(make(text, &[]).await.status.success());
     let output =
         Command::new("nsenter").arg(format!("--net={text}")).args(["ip", "-o", "link"]).output().await;
     let links = String::from_utf8(output.unwrap().stdout).unwrap();
@@ -475,7 +486,7 @@ async fn a_pod_namespace_replaces_no_other_file() {
     let file = directory.path().join("notes");
     std::fs::write(&file, "mine").unwrap();
     for path in [&file, &directory.path().to_owned()] {
-        let said = make(path.to_str().unwrap()).await;
+        let said = make(path.to_str().unwrap(), &[]).await;
         assert_eq!(said.status.code(), Some(1));
         let error = String::from_utf8_lossy(&said.stderr).into_owned();
         assert!(error.contains("the path is neither a namespace nor an empty file; remove it"), "{error}");

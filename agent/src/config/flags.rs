@@ -13,6 +13,7 @@ use secure_comms_protocol::{PodId, limits};
 
 use crate::kata::podvm_volumes;
 use crate::kata::sources::MountPrefixes;
+use crate::pod_network::spec::Prefix;
 
 use super::go_flags::{FLAGS, Stop, normalise};
 use super::user_data::{AllowedHost, UserDataMode};
@@ -37,6 +38,8 @@ pub struct Options {
     pub pod_namespace: Option<String>,
     /// What to do if the pod's network namespace is missing.
     pub missing_namespace: MissingNamespace,
+    /// An address for `lo` of the namespace that is made; none for 127.0.0.1 and ::1 alone.
+    pub namespace_address: Option<Prefix>,
     /// The interface for the pod network tunnel; none for the one with the default route.
     pub host_interface: Option<String>,
     /// Whether `-secure-comms` is set.
@@ -153,6 +156,9 @@ struct Flags {
     /// create the pod's network namespace if missing, then exit
     #[argh(switch)]
     create_pod_namespace_only: bool,
+    /// an address for lo of that namespace, such as 169.254.169.254/32 (default none)
+    #[argh(option, from_str_fn(prefix))]
+    pod_namespace_address: Option<Prefix>,
     /// interface for the pod network tunnel (default: the one with the default route)
     #[argh(option)]
     host_interface: Option<String>,
@@ -244,6 +250,10 @@ fn path(text: &str) -> Result<PathBuf, String> {
 
 fn path_or_none(text: &str) -> Result<Option<PathBuf>, String> {
     if text.is_empty() { Ok(None) } else { path(text).map(Some) }
+}
+
+fn prefix(text: &str) -> Result<Prefix, String> {
+    text.parse().map_err(|()| format!("expected {}", Prefix::EXPECTED))
 }
 
 fn user_data_mode(text: &str) -> Result<UserDataMode, String> {
@@ -369,12 +379,18 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Options, Exit> {
     if pod_namespace.is_none() && missing_namespace != MissingNamespace::Awaited {
         return Err(Exit::usage("flag -create-pod-namespace: -pod-namespace is empty; name the one to make"));
     }
+    if flags.pod_namespace_address.is_some() && missing_namespace == MissingNamespace::Awaited {
+        return Err(Exit::usage(
+            "flag -pod-namespace-address: the namespace is another unit's; add -create-pod-namespace",
+        ));
+    }
     let unused = FLAGS.iter().filter(|flag| flag.unused && given.0.contains_key(flag.name));
     Ok(Options {
         config: flags.config,
         kata_agent_socket: flags.kata_agent_socket,
         pod_namespace,
         missing_namespace,
+        namespace_address: flags.pod_namespace_address,
         host_interface: flags.host_interface.filter(|name| !name.is_empty()),
         secure_comms: flags.secure_comms,
         inbounds: flags.secure_comms_inbounds,

@@ -90,6 +90,20 @@ fn a_missing_namespace_is_made_only_if_named() {
 }
 
 #[test]
+fn an_address_is_only_for_a_namespace_that_is_made() {
+    let flag = ["-pod-namespace-address", "169.254.169.254/32"];
+    let address = |made: &str| run(&[made, flag[0], flag[1]]).unwrap().namespace_address.unwrap();
+    assert_eq!(address("-create-pod-namespace-only").to_string(), flag[1]);
+    assert_eq!(address("-create-pod-namespace").to_string(), flag[1]);
+    let text = fault(&flag);
+    assert!(text.contains("add -create-pod-namespace"), "{text}");
+    for wrong in ["", "169.254.169.254", "169.254.169.254/33", "metadata/32"] {
+        let text = fault(&["-create-pod-namespace-only", "-pod-namespace-address", wrong]);
+        assert!(text.contains("such as 10.244.1.7/24"), "{text}");
+    }
+}
+
+#[test]
 fn help_and_version_go_to_stdout_and_succeed() {
     for args in [&["-h"][..], &["--help"], &["-help"], &["help"], &["-secure-comms", "help"]] {
         let exit = run(args).unwrap_err();

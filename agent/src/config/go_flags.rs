@@ -35,6 +35,7 @@ pub(super) const FLAGS: &[Flag] = &[
     value("kata-agent-namespace"),
     boolean("create-pod-namespace"),
     boolean("create-pod-namespace-only"),
+    value("pod-namespace-address"),
     value("host-interface"),
     boolean("secure-comms"),
     value("secure-comms-inbounds"),

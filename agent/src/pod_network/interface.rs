@@ -136,6 +136,17 @@ pub(super) async fn add_address(
         .step(|| format!("adding address {prefix} to '{}'", link.name), "correct pod-network in apf.json")
 }
 
+/// Adds an address that is not of the pod's network, unless it is there.
+pub(super) async fn add_own_address(
+    net: &Net,
+    link: &Interface,
+    prefix: Prefix,
+) -> Result<(), PodNetworkError> {
+    let request = net.handle.address().add(link.index, prefix.address(), prefix.length());
+    existing_is_fine(request.execute().await)
+        .step(|| format!("adding address {prefix} to '{}'", link.name), "correct -pod-namespace-address")
+}
+
 /// Adds an address that the interface had in another namespace.
 pub(super) async fn restore_address(
     net: &Net,

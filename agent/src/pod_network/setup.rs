@@ -10,7 +10,7 @@ use tokio::sync::{Mutex, watch};
 use super::error::{PodNetworkError, Step};
 use super::netlink::Net;
 use super::secondary::{Kept, SecondaryInterface};
-use super::spec::{InterfaceName, Spec};
+use super::spec::{InterfaceName, Prefix, Spec};
 use super::{firewall, interface, ip_route, secondary, underlay, vxlan};
 
 /// Lines about routes and neighbours that are left out, at most.
@@ -267,16 +267,17 @@ async fn to_its_end(
     ended.step(|| "moving the second interface".into(), "report this as a bug")?
 }
 
-/// Sets the loopback interface of a namespace up.
+/// Sets the loopback interface of a namespace up, with one more address if it is given and not there.
 ///
 /// # Errors
 /// The namespace can't be entered, or the kernel refuses.
-pub async fn set_loopback_up(namespace: &Namespace) -> Result<(), PodNetworkError> {
+pub async fn set_loopback_up(namespace: &Namespace, address: Option<Prefix>) -> Result<(), PodNetworkError> {
     let net = Net::inside(namespace).await?;
-    match interface::named(&net, "lo").await? {
-        Some(lo) => interface::set_up(&net, &lo).await,
-        None => Ok(()),
+    let Some(lo) = interface::named(&net, "lo").await? else { return Ok(()) };
+    if let Some(address) = address {
+        interface::add_own_address(&net, &lo, address).await?;
     }
+    interface::set_up(&net, &lo).await
 }
 
 /// Logs what the network lacks, one line each: apf.json may list thousands of routes, so only the first ones.

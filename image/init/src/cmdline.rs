@@ -15,6 +15,7 @@ pub enum BadCmdline {
     #[error("roothash=: {0}")]
     Malformed(#[from] BadRootHash),
 }
+crate::failure::causes!(BadCmdline);
 
 /// Value of `roothash=`, which must occur exactly once.
 ///

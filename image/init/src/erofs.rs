@@ -31,6 +31,7 @@ pub enum BadErofs {
     #[error("blocks of 2^{0} bytes")]
     BlockSize(u8),
 }
+crate::failure::causes!(BadErofs);
 
 /// Checks that dm-verity covers the whole file system on `device`: its first `covered` bytes.
 ///

@@ -1,6 +1,8 @@
 //! Failures that end a boot.
 
-use std::fmt;
+use std::{fmt, io};
+
+use nix::errno::Errno;
 
 /// Failure of a step, printed as one line: the step and the cause.
 #[derive(Debug)]
@@ -12,8 +14,8 @@ pub struct Failure {
 impl Failure {
     /// Makes a failure of the step `doing` (in the form "reading /proc/cmdline") with the cause `why`: an error or a
     /// text.
-    pub fn new(doing: impl Into<String>, why: impl fmt::Display) -> Self {
-        Self { doing: doing.into(), why: why.to_string() }
+    pub fn new(doing: impl Into<String>, why: impl Cause) -> Self {
+        Self { doing: doing.into(), why: why.text() }
     }
 }
 
@@ -27,13 +29,39 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
+/// The cause of a failure. Not every `Display`: that of nix's `Errno` is made of its Debug text, of which nothing is left in
+/// the program that ships (docs/decisions/0033).
+pub trait Cause {
+    /// The cause as text.
+    fn text(self) -> String;
+}
+
+impl Cause for Errno {
+    fn text(self) -> String {
+        io::Error::from(self).to_string()
+    }
+}
+
+/// Makes causes of types whose `Display` is their text.
+macro_rules! causes {
+    ($($cause:ty),+) => {
+        $(impl $crate::failure::Cause for $cause {
+            fn text(self) -> String {
+                self.to_string()
+            }
+        })+
+    };
+}
+pub(crate) use causes;
+causes!(io::Error, fmt::Arguments<'_>, String, &str);
+
 /// Adds the failed step to an error.
 pub trait Context<T> {
     /// Turns the error into a [`Failure`] of this step.
     fn context<D: Into<String>>(self, doing: impl FnOnce() -> D) -> Result<T, Failure>;
 }
 
-impl<T, E: fmt::Display> Context<T> for Result<T, E> {
+impl<T, E: Cause> Context<T> for Result<T, E> {
     fn context<D: Into<String>>(self, doing: impl FnOnce() -> D) -> Result<T, Failure> {
         self.map_err(|error| Failure::new(doing(), error))
     }
@@ -41,10 +69,18 @@ impl<T, E: fmt::Display> Context<T> for Result<T, E> {
 
 #[cfg(test)]
 mod tests {
+    use nix::errno::Errno;
+
     use super::Failure;
 
     #[test]
     fn a_failure_is_one_line() {
         assert_eq!(Failure::new("reading a\nb", "no\r\x1b[2Jway").to_string(), "reading a b: no  [2Jway");
+    }
+
+    #[test]
+    fn the_text_of_an_errno_is_not_its_debug_text() {
+        let failure = Failure::new("opening the disk", Errno::ENODEV);
+        assert_eq!(failure.to_string(), "opening the disk: No such device (os error 19)");
     }
 }

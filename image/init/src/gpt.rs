@@ -34,6 +34,7 @@ pub enum BadGpt {
     #[error("GPT entries: checksum does not match")]
     EntriesChecksum,
 }
+crate::failure::causes!(BadGpt);
 
 impl Header {
     /// Reads the header from the disk's second logical block.

@@ -58,7 +58,10 @@ fn boot() -> Result<Infallible, Failure> {
 fn exec_real_init() -> Failure {
     let next = NEXT.into_iter().find(|path| fs::exists(path).unwrap_or(true));
     let Some(next) = next else {
-        return Failure::new("starting the root's PID 1", format_args!("none of {NEXT:?} is there"));
+        return Failure::new(
+            "starting the root's PID 1",
+            format_args!("none of {} is there", NEXT.join(", ")),
+        );
     };
     let terminal = std::env::var_os("TERM").unwrap_or_else(|| "linux".into());
     let error = Command::new(next).env_clear().env("TERM", terminal).exec();

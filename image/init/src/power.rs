@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use nix::sys::reboot::{RebootMode, reboot};
 
 use crate::console;
+use crate::failure::Cause;
 
 /// Prints the cause in one line, and powers the machine off.
 pub fn fatal(why: impl Display) -> ! {
@@ -28,7 +29,7 @@ pub fn restart() -> ! {
 
 fn end(refused: Result<Infallible, Errno>) -> ! {
     let Err(error) = refused;
-    console::say(format_args!("powering off: {error}"));
+    console::say(format_args!("powering off: {}", error.text()));
     // The kernel panics when PID 1 ends, which stops the machine as well.
     std::process::exit(1)
 }

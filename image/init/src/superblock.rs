@@ -38,7 +38,7 @@ pub enum BadSuperblock {
     #[error("hash algorithm is not sha256")]
     Algorithm,
     /// A block size that the kernel does not accept.
-    #[error("blocks of {data} (data) and {hash} (hashes) bytes, not of {BLOCK_SIZES:?}")]
+    #[error("blocks of {data} (data) and {hash} (hashes) bytes, not of 512, 1024, 2048 or 4096")]
     BlockSize {
         /// Size of a data block, in bytes.
         data: u32,
@@ -52,6 +52,7 @@ pub enum BadSuperblock {
     #[error("salt of {0} bytes, more than {MAX_SALT}")]
     Salt(u16),
 }
+crate::failure::causes!(BadSuperblock);
 
 impl Superblock {
     /// Reads a superblock and checks every field.

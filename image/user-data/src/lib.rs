@@ -5,4 +5,26 @@
 //!
 //! The modules are in the order in which data passes through them.
 
+// What the others share.
+pub mod console;
 pub mod files;
+pub mod input;
+
+pub mod cli;
+
+pub mod cloud;
+pub mod http;
+
+pub mod fetch;
+
+pub mod cloud_config;
+
+pub mod init_data;
+
+pub mod provision;
+
+pub mod pcr;
+
+pub mod run;
+
+pub mod azure_ready;

@@ -27,7 +27,7 @@ use std::time::Duration;
 use secure_comms_protocol::PodId;
 use tokio::sync::{Notify, watch as channel};
 use tokio::task::spawn_blocking;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 pub use self::apf::{ApfError, parse};
 pub use self::changes::{Change, Changes};
@@ -42,8 +42,10 @@ use crate::health::Health;
 const SETTLE: Duration = Duration::from_secs(3);
 /// A name that is not known causes a look at most once in this time.
 const MISS_PAUSE: Duration = Duration::from_secs(1);
-/// The longest wait for such a look, and for the first one.
-const MISS_WAIT: Duration = Duration::from_secs(10);
+/// The time between two looks that names cause: any process of the node can make a dial.
+const LOOK_PAUSE: Duration = Duration::from_millis(20);
+/// The longest wait for a look that a name causes, and for the first one.
+const LOOK_WAIT: Duration = Duration::from_secs(10);
 /// Most ids in an error.
 const IDS_SAID: usize = 8;
 
@@ -59,10 +61,17 @@ struct Inner {
     living: tokio::sync::Mutex<Option<(Instant, Arc<HashSet<PodId>>)>>,
     /// A look is wanted.
     wanted: Notify,
-    /// When the last look at all ended.
-    looked: channel::Sender<Option<Instant>>,
+    /// The last look at all.
+    looked: channel::Sender<Option<Look>>,
     /// Whether inotify is used; tests do without.
     events: bool,
+}
+
+/// When a look at all began and ended.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    began: Instant,
+    ended: Instant,
 }
 
 /// Why no sandbox can be named for a server name.
@@ -115,17 +124,19 @@ impl PodsDirectory {
     }
 
     /// The sandbox with a certificate for this name (SNI), in any case of letters. Of several, the only one that lives.
-    /// A name that is not known yet is looked for at once, and before the first look at the directory has ended, that is
-    /// waited for: 10 seconds at most.
+    ///
+    /// The answer rests on a look at the directory that began after the call, for 10 seconds at most: of two sandboxes with one
+    /// name the younger may not be known yet. A name of no sandbox causes a look once a second at most.
     ///
     /// # Errors
     /// There is none, or there are several, or it cannot be used.
     pub async fn by_server_name(&self, server_name: &str) -> Result<Arc<Sandbox>, LookupError> {
         let server_name = server_name.to_ascii_lowercase();
-        let found = match self.resolve(&server_name).await {
-            Err(LookupError::Unknown) if self.look_again().await => self.resolve(&server_name).await,
-            found => found,
-        };
+        let is_known = !self.known().candidates(&server_name).is_empty();
+        if is_known || self.last_look().is_none_or(|last| last.ended.elapsed() >= MISS_PAUSE) {
+            self.look().await;
+        }
+        let found = self.resolve(&server_name).await;
         match (found, self.known().broken(&server_name)) {
             (Err(LookupError::Unknown), Some((id, reason))) => Err(LookupError::Broken { id, reason }),
             (found, _) => found,
@@ -229,15 +240,29 @@ impl PodsDirectory {
         }
     }
 
-    /// Waits for a look at the directory that begins now; not if the last one is not long ago.
-    async fn look_again(&self) -> bool {
+    fn last_look(&self) -> Option<Look> {
+        *self.0.looked.borrow()
+    }
+
+    /// Waits for a look at the directory that begins after the call; for [`LOOK_WAIT`] at most.
+    pub(super) async fn look(&self) {
+        let called = Instant::now();
         let mut looked = self.0.looked.subscribe();
-        let last = *looked.borrow_and_update();
-        if last.is_some_and(|last| last.elapsed() < MISS_PAUSE) {
-            return false;
-        }
-        self.0.wanted.notify_one();
-        matches!(timeout(MISS_WAIT, looked.changed()).await, Ok(Ok(())))
+        let looks = async {
+            if let Some(last) = self.last_look() {
+                sleep_until(last.ended + LOOK_PAUSE).await;
+            }
+            while self.last_look().is_none_or(|last| last.began < called) {
+                looked.mark_unchanged();
+                self.0.wanted.notify_one();
+                // The sender is ours.
+                if looked.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        // What is known then is the best answer there is; the follower says why it can't look.
+        timeout(LOOK_WAIT, looks).await.ok();
     }
 }
 

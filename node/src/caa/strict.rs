@@ -127,6 +127,7 @@ impl Strict {
         if links.is_empty() {
             return Err(VmLookupError::NoLink(vm));
         }
+        self.0.directory.look().await;
         let mut sandboxes = self.0.directory.list();
         sandboxes.retain(|sandbox| links.iter().any(|link| is_of(sandbox, link)));
         if sandboxes.len() > 1 {

@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 pub struct Args(BTreeMap<String, String>);
 
 impl Args {
-    /// Parses `--name value` pairs; only names in `known` may occur, each at most once.
+    /// Parses `--name value` pairs, or `-c value` for a name of one letter; only names in `known` may occur, each at most once.
     ///
     /// # Errors
     /// If an argument is unknown, given twice, or lacks its value; names it.
@@ -18,7 +18,9 @@ impl Args {
         let mut found = BTreeMap::new();
         let mut args = args.into_iter();
         while let Some(arg) = args.next() {
-            let Some(name) = arg.strip_prefix("--").filter(|name| known.contains(name)) else {
+            let name = arg.strip_prefix("--").filter(|name| name.len() > 1);
+            let name = name.or_else(|| arg.strip_prefix('-').filter(|name| name.len() == 1));
+            let Some(name) = name.filter(|name| known.contains(name)) else {
                 bail!("unknown argument {arg:?}: expected one of --{}", known.join(", --"));
             };
             let Some(value) = args.next() else { bail!("--{name} needs a value") };

@@ -2,6 +2,7 @@
 //!
 //! In the order of a boot:
 //!
+//! - `metadata`, a crate of its own: the metadata service of a cloud, outside the VM;
 //! - [`bare`]: PID 1 of the bare test VM, which does what systemd does in the image;
 //! - [`user_data`]: `process-user-data`, which finds apf.json where a cloud puts it;
 //! - [`guest`]: the guest components (`api-server-rest`, AA, CDH), which fetch keys through the agent;

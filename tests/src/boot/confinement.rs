@@ -4,12 +4,13 @@ use anyhow::{Context, Result, ensure};
 
 use super::{AGENT, Pod};
 
-/// The unix sockets that the agent may connect to: systemd's for its state and its log, the kata agent's, name resolution,
-/// and the inspector's, which is a tunnel of the test VM.
-const SOCKETS: [&str; 6] = [
+/// The unix sockets that the agent may connect to: systemd's for its state and its log, the kata agent's, that of
+/// podvm-volumes, name resolution, and the inspector's, which is a tunnel of the test VM.
+const SOCKETS: [&str; 7] = [
     "/run/systemd/notify",
     "/run/systemd/journal/dev-log",
     "/run/kata-agent/agent.sock",
+    "/run/podvm-volumes/volumes.sock",
     "/run/systemd/resolve/io.systemd.Resolve",
     "/run/systemd/resolve/io.systemd.Resolve.Monitor",
     "/run/inspector/inspector.sock",

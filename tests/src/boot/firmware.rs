@@ -9,8 +9,8 @@ use super::Platform;
 const CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
 const VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 const SECURE_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd";
-/// OVMF with [`test_certificate`] in its db.
-const SECURE_VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd";
+/// Variables of OVMF with [`test_certificate`] in its db: those of [`Platform::SecureBoot`].
+pub const SECURE_VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd";
 const SECURE_KEY: &str = "/usr/share/ovmf/PkKek-1-snakeoil.key";
 const SECURE_CERTIFICATE: &str = "/usr/share/ovmf/PkKek-1-snakeoil.pem";
 /// The passphrase is in Debian's README: the key is public, and for tests.

@@ -12,6 +12,7 @@ use tokio::net::TcpStream;
 use tokio::process::Command;
 use tokio::sync::{Mutex, MutexGuard};
 
+use super::user_data::AWS_FILE;
 use super::{Artifacts, HostCredentials, UserData, artifacts, firmware, tpm};
 use crate::harness::process::Child;
 use crate::harness::scene::PATIENCE;
@@ -54,7 +55,7 @@ pub enum Platform {
     /// Neither Secure Boot nor a TPM.
     #[default]
     Plain,
-    /// Secure Boot, with the public test key of Debian's OVMF in its db.
+    /// Secure Boot, with the public test key of Debian's OVMF in its db, and a TPM 2.0.
     SecureBoot,
     /// A TPM 2.0.
     Tpm,
@@ -75,15 +76,35 @@ pub struct MachineOptions {
     pub user_data: UserData,
     /// What a hostile host hands to its systemd.
     pub host: HostCredentials,
+    /// Further disks, after the root.
+    pub disks: Vec<DataDisk>,
     /// A reboot ends the machine.
     pub no_reboot: bool,
+}
+
+/// A disk with data.
+#[derive(Clone, Debug)]
+pub struct DataDisk {
+    /// Its content, raw.
+    pub file: PathBuf,
+    /// Its serial number.
+    pub serial: &'static str,
+}
+
+impl DataDisk {
+    fn arguments(&self) -> [String; 4] {
+        let serial = self.serial;
+        let drive = format!("if=none,id={serial},format=raw,file={}", self.file.display());
+        let device = format!("virtio-blk-pci,drive={serial},serial={serial}");
+        ["-drive".to_owned(), drive, "-device".to_owned(), device]
+    }
 }
 
 impl MachineOptions {
     /// A machine whose host is not hostile, and which may reboot.
     pub fn new(name: &'static str, boot: Boot, ssh: SocketAddr, user_data: UserData) -> Self {
         let (platform, host) = (Platform::default(), HostCredentials::None);
-        Self { name, boot, platform, ssh, user_data, host, no_reboot: false }
+        Self { name, boot, platform, ssh, user_data, host, disks: Vec::new(), no_reboot: false }
     }
 }
 
@@ -96,7 +117,7 @@ pub struct Machine {
     /// Its console.
     pub console: Child,
     _tpm: Option<Child>,
-    _directory: TempDir,
+    directory: TempDir,
     _permit: MachinePermit,
 }
 
@@ -108,7 +129,8 @@ impl Machine {
     pub async fn start(permit: MachinePermit, options: &MachineOptions) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("secure-comms-boot-").tempdir()?;
         let mut command = Command::new("qemu-system-x86_64");
-        let forward = format!("user,id=net,restrict=on,hostfwd=tcp:{}-:2222", options.ssh);
+        let more = options.user_data.network(directory.path(), &artifacts()?)?;
+        let forward = format!("user,id=net,restrict=on,hostfwd=tcp:{}-:2222{more}", options.ssh);
         // Without an option ROM: the network card is not booted from.
         command
             .args([
@@ -125,12 +147,14 @@ impl Machine {
             ])
             .args(["-nodefaults", "-display", "none", "-monitor", "none", "-serial", "stdio"])
             .args(["-netdev", &forward, "-device", "virtio-net-pci,netdev=net,romfile="])
-            .args(options.user_data.arguments(directory.path())?)
             .args(options.host.arguments(directory.path())?)
-            .args(boot_arguments(&options.boot, options.platform, &artifacts()?, directory.path())?);
+            // In the order in which the guest numbers them.
+            .args(boot_arguments(&options.boot, options.platform, &artifacts()?, directory.path())?)
+            .args(options.disks.iter().flat_map(DataDisk::arguments))
+            .args(options.user_data.arguments(directory.path())?);
         let tpm = match options.platform {
-            Platform::Tpm => Some(tpm::start(directory.path(), &mut command).await?),
-            Platform::Plain | Platform::SecureBoot => None,
+            Platform::Tpm | Platform::SecureBoot => Some(tpm::start(directory.path(), &mut command).await?),
+            Platform::Plain => None,
         };
         if options.no_reboot {
             command.arg("-no-reboot");
@@ -143,7 +167,7 @@ impl Machine {
             passed: false,
             console,
             _tpm: tpm,
-            _directory: directory,
+            directory,
             _permit: permit,
         })
     }
@@ -155,6 +179,18 @@ impl Machine {
     pub async fn says_after(&self, mark: usize, text: &str) -> Result<String> {
         let said = self.console.wait_from(mark, |line| line.contains(text), PATIENCE).await;
         said.with_context(|| format!("{}: waiting for {text:?} on the console", self.name))
+    }
+
+    /// Replaces what the metadata service of [`UserData::Aws`] answers.
+    ///
+    /// # Errors
+    /// If the file can't be written.
+    pub fn set_user_data(&self, text: &[u8]) -> Result<()> {
+        let file = self.directory.path().join(AWS_FILE);
+        let new = file.with_extension("new");
+        std::fs::write(&new, text)
+            .and_then(|()| std::fs::rename(&new, &file))
+            .context("writing the user data")
     }
 
     /// Waits until the machine ends; returns whether an SSH server answered before.

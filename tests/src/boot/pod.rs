@@ -23,6 +23,11 @@ const MIB: u64 = 1024 * 1024;
 const SIGKILL: i32 = 9;
 /// As the kernel truncates names.
 const AGENT_COMM: &str = "agent-protocol-";
+/// The annotation of cloud volumes, and one for a container.
+const CLOUD_VOLUMES: &str = "io.confidentialcontainers.org.cloud_volumes";
+const VOLUME: &str = r#"{"vol-0":{"mount_point":"/data","fs_type":"ext4","lun":"0","disk_id":""}}"#;
+/// A file on it.
+const KEPT: &str = "/run/cloud-volumes/vol-0/kept";
 /// The agent's program.
 pub const AGENT: &str = "agent-protocol-forwarder";
 
@@ -78,7 +83,8 @@ impl Pod {
     ///
     /// # Errors
     /// As [`Pod::start`].
-    pub async fn start_as(scene: Scene, options: MachineOptions) -> Result<Self> {
+    pub async fn start_as(mut scene: Scene, options: MachineOptions) -> Result<Self> {
+        options.user_data.announce(&mut scene)?;
         let permit = MachinePermit::take().await;
         let adaptor = scene.adaptor()?;
         let machine = Machine::start(permit, &options).await?;
@@ -162,7 +168,10 @@ impl Pod {
         ensure!(rest.net != agent.net, "api-server-rest runs in the host's network namespace");
         let mut pod = self.inspection.listeners(&rest).await?;
         pod.sort_unstable();
-        ensure!(pod == ["127.0.0.1:8006".parse()?, "127.0.0.1:9000".parse()?], "in podns: {pod:?}");
+        let mut expected = vec!["127.0.0.1:8006".parse()?, "127.0.0.1:9000".parse()?];
+        // Not in a bare VM.
+        expected.extend(pod.iter().copied().filter(|listener| listener.to_string() == "169.254.169.254:80"));
+        ensure!(pod == expected, "in podns: {pod:?}");
         Ok(())
     }
 
@@ -203,6 +212,34 @@ impl Pod {
         let ended = ended.err().context("the simulator answered a request")?.to_string();
         ensure!(!ended.contains("volume"), "the request was refused: {ended}");
         Ok(())
+    }
+
+    /// Asks for a container with a cloud volume, which the VM has as its second virtio disk. Returns what
+    /// [`Pod::keep_on_volume`] has left on it.
+    ///
+    /// # Errors
+    /// If it is not mounted.
+    pub async fn cloud_volume(&self) -> Result<Option<String>> {
+        let runtime = Runtime::new(client(endpoint(&self.adaptor, "KATAAGENT").await?).await?);
+        let mut request = container("/run/cloud-volumes/on-the-node", false);
+        let spec = request.OCI.mut_or_insert_default();
+        spec.Mounts.iter_mut().for_each(|mount| mount.destination = "/data".into());
+        spec.Annotations.insert(CLOUD_VOLUMES.into(), VOLUME.into());
+        // The simulator does not know the request and closes the connection, so the request has arrived.
+        let ended = runtime.create_container(&request).await.err().context("the simulator answered")?;
+        let mounts = self.inspection.read("/proc/self/mounts").await?;
+        let mounted = mounts.lines().find(|line| line.contains(" /run/cloud-volumes/vol-0 ext4 "));
+        let mounted = mounted.with_context(|| format!("no volume is mounted: {ended}: {mounts}"))?;
+        ensure!(mounted.starts_with("/dev/vdb "), "another disk is mounted: {mounted}");
+        Ok(self.inspection.read(KEPT).await.ok())
+    }
+
+    /// Leaves a file on the volume of [`Pod::cloud_volume`].
+    ///
+    /// # Errors
+    /// If it can't be written.
+    pub async fn keep_on_volume(&self) -> Result<()> {
+        self.inspection.run(&["sh", "-c", &format!("echo kept >{KEPT}; sync")]).await.map(drop)
     }
 
     /// Checks that the pod's namespace has the interface of its network, and a route over it.

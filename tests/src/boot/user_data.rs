@@ -5,18 +5,22 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use base64ct::{Base64, Encoding};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-/// Init-data that sets nothing.
-const INIT_DATA: &str = "version = \"0.1.0\"\nalgorithm = \"sha256\"\n\n[data]\n";
+use super::Artifacts;
+use super::cloud_config::{CloudConfig, MEASURED_OUTBOUND};
+use crate::harness::scene::Scene;
+
+/// What the metadata service answers, in the machine's directory.
+pub(super) const AWS_FILE: &str = "aws-user-data";
 
 /// Source of a machine's apf.json.
 #[derive(Clone, Debug)]
 pub enum UserData {
     /// A disk labelled `cidata`, as in clouds without a metadata service.
-    NoCloud(Value),
-    /// The same, with init-data as well.
-    NoCloudWithInitData(Value),
+    NoCloud(CloudConfig),
+    /// The metadata service of AWS; [`Machine::set_user_data`](super::Machine::set_user_data) changes what it says.
+    Aws(CloudConfig),
     /// A system credential in an SMBIOS string.
     Smbios(Value),
     /// A system credential in qemu's fw_cfg.
@@ -41,21 +45,48 @@ pub fn apf_json(keys: &Value) -> Result<Value> {
 }
 
 impl UserData {
+    /// Makes the adaptor of the scene expect the VM's init-data, and what they say.
+    ///
+    /// # Errors
+    /// If their file can't be written.
+    pub fn announce(&self, scene: &mut Scene) -> Result<()> {
+        let (Self::NoCloud(config) | Self::Aws(config)) = self else { return Ok(()) };
+        let Some(toml) = config.init_data() else { return Ok(()) };
+        let file = scene.path("init-data.toml");
+        std::fs::write(&file, toml).context("writing the init-data")?;
+        scene.init_data = Some(file);
+        scene.agent_outbounds = format!("{OUTBOUNDS},{MEASURED_OUTBOUND}");
+        Ok(())
+    }
+
+    /// What qemu's user network has beyond a forwarded port, each with a comma before it.
+    pub(super) fn network(&self, directory: &Path, artifacts: &Artifacts) -> Result<String> {
+        let Self::Aws(_) = self else { return Ok(String::new()) };
+        let simulator = artifacts.file("tree/usr/local/bin/simulator")?;
+        let file = directory.join(AWS_FILE);
+        // qemu takes only addresses of its own network, so the machine gets one of those too.
+        Ok(format!(
+            ",net=169.254.0.0/16,guestfwd=tcp:169.254.169.254:80-cmd:{} metadata --cloud aws --user-data {} --stdio yes",
+            simulator.display(),
+            file.display()
+        ))
+    }
+
     /// qemu's arguments for it; the files they need are written to `directory`.
     pub(super) fn arguments(&self, directory: &Path) -> Result<Vec<String>> {
         Ok(match self {
-            Self::NoCloud(apf) | Self::NoCloudWithInitData(apf) => {
-                let mut files = vec![json!({"path": "/run/peerpod/apf.json", "content": apf.to_string()})];
-                if matches!(self, Self::NoCloudWithInitData(_)) {
-                    files.push(json!({"path": "/run/peerpod/initdata.toml", "content": INIT_DATA}));
-                }
-                let seed = seed(&files, directory)?;
+            Self::NoCloud(config) => {
+                let seed = seed(&config.text()?, directory)?;
                 vec![
                     "-drive".to_owned(),
                     format!("if=none,id=seed,format=raw,readonly=on,file={}", seed.display()),
                     "-device".to_owned(),
                     "virtio-blk-pci,drive=seed".to_owned(),
                 ]
+            }
+            Self::Aws(config) => {
+                std::fs::write(directory.join(AWS_FILE), config.text()?).context("writing the user data")?;
+                vec!["-smbios".to_owned(), "type=1,manufacturer=Amazon EC2".to_owned()]
             }
             Self::Smbios(apf) => {
                 let apf = Base64::encode_string(apf.to_string().as_bytes());
@@ -77,9 +108,8 @@ impl UserData {
 }
 
 /// The disk of a NoCloud seed.
-fn seed(files: &[Value], directory: &Path) -> Result<std::path::PathBuf> {
-    let user_data = format!("#cloud-config\n{}\n", json!({ "write_files": files }));
-    for (name, content) in [("user-data", user_data.as_str()), ("meta-data", "instance-id: boot\n")] {
+fn seed(user_data: &str, directory: &Path) -> Result<std::path::PathBuf> {
+    for (name, content) in [("user-data", user_data), ("meta-data", "instance-id: boot\n")] {
         std::fs::write(directory.join(name), content).context("writing the seed's files")?;
     }
     let image = directory.join("seed.iso");

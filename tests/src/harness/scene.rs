@@ -50,6 +50,8 @@ pub struct Scene {
     pub agent_inbounds: String,
     /// Outbound tags that the adaptor expects of the agent.
     pub agent_outbounds: String,
+    /// The VM's init-data, which the adaptor expects.
+    pub init_data: Option<PathBuf>,
     /// Socket on which the agent expects the kata agent; by default that of `kata`.
     pub kata_socket: PathBuf,
     /// Value of the agent's `-secure-comms-user-data`.
@@ -128,6 +130,7 @@ impl Scene {
             run_dir: directory.path().to_owned(),
             agent_inbounds: format!("KUBERNETES_PHASE:NODESERVICE:{}", node_inbound.port()),
             agent_outbounds: format!("KUBERNETES_PHASE:VMSERVICE:{service}"),
+            init_data: None,
             kata_socket: directory.path().join("kata.sock"),
             user_data_mode: if options.user_data { "all" } else { "none" },
             more_outbounds: String::new(),
@@ -252,6 +255,9 @@ impl Scene {
             .arg(format!("KUBERNETES_PHASE:NODESERVICE:{service}"));
         if let Some(tag) = &self.kata_inbound {
             command.args(["--inbounds", tag]);
+        }
+        if let Some(file) = &self.init_data {
+            command.arg("--init-data").arg(file);
         }
         if self.options.user_data {
             command.arg("--no-trustee");

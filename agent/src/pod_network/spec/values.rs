@@ -15,7 +15,7 @@ pub struct Prefix {
 }
 
 impl Prefix {
-    pub(super) const EXPECTED: &str = "an address with its prefix length, such as 10.244.1.7/24";
+    pub(crate) const EXPECTED: &str = "an address with its prefix length, such as 10.244.1.7/24";
 
     /// A prefix; none if `length` is too long for the address.
     pub(crate) fn new(address: IpAddr, length: u8) -> Option<Self> {

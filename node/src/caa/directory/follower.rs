@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::scan::{Found, What};
 use super::watch::{Hint, Watch};
-use super::{PodsDirectory, files};
+use super::{Look, PodsDirectory, files};
 use crate::health::Health;
 
 /// The name of this part of the service.
@@ -114,6 +114,7 @@ impl<'a> Follower<'a> {
 
     async fn look(&mut self, what: What) {
         let all = !matches!(what, What::These(_));
+        let began = Instant::now();
         let found = self.directory.blocking(move |scanner| scanner.scan(what)).await.and_then(|found| found);
         match found {
             Ok(found) => {
@@ -134,7 +135,7 @@ impl<'a> Follower<'a> {
             }
         }
         if all {
-            self.directory.0.looked.send_replace(Some(Instant::now()));
+            self.directory.0.looked.send_replace(Some(Look { began, ended: Instant::now() }));
         }
     }
 

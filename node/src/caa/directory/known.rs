@@ -75,6 +75,12 @@ pub(super) struct Candidates {
     pub(super) left_over: Vec<PodId>,
 }
 
+impl Candidates {
+    pub(super) fn is_empty(&self) -> bool {
+        self.seen.is_empty() && self.left_over.is_empty()
+    }
+}
+
 impl Known {
     pub(super) fn new(settle: Duration) -> Self {
         Self {

@@ -287,6 +287,19 @@ async fn of_two_with_one_name_the_one_that_lives_is_found() {
 }
 
 #[tokio::test]
+async fn a_younger_sandbox_is_seen_before_a_name_is_answered() {
+    let (caa, mut world) = (Caa::new(), World::new(NEVER, false));
+    world.write(A, caa.text(NAME));
+    world.follow();
+    assert_eq!(world.find(NAME).await, Ok(id(A)));
+    // No event and no time says that it is there, and it is asked for at once.
+    world.write(B, caa.text(NAME));
+    assert!(matches!(world.find(NAME).await, Err(LookupError::Ambiguous(ids)) if ids.len() == 2));
+    let _listener = world.listen(B);
+    assert_eq!(world.find(NAME).await, Ok(id(B)));
+}
+
+#[tokio::test]
 async fn thousands_left_over_cost_neither_watches_nor_keys() {
     const MANY: usize = 5000;
     let (caa, mut world) = (Caa::new(), World::new(NEVER, true));

@@ -1,22 +1,18 @@
-//! A NoCloud seed: a disk labelled `cidata` with a file `user-data`, a cloud-config with `write_files`.
-//!
-//! The cloud-config must be JSON, which is also YAML: enough for a test VM, without a YAML parser.
+//! A NoCloud seed: a disk labelled `cidata` with a file `user-data`, a cloud-config as the image's own program reads it.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use serde::Deserialize;
 
-use super::{DIRECTORY, File, read_if_there};
+use super::{File, read_if_there};
 
 const LABEL: &str = "cidata";
 const MOUNT_POINT: &str = "/run/cidata";
-const HEADER: &str = "#cloud-config\n";
 
-/// Source of the seed, and its files for [`DIRECTORY`].
+/// Source of the seed, and its files.
 pub(super) fn find() -> Result<Option<(String, Vec<File>)>> {
     let Some((device, fs_type)) = seed()? else { return Ok(None) };
     let place = format!("NoCloud seed on {}", device.display());
@@ -68,28 +64,11 @@ fn user_data(device: &Path, fs_type: &str) -> Result<String> {
     String::from_utf8(text?.context("it has no file user-data")?).context("user-data")
 }
 
-#[derive(Deserialize)]
-struct CloudConfig {
-    #[serde(default)]
-    write_files: Vec<WriteFile>,
-}
-
-#[derive(Deserialize)]
-struct WriteFile {
-    path: String,
-    content: String,
-}
-
-/// The files for [`DIRECTORY`]; others are ignored.
+/// The files that user data may bring.
 fn parse(text: &str) -> Result<Vec<File>> {
-    let Some(json) = text.strip_prefix(HEADER) else { bail!("user-data does not begin with {HEADER:?}") };
-    let config: CloudConfig = serde_json::from_str(json).context("user-data: the cloud-config as JSON")?;
-    let ours = config.write_files.into_iter().filter_map(|file| {
-        let name = file.path.strip_prefix(DIRECTORY)?.strip_prefix('/')?;
-        let plain = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
-        plain.then(|| File { name: name.to_owned(), content: file.content.into() })
-    });
-    Ok(ours.collect())
+    let user_data = user_data::cloud_config::parse(text.as_bytes())?;
+    let files = user_data.files.into_iter();
+    Ok(files.map(|(name, content)| File { name: name.as_str().to_owned(), content }).collect())
 }
 
 #[cfg(test)]
@@ -97,19 +76,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_files_right_below_the_directory_are_taken() {
-        let text = "#cloud-config\n{\"write_files\": [{\"path\": \"/run/peerpod/apf.json\", \"content\": \"{}\"},\
-                    {\"path\": \"/etc/passwd\", \"content\": \"x\"}, {\"path\": \"/run/peerpod/../x\", \"content\": \"x\"},\
-                    {\"path\": \"/run/peerpod/\", \"content\": \"x\"}, {\"path\": \"/run/peerpodx\", \"content\": \"x\"}]}";
-        let files = parse(text).unwrap();
-        assert_eq!(files, [File { name: "apf.json".into(), content: b"{}".into() }]);
-    }
-
-    #[test]
-    fn what_is_no_cloud_config_is_refused() {
-        assert!(parse("{}").unwrap_err().to_string().contains("does not begin with"));
-        assert!(format!("{:#}", parse("#cloud-config\nwrite_files: []").unwrap_err()).contains("as JSON"));
-        assert_eq!(parse("#cloud-config\n{\"users\": []}").unwrap(), []);
+    fn only_files_of_user_data_are_taken() {
+        let item = |path: &str| format!("  - path: {path}\n    content: |\n      {{}}\n");
+        let text = ["/run/peerpod/apf.json", "/etc/passwd"].map(item).concat();
+        let files = parse(&format!("#cloud-config\n\nwrite_files:\n{text}")).unwrap();
+        assert_eq!(files, [File { name: "apf.json".into(), content: b"{}\n".into() }]);
     }
 
     #[test]

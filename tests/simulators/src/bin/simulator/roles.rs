@@ -2,28 +2,44 @@
 
 mod guest;
 mod inspector;
+mod installed;
 mod kata_agent;
+mod metadata;
 
 use std::future::Future;
 
 use anyhow::{Context, Result};
-use secure_comms_simulators::args::{Args, until_signal};
+use secure_comms_simulators::args::Args;
 use secure_comms_simulators::{bare, user_data};
 
 /// Runs a role with its arguments, until it ends or a signal ends it.
 pub(crate) type Role = fn(Vec<String>) -> Result<()>;
 
-const ROLES: [(&str, Role); 8] = [
-    ("kata-agent", |args| run(kata_agent::serve(args))),
+const ROLES: [(&str, Role); 9] = [
+    ("kata-agent", |args| {
+        if has(&args, "--config") { run(installed::kata_agent(args)) } else { run(kata_agent::serve(args)) }
+    }),
     ("cdh", |args| run(guest::cdh(args))),
-    ("confidential-data-hub", |args| run(guest::cdh(args))),
-    ("api-server-rest", |args| run(guest::api_server_rest(args))),
+    ("confidential-data-hub", |args| run(installed::confidential_data_hub(args))),
+    ("api-server-rest", |args| {
+        if has(&args, "--bind") {
+            run(installed::api_server_rest(args))
+        } else {
+            run(guest::api_server_rest(args))
+        }
+    }),
     ("process-user-data", process_user_data),
-    ("attestation-agent", |args| run(attestation_agent(args))),
+    ("attestation-agent", |args| run(installed::attestation_agent(args))),
+    ("metadata", metadata::serve),
     ("inspector", |args| run(inspector::serve(args))),
     // The kernel's name for PID 1 of an initramfs.
     ("init", |_| bare::main()),
 ];
+
+/// Whether the arguments are those of the real program.
+fn has(args: &[String], flag: &str) -> bool {
+    args.iter().any(|arg| arg == flag)
+}
 
 /// The role of this name.
 pub(crate) fn find(name: &str) -> Option<Role> {
@@ -39,15 +55,6 @@ pub(crate) fn names() -> String {
 fn run(role: impl Future<Output = Result<()>>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.context("starting the runtime")?.block_on(role)
-}
-
-/// Takes the arguments of the real program, and does nothing: here a KBS needs no evidence.
-async fn attestation_agent(args: Vec<String>) -> Result<()> {
-    let args = Args::parse(args, &["attestation_sock", "initdata-toml"])?;
-    if let Some(path) = args.get("initdata-toml") {
-        std::fs::metadata(path).with_context(|| format!("attestation-agent: --initdata-toml {path}"))?;
-    }
-    until_signal().await
 }
 
 fn process_user_data(mut args: Vec<String>) -> Result<()> {

@@ -1,0 +1,297 @@
+//! The texts of a small XML document, by their path. Not a general reader: a document type, and so every entity of its own, is refused.
+
+/// The deepest nesting.
+const DEPTH: usize = 16;
+/// The most elements.
+const ELEMENTS: usize = 4096;
+
+/// Why a document can't be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum XmlFault {
+    /// Bytes that are no UTF-8, or another encoding is declared.
+    #[error("not UTF-8")]
+    Encoding,
+    /// It ends before its first element does.
+    #[error("it ends too early")]
+    Cut,
+    /// No element, or something before the first.
+    #[error("no XML")]
+    NotXml,
+    /// A tag or a comment is malformed, or an end tag does not belong there.
+    #[error("a malformed tag")]
+    Tag,
+    /// A document type.
+    #[error("a document type, which is refused")]
+    DocType,
+    /// An entity that XML does not know by itself.
+    #[error("an unknown entity")]
+    Entity,
+    /// More or deeper elements than any answer needs.
+    #[error("too many elements, or nested too deep")]
+    TooLarge,
+}
+
+/// The text of each element, in the order in which they end, with the path of local names: `Versions/Supported/Version`. What
+/// follows the first element is not looked at.
+pub(super) fn texts(document: &[u8]) -> Result<Vec<(String, String)>, XmlFault> {
+    let document = std::str::from_utf8(document).map_err(|_| XmlFault::Encoding)?;
+    let mut reader = Reader {
+        rest: document.strip_prefix('\u{feff}').unwrap_or(document),
+        open: Vec::new(),
+        texts: Vec::new(),
+    };
+    reader.prolog()?;
+    loop {
+        reader.text()?;
+        if reader.markup()? {
+            return Ok(reader.texts);
+        }
+    }
+}
+
+struct Reader<'a> {
+    rest: &'a str,
+    /// The elements that have not ended: path, qualified name and text so far.
+    open: Vec<(String, &'a str, String)>,
+    texts: Vec<(String, String)>,
+}
+
+impl<'a> Reader<'a> {
+    fn prolog(&mut self) -> Result<(), XmlFault> {
+        self.rest = self.rest.trim_start();
+        if self.rest.starts_with("<?xml") {
+            let declaration = self.until("?>")?;
+            if let Some((_, encoding)) = declaration.split_once("encoding") {
+                let name = encoding.trim_matches(|character: char| " \t\r\n=\"'?>".contains(character));
+                let name = name.split(['"', '\'']).next().unwrap_or(name);
+                if !name.eq_ignore_ascii_case("utf-8") {
+                    return Err(XmlFault::Encoding);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes all up to and including `end`.
+    fn until(&mut self, end: &str) -> Result<&'a str, XmlFault> {
+        let at = self.rest.find(end).ok_or(XmlFault::Cut)?;
+        let (taken, rest) = self.rest.split_at_checked(at + end.len()).ok_or(XmlFault::Cut)?;
+        self.rest = rest;
+        Ok(taken)
+    }
+
+    /// Takes the text up to the next tag.
+    fn text(&mut self) -> Result<(), XmlFault> {
+        let at = self.rest.find('<').unwrap_or(self.rest.len());
+        let (text, rest) = self.rest.split_at_checked(at).unwrap_or((self.rest, ""));
+        self.rest = rest;
+        match self.open.last_mut() {
+            None if text.trim().is_empty() => {}
+            None => return Err(XmlFault::NotXml),
+            Some((_, _, own)) => unescape(text, own)?,
+        }
+        match (rest.is_empty(), self.open.is_empty()) {
+            (false, _) => Ok(()),
+            (true, true) => Err(XmlFault::NotXml),
+            (true, false) => Err(XmlFault::Cut),
+        }
+    }
+
+    /// Takes a tag, a comment and the like; true after the end of the first element.
+    fn markup(&mut self) -> Result<bool, XmlFault> {
+        if self.rest.starts_with("<!--") {
+            self.until("-->")?;
+        } else if self.rest.starts_with("<![CDATA[") {
+            let data = self.until("]]>")?;
+            let (_, _, own) = self.open.last_mut().ok_or(XmlFault::NotXml)?;
+            own.push_str(data.trim_start_matches("<![CDATA[").trim_end_matches("]]>"));
+        } else if self.rest.starts_with("<?") {
+            self.until("?>")?;
+        } else if self.rest.starts_with("<!") {
+            return Err(XmlFault::DocType);
+        } else if self.rest.starts_with("</") {
+            let tag = self.until(">")?;
+            let name = tag.trim_start_matches("</").trim_end_matches('>').trim_end();
+            return self.end(name);
+        } else {
+            return self.start();
+        }
+        Ok(false)
+    }
+
+    fn start(&mut self) -> Result<bool, XmlFault> {
+        let tag = self.start_tag()?;
+        let (inner, is_empty) = match tag.strip_suffix('/') {
+            Some(inner) => (inner, true),
+            None => (tag, false),
+        };
+        let name = inner.split_ascii_whitespace().next().filter(|_| !inner.starts_with(char::is_whitespace));
+        let name = name.filter(|name| is_name(name)).ok_or(XmlFault::Tag)?;
+        if self.open.len() >= DEPTH || self.texts.len() >= ELEMENTS {
+            return Err(XmlFault::TooLarge);
+        }
+        let local = name.rsplit(':').next().unwrap_or(name);
+        let path = match self.open.last() {
+            Some((parent, ..)) => format!("{parent}/{local}"),
+            None => local.to_owned(),
+        };
+        self.open.push((path, name, String::new()));
+        if is_empty { self.end(name) } else { Ok(false) }
+    }
+
+    /// What is between `<` and `>`; a `>` in quotes belongs to it.
+    fn start_tag(&mut self) -> Result<&'a str, XmlFault> {
+        let mut quote = None;
+        for (at, character) in self.rest.char_indices().skip(1) {
+            match (quote, character) {
+                (None, '"' | '\'') => quote = Some(character),
+                (Some(open), _) if open == character => quote = None,
+                (None, '<') => return Err(XmlFault::Tag),
+                (None, '>') => {
+                    let tag = self.rest.get(1..at).ok_or(XmlFault::Tag)?;
+                    self.rest = self.rest.get(at + 1..).ok_or(XmlFault::Tag)?;
+                    return Ok(tag);
+                }
+                _ => {}
+            }
+        }
+        Err(XmlFault::Cut)
+    }
+
+    fn end(&mut self, name: &str) -> Result<bool, XmlFault> {
+        let (path, opened, text) = self.open.pop().ok_or(XmlFault::Tag)?;
+        if name != opened {
+            return Err(XmlFault::Tag);
+        }
+        self.texts.push((path, text));
+        Ok(self.open.is_empty())
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    name.chars().all(|character| character.is_alphanumeric() || "_-.:".contains(character))
+}
+
+/// Appends a text with its references resolved.
+fn unescape(text: &str, to: &mut String) -> Result<(), XmlFault> {
+    let mut parts = text.split('&');
+    to.push_str(parts.next().unwrap_or_default());
+    for part in parts {
+        let (entity, rest) = part.split_once(';').ok_or(XmlFault::Entity)?;
+        to.push(match entity {
+            "amp" => '&',
+            "lt" => '<',
+            "gt" => '>',
+            "quot" => '"',
+            "apos" => '\'',
+            _ => number(entity).ok_or(XmlFault::Entity)?,
+        });
+        to.push_str(rest);
+    }
+    Ok(())
+}
+
+fn number(entity: &str) -> Option<char> {
+    let number = entity.strip_prefix('#')?;
+    let (digits, radix) = match number.strip_prefix('x') {
+        Some(digits) => (digits, 16),
+        None => (number, 10),
+    };
+    // from_str_radix takes a sign.
+    let code = digits
+        .starts_with(|digit: char| digit.is_digit(radix))
+        .then(|| u32::from_str_radix(digits, radix).ok())??;
+    char::from_u32(code).filter(|character| *character >= ' ' || "\t\n\r".contains(*character))
+}
+
+/// A text as it stands in an element. Line breaks and tabs as references: so they stay what they are.
+pub(super) fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '"' => escaped.push_str("&#34;"),
+            '\'' => escaped.push_str("&#39;"),
+            '\t' => escaped.push_str("&#x9;"),
+            '\n' => escaped.push_str("&#xA;"),
+            '\r' => escaped.push_str("&#xD;"),
+            _ => escaped.push(character),
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn found(document: &str) -> Result<Vec<(String, String)>, XmlFault> {
+        texts(document.as_bytes())
+    }
+
+    fn pair(path: &str, text: &str) -> (String, String) {
+        (path.to_owned(), text.to_owned())
+    }
+
+    #[test]
+    fn texts_are_found_by_their_path() {
+        let document = "\u{feff}<?xml version='1.0' encoding='UTF-8'?>\n<!-- a > b -->\n<a:V xmlns:a=\"x>y\" b='<'>\
+            <S><V>1 &amp; &#x41;&#66;</V ><V/><V><![CDATA[<&]]></V></S><?pi?></a:V>trash & <";
+        let expected =
+            [pair("V/S/V", "1 & AB"), pair("V/S/V", ""), pair("V/S/V", "<&"), pair("V/S", ""), pair("V", "")];
+        assert_eq!(found(document).unwrap(), expected);
+    }
+
+    #[test]
+    fn what_is_no_xml_is_refused_by_class() {
+        for (document, fault) in [
+            ("", XmlFault::NotXml),
+            ("hello", XmlFault::NotXml),
+            ("hello<a/>", XmlFault::NotXml),
+            ("<a>", XmlFault::Cut),
+            ("<a><b></b>", XmlFault::Cut),
+            ("<a", XmlFault::Cut),
+            ("<!-- ", XmlFault::Cut),
+            ("<a></b>", XmlFault::Tag),
+            ("</a>", XmlFault::Tag),
+            ("< a></a>", XmlFault::Tag),
+            ("<a<b></a>", XmlFault::Tag),
+            ("<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>", XmlFault::DocType),
+            ("<a>&b;</a>", XmlFault::Entity),
+            ("<a>&amp</a>", XmlFault::Entity),
+            ("<a>&#x0;</a>", XmlFault::Entity),
+            ("<a>&#+65;</a>", XmlFault::Entity),
+            ("<a>&#x110000;</a>", XmlFault::Entity),
+            ("<?xml version=\"1.0\" encoding=\"utf-16\"?><a/>", XmlFault::Encoding),
+        ] {
+            assert_eq!(found(document), Err(fault), "{document}");
+        }
+        assert_eq!(texts(b"<a>\xff</a>"), Err(XmlFault::Encoding));
+    }
+
+    #[test]
+    fn elements_are_bounded() {
+        assert_eq!(found(&"<a>".repeat(100_000)), Err(XmlFault::TooLarge));
+        assert_eq!(found(&format!("<a>{}</a>", "<b/>".repeat(ELEMENTS + 1))), Err(XmlFault::TooLarge));
+    }
+
+    proptest! {
+        #[test]
+        fn an_escaped_text_is_read_as_it_was(text in "[ -~\t\r\né<>&\"']{0,40}") {
+            let document = format!("<a>{}</a>", escape(&text));
+            prop_assert_eq!(found(&document).unwrap(), [pair("a", &text)]);
+        }
+
+        #[test]
+        fn no_bytes_are_a_panic(bytes in proptest::collection::vec(prop_oneof![
+            Just(b'<'), Just(b'>'), Just(b'/'), Just(b'&'), Just(b';'), Just(b'!'), Just(b'-'), Just(b'"'), any::<u8>()
+        ], 0..60)) {
+            // Only that it returns counts.
+            prop_assert!(texts(&bytes).map_or(true, |texts| !texts.is_empty()));
+        }
+    }
+}

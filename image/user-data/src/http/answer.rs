@@ -1,0 +1,327 @@
+//! Reads an answer: its head, and a body whose end is known by a length, by chunks or by the end of the connection.
+
+use super::HttpError;
+use super::connection::Source;
+
+/// Limit of a body in bytes: what the most generous cloud stores (GCP).
+pub const BODY_LIMIT: usize = 256 * 1024;
+/// Limit of the bytes before the body, those of interim answers included.
+const HEAD_LIMIT: usize = 16 * 1024;
+/// Limit of headers.
+const HEADERS_LIMIT: usize = 64;
+/// Limit of what a chunked body may need more than its content: sizes, extensions, trailers.
+const CHUNK_OVERHEAD_LIMIT: usize = 64 * 1024;
+
+/// What a service answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// 200 to 299, or 400 and above.
+    pub status: u16,
+    /// Empty if the status is neither 200 nor 201.
+    pub body: Vec<u8>,
+}
+
+/// Reads one answer.
+///
+/// # Errors
+/// As [`super::request`], except those of connecting.
+pub fn read_answer(source: &mut impl Source) -> Result<Answer, HttpError> {
+    let mut input = Input { source, bytes: Vec::new(), at: 0 };
+    let head = final_head(&mut input)?;
+    match head.status {
+        300..=399 => return Err(HttpError::Redirect(head.status)),
+        200 | 201 => {}
+        _ => return Ok(Answer { status: head.status, body: Vec::new() }),
+    }
+    if head.encoded {
+        return Err(HttpError::ContentEncoding);
+    }
+    let body = match head.end {
+        End::Length(length) => by_length(&mut input, length)?,
+        End::Chunks => by_chunks(&mut input)?,
+        End::Connection => until_closed(&mut input)?,
+    };
+    Ok(Answer { status: head.status, body })
+}
+
+/// What came, and how much of it was looked at.
+struct Input<'a, S> {
+    source: &'a mut S,
+    bytes: Vec<u8>,
+    at: usize,
+}
+
+impl<S: Source> Input<'_, S> {
+    fn rest(&self) -> &[u8] {
+        self.bytes.get(self.at..).unwrap_or_default()
+    }
+
+    /// Waits for more; false at the end of the connection.
+    fn more(&mut self) -> Result<bool, HttpError> {
+        let mut buffer = [0; 4096];
+        let length = self.source.receive(&mut buffer)?;
+        self.bytes.extend_from_slice(buffer.get(..length).unwrap_or_default());
+        Ok(length > 0)
+    }
+}
+
+/// How the end of a body is known.
+enum End {
+    Length(usize),
+    Chunks,
+    Connection,
+}
+
+struct Head {
+    status: u16,
+    encoded: bool,
+    end: End,
+}
+
+/// The head of the answer itself; interim ones (100 and the like) are skipped.
+fn final_head(input: &mut Input<'_, impl Source>) -> Result<Head, HttpError> {
+    loop {
+        let parsed = parse_head(input.rest())?;
+        match parsed {
+            Some((head, length)) => {
+                input.at += length;
+                match head.status {
+                    101 => return Err(HttpError::Refused("a switch of protocols")),
+                    100..=199 => {}
+                    200..=999 => return Ok(head),
+                    _ => return Err(HttpError::Refused("the status")),
+                }
+            }
+            None if input.bytes.len() > HEAD_LIMIT => {
+                return Err(HttpError::TooLong { what: "head of the answer", limit: HEAD_LIMIT });
+            }
+            None if !input.more()? => return Err(HttpError::Cut("before the answer's head was complete")),
+            None => {}
+        }
+    }
+}
+
+/// The head that `bytes` begin with, and its length; `None` if it is not complete.
+fn parse_head(bytes: &[u8]) -> Result<Option<(Head, usize)>, HttpError> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_LIMIT];
+    let mut response = httparse::Response::new(&mut headers);
+    let httparse::Status::Complete(length) = response.parse(bytes).map_err(HttpError::Malformed)? else {
+        return Ok(None);
+    };
+    let mut head = Head { status: response.code.unwrap_or_default(), encoded: false, end: End::Connection };
+    for header in response.headers.iter() {
+        if header.name.eq_ignore_ascii_case("Content-Encoding") {
+            head.encoded |= !header.value.trim_ascii().eq_ignore_ascii_case(b"identity");
+        } else if header.name.eq_ignore_ascii_case("Content-Length") {
+            let length = decimal(header.value).ok_or(HttpError::Refused("the value of Content-Length"))?;
+            head.end = only_one(&head.end, End::Length(length))?;
+        } else if header.name.eq_ignore_ascii_case("Transfer-Encoding") {
+            if !header.value.trim_ascii().eq_ignore_ascii_case(b"chunked") {
+                return Err(HttpError::Refused("a Transfer-Encoding other than chunked"));
+            }
+            head.end = only_one(&head.end, End::Chunks)?;
+        }
+    }
+    Ok(Some((head, length)))
+}
+
+/// Two statements about the end would let two readers see different bodies.
+fn only_one(before: &End, end: End) -> Result<End, HttpError> {
+    match before {
+        End::Connection => Ok(end),
+        End::Length(_) | End::Chunks => Err(HttpError::Refused("a second statement of the body's length")),
+    }
+}
+
+fn decimal(value: &[u8]) -> Option<usize> {
+    let value = std::str::from_utf8(value.trim_ascii()).ok()?;
+    if value.bytes().all(|byte| byte.is_ascii_digit()) { value.parse().ok() } else { None }
+}
+
+const TOO_LONG: HttpError = HttpError::TooLong { what: "body", limit: BODY_LIMIT };
+
+fn by_length(input: &mut Input<'_, impl Source>, length: usize) -> Result<Vec<u8>, HttpError> {
+    if length > BODY_LIMIT {
+        return Err(TOO_LONG);
+    }
+    loop {
+        if let Some(body) = input.rest().get(..length) {
+            return Ok(body.to_vec());
+        }
+        if !input.more()? {
+            return Err(HttpError::Cut("before the body had its Content-Length"));
+        }
+    }
+}
+
+fn until_closed(input: &mut Input<'_, impl Source>) -> Result<Vec<u8>, HttpError> {
+    loop {
+        if input.rest().len() > BODY_LIMIT {
+            return Err(TOO_LONG);
+        }
+        if !input.more()? {
+            return Ok(input.rest().to_vec());
+        }
+    }
+}
+
+/// The end of the body is its last chunk, of size 0; trailers are not waited for.
+fn by_chunks(input: &mut Input<'_, impl Source>) -> Result<Vec<u8>, HttpError> {
+    let (mut body, start) = (Vec::new(), input.at);
+    loop {
+        if input.at - start > body.len() + CHUNK_OVERHEAD_LIMIT
+            || input.rest().len() > BODY_LIMIT + CHUNK_OVERHEAD_LIMIT
+        {
+            return Err(HttpError::TooLong {
+                what: "framing of the chunked body",
+                limit: CHUNK_OVERHEAD_LIMIT,
+            });
+        }
+        let parsed = httparse::parse_chunk_size(input.rest());
+        let size = match parsed.map_err(|_| HttpError::Refused("a chunk's size"))? {
+            httparse::Status::Partial => {
+                chunk_needs_more(input)?;
+                continue;
+            }
+            httparse::Status::Complete((length, size)) => {
+                input.at += length;
+                size
+            }
+        };
+        if size == 0 {
+            return Ok(body);
+        }
+        let size = usize::try_from(size)
+            .ok()
+            .filter(|size| body.len().saturating_add(*size) <= BODY_LIMIT)
+            .ok_or(TOO_LONG)?;
+        loop {
+            if let Some(chunk) = input.rest().get(..size + 2) {
+                let (content, end) = chunk.split_at(size);
+                if end != b"\r\n" {
+                    return Err(HttpError::Refused("a chunk without its end"));
+                }
+                body.extend_from_slice(content);
+                break;
+            }
+            chunk_needs_more(input)?;
+        }
+        input.at += size + 2;
+    }
+}
+
+fn chunk_needs_more(input: &mut Input<'_, impl Source>) -> Result<(), HttpError> {
+    if input.more()? { Ok(()) } else { Err(HttpError::Cut("before the last chunk of the body")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(mut bytes: &[u8]) -> Result<Answer, HttpError> {
+        read_answer(&mut bytes)
+    }
+
+    fn body(bytes: &[u8]) -> Vec<u8> {
+        read(bytes).unwrap().body
+    }
+
+    fn error(bytes: &[u8]) -> String {
+        read(bytes).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_body_ends_by_length_chunks_or_connection() {
+        assert_eq!(body(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcdef"), b"abc");
+        assert_eq!(body(b"HTTP/1.0 200 OK\r\n\r\nabcdef"), b"abcdef");
+        let chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: Chunked\r\n\r\n3;x=y\r\nabc\r\n02\r\nde\r\n0\r\nX-Trailer: z\r\n\r\n";
+        assert_eq!(body(chunked), b"abcde");
+    }
+
+    #[test]
+    fn a_body_cut_short_is_an_error() {
+        assert!(error(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nabc").contains("Content-Length"));
+        for cut in ["3", "3\r\n", "3\r\nab", "3\r\nabc", "3\r\nabc\r\n", "3\r\nabc\r\n0"] {
+            let answer = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{cut}");
+            assert!(error(answer.as_bytes()).contains("last chunk"), "{cut:?}");
+        }
+        assert!(error(b"HTTP/1.1 200 OK\r\nConte").contains("head"));
+        assert!(error(b"").contains("head"));
+    }
+
+    #[test]
+    fn interim_answers_are_skipped() {
+        assert_eq!(body(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na"), b"a");
+        let endless = b"HTTP/1.1 100 Continue\r\n\r\n".repeat(1000);
+        assert!(read(&endless).is_err());
+    }
+
+    #[test]
+    fn a_redirect_is_an_error_that_says_so() {
+        let redirect = b"HTTP/1.1 302 Found\r\nLocation: http://10.0.0.1/\r\n\r\n";
+        assert_eq!(error(redirect), "a redirect (status 302), which is not followed");
+    }
+
+    #[test]
+    fn a_failed_status_does_not_wait_for_its_body() {
+        let answer = read(b"HTTP/1.1 404 Not Found\r\nContent-Length: 1000\r\n\r\n").unwrap();
+        assert_eq!(answer, Answer { status: 404, body: vec![] });
+    }
+
+    #[test]
+    fn doubtful_framing_is_refused() {
+        for headers in [
+            "Content-Length: 3\r\nContent-Length: 3",
+            "Content-Length: 3\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: gzip, chunked",
+            "Content-Length: +3",
+            "Content-Length: -3",
+            "Content-Length: 3, 3",
+            "Content-Length:",
+            "Content-Length: 99999999999999999999999",
+        ] {
+            let answer = format!("HTTP/1.1 200 OK\r\n{headers}\r\n\r\nabc");
+            assert!(error(answer.as_bytes()).ends_with(" is refused"), "{headers}");
+        }
+        for chunks in ["x\r\nabc\r\n0\r\n\r\n", "3\r\nabcXX0\r\n\r\n", "fffffffffffffffffff\r\n"] {
+            let answer = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}");
+            assert!(error(answer.as_bytes()).ends_with(" is refused"), "{chunks}");
+        }
+    }
+
+    #[test]
+    fn a_content_encoding_is_refused_by_name() {
+        let gzip = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\na";
+        assert!(error(gzip).contains("content encoding"));
+        assert_eq!(
+            body(b"HTTP/1.1 200 OK\r\nContent-Encoding: identity\r\nContent-Length: 1\r\n\r\na"),
+            b"a"
+        );
+    }
+
+    #[test]
+    fn every_part_has_a_limit() {
+        let long = BODY_LIMIT + 1;
+        let by_length = format!("HTTP/1.1 200 OK\r\nContent-Length: {long}\r\n\r\n");
+        let closed = ["HTTP/1.1 200 OK\r\n\r\n", &"a".repeat(long)].concat();
+        let chunk = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{long:x}\r\n");
+        let chunks =
+            ["HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", &"1\r\na\r\n".repeat(long)].concat();
+        let head = ["HTTP/1.1 200 OK\r\nX: ", &"a".repeat(long)].concat();
+        let extension =
+            ["HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;", &"a".repeat(3 * long)].concat();
+        for answer in [by_length, closed, chunk, chunks, head, extension] {
+            let error = read(answer.as_bytes()).unwrap_err();
+            assert!(matches!(error, HttpError::TooLong { .. } | HttpError::Refused(_)), "{error}");
+        }
+        let headers = ["HTTP/1.1 200 OK\r\n", &"X: y\r\n".repeat(HEADERS_LIMIT + 1), "\r\n"].concat();
+        assert!(matches!(
+            read(headers.as_bytes()).unwrap_err(),
+            HttpError::Malformed(httparse::Error::TooManyHeaders)
+        ));
+        let whole =
+            format!("HTTP/1.1 200 OK\r\nContent-Length: {BODY_LIMIT}\r\n\r\n{}", "a".repeat(BODY_LIMIT));
+        assert_eq!(body(whole.as_bytes()).len(), BODY_LIMIT);
+    }
+}

@@ -1,0 +1,101 @@
+//! Mounts and unmounts.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::{Gid, fchown};
+
+use crate::volume::FileSystem;
+
+/// Mode of a volume with a group: the group may write, and what is made there has the group.
+const GROUP_MODE: u32 = 0o2775;
+
+/// How long a mount in use is waited for.
+#[derive(Clone, Copy, Debug)]
+pub struct BusyLimit {
+    /// Number of attempts.
+    pub attempts: u32,
+    /// Pause between them.
+    pub pause: Duration,
+}
+
+/// How an unmount ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unmounted {
+    /// The file system is closed, or has other mounts.
+    Fully,
+    /// It was in use: it is out of sight, and closed once its last user ends.
+    Lazily,
+}
+
+/// Makes the directory for a mount, and its parent, both for root only.
+///
+/// # Errors
+/// One of them can't be made, or is no directory.
+pub fn make_directory(at: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(at)
+}
+
+/// Mounts the file system of a disk.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn attach(node: &Path, fs: FileSystem, at: &Path, read_only: bool) -> io::Result<()> {
+    let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    flags.set(MsFlags::MS_RDONLY, read_only);
+    // The superblock, which is the disk's word, could ask for a panic of the kernel at an error.
+    let options = match fs {
+        FileSystem::Ext4 | FileSystem::Ext3 => Some("errors=remount-ro"),
+        FileSystem::Xfs => None,
+    };
+    mount(Some(node), at, Some(fs.name()), flags, options).map_err(io::Error::from)
+}
+
+/// Sets the flags of [`attach`] on a mount that another program made.
+///
+/// # Errors
+/// Nothing is mounted there, or the kernel refuses.
+pub fn restrict(at: &Path, read_only: bool) -> io::Result<()> {
+    let mut flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    flags.set(MsFlags::MS_RDONLY, read_only);
+    mount(None::<&Path>, at, None::<&str>, flags, None::<&str>).map_err(io::Error::from)
+}
+
+/// Gives the root directory of the mounted file system to the group.
+///
+/// # Errors
+/// The file system refuses.
+pub fn give_to_group(at: &Path, group: Gid) -> io::Result<()> {
+    let root = open_directory(at)?;
+    fchown(&root, None, Some(group))?;
+    // After the change of the owner, which clears the set-group-id bit.
+    fchmod(&root, Mode::from_bits_truncate(GROUP_MODE)).map_err(io::Error::from)
+}
+
+fn open_directory(at: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(at)
+}
+
+/// Unmounts; if it stays in use, detaches the mount.
+///
+/// # Errors
+/// Nothing is mounted there, or the kernel refuses.
+pub fn detach(at: &Path, limit: BusyLimit) -> io::Result<Unmounted> {
+    for attempt in 1..=limit.attempts {
+        match umount2(at, MntFlags::UMOUNT_NOFOLLOW) {
+            Err(Errno::EBUSY) if attempt < limit.attempts => sleep(limit.pause),
+            Err(Errno::EBUSY) => {}
+            result => return result.map(|()| Unmounted::Fully).map_err(io::Error::from),
+        }
+    }
+    umount2(at, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH)?;
+    Ok(Unmounted::Lazily)
+}

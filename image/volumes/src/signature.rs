@@ -1,0 +1,129 @@
+//! What is on a disk, by `blkid` of util-linux: a disk that has anything is never formatted.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::Duration;
+
+use nix::libc;
+use nix::sys::stat::{major, minor};
+
+use crate::block::Device;
+use crate::mountinfo::DeviceNumber;
+use crate::program::{self, ProgramError};
+use crate::text::one_line;
+
+/// Limit for a look at a disk.
+const LIMIT: Duration = Duration::from_secs(30);
+/// Exit status of `blkid -p` that says: nothing was found.
+const NOTHING: i32 = 2;
+/// Exit status of `blkid -p` that says: several were found.
+const SEVERAL: i32 = 8;
+/// How much of each end of a disk must be readable, in bytes, before "nothing was found" is believed.
+const ENDS: u64 = 64 * 1024;
+
+/// What is on a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Signature {
+    /// Surely nothing that `blkid` knows.
+    Nothing,
+    /// A file system or the like, by the name that `blkid` has for it: `ext4`, `crypto_LUKS`.
+    Of(String),
+    /// A partition table.
+    PartitionTable,
+}
+
+/// It is not sure what is on the disk.
+#[derive(Debug, thiserror::Error)]
+pub enum Unsure {
+    /// `blkid` did not say.
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    /// There are signatures of several.
+    #[error("it has the signatures of several file systems: wipefs(8) removes the wrong ones")]
+    Several,
+    /// An end of the disk can't be read.
+    #[error("reading it")]
+    Read(#[source] io::Error),
+}
+
+/// Opens a disk for reading, once it is certain that nothing uses it: the kernel refuses a second exclusive user, be it a
+/// mount or a mapping. While the file is open, its device number stays this disk's.
+///
+/// # Errors
+/// It is in use (EBUSY), is another device by now, or may not be opened.
+pub fn open_unused(device: &Device) -> io::Result<File> {
+    let open = |flags| {
+        let flags = flags | libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        OpenOptions::new().read(true).custom_flags(flags).open(&device.node)
+    };
+    let file = open(0)?;
+    let metadata = file.metadata()?;
+    let number = DeviceNumber { major: major(metadata.rdev()), minor: minor(metadata.rdev()) };
+    if !metadata.file_type().is_block_device() || number != device.number {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "another device by now"));
+    }
+    // Closed again: a mount needs to be the exclusive user itself.
+    drop(open(libc::O_EXCL)?);
+    Ok(file)
+}
+
+/// Looks at a disk once.
+///
+/// # Errors
+/// It is not sure what is there.
+pub fn look(node: &Path, disk: &mut File) -> Result<Signature, Unsure> {
+    let blkid = program::find("blkid")?;
+    let node = node.to_string_lossy();
+    let output = program::run(&blkid, &["-p", "-o", "export", &node], LIMIT)?;
+    let failed = |said: &[u8]| {
+        let said = one_line(&String::from_utf8_lossy(said));
+        Unsure::Program(ProgramError::Failed { path: blkid.clone(), status: output.status, said })
+    };
+    match output.status.code() {
+        Some(0) => named(&String::from_utf8_lossy(&output.stdout)).ok_or_else(|| failed(&output.stdout)),
+        // It says so too if it can't read the disk.
+        Some(NOTHING) if output.stderr.is_empty() => {
+            read_ends(disk).map_err(Unsure::Read)?;
+            Ok(Signature::Nothing)
+        }
+        Some(SEVERAL) => Err(Unsure::Several),
+        _ => Err(failed(&output.stderr)),
+    }
+}
+
+fn named(export: &str) -> Option<Signature> {
+    let value = |key: &str| export.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+    if let Some(kind) = value("TYPE") {
+        return Some(Signature::Of(one_line(kind)));
+    }
+    value("PTTYPE").map(|_| Signature::PartitionTable)
+}
+
+fn read_ends(disk: &mut File) -> io::Result<()> {
+    let size = disk.seek(SeekFrom::End(0))?;
+    for start in [0, size.saturating_sub(ENDS)] {
+        disk.seek(SeekFrom::Start(start))?;
+        let wanted = ENDS.min(size);
+        let read = io::copy(&mut disk.by_ref().take(wanted), &mut io::sink())?;
+        if read < wanted {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_type_counts_before_the_partition_table() {
+        let of = |text: &str| named(text);
+        assert_eq!(of("DEVNAME=/dev/x\nTYPE=ext4\n"), Some(Signature::Of("ext4".into())));
+        assert_eq!(of("DEVNAME=/dev/x\nPTUUID=1\nPTTYPE=gpt\n"), Some(Signature::PartitionTable));
+        assert_eq!(of("DEVNAME=/dev/x\nTYPE=iso9660\nPTTYPE=dos\n"), Some(Signature::Of("iso9660".into())));
+        assert_eq!(of("DEVNAME=/dev/x\nLABEL=TYPE=ext4\nMINIMUM_IO_SIZE=512\n"), None);
+    }
+}
