@@ -222,12 +222,8 @@ fn place(container: &mut Container, volumes: &[CloudVolume]) {
 
 /// Of several entries with one key the last one applies.
 fn annotation<'a>(container: &'a Container, key: &str) -> &'a [u8] {
-    let entries = container.oci.iter().flat_map(|oci| &oci.annotations);
-    entries
-        .filter(|entry| entry.key == key.as_bytes())
-        .next_back()
-        .map(|entry| &*entry.value)
-        .unwrap_or_default()
+    let mut entries = container.oci.iter().flat_map(|oci| &oci.annotations);
+    entries.rfind(|entry| entry.key == key.as_bytes()).map(|entry| &*entry.value).unwrap_or_default()
 }
 
 /// Sources of bind mounts, and the ones that are annotated as volumes.
