@@ -193,8 +193,10 @@ async fn restarts_keep_the_pod(pod: &Pod) -> Result<()> {
 /// The metadata service answers containers in podns as it answers the VM, and nothing else of the VM's network does.
 async fn containers_reach_the_metadata_service(pod: &Pod) -> Result<()> {
     let ask = |port: u16| {
-        let request = r"PUT /latest/api/token HTTP/1.1\r\nHost: 169.254.169.254\r\nConnection: close\r\n\
-            X-Aws-Ec2-Metadata-Token-Ttl-Seconds: 60\r\nContent-Length: 0\r\n\r\n";
+        let head = ["PUT /latest/api/token HTTP/1.1", "Host: 169.254.169.254", "Connection: close"];
+        let more = ["X-Aws-Ec2-Metadata-Token-Ttl-Seconds: 60", "Content-Length: 0", "", ""];
+        // Escapes of printf.
+        let request = [&head[..], &more].concat().join("\\r\\n");
         format!("exec 3<>/dev/tcp/169.254.169.254/{port} && printf '{request}' >&3 && cat <&3")
     };
     let in_pod = |script: String| async move {

@@ -119,6 +119,7 @@ impl PodvmVolumes {
         let mut asked = pin!(self.ask(&request));
         let answer = loop {
             tokio::select! {
+                biased;
                 answer = &mut asked => break answer?,
                 () = sleep_until(end) => return Err(VolumesFault::Late(reminder.waited())),
                 () = reminder.due() => log::log!(

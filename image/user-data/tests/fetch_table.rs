@@ -1,7 +1,7 @@
 //! The conformance table of fetching: what the original `process-user-data` did on 182 machines and metadata services, and what ours
 //! does.
 //!
-//! tests/data/README.md says where it comes from and what a verdict means. Time is simulated: pauses take none, the limits of a
+//! tests/data/README.md says where it comes from and what a verdict means. Needs root. Time is simulated: pauses take none, the limits of a
 //! row with a slow service are scaled down, and that service goes on when the client has given up.
 #![allow(
     clippy::unwrap_used,
@@ -15,12 +15,14 @@ use std::cell::RefCell;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use base64ct::{Base64, Encoding};
 use metadata::{Request, Script, Server, Step, answer};
+use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 use user_data::cloud::{self, Cloud, Places};
 use user_data::cloud_config;
@@ -229,6 +231,13 @@ enum Ours {
     Failed(String),
 }
 
+/// Gives the thread, and those that it starts, a network of its own with nothing but the loopback interface. Needs root.
+fn isolate() {
+    unshare(CloneFlags::CLONE_NEWNET).expect("this test needs root");
+    let status = Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
+    assert!(status.success());
+}
+
 /// The facts of the machine below `root`.
 fn machine(root: &Path, setup: &Setup) -> Places {
     let places = Places { no_cloud: root.join("user-data"), dmi: root.join("dmi") };
@@ -256,7 +265,7 @@ fn run(setup: &Setup, number: u8) -> (Ours, Vec<Request>) {
     let root = tempfile::tempdir().unwrap();
     let places = machine(root.path(), setup);
     let Some(cloud) = cloud::detect(&places).unwrap() else { return (Ours::NoCloud, vec![]) };
-    // An address for each row: no other may listen there.
+    // An address for each row: nothing of an earlier one listens there.
     let own = SocketAddr::from((Ipv4Addr::new(127, 182, number, 1), 8182));
     let listen = |script: &Script| Server::start(TcpListener::bind(own).unwrap(), script.clone()).unwrap();
     let server = RefCell::new(match &setup.network {
@@ -419,6 +428,7 @@ fn each_row_has_its_verdict() {
     // Most rows wait for a limit.
     let verdicts: Vec<String> = std::thread::scope(|scope| {
         let part = |rows: &[(usize, &str)]| {
+            isolate();
             rows.iter().map(|(number, line)| judged(*number, line)).collect::<Vec<_>>()
         };
         let parts: Vec<_> = rows.chunks(12).map(|rows| scope.spawn(move || part(rows))).collect();
@@ -433,6 +443,7 @@ fn each_row_has_its_verdict() {
 
 #[test]
 fn a_stalled_answer_is_asked_for_again() {
+    isolate();
     let tries = AtomicUsize::new(0);
     let script: Script = Arc::new(move |_, _| match tries.fetch_add(1, Ordering::Relaxed) {
         0 => vec![Step::Stall],

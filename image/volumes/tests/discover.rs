@@ -53,8 +53,13 @@ fn azure_disks_are_found_by_path_but_not_on_host_0() {
     assert_eq!(found(&tree, 0, ""), Err("/dev/sdb is on SCSI host 0".into()));
     tree.link("disk/by-path/acpi-VMBUS:00-vmbus-f8b3781b1e824818a1c363d806ec15bb-lun-0", "sdc");
     assert_eq!(found(&tree, 0, ""), Ok("sdc".into()));
-    // A LUN that only ends alike.
+    // LUNs that only end alike.
     assert_eq!(found(&tree, 10, ""), Err(String::new()));
+    let tree = Tree::new();
+    tree.attribute("class/dmi/id/chassis_asset_tag", AZURE_TAG).scsi("sdc", 32, "1:0:0:8");
+    tree.link("disk/by-path/acpi-VMBUS:00-vmbus-f8b3781b1e824818a1c363d806ec15bb-lun-10", "sdc");
+    assert_eq!(found(&tree, 0, ""), Err(String::new()));
+    assert_eq!(found(&tree, 10, ""), Ok("sdc".into()));
 }
 
 #[test]

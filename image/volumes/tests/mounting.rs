@@ -345,9 +345,12 @@ fn a_disk_in_use_elsewhere_is_refused() {
                 mounted.wait();
             });
             mounted.wait();
-            let (kind, text) =
-                failure(&volumes_of(&tree, settings(), Fake::default()), &[volume("vol-0", 0)]);
+            let volumes = volumes_of(&tree, settings(), Fake::default());
+            let result = volumes.mount(&[volume("vol-0", 0)], &Script::uneventful());
+            // Before anything can fail here, as the other thread waits for it.
             mounted.wait();
+            let failure = result.unwrap_err().to_failure();
+            let (kind, text) = (failure.kind, failure.message);
             assert_eq!(kind, FailureKind::Refused);
             assert!(text.contains("opening") && text.contains("busy"), "{text}");
         });

@@ -11,7 +11,7 @@ mod support;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -19,6 +19,7 @@ use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
 
 use nix::mount::{MsFlags, mount};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use secure_comms_protocol::volumes::{Answer, FailureKind, LINE_MAX, Request};
 use support::{Loop, Tree, in_own_mounts, volume};
@@ -59,6 +60,9 @@ impl Service {
         let mut line = String::new();
         loop {
             line.clear();
+            let mut fds = [PollFd::new(self.log.get_ref().as_fd(), PollFlags::POLLIN)];
+            let is_there = !self.log.buffer().is_empty() || poll(&mut fds, 60_000u16).unwrap() > 0;
+            assert!(is_there, "no '{text}' in the log");
             assert_ne!(self.log.read_line(&mut line).unwrap(), 0, "the log ended without '{text}'");
             if line.contains(text) {
                 return line;
@@ -286,11 +290,15 @@ fn more_connections_than_places_are_closed() {
         let tree = Tree::bare();
         enter(&tree);
         let mut service = Service::start(&[], &[]);
-        let silent: Vec<_> = (0..17).map(|_| send("\"unmount")).collect();
+        let silent: Vec<_> = (0..17).map(|_| UnixStream::connect(SOCKET).unwrap()).collect();
         service.logged("16 connections are open: closing another one");
         drop(silent);
         // The places of those that have left are free again.
-        while !matches!(try_answer(send(&unmount_request())), Some(Answer::Unmounted)) {}
+        let is_served = || {
+            let mut client = UnixStream::connect(SOCKET).unwrap();
+            client.write_all(unmount_request().as_bytes()).ok().and_then(|()| try_answer(client))
+        };
+        while is_served() != Some(Answer::Unmounted) {}
     });
 }
 

@@ -67,15 +67,18 @@ pub(super) fn value(response: &[u8]) -> Result<Digest, PcrError> {
     let mut body = Body { name: "TPM2_PCR_Read", rest: response };
     body.head(response.len(), ST_NO_SESSIONS)?;
     body.take(4)?; // How often PCRs were updated.
-    let selections = body.number()?;
-    if selections == 0 {
-        return Err(PcrError::NoSha256Bank);
+    // A bank that is not allocated is left out, or has an empty selection.
+    match body.number()? {
+        0 => return Err(PcrError::NoSha256Bank),
+        1 => {}
+        _ => return Err(body.fault("more than one bank")),
     }
     body.expect(&ALG_SHA256.to_be_bytes(), "another bank than SHA-256")?;
-    let size = body.take(1)?.first().copied().unwrap_or_default();
-    // A bank that is not allocated has an empty selection.
-    if body.take(usize::from(size))?.get(1).is_none_or(|byte| byte & 1 == 0) {
-        return Err(PcrError::NoSha256Bank);
+    body.expect(&[SELECT.len() as u8], "a selection of another size")?;
+    match body.take(SELECT.len())? {
+        [0, 0, 0] => return Err(PcrError::NoSha256Bank),
+        selected if selected == SELECT => {}
+        _ => return Err(body.fault("other PCRs")),
     }
     body.expect(&1_u32.to_be_bytes(), "not one value")?;
     body.expect(&32_u16.to_be_bytes(), "a value that is not 32 bytes long")?;

@@ -168,3 +168,25 @@ fn a_tpm_that_can_not_be_used_is_an_error() {
     let null = System { device: "/dev/null".into(), ..system_driven };
     assert!(matches!(measure(&null, DIGEST, false), Err(PcrError::Response { fault: "cut", .. })));
 }
+
+proptest::proptest! {
+    #[test]
+    fn no_answer_of_a_tpm_is_taken_for_another(
+        body in proptest::collection::vec(proptest::num::u8::ANY, 0..70),
+        changed in 0_usize..62,
+        to in proptest::num::u8::ANY,
+    ) {
+        // Anything behind a head that fits.
+        let size = u32::try_from(body.len() + 10).unwrap();
+        let answer = [&[0x80, 1][..], &size.to_be_bytes(), &[0; 4], &body].concat();
+        let mut tpm = Script::new([answer]);
+        proptest::prop_assert!(extend(&mut tpm, DIGEST).is_err());
+        proptest::prop_assert_eq!(tpm.commands.len(), 1);
+        // One wrong byte in what says that the PCR was extended: only the update counter may have any value.
+        let mut answer = holds(extended());
+        let is_same = answer[changed] == to || (10..14).contains(&changed);
+        answer[changed] = to;
+        let result = extend(&mut Script::new([answer]), DIGEST);
+        proptest::prop_assert_eq!(result.is_ok(), is_same, "{}: {:?}", changed, result);
+    }
+}
