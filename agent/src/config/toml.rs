@@ -102,6 +102,20 @@ impl EventReceiver for Pairs<'_> {
         self.found.push((key.into_owned(), None));
     }
 
+    /// Decoding finds characters that no comment may have.
+    fn comment(&mut self, span: Span, error: &mut dyn ErrorSink) {
+        if let Some(raw) = self.source.get(span) {
+            toml_parser::Raw::new_unchecked(raw.as_str(), None, span).decode_comment(error);
+        }
+    }
+
+    /// Decoding finds a carriage return alone.
+    fn newline(&mut self, span: Span, error: &mut dyn ErrorSink) {
+        if let Some(raw) = self.source.get(span) {
+            toml_parser::Raw::new_unchecked(raw.as_str(), None, span).decode_newline(error);
+        }
+    }
+
     fn scalar(&mut self, span: Span, encoding: Option<Encoding>, error: &mut dyn ErrorSink) {
         let mut value = Cow::Borrowed("");
         let Some(raw) = self.source.get(span) else { return };

@@ -38,7 +38,8 @@ impl Default for Endpoints {
 pub struct Pace {
     /// For all tries together.
     pub total: Duration,
-    /// Between two tries.
+    /// Between two tries, once a network has had the time to come up: the first pause is [`FIRST_PAUSE`], each is twice the
+    /// one before.
     pub pause: Duration,
     /// Of one request.
     pub limits: Limits,
@@ -46,11 +47,18 @@ pub struct Pace {
     pub permanent_faults: u32,
 }
 
+/// A VM's address comes a moment after its boot has come this far.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+
 impl Pace {
     /// The usual pace for `total`.
     #[must_use]
     pub fn within(total: Duration) -> Self {
         Self { total, pause: Duration::from_secs(5), limits: Limits::default(), permanent_faults: 3 }
+    }
+
+    fn pause_after(&self, tries: u32) -> Duration {
+        FIRST_PAUSE.saturating_mul(1 << (tries - 1).min(16)).min(self.pause)
     }
 }
 
@@ -230,7 +238,7 @@ pub fn fetch<C: Clock, T>(
             return Err(FetchError { cloud: with.cloud, tries, seconds: spent.as_secs(), cause: fault });
         }
         with.console.fault(&format!("{}: {}; trying again", with.cloud, with_causes(&fault)));
-        with.clock.pause(with.pace.pause);
+        with.clock.pause(with.pace.pause_after(tries));
     }
 }
 
@@ -300,8 +308,12 @@ mod tests {
     #[test]
     fn a_fault_that_may_pass_is_tried_until_the_time_is_over() {
         let (error, pauses) = failed(180, |_| rejected(false));
-        assert_eq!((error.tries(), pauses), (36, vec![Duration::from_secs(5); 35]));
-        assert_eq!(failed(6, |_| rejected(false)).0.tries(), 2);
+        assert_eq!(pauses[..6], [250, 500, 1000, 2000, 4000, 5000].map(Duration::from_millis));
+        assert!(pauses[6..].iter().all(|pause| *pause == Duration::from_secs(5)));
+        assert_eq!(error.tries() as usize, pauses.len() + 1);
+        let spent: Duration = pauses.iter().sum();
+        assert!((170..180).contains(&spent.as_secs()), "{spent:?}");
+        assert_eq!(failed(6, |_| rejected(false)).0.tries(), 4);
         assert_eq!(failed(1, |_| rejected(false)).0.tries(), 1);
     }
 
