@@ -44,6 +44,7 @@ fn a_fault_names_its_key_and_never_its_value() {
         ("[[data]]\nsc-pod-id = 'SECRET'", &["line 1: a table"]),
         ("sc.pod-id = 'SECRET'", &["line 1: a table or a dotted key"]),
         ("sc-pod-id = SECRET", &["line 1: not TOML"]),
+        ("sc-inbounds = ''\n# SECRET\u{1}", &["line 2: not TOML"]),
         ("# x\nsc-pod-id = 'SECRET", &["line 2: not TOML"]),
         ("{\"sc-pod-id\": \"SECRET\"}", &["not TOML"]),
         ("sc-pod-id = \"\\q SECRET\"", &["line 1: not TOML"]),
