@@ -17,6 +17,8 @@ pub(crate) fn exercise(data: &[u8]) {
         b'z' => drop(init_data(Base64::encode_string(rest).as_bytes())),
         b't' => toml(rest),
         b'h' => answer(rest),
+        // An answer of Azure's wire server.
+        b'x' => drop(user_data::azure_ready::xml::texts(rest)),
         // A cloud-config stands there as it is.
         _ => cloud_config(data),
     }

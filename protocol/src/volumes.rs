@@ -1,7 +1,8 @@
 //! What the agent asks of `podvm-volumes`, the program in the VM that mounts cloud volumes, over a unix socket.
 //!
 //! A connection has one request, a line of JSON, and one answer, a line of JSON. Each line has at most [`LINE_MAX`] bytes with its
-//! newline. The agent closes the connection to give a request up: what is not mounted then will not be.
+//! newline. The agent closes the connection to give a request up: no further volume is mounted then. What was being mounted may be, and a
+//! repeated request takes it as it is. An unmount is carried out in any case.
 
 use alloc::string::String;
 use alloc::vec::Vec;

@@ -14,7 +14,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::cloud_volumes::path_of;
+use super::cloud_volumes::{MOUNT_BASE, path_of};
 use crate::os::log_limits::VOLUMES;
 
 /// Where `podvm-volumes` listens in our image.
@@ -91,7 +91,9 @@ impl Default for PodvmVolumes {
 impl PodvmVolumes {
     /// The one that listens at this path.
     pub(super) fn at(socket: &Path) -> Self {
-        Self { socket: socket.into(), in_use: Arc::default() }
+        // Mounts outlive the agent: one that was restarted has to have them unmounted all the same.
+        let in_use = std::fs::read_dir(MOUNT_BASE).is_ok_and(|mut entries| entries.next().is_some());
+        Self { socket: socket.into(), in_use: Arc::new(in_use.into()) }
     }
 
     /// Whether a volume may be mounted: one was asked for since all were unmounted.

@@ -4,7 +4,7 @@
 //! Three requests to the host's "wire server", each over its own connection: which versions it speaks, which goal state the VM has, and
 //! the report with the names that the goal state gives to the VM.
 
-mod xml;
+pub mod xml;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;

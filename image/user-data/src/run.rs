@@ -25,7 +25,12 @@ pub struct Machine {
     pub directory: PathBuf,
     /// Where init-data are measured.
     pub tpm: pcr::System,
+    /// The image's own files, for those that neither user data nor init-data bring: credentials and policy.
+    pub defaults: PathBuf,
 }
+
+/// The image's own files; cloud-api-adaptor's image has none.
+const DEFAULTS: &str = "/usr/lib/secure-comms";
 
 impl Default for Machine {
     fn default() -> Self {
@@ -34,6 +39,7 @@ impl Default for Machine {
             endpoints: Endpoints::default(),
             directory: DIRECTORY.into(),
             tpm: pcr::System::default(),
+            defaults: DEFAULTS.into(),
         }
     }
 }
@@ -47,7 +53,7 @@ pub enum RunError {
     /// No user data.
     #[error(transparent)]
     Fetch(#[from] FetchError),
-    /// A file of the directory that stands for user data can't be read.
+    /// A file of the directory that stands for user data, or one of the image, can't be read.
     #[error("reading {}", .path.display())]
     Read {
         /// Of the file.
@@ -131,7 +137,12 @@ fn provision(
     options: &Options,
     console: &mut Console,
 ) -> Result<(), RunError> {
-    let set = plan(user_data, &directory.earlier()?, options)?;
+    let mut set = plan(user_data, &directory.earlier()?, options)?;
+    for name in [FileName::Auth, FileName::Policy] {
+        if let Some(content) = read_if_there(&machine.defaults.join(name.as_str()))? {
+            set.add_default(name, content);
+        }
+    }
     for note in set.notes() {
         console.note(&note.to_string());
     }

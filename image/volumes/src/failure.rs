@@ -31,6 +31,15 @@ pub enum RequestError {
         #[source]
         cause: VolumeError,
     },
+    /// What was written to a volume could not be brought to its disk.
+    #[error("writing {} to its disk", at.display())]
+    Flush {
+        /// Where it is mounted.
+        at: PathBuf,
+        /// The cause.
+        #[source]
+        cause: io::Error,
+    },
     /// A volume, or what it leaves, could not be unmounted.
     #[error("unmounting {}", at.display())]
     Unmount {
@@ -153,7 +162,9 @@ impl RequestError {
     fn kind(&self) -> FailureKind {
         match self {
             Self::Bad(_) => FailureKind::Invalid,
-            Self::GivenUp | Self::Unmount { .. } | Self::Mounts(_) => FailureKind::Internal,
+            Self::GivenUp | Self::Flush { .. } | Self::Unmount { .. } | Self::Mounts(_) => {
+                FailureKind::Internal
+            }
             Self::Volume { cause, .. } => cause.kind(),
         }
     }

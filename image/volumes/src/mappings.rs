@@ -5,6 +5,8 @@ use std::io;
 use podvm_device_mapper::{DeviceMapper, Target};
 use zeroize::Zeroizing;
 
+use crate::log;
+
 /// Devices of the device mapper.
 pub trait Mappings: Send + Sync {
     /// Type and arguments of a device's target.
@@ -42,7 +44,9 @@ impl Mappings for Kernel {
         match mapper.load(name, &target).and_then(|()| mapper.resume(name, false)) {
             Ok(()) => Ok(minor),
             Err(error) => {
-                mapper.remove(name, false)?;
+                if let Err(error) = mapper.remove(name, true) {
+                    log::line(format_args!("removing {name}, which is of no use: {error}"));
+                }
                 Err(error)
             }
         }

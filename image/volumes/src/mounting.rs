@@ -117,6 +117,10 @@ impl Volumes {
         }
         let mut paths = Vec::new();
         for volume in &volumes {
+            // The one before may have taken minutes.
+            if !paths.is_empty() && patience.pause(Duration::ZERO) == Woken::GivenUp {
+                return Err(RequestError::GivenUp);
+            }
             self.mount_one(volume, patience).map_err(|stop| match stop {
                 Stop::GivenUp => RequestError::GivenUp,
                 Stop::Volume(cause) => failed(volume, cause),

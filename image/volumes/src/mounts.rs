@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, fchmod};
-use nix::unistd::{Gid, fchown};
+use nix::unistd::{Gid, fchown, syncfs};
 
 use crate::volume::FileSystem;
 
@@ -78,6 +78,15 @@ pub fn give_to_group(at: &Path, group: Gid) -> io::Result<()> {
     fchown(&root, None, Some(group))?;
     // After the change of the owner, which clears the set-group-id bit.
     fchmod(&root, Mode::from_bits_truncate(GROUP_MODE)).map_err(io::Error::from)
+}
+
+/// Writes what the file system at `at` still has in memory to its disk: an unmount does not, while the file system is mounted
+/// elsewhere or is only detached.
+///
+/// # Errors
+/// The disk takes it not.
+pub fn flush(at: &Path) -> io::Result<()> {
+    syncfs(open_directory(at)?).map_err(io::Error::from)
 }
 
 fn open_directory(at: &Path) -> io::Result<File> {

@@ -60,6 +60,9 @@ pub enum ScratchError {
     /// Another file system is mounted in its place.
     #[error("another file system is mounted at {MOUNT_POINT}")]
     OtherMounted,
+    /// The guest has pulled images already; a mount would hide them.
+    #[error("images are at {MOUNT_POINT} already: the disk came too late for this boot")]
+    TooLate,
     /// The disk is in use.
     #[error("opening {}", node.display())]
     Open {
@@ -128,6 +131,9 @@ pub fn run(
     let sectors = disk.sectors(roots).unwrap_or(0) / SECTORS * SECTORS;
     if sectors == 0 {
         return Err(ScratchError::TooSmall(disk.node));
+    }
+    if fs::read_dir(MOUNT_POINT).is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(ScratchError::TooLate);
     }
     let key = key()?;
     let minor = mappings
@@ -220,8 +226,11 @@ fn format_and_mount(node: &Path) -> Result<(), ScratchError> {
     mounts::make_directory(at)
         .and_then(|()| mounts::attach(node, FileSystem::Ext4, at, false))
         .map_err(ScratchError::Mount)?;
-    // The programs of the guest expect an empty directory.
-    fs::remove_dir(at.join("lost+found")).map_err(ScratchError::Mount)
+    // The programs of the guest expect an empty directory; the disk is of use all the same.
+    if let Err(error) = fs::remove_dir(at.join("lost+found")) {
+        log::line(format_args!("scratch: removing lost+found: {error}"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -161,7 +161,8 @@ fn work(queue: &Receiver<Job>, volumes: &Volumes) {
     };
     while let Ok(Job { client, request, _place }) = queue.recv() {
         let patience = Client { stream: &client, uevents: uevents.as_ref() };
-        if patience.pause(Duration::ZERO) == Woken::GivenUp {
+        // An unmount is carried out all the same: what was written has to reach its disk.
+        if matches!(request, Request::Mount(_)) && patience.pause(Duration::ZERO) == Woken::GivenUp {
             log::line(format_args!("a request was given up before the worker came to it"));
             continue;
         }

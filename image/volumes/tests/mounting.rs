@@ -174,6 +174,20 @@ fn an_agent_that_leaves_ends_the_wait() {
 }
 
 #[test]
+fn an_agent_that_leaves_gets_no_further_volume() {
+    in_own_mounts(|| {
+        let (tree, _device) = tree(16 * MIB);
+        let other = Loop::new(16 * MIB);
+        tree.loop_disk("vdc", &other);
+        let volumes = volumes_of(&tree, settings(), Fake::default());
+        let patience = Script::new(|pause| if pause == 1 { Woken::GivenUp } else { Woken::Time });
+        assert!(volumes.mount(&[volume("vol-0", 0), volume("vol-1", 1)], &patience).is_err());
+        assert_eq!((mounts_at(AT), mounts_at("/run/cloud-volumes/vol-1")), (1, 0));
+        volumes.unmount_all().unwrap();
+    });
+}
+
+#[test]
 fn events_without_end_do_not_lengthen_the_wait() {
     in_own_mounts(|| {
         let tree = Tree::new();
@@ -420,12 +434,18 @@ fn volumes_are_unmounted_in_reverse_also_below_each_other() {
 #[test]
 fn a_volume_in_use_is_detached_as_the_last_resort() {
     in_own_mounts(|| {
-        let (tree, _device) = tree(64 * MIB);
+        let (tree, device) = tree(16 * MIB);
         let volumes = volumes_of(&tree, settings(), Fake::default());
         volumes.mount(&[volume("vol-0", 0)], &Script::uneventful()).unwrap();
         let mut user = File::create(format!("{AT}/in-use")).unwrap();
+        user.write_all(b"written before the end").unwrap();
+        assert!(
+            !device.holds(b"written before the end"),
+            "nothing is shown if it is on the disk in any case"
+        );
         volumes.unmount_all().unwrap();
         assert_eq!(mounts_at(AT), 0);
+        assert!(device.holds(b"written before the end"), "the VM may be deleted now");
         user.write_all(b"still there").unwrap();
     });
 }

@@ -4,6 +4,8 @@
 const DEPTH: usize = 16;
 /// The most elements.
 const ELEMENTS: usize = 4096;
+/// The longest name of an element, in bytes: each text is kept with its whole path.
+const NAME_MAX: usize = 128;
 
 /// Why a document can't be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,7 +35,7 @@ pub enum XmlFault {
 
 /// The text of each element, in the order in which they end, with the path of local names: `Versions/Supported/Version`. What
 /// follows the first element is not looked at.
-pub(super) fn texts(document: &[u8]) -> Result<Vec<(String, String)>, XmlFault> {
+pub fn texts(document: &[u8]) -> Result<Vec<(String, String)>, XmlFault> {
     let document = std::str::from_utf8(document).map_err(|_| XmlFault::Encoding)?;
     let mut reader = Reader {
         rest: document.strip_prefix('\u{feff}').unwrap_or(document),
@@ -126,7 +128,7 @@ impl<'a> Reader<'a> {
             None => (tag, false),
         };
         let name = inner.split_ascii_whitespace().next().filter(|_| !inner.starts_with(char::is_whitespace));
-        let name = name.filter(|name| is_name(name)).ok_or(XmlFault::Tag)?;
+        let name = name.filter(|name| is_name(name) && name.len() <= NAME_MAX).ok_or(XmlFault::Tag)?;
         if self.open.len() >= DEPTH || self.texts.len() >= ELEMENTS {
             return Err(XmlFault::TooLarge);
         }
@@ -235,6 +237,13 @@ mod tests {
 
     fn pair(path: &str, text: &str) -> (String, String) {
         (path.to_owned(), text.to_owned())
+    }
+
+    #[test]
+    fn a_long_name_is_refused_and_costs_nothing() {
+        let text = |name: &str| format!("<{name}>{}</{name}>", "<b/>".repeat(4000));
+        assert!(texts(text(&"a".repeat(NAME_MAX)).as_bytes()).is_ok());
+        assert_eq!(texts(text(&"a".repeat(NAME_MAX + 1)).as_bytes()), Err(XmlFault::Tag));
     }
 
     #[test]

@@ -158,6 +158,11 @@ impl FileSet {
         &self.notes
     }
 
+    /// Adds a file of the image, unless the set has one of this name.
+    pub fn add_default(&mut self, name: FileName, content: Vec<u8>) {
+        self.files.entry(name).or_insert(content);
+    }
+
     /// The content of a file, if it is in the set.
     pub(super) fn get(&self, name: FileName) -> Option<&[u8]> {
         self.files.get(&name).map(Vec::as_slice)

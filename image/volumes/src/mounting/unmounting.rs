@@ -11,7 +11,7 @@ use super::{Volumes, is_absent};
 use crate::block;
 use crate::failure::{RequestError, chain};
 use crate::log;
-use crate::mountinfo;
+use crate::mountinfo::{self, Mount};
 use crate::mounts::{self, Unmounted};
 use crate::volume::{DIRECTORY, MAPPING_PREFIX};
 
@@ -22,11 +22,15 @@ impl Volumes {
     /// The first fault; the other volumes are unmounted all the same.
     pub fn unmount_all(&self) -> Result<(), RequestError> {
         let mounts = mountinfo::read(&self.roots).map_err(RequestError::Mounts)?;
-        let ours = mounts
-            .iter()
-            .rev()
-            .filter(|mount| mount.at.starts_with(DIRECTORY) && mount.at != Path::new(DIRECTORY));
+        let is_ours = |mount: &&Mount| mount.at.starts_with(DIRECTORY) && mount.at != Path::new(DIRECTORY);
+        let ours: Vec<&Mount> = mounts.iter().rev().filter(is_ours).collect();
         let mut result = Ok(());
+        // All of them first: one that is in use may take the time that the others have, and the VM is deleted afterwards.
+        for mount in &ours {
+            if let Err(cause) = mounts::flush(&mount.at) {
+                keep_first(&mut result, RequestError::Flush { at: mount.at.clone(), cause });
+            }
+        }
         for mount in ours {
             let at = mount.at.clone();
             match mounts::detach(&at, self.settings.busy) {

@@ -145,7 +145,7 @@ pub(crate) struct Loop {
     pub(crate) node: PathBuf,
     pub(crate) number: DeviceNumber,
     pub(crate) bytes: u64,
-    _file: tempfile::NamedTempFile,
+    file: tempfile::NamedTempFile,
 }
 
 impl Loop {
@@ -156,7 +156,13 @@ impl Loop {
         let node = PathBuf::from(output.trim());
         let device = fs::metadata(&node).unwrap().rdev();
         let number = DeviceNumber { major: major(device), minor: minor(device) };
-        Self { node, number, bytes, _file: file }
+        Self { node, number, bytes, file }
+    }
+
+    /// Whether this text is on the disk.
+    pub(crate) fn holds(&self, text: &[u8]) -> bool {
+        let content = fs::read(self.file.path()).unwrap();
+        content.windows(text.len()).any(|window| window == text)
     }
 
     /// Whether the device has a signature of this type; empty stands for none.

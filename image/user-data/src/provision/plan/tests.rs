@@ -58,6 +58,15 @@ fn config_counts_only_from_init_data() {
 }
 
 #[test]
+fn the_image_fills_in_what_nothing_else_brings() {
+    let user_data = user_data(&[APF, (FileName::Auth, "theirs")], Some(&[("aa.toml", "a")]));
+    let mut set = plan(&user_data, &Earlier::default(), &options(WithoutInitData::Refuse)).unwrap();
+    set.add_default(FileName::Auth, b"image".to_vec());
+    set.add_default(FileName::Policy, b"image".to_vec());
+    assert_eq!((text(&set, FileName::Auth), text(&set, FileName::Policy)), ("theirs", "image"));
+}
+
+#[test]
 fn the_policy_counts_only_from_init_data() {
     // Not even if the reader of user data let it pass.
     let evil = [
