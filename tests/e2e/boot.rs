@@ -169,7 +169,9 @@ async fn restarts_keep_the_pod(pod: &Pod) -> Result<()> {
         inspection.ask::<usize>(&Request::Signal(killed.into(), 9)).await?;
     }
     for unit in ["netns@podns.service", "process-user-data.service", "scratch-disk.service"] {
-        let _ = inspection.run(&["systemctl", "restart", unit]).await?;
+        inspection.run(&["systemctl", "restart", unit]).await?;
+        let state = inspection.run(&["systemctl", "show", "-P", "ActiveState", unit]).await?;
+        ensure!(state.trim() != "failed", "{unit} failed");
     }
     let back = async {
         loop {
@@ -276,12 +278,16 @@ const VOLUME_SIZE: u64 = 64 * 1024 * 1024;
 #[tokio::test(flavor = "multi_thread")]
 async fn the_verified_disk_boots_and_attests_after_a_reboot() -> Result<()> {
     let apf = apf_json(&json!({}))?;
-    let user_data = UserData::Aws(CloudConfig::new(apf.clone()));
+    let user_data = UserData::Aws(CloudConfig::new(apf.clone()).with_scratch_disk());
     let scene = scene(false).await?;
     let volume = DataDisk { file: scene.path("volume.raw"), serial: "volume" };
-    std::fs::File::create(&volume.file)?.set_len(VOLUME_SIZE)?;
+    let scratch = DataDisk { file: scene.path("scratch.raw"), serial: "trusted_store" };
+    for disk in [&volume, &scratch] {
+        std::fs::File::create(&disk.file)?.set_len(VOLUME_SIZE)?;
+    }
+    let scratch_file = scratch.file.clone();
     let options = MachineOptions::new("disk", Boot::Disk(None), scene.ssh, user_data);
-    let pod = Pod::start_as(scene, MachineOptions { disks: vec![volume], ..options }).await?;
+    let pod = Pod::start_as(scene, MachineOptions { disks: vec![volume, scratch], ..options }).await?;
     pod.works().await?;
     pod.has(&apf).await?;
     systemd_is_content(&pod, NO_CAPABILITY).await?;
@@ -299,12 +305,30 @@ async fn the_verified_disk_boots_and_attests_after_a_reboot() -> Result<()> {
     let root_hash = artifacts()?.root_hash()?;
     ensure!(command_line.contains(&format!("roothash={root_hash}")), "{command_line}");
     pod.listeners().await?;
+    scratch_disk_is_encrypted(&pod, &mounts, &scratch_file).await?;
     ensure!(pod.cloud_volume().await?.is_none(), "an empty disk was not formatted");
     pod.keep_on_volume().await?;
     pod.rebooted().await?;
     let kept = pod.cloud_volume().await?;
     ensure!(kept.as_deref() == Some("kept\n"), "after a reboot the volume has {kept:?}");
     pod.machine.passed();
+    Ok(())
+}
+
+/// The scratch disk is where the guest keeps images, and its host can't read what is written there.
+async fn scratch_disk_is_encrypted(pod: &Pod, mounts: &str, file: &std::path::Path) -> Result<()> {
+    let images = mounts.lines().find(|line| line.contains(" /run/kata-containers/image "));
+    let images = images.with_context(|| format!("no scratch disk in {mounts}"))?;
+    ensure!(
+        images.starts_with("/dev/dm-") && images.contains(" ext4 rw,nosuid,nodev"),
+        "the scratch disk is {images:?}"
+    );
+    let write = "echo in-clear-on-the-scratch-disk >/run/kata-containers/image/text && sync";
+    pod.inspection.run(&["bash", "-c", write]).await?;
+    let content = std::fs::read(file)?;
+    ensure!(content.iter().any(|byte| *byte != 0), "nothing is on the disk");
+    let text = b"in-clear-on-the-scratch-disk";
+    ensure!(!content.windows(text.len()).any(|window| window == text), "the host reads the scratch disk");
     Ok(())
 }
 
@@ -330,7 +354,7 @@ fn hostile() -> Result<Vec<(Vec<u8>, &'static str)>> {
 async fn hostile_user_data_can_only_fail() -> Result<()> {
     let mut scene = scene(false).await?;
     let good = CloudConfig::new(apf_json(&json!({}))?);
-    let user_data = UserData::Aws(good.clone());
+    let user_data = UserData::Azure(good.clone());
     user_data.announce(&mut scene)?;
     let permit = MachinePermit::take().await;
     let adaptor = scene.adaptor()?;
@@ -347,6 +371,7 @@ async fn hostile_user_data_can_only_fail() -> Result<()> {
     // Once the cloud says what is right, nothing of this is left.
     machine.set_user_data(good.text()?.as_bytes())?;
     up(&adaptor).await.with_context(|| machine.console.log())?;
+    machine.says_after(0, "azure-ready: Azure: 168.63.129.16 knows that this VM is ready").await?;
     bulk_both_ways(kata_client(endpoint(&adaptor, "KATAAGENT").await?).await?, 1 << 20, 11).await?;
     machine.passed();
     Ok(())

@@ -61,11 +61,46 @@ pub const fn user_data_path(cloud: Cloud) -> &'static str {
 /// The answer to `request`, if the user data are this.
 #[must_use]
 pub fn correct(cloud: Cloud, user_data: &[u8], request: &Request) -> Vec<u8> {
+    if cloud == Cloud::Azure
+        && let Some(answer) = wire_server(request)
+    {
+        return answer;
+    }
     match refusal(cloud, request) {
         Some(status) => answer(status, &[], b""),
         None if request.path == TOKEN_PATH => answer(200, &[], TOKEN.as_bytes()),
         None => answer(200, flavor(cloud), &encoded(cloud, user_data)),
     }
+}
+
+const WIRE_VERSION: &str = "2015-04-05";
+
+/// What Azure's wire server answers, at an address of its own; `None` for a request to the metadata service.
+fn wire_server(request: &Request) -> Option<Vec<u8>> {
+    let answers = |body: &str| answer(200, &[("Content-Type", "text/xml; charset=utf-8")], body.as_bytes());
+    let has_version = request.header("x-ms-version") == Some(WIRE_VERSION);
+    let answer = match (&*request.method, &*request.path) {
+        ("GET", "/?comp=versions") => answers(&format!(
+            "<?xml version=\"1.0\" encoding=\"utf-8\"?><Versions><Preferred><Version>{WIRE_VERSION}</Version></Preferred>\
+             <Supported><Version>{WIRE_VERSION}</Version></Supported></Versions>"
+        )),
+        ("GET", "/machine/?comp=goalstate") if has_version => answers(
+            "<GoalState><Incarnation>1</Incarnation><Container><ContainerId>container-1</ContainerId><RoleInstanceList>\
+             <RoleInstance><InstanceId>instance-1</InstanceId></RoleInstance></RoleInstanceList></Container></GoalState>",
+        ),
+        ("POST", "/machine?comp=health") => {
+            let body = String::from_utf8_lossy(&request.body);
+            let said = ["<State>Ready</State>", "<ContainerId>container-1<", "<InstanceId>instance-1<"];
+            answer(
+                if has_version && said.iter().all(|part| body.contains(part)) { 200 } else { 400 },
+                &[],
+                b"",
+            )
+        }
+        (_, path) if path.starts_with("/machine") => answer(400, &[], b""),
+        _ => return None,
+    };
+    Some(answer)
 }
 
 /// The body that brings these user data.

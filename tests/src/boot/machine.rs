@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio::process::Command;
 use tokio::sync::{Mutex, MutexGuard};
 
-use super::user_data::AWS_FILE;
+use super::user_data::METADATA_FILE;
 use super::{Artifacts, HostCredentials, UserData, artifacts, firmware, tpm};
 use crate::harness::process::Child;
 use crate::harness::scene::PATIENCE;
@@ -181,12 +181,12 @@ impl Machine {
         said.with_context(|| format!("{}: waiting for {text:?} on the console", self.name))
     }
 
-    /// Replaces what the metadata service of [`UserData::Aws`] answers.
+    /// Replaces what the metadata service answers.
     ///
     /// # Errors
     /// If the file can't be written.
     pub fn set_user_data(&self, text: &[u8]) -> Result<()> {
-        let file = self.directory.path().join(AWS_FILE);
+        let file = self.directory.path().join(METADATA_FILE);
         let new = file.with_extension("new");
         std::fs::write(&new, text)
             .and_then(|()| std::fs::rename(&new, &file))

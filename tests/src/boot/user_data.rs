@@ -12,7 +12,7 @@ use super::cloud_config::{CloudConfig, MEASURED_OUTBOUND};
 use crate::harness::scene::Scene;
 
 /// What the metadata service answers, in the machine's directory.
-pub(super) const AWS_FILE: &str = "aws-user-data";
+pub(super) const METADATA_FILE: &str = "metadata-user-data";
 
 /// Source of a machine's apf.json.
 #[derive(Clone, Debug)]
@@ -21,6 +21,8 @@ pub enum UserData {
     NoCloud(CloudConfig),
     /// The metadata service of AWS; [`Machine::set_user_data`](super::Machine::set_user_data) changes what it says.
     Aws(CloudConfig),
+    /// The same of Azure, which also has a wire server.
+    Azure(CloudConfig),
     /// A system credential in an SMBIOS string.
     Smbios(Value),
     /// A system credential in qemu's fw_cfg.
@@ -50,7 +52,7 @@ impl UserData {
     /// # Errors
     /// If their file can't be written.
     pub fn announce(&self, scene: &mut Scene) -> Result<()> {
-        let (Self::NoCloud(config) | Self::Aws(config)) = self else { return Ok(()) };
+        let (Self::NoCloud(config) | Self::Aws(config) | Self::Azure(config)) = self else { return Ok(()) };
         let Some(toml) = config.init_data() else { return Ok(()) };
         let file = scene.path("init-data.toml");
         std::fs::write(&file, toml).context("writing the init-data")?;
@@ -61,15 +63,18 @@ impl UserData {
 
     /// What qemu's user network has beyond a forwarded port, each with a comma before it.
     pub(super) fn network(&self, directory: &Path, artifacts: &Artifacts) -> Result<String> {
-        let Self::Aws(_) = self else { return Ok(String::new()) };
-        let simulator = artifacts.file("tree/usr/local/bin/simulator")?;
-        let file = directory.join(AWS_FILE);
         // qemu takes only addresses of its own network, so the machine gets one of those too.
-        Ok(format!(
-            ",net=169.254.0.0/16,guestfwd=tcp:169.254.169.254:80-cmd:{} metadata --cloud aws --user-data {} --stdio yes",
-            simulator.display(),
-            file.display()
-        ))
+        let (cloud, net, addresses): (_, _, &[&str]) = match self {
+            Self::Aws(_) => ("aws", "169.254.0.0/16", &["169.254.169.254"]),
+            Self::Azure(_) => ("azure", "168.0.0.0/7", &["169.254.169.254", "168.63.129.16"]),
+            _ => return Ok(String::new()),
+        };
+        let simulator = artifacts.file("tree/usr/local/bin/simulator")?;
+        let (simulator, file) = (simulator.display(), directory.join(METADATA_FILE));
+        let command =
+            format!("{simulator} metadata --cloud {cloud} --user-data {} --stdio yes", file.display());
+        let forwards = addresses.iter().map(|address| format!(",guestfwd=tcp:{address}:80-cmd:{command}"));
+        Ok(format!(",net={net}{}", forwards.collect::<String>()))
     }
 
     /// qemu's arguments for it; the files they need are written to `directory`.
@@ -84,9 +89,14 @@ impl UserData {
                     "virtio-blk-pci,drive=seed".to_owned(),
                 ]
             }
-            Self::Aws(config) => {
-                std::fs::write(directory.join(AWS_FILE), config.text()?).context("writing the user data")?;
-                vec!["-smbios".to_owned(), "type=1,manufacturer=Amazon EC2".to_owned()]
+            Self::Aws(config) | Self::Azure(config) => {
+                std::fs::write(directory.join(METADATA_FILE), config.text()?)
+                    .context("writing the user data")?;
+                let facts = match self {
+                    Self::Aws(_) => "type=1,manufacturer=Amazon EC2",
+                    _ => "type=3,asset=7783-7084-3265-9085-8269-3286-77",
+                };
+                vec!["-smbios".to_owned(), facts.to_owned()]
             }
             Self::Smbios(apf) => {
                 let apf = Base64::encode_string(apf.to_string().as_bytes());
