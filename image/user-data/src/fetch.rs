@@ -38,8 +38,8 @@ impl Default for Endpoints {
 pub struct Pace {
     /// For all tries together.
     pub total: Duration,
-    /// Between two tries, once a network has had the time to come up: the first pause is [`FIRST_PAUSE`], each is twice the
-    /// one before.
+    /// Between two tries, once a network has had the time to come up: the first pause is 250 ms, each is twice the one
+    /// before.
     pub pause: Duration,
     /// Of one request.
     pub limits: Limits,
