@@ -117,7 +117,7 @@ pub enum Fault {
     #[error("is encrypted and has no key_id")]
     NoKey,
     /// Its disk id or key id is too long or has characters that no id has.
-    #[error("has a disk_id or key_id that is none")]
+    #[error("has a disk_id or key_id with a control character, or of more than {VALUE_MAX} bytes")]
     Id,
 }
 

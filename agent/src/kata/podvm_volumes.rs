@@ -193,7 +193,8 @@ impl PodvmVolumes {
                 "gave no answer"
             }));
         }
-        serde_json::from_slice(&answer).map_err(|_| VolumesFault::Answer("gave an answer that is none"))
+        serde_json::from_slice(&answer)
+            .map_err(|_| VolumesFault::Answer("gave an answer that is not in its protocol"))
     }
 }
 

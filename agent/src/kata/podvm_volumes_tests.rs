@@ -96,9 +96,12 @@ async fn an_answer_that_is_none_is_a_fault() {
     for (answer, expected) in [
         (b"".to_vec(), "gave no answer"),
         (whole[..whole.len() - 1].to_vec(), "gave no answer"),
-        (b"\n".to_vec(), "an answer that is none"),
-        (b"{\"mounted\":7}\n".to_vec(), "an answer that is none"),
-        ("[".repeat(60_000).into_bytes().into_iter().chain(*b"\n").collect(), "an answer that is none"),
+        (b"\n".to_vec(), "an answer that is not in its protocol"),
+        (b"{\"mounted\":7}\n".to_vec(), "an answer that is not in its protocol"),
+        (
+            "[".repeat(60_000).into_bytes().into_iter().chain(*b"\n").collect(),
+            "an answer that is not in its protocol",
+        ),
         (vec![b' '; LINE_MAX], "too long an answer"),
         (vec![b' '; 4 * LINE_MAX], "too long an answer"),
         (mounted(&[]), "somewhere else"),

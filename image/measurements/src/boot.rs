@@ -79,7 +79,7 @@ impl<'a> Uki<'a> {
     /// What the firmware measures of it, into PCR 4, if its boot option is the first that the firmware tries.
     ///
     /// Without Secure Boot the firmware is asked to load the inner kernel, and measures it. With Secure Boot systemd-stub
-    /// takes the place of the firmware's check meanwhile, which is also what measures.
+    /// takes the place of the firmware's check for that moment, and that check is what measures.
     ///
     /// # Errors
     /// If the file ends too early.

@@ -190,7 +190,7 @@ async fn a_container_without_its_volumes_is_refused() -> Result<()> {
         (vec![], Code::INTERNAL, "gave no answer"),
         (b"{\"mounted\"".into(), Code::INTERNAL, "gave no answer"),
         (vec![b'['; LINE_MAX + 1], Code::INTERNAL, "too long an answer"),
-        (b"no JSON\n".into(), Code::INTERNAL, "gave an answer that is none"),
+        (b"no JSON\n".into(), Code::INTERNAL, "gave an answer that is not in its protocol"),
         (line(&Answer::Mounted(vec![good.into()]))?, Code::INTERNAL, "somewhere else"),
         (mounted([good, bad])?, Code::INTERNAL, "somewhere else"),
         (line(&Answer::Unmounted)?, Code::INTERNAL, "unmounted volumes instead"),
@@ -282,5 +282,9 @@ async fn no_volume_is_mounted_for_a_runtime_that_gave_up() -> Result<()> {
     });
     takes(&pod, &listener).await?.answer(b"busy\n").await;
     pod.within("DestroySandbox", end).await???;
-    says(&pod.agent, "its cloud volumes are not unmounted: podvm-volumes gave an answer that is none").await
+    says(
+        &pod.agent,
+        "its cloud volumes are not unmounted: podvm-volumes gave an answer that is not in its protocol",
+    )
+    .await
 }

@@ -165,7 +165,7 @@ fn nothing_is_written_through_a_symbolic_link() {
 fn only_regular_files_are_read_and_replaced() {
     let (_temporary, path) = directory();
     fs::create_dir(&path).unwrap();
-    // Blocks whoever opens it for reading.
+    // Blocks a program that opens it for reading.
     nix::unistd::mkfifo(&path.join("initdata"), Mode::S_IRWXU).unwrap();
     fs::create_dir(path.join("aa.toml")).unwrap();
     let directory = Directory::open(&path).unwrap();
