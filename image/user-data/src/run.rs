@@ -12,7 +12,7 @@ use crate::files::{DIRECTORY, FileName, UserData};
 use crate::http::BODY_LIMIT;
 use crate::input;
 use crate::pcr::{self, Measured, PcrError};
-use crate::provision::{Directory, Earlier, Options, Outcome, PlanError, WriteError, plan};
+use crate::provision::{Directory, Earlier, FileSet, Options, Outcome, PlanError, WriteError, plan};
 
 /// Where everything is; other places only in tests.
 #[derive(Clone, Debug)]
@@ -25,12 +25,19 @@ pub struct Machine {
     pub directory: PathBuf,
     /// Where init-data are measured.
     pub tpm: pcr::System,
-    /// The image's own files, for those that neither user data nor init-data bring: credentials and policy.
-    pub defaults: PathBuf,
+    /// The image's own files, for those that neither user data nor init-data bring; of one name the first that is there.
+    pub defaults: Vec<(FileName, PathBuf)>,
 }
 
-/// The image's own files; cloud-api-adaptor's image has none.
-const DEFAULTS: &str = "/usr/lib/secure-comms";
+/// Those of our image, and those that tmpfiles.d copies in cloud-api-adaptor's: what is in the directory at the first run could be
+/// the cloud's, and is replaced.
+const DEFAULTS: [(FileName, &str); 5] = [
+    (FileName::Auth, "/usr/lib/secure-comms/auth.json"),
+    (FileName::Auth, "/etc/kata-oci/empty-auth.json"),
+    (FileName::Policy, "/usr/lib/secure-comms/policy.rego"),
+    (FileName::Policy, "/etc/kata-opa/default-policy.rego"),
+    (FileName::Policy, "/etc/kata-opa/allow-all.rego"),
+];
 
 impl Default for Machine {
     fn default() -> Self {
@@ -39,7 +46,7 @@ impl Default for Machine {
             endpoints: Endpoints::default(),
             directory: DIRECTORY.into(),
             tpm: pcr::System::default(),
-            defaults: DEFAULTS.into(),
+            defaults: DEFAULTS.map(|(name, path)| (name, path.into())).into(),
         }
     }
 }
@@ -121,6 +128,21 @@ fn without_cloud(machine: &Machine, options: &Options, console: &mut Console) ->
     provision(&directory, &user_data, machine, options, console)
 }
 
+/// Of the image, which is verified or trusted as a whole: a link is followed.
+fn add_defaults(set: &mut FileSet, defaults: &[(FileName, PathBuf)]) -> Result<(), RunError> {
+    for (name, path) in defaults {
+        let content = match path.canonicalize() {
+            Ok(path) => read_if_there(&path)?,
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(cause) => return Err(RunError::Read { path: path.clone(), cause }),
+        };
+        if let Some(content) = content {
+            set.add_default(*name, content);
+        }
+    }
+    Ok(())
+}
+
 fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, RunError> {
     match input::read(path, BODY_LIMIT) {
         Ok(content) => Ok(Some(content)),
@@ -138,11 +160,7 @@ fn provision(
     console: &mut Console,
 ) -> Result<(), RunError> {
     let mut set = plan(user_data, &directory.earlier()?, options)?;
-    for name in [FileName::Auth, FileName::Policy] {
-        if let Some(content) = read_if_there(&machine.defaults.join(name.as_str()))? {
-            set.add_default(name, content);
-        }
-    }
+    add_defaults(&mut set, &machine.defaults)?;
     for note in set.notes() {
         console.note(&note.to_string());
     }
@@ -177,5 +195,27 @@ pub fn provision_this_machine(flags: &ProvisionFiles) -> bool {
             console.fatal(&with_causes(&error));
             false
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::provision::WithoutInitData;
+
+    #[test]
+    fn of_the_images_own_files_the_first_counts() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        std::fs::write(path("allow-all"), "allow").unwrap();
+        std::os::unix::fs::symlink("allow-all", path("default")).unwrap();
+        std::fs::write(path("other"), "other").unwrap();
+        let policies = ["missing", "default", "other"].map(|name| (FileName::Policy, path(name)));
+        let user_data = UserData { files: vec![(FileName::Apf, b"{}".to_vec())], skipped: vec![] };
+        let options = Options { without_init_data: WithoutInitData::Dummy, require_tpm: false };
+        let mut set = plan(&user_data, &Earlier::default(), &options).unwrap();
+        add_defaults(&mut set, &policies).unwrap();
+        let policy = set.files().find(|(name, _)| *name == FileName::Policy).unwrap().1;
+        assert_eq!(policy, b"allow");
     }
 }
