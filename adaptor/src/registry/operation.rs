@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_keys::{PodPublic, WorkerNodeKey, WorkerNodeKeys};
-use secure_comms_protocol::{InitDataDigest, PodId};
+use secure_comms_protocol::{InboundTag, InitDataDigest, PodId};
 use secure_comms_tunnel::Inbound;
+use secure_comms_tunnel::inbound::BindError;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::timeout_at;
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::command::{Reply, StartOrder};
 use super::error::AdaptorError;
@@ -364,11 +365,25 @@ impl Context {
             let tag = for_pod(template, &self.id)?;
             self.step.send_replace(format!("inbound {tag} to listen"));
             served.directories.push(make_directories(template, &self.id)?);
-            let inbound = Inbound::bind(&tag).await?;
+            let inbound = bind_soon(&tag).await?;
             served.endpoints.push(Endpoint { name: tag.name, local: inbound.local().to_owned() });
             served.inbounds.spawn(served.routes.serve(inbound));
         }
         Ok(())
+    }
+}
+
+/// How long an address in use is waited for: an adaptor that ends, or is killed, has released the pod's lock a little earlier.
+const BIND_WAIT: Duration = Duration::from_millis(500);
+const BIND_POLL: Duration = Duration::from_millis(20);
+
+async fn bind_soon(tag: &InboundTag) -> Result<Inbound, BindError> {
+    let deadline = Instant::now() + BIND_WAIT;
+    loop {
+        match Inbound::bind(tag).await {
+            Err(error) if error.is_in_use() && Instant::now() < deadline => sleep(BIND_POLL).await,
+            bound => return bound,
+        }
     }
 }
 

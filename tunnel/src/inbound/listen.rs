@@ -26,6 +26,13 @@ pub struct BindError {
     is_path: bool,
 }
 
+impl BindError {
+    /// Whether another socket has the address.
+    pub fn is_in_use(&self) -> bool {
+        matches!(&self.cause, NamespaceError::Io(error) if error.kind() == io::ErrorKind::AddrInUse)
+    }
+}
+
 fn bind_advice(cause: &NamespaceError, is_path: bool) -> &'static str {
     let NamespaceError::Io(error) = cause else { return "" };
     match (error.kind(), is_path) {
