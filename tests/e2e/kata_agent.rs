@@ -520,7 +520,8 @@ async fn no_container_is_made_for_a_runtime_that_gave_up() -> Result<()> {
         spec.Mounts.push(bind(&volume));
         spec.Annotations.insert(VOLUMES.into(), volume.display().to_string());
         let runtime = pod.runtime().await?;
-        let time = if leaves { PATIENCE } else { Duration::from_secs(2) };
+        // Long enough for the agent's reminder, which comes after a second, also while other tests run.
+        let time = if leaves { PATIENCE } else { Duration::from_secs(8) };
         let call = tokio::spawn(async move { runtime.create_container_within(&sent, time).await });
         says(&pod.agent, &format!("a container waits for its volume {}", volume.display())).await?;
         if leaves {
