@@ -453,7 +453,7 @@ async fn a_missing_pod_namespace_is_made_and_an_existing_one_kept() {
         let said = make(&path, &["-pod-namespace-address", "169.254.169.254/32"]).await;
         assert!(said.status.success() && said.stderr.is_empty(), "{said:?}");
     }
-    let routes = "ip link add pod0 type dummy; ip link set pod0 up; ip addr add 10.244.1.7/24 dev pod0; \
+    let routes = "ip link add pod0 type veth peer name pod1; ip link set pod1 up; ip link set pod0 up; ip addr add 10.244.1.7/24 dev pod0; \
                   ip route add default via 10.244.1.1; ip route add 169.254.169.254 via 10.244.1.1; ip route get 169.254.169.254";
     let shell = ["netns", "exec", &made.0, "sh", "-ec", routes];
     let route = Command::new("ip").args(shell).output().await.unwrap();
