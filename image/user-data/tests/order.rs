@@ -449,23 +449,16 @@ fn a_program_that_is_killed_leaves_the_old_or_the_new_set() {
 #[test]
 fn two_programs_at_once_leave_one_of_their_sets() {
     on_machine(|| {
-        let results: Vec<_> = [set("{\"a\":1}", &[("auth.json", "{}")]), set("{\"b\":1}", &[])]
-            .iter()
-            .map(|set| provision(set))
-            .collect();
+        let texts = [set("{\"a\":1}", &[("auth.json", "{}")]), set("{\"b\":1}", &[])];
+        let results: Vec<_> = texts.iter().map(|text| provision(text)).collect();
         for _ in 0..10 {
             fs::remove_dir_all(PEERPOD).unwrap();
             let programs: Vec<_> = (0..4)
                 .map(|number| {
-                    fs::write(
-                        SEED,
-                        if number % 2 == 0 {
-                            set("{\"a\":1}", &[("auth.json", "{}")])
-                        } else {
-                            set("{\"b\":1}", &[])
-                        },
-                    )
-                    .unwrap();
+                    // Renamed to its place: the programs before this one may be reading.
+                    let written = format!("{SEED}.new");
+                    fs::write(&written, &texts[number % 2]).unwrap();
+                    fs::rename(&written, SEED).unwrap();
                     program("").stderr(Stdio::piped()).spawn().unwrap()
                 })
                 .collect();
