@@ -253,8 +253,13 @@ async fn the_image_with_systemd_confines_the_agent_and_recovers_it() -> Result<(
         "vxlan-port": 4789,
         "vxlan-id": 555001,
     }}))?;
-    let user_data = UserData::NoCloud(CloudConfig::new(apf.clone()));
-    let pod = Pod::start(scene(false).await?, "fast", Boot::Fast, user_data).await?;
+    let user_data = UserData::NoCloud(CloudConfig::new(apf.clone()).with_scratch_disk());
+    let scene = scene(false).await?;
+    let scratch = DataDisk { file: scene.path("scratch.raw"), serial: "trusted_store" };
+    std::fs::File::create(&scratch.file)?.set_len(VOLUME_SIZE)?;
+    let scratch_file = scratch.file.clone();
+    let options = MachineOptions::new("fast", Boot::Fast, scene.ssh, user_data);
+    let pod = Pod::start_as(scene, MachineOptions { disks: vec![scratch], ..options }).await?;
     pod.works().await?;
     pod.has(&apf).await?;
     pod.network("pod0").await?;
@@ -264,6 +269,7 @@ async fn the_image_with_systemd_confines_the_agent_and_recovers_it() -> Result<(
     pod.containers().await?;
     boot_time(&pod).await?;
     pod.listeners().await?;
+    host_cannot_read_the_scratch_disk(&pod, &scratch_file).await?;
     restarts_keep_the_pod(&pod).await?;
     pod.agent_killed().await?;
     pod.network("pod0").await?;
@@ -274,6 +280,8 @@ async fn the_image_with_systemd_confines_the_agent_and_recovers_it() -> Result<(
 
 /// Enough for ext4.
 const VOLUME_SIZE: u64 = 64 * 1024 * 1024;
+/// Size of a root's disk in a cloud that was asked for a larger one than the image.
+const ROOT_SIZE: u64 = 4 * 1024 * 1024 * 1024;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_verified_disk_boots_and_attests_after_a_reboot() -> Result<()> {
@@ -281,13 +289,12 @@ async fn the_verified_disk_boots_and_attests_after_a_reboot() -> Result<()> {
     let user_data = UserData::Aws(CloudConfig::new(apf.clone()).with_scratch_disk());
     let scene = scene(false).await?;
     let volume = DataDisk { file: scene.path("volume.raw"), serial: "volume" };
-    let scratch = DataDisk { file: scene.path("scratch.raw"), serial: "trusted_store" };
-    for disk in [&volume, &scratch] {
-        std::fs::File::create(&disk.file)?.set_len(VOLUME_SIZE)?;
-    }
-    let scratch_file = scratch.file.clone();
-    let options = MachineOptions::new("disk", Boot::Disk(None), scene.ssh, user_data);
-    let pod = Pod::start_as(scene, MachineOptions { disks: vec![volume, scratch], ..options }).await?;
+    std::fs::File::create(&volume.file)?.set_len(VOLUME_SIZE)?;
+    let root = scene.path("root.raw");
+    std::fs::copy(artifacts()?.file("podvm.raw")?, &root)?;
+    std::fs::File::options().write(true).open(&root)?.set_len(ROOT_SIZE)?;
+    let options = MachineOptions::new("disk", Boot::Disk(Some(root)), scene.ssh, user_data);
+    let pod = Pod::start_as(scene, MachineOptions { disks: vec![volume], ..options }).await?;
     pod.works().await?;
     pod.has(&apf).await?;
     systemd_is_content(&pod, NO_CAPABILITY).await?;
@@ -305,24 +312,36 @@ async fn the_verified_disk_boots_and_attests_after_a_reboot() -> Result<()> {
     let root_hash = artifacts()?.root_hash()?;
     ensure!(command_line.contains(&format!("roothash={root_hash}")), "{command_line}");
     pod.listeners().await?;
-    scratch_disk_is_encrypted(&pod, &mounts, &scratch_file).await?;
+    scratch_disk_is_on(&pod, "vda128").await?;
     ensure!(pod.cloud_volume().await?.is_none(), "an empty disk was not formatted");
     pod.keep_on_volume().await?;
     pod.rebooted().await?;
     let kept = pod.cloud_volume().await?;
     ensure!(kept.as_deref() == Some("kept\n"), "after a reboot the volume has {kept:?}");
+    scratch_disk_is_on(&pod, "vda128").await?;
     pod.machine.passed();
     Ok(())
 }
 
-/// The scratch disk is where the guest keeps images, and its host can't read what is written there.
-async fn scratch_disk_is_encrypted(pod: &Pod, mounts: &str, file: &std::path::Path) -> Result<()> {
+/// The scratch disk is where the guest keeps images, and the kernel encrypts it on this device.
+async fn scratch_disk_is_on(pod: &Pod, device: &str) -> Result<()> {
+    let mounts = pod.inspection.read("/proc/self/mounts").await?;
     let images = mounts.lines().find(|line| line.contains(" /run/kata-containers/image "));
     let images = images.with_context(|| format!("no scratch disk in {mounts}"))?;
     ensure!(
         images.starts_with("/dev/dm-") && images.contains(" ext4 rw,nosuid,nodev"),
         "the scratch disk is {images:?}"
     );
+    let mapping = images.split(['/', ' ']).nth(2).context("no name")?;
+    let below = pod.inspection.run(&["ls", &format!("/sys/class/block/{mapping}/slaves")]).await?;
+    let kind = pod.inspection.read(&format!("/sys/class/block/{mapping}/dm/name")).await?;
+    ensure!((below.trim(), kind.trim()) == (device, "podvm-scratch"), "{mapping} is {kind}, on {below}");
+    Ok(())
+}
+
+/// The host can't read what is written to the scratch disk, a file of its own.
+async fn host_cannot_read_the_scratch_disk(pod: &Pod, file: &std::path::Path) -> Result<()> {
+    scratch_disk_is_on(pod, "vda").await?;
     let write = "echo in-clear-on-the-scratch-disk >/run/kata-containers/image/text && sync";
     pod.inspection.run(&["bash", "-c", write]).await?;
     let content = std::fs::read(file)?;

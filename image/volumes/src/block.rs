@@ -111,6 +111,26 @@ impl Device {
         uevent.lines().find_map(|line| line.strip_prefix("PARTNAME=")).map(str::to_owned)
     }
 
+    /// Its namespace number and the model of its controller, if it is an NVMe disk.
+    #[must_use]
+    pub fn nvme(&self, roots: &Roots) -> Option<(u32, String)> {
+        let directory = self.sysfs(roots);
+        let namespace = attribute(&directory.join("nsid"))?.parse().ok()?;
+        Some((namespace, attribute(&directory.join("device/model"))?))
+    }
+
+    /// First sector of a partition, of 512 bytes each.
+    #[must_use]
+    pub fn first_sector(&self, roots: &Roots) -> Option<u64> {
+        attribute(&self.sysfs(roots).join("start"))?.parse().ok()
+    }
+
+    /// Number of a partition in its table.
+    #[must_use]
+    pub fn partition_number(&self, roots: &Roots) -> Option<u32> {
+        attribute(&self.sysfs(roots).join("partition"))?.parse().ok()
+    }
+
     /// Its SCSI address: host, channel, target and LUN.
     #[must_use]
     pub fn scsi_address(&self, roots: &Roots) -> Option<[u32; 4]> {

@@ -12,6 +12,11 @@ use crate::volume::Volume;
 
 /// Chassis asset tag of a VM in Azure.
 const AZURE_TAG: &str = "7783-7084-3265-9085-8269-3286-77";
+/// Model of Azure's NVMe controller for remote disks (azure-vm-utils' 80-azure-disk.rules): the OS disk is namespace 1.
+/// The VM's own disks, which it also may have, are on controllers of other models.
+const AZURE_NVME: &str = "MSFT NVMe Accelerator v1.0";
+/// Namespace of LUN 0 on that controller.
+const AZURE_NVME_LUN_0: u32 = 2;
 /// What udev's names of EBS volumes begin with.
 const EBS: &str = "nvme-Amazon_Elastic_Block_Store_";
 /// Label of the disk with the user data (NoCloud), in both spellings that cloud-init reads.
@@ -149,7 +154,18 @@ fn azure(roots: &Roots, volume: &Volume) -> io::Result<Vec<Candidate>> {
         .filter(|name| name.contains("vmbus") && name.ends_with(&format!("-lun-{lun}")));
     let direct = [format!("data/by-lun/{lun}"), format!("scsi1/lun{lun}")];
     let direct = direct.into_iter().map(|name| Candidate { path: links.join(name), rule: Rule::None });
-    Ok(direct.chain(vmbus.map(|name| Candidate { path: by_path.join(name), rule: Rule::NotHost0 })).collect())
+    let nvme = azure_nvme(roots, lun)?.into_iter().map(|path| Candidate { path, rule: Rule::None });
+    let vmbus = vmbus.map(|name| Candidate { path: by_path.join(name), rule: Rule::NotHost0 });
+    Ok(direct.chain(nvme).chain(vmbus).collect())
+}
+
+/// Azure's NVMe disks with this LUN, without the links of azure-vm-utils: by sysfs.
+fn azure_nvme(roots: &Roots, lun: u32) -> io::Result<Vec<PathBuf>> {
+    let Some(namespace) = lun.checked_add(AZURE_NVME_LUN_0) else { return Ok(Vec::new()) };
+    let devices = block::names(roots)?.into_iter().filter_map(|name| Device::named(roots, &name).ok());
+    let is_it =
+        |device: &Device| device.nvme(roots).is_some_and(|nvme| nvme == (namespace, AZURE_NVME.into()));
+    Ok(devices.filter(is_it).map(|device| device.node).collect())
 }
 
 fn aws(roots: &Roots, volume: &Volume) -> io::Result<Vec<Candidate>> {

@@ -39,6 +39,8 @@ pub mod service;
 
 pub mod socket;
 
+pub mod spare;
+
 pub mod scratch;
 
 pub mod cli;

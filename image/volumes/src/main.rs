@@ -13,7 +13,7 @@ use volumes::mappings::Kernel;
 use volumes::mounting::{Patience, Volumes, Woken};
 use volumes::roots::Roots;
 use volumes::scratch::{self, MARKER, Outcome};
-use volumes::{service, socket};
+use volumes::{service, socket, spare};
 
 fn main() -> ExitCode {
     let args: Vec<String> =
@@ -57,7 +57,7 @@ fn make_scratch() -> Result<(), String> {
     if let Err(error) = nix::sys::prctl::set_dumpable(false) {
         log::line(format_args!("scratch: forbidding core dumps: {error}; set LimitCORE=0 in the unit"));
     }
-    match scratch::run(&Roots::system(), MARKER.as_ref(), &Kernel, &Boot) {
+    match scratch::run(&Roots::system(), MARKER.as_ref(), &Kernel, &spare::Kernel, &Boot) {
         Ok(Outcome::Mounted) => {}
         Ok(Outcome::WasMounted) => log::line(format_args!("scratch: it is mounted already")),
         Ok(Outcome::NotWanted) => {

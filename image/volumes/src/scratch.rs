@@ -11,12 +11,13 @@ use crate::block::{self, Device};
 use crate::format;
 use crate::log;
 use crate::mappings::Mappings;
-use crate::mountinfo::{self, DeviceNumber};
+use crate::mountinfo::{self, DeviceNumber, Mount};
 use crate::mounting::{Patience, Woken};
 use crate::mounts;
 use crate::program::ProgramError;
 use crate::roots::Roots;
 use crate::signature;
+use crate::spare::{self, Partitions};
 use crate::volume::FileSystem;
 
 /// File with which the user data asks for the disk, as in cloud-api-adaptor.
@@ -45,10 +46,20 @@ pub enum ScratchError {
     Search(#[source] io::Error),
     /// No disk is for it.
     #[error(
-        "no unused partition with the GPT label {LABEL}, and no disk without partitions with the serial number {LABEL}: \
-        images stay in memory; attach such a disk, or remove {MARKER} from the user data"
+        "no unused partition with the GPT label {LABEL}, no disk without partitions with the serial number {LABEL}, \
+        and less than {} MiB free behind the image on its own disk: images stay in memory; give the VM a larger disk \
+        for its root, or remove {MARKER} from the user data", spare::SECTORS_MIN / 2048
     )]
     NoDisk,
+    /// The free space of the image's own disk can't be used.
+    #[error("making a partition of the free space of {}", node.display())]
+    Partition {
+        /// The disk.
+        node: PathBuf,
+        /// The cause.
+        #[source]
+        cause: ProgramError,
+    },
     /// Several are.
     #[error("both {first} and {second} are labelled {LABEL}: only one may be")]
     Several {
@@ -109,11 +120,13 @@ pub enum Outcome {
 /// Encrypts, formats and mounts the scratch disk, if the marker is there. What was on the disk is lost.
 ///
 /// # Errors
-/// The first step that fails; what was made before it is removed.
+/// The first step that fails; what was made before it is removed, but for the kernel's partition of the free space, which
+/// the next run makes again.
 pub fn run(
     roots: &Roots,
     marker: &Path,
     mappings: &dyn Mappings,
+    partitions: &dyn Partitions,
     patience: &dyn Patience,
 ) -> Result<Outcome, ScratchError> {
     if !marker.exists() {
@@ -125,7 +138,7 @@ pub fn run(
         return if is_ours { Ok(Outcome::WasMounted) } else { Err(ScratchError::OtherMounted) };
     }
     remove_left_behind(roots, mappings)?;
-    let disk = wait(roots, patience)?;
+    let disk = wait(roots, &mounts, partitions, patience)?;
     let _held = signature::open_unused(&disk)
         .map_err(|cause| ScratchError::Open { node: disk.node.clone(), cause })?;
     let sectors = disk.sectors(roots).unwrap_or(0) / SECTORS * SECTORS;
@@ -163,7 +176,12 @@ fn remove_left_behind(roots: &Roots, mappings: &dyn Mappings) -> Result<(), Scra
     Ok(())
 }
 
-fn wait(roots: &Roots, patience: &dyn Patience) -> Result<Device, ScratchError> {
+fn wait(
+    roots: &Roots,
+    mounts: &[Mount],
+    partitions: &dyn Partitions,
+    patience: &dyn Patience,
+) -> Result<Device, ScratchError> {
     let mut attempts = 0;
     loop {
         let found = find(roots).map_err(ScratchError::Search)?;
@@ -171,6 +189,10 @@ fn wait(roots: &Roots, patience: &dyn Patience) -> Result<Device, ScratchError> 
             return Err(ScratchError::Several { first: first.name.clone(), second: second.name.clone() });
         }
         if let Some(disk) = found.into_iter().next() {
+            return Ok(disk);
+        }
+        // At the first attempt: this space is there from the start, and the pod waits.
+        if let Some(disk) = free_space(roots, mounts, partitions)? {
             return Ok(disk);
         }
         attempts += 1;
@@ -182,6 +204,21 @@ fn wait(roots: &Roots, patience: &dyn Patience) -> Result<Device, ScratchError> 
             Woken::Time | Woken::Event | Woken::GivenUp => {}
         }
     }
+}
+
+/// A partition of the free space behind the image on its own disk, where the cloud made that disk larger than the image.
+fn free_space(
+    roots: &Roots,
+    mounts: &[Mount],
+    partitions: &dyn Partitions,
+) -> Result<Option<Device>, ScratchError> {
+    let Some(space) = spare::find(roots, mounts).map_err(ScratchError::Search)? else { return Ok(None) };
+    let failed = |cause| ScratchError::Partition { node: space.disk.node.clone(), cause };
+    if spare::partition(roots, &space.disk).map_err(ScratchError::Search)?.is_some() {
+        partitions.remove(&space.disk.node, spare::NUMBER).map_err(failed)?;
+    }
+    partitions.add(&space.disk.node, spare::NUMBER, space.first, space.sectors).map_err(failed)?;
+    spare::partition(roots, &space.disk).map_err(ScratchError::Search)
 }
 
 /// The partitions with the label; only if there is none, the disks with it.

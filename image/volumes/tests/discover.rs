@@ -45,6 +45,43 @@ fn azure_disks_are_found_by_their_links() {
 }
 
 #[test]
+fn azure_nvme_disks_are_found_by_their_namespace() {
+    const REMOTE: &str = "MSFT NVMe Accelerator v1.0";
+    let tree = Tree::new();
+    tree.attribute("class/dmi/id/chassis_asset_tag", AZURE_TAG);
+    tree.nvme("nvme0n1", 0, REMOTE, 1).nvme("nvme0n2", 1, REMOTE, 2).nvme("nvme0n15", 2, REMOTE, 15);
+    // The VM's own disks, which no LUN names, and the model of another controller.
+    tree.nvme("nvme1n1", 3, "Microsoft NVMe Direct Disk v2", 5).nvme(
+        "nvme2n1",
+        4,
+        "MSFT NVMe Accelerator",
+        6,
+    );
+    assert_eq!(found(&tree, 0, ""), Ok("nvme0n2".into()));
+    assert_eq!(found(&tree, 13, ""), Ok("nvme0n15".into()));
+    for lun in [1, 2, 3, 4, 5, 12, 14, 15, 16_383] {
+        assert_eq!(found(&tree, lun, ""), Err(String::new()), "{lun}");
+    }
+    // A link of azure-vm-utils counts first.
+    tree.link("disk/azure/data/by-lun/0", "nvme0n15");
+    assert_eq!(found(&tree, 0, ""), Ok("nvme0n15".into()));
+    // A disk with that model outside Azure.
+    let tree = Tree::new();
+    tree.nvme("nvme0n2", 1, REMOTE, 2);
+    assert_eq!(found(&tree, 0, ""), Err(String::new()));
+}
+
+#[test]
+fn an_azure_nvme_disk_in_use_is_no_volume() {
+    let tree = Tree::new();
+    tree.attribute("class/dmi/id/chassis_asset_tag", AZURE_TAG);
+    tree.nvme("nvme0n2", 1, "MSFT NVMe Accelerator v1.0", 2).partition("nvme0n2", "nvme0n2p1", 259, 9);
+    tree.mounts("40 1 259:9 / /mnt rw - ext4 /dev/x rw\n");
+    let why = "/dev/nvme0n2 is in use: it, or a partition of it, is mounted";
+    assert_eq!(found(&tree, 0, ""), Err(why.into()));
+}
+
+#[test]
 fn azure_disks_are_found_by_path_but_not_on_host_0() {
     let path = "disk/by-path/acpi-VMBUS:00-vmbus-f8b3781a1e824818a1c363d806ec15bb-lun-0";
     let tree = Tree::new();

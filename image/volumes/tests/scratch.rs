@@ -19,11 +19,14 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 use support::{Loop, Script, Tree, in_own_mounts, own_mounts, run};
 use volumes::failure::chain;
 use volumes::mappings::Mappings;
+use volumes::program::ProgramError;
 use volumes::scratch::{self, MAPPING, MOUNT_POINT, Outcome, ScratchError};
+use volumes::spare::{self, NUMBER, Partitions};
 use zeroize::Zeroizing;
 
 const MARKER: &str = "/run/scratch-space.marker";
 const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
 
 /// A device mapper whose dm-5 the tree has, and what was asked of it.
 #[derive(Default)]
@@ -59,9 +62,22 @@ fn labelled() -> (Tree, Loop) {
     (tree, disk)
 }
 
+/// No disk has free space.
+struct NoSpace;
+
+impl Partitions for NoSpace {
+    fn add(&self, _: &Path, _: u32, _: u64, _: u64) -> Result<(), ProgramError> {
+        panic!("there is no free space")
+    }
+
+    fn remove(&self, _: &Path, _: u32) -> Result<(), ProgramError> {
+        panic!("there is no partition of it")
+    }
+}
+
 fn make(tree: &Tree, fake: &Fake) -> Result<Outcome, ScratchError> {
     fs::write(MARKER, "").unwrap();
-    scratch::run(&own_mounts(&tree.roots), Path::new(MARKER), fake, &Script::uneventful())
+    scratch::run(&own_mounts(&tree.roots), Path::new(MARKER), fake, &NoSpace, &Script::uneventful())
 }
 
 fn failure(tree: &Tree) -> String {
@@ -73,7 +89,8 @@ fn without_the_marker_no_disk_is_touched() {
     in_own_mounts(|| {
         let (tree, _disk) = labelled();
         let fake = Fake::default();
-        let outcome = scratch::run(&own_mounts(&tree.roots), Path::new(MARKER), &fake, &Script::uneventful());
+        let roots = own_mounts(&tree.roots);
+        let outcome = scratch::run(&roots, Path::new(MARKER), &fake, &NoSpace, &Script::uneventful());
         assert_eq!(outcome.unwrap(), Outcome::NotWanted);
         assert!(fake.created.lock().unwrap().is_empty());
     });
@@ -200,9 +217,130 @@ fn the_kernels_refusal_is_the_cause() {
         let (tree, _disk) = labelled();
         fs::write(MARKER, "").unwrap();
         let roots = own_mounts(&tree.roots);
-        let error = scratch::run(&roots, Path::new(MARKER), &Refuses, &Script::uneventful()).unwrap_err();
+        let outcome = scratch::run(&roots, Path::new(MARKER), &Refuses, &NoSpace, &Script::uneventful());
+        let error = outcome.unwrap_err();
         let text = chain(&error);
         assert!(text.starts_with("encrypting ") && text.contains("No such file"), "{text}");
         assert!(!text.contains("aes-xts"), "{text}");
+    });
+}
+
+/// The partitions of the image's disk in a tree, and what was done to them.
+struct Spare<'a> {
+    tree: &'a Tree,
+    opened: &'a Loop,
+    done: Mutex<Vec<String>>,
+}
+
+impl Partitions for Spare<'_> {
+    fn add(&self, disk: &Path, number: u32, first: u64, sectors: u64) -> Result<(), ProgramError> {
+        assert!(disk.ends_with("vda") && number == NUMBER);
+        self.done.lock().unwrap().push(format!("add {first} {sectors}"));
+        self.tree.partition("vda", "vda128", self.opened.number.major, self.opened.number.minor);
+        self.tree.attribute("class/block/vda128/partition", "128\n");
+        self.tree.attribute("class/block/vda128/size", &format!("{sectors}\n"));
+        Ok(())
+    }
+
+    fn remove(&self, _: &Path, number: u32) -> Result<(), ProgramError> {
+        assert_eq!(number, NUMBER);
+        self.done.lock().unwrap().push("remove".to_owned());
+        fs::remove_file(self.tree.roots.sys.join("class/block/vda128")).unwrap();
+        fs::remove_dir_all(self.tree.roots.sys.join("class/block/vda/vda128")).unwrap();
+        fs::remove_file(self.tree.roots.dev.join("vda128")).unwrap();
+        let number = self.opened.number;
+        fs::remove_file(self.tree.roots.sys.join(format!("dev/block/{number}"))).unwrap();
+        Ok(())
+    }
+}
+
+/// A tree whose root is a partition of a disk of this size, as image/build makes it for 120 MiB.
+fn image_on(bytes: u64) -> (Tree, Loop) {
+    let (tree, mut disk) = (Tree::bare(), Loop::new(120 * MIB));
+    let mut sfdisk = std::process::Command::new("sfdisk");
+    sfdisk
+        .args(["--quiet", "--no-reread", "--no-tell-kernel"])
+        .arg(&disk.node)
+        .stdin(std::process::Stdio::piped());
+    let mut child = sfdisk.spawn().unwrap();
+    let table = b"label: gpt\nstart=2048, size=81920\nstart=83968, size=159744\n";
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), table).unwrap();
+    assert!(child.wait().unwrap().success());
+    disk.grow(bytes);
+    tree.loop_disk("vda", &disk);
+    for (name, minor, first, sectors) in [("vda1", 1, 2048, 81_920), ("vda2", 2, 83_968, 159_744)] {
+        tree.partition("vda", name, 254, minor);
+        tree.attribute(&format!("class/block/{name}/start"), &format!("{first}\n"));
+        tree.attribute(&format!("class/block/{name}/size"), &format!("{sectors}\n"));
+    }
+    tree.mapping("dm-0", 253, 0, "root", &["vda2"]);
+    tree.mounts("36 1 253:0 / / ro - erofs /dev/dm-0 ro\n");
+    (tree, disk)
+}
+
+#[test]
+fn free_space_behind_the_image_is_the_scratch_disk() {
+    in_own_mounts(|| {
+        let (tree, _disk) = image_on(4 * GIB);
+        let (under, opened) = (Loop::new(64 * MIB), Loop::new(64 * MIB));
+        tree.loop_disk("dm-5", &opened);
+        fs::write(MARKER, "").unwrap();
+        let space = Spare { tree: &tree, opened: &under, done: Mutex::default() };
+        let (fake, marker, patience) = (Fake::default(), Path::new(MARKER), Script::uneventful());
+        let made = scratch::run(&tree.roots, marker, &fake, &space, &patience);
+        assert_eq!(made.unwrap(), Outcome::Mounted);
+        // Behind the backup of the partition table, up to where the end's would be.
+        let (first, sectors) = (120 * MIB / 512, (4 * GIB - 121 * MIB) / 512);
+        assert_eq!(*space.done.lock().unwrap(), [format!("add {first} {sectors}")]);
+        let (table, mapped) = fake.created.lock().unwrap()[0].clone();
+        assert!(table.ends_with(&format!(" 0 {} 0 1 sector_size:4096", under.number)), "{table}");
+        assert_eq!((mapped, patience.pauses()), (sectors, 0));
+
+        // What a run that was killed has left is made again.
+        run("umount", &[MOUNT_POINT]);
+        let made = scratch::run(&tree.roots, marker, &fake, &space, &patience);
+        assert_eq!(made.unwrap(), Outcome::Mounted);
+        let again = format!("add {first} {sectors}");
+        assert_eq!(*space.done.lock().unwrap(), [again.clone(), "remove".to_owned(), again]);
+    });
+}
+
+#[test]
+fn a_labelled_disk_counts_before_free_space() {
+    in_own_mounts(|| {
+        let (tree, _disk) = image_on(4 * GIB);
+        let (own, opened) = (Loop::new(64 * MIB), Loop::new(64 * MIB));
+        tree.loop_disk("vdb", &own).attribute("class/block/vdb/serial", "trusted_store\n");
+        tree.loop_disk("dm-5", &opened);
+        fs::write(MARKER, "").unwrap();
+        let made =
+            scratch::run(&tree.roots, Path::new(MARKER), &Fake::default(), &NoSpace, &Script::uneventful());
+        assert_eq!(made.unwrap(), Outcome::Mounted);
+    });
+}
+
+#[test]
+fn too_little_free_space_is_left_alone() {
+    in_own_mounts(|| {
+        // As large as the image, and rounded up to a whole GiB.
+        for bytes in [120 * MIB, GIB] {
+            let (tree, _disk) = image_on(bytes);
+            fs::write(MARKER, "").unwrap();
+            let patience = Script::uneventful();
+            let made = scratch::run(&tree.roots, Path::new(MARKER), &Fake::default(), &NoSpace, &patience);
+            let text = chain(&made.unwrap_err());
+            assert!(text.contains("less than 1024 MiB free behind the image on its own disk"), "{text}");
+        }
+    });
+}
+
+#[test]
+fn a_disk_without_a_gpt_has_no_free_space() {
+    in_own_mounts(|| {
+        let (tree, disk) = image_on(4 * GIB);
+        let mounts = volumes::mountinfo::read(&tree.roots).unwrap();
+        assert!(spare::find(&tree.roots, &mounts).unwrap().is_some());
+        run("wipefs", &["--all", "--quiet", disk.node.to_str().unwrap()]);
+        assert_eq!(spare::find(&tree.roots, &mounts).unwrap(), None);
     });
 }

@@ -95,6 +95,12 @@ impl Tree {
         self
     }
 
+    /// An NVMe disk: its controller's model as sysfs pads it, and its namespace number.
+    pub(crate) fn nvme(&self, name: &str, minor: u64, model: &str, namespace: u32) -> &Self {
+        self.disk(name, 259, minor).attribute(&format!("class/block/{name}/nsid"), &format!("{namespace}\n"));
+        self.attribute(&format!("class/block/{name}/device/model"), &format!("{model:<40}\n"))
+    }
+
     /// A SCSI disk with this address.
     pub(crate) fn scsi(&self, name: &str, minor: u64, address: &str) -> &Self {
         self.disk(name, 8, minor);
@@ -157,6 +163,13 @@ impl Loop {
         let device = fs::metadata(&node).unwrap().rdev();
         let number = DeviceNumber { major: major(device), minor: minor(device) };
         Self { node, number, bytes, file }
+    }
+
+    /// Makes it larger.
+    pub(crate) fn grow(&mut self, bytes: u64) {
+        self.file.as_file().set_len(bytes).unwrap();
+        run("losetup", &["--set-capacity", self.node.to_str().unwrap()]);
+        self.bytes = bytes;
     }
 
     /// Whether this text is on the disk.
