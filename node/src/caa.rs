@@ -12,6 +12,7 @@ pub mod directory;
 pub mod front;
 mod identity;
 mod life;
+mod looks;
 pub mod rules;
 mod sandbox;
 pub mod strict;

@@ -27,7 +27,7 @@ use std::time::Duration;
 use secure_comms_protocol::PodId;
 use tokio::sync::{Notify, watch as channel};
 use tokio::task::spawn_blocking;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, timeout};
 
 pub use self::apf::{ApfError, parse};
 pub use self::changes::{Change, Changes};
@@ -35,6 +35,7 @@ use self::follower::Follower;
 pub use self::follower::HEALTH;
 use self::known::{Candidates, Known};
 use self::scan::Scanner;
+use super::looks::Looks;
 use super::sandbox::Sandbox;
 use crate::health::Health;
 
@@ -42,7 +43,7 @@ use crate::health::Health;
 const SETTLE: Duration = Duration::from_secs(3);
 /// A name that is not known causes a look at most once in this time.
 const MISS_PAUSE: Duration = Duration::from_secs(1);
-/// The time between two looks that names cause: any process of the node can make a dial.
+/// The time between two looks that dials cause: any process of the node can make one.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// The longest wait for a look that a name causes, and for the first one.
 const LOOK_WAIT: Duration = Duration::from_secs(10);
@@ -57,8 +58,10 @@ pub struct PodsDirectory(Arc<Inner>);
 struct Inner {
     path: PathBuf,
     known: Mutex<Known>,
-    /// Who listens, and when that was asked. Held while it is asked: of a burst, one asks.
-    living: tokio::sync::Mutex<Option<(Instant, Arc<HashSet<PodId>>)>>,
+    /// At who listens.
+    living: Looks<Arc<HashSet<PodId>>>,
+    /// At all sandboxes. The follower makes them.
+    looks: Looks<()>,
     /// A look is wanted.
     wanted: Notify,
     /// The last look at all.
@@ -111,7 +114,8 @@ impl PodsDirectory {
         Self(Arc::new(Inner {
             path,
             known: Mutex::new(Known::new(settle)),
-            living: tokio::sync::Mutex::default(),
+            living: Looks::new(LOOK_PAUSE),
+            looks: Looks::new(LOOK_PAUSE),
             wanted: Notify::new(),
             looked: channel::Sender::new(None),
             events,
@@ -161,17 +165,12 @@ impl PodsDirectory {
     /// The sandboxes on whose `agent.ttrpc` cloud-api-adaptor listens, asked after this call began: an earlier answer would
     /// name the older of two sandboxes with one server name. If it can't be found out: none.
     pub async fn living(&self) -> Arc<HashSet<PodId>> {
-        let called = Instant::now();
-        let mut last = self.0.living.lock().await;
-        if let Some((_, living)) = last.as_ref().filter(|(asked, _)| *asked >= called) {
-            return Arc::clone(living);
-        }
-        let asked = Instant::now();
-        // An error counts as no listener, as it is documented; the follower says it.
-        let living = self.blocking(|scanner| living::living(scanner.path)).await;
-        let living = Arc::new(living.and_then(|living| living).unwrap_or_default());
-        *last = Some((asked, Arc::clone(&living)));
-        living
+        let look = || async {
+            // An error counts as no listener, as it is documented; the follower says it.
+            let living = self.blocking(|scanner| living::living(scanner.path)).await;
+            Arc::new(living.and_then(|living| living).unwrap_or_default())
+        };
+        self.0.living.after_now(look).await
     }
 
     /// What becomes of the sandboxes: first all that are there, then the changes.
@@ -246,23 +245,14 @@ impl PodsDirectory {
 
     /// Waits for a look at the directory that begins after the call; for [`LOOK_WAIT`] at most.
     pub(super) async fn look(&self) {
-        let called = Instant::now();
-        let mut looked = self.0.looked.subscribe();
-        let looks = async {
-            if let Some(last) = self.last_look() {
-                sleep_until(last.ended + LOOK_PAUSE).await;
-            }
-            while self.last_look().is_none_or(|last| last.began < called) {
-                looked.mark_unchanged();
-                self.0.wanted.notify_one();
-                // The sender is ours.
-                if looked.changed().await.is_err() {
-                    return;
-                }
-            }
+        let look = || async {
+            let (mut looked, asked) = (self.0.looked.subscribe(), Instant::now());
+            self.0.wanted.notify_one();
+            // Never an error: the sender is ours.
+            drop(looked.wait_for(|last| last.is_some_and(|last| last.began >= asked)).await);
         };
         // What is known then is the best answer there is; the follower says why it can't look.
-        timeout(LOOK_WAIT, looks).await.ok();
+        timeout(LOOK_WAIT, self.0.looks.after_now(look)).await.ok();
     }
 }
 

@@ -14,13 +14,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_protocol::PodId;
-use tokio::sync::Mutex;
-use tokio::time::{Instant, sleep_until};
 
 pub use self::certificates::{Made, StrictError, VALIDITY_DAYS, load, make};
 use self::links::{Link, links};
 use super::directory::PodsDirectory;
 use super::identity::TlsIdentity;
+use super::looks::Looks;
 use super::sandbox::Sandbox;
 
 /// Where the pods' network namespaces are.
@@ -38,15 +37,8 @@ struct Inner {
     identity: TlsIdentity,
     directory: PodsDirectory,
     namespaces: PathBuf,
-    /// The last look into the namespaces. Held during one: of a burst of dials, one looks.
-    last: Mutex<Option<Look>>,
-}
-
-#[derive(Debug)]
-struct Look {
-    began: Instant,
-    ended: Instant,
-    links: Arc<Vec<Link>>,
+    /// Into the namespaces.
+    looks: Looks<Result<Arc<Vec<Link>>, Arc<io::Error>>>,
 }
 
 /// Why no sandbox can be named for a VM.
@@ -58,7 +50,7 @@ pub enum VmLookupError {
         /// Their directory.
         path: PathBuf,
         /// Error of the system.
-        cause: io::Error,
+        cause: Arc<io::Error>,
     },
     /// No link leads to the VM.
     #[error(
@@ -99,7 +91,7 @@ impl Strict {
     }
 
     fn with(identity: TlsIdentity, directory: PodsDirectory, namespaces: PathBuf) -> Self {
-        Self(Arc::new(Inner { identity, directory, namespaces, last: Mutex::default() }))
+        Self(Arc::new(Inner { identity, directory, namespaces, looks: Looks::new(LOOK_PAUSE) }))
     }
 
     /// The TLS keys, which are the same for all sandboxes.
@@ -151,20 +143,9 @@ impl Strict {
         }
     }
 
-    /// The links, from a look that began after this call.
-    async fn links(&self) -> io::Result<Arc<Vec<Link>>> {
-        let called = Instant::now();
-        let mut last = self.0.last.lock().await;
-        if let Some(look) = &*last {
-            if look.began >= called {
-                return Ok(Arc::clone(&look.links));
-            }
-            sleep_until(look.ended + LOOK_PAUSE).await;
-        }
-        let began = Instant::now();
-        let links = Arc::new(links(&self.0.namespaces).await?);
-        *last = Some(Look { began, ended: Instant::now(), links: Arc::clone(&links) });
-        Ok(links)
+    async fn links(&self) -> Result<Arc<Vec<Link>>, Arc<io::Error>> {
+        let look = || async { links(&self.0.namespaces).await.map(Arc::new).map_err(Arc::new) };
+        self.0.looks.after_now(look).await
     }
 }
 
