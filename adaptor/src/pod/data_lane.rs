@@ -218,11 +218,11 @@ impl DataLane {
         let mut to = MainLane { address, number, round_trip };
         loop {
             to = main.borrow_and_update().unwrap_or(to);
-            let is_used = || session.streams_of(Lane::Data) > 0;
+            let traffic = || (session.streams_of(Lane::Data) > 0).then(|| self.status.account().traffic());
             tokio::select! {
                 never = &mut resume => match never {},
                 () = &mut idle => return End::Idle(number),
-                end = await_lane_end(connection, is_used, || self.redial(to)) => match end {
+                end = await_lane_end(connection, traffic, || self.redial(to)) => match end {
                     LaneEnd::Lost(end) => {
                         if end.cause == EndCause::AgentWithSession {
                             session.end(&end.to_string());

@@ -10,9 +10,11 @@
 use std::future::pending;
 use std::net::SocketAddr;
 use std::pin::pin;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use secure_comms_protocol::{Kubernetes, PhaseName};
+use secure_comms_tunnel::account::Traffic;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::connect::{Connected, connect_any};
@@ -44,9 +46,12 @@ const HANDSHAKE_TIMEOUT_MIN: Duration = Duration::from_secs(2);
 /// The interval at which the silence of a lane is checked: while the agent owes no answer, and while it does.
 const LANE_CHECK_IDLE: Duration = Duration::from_millis(250);
 const LANE_CHECK: Duration = Duration::from_millis(100);
-/// The interval at which the agent is asked for a sign of life on a lane in use: what it has sent may wait in its TCP's
-/// backoff, and nothing that we sent would be unanswered.
+/// The interval at which the agent is asked for a sign of life on a lane whose streams move bytes: what it has sent may wait
+/// in its TCP's backoff, and nothing that we sent would be unanswered. A lane at rest has the pings of each `KEEPALIVE`.
 const LANE_PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// Checks, within [`LANE_PROBE_INTERVAL`] of each other, that find bytes moved on a lane that moves bytes. One call and its
+/// answer, such as the runtime's `Check` of each 5 s, are not enough: they need no sign of life but the answer.
+const LANE_MOVES: u32 = 2;
 /// The part of the threshold after which a silent lane is asked for a sign of life.
 const LANE_PROBE_PART: u32 = 3;
 
@@ -59,20 +64,20 @@ pub(super) enum LaneEnd {
 
 /// Waits until the connection of a lane has ended, or is silent and another one has taken its place.
 ///
-/// A lane that `is_used` is asked for signs of life more often. An old connection that answers before the agent has heard of
-/// the new one stays.
+/// A lane on which bytes move is asked for signs of life more often; `traffic` is what the pod's streams have moved, or none if
+/// the lane has no stream. An old connection that answers before the agent has heard of the new one stays.
 ///
 /// Dropping the future drops the new connection.
 pub(super) async fn await_lane_end(
     connection: &AgentConnection<Kubernetes>,
-    is_used: impl Fn() -> bool,
+    traffic: impl Fn() -> Option<Traffic>,
     redial: impl Fn() -> Redial,
 ) -> LaneEnd {
     let (liveness, mut ended) = (connection.liveness(), pin!(connection.ended()));
     loop {
         tokio::select! {
             end = &mut ended => return LaneEnd::Lost(end),
-            () = until_lane_silent(&liveness, &is_used) => {}
+            () = until_lane_silent(&liveness, &traffic) => {}
         }
         let redial = redial();
         let mut connected = pin!(redial.connect());
@@ -90,19 +95,65 @@ pub(super) async fn await_lane_end(
     }
 }
 
-async fn until_lane_silent(liveness: &Liveness, is_used: impl Fn() -> bool) {
-    let mut probed = Instant::now();
+async fn until_lane_silent(liveness: &Liveness, traffic: impl Fn() -> Option<Traffic>) {
+    let mut moves = Moves::start(Instant::now(), traffic());
     loop {
-        sleep(if liveness.unanswered().is_some() { LANE_CHECK } else { LANE_CHECK_IDLE }).await;
+        if liveness.unanswered().is_some() {
+            sleep(LANE_CHECK).await;
+        } else {
+            sleep_until(next_idle_check(Instant::now())).await;
+        }
         let silence = liveness.unanswered().unwrap_or_default();
         if silence >= silence_threshold(liveness) {
             return;
         }
-        let is_due = is_used() && probed.elapsed() >= LANE_PROBE_INTERVAL;
-        if is_due || silence >= silence_threshold(liveness) / LANE_PROBE_PART {
-            probed = Instant::now();
+        if moves.probe_is_due(Instant::now(), traffic())
+            || silence >= silence_threshold(liveness) / LANE_PROBE_PART
+        {
             liveness.probe();
         }
+    }
+}
+
+/// The idle lanes of all pods are checked at the same moments: a process with hundreds of pods wakes up once for all of them.
+fn next_idle_check(now: Instant) -> Instant {
+    static FIRST: OnceLock<Instant> = OnceLock::new();
+    let since = now.saturating_duration_since(*FIRST.get_or_init(|| now));
+    let interval = LANE_CHECK_IDLE.as_millis();
+    let rest = interval - since.as_millis() % interval;
+    now + Duration::from_millis(u64::try_from(rest).unwrap_or_default())
+}
+
+/// Whether bytes move on a lane, as its checks see it.
+#[derive(Debug)]
+struct Moves {
+    traffic: Option<Traffic>,
+    /// Checks that found bytes moved since the last probe, and the time of the latest.
+    seen: u32,
+    last: Instant,
+    probed: Instant,
+}
+
+impl Moves {
+    fn start(now: Instant, traffic: Option<Traffic>) -> Self {
+        Self { traffic, seen: 0, last: now, probed: now }
+    }
+
+    /// Called at each check. After true, the next probe is due only if bytes move again.
+    fn probe_is_due(&mut self, now: Instant, traffic: Option<Traffic>) -> bool {
+        if now - self.last >= LANE_PROBE_INTERVAL {
+            self.seen = 0;
+        }
+        if traffic.is_some() && traffic != self.traffic {
+            self.seen += 1;
+            self.last = now;
+        }
+        self.traffic = traffic;
+        let is_due = self.seen >= LANE_MOVES && now - self.probed >= LANE_PROBE_INTERVAL;
+        if is_due {
+            (self.seen, self.probed) = (0, now);
+        }
+        is_due
     }
 }
 
@@ -213,4 +264,59 @@ fn is_silent(liveness: &Liveness) -> bool {
 
 fn silence_threshold(liveness: &Liveness) -> Duration {
     SILENCE_MIN.max(liveness.round_trip() * SILENCE_ROUND_TRIPS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How many probes a lane has in 20 s of checks, if bytes move at these checks.
+    fn probes(moves_at: impl Fn(u32) -> bool) -> usize {
+        let start = Instant::now();
+        let mut traffic = Traffic::default();
+        let mut moves = Moves::start(start, Some(traffic));
+        let due = (1..=80).filter(|check| {
+            traffic.received += u64::from(moves_at(*check));
+            moves.probe_is_due(start + LANE_CHECK_IDLE * *check, Some(traffic))
+        });
+        due.count()
+    }
+
+    #[test]
+    fn a_call_every_five_seconds_needs_no_probe() {
+        assert_eq!(probes(|_| false), 0);
+        assert_eq!(probes(|check| check % 20 == 0), 0);
+    }
+
+    #[test]
+    fn a_lane_that_moves_bytes_is_probed_every_second() {
+        assert_eq!(probes(|_| true), 20);
+        assert_eq!(probes(|check| check % 2 == 0), 20);
+        assert!(probes(|check| check % 3 == 0) >= 10);
+    }
+
+    #[test]
+    fn a_lane_is_probed_after_its_last_bytes() {
+        // Bytes move for 2 s and 1 s; the probe at 2 s comes with the last bytes, the one of the others after them.
+        assert_eq!(probes(|check| check <= 8), 2);
+        assert_eq!(probes(|check| check <= 3), 1);
+    }
+
+    #[test]
+    fn a_lane_without_streams_needs_no_probe() {
+        let start = Instant::now();
+        let mut moves = Moves::start(start, None);
+        assert!((1..=80).all(|check| !moves.probe_is_due(start + LANE_CHECK_IDLE * check, None)));
+    }
+
+    #[test]
+    fn idle_lanes_are_checked_at_the_same_moments() {
+        let now = Instant::now();
+        let first = next_idle_check(now);
+        assert!(first > now && first <= now + LANE_CHECK_IDLE);
+        let second = next_idle_check(now + LANE_CHECK_IDLE / 5);
+        let apart = (second - first.min(second)).max(first - first.min(second));
+        // Whole intervals, but for the parts of a millisecond.
+        assert!(apart.as_millis().is_multiple_of(LANE_CHECK_IDLE.as_millis()), "{apart:?}");
+    }
 }

@@ -218,8 +218,8 @@ impl Driver {
         let joining = Joining { lane: Lane::Main, session: Some(session.id().clone()) };
         let redial = || Redial::new(self.plan.clone(), joining.clone(), *address, liveness.round_trip());
         let vm_log = self.vm_log.show(log, &instance, &self.status);
-        let is_used = || session.streams_of(Lane::Main) > 0;
-        let (mut end, mut vm_log) = (pin!(await_lane_end(connection, is_used, redial)), pin!(vm_log));
+        let traffic = || (session.streams_of(Lane::Main) > 0).then(|| self.status.account().traffic());
+        let (mut end, mut vm_log) = (pin!(await_lane_end(connection, traffic, redial)), pin!(vm_log));
         loop {
             tokio::select! {
                 never = &mut vm_log => match never {},
