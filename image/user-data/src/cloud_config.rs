@@ -130,7 +130,9 @@ fn document(lines: &mut Lines<'_>) -> Result<Vec<Item>, CloudConfigError> {
         if items.is_some() {
             return Err(fault(Fault::DuplicateKey));
         }
-        if scalar::value(rest).map_err(fault)? != Value::Null {
+        if !scalar::is_end(rest) {
+            // Also a null that is written: YAML takes no list after it.
+            scalar::value(rest).map_err(fault)?;
             return Err(fault(Fault::WrongType));
         }
         lines.skip();

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256, Sha384, Sha512};
 pub use error::{InitDataError, TomlFault};
 use toml::Entry;
 
-use crate::files::{FileName, InitData, SkipReason, Skipped};
+use crate::files::{DIRECTORY, FileName, InitData, SkipReason, Skipped};
 
 /// The longest TOML, in bytes.
 pub const TOML_MAX: usize = 1024 * 1024;
@@ -110,9 +110,26 @@ fn file(key: &str) -> Option<Result<FileName, Doubtful>> {
     if let Some(name) = known.into_iter().find(|name| name.as_str() == key) {
         return Some(Ok(name));
     }
-    // The original cleans paths: `./cdh.toml` and `x/../cdh.toml` are cdh.toml to it.
+    // The original cleans paths: `./cdh.toml`, `x/../cdh.toml` and `cdh.toml/x/..` are cdh.toml to it.
     let last = key.trim().trim_end_matches(['/', '.']).rsplit('/').next().unwrap_or(key);
-    known.iter().any(|name| name.as_str().eq_ignore_ascii_case(last)).then_some(Err(Doubtful))
+    let cleaned = clean(key);
+    let is_like =
+        |name: &FileName| [last, &cleaned].iter().any(|key| name.as_str().eq_ignore_ascii_case(key));
+    known.iter().any(is_like).then_some(Err(Doubtful))
+}
+
+/// What is left of a path in [`DIRECTORY`] without its `.` and `..`, relative to that folder if it is in there.
+fn clean(path: &str) -> String {
+    let mut parts: Vec<&str> = DIRECTORY.split('/').filter(|part| !part.is_empty()).collect();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            part => parts.push(part),
+        }
+    }
+    let whole = format!("/{}", parts.join("/"));
+    whole.strip_prefix(DIRECTORY).map_or(whole.clone(), |rest| rest.trim_start_matches('/').to_owned())
 }
 
 #[cfg(test)]

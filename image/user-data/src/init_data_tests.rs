@@ -141,6 +141,7 @@ fn what_another_reader_may_take_for_a_known_key_is_refused() {
             format!("./{key}"),
             format!("/{key}/"),
             format!("x/../{key}/."),
+            format!("{key}/x/.."),
             format!(" {key}"),
         ] {
             assert_eq!(with(&doubtful), Err(InitDataError::Doubtful { line: 5 }), "{doubtful}");

@@ -1,4 +1,4 @@
-//! The conformance tables: what the original `process-user-data` did with some 360 inputs, and what ours does.
+//! The conformance tables: what the original `process-user-data` did with some 750 inputs, and what ours does.
 //!
 //! tests/data/README.md says where they come from and what a verdict means.
 #![allow(
@@ -205,6 +205,11 @@ fn every_row_of_truncated_texts_has_its_verdict() {
 #[test]
 fn every_row_of_init_data_has_its_verdict() {
     check("init-data", 118);
+}
+
+#[test]
+fn every_variant_has_its_verdict() {
+    check("variants", 382);
 }
 
 #[test]

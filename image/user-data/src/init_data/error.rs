@@ -90,6 +90,8 @@ pub enum TomlFault {
     Array,
     /// A value that is not a string: a number, a date, true.
     NotText,
+    /// An escape of TOML 1.1.
+    Escape,
     /// A key twice.
     Duplicate,
     /// Too many keys.
@@ -108,6 +110,7 @@ impl fmt::Display for TomlFault {
             Self::InlineTable => "an inline table; expected a string",
             Self::Array => "an array; expected a string",
             Self::NotText => "a value that is not a string",
+            Self::Escape => "an escape that only TOML 1.1 has; expected one of TOML 1.0",
             Self::Duplicate => "a key that stands there twice",
             Self::TooManyKeys => "more than 64 keys",
         })

@@ -12,6 +12,9 @@ const HAS_EXTRA: u8 = 1 << 2;
 const HAS_NAME: u8 = 1 << 3;
 const HAS_COMMENT: u8 = 1 << 4;
 const RESERVED: u8 = 0b1110_0000;
+/// The longest name or comment of a header, in bytes, with the zero at its end: Go's reader takes no longer one, and a text that only
+/// one of two readers takes is none.
+const TEXT_MAX: usize = 512;
 /// The first buffer for a member, in bytes; it doubles until all fits.
 const BUFFER_FIRST: usize = 4096;
 
@@ -53,8 +56,12 @@ impl<'i> Input<'i> {
     }
 
     fn skip_text(&mut self) -> Result<(), InitDataError> {
-        while self.array()? != [0] {}
-        Ok(())
+        for _ in 0..TEXT_MAX {
+            if self.array()? == [0] {
+                return Ok(());
+            }
+        }
+        Err(InitDataError::Gzip)
     }
 }
 

@@ -98,6 +98,21 @@ impl<'i> Reader<'i> {
         self.refused.get_or_insert((span.start(), fault));
     }
 
+    /// Refuses `\e` and `\xHH`: TOML 1.1 has them, the readers of TOML 1.0 among a pod's programs do not.
+    fn refuse_new_escapes(&mut self, raw: &str, span: Span, encoding: Option<Encoding>) {
+        if !matches!(encoding, Some(Encoding::BasicString | Encoding::MlBasicString)) {
+            return;
+        }
+        // Two backslashes are one, and what follows is no escape.
+        let mut rest = raw;
+        while let Some((_, escape)) = rest.split_once('\\') {
+            if escape.starts_with(['e', 'x']) {
+                return self.refuse(span, TomlFault::Escape);
+            }
+            rest = escape.strip_prefix('\\').unwrap_or(escape);
+        }
+    }
+
     fn raw(&self, span: Span, encoding: Option<Encoding>) -> Option<Raw<'i>> {
         self.source.get(span).map(|raw| Raw::new_unchecked(raw.as_str(), encoding, span))
     }
@@ -141,6 +156,7 @@ impl EventReceiver for Reader<'_> {
     fn simple_key(&mut self, span: Span, encoding: Option<Encoding>, error: &mut dyn ErrorSink) {
         let mut key = Cow::Borrowed("");
         if let Some(raw) = self.raw(span, encoding) {
+            self.refuse_new_escapes(raw.as_str(), span, encoding);
             raw.decode_key(&mut key, error);
         }
         if self.place == Place::Header {
@@ -171,6 +187,7 @@ impl EventReceiver for Reader<'_> {
 
     fn scalar(&mut self, span: Span, encoding: Option<Encoding>, error: &mut dyn ErrorSink) {
         let Some(raw) = self.raw(span, encoding) else { return };
+        self.refuse_new_escapes(raw.as_str(), span, encoding);
         let mut value = Cow::Borrowed("");
         if raw.decode_scalar(&mut value, error) != ScalarKind::String {
             return self.refuse(span, TomlFault::NotText);
