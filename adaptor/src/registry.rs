@@ -22,7 +22,9 @@ pub use secure_comms_tunnel::account::Traffic;
 use secure_comms_tunnel::relay::{relay, report};
 use secure_comms_tunnel::{Link as _, MemoryBudget, OpenError, Socket};
 use tokio::net::UnixStream;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 
 use self::actor::Actor;
 use self::command::{Command, Reply, StartOrder};
@@ -42,6 +44,7 @@ pub use crate::pod::Endpoint;
 use crate::pod::{PodSnapshot, StatusReporter};
 use crate::store::{Store, StoreError};
 use crate::text::with_causes;
+use crate::transport::ssh::Admission;
 
 /// Pods that are resumed at a time: each reads some files and opens its listeners.
 const RESUMED_AT_A_TIME: usize = 32;
@@ -100,7 +103,8 @@ const RESUMED_AT_A_TIME: usize = 32;
 /// A request to publish that was sent is never forgotten: a deletion waits for its answer, or deletes once more after it.
 ///
 /// # Runtime
-/// The async methods need a tokio runtime of either flavour, with I/O and time enabled, and spawn the pod's task on it.
+/// The async methods need a tokio runtime of either flavour, with I/O and time enabled. They spawn the pod's task on it, or
+/// on the one that [`on`](Self::on) has named.
 ///
 /// # Cancellation
 /// Dropping a future of any method drops the wait, and nothing else: the command goes on, and its deadline still holds.
@@ -110,14 +114,39 @@ const RESUMED_AT_A_TIME: usize = 32;
 pub struct Adaptor {
     shared: Arc<Shared>,
     pods: Arc<Pods>,
+    /// None: that of the caller.
+    runtime: Option<Handle>,
 }
 
 impl Adaptor {
     /// An adaptor without pods. Its VMs get their keys from `key_source`.
     pub fn new(store: Arc<dyn Store>, key_source: KeySource<KbsClient>, config: Config) -> Self {
         let memory = MemoryBudget::new(config.memory);
-        let shared = Shared { store, key_source, config, retries: Retries::default(), memory };
-        Self { shared: Arc::new(shared), pods: Arc::default() }
+        let (retries, admission) = (Retries::default(), Admission::default());
+        let shared = Shared { store, key_source, config, retries, admission, memory };
+        Self { shared: Arc::new(shared), pods: Arc::default(), runtime: None }
+    }
+
+    /// Runs the tasks of all pods on this runtime, whichever runtime a method is called on.
+    #[must_use]
+    pub fn on(self, runtime: Handle) -> Self {
+        Self { runtime: Some(runtime), ..self }
+    }
+
+    /// Completes once the runtime of the pods has run a task: not while its threads are busy or blocked.
+    ///
+    /// # Cancellation
+    /// Dropping the future has no effect.
+    pub async fn pulse(&self) {
+        // An error: the runtime ends, and the caller with it.
+        drop(self.spawn(async {}).await);
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+        match &self.runtime {
+            Some(runtime) => runtime.spawn(task),
+            None => tokio::spawn(task),
+        }
     }
 
     /// Sends the pod a command, and waits for its result. Starts the pod's task if it has none.
@@ -151,7 +180,7 @@ impl Adaptor {
         drop(commands.send(command));
         pods.insert(id.clone(), PodHandle { commands, status });
         // Not joined: the task says itself how it ended, also after a panic.
-        drop(tokio::spawn(actor.run()));
+        drop(self.spawn(actor.run()));
     }
 
     /// Finds or makes the pod's keys, publishes them, and listens for its local clients. The VM may then be started.

@@ -136,6 +136,7 @@ impl Attempt {
             rekey_bytes: plan.rekey_bytes,
             kex: plan.kex,
             hold,
+            admission: plan.admission.clone(),
             connected: Flag::default(),
             answered: plan.answered.clone(),
             account: plan.account.clone(),

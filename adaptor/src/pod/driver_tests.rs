@@ -24,7 +24,7 @@ use crate::publication::Given;
 use crate::support::agent::{Agent, Mode};
 use crate::support::{KATAAGENT, Lines, PATIENCE, addresses, pod};
 use crate::transport::agent_connection::Tunnels;
-use crate::transport::ssh::Flag;
+use crate::transport::ssh::{Admission, Flag};
 
 const LONG: Duration = Duration::from_secs(600);
 
@@ -54,6 +54,7 @@ impl Driven {
             kubernetes: Tunnels::new(&inbounds, &outbounds, true),
             rekey_bytes: REKEY_BYTES,
             kex: KeyExchange::Any,
+            admission: Admission::default(),
             attestation_limits: limits,
             lost_limits: LostLimits::for_start(LONG),
             answered: Flag::default(),

@@ -15,7 +15,7 @@ use crate::address::Address;
 use crate::key_source::KeySource;
 use crate::publication::Publication;
 use crate::transport::agent_connection::Tunnels;
-use crate::transport::ssh::Flag;
+use crate::transport::ssh::{Admission, Flag};
 use secure_comms_keys::{PodPublic, WorkerNodeKey};
 
 /// [`AttestationLimits::progress`].
@@ -45,6 +45,8 @@ pub(crate) struct Plan {
     pub(crate) rekey_bytes: usize,
     /// Which key exchange is offered and accepted.
     pub(crate) kex: KeyExchange,
+    /// The key exchanges of all pods.
+    pub(crate) admission: Admission,
     pub(crate) attestation_limits: AttestationLimits,
     /// When a start fails because the VM is lost.
     pub(crate) lost_limits: LostLimits,

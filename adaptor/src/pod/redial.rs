@@ -160,6 +160,7 @@ impl Redial {
             rekey_bytes: self.plan.rekey_bytes,
             kex: self.plan.kex,
             hold: AuthHold::default(),
+            admission: self.plan.admission.clone(),
             connected,
             answered: self.plan.answered.clone(),
             account: self.plan.account.clone(),

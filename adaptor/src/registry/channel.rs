@@ -68,6 +68,7 @@ impl Channel {
             kubernetes: Tunnels::new(inbounds, outbounds, config.kbs_filter),
             rekey_bytes: config.rekey_bytes,
             kex: KeyExchange::post_quantum(config.require_pq),
+            admission: shared.admission.clone(),
             attestation_limits: AttestationLimits::default(),
             // `open` sets these.
             lost_limits: LostLimits::for_start(Duration::ZERO),

@@ -13,6 +13,7 @@ use crate::key_source::KeySource;
 use crate::pod::{AgentTunnels, Observer};
 use crate::publication::{Policy, Publication};
 use crate::store::{Labels, Store};
+use crate::transport::ssh::Admission;
 
 /// A memory budget for some hundred pods, in bytes: one pod has at most half of it, which lets a window grow to the largest
 /// that a stream may have; 250 pods that all want more than they can get have half a MiB each.
@@ -86,6 +87,7 @@ pub(super) struct Shared {
     pub(super) key_source: KeySource<KbsClient>,
     pub(super) config: Config,
     pub(super) retries: Retries,
+    pub(super) admission: Admission,
     pub(super) memory: MemoryBudget,
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::support::agent::{Agent, Mode};
 use crate::support::{PATIENCE, pod};
 use crate::transport::agent_connection::{AgentConnection, EndCause, Tunnels};
-use crate::transport::ssh::{self, AuthHold, AuthLock, ConnectError, Dial, Flag};
+use crate::transport::ssh::{self, Admission, AuthHold, AuthLock, ConnectError, Dial, Flag};
 use secure_comms_keys::{PodKey, WorkerNodeKey};
 use secure_comms_protocol::control::{Bye, LogLine};
 use secure_comms_protocol::limits::{LOG_TEXT_MAX, REKEY_BYTES, TCP_CONNECT};
@@ -27,6 +27,7 @@ fn dial(address: SocketAddr, node_key: &WorkerNodeKey) -> Dial {
         hold: AuthHold::default(),
         answered: Flag::default(),
         account: Account::unlimited(),
+        admission: Admission::default(),
         connected: Flag::default(),
         tcp_timeout: TCP_CONNECT,
     }

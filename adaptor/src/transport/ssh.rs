@@ -3,6 +3,8 @@
 
 mod phase;
 
+mod admission;
+
 mod auth_hold;
 
 mod error;
@@ -13,6 +15,7 @@ mod client;
 
 mod greeting;
 
+pub(crate) use self::admission::Admission;
 pub(crate) use self::auth_hold::{AuthHold, AuthLock};
 pub(crate) use self::client::{Dial, Flag, SshConnection, connect_attestation, connect_kubernetes};
 pub(crate) use self::error::ConnectError;

@@ -6,6 +6,7 @@
 //! ```
 
 mod drain;
+mod own_thread;
 mod report;
 
 use std::future::pending;
@@ -19,9 +20,11 @@ use secure_comms_adaptor::pod::PodEvent;
 use secure_comms_adaptor::store::DirectoryStore;
 use secure_comms_adaptor::{Adaptor, AdaptorError, Config};
 use secure_comms_protocol::PodId;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 
+use self::own_thread::OwnThread;
 use self::report::Reporter;
 use super::{open_store, print};
 use crate::api::{self, ApiSettings, VmTunnels};
@@ -50,6 +53,9 @@ pub enum ServeError {
     /// The KBS client cannot be set up.
     #[error(transparent)]
     Kbs(#[from] KbsError),
+    /// The thread of the API and the metrics cannot be started.
+    #[error("start the thread of the API")]
+    Thread(#[source] io::Error),
     /// The signal handlers cannot be installed.
     #[error("wait for signals")]
     Signals(#[source] io::Error),
@@ -68,6 +74,8 @@ struct Service {
     pods: Pods,
     health: Health,
     metrics: Metrics,
+    /// Of the API, the metrics and the probes: they answer while the pods' threads compute.
+    viewers: OwnThread,
 }
 
 /// What the parts return: an error ends the service.
@@ -117,7 +125,8 @@ impl Service {
         let pods = Pods::new(adaptor, events);
         let counted = metrics.clone();
         pods.observe_orders(move |pod, order| counted.ordered(pod, order));
-        Ok(Self { settings, store, pods, health: Health::default(), metrics })
+        let viewers = OwnThread::start("viewers").map_err(ServeError::Thread)?;
+        Ok(Self { settings, store, pods, health: Health::default(), metrics, viewers })
     }
 
     /// Resumes the pods and runs the parts. Returns only when one of them has failed.
@@ -152,10 +161,11 @@ impl Service {
         let settings = MetricsSettings { listen, each_pod: self.settings.metrics_pods };
         let (pods, health, metrics) = (self.pods.clone(), self.health.clone(), self.metrics.clone());
         let stop = stopped.clone();
-        parts.spawn(async move {
+        let metrics = async move {
             metrics::run(settings, pods, health, metrics, stop).await;
             Ok(())
-        });
+        };
+        parts.spawn_on(metrics, self.viewers.runtime());
     }
 
     fn start_launchers(&self, parts: &mut Parts, stopped: &watch::Receiver<bool>) {
@@ -173,7 +183,7 @@ impl Service {
         };
         health.fails(api::PART, "it does not listen yet");
         let api = api::run(settings, pods.clone(), health.clone(), metrics.clone(), stopped.clone());
-        parts.spawn(async move { api.await.map_err(anyhow::Error::from) });
+        parts.spawn_on(async move { api.await.map_err(anyhow::Error::from) }, self.viewers.runtime());
         let Some(settings) = self.settings.caa.clone() else { return };
         health.fails(rules::PART, "the nftables rules are not in place yet");
         health.fails(caa::directory::HEALTH, "the directory is not read yet");
@@ -261,5 +271,6 @@ fn build_adaptor(
             observer(pod, event);
         }),
     };
-    Ok(Adaptor::new(store, key_source, config))
+    // The API gives its orders on another thread.
+    Ok(Adaptor::new(store, key_source, config).on(Handle::current()))
 }

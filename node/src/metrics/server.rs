@@ -26,6 +26,8 @@ use crate::pods::Pods;
 const PART: &str = "metrics";
 /// Connections at a time. The next one waits until one ends.
 const CONNECTIONS_MAX: usize = 32;
+/// Time in which the pods' threads must run a task, for them to be called alive.
+const PULSE: Duration = Duration::from_secs(5);
 /// Time that a connection has.
 const CONNECTION_TIME: Duration = Duration::from_secs(10);
 /// The largest head of a request, in bytes.
@@ -129,7 +131,7 @@ impl Server {
 
     async fn connection(&self, stream: TcpStream) {
         let service =
-            service_fn(async |request: Request<Incoming>| Ok::<_, Infallible>(self.answer(&request)));
+            service_fn(async |request: Request<Incoming>| Ok::<_, Infallible>(self.answer(&request).await));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(CONNECTION_TIME)
@@ -144,7 +146,7 @@ impl Server {
         }
     }
 
-    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
             response.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
@@ -152,7 +154,7 @@ impl Server {
         }
         match request.uri().path() {
             "/metrics" => self.metrics(request),
-            "/healthz" => text(StatusCode::OK, "ok\n"),
+            "/healthz" => self.liveness().await,
             "/readyz" => self.readiness(),
             _ => text(StatusCode::NOT_FOUND, "here are /metrics, /healthz and /readyz\n"),
         }
@@ -163,6 +165,17 @@ impl Server {
         match self.metrics.encode(form, &self.pods, self.each_pod) {
             Ok(metrics) => response(StatusCode::OK, form.content_type(), metrics),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),
+        }
+    }
+
+    /// This server has a thread of its own, so its answer alone says nothing of the others.
+    async fn liveness(&self) -> Response<Full<Bytes>> {
+        match timeout(PULSE, self.pods.adaptor().pulse()).await {
+            Ok(()) => text(StatusCode::OK, "ok\n"),
+            Err(_) => {
+                let fault = format!("the pods' threads have run no task for {} s\n", PULSE.as_secs());
+                text(StatusCode::SERVICE_UNAVAILABLE, &fault)
+            }
         }
     }
 

@@ -21,6 +21,7 @@ use tokio::net::TcpStream;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::timeout;
 
+use super::admission::{Admission, Precedence};
 use super::auth_hold::{AuthHold, AuthLock};
 use super::error::{ConnectError, cause};
 use super::handler::{AgentLink, Callbacks, DirectOpener, Serving, Shared, TransportEnd, lock};
@@ -43,6 +44,8 @@ pub(crate) struct Dial {
     pub(crate) kex: KeyExchange,
     /// What the attempt waits for before it authenticates.
     pub(crate) hold: AuthHold,
+    /// The key exchanges of all pods.
+    pub(crate) admission: Admission,
     /// Learns that the TCP handshake is complete.
     pub(crate) connected: Flag,
     /// Learns of an SSH server at the address.
@@ -156,6 +159,8 @@ async fn connect_phase<P: ClientPhase>(
     let cut = CutOnDrop(guard.clone());
     let _answer = RecordAnswer { guard: guard.clone(), answered: &dial.answered };
     let shared = Shared::new(dial.address, host, outbounds, dial.account.clone());
+    // After TCP, so that a VM that still boots needs no place; before the time of the handshake begins.
+    let place = dial.admission.enter(precedence(P::NAME)).await;
     let handshake = async {
         let mut config = profile::client(dial.rekey_bytes, dial.kex);
         if !dial.hold.is_open() {
@@ -164,7 +169,7 @@ async fn connect_phase<P: ClientPhase>(
             config.keepalive_interval = None;
         }
         let handle = client::connect_stream(Arc::new(config), socket, Callbacks(shared.clone()));
-        let mut handle = handle.await.map_err(|error| handshake_error(&shared, &error))?;
+        let mut handle = place.lend(handle).await.map_err(|error| handshake_error(&shared, &error))?;
         dial.hold.wait().await;
         let lock = lock.acquire().await;
         authenticate(&mut handle, &shared, &dial.node_key).await?;
@@ -182,6 +187,13 @@ async fn connect_phase<P: ClientPhase>(
             Ok(SshConnection { handle, shared, cut, _lock: lock })
         }
         Err(_) => Err(ConnectError::Timeout(AUTHENTICATE.as_secs(), "agreeing on keys and authenticating")),
+    }
+}
+
+fn precedence(phase: PhaseName) -> Precedence {
+    match phase {
+        PhaseName::Kubernetes => Precedence::Kubernetes,
+        PhaseName::Attestation => Precedence::Attestation,
     }
 }
 
