@@ -17,7 +17,9 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 
+use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use secure_comms_adaptor::store::{DirectoryStore, Store};
 use serde_json::{Value, json};
@@ -91,6 +93,15 @@ impl Serve {
 
     fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id().unwrap().try_into().unwrap()), signal).unwrap();
+    }
+
+    /// The threads that run the tasks of the pods, and those that do their blocking work.
+    fn pods_threads(&self) -> Vec<Pid> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id().unwrap())).unwrap();
+        let tasks = tasks.map(|task| task.unwrap()).filter(|task| {
+            fs::read_to_string(task.path().join("comm")).unwrap().starts_with("tokio-rt-worker")
+        });
+        tasks.map(|task| Pid::from_raw(task.file_name().to_str().unwrap().parse().unwrap())).collect()
     }
 
     async fn ends(&mut self) -> ExitStatus {
@@ -204,6 +215,31 @@ async fn a_fault_is_in_the_status_and_in_readyz() {
     assert_eq!(serve.get("/healthz", "*/*").await.status, 200, "it lives");
     serve.signal(Signal::SIGINT);
     assert_eq!(serve.ends().await.code(), Some(0));
+}
+
+/// Needs root, or the right to trace: the process is not dumpable.
+#[tokio::test]
+async fn the_api_answers_while_all_threads_of_pods_hang() {
+    let dir = tempfile::tempdir().unwrap();
+    let serve = Serve::plain(dir.path(), &[]);
+    serve.log.wait("serve: ready", 1).await;
+    let hung = serve.pods_threads();
+    assert!(hung.len() >= 2, "{hung:?}");
+    for thread in &hung {
+        ptrace::seize(*thread, ptrace::Options::empty()).unwrap();
+        ptrace::interrupt(*thread).unwrap();
+        waitpid(*thread, Some(WaitPidFlag::__WALL)).unwrap();
+    }
+    assert_eq!(serve.api("GET", "/v1/pods", &Value::Null).await.status, 200);
+    assert_eq!(serve.api("GET", "/v1/status", &Value::Null).await.status, 200);
+    assert_eq!(serve.get("/readyz", "*/*").await.body, "ready\n");
+    assert!(serve.get("/metrics", "*/*").await.body.contains("secure_comms_api_requests_total"));
+    let health = serve.get("/healthz", "*/*").await;
+    assert_eq!((health.status, &*health.body), (503, "the pods' threads have run no task for 5 s\n"));
+    for thread in &hung {
+        ptrace::detach(*thread, None).unwrap();
+    }
+    assert_eq!(serve.get("/healthz", "*/*").await.status, 200, "they go on");
 }
 
 #[tokio::test]

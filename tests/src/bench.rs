@@ -7,6 +7,7 @@
 //! - `groups`: which measurements run at which place, and their goals;
 //! - `cuts`: cuts of the line, which no stream may notice; OpenSSH is no contender there;
 //! - `node`: the node's service with many pods; OpenSSH is no contender there, and it runs by name only;
+//! - `control`: what the machine itself takes, under the same load;
 //! - `tables`, `plot`: tables and pictures.
 //!
 //! Every figure is a median over rounds, every ratio the median of the rounds' ratios: a slow round slows both
@@ -21,6 +22,7 @@ mod measure;
 
 pub mod groups;
 
+pub mod control;
 pub mod cuts;
 pub mod node;
 

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use secure_comms_tests::bench::control;
 use secure_comms_tests::bench::cuts::{self, Cuts};
 use secure_comms_tests::bench::groups::{Amount, GROUPS, Group};
 use secure_comms_tests::bench::node::{self, Node};
@@ -34,8 +35,17 @@ struct Arguments {
     node: Option<Node>,
 }
 
+fn main() -> ExitCode {
+    let mut words = std::env::args_os().skip(1);
+    if words.next().is_some_and(|word| word == control::ARGUMENT) {
+        let socket = PathBuf::from(words.next().unwrap_or_default());
+        return ended(control::run(&socket));
+    }
+    compare()
+}
+
 #[tokio::main]
-async fn main() -> ExitCode {
+async fn compare() -> ExitCode {
     if is_help(USAGE) {
         return ExitCode::SUCCESS;
     }
@@ -46,7 +56,11 @@ async fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match run(arguments).await {
+    ended(run(arguments).await)
+}
+
+fn ended(result: Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
