@@ -1,6 +1,6 @@
 //! Mounts and unmounts.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
@@ -39,9 +39,16 @@ pub enum Unmounted {
 /// Makes the directory for a mount, and its parent, both for root only.
 ///
 /// # Errors
-/// One of them can't be made, or is no directory.
+/// One of them can't be made, or is no directory. A link is none: the mount would come to lie where it leads, and not count.
 pub fn make_directory(at: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(at)
+    DirBuilder::new().recursive(true).mode(0o700).create(at)?;
+    for directory in at.parent().into_iter().chain([at]) {
+        if !fs::symlink_metadata(directory)?.is_dir() {
+            let why = format!("{} is a link, not a directory", directory.display());
+            return Err(io::Error::new(io::ErrorKind::NotADirectory, why));
+        }
+    }
+    Ok(())
 }
 
 /// Mounts the file system of a disk.
@@ -54,7 +61,8 @@ pub fn attach(node: &Path, fs: FileSystem, at: &Path, read_only: bool) -> io::Re
     // The superblock, which is the disk's word, could ask for a panic of the kernel at an error.
     let options = match fs {
         FileSystem::Ext4 | FileSystem::Ext3 => Some("errors=remount-ro"),
-        FileSystem::Xfs => None,
+        // A clone of a volume has its UUID. That no disk is mounted twice was checked before.
+        FileSystem::Xfs => Some("nouuid"),
     };
     mount(Some(node), at, Some(fs.name()), flags, options).map_err(io::Error::from)
 }

@@ -1,7 +1,12 @@
 //! What is on a disk, by `blkid` of util-linux: a disk that has anything is never formatted.
+//!
+//! `blkid` knows signatures only. A disk of dm-crypt without a header, of a database, or whose superblock is damaged has none, and
+//! is not empty: so a disk counts as empty only if it also reads as zeros wherever data of a whole disk would show. A new disk of a
+//! cloud does.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::iter;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
@@ -20,13 +25,16 @@ const LIMIT: Duration = Duration::from_secs(30);
 const NOTHING: i32 = 2;
 /// Exit status of `blkid -p` that says: several were found.
 const SEVERAL: i32 = 8;
-/// How much of each end of a disk must be readable, in bytes, before "nothing was found" is believed.
-const ENDS: u64 = 64 * 1024;
+/// How much of each end of a disk must be zeros, in bytes, before "nothing was found" is believed: headers, partition tables and
+/// the metadata of RAID are there.
+const ENDS: u64 = 1024 * 1024;
+/// How much in between, at each power of two: ext4 has copies of its superblock at some of them.
+const SAMPLE: u64 = 64 * 1024;
 
 /// What is on a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Signature {
-    /// Surely nothing that `blkid` knows.
+    /// Surely nothing: no signature, and zeros.
     Nothing,
     /// A file system or the like, by the name that `blkid` has for it: `ext4`, `crypto_LUKS`.
     Of(String),
@@ -43,7 +51,13 @@ pub enum Unsure {
     /// There are signatures of several.
     #[error("it has the signatures of several file systems: wipefs(8) removes the wrong ones")]
     Several,
-    /// An end of the disk can't be read.
+    /// Something that `blkid` does not know.
+    #[error(
+        "it has no signature, but data at byte {0}, so it is not empty: if they are of no use, \
+        `blkdiscard -z` makes it an empty disk"
+    )]
+    Data(u64),
+    /// The disk can't be read.
     #[error("reading it")]
     Read(#[source] io::Error),
 }
@@ -84,10 +98,10 @@ pub fn look(node: &Path, disk: &mut File) -> Result<Signature, Unsure> {
     match output.status.code() {
         Some(0) => named(&String::from_utf8_lossy(&output.stdout)).ok_or_else(|| failed(&output.stdout)),
         // It says so too if it can't read the disk.
-        Some(NOTHING) if output.stderr.is_empty() => {
-            read_ends(disk).map_err(Unsure::Read)?;
-            Ok(Signature::Nothing)
-        }
+        Some(NOTHING) if output.stderr.is_empty() => match first_data(disk).map_err(Unsure::Read)? {
+            Some(at) => Err(Unsure::Data(at)),
+            None => Ok(Signature::Nothing),
+        },
         Some(SEVERAL) => Err(Unsure::Several),
         _ => Err(failed(&output.stderr)),
     }
@@ -101,22 +115,50 @@ fn named(export: &str) -> Option<Signature> {
     value("PTTYPE").map(|_| Signature::PartitionTable)
 }
 
-fn read_ends(disk: &mut File) -> io::Result<()> {
+/// Where the first byte is that is not zero, of those that are looked at.
+fn first_data(disk: &mut (impl Read + Seek)) -> io::Result<Option<u64>> {
     let size = disk.seek(SeekFrom::End(0))?;
-    for start in [0, size.saturating_sub(ENDS)] {
+    let samples =
+        iter::successors(Some(ENDS), |start| start.checked_mul(2)).take_while(|start| *start < size);
+    let samples = samples.map(|start| (start, SAMPLE));
+    let parts = iter::once((0, ENDS)).chain(samples).chain([(size.saturating_sub(ENDS), ENDS)]);
+    let mut bytes = Vec::new();
+    for (start, length) in parts {
+        let wanted = length.min(size - start);
+        bytes.clear();
         disk.seek(SeekFrom::Start(start))?;
-        let wanted = ENDS.min(size);
-        let read = io::copy(&mut disk.by_ref().take(wanted), &mut io::sink())?;
-        if read < wanted {
+        if disk.by_ref().take(wanted).read_to_end(&mut bytes)? as u64 != wanted {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        if let Some(at) = bytes.iter().position(|byte| *byte != 0) {
+            return Ok(Some(start + at as u64));
+        }
     }
-    Ok(())
+    Ok(None)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Cursor;
+
     use super::*;
+
+    #[test]
+    fn data_count_at_both_ends_and_at_powers_of_two() {
+        const SIZE: u64 = 4 * 1024 * 1024 + 513;
+        let looked_at = |at: u64| {
+            let mut disk = vec![0; usize::try_from(SIZE).unwrap()];
+            disk[usize::try_from(at).unwrap()] = 1;
+            first_data(&mut Cursor::new(disk)).unwrap() == Some(at)
+        };
+        for at in [0, ENDS - 1, 2 * ENDS, 2 * ENDS + SAMPLE - 1, 4 * ENDS, SIZE - ENDS, SIZE - 1] {
+            assert!(looked_at(at), "{at}");
+        }
+        for size in [0, 1, 511, 512, ENDS, 2 * ENDS, SIZE] {
+            let mut disk = Cursor::new(vec![0; usize::try_from(size).unwrap()]);
+            assert_eq!(first_data(&mut disk).unwrap(), None, "{size}");
+        }
+    }
 
     #[test]
     fn the_type_counts_before_the_partition_table() {

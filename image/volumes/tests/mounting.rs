@@ -240,6 +240,64 @@ fn what_is_on_a_disk_is_never_overwritten() {
 }
 
 #[test]
+fn data_without_a_signature_are_never_overwritten() {
+    in_own_mounts(|| {
+        let (tree, device) = tree(64 * MIB);
+        let volumes = volumes_of(&tree, settings(), Fake::default());
+        let node = device.node.to_str().unwrap();
+        let write = |at: u64, bytes: &[u8]| {
+            let mut disk = OpenOptions::new().write(true).open(node).unwrap();
+            disk.seek(SeekFrom::Start(at)).unwrap();
+            disk.write_all(bytes).unwrap();
+        };
+        let refused = |at: u64| {
+            for wanted in [volume("vol-0", 0), encrypted("vol-0")] {
+                let (kind, text) = failure(&volumes, &[wanted]);
+                assert_eq!(kind, FailureKind::Refused, "{text}");
+                assert!(
+                    text.contains(&format!("no signature, but data at byte {at}, so it is not empty")),
+                    "{text}"
+                );
+            }
+        };
+        // As dm-crypt without a header, or a database, could begin and end.
+        for at in [512, 64 * MIB - 1] {
+            write(at, b"x");
+            refused(at);
+            assert!(device.has(""));
+            write(at, &[0]);
+        }
+        // A file system whose superblock is gone still has its data.
+        run("mkfs.ext4", &["-q", "-b", "1024", node]);
+        write(0, &[0; 1 << 16]);
+        assert!(device.has(""));
+        let (kind, text) = failure(&volumes, &[volume("vol-0", 0)]);
+        assert!(kind == FailureKind::Refused && text.contains("so it is not empty"), "{text}");
+    });
+}
+
+#[test]
+fn a_mount_point_that_is_a_link_is_refused() {
+    in_own_mounts(|| {
+        let (tree, device) = tree(64 * MIB);
+        run("mkfs.ext4", &["-q", device.node.to_str().unwrap()]);
+        fs::create_dir_all("/run/elsewhere").unwrap();
+        let volumes = volumes_of(&tree, settings(), Fake::default());
+        fs::create_dir("/run/cloud-volumes").unwrap();
+        for link in [AT, "/run/cloud-volumes"] {
+            std::os::unix::fs::symlink("/run/elsewhere", link).unwrap();
+            let (_, text) = failure(&volumes, &[volume("vol-0", 0)]);
+            assert!(text.ends_with(&format!("{link} is a link, not a directory")), "{text}");
+            assert_eq!(mounts_at("/run/elsewhere") + mounts_at("/run/elsewhere/vol-0"), 0);
+            fs::remove_file(link).unwrap();
+            if link == AT {
+                fs::remove_dir("/run/cloud-volumes").unwrap();
+            }
+        }
+    });
+}
+
+#[test]
 fn a_disk_with_two_signatures_is_looked_at_three_times() {
     in_own_mounts(|| {
         let (tree, device) = tree(64 * MIB);

@@ -116,6 +116,10 @@ fn parse_head(bytes: &[u8]) -> Result<Option<(Head, usize)>, HttpError> {
             let length = decimal(header.value).ok_or(HttpError::Refused("the value of Content-Length"))?;
             head.end = only_one(&head.end, End::Length(length))?;
         } else if header.name.eq_ignore_ascii_case("Transfer-Encoding") {
+            // HTTP/1.0 does not have it: one reader takes the chunks, another their sizes too (RFC 9112 section 6.1).
+            if response.version != Some(1) {
+                return Err(HttpError::Refused("a Transfer-Encoding in HTTP/1.0"));
+            }
             if !header.value.trim_ascii().eq_ignore_ascii_case(b"chunked") {
                 return Err(HttpError::Refused("a Transfer-Encoding other than chunked"));
             }
@@ -184,6 +188,10 @@ fn by_chunks(input: &mut Input<'_, impl Source>) -> Result<Vec<u8>, HttpError> {
                 continue;
             }
             httparse::Status::Complete((length, size)) => {
+                let line = input.rest().get(..length).and_then(|line| line.strip_suffix(b"\r\n"));
+                if !line.is_some_and(is_chunk_line) {
+                    return Err(HttpError::Refused("a chunk's size"));
+                }
                 input.at += length;
                 size
             }
@@ -208,6 +216,11 @@ fn by_chunks(input: &mut Input<'_, impl Source>) -> Result<Vec<u8>, HttpError> {
         }
         input.at += size + 2;
     }
+}
+
+/// httparse takes a line without a digit for the last chunk, which cuts the body, and a line break for a part of an extension.
+fn is_chunk_line(line: &[u8]) -> bool {
+    line.first().is_some_and(u8::is_ascii_hexdigit) && !line.contains(&b'\n')
 }
 
 fn chunk_needs_more(input: &mut Input<'_, impl Source>) -> Result<(), HttpError> {
@@ -284,7 +297,19 @@ mod tests {
             let answer = format!("HTTP/1.1 200 OK\r\n{headers}\r\n\r\nabc");
             assert!(error(answer.as_bytes()).ends_with(" is refused"), "{headers}");
         }
-        for chunks in ["x\r\nabc\r\n0\r\n\r\n", "3\r\nabcXX0\r\n\r\n", "fffffffffffffffffff\r\n"] {
+        assert!(
+            error(b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n")
+                .ends_with("in HTTP/1.0 is refused")
+        );
+        for chunks in [
+            "\r\n",
+            "1\r\na\r\n\r\n",
+            ";x\r\n\r\n",
+            "1;a=b\nc\r\na\r\n0\r\n\r\n",
+            "x\r\nabc\r\n0\r\n\r\n",
+            "3\r\nabcXX0\r\n\r\n",
+            "fffffffffffffffffff\r\n",
+        ] {
             let answer = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}");
             assert!(error(answer.as_bytes()).ends_with(" is refused"), "{chunks}");
         }
