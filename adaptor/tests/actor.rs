@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
 /// Nothing that "returns at once" takes longer, also on a machine under load.
-const AT_ONCE: Duration = Duration::from_secs(2);
+const AT_ONCE: Duration = Duration::from_secs(5);
 
 fn soon() -> Deadline {
     Deadline::after(PATIENCE)
@@ -657,13 +657,13 @@ async fn one_deadline_bounds_the_publication_and_the_start() {
     let took = begin.elapsed();
     assert!(took >= Duration::from_secs(1) && took < 2 * AT_ONCE, "{took:?}");
     *mode.lock().unwrap() = KbsMode::Accepts;
-    let deadline = Deadline::after(Duration::from_secs(1));
+    let deadline = Deadline::after(Duration::from_secs(4));
     world.prepared(deadline).await.unwrap();
-    sleep(Duration::from_secs(1)).await;
+    sleep(Duration::from_secs(4)).await;
     let begin = Instant::now();
     let agent = Agent::start(Mode::attestation()).await;
     let started = world.adaptor.start(&pod(), &addresses(&[agent.address]), deadline).await;
-    assert!(matches!(started, Err(AdaptorError::Deadline { seconds: 1, .. })), "{started:?}");
+    assert!(matches!(started, Err(AdaptorError::Deadline { seconds: 4, .. })), "{started:?}");
     assert!(begin.elapsed() < AT_ONCE, "{:?}", begin.elapsed());
 }
 

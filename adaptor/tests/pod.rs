@@ -82,7 +82,7 @@ async fn a_dead_first_address_does_not_hold_up_the_second() {
     let start = Instant::now();
     let at = addresses(&[silent.local_addr().unwrap(), agent.address]);
     world.start(&at, PATIENCE).await.unwrap();
-    assert!(start.elapsed() < SOON + SOON, "{:?}", start.elapsed());
+    assert!(start.elapsed() < 4 * SOON, "{:?}", start.elapsed());
 }
 
 #[tokio::test]

@@ -110,6 +110,22 @@ async fn addresses_are_kept_for_a_known_pod_and_no_other() {
 }
 
 #[tokio::test]
+async fn a_stray_entry_keeps_no_pod_down() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("store");
+    open(&root).pod_key(&pod("a")).await.unwrap();
+    let (pods, elsewhere) = (root.join("pods"), dir.path().join("elsewhere"));
+    fs::write(pods.join("file"), "x").unwrap();
+    fs::write(pods.join(".nfs0001"), "x").unwrap();
+    fs::create_dir(&elsewhere).unwrap();
+    fs::write(elsewhere.join(".tmp-1"), "not ours").unwrap();
+    std::os::unix::fs::symlink(&elsewhere, pods.join("link")).unwrap();
+    let store = open(&root);
+    assert_eq!(store.pods().await.unwrap(), [pod("a")]);
+    assert!(elsewhere.join(".tmp-1").exists(), "something outside of the store was removed");
+}
+
+#[tokio::test]
 async fn leftovers_of_a_crash_are_ignored_and_removed() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());

@@ -15,6 +15,7 @@ mod service;
 mod settings;
 mod store;
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -104,6 +105,14 @@ pub async fn look_at_node(node: &Node, service: Service, seen: &Seen, report: &m
         let findings = look_at_caa(caa, places.metrics, &processes, service, seen).await;
         report.add("cloud-api-adaptor", findings);
     }
+}
+
+/// Whether a socket listens at a TCP port of this network namespace.
+///
+/// # Errors
+/// The kernel's table cannot be read.
+pub fn something_listens(port: u16) -> io::Result<bool> {
+    Ok(!Processes::of("/proc").listeners(port)?.is_empty())
 }
 
 /// Looks at a pod, with its last events.

@@ -87,6 +87,22 @@ fn a_hello_may_come_in_any_pieces() {
     });
 }
 
+/// RFC 8446, 5.1: a message may be cut into any number of records.
+#[test]
+fn a_hello_may_come_in_any_records() {
+    in_namespace(|| async {
+        let (mut scene, keys) = (Scene::new().await, Keys::new());
+        let hello = hello(keys.client()).await;
+        for size in [1, 5, 6, 100] {
+            let cut = |part: &[u8]| [&[22, 3, 1, 0, u8::try_from(part.len()).unwrap()], part].concat();
+            let records: Vec<u8> = hello[5..].chunks(size).flat_map(cut).collect();
+            let mut stream = TcpStream::connect(VM).await.unwrap();
+            stream.write_all(&records).await.unwrap();
+            drop(scene.held().await);
+        }
+    });
+}
+
 #[test]
 fn another_client_certificate_is_refused() {
     in_namespace(|| async {

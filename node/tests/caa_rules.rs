@@ -112,6 +112,7 @@ fn rules_that_are_removed_or_changed_are_put_back() {
             "nft flush ruleset",
             "nft delete table inet secure-comms-adaptor",
             "nft flush chain inet secure-comms-adaptor fence",
+            "nft add table inet secure-comms-adaptor '{ flags dormant; }'",
             "nft insert rule inet secure-comms-adaptor to-adaptor accept",
             "nft add table ip other; nft delete table ip other; nft flush ruleset",
         ]
@@ -179,5 +180,24 @@ fn a_fault_is_reported_until_it_is_mended() {
         let kept = Kept::start();
         kept.reports(None).await;
         assert_eq!(inspect(SETTINGS).await.unwrap(), IN_PLACE);
+    });
+}
+
+#[test]
+fn the_rules_of_another_service_are_not_taken_for_ours() {
+    in_namespace(async || {
+        let kept = Kept::start();
+        kept.reports(None).await;
+        // It puts its own back whenever they have changed, as this one does: so each look may find either.
+        let other = RulesSettings { listen_port: 16000, ..SETTINGS };
+        let stop = watch::Sender::new(false);
+        let others = tokio::spawn(keep(other, Health::default(), Metrics::default(), stop.subscribe()));
+        while kept.put_back() < "secure_comms_rules_put_back_total 3".to_owned() {
+            tokio::task::yield_now().await;
+        }
+        stop.send_replace(true);
+        others.await.unwrap();
+        in_place().await;
+        kept.reports(None).await;
     });
 }

@@ -291,7 +291,7 @@ async fn a_second_signal_ends_at_once() {
         let start = std::time::Instant::now();
         connect.signal(second);
         assert_eq!(connect.ends().await.code(), Some(code));
-        assert!(start.elapsed() < Duration::from_secs(5), "20 s are for one signal");
+        assert!(start.elapsed() < Duration::from_secs(15), "20 s are for one signal");
         let hint = "its deletion may be incomplete: delete default/pp-pod-1/keys from the KBS by hand";
         assert_eq!(connect.log.count(hint), 1, "{:?}", connect.log.all());
     }
@@ -327,7 +327,7 @@ async fn a_signal_before_the_pod_is_up_is_the_exit_code() {
         let start = std::time::Instant::now();
         connect.signal(signal);
         assert_eq!(connect.ends().await.code(), Some(code));
-        assert!(start.elapsed() < Duration::from_secs(5));
+        assert!(start.elapsed() < Duration::from_secs(15));
         agent.seen.wait("the peer said bye: the adaptor ends", 1).await;
         assert_eq!(connect.log.count(&format!("{signal} before the pod was up: ending")), 1);
     }
@@ -390,6 +390,6 @@ async fn the_deadline_counts_the_wait_for_a_namespace() {
     let more = ["--deadline", "2s", "--inbounds", "KUBERNETES_PHASE:LOG:none-such:7000"];
     let mut connect = connect(&store, &kbs, &agent, &more);
     assert_eq!(connect.ends().await.code(), Some(1), "{:?}", connect.log.all());
-    assert!(start.elapsed() < Duration::from_secs(15), "30 s are the wait without a deadline");
+    assert!(start.elapsed() < Duration::from_secs(25), "30 s are the wait without a deadline");
     assert_eq!(connect.log.count("not done within 2 s"), 1, "{:?}", connect.log.all());
 }

@@ -276,3 +276,42 @@ fn settings_without_a_fault_are_said_to_have_none() {
         text(&output.stderr)
     );
 }
+
+#[test]
+fn a_pipe_is_no_settings_file_and_holds_nothing_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    let pipe = pipe.to_str().unwrap();
+    let rules = dir.path().join("rules.toml");
+    fs::write(&rules, "[[rule]]\nnamespace = \"*\"\npod = \"*\"\nfile = \"pipe\"\n").unwrap();
+    for args in
+        [["--config", pipe], ["--init-data-rules", pipe], ["--init-data-rules", rules.to_str().unwrap()]]
+    {
+        let found = faults(&args, &[]).concat();
+        assert!(found.contains("not a regular file"), "{found}");
+    }
+}
+
+#[test]
+fn each_fault_of_the_way_in_of_caa_is_reported() {
+    let args = ["--listen-port", "0", "--grace", "x", "--pods-directory", "pods"];
+    assert_eq!(
+        faults(&args, &[]),
+        [
+            "--listen-port '0': expected a port, from 1 to 65535",
+            "--pods-directory 'pods': expected an absolute path",
+            "--grace 'x': expected a time from 0s to 24h, such as 90s, 5m or 1h30m",
+        ]
+    );
+}
+
+#[test]
+fn certificates_are_checked_as_the_service_reads_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = dir.path().join("caa");
+    let output = adaptor(&["config", "check", "--certificates", missing.to_str().unwrap()], &[]);
+    let said = text(&output.stderr);
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), ""), "{said}");
+    assert!(said.contains("No such file") && said.contains("caa"), "{said}");
+}

@@ -182,8 +182,13 @@ impl DirectoryStore {
         remove_leftovers(&self.root)?;
         remove_leftovers(&pods)?;
         for name in names(&pods)? {
-            if name.parse::<PodId>().is_ok() {
-                remove_leftovers(&pods.join(name))?;
+            let path = pods.join(&name);
+            // A stray file, or a link out of the store, is no record.
+            let is_record = name.parse::<PodId>().is_ok()
+                && fs::symlink_metadata(&path).is_ok_and(|entry| entry.is_dir());
+            if let Some(Err(error)) = is_record.then(|| remove_leftovers(&path)) {
+                // One record must not keep the pods of all others down.
+                tracing::warn!("key store: {}: what a crash left there stays", with_causes(&error));
             }
         }
         Ok(())
@@ -243,7 +248,12 @@ impl DirectoryStore {
     }
 
     fn list_pods(&self) -> Result<Vec<PodId>, StoreError> {
-        let known = |name: String| name.parse().ok().filter(|pod| self.key_file(pod).exists());
+        // A record that cannot be looked at counts: who reads it reports why.
+        let has_key = |pod: &PodId| match self.key_file(pod).try_exists() {
+            Err(error) => error.kind() != std::io::ErrorKind::NotADirectory,
+            Ok(exists) => exists,
+        };
+        let known = |name: String| name.parse().ok().filter(has_key);
         let mut pods: Vec<PodId> = names(&self.pods_directory())?.into_iter().filter_map(known).collect();
         pods.sort();
         Ok(pods)

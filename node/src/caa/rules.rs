@@ -29,8 +29,15 @@ pub const PART: &str = "rules";
 const LOOK: Duration = Duration::from_secs(15);
 /// The pause before the next try after a failure.
 const RETRY: Duration = Duration::from_secs(5);
-/// The shortest time between two repairs: another program that removes them again and again gets no busy loop.
-const REPAIR: Duration = Duration::from_millis(100);
+/// The shortest time between two repairs, and the longest while another program changes the rules again and again: it gets
+/// no busy loop.
+const REPAIRS: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(500)];
+/// How many repairs in a row have a line in the log each. The others are counted.
+const REPAIRS_SAID: u32 = 5;
+
+/// What [`Health`] says while the rules do not stay.
+const CHANGED_AGAIN: &str =
+    "another program changes them again and again: nft monitor shows the changes, and what makes them";
 
 /// The ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +91,14 @@ pub async fn apply(settings: RulesSettings) -> Result<(), NftError> {
     nft::run(&["-f", "-"], &script(settings)).await.map(drop)
 }
 
+/// The port to which the rules in place redirect dials; `None`: there are none, or they are not ours.
+///
+/// # Errors
+/// As [`apply`].
+pub async fn redirected_to() -> Result<Option<u16>, NftError> {
+    Ok(listing().await?.and_then(|listing| listing.redirects_to()))
+}
+
 /// Deletes our table; false if there was none.
 ///
 /// Without it a dial of cloud-api-adaptor reaches the VM's address itself: no pod can start over Secure Comms. On a node
@@ -125,7 +140,7 @@ pub async fn keep(
     metrics: Metrics,
     mut stop: watch::Receiver<bool>,
 ) {
-    let mut keeper = Keeper { settings, health, metrics, applied: None };
+    let mut keeper = Keeper { settings, health, metrics, applied: None, made: false, repairs: 0 };
     tokio::select! {
         biased;
         // The sender is gone: the process ends.
@@ -140,6 +155,10 @@ struct Keeper {
     metrics: Metrics,
     /// The listing right after our last change: a version of nft may show rules in another form than we expect.
     applied: Option<Listing>,
+    /// Whether they were in place.
+    made: bool,
+    /// How many repairs there were since they were last found in place.
+    repairs: u32,
 }
 
 impl Keeper {
@@ -179,35 +198,68 @@ impl Keeper {
     /// Puts the rules back if they are not as they should be.
     async fn look(&mut self) -> Result<(), NftError> {
         let found = listing().await?;
-        let difference = match (&self.applied, &found) {
+        let Some(difference) = self.difference(found.as_ref()) else {
+            self.find(found);
+            return Ok(());
+        };
+        apply(self.settings).await?;
+        // Another program may have changed them in between: its rules are not taken for ours, but looked at again.
+        self.applied = listing().await?.filter(|made| made.can_be_ours(self.settings));
+        if self.made {
+            self.repaired(&difference).await;
+        } else {
+            tracing::info!(
+                "rules: table inet {TABLE}: dials to port {} are redirected to port {}",
+                self.settings.forwarder_port,
+                self.settings.listen_port
+            );
+            self.made = true;
+        }
+        match self.applied {
+            Some(_) => self.health.works(PART),
+            None => self.health.fails(PART, CHANGED_AGAIN),
+        }
+        Ok(())
+    }
+
+    fn difference(&self, found: Option<&Listing>) -> Option<String> {
+        match (&self.applied, found) {
             (Some(applied), Some(found)) => found.difference(applied),
             (None, Some(found)) => found.difference(&Listing::expected(self.settings)),
             (_, None) => Some("they are not there".to_owned()),
-        };
-        if let Some(difference) = difference {
-            let first = self.applied.is_none();
-            apply(self.settings).await?;
-            self.applied = listing().await?;
-            if first {
-                tracing::info!(
-                    "rules: table inet {TABLE}: dials to port {} are redirected to port {}",
-                    self.settings.forwarder_port,
-                    self.settings.listen_port
-                );
-            } else {
-                self.metrics.rules_put_back();
-                tracing::warn!(
-                    "rules: table inet {TABLE}: put back: {difference}: another program has changed them; streams of pods \
-                     may have ended"
-                );
-                sleep(REPAIR).await;
-            }
-        } else if self.applied.is_none() {
+        }
+    }
+
+    /// They are as they should be.
+    fn find(&mut self, found: Option<Listing>) {
+        if !self.made {
             tracing::info!("rules: table inet {TABLE}: in place already");
+            self.made = true;
+        }
+        let more = self.repairs.saturating_sub(REPAIRS_SAID);
+        if more > 0 {
+            tracing::warn!("rules: table inet {TABLE}: put back {more} more times, and in place now");
+        }
+        self.repairs = 0;
+        if self.applied.is_none() {
             self.applied = found;
         }
         self.health.works(PART);
-        Ok(())
+    }
+
+    /// Counts and reports a repair, and pauses.
+    async fn repaired(&mut self, difference: &str) {
+        self.metrics.rules_put_back();
+        self.repairs = self.repairs.saturating_add(1);
+        if self.repairs <= REPAIRS_SAID {
+            let last = if self.repairs == REPAIRS_SAID { "; further repairs are counted" } else { "" };
+            tracing::warn!(
+                "rules: table inet {TABLE}: put back: {difference}: another program has changed them; streams of pods may have \
+                 ended{last}"
+            );
+        }
+        let [first, longest] = REPAIRS;
+        sleep(longest.min(first * self.repairs)).await;
     }
 }
 

@@ -8,6 +8,7 @@ use secure_comms_keys::text::one_line;
 use serde_json::{Map, Value, json};
 
 use super::print;
+use crate::caa::strict;
 use crate::cli::serve::ConfigFormat;
 use crate::cli::setting::Kind;
 use crate::settings::{EffectiveSetting, ServeSettings, Source};
@@ -27,17 +28,20 @@ pub fn show(settings: &ServeSettings, format: ConfigFormat) -> anyhow::Result<()
     print(text.as_bytes())
 }
 
-/// Prints that the settings have no fault, after the warnings. With a fault, it is not reached. Reads the KBS's files as the
-/// service does, and sends nothing.
+/// Prints that the settings have no fault, after the warnings. With a fault, it is not reached. Reads the KBS's files and those
+/// of the strict variant as the service does, and sends nothing.
 ///
 /// # Errors
-/// The KBS admin's key or the KBS's CA cannot be used, or standard output cannot be written.
+/// The KBS admin's key, the KBS's CA or the certificates cannot be used, or standard output cannot be written.
 pub fn check(settings: &ServeSettings) -> anyhow::Result<()> {
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
     }
     if let KeySource::Kbs(kbs) = &settings.key_source {
         KbsClient::new(kbs, Duration::ZERO)?;
+    }
+    if let Some(directory) = settings.caa.as_ref().and_then(|caa| caa.certificates.as_deref()) {
+        strict::load(directory)?;
     }
     print(b"the settings have no fault\n")
 }

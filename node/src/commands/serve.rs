@@ -14,6 +14,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use secure_comms_adaptor::kbs::{KbsClient, KbsError};
 use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_adaptor::pod::PodEvent;
@@ -29,6 +30,7 @@ use self::report::Reporter;
 use super::{open_store, print};
 use crate::api::{self, ApiSettings, VmTunnels};
 use crate::caa::{self, rules};
+use crate::doctor;
 use crate::health::Health;
 use crate::metrics::{self, Metrics, MetricsSettings};
 use crate::pods::{Events, Pods};
@@ -147,7 +149,7 @@ impl Service {
         self.start_launchers(parts, stopped);
         self.health.works(PART);
         let ready = async {
-            report::ready(&self.health, notifier).await;
+            report::ready(&self.pods, &self.health, notifier).await;
             pending().await
         };
         tokio::select! {
@@ -207,8 +209,16 @@ impl Service {
 /// Takes the nftables rules away that an earlier process has left.
 ///
 /// # Errors
-/// nftables cannot be changed.
+/// nftables cannot be changed, or a service runs: it would put them back at once.
 pub async fn remove_rules() -> anyhow::Result<()> {
+    if let Some(port) = rules::redirected_to().await?
+        && doctor::something_listens(port).context("look for a service that runs")?
+    {
+        anyhow::bail!(
+            "the rules stay: something listens at port {port}, to which they redirect: a service that runs would put them \
+             back at once, and streams of its pods would end; end it first (systemctl stop secure-comms-adaptor)"
+        );
+    }
     let text = if rules::remove().await? {
         "the nftables table inet secure-comms-adaptor is removed: cloud-api-adaptor's dials go to the VMs, which do not \
          answer them; connections that live go on only if another nat chain is on the node\n"

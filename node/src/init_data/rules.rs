@@ -20,7 +20,7 @@ use std::str::FromStr;
 use secure_comms_protocol::InitDataDigest;
 use serde::Deserialize;
 
-use super::{InitDataError, digest_of_file, fault, read};
+use super::{InitDataError, digest, fault, read};
 
 /// A pod, as Kubernetes names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,8 +118,16 @@ pub fn check(file: &Path) -> Result<(), InitDataError> {
 
 impl Rules {
     fn read(file: &Path) -> Result<Self, InitDataError> {
-        let text = String::from_utf8(read(file)?).map_err(|_| fault("not UTF-8"))?;
+        let text = String::from_utf8(read_again(file)?).map_err(|_| fault("not UTF-8"))?;
         toml::from_str(&text).map_err(|error| fault(error.to_string().trim().replace('\n', " ")))
+    }
+}
+
+/// Reads a file that is read for each pod: a pipe would hold pods up, and end with its first reader.
+fn read_again(path: &Path) -> Result<Vec<u8>, InitDataError> {
+    match path.metadata() {
+        Ok(status) if !status.is_file() => Err(fault("not a regular file")),
+        _ => read(path),
     }
 }
 
@@ -139,7 +147,7 @@ impl Expected<'_> {
             Self::File(path) => {
                 let path = rules.parent().unwrap_or(Path::new("")).join(path);
                 let named = |error| fault(format!("{}: {error}", path.display()));
-                digest_of_file(&path).map(Some).map_err(named)
+                read_again(&path).and_then(|text| digest(&text)).map(Some).map_err(named)
             }
         }
     }

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use secure_comms_keys::text::{escape, one_line};
 use strsim::jaro_winkler;
 use toml::de::{DeTable, DeValue};
@@ -79,7 +80,8 @@ impl SettingsFile {
 }
 
 fn read(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
+    // Else a FIFO would hold the start up until it has a writer.
+    let mut file = File::options().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)?;
     let status = file.metadata()?;
     if !status.is_file() {
         return Err(io::Error::other("not a regular file"));

@@ -245,15 +245,27 @@ fn caa(reader: &mut SettingsReader<'_>, deadline: Option<Duration>) -> Option<Op
             FORWARDER_PORT.flag()
         ));
     }
+    let (pods_directory, grace) = (pods_directory(reader), grace(reader));
     let settings = CaaSettings {
-        pods_directory: reader.path(&PODS_DIRECTORY)?,
+        pods_directory: pods_directory?,
         forwarder_port: forwarder_port?,
         listen_port: listen_port?,
         certificates: reader.path(&CERTIFICATES).filter(|path| !path.as_os_str().is_empty()),
-        grace: grace(reader)?,
+        grace: grace?,
         start_deadline: deadline?,
     };
     Some(is_on.then_some(settings))
+}
+
+/// The kernel lists the sockets in it by their whole paths, which show what lives.
+fn pods_directory(reader: &mut SettingsReader<'_>) -> Option<PathBuf> {
+    let given = reader.given_or_default(&PODS_DIRECTORY)?;
+    let path = reader.path(&PODS_DIRECTORY)?;
+    if path.is_absolute() {
+        return Some(path);
+    }
+    reader.fault(&given.name, &path.to_string_lossy(), "expected an absolute path");
+    None
 }
 
 /// A grace that is shorter than cloud-api-adaptor's pauses ends pods that are starting.

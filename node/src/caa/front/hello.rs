@@ -16,9 +16,13 @@ const CHUNK: usize = 4096;
 
 /// Type of a TLS record with handshake messages (RFC 8446, 5.1).
 const RECORD_HANDSHAKE: u8 = 22;
+/// Where a record's head has the length of what follows it.
+const RECORD_LENGTH: std::ops::Range<usize> = 3..5;
 /// Where the version stands in a hello: after the record's head (5 bytes) and the message's (4). TLS 1.2 and 1.3 both have
 /// 3.3 there (RFC 8446, 4.1.2), older ones less.
 const HELLO_VERSION: std::ops::Range<usize> = 9..11;
+/// A first record with less than this ends before the version.
+const RECORD_WITH_VERSION: [u8; 2] = [0, 6];
 const TLS_1_2: [u8; 2] = [3, 3];
 /// A fatal alert, protocol_version (RFC 5246, 7.2), in a record that any version accepts. rustls would report the version
 /// only when the handshake goes on.
@@ -130,7 +134,9 @@ impl Head {
             let detail = format!("it began with \"{}\"", one_line(&String::from_utf8_lossy(&self.bytes), 40));
             return Err(HelloFault { detail, ..Refusal::NotTls.into() });
         }
-        match self.bytes.get(HELLO_VERSION) {
+        let is_cut =
+            self.bytes.get(RECORD_LENGTH).is_some_and(|length| length < RECORD_WITH_VERSION.as_slice());
+        match self.bytes.get(HELLO_VERSION).filter(|_| !is_cut) {
             Some(version) if version < TLS_1_2.as_slice() => {
                 Err(HelloFault { alert: ALERT_PROTOCOL_VERSION.to_vec(), ..Refusal::TlsVersion.into() })
             }

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::{NftError, RulesSettings};
 
-/// The chains and rules of the table, one a line, in their order.
+/// The flags of the table, its chains and rules, one a line, in their order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Listing {
     lines: Vec<String>,
@@ -50,12 +50,36 @@ impl Listing {
                 let counted =
                     expressions.iter().filter_map(|one| one.get("counter")?.get("packets")?.as_u64());
                 fenced += counted.sum::<u64>();
-            } else if object.get("metainfo").is_none() && object.get("table").is_none() {
+            } else if let Some(table) = object.get("table") {
+                // The rules of one that is dormant do nothing.
+                lines.extend(table.get("flags").map(|flags| format!("table: flags {}", text(Some(flags)))));
+            } else if object.get("metainfo").is_none() {
                 // Sets, maps and the like are not ours.
                 lines.push(object.to_string());
             }
         }
         Ok(Self { lines, fenced })
+    }
+
+    /// Whether it can be the table that we made: as expected, or, as a version of nft may show it, in another form that has as
+    /// many chains and rules, and our ports where they belong.
+    pub(super) fn can_be_ours(&self, settings: RulesSettings) -> bool {
+        let expected = Self::expected(settings);
+        let with = |listing: &Self, port: u16| {
+            let is_port = |word: &str| word.parse() == Ok(port);
+            let has = |line: &&String| line.split(|c: char| !c.is_ascii_digit()).any(is_port);
+            listing.lines.iter().filter(has).count()
+        };
+        let alike = |port| with(self, port) == with(&expected, port);
+        self.difference(&expected).is_none()
+            || self.lines.len() == expected.lines.len()
+                && alike(settings.forwarder_port)
+                && alike(settings.listen_port)
+    }
+
+    /// The port to which dials are redirected.
+    pub(super) fn redirects_to(&self) -> Option<u16> {
+        self.lines.iter().find_map(|line| line.rsplit_once(" redirect ")?.1.parse().ok())
     }
 
     /// The first difference to `expected`.
@@ -161,9 +185,26 @@ mod tests {
             let found = Listing::parse(json.as_bytes()).unwrap().difference(&expected).unwrap();
             assert!(found.contains(part), "{found}");
         }
+        let dormant = printed().replace(r#""handle": 2}"#, r#""handle": 2, "flags": "dormant"}"#);
+        let found = Listing::parse(dormant.as_bytes()).unwrap().difference(&expected).unwrap();
+        assert_eq!(found, "'table: flags dormant' is not ours");
         let mut more = Listing::parse(printed().as_bytes()).unwrap();
         more.lines.push("to-adaptor: accept".to_owned());
         assert!(more.difference(&expected).unwrap().contains("is not ours"));
+    }
+
+    #[test]
+    fn another_form_can_be_ours_and_other_ports_cannot() {
+        let listing = |json: &str| Listing::parse(json.as_bytes()).unwrap();
+        assert!(listing(&printed()).can_be_ours(SETTINGS));
+        assert_eq!(listing(&printed()).redirects_to(), Some(15151));
+        let other_form = printed().replace("\"prio\": -100", "\"prio\": \"dstnat\"");
+        assert!(listing(&other_form).can_be_ours(SETTINGS));
+        let other_service = printed().replace("15151", "16000");
+        assert!(!listing(&other_service).can_be_ours(SETTINGS));
+        let mut more = listing(&printed());
+        more.lines.push("to-adaptor: accept".to_owned());
+        assert!(!more.can_be_ours(SETTINGS));
     }
 
     #[test]

@@ -79,9 +79,33 @@ pub(super) async fn run(args: &[&str], input: &str) -> Result<Vec<u8>, NftError>
         return Ok(output.stdout);
     }
     let message = String::from_utf8_lossy(&output.stderr);
-    let message = one_line(message.trim(), MESSAGE_MAX);
-    Err(match message.contains("Operation not permitted") {
-        true => NftError::Denied(message),
-        false => NftError::Failed(message),
-    })
+    Err(failure(one_line(message.trim(), MESSAGE_MAX)))
+}
+
+/// What a message of nft means.
+fn failure(message: String) -> NftError {
+    let has = |parts: &[&str]| parts.iter().any(|part| message.contains(part));
+    if has(&["Operation not permitted"]) {
+        NftError::Denied(message)
+    } else if has(&["JSON support", "invalid option", "unrecognized option"]) {
+        // Built without JSON, or too old for it.
+        NftError::Output(message)
+    } else {
+        NftError::Failed(message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_leads_to_the_advice_that_fits() {
+        let advice = |message: &str| failure(message.to_owned()).to_string();
+        for old in ["Error: JSON support not compiled-in", "nft: invalid option -- 'j'"] {
+            assert!(advice(old).ends_with(": use nftables 0.9.3 or newer, with JSON"), "{old}");
+        }
+        assert!(advice("Error: Could not process rule: Operation not permitted").contains("NET_ADMIN"));
+        assert!(advice("Error: Could not process rule: Not supported").contains("nf_tables"));
+    }
 }

@@ -38,7 +38,7 @@ impl Reporter {
 }
 
 /// Says that the service is ready once no part has a fault: the sockets listen, the rules are in place.
-pub(super) async fn ready(health: &Health, notifier: &Notifier) {
+pub(super) async fn ready(pods: &Pods, health: &Health, notifier: &Notifier) {
     let mut changes = health.subscribe();
     let works = changes.wait_for(|parts| parts.values().all(Option::is_none));
     // Bound first: the guard of the value must not be held while the health is read.
@@ -54,6 +54,8 @@ pub(super) async fn ready(health: &Health, notifier: &Notifier) {
             faults.join("; ")
         );
     }
+    // The last one may be of the start: it would stand next to "active".
+    notifier.status(&status_line(pods, health));
     notifier.ready();
 }
 
