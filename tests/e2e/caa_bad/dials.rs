@@ -9,7 +9,7 @@ use secure_comms_tests::harness::scene::PATIENCE;
 use secure_comms_tests::simulators::caa::FORWARDER_PORT;
 use secure_comms_tunnel::netns::Namespace;
 
-use crate::{SHORT, Scene};
+use crate::Scene;
 
 /// Metric of refused connections.
 const REFUSED: &str = "secure_comms_refused_dials_total";
@@ -61,7 +61,7 @@ fn exchange(to: SocketAddr, bytes: &[u8]) -> std::io::Result<Vec<u8>> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_no_tls_and_an_old_tls_is_refused() -> Result<()> {
-    let scene = Scene::new(SHORT).await?;
+    let scene = Scene::new(PATIENCE).await?;
     let test = async {
         for bytes in
             [old_hello(), b"GET / HTTP/1.0\r\n\r\n".to_vec(), vec![0; 70_000], b"SSH-2.0-x\r\n".to_vec()]
@@ -80,7 +80,7 @@ async fn what_is_no_tls_and_an_old_tls_is_refused() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_port_scanner_disturbs_no_pod() -> Result<()> {
-    let scene = Scene::new(SHORT).await?;
+    let scene = Scene::new(PATIENCE).await?;
     let test = async {
         scene
             .on_node(|to| {
@@ -98,7 +98,7 @@ async fn a_port_scanner_disturbs_no_pod() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_hellos_end_and_disturb_no_pod() -> Result<()> {
-    let scene = Scene::new(SHORT).await?;
+    let scene = Scene::new(PATIENCE).await?;
     let test = async {
         let mut slow = scene
             .on_node(|to| {
@@ -127,7 +127,7 @@ async fn slow_hellos_end_and_disturb_no_pod() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_dials_of_a_local_process_are_bounded() -> Result<()> {
-    let scene = Scene::new(SHORT).await?;
+    let scene = Scene::new(PATIENCE).await?;
     let test = async {
         let before = scene.serve.rss_kib()?;
         let flood = scene.on_node(|to| {

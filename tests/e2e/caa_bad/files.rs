@@ -155,7 +155,7 @@ async fn the_second_of_two_with_one_server_name_waits() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_directory_of_an_unknown_layout_is_reported() -> Result<()> {
-    let scene = Scene::new(SHORT).await?;
+    let scene = Scene::new(PATIENCE).await?;
     let test = async {
         let pods = scene.node.caa.directory("");
         fs::write(pods.join("file"), "x")?;

@@ -23,7 +23,7 @@ use tokio::time::timeout;
 
 const BLOCK: u32 = 32 * 1024;
 /// How long CAA dials where a test waits for its end.
-const SHORT: Duration = Duration::from_secs(15);
+const SHORT: Duration = Duration::from_secs(30);
 
 /// A node with a pod that moves bytes all the time.
 struct Scene {

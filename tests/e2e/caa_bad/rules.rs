@@ -9,7 +9,7 @@ use secure_comms_tests::simulators::caa::FORWARDER_PORT;
 use secure_comms_tunnel::netns::{self, Namespace};
 use tokio::time::{sleep, timeout};
 
-use crate::{SHORT, Scene};
+use crate::Scene;
 
 const TABLE: &str = "table inet secure-comms-adaptor";
 
@@ -35,7 +35,7 @@ impl Scene {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rules_that_are_flushed_are_put_back_and_reported() -> Result<()> {
-    let scene = Scene::new(SHORT).await?;
+    let scene = Scene::new(PATIENCE).await?;
     let test = async {
         ensure!(scene.has_rules().await?, "there were no rules");
         for flush in ["flush ruleset", "delete table inet secure-comms-adaptor"] {
@@ -52,7 +52,7 @@ async fn rules_that_are_flushed_are_put_back_and_reported() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rules_stay_and_reject_when_serve_has_ended() -> Result<()> {
-    let mut scene = Scene::new(SHORT).await?;
+    let mut scene = Scene::new(PATIENCE).await?;
     scene.serve.kill9().await?;
     ensure!(scene.has_rules().await?, "the rules went with serve");
     let address = scene.node.cloud.vm(&scene.bystander.id)?.address;
