@@ -78,10 +78,15 @@ impl Machine {
     }
 
     fn serve_by(&self, address: &str, script: Script) -> Server {
+        // It listens before the address is there: a program that is running finds no network or the service, never an address that
+        // refuses.
+        fs::write("/proc/sys/net/ipv4/ip_nonlocal_bind", "1").unwrap();
+        let server = Server::start(TcpListener::bind((address, 80)).unwrap(), script).unwrap();
         ip(&["address", "add", address, "dev", "lo"]);
-        Server::start(TcpListener::bind((address, 80)).unwrap(), script).unwrap()
+        server
     }
 
+    /// With 5 s there is one try, which has all of them.
     fn start(&self, seconds: &str) -> Child {
         // A program that hangs fails the test, by exit code 124.
         Command::new("timeout")
@@ -211,7 +216,7 @@ fn every_fault_names_cloud_url_and_what_came() {
             let behaviour = Behaviour::parse(behaviour).unwrap();
             let cloud = Cloud::Aws { v2_only: true };
             let server = machine.serve("169.254.169.254", cloud, behaviour, &user_data());
-            let output = machine.run("1");
+            let output = machine.run("5");
             check_failure(&output);
             let console = machine.console();
             assert!(console.contains(aws) && console.contains(expected), "{console}");
@@ -226,7 +231,7 @@ fn every_fault_names_cloud_url_and_what_came() {
 fn wrong_base64_is_named() {
     Machine::with(&[("chassis_asset_tag", AZURE_TAG)], |machine| {
         let _server = machine.serve("169.254.169.254", Cloud::Azure, Behaviour::WrongText, "");
-        check_failure(&machine.run("1"));
+        check_failure(&machine.run("5"));
         assert!(machine.console().contains("the body is no base64"), "{}", machine.console());
     });
 }
@@ -240,7 +245,7 @@ fn a_session_is_given_up_only_where_there_is_none() {
             let behaviour = Behaviour::parse(behaviour).unwrap();
             let cloud = Cloud::Aws { v2_only: false };
             let _server = machine.serve("169.254.169.254", cloud, behaviour, &user_data());
-            let output = machine.run("1");
+            let output = machine.run("5");
             if is_v1_used {
                 check_success(&output)
             } else {
@@ -268,7 +273,7 @@ fn no_value_of_the_user_data_is_logged() {
     ] {
         Machine::with(&[("sys_vendor", "Alibaba Cloud")], |machine| {
             let _server = machine.serve("100.100.100.200", Cloud::Alibaba, Behaviour::Correct, text);
-            let output = machine.run("1");
+            let output = machine.run("5");
             check_failure(&output);
             assert!(
                 !log(&output).contains("SECRET") && !machine.console().contains("SECRET"),

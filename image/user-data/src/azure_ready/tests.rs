@@ -215,7 +215,7 @@ fn verdict(row: &serde_json::Value) -> String {
         "refused" | "noroute" => return "elsewhere -> a_server_that_is_not_there_is_asked_again".to_owned(),
         "blackhole" => return "elsewhere -> a_server_that_drops_connections_is_asked_again".to_owned(),
         // One try: each waits for the timeout, which also bounds the requests before.
-        case if case.contains("stall") => run_for(script(case), Duration::from_secs(2), 1),
+        case if case.contains("stall") => run_for(script(case), Duration::from_secs(6), 1),
         case => run(script(case)),
     };
     let tries = if case.contains("stall") { 1 } else { 2 };

@@ -13,6 +13,9 @@ pub enum XmlFault {
     /// Bytes that are no UTF-8, or another encoding is declared.
     #[error("not UTF-8")]
     Encoding,
+    /// Another version than 1.0.
+    #[error("not XML 1.0")]
+    Version,
     /// It ends before its first element does.
     #[error("it ends too early")]
     Cut,
@@ -25,6 +28,9 @@ pub enum XmlFault {
     /// A document type.
     #[error("a document type, which is refused")]
     DocType,
+    /// A control character and the like.
+    #[error("a character that XML does not have")]
+    Character,
     /// An entity that XML does not know by itself.
     #[error("an unknown entity")]
     Entity,
@@ -37,8 +43,13 @@ pub enum XmlFault {
 /// follows the first element is not looked at.
 pub fn texts(document: &[u8]) -> Result<Vec<(String, String)>, XmlFault> {
     let document = std::str::from_utf8(document).map_err(|_| XmlFault::Encoding)?;
+    if document.chars().any(is_forbidden) {
+        return Err(XmlFault::Character);
+    }
+    // XML has one kind of line break.
+    let document = document.replace("\r\n", "\n").replace('\r', "\n");
     let mut reader = Reader {
-        rest: document.strip_prefix('\u{feff}').unwrap_or(document),
+        rest: document.strip_prefix('\u{feff}').unwrap_or(&document),
         open: Vec::new(),
         texts: Vec::new(),
     };
@@ -61,13 +72,14 @@ struct Reader<'a> {
 impl<'a> Reader<'a> {
     fn prolog(&mut self) -> Result<(), XmlFault> {
         self.rest = self.rest.trim_start();
-        if self.rest.starts_with("<?xml") {
+        if self.rest.starts_with("<?xml ") {
             let declaration = self.until("?>")?;
-            if let Some((_, encoding)) = declaration.split_once("encoding") {
-                let name = encoding.trim_matches(|character: char| " \t\r\n=\"'?>".contains(character));
-                let name = name.split(['"', '\'']).next().unwrap_or(name);
-                if !name.eq_ignore_ascii_case("utf-8") {
-                    return Err(XmlFault::Encoding);
+            let declared = declaration.strip_prefix("<?xml").and_then(|text| text.strip_suffix("?>"));
+            for (name, value) in attributes(declared.unwrap_or_default())? {
+                match name {
+                    "version" if value != "1.0" => return Err(XmlFault::Version),
+                    "encoding" if !value.eq_ignore_ascii_case("utf-8") => return Err(XmlFault::Encoding),
+                    _ => {}
                 }
             }
         }
@@ -90,6 +102,7 @@ impl<'a> Reader<'a> {
         match self.open.last_mut() {
             None if text.trim().is_empty() => {}
             None => return Err(XmlFault::NotXml),
+            Some(_) if text.contains("]]>") => return Err(XmlFault::Tag),
             Some((_, _, own)) => unescape(text, own)?,
         }
         match (rest.is_empty(), self.open.is_empty()) {
@@ -101,20 +114,25 @@ impl<'a> Reader<'a> {
 
     /// Takes a tag, a comment and the like; true after the end of the first element.
     fn markup(&mut self) -> Result<bool, XmlFault> {
-        if self.rest.starts_with("<!--") {
-            self.until("-->")?;
+        if let Some(comment) = self.rest.strip_prefix("<!--") {
+            self.rest = comment;
+            let comment = self.until("-->")?;
+            if comment.find("--") != Some(comment.len() - 3) {
+                return Err(XmlFault::Tag);
+            }
         } else if self.rest.starts_with("<![CDATA[") {
             let data = self.until("]]>")?;
             let (_, _, own) = self.open.last_mut().ok_or(XmlFault::NotXml)?;
-            own.push_str(data.trim_start_matches("<![CDATA[").trim_end_matches("]]>"));
+            let data = data.strip_prefix("<![CDATA[").and_then(|data| data.strip_suffix("]]>"));
+            own.push_str(data.unwrap_or_default());
         } else if self.rest.starts_with("<?") {
             self.until("?>")?;
         } else if self.rest.starts_with("<!") {
             return Err(XmlFault::DocType);
         } else if self.rest.starts_with("</") {
             let tag = self.until(">")?;
-            let name = tag.trim_start_matches("</").trim_end_matches('>').trim_end();
-            return self.end(name);
+            let name = tag.strip_prefix("</").and_then(|tag| tag.strip_suffix('>'));
+            return self.end(name.unwrap_or_default().trim_end());
         } else {
             return self.start();
         }
@@ -129,6 +147,7 @@ impl<'a> Reader<'a> {
         };
         let name = inner.split_ascii_whitespace().next().filter(|_| !inner.starts_with(char::is_whitespace));
         let name = name.filter(|name| is_name(name) && name.len() <= NAME_MAX).ok_or(XmlFault::Tag)?;
+        attributes(inner.strip_prefix(name).unwrap_or_default())?;
         if self.open.len() >= DEPTH || self.texts.len() >= ELEMENTS {
             return Err(XmlFault::TooLarge);
         }
@@ -170,8 +189,33 @@ impl<'a> Reader<'a> {
     }
 }
 
+fn is_forbidden(character: char) -> bool {
+    (character < ' ' && !"\t\n\r".contains(character)) || matches!(character, '\u{fffe}' | '\u{ffff}')
+}
+
+/// The attributes of a tag: names and values as they stand there. None is used; they show whether the tag is whole.
+fn attributes(text: &str) -> Result<Vec<(&str, &str)>, XmlFault> {
+    let (mut rest, mut found) = (text.trim_start(), Vec::new());
+    while !rest.is_empty() {
+        let (name, value) = rest.split_once('=').ok_or(XmlFault::Tag)?;
+        let value = value.trim_start();
+        let quote = value.chars().next().filter(|quote| "\"'".contains(*quote)).ok_or(XmlFault::Tag)?;
+        let (value, after) =
+            value.strip_prefix(quote).and_then(|value| value.split_once(quote)).ok_or(XmlFault::Tag)?;
+        let name = name.trim_end();
+        if !is_name(name) || value.contains('<') {
+            return Err(XmlFault::Tag);
+        }
+        unescape(value, &mut String::new())?;
+        found.push((name, value));
+        rest = after.trim_start();
+    }
+    Ok(found)
+}
+
 fn is_name(name: &str) -> bool {
-    name.chars().all(|character| character.is_alphanumeric() || "_-.:".contains(character))
+    let is_start = name.starts_with(|first: char| first.is_alphabetic() || first == '_');
+    is_start && name.chars().all(|character| character.is_alphanumeric() || "_-.:".contains(character))
 }
 
 /// Appends a text with its references resolved.
@@ -203,7 +247,7 @@ fn number(entity: &str) -> Option<char> {
     let code = digits
         .starts_with(|digit: char| digit.is_digit(radix))
         .then(|| u32::from_str_radix(digits, radix).ok())??;
-    char::from_u32(code).filter(|character| *character >= ' ' || "\t\n\r".contains(*character))
+    char::from_u32(code).filter(|character| !is_forbidden(*character))
 }
 
 /// A text as it stands in an element. Line breaks and tabs as references: so they stay what they are.
@@ -248,10 +292,15 @@ mod tests {
 
     #[test]
     fn texts_are_found_by_their_path() {
-        let document = "\u{feff}<?xml version='1.0' encoding='UTF-8'?>\n<!-- a > b -->\n<a:V xmlns:a=\"x>y\" b='<'>\
-            <S><V>1 &amp; &#x41;&#66;</V ><V/><V><![CDATA[<&]]></V></S><?pi?></a:V>trash & <";
-        let expected =
-            [pair("V/S/V", "1 & AB"), pair("V/S/V", ""), pair("V/S/V", "<&"), pair("V/S", ""), pair("V", "")];
+        let document = "\u{feff}<?xml version='1.0' encoding='UTF-8'?>\n<!-- a > b -->\n<a:V xmlns:a=\"x>y\" b='&lt;'>\
+            <S><V>1 &amp; &#x41;&#66;</V ><V/><V><![CDATA[<![CDATA[&]]></V></S><?pi?></a:V>trash & <";
+        let expected = [
+            pair("V/S/V", "1 & AB"),
+            pair("V/S/V", ""),
+            pair("V/S/V", "<![CDATA[&"),
+            pair("V/S", ""),
+            pair("V", ""),
+        ];
         assert_eq!(found(document).unwrap(), expected);
     }
 
@@ -273,6 +322,18 @@ mod tests {
             ("<a>&b;</a>", XmlFault::Entity),
             ("<a>&amp</a>", XmlFault::Entity),
             ("<a>&#x0;</a>", XmlFault::Entity),
+            ("<a>&#xfffe;</a>", XmlFault::Entity),
+            ("<a>\u{1}</a>", XmlFault::Character),
+            ("<a>]]></a>", XmlFault::Tag),
+            ("<a></</a>", XmlFault::Tag),
+            ("<a b></a>", XmlFault::Tag),
+            ("<a b=c></a>", XmlFault::Tag),
+            ("<a b='<'></a>", XmlFault::Tag),
+            ("<a b='&c;'></a>", XmlFault::Entity),
+            ("<1/>", XmlFault::Tag),
+            ("<!---><a/>", XmlFault::Cut),
+            ("<!-- b -- c --><a/>", XmlFault::Tag),
+            ("<?xml version='1.1'?><a/>", XmlFault::Version),
             ("<a>&#+65;</a>", XmlFault::Entity),
             ("<a>&#x110000;</a>", XmlFault::Entity),
             ("<?xml version=\"1.0\" encoding=\"utf-16\"?><a/>", XmlFault::Encoding),
