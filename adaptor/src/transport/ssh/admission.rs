@@ -9,13 +9,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 /// Key exchanges at a time: two threads compute, and the others wait for their agents.
 const PLACES: usize = 8;
 /// How long a key exchange keeps its place. One that takes longer waits for its agent and does not compute, so it goes on
 /// without a place: an agent that never answers holds up nothing for longer.
 const TERM: Duration = Duration::from_millis(25);
+/// If its timer is later than this, our threads are behind: it may have waited for them, and one more would add to it.
+const LATE: Duration = Duration::from_millis(5);
+/// The most terms of such a key exchange.
+const TERMS: usize = 4;
 /// The longest wait for a place. After it, a key exchange begins without one: the agent ends a connection that does not
 /// authenticate within 10 s.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -113,19 +117,23 @@ impl Queue {
 }
 
 impl Place {
-    /// Runs a key exchange in this place. It keeps the place for 25 ms at most.
+    /// Runs a key exchange in this place. It keeps the place for 25 ms at most, or for four times as
+    /// long while our threads are behind.
     ///
     /// # Cancellation
     /// Dropping the future gives the place back.
     pub(super) async fn lend<T>(self, exchange: impl Future<Output = T>) -> T {
         let mut exchange = Box::pin(exchange);
-        match timeout(TERM, exchange.as_mut()).await {
-            Ok(done) => done,
-            Err(_) => {
-                drop(self);
-                exchange.await
+        for _ in 0..TERMS {
+            let begun = Instant::now();
+            match timeout(TERM, exchange.as_mut()).await {
+                Ok(done) => return done,
+                Err(_) if begun.elapsed() < TERM + LATE => break,
+                Err(_) => {}
             }
         }
+        drop(self);
+        exchange.await
     }
 }
 
@@ -142,7 +150,7 @@ mod tests {
     use std::future::pending;
 
     use tokio::task::{JoinHandle, yield_now};
-    use tokio::time::Instant;
+    use tokio::time::advance;
 
     use super::*;
 
@@ -256,6 +264,20 @@ mod tests {
         for exchange in stuck {
             exchange.abort();
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn fewer_are_admitted_while_our_threads_are_behind() {
+        let admission = Admission::default();
+        let mut places = all(&admission).await;
+        let mut exchange = Box::pin(places.pop().unwrap().lend(pending::<()>()));
+        for _ in 0..TERMS {
+            assert_eq!(admission.lock().taken, PLACES);
+            assert!(timeout(Duration::ZERO, exchange.as_mut()).await.is_err());
+            advance(TERM + LATE).await;
+        }
+        assert!(timeout(Duration::ZERO, exchange.as_mut()).await.is_err());
+        assert_eq!(admission.lock().taken, PLACES - 1, "but not for longer");
     }
 
     #[tokio::test(start_paused = true)]
