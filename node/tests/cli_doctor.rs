@@ -161,7 +161,7 @@ fn faults_of_settings_store_and_kbs_are_found() {
     fs::write(&key, SECRET).unwrap();
     let refusing = kbs(&runtime, StatusCode::UNAUTHORIZED);
     node.settings(&format!("kbs = \"{refusing}\""));
-    mode(Path::new(&node.path("store")), 0o755);
+    mode(Path::new(&node.path("store")), 0o777);
     let report = node.report(&node.dir.path().join("none"), &[]);
     for check in ["store-private", "kbs-token"] {
         assert_eq!(report.outcome(check), "fault", "{check}");

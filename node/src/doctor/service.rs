@@ -107,7 +107,7 @@ pub(super) fn port(processes: &Processes, port: u16, service: Service) -> Findin
         return Finding::not_checked(
             CHECK,
             title,
-            "something listens there; run doctor as root to see which process",
+            "something listens there; run doctor as root on the node, not in a container, to see which process",
         );
     };
     let name = processes.comm(owner).unwrap_or_else(|| "?".to_owned());

@@ -17,6 +17,8 @@ const SPACE_LOW: u64 = 16 << 20;
 const SPACE_NONE: u64 = 256 << 10;
 /// Bits that others have: none may be set.
 const OTHERS: u32 = 0o077;
+/// Those that let others write.
+const OTHERS_WRITE: u32 = 0o022;
 
 /// Looks at the store's directory.
 pub(super) fn check(store: &Path) -> Vec<Finding> {
@@ -38,7 +40,7 @@ fn private(store: &Path) -> Result<Finding, Finding> {
     const CHECK: &str = "store-private";
     let path = store.display();
     let title = format!("{path} is private");
-    let there = match fs::symlink_metadata(store) {
+    let there = match fs::metadata(store) {
         Ok(there) => there,
         Err(error) if error.kind() == ErrorKind::NotFound => {
             return Err(Finding::warning(
@@ -73,9 +75,15 @@ fn private(store: &Path) -> Result<Finding, Finding> {
         let reason = format!("it belongs to user {owner}: run doctor as that user");
         return Err(Finding::not_checked(CHECK, title, reason));
     }
-    if there.mode() & OTHERS != 0 {
-        let found = format!("others have access to the keys: its mode is {:04o}", there.mode() & 0o7777);
-        return Ok(Finding::fault(CHECK, title, found, format!("chmod 0700 {path}")));
+    let (mode, fix) = (there.mode() & 0o7777, format!("chmod 0700 {path}"));
+    if mode & OTHERS_WRITE != 0 {
+        let found = format!("others may write there, so the service does not start: its mode is {mode:04o}");
+        return Ok(Finding::fault(CHECK, title, found, fix));
+    }
+    if mode & OTHERS != 0 {
+        // As kubelet makes a hostPath. The directories and files in it are closed to others.
+        let found = format!("others may look into it, though not at a key: its mode is {mode:04o}");
+        return Ok(Finding::warning(CHECK, title, found, fix));
     }
     Ok(Finding::ok(CHECK, title))
 }
@@ -173,11 +181,17 @@ mod tests {
     }
 
     #[test]
-    fn a_store_that_others_can_read_is_a_fault() {
+    fn a_store_that_others_can_write_is_a_fault_and_read_a_warning() {
         let dir = tempfile::tempdir().unwrap();
-        set_mode(dir.path(), 0o750);
+        set_mode(dir.path(), 0o770);
+        assert!(fault_of(&check(dir.path()), "store-private").unwrap().contains("0770"));
+        // As the service accepts it.
+        set_mode(dir.path(), 0o755);
         let found = check(dir.path());
-        assert!(fault_of(&found, "store-private").unwrap().contains("0750"));
+        assert!(
+            matches!(&found[0].outcome, Outcome::Warning { found, .. } if found.contains("0755")),
+            "{found:?}"
+        );
     }
 
     #[test]

@@ -53,6 +53,12 @@ async fn rules_that_are_flushed_are_put_back_and_reported() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn rules_stay_and_reject_when_serve_has_ended() -> Result<()> {
     let mut scene = Scene::new(PATIENCE).await?;
+    // While it runs they are not removed: it would put them back, and the pod's stream could end.
+    let mut command = scene.node.serve_command().await?;
+    let refused = command.arg("--remove-rules").output().await?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    ensure!(!refused.status.success() && said.contains("something listens at port"), "{said}");
+    ensure!(scene.has_rules().await?, "the rules are removed while serve runs");
     scene.serve.kill9().await?;
     ensure!(scene.has_rules().await?, "the rules went with serve");
     let address = scene.node.cloud.vm(&scene.bystander.id)?.address;

@@ -26,6 +26,9 @@ use crate::metrics::Metrics;
 const UNKNOWN_WAIT: Duration = Duration::from_secs(10);
 /// How many dials are held like that at the same time.
 const UNKNOWN_MAX: usize = 128;
+/// How many sandboxes may live before one more is prepared with its first dial only, and not as soon as it appears: a copy
+/// of the directory makes thousands of pods long gone look new.
+pub(super) const EARLY_MAX: usize = 1024;
 
 /// A pod of an earlier process.
 #[derive(Debug)]
@@ -75,6 +78,8 @@ pub(super) struct Router<W: World> {
     unknown: Arc<Semaphore>,
     /// Sandboxes whose file cannot be used.
     broken: HashSet<PodId>,
+    /// It was said that there are too many.
+    is_crowded: bool,
 }
 
 impl<W: World> Router<W> {
@@ -94,6 +99,7 @@ impl<W: World> Router<W> {
             version: watch::Sender::new(0),
             unknown: Arc::new(Semaphore::new(UNKNOWN_MAX)),
             broken: HashSet::new(),
+            is_crowded: false,
         }
     }
 
@@ -236,11 +242,30 @@ impl<W: World> Router<W> {
             Change::Changed(sandbox) if self.lives.contains_key(&id) => {
                 self.order(id, Order::Changed(sandbox));
             }
-            Change::Appeared(sandbox) | Change::Changed(sandbox) => self.order(id, Order::Appeared(sandbox)),
+            Change::Appeared(sandbox) | Change::Changed(sandbox) => {
+                if self.lives.contains_key(&id) || self.has_room() {
+                    self.order(id, Order::Appeared(sandbox));
+                }
+            }
             Change::Gone(id) => self.order_if_known(&id, Order::Gone),
             Change::Broken { .. } => {}
         }
         self.version.send_modify(|version| *version = version.wrapping_add(1));
+    }
+
+    /// Whether one more sandbox is prepared before it is dialled.
+    fn has_room(&mut self) -> bool {
+        let count = self.lives.len();
+        if count >= EARLY_MAX && !self.is_crowded {
+            tracing::warn!(
+                "caa: {count} sandboxes live or look new: further ones are prepared with their first dial only; remove what is \
+                 left over in the pods directory"
+            );
+            self.is_crowded = true;
+        } else if count < EARLY_MAX / 2 {
+            self.is_crowded = false;
+        }
+        count < EARLY_MAX
     }
 
     fn park(&mut self, dial: W::Dial) {

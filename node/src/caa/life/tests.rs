@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 use super::machine::{ReleaseFailure, StartFailure};
+use super::router::EARLY_MAX;
 use super::world::{Dial, Directory, Failed, World};
 use super::*;
 use crate::caa::Sandbox;
@@ -496,6 +497,23 @@ async fn many_pods_start_at_the_same_time() {
     let relays = |log: &Vec<String>| log.iter().filter(|line| line.starts_with("relay")).count();
     drop(log.wait_for(|log| relays(log) == 250).await.unwrap());
     assert_eq!(began.elapsed().as_secs(), 5, "prepare, start, check, open, finish");
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_thousands_that_look_new_all_start_and_few_are_prepared() {
+    let mut stage = Stage::new();
+    let name = |number: usize| format!("p{number}");
+    let last = name(3 * EARLY_MAX - 1);
+    for number in 0..3 * EARLY_MAX {
+        stage.appears(&sandbox(&name(number), 1));
+    }
+    // Simulated time: it passes once nothing is left to do.
+    sleep(Duration::from_secs(1)).await;
+    let prepared = |stage: &Stage| stage.log().iter().filter(|line| line.starts_with("prepare ")).count();
+    assert_eq!((prepared(&stage), stage.count(&format!("prepare {last}"))), (EARLY_MAX, 0));
+    let _caller = stage.dial(&last, vm(1)).await;
+    stage.sees(&format!("relay {last} 1")).await;
+    assert_eq!((prepared(&stage), stage.count(&format!("prepare {last}"))), (EARLY_MAX + 1, 1));
 }
 
 #[tokio::test(start_paused = true)]

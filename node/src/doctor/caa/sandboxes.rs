@@ -53,8 +53,9 @@ pub(in crate::doctor) fn check(directory: &Path, strict: bool, unix: &Path) -> F
     let sandboxes = match sandboxes(directory) {
         Ok(sandboxes) => sandboxes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let found = "it does not exist: CAA makes it with its first pod";
-            return Finding::warning(CHECK, title, found, FIX);
+            let why = "it does not exist: CAA makes it with its first pod. If there was one, check CAA's -pods-dir and \
+                       pods-directory";
+            return Finding::not_checked(CHECK, title, why);
         }
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             return Finding::not_checked(CHECK, title, format!("{error}: run doctor as root"));
@@ -187,6 +188,12 @@ mod tests {
         let finding = node.check(false);
         assert_eq!(finding.outcome, Outcome::Ok);
         assert!(finding.title.ends_with("1 pods live, 1 are gone"), "{}", finding.title);
+    }
+
+    #[test]
+    fn before_the_first_pod_there_is_nothing_to_check() {
+        let finding = Node::new().check(false);
+        assert!(matches!(finding.outcome, Outcome::NotChecked { .. }), "{finding:?}");
     }
 
     #[test]
