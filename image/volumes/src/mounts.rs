@@ -64,7 +64,14 @@ pub fn attach(node: &Path, fs: FileSystem, at: &Path, read_only: bool) -> io::Re
         // A clone of a volume has its UUID. That no disk is mounted twice was checked before.
         FileSystem::Xfs => Some("nouuid"),
     };
-    mount(Some(node), at, Some(fs.name()), flags, options).map_err(io::Error::from)
+    match mount(Some(node), at, Some(fs.name()), flags, options) {
+        // The kernel's text would not say what is to be done: a journal has to be replayed.
+        Err(Errno::EROFS) if read_only => Err(io::Error::new(
+            io::ErrorKind::ReadOnlyFilesystem,
+            "it is read-only, and its file system was not unmounted: attach it once for writing",
+        )),
+        result => result.map_err(io::Error::from),
+    }
 }
 
 /// Sets the flags of [`attach`] on a mount that another program made.

@@ -277,6 +277,38 @@ fn data_without_a_signature_are_never_overwritten() {
 }
 
 #[test]
+fn an_odd_disk_is_mounted_or_refused_with_its_reason() {
+    const GPT: &str = "echo label: gpt | sfdisk -q NODE";
+    const DIRTY: &str = "mkfs.ext4 -q NODE; debugfs -w -R 'feature needs_recovery' NODE";
+    in_own_mounts(|| {
+        for (bytes, script, is_read_only, expected) in [
+            (MIB / 2, "true", false, ""),
+            (20 * MIB + 3 * 512, "true", false, ""),
+            (16 * MIB, GPT, false, "/vdb has a partition table"),
+            // What is left of it at the end.
+            (16 * MIB, &format!("{GPT}; dd if=/dev/zero of=NODE count=34"), false, "data at byte 16776704"),
+            (16 * MIB, "mkfs.ext4 -q NODE; debugfs -w -R 'ssv state 2' NODE", false, ""),
+            (16 * MIB, DIRTY, false, ""),
+            (16 * MIB, DIRTY, true, "it is read-only, and its file system was not unmounted"),
+        ] {
+            let (tree, device) = tree(bytes);
+            let node = device.node.to_str().unwrap();
+            run("sh", &["-ec", &script.replace("NODE", node)]);
+            if is_read_only {
+                tree.attribute("class/block/vdb/ro", "1\n");
+                run("blockdev", &["--setro", node]);
+            }
+            let volumes = volumes_of(&tree, settings(), Fake::default());
+            let mounted = volumes.mount(&[volume("vol-0", 0)], &Script::uneventful());
+            run("blockdev", &["--setrw", node]);
+            let text = mounted.map_or_else(|error| error.to_failure().message, |_| String::new());
+            assert!(text.contains(expected) && text.is_empty() == expected.is_empty(), "{script}: {text}");
+            volumes.unmount_all().unwrap();
+        }
+    });
+}
+
+#[test]
 fn a_mount_point_that_is_a_link_is_refused() {
     in_own_mounts(|| {
         let (tree, device) = tree(64 * MIB);

@@ -160,6 +160,8 @@ impl Loop {
         file.as_file().set_len(bytes).unwrap();
         let output = run("losetup", &["-f", "--show", file.path().to_str().unwrap()]);
         let node = PathBuf::from(output.trim());
+        // A test that failed may have left the device so.
+        run("blockdev", &["--setrw", output.trim()]);
         let device = fs::metadata(&node).unwrap().rdev();
         let number = DeviceNumber { major: major(device), minor: minor(device) };
         Self { node, number, bytes, file }
