@@ -81,6 +81,8 @@ mod text;
 pub use text::with_causes;
 mod throttle;
 
+mod handover;
+
 // Unit tests share the simulated agent with the integration tests, which know this crate by its name.
 #[cfg(test)]
 extern crate self as secure_comms_adaptor;

@@ -181,7 +181,7 @@ impl Publication {
         Ok(paths)
     }
 
-    /// Publishes the keys; false if no VM needs them, from the beginning or since meanwhile.
+    /// Publishes the keys; false if no VM needs them, from the beginning or by now.
     ///
     /// What is published under other paths is deleted first.
     ///

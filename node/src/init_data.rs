@@ -4,6 +4,7 @@
 //! Out: an [`InitDataDigest`] over the raw bytes of the TOML. Only the digest counts, so the text is not interpreted
 //! further.
 
+mod pod_name;
 mod policy;
 pub mod rules;
 
@@ -16,6 +17,7 @@ use flate2::read::MultiGzDecoder;
 use secure_comms_protocol::InitDataDigest;
 use sha2::{Digest, Sha256, Sha384, Sha512};
 
+pub use self::pod_name::PodName;
 pub use self::policy::InitDataPolicy;
 
 /// The largest file that is read, and the largest TOML in it, in bytes.

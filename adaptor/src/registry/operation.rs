@@ -14,7 +14,7 @@ use secure_comms_tunnel::Inbound;
 use secure_comms_tunnel::inbound::BindError;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{sleep, timeout_at};
 
 use super::command::{Reply, StartOrder};
 use super::error::AdaptorError;
@@ -22,6 +22,7 @@ use super::listen_path::{PodDirectories, for_pod, make_directories};
 use super::shared::{PodSpec, Shared};
 use crate::address::Address;
 use crate::deadline::Deadline;
+use crate::handover::pauses;
 use crate::pod::Endpoint;
 use crate::publication::{Given, Keys, Publication, PublicationError};
 use crate::store::{Labels, PodLock, PodWorkerNodes, StoreError};
@@ -373,16 +374,12 @@ impl Context {
     }
 }
 
-/// How long an address in use is waited for: an adaptor that ends, or is killed, has released the pod's lock a little earlier.
-const BIND_WAIT: Duration = Duration::from_millis(500);
-const BIND_POLL: Duration = Duration::from_millis(20);
-
 async fn bind_soon(tag: &InboundTag) -> Result<Inbound, BindError> {
-    let deadline = Instant::now() + BIND_WAIT;
+    let mut pauses = pauses();
     loop {
-        match Inbound::bind(tag).await {
-            Err(error) if error.is_in_use() && Instant::now() < deadline => sleep(BIND_POLL).await,
-            bound => return bound,
+        match (Inbound::bind(tag).await, pauses.next()) {
+            (Err(error), Some(pause)) if error.is_in_use() => sleep(pause).await,
+            (bound, _) => return bound,
         }
     }
 }

@@ -9,7 +9,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use secure_comms_keys::private_directory::own_directory;
@@ -21,6 +21,7 @@ use zeroize::Zeroizing;
 
 use super::{LABELS_MAX, Labels, PodLock, PodWorkerNodes, Pruned, Store, StoreError};
 use crate::address::Address;
+use crate::handover::pauses;
 use crate::text::with_causes;
 
 /// Name prefix of the directory of a pod that is being deleted.
@@ -32,9 +33,6 @@ const KEY: &str = "key";
 const PUBLISHED: &str = "published.json";
 /// Holds the process that serves the pod, in the pod's directory.
 const PID_FILE: &str = "adaptor.pid";
-/// How long a pod's lock is waited for: an adaptor that ends releases it a little later.
-const POD_LOCK_WAIT: Duration = Duration::from_millis(500);
-const POD_LOCK_POLL: Duration = Duration::from_millis(20);
 
 /// The store in a directory that only the adaptor's user may access. Needs a tokio runtime for its async methods.
 #[derive(Clone, Debug)]
@@ -165,14 +163,12 @@ impl DirectoryStore {
     }
 
     fn lock_pod_soon(&self, pod: &PodId) -> Result<Option<PodLock>, StoreError> {
-        let deadline = Instant::now() + POD_LOCK_WAIT;
+        let mut pauses = pauses();
         loop {
-            match self.try_lock_pod(pod)? {
-                Ok(lock) => return Ok(lock),
-                Err(pid) if Instant::now() >= deadline => {
-                    return Err(StoreError::Locked { pod: pod.clone(), pid });
-                }
-                Err(_) => sleep(POD_LOCK_POLL),
+            match (self.try_lock_pod(pod)?, pauses.next()) {
+                (Ok(lock), _) => return Ok(lock),
+                (Err(_), Some(pause)) => sleep(pause),
+                (Err(pid), None) => return Err(StoreError::Locked { pod: pod.clone(), pid }),
             }
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! The agent is root, and no policy has seen the request yet: a path of its choice would be one in the VM's system, and a
 //! link that a container has put into a volume would lead there. So each directory is opened from the one above it, which
-//! stays open: what is renamed or replaced meanwhile is not followed.
+//! stays open: what is renamed or replaced while it is open is not followed.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;

@@ -134,7 +134,7 @@ impl PodNetwork {
     }
 
     /// The namespaces. Opened once and then kept: later this process may have no right to enter the pod's. So a namespace
-    /// that is removed meanwhile goes on to exist, as it does for an inbound, and is the one that the undo works in.
+    /// that is removed in between goes on to exist, as it does for an inbound, and is the one that the undo works in.
     async fn open(&self) -> Result<Arc<Namespaces>, PodNetworkError> {
         if let Some(kept) = &*self.namespaces.borrow() {
             return Ok(kept.clone());

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 use super::problem::Kind;
 use super::types::{ADDRESSES_MAX, DEADLINE_MAX, Fault, PodSpec, Problem, StartOrder};
-use crate::init_data::rules::PodName;
+use crate::init_data::PodName;
 
 /// The largest body, in bytes.
 pub(super) const BODY_MAX: usize = 64 * 1024;

@@ -257,4 +257,7 @@ impl PodsDirectory {
 }
 
 #[cfg(test)]
+#[path = "../../../fuzz/src/caa_files.rs"]
+mod caa_files;
+#[cfg(test)]
 mod tests;

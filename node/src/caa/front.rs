@@ -17,7 +17,9 @@ mod held;
 mod hello;
 mod limits;
 mod places;
+mod receive;
 mod refusal;
+mod refusals;
 mod relay;
 
 use std::future::pending;
@@ -35,7 +37,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
 use self::destination::vm_of;
 use self::hangup::reset;
 use self::places::Places;
-use self::refusal::Refusals;
+use self::refusals::Refusals;
 use super::identity::STRICT_SERVER_NAME;
 use crate::metrics::Metrics;
 
@@ -214,14 +216,14 @@ async fn serve(stream: TcpStream, vm: SocketAddr, shared: Shared, held: mpsc::Se
     // Never full: the oldest makes room. cloud-api-adaptor sends its hello at once and needs its place for no time.
     let Some(mut place) = shared.hellos.enter("") else { return };
     let read = tokio::select! {
-        read = timeout_at(deadline, hello::read(&stream)) => read.unwrap_or_else(|_| Err(Refusal::HelloTimeout.into())),
+        read = timeout_at(deadline, receive::hello(&stream)) => read.unwrap_or_else(|_| Err(Refusal::HelloTimeout.into())),
         () = place.evicted() => Err(Refusal::TooManyHellos.into()),
     };
     let hello = match read {
         Ok(hello) => hello,
         Err(fault) => {
             shared.refusals.refused(fault.refusal, Some(vm), &fault.detail);
-            fault.answer(&stream);
+            receive::answer(&fault, &stream);
             return;
         }
     };
@@ -253,7 +255,7 @@ fn place_of(server_name: &str, vm: SocketAddr) -> String {
 
 /// Logs what was left out, as long as there is something.
 async fn report(refusals: &Refusals) {
-    let mut tick = interval(refusal::WINDOW);
+    let mut tick = interval(refusals::WINDOW);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
@@ -262,8 +264,17 @@ async fn report(refusals: &Refusals) {
 }
 
 #[cfg(test)]
+#[path = "../../../fuzz/src/client_hello.rs"]
+mod client_hello;
+
+#[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_corpus_of_client_hello_holds() {
+        crate::caa::testing::corpus::replay("client_hello", client_hello::exercise);
+    }
 
     #[test]
     fn in_the_strict_variant_each_vm_has_its_places() {

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use secure_comms_protocol::PodId;
 
 use super::identity::TlsIdentity;
-use crate::init_data::rules::PodName;
+use crate::init_data::PodName;
 
 /// A sandbox, as `apf.json` in its directory describes it.
 #[derive(Debug)]

@@ -1,5 +1,8 @@
 //! Certificates and files as cloud-api-adaptor makes them.
 
+#[path = "../../../fuzz/src/corpus.rs"]
+pub(crate) mod corpus;
+
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
     KeyUsagePurpose,

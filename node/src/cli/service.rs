@@ -63,6 +63,22 @@ pub enum PodCommand {
     Orphans(PodOrphansArgs),
 }
 
+/// The form of what is printed.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct FormArgs {
+    /// wide (more columns), json or yaml (the API's objects) [default: a table]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "table",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub output: Format,
+}
+
 /// The flags of `pod list`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct PodListArgs {
@@ -75,17 +91,9 @@ pub struct PodListArgs {
     /// Only pods in these phases, comma separated; `!` before one: not in it
     #[arg(long, value_name = "PHASES")]
     pub phase: Option<String>,
-    /// wide (more columns), json or yaml (the API's objects) [default: a table]
-    #[arg(
-        short,
-        long,
-        value_enum,
-        value_name = "FORMAT",
-        default_value = "table",
-        hide_default_value = true,
-        hide_possible_values = true
-    )]
-    pub output: Format,
+    /// The form of what is printed.
+    #[command(flatten)]
+    pub form: FormArgs,
     /// No line of headers
     #[arg(long)]
     pub no_headers: bool,
@@ -96,17 +104,9 @@ pub struct PodListArgs {
 pub struct PodShowArgs {
     /// The pod: its id, the first digits of it, or NAMESPACE/NAME
     pub id: String,
-    /// wide (more columns), json or yaml (the API's objects) [default: a table]
-    #[arg(
-        short,
-        long,
-        value_enum,
-        value_name = "FORMAT",
-        default_value = "table",
-        hide_default_value = true,
-        hide_possible_values = true
-    )]
-    pub output: Format,
+    /// The form of what is printed.
+    #[command(flatten)]
+    pub form: FormArgs,
 }
 
 /// The flags of `pod watch`.
@@ -192,17 +192,9 @@ pub struct PodOrphansArgs {
     /// End them: delete their keys here and at the KBS
     #[arg(long, conflicts_with = "output")]
     pub collect: bool,
-    /// wide (more columns), json or yaml (the API's objects) [default: a table]
-    #[arg(
-        short,
-        long,
-        value_enum,
-        value_name = "FORMAT",
-        default_value = "table",
-        hide_default_value = true,
-        hide_possible_values = true
-    )]
-    pub output: Format,
+    /// The form of what is printed.
+    #[command(flatten)]
+    pub form: FormArgs,
     /// No line of headers
     #[arg(long)]
     pub no_headers: bool,
@@ -214,15 +206,7 @@ pub struct StatusArgs {
     /// Where the service is.
     #[command(flatten)]
     pub service: ServiceArgs,
-    /// wide (more columns), json or yaml (the API's objects) [default: a table]
-    #[arg(
-        short,
-        long,
-        value_enum,
-        value_name = "FORMAT",
-        default_value = "table",
-        hide_default_value = true,
-        hide_possible_values = true
-    )]
-    pub output: Format,
+    /// The form of what is printed.
+    #[command(flatten)]
+    pub form: FormArgs,
 }

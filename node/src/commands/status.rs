@@ -17,7 +17,7 @@ use crate::settings::{Env, ServiceSettings};
 pub async fn run(args: StatusArgs, env: Env<'_>) -> anyhow::Result<()> {
     let client = Client::new(ServiceSettings::read(args.service, env)?.socket);
     let status = client.status().await?;
-    match args.output {
+    match args.form.output {
         Format::Json => print_json(&status),
         Format::Yaml => print_yaml(&status),
         Format::Table | Format::Wide => {

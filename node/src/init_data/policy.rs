@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use secure_comms_protocol::InitDataDigest;
 
-use super::rules::{PodName, of_pod};
+use super::pod_name::PodName;
+use super::rules::of_pod;
 use super::{InitDataError, fault};
 
 /// Which init-data the VMs of a node are started with.

@@ -13,57 +13,13 @@
 //! ```
 //! The first rule that matches decides.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use secure_comms_protocol::InitDataDigest;
 use serde::Deserialize;
 
+use super::pod_name::PodName;
 use super::{InitDataError, digest, fault, read};
-
-/// A pod, as Kubernetes names it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodName {
-    namespace: String,
-    name: String,
-}
-
-impl FromStr for PodName {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const EXPECTED: &str = "expected NAMESPACE/NAME, as kubectl get pods -A lists them";
-        let is_name = |part: &str| {
-            let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-.".contains(c);
-            !part.is_empty() && part.len() <= 253 && part.chars().all(allowed)
-        };
-        match text.split_once('/') {
-            Some((namespace, name)) if is_name(namespace) && is_name(name) => {
-                Ok(Self { namespace: namespace.to_owned(), name: name.to_owned() })
-            }
-            _ => Err(EXPECTED),
-        }
-    }
-}
-
-impl PodName {
-    /// The namespace.
-    pub fn namespace(&self) -> &str {
-        &self.namespace
-    }
-
-    /// The name in it.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-}
-
-impl fmt::Display for PodName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
-    }
-}
 
 /// Rules, in their order.
 #[derive(Debug, Deserialize)]
@@ -169,7 +125,7 @@ impl Rule {
     }
 
     fn matches(&self, pod: &PodName) -> bool {
-        glob(&self.namespace, &pod.namespace) && glob(&self.pod, &pod.name)
+        glob(&self.namespace, pod.namespace()) && glob(&self.pod, pod.name())
     }
 }
 
@@ -238,14 +194,6 @@ mod tests {
         let error = of(&rule("*", "*", "file = \"none.toml\""), "x/y").unwrap_err();
         assert!(error.starts_with("rule 1: ") && error.contains("none.toml: No such file"), "{error}");
         assert!(of("", "x/y").unwrap_err().contains("no rule matches"));
-    }
-
-    #[test]
-    fn a_pod_has_a_namespace_and_a_name() {
-        assert_eq!("kube-system/a.b-1".parse::<PodName>().unwrap().to_string(), "kube-system/a.b-1");
-        for bad in ["", "a", "/", "a/", "/a", "a/b/c", "A/b", "a/*", "a/b\n", "a /b"] {
-            assert!(bad.parse::<PodName>().is_err(), "{bad:?}");
-        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
 
 use super::names;
-use crate::init_data::rules::PodName;
+use crate::init_data::PodName;
 
 /// Most bytes of a line's text. The texts of strangers are bounded where they are received; this bounds the rest.
 const TEXT_MAX: usize = 8192;

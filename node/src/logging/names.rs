@@ -5,7 +5,7 @@ use std::sync::{LazyLock, PoisonError, RwLock};
 
 use secure_comms_protocol::PodId;
 
-use crate::init_data::rules::PodName;
+use crate::init_data::PodName;
 
 /// The log is the process's, and so are the names. Those of the pods that are served.
 static NAMES: LazyLock<RwLock<HashMap<PodId, PodName>>> = LazyLock::new(RwLock::default);

@@ -85,54 +85,58 @@ impl Starts {
             kbs_errors: Family::default(),
             measured: Mutex::default(),
         };
-        // Series that are there from the start: a rate has its first step only then.
+        starts.begin_series();
+        starts.register(registry);
+        starts
+    }
+
+    /// Series that are there from the start: a rate has its first step only then.
+    fn begin_series(&self) {
         for result in ["up", "deadline", "failed"] {
-            drop(starts.starts.get_or_create(&Outcome { result }));
+            drop(self.starts.get_or_create(&Outcome { result }));
         }
         for reason in ["timeout", "agent", "reset", "closed", "other"] {
-            drop(starts.losses.get_or_create(&Reason { reason }));
-            drop(starts.reconnects.get_or_create(&Reason { reason }));
+            drop(self.losses.get_or_create(&Reason { reason }));
+            drop(self.reconnects.get_or_create(&Reason { reason }));
         }
         for kind in ["refused", "unanswered", "unreachable"] {
-            drop(starts.kbs_errors.get_or_create(&Kind { kind }));
+            drop(self.kbs_errors.get_or_create(&Kind { kind }));
         }
-        registry.register("prepares", "Pods that launchers ordered to prepare", starts.prepares.clone());
-        registry.register("starts", "Starts that launchers ordered, by their result", starts.starts.clone());
+    }
+
+    fn register(&self, registry: &mut Registry) {
+        registry.register("prepares", "Pods that launchers ordered to prepare", self.prepares.clone());
+        registry.register("starts", "Starts that launchers ordered, by their result", self.starts.clone());
         registry.register_with_unit(
             "phase_duration",
             "Time of a start in each phase, and of all of them, from the order to prepare until the pod can be used",
             Unit::Seconds,
-            starts.phases.clone(),
+            self.phases.clone(),
         );
         registry.register(
             "key_attempts",
             "Attempts of agents to get their keys from the KBS, as far as they say so",
-            starts.key_attempts.clone(),
+            self.key_attempts.clone(),
         );
         registry.register(
             "channel_losses",
             "Connections in the Kubernetes phase that were lost, by the reason",
-            starts.losses.clone(),
+            self.losses.clone(),
         );
         registry.register(
             "reconnects",
             "Pods whose Kubernetes phase came up again, by the reason of the loss",
-            starts.reconnects.clone(),
+            self.reconnects.clone(),
         );
-        registry.register("session_resumes", "Sessions whose streams went on", starts.resumes.clone());
+        registry.register("session_resumes", "Sessions whose streams went on", self.resumes.clone());
         registry.register_with_unit(
             "session_resume_gap",
             "Time from the last sign of the agent until its session went on",
             Unit::Seconds,
-            starts.gaps.clone(),
+            self.gaps.clone(),
         );
-        registry.register("sessions_over", "Sessions whose streams were reset", starts.sessions_over.clone());
-        registry.register(
-            "kbs_errors",
-            "Failed requests to the KBS, by their kind",
-            starts.kbs_errors.clone(),
-        );
-        starts
+        registry.register("sessions_over", "Sessions whose streams were reset", self.sessions_over.clone());
+        registry.register("kbs_errors", "Failed requests to the KBS, by their kind", self.kbs_errors.clone());
     }
 
     pub(super) fn ordered(&self, pod: &PodId, order: &Order<'_>) {

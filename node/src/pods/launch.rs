@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use secure_comms_adaptor::store::Labels;
 
-use crate::init_data::rules::PodName;
+use crate::init_data::PodName;
 
 /// What begins, readies and ends a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

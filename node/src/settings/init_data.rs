@@ -10,7 +10,8 @@ use secure_comms_keys::text::escape;
 use super::ExpectedInitData;
 use super::reader::{Given, SettingsReader, Source};
 use crate::cli::setting::{INIT_DATA, INIT_DATA_DIGEST, INIT_DATA_RULES, Setting, WORKER_NODE_KEYS};
-use crate::init_data::rules::{self, PodName, of_pod};
+use crate::init_data::PodName;
+use crate::init_data::rules::{self, of_pod};
 use crate::init_data::{InitDataError, InitDataPolicy, digest_of_file};
 
 /// The largest list of worker nodes, in bytes: with the pod's key it must fit into what an agent reads.

@@ -100,7 +100,7 @@ async fn bind(path: &Path, mode: u32) -> io::Result<PrivateListener> {
     let socket = match bound(&path, mode) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             let Some(stale) = stale(&path).await else { return Err(error) };
-            // Another process of this user may have replaced it meanwhile.
+            // Another process of this user may have replaced it since.
             if Identity::of(&fs::symlink_metadata(&path)?) == stale {
                 fs::remove_file(&path)?;
             }

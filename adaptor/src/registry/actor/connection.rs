@@ -110,7 +110,7 @@ impl Actor {
         }
         match (publishing.reply, result) {
             (Some(reply), result) => self.answer(reply, result),
-            // The pod came up meanwhile.
+            // The pod has come up since.
             (None, Ok(())) if !acquired.published => {}
             (None, Ok(())) => self.status.status.emit(&PodEvent::PublishedAgain),
             (None, Err(error)) => self.status.status.publish_failed(&with_causes(&error)),

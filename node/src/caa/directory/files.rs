@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 pub(super) const NAMES: [&str; 2] = ["apf.json", "daemon.json"];
 
 /// The largest file that is read, in bytes. A file of a pod with few routes has some 3,000.
-const SIZE_MAX: u64 = 1024 * 1024;
+pub(super) const SIZE_MAX: u64 = 1024 * 1024;
 
 /// Most entries of the pods directory that are looked at.
 pub(super) const ENTRIES_MAX: usize = 20_000;

@@ -118,6 +118,11 @@ fn id(text: &str) -> PodId {
     text.parse().unwrap()
 }
 
+#[test]
+fn the_corpus_of_caa_files_holds() {
+    crate::caa::testing::corpus::replay("caa_files", caa_files::exercise);
+}
+
 #[tokio::test]
 async fn a_sandbox_appears_with_its_keys() {
     let (caa, mut world) = (Caa::new(), World::following(NEVER));

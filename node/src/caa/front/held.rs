@@ -15,7 +15,8 @@ use super::finish::{CaaStream, FinishError, handshake, server_config};
 use super::hangup::{Hangup, HangupWatch};
 use super::hello::Hello;
 use super::places::Place;
-use super::refusal::{Refusal, Refusals};
+use super::refusal::Refusal;
+use super::refusals::Refusals;
 use crate::caa::identity::TlsIdentity;
 
 /// A connection of a client that has sent its hello, and has got no answer. Dropping it resets the connection:

@@ -1,28 +1,22 @@
-//! The first message of a TLS client.
-
-use std::io;
+//! The first message of a TLS client, read piece by piece. Does no I/O.
 
 use secure_comms_keys::text::one_line;
-use tokio::net::TcpStream;
 use tokio_rustls::rustls::server::{Accepted, Acceptor};
 
-use super::hangup::reset;
 use super::refusal::Refusal;
 
 /// The longest hello, with the heads of its records, in bytes. cloud-api-adaptor's has some 1,510.
-const MAX_HELLO: usize = 16 * 1024;
-/// What is read at once. rustls takes as much as this in one go.
-const CHUNK: usize = 4096;
+pub(super) const MAX_HELLO: usize = 16 * 1024;
+/// The largest piece, in bytes. rustls takes as much as this in one go.
+pub(super) const CHUNK: usize = 4096;
 
-/// Type of a TLS record with handshake messages (RFC 8446, 5.1).
+/// Type of a TLS record with handshake messages (RFC 8446, 5.1), and of a hello among these (RFC 8446, 4).
 const RECORD_HANDSHAKE: u8 = 22;
-/// Where a record's head has the length of what follows it.
-const RECORD_LENGTH: std::ops::Range<usize> = 3..5;
-/// Where the version stands in a hello: after the record's head (5 bytes) and the message's (4). TLS 1.2 and 1.3 both have
-/// 3.3 there (RFC 8446, 4.1.2), older ones less.
-const HELLO_VERSION: std::ops::Range<usize> = 9..11;
-/// A first record with less than this ends before the version.
-const RECORD_WITH_VERSION: [u8; 2] = [0, 6];
+const CLIENT_HELLO: u8 = 1;
+/// What is looked at before rustls: the head of the first record (5 bytes), and in it the head of the message (4 bytes) and
+/// its version. TLS 1.2 and 1.3 both have 3.3 there (RFC 8446, 4.1.2), older ones less.
+const HEAD: usize = 11;
+const RECORD_HEAD: usize = 5;
 const TLS_1_2: [u8; 2] = [3, 3];
 /// A fatal alert, protocol_version (RFC 5246, 7.2), in a record that any version accepts. rustls would report the version
 /// only when the handshake goes on.
@@ -39,7 +33,8 @@ pub(super) struct Hello {
 pub(super) struct HelloFault {
     pub(super) refusal: Refusal,
     pub(super) detail: String,
-    alert: Vec<u8>,
+    /// What the client is sent before the end; empty: nothing, and the connection is reset.
+    pub(super) alert: Vec<u8>,
 }
 
 impl From<Refusal> for HelloFault {
@@ -48,53 +43,77 @@ impl From<Refusal> for HelloFault {
     }
 }
 
-impl HelloFault {
-    /// Answers by an alert, or else by a reset.
-    pub(super) fn answer(&self, stream: &TcpStream) {
-        if self.alert.is_empty() {
-            reset(stream);
-        } else if let Err(error) = stream.try_write(&self.alert) {
-            // The client is gone, or has not read: it has no need of an alert.
-            tracing::debug!("caa front: no alert was sent: {error}");
-        }
-    }
+/// Reads one hello. What becomes of it does not depend on how its bytes are split.
+#[derive(Default)]
+pub(super) struct HelloReader {
+    /// The first bytes, up to [`HEAD`].
+    head: Vec<u8>,
+    acceptor: Acceptor,
+    length: usize,
 }
 
-/// Reads the hello. The caller limits the time.
-pub(super) async fn read(stream: &TcpStream) -> Result<Hello, HelloFault> {
-    let mut acceptor = Acceptor::default();
-    let mut head = Head::default();
-    let mut length = 0;
-    loop {
-        let mut buffer = [0; CHUNK];
-        let space = buffer.get_mut(..CHUNK.min(MAX_HELLO - length)).unwrap_or_default();
-        if space.is_empty() {
-            return Err(Refusal::HelloTooLong.into());
+impl HelloReader {
+    /// The longest piece that it takes next, in bytes; never 0 while it wants more.
+    pub(super) fn room(&self) -> usize {
+        CHUNK.min(MAX_HELLO.saturating_sub(self.length))
+    }
+
+    /// Takes the next bytes, as many as it has room for at most. `None`: it wants more; after any other result it is of no
+    /// more use.
+    ///
+    /// # Errors
+    /// This will be no hello.
+    pub(super) fn take(&mut self, piece: &[u8]) -> Result<Option<Hello>, HelloFault> {
+        self.length += piece.len();
+        let missing = HEAD.saturating_sub(self.head.len());
+        let (head, rest) = piece.split_at(missing.min(piece.len()));
+        if missing > 0 {
+            self.head.extend_from_slice(head);
+            check_first(&self.head)?;
+            // rustls would find other faults first, if it had the bytes one by one.
+            let Ok(head) = <[u8; HEAD]>::try_from(self.head.as_slice()) else { return Ok(None) };
+            check_version(head)?;
+            self.feed(&head)?;
         }
-        let chunk = match receive(stream, space).await {
-            Ok(0) => return Err(Refusal::ClosedEarly.into()),
-            Ok(count) => space.get(..count).unwrap_or_default(),
-            Err(error) => {
-                return Err(HelloFault { detail: error.to_string(), ..Refusal::ClosedEarly.into() });
-            }
-        };
-        length += chunk.len();
-        head.check(chunk)?;
-        let mut rest = chunk;
-        while !rest.is_empty() {
-            acceptor.read_tls(&mut rest).map_err(|error| broken(&error, Vec::new()))?;
-        }
-        match acceptor.accept() {
-            Ok(None) => {}
-            Ok(Some(accepted)) => return named(accepted),
+        self.feed(rest)?;
+        match self.acceptor.accept() {
+            Ok(None) if self.room() == 0 => Err(Refusal::HelloTooLong.into()),
+            Ok(None) => Ok(None),
+            Ok(Some(accepted)) => named(accepted).map(Some),
             Err((error, mut alert)) => {
                 let mut bytes = Vec::new();
                 // Cannot fail: a Vec takes all.
                 drop(alert.write_all(&mut bytes));
-                return Err(broken(&error, bytes));
+                Err(broken(&error, bytes))
             }
         }
     }
+
+    fn feed(&mut self, mut bytes: &[u8]) -> Result<(), HelloFault> {
+        while !bytes.is_empty() {
+            self.acceptor.read_tls(&mut bytes).map_err(|error| broken(&error, Vec::new()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Refuses what is not TLS at its first byte, which may be all that comes.
+fn check_first(head: &[u8]) -> Result<(), HelloFault> {
+    if head.first().is_some_and(|kind| *kind != RECORD_HANDSHAKE) {
+        let detail = format!("it began with \"{}\"", one_line(&String::from_utf8_lossy(head), 40));
+        return Err(HelloFault { detail, ..Refusal::NotTls.into() });
+    }
+    Ok(())
+}
+
+/// Refuses TLS that is too old, if the first record is long enough to have the version.
+fn check_version(head: [u8; HEAD]) -> Result<(), HelloFault> {
+    let [_, _, _, high, low, kind, _, _, _, version @ ..] = head;
+    let is_whole = usize::from(u16::from_be_bytes([high, low])) >= HEAD - RECORD_HEAD;
+    if is_whole && kind == CLIENT_HELLO && version < TLS_1_2 {
+        return Err(HelloFault { alert: ALERT_PROTOCOL_VERSION.to_vec(), ..Refusal::TlsVersion.into() });
+    }
+    Ok(())
 }
 
 fn broken(error: &dyn std::error::Error, alert: Vec<u8>) -> HelloFault {
@@ -109,38 +128,19 @@ fn named(accepted: Accepted) -> Result<Hello, HelloFault> {
     }
 }
 
-async fn receive(stream: &TcpStream, space: &mut [u8]) -> io::Result<usize> {
-    loop {
-        stream.readable().await?;
-        match stream.try_read(space) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            done => return done,
-        }
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The first bytes of a connection.
-#[derive(Default)]
-struct Head {
-    bytes: Vec<u8>,
-}
-
-impl Head {
-    /// Refuses what is not TLS at its first byte, which may be all that comes, and TLS that is too old.
-    fn check(&mut self, chunk: &[u8]) -> Result<(), HelloFault> {
-        let missing = HELLO_VERSION.end.saturating_sub(self.bytes.len());
-        self.bytes.extend(chunk.iter().take(missing));
-        if self.bytes.first().is_some_and(|kind| *kind != RECORD_HANDSHAKE) {
-            let detail = format!("it began with \"{}\"", one_line(&String::from_utf8_lossy(&self.bytes), 40));
-            return Err(HelloFault { detail, ..Refusal::NotTls.into() });
-        }
-        let is_cut =
-            self.bytes.get(RECORD_LENGTH).is_some_and(|length| length < RECORD_WITH_VERSION.as_slice());
-        match self.bytes.get(HELLO_VERSION).filter(|_| !is_cut) {
-            Some(version) if version < TLS_1_2.as_slice() => {
-                Err(HelloFault { alert: ALERT_PROTOCOL_VERSION.to_vec(), ..Refusal::TlsVersion.into() })
-            }
-            _ => Ok(()),
+    #[test]
+    fn a_hello_in_records_of_a_few_bytes_is_read() {
+        // The first byte says how the fuzz target splits the rest.
+        for [_, hello @ ..] in [
+            include_bytes!("../../../../fuzz/corpus/client_hello/first-record-of-1-byte"),
+            include_bytes!("../../../../fuzz/corpus/client_hello/first-record-of-3-bytes"),
+        ] {
+            let read = HelloReader::default().take(hello).ok().flatten().unwrap();
+            assert_eq!(read.server_name, "podvm-web-0-aaaaaaaa");
         }
     }
 }

@@ -23,7 +23,7 @@ pub(super) async fn run(client: &Client, args: PodListArgs, screen: Screen) -> a
     let mut items = client.pods().await?;
     items.retain(|pod| wanted(pod) && selector.takes(pod));
     sort(&mut items);
-    match args.output {
+    match args.form.output {
         Format::Json => print_json(&PodList { items }),
         Format::Yaml => print_yaml(&PodList { items }),
         _ if items.is_empty() => {

@@ -17,7 +17,7 @@ pub(super) async fn run(client: &Client, args: &PodOrphansArgs, screen: Screen) 
     if args.collect {
         return collect(client, &items).await;
     }
-    match args.output {
+    match args.form.output {
         Format::Json => print_json(&OrphanList { items }),
         Format::Yaml => print_yaml(&OrphanList { items }),
         _ if items.is_empty() => {

@@ -27,7 +27,7 @@ const NAMES: usize = 14;
 
 pub(super) async fn run(client: &Client, args: &PodShowArgs, screen: Screen) -> anyhow::Result<()> {
     let pod = find(client, &args.id).await?;
-    match args.output {
+    match args.form.output {
         Format::Json => print_json(&pod),
         Format::Yaml => print_yaml(&pod),
         Format::Table | Format::Wide => {
