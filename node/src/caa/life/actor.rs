@@ -32,8 +32,8 @@ pub(super) enum Order<D> {
     Changed(Arc<Sandbox>),
     /// The directory is gone.
     Gone,
-    /// It was dialled.
-    Dial(D, Arc<Sandbox>),
+    /// It was dialled. In a box: the queue of each sandbox has room for 32 orders from the start, and a dial of some kilobytes.
+    Dial(Box<D>, Arc<Sandbox>),
     /// A younger sandbox has the address of its VM: this one.
     Superseded(PodId),
 }
@@ -160,7 +160,7 @@ impl<W: World> Actor<W> {
             Order::Gone => self.step(Input::Gone),
             Order::Dial(dial, sandbox) => {
                 self.sandbox = Some(sandbox);
-                self.dialled(dial);
+                self.dialled(*dial);
             }
             Order::Superseded(by) => {
                 self.last_end = format!("sandbox {by}, which is younger, has the address of its VM");
@@ -295,5 +295,16 @@ impl<W: World> Actor<W> {
             // An error means that the service ends.
             drop(self.common.ended.send(Ended { id: self.id.clone(), orders: self.received }));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Order;
+
+    #[test]
+    fn a_queue_of_orders_has_no_room_for_whole_dials() {
+        let size = size_of::<Order<[u8; 4096]>>();
+        assert!(size <= 128, "32 times {size} bytes for each sandbox, which is dialled once");
     }
 }

@@ -209,7 +209,7 @@ impl<W: World> Router<W> {
                 return;
             }
         }
-        self.order(sandbox.id.clone(), Order::Dial(dial, sandbox));
+        self.order(sandbox.id.clone(), Order::Dial(Box::new(dial), sandbox));
     }
 
     /// A dial proves nothing before its handshake, so it does not end a pod that is connected and up. But a pod that is not up
