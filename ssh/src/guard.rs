@@ -17,7 +17,8 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
-use secure_comms_tunnel::{Account, budget};
+use secure_comms_tunnel::Account;
+use secure_comms_tunnel::budget::Burst;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::task::coop::poll_proceed;
 use tokio::time::Instant;
@@ -159,6 +160,7 @@ pub struct Guarded<S> {
     /// What the read-ahead has taken from the account.
     charged: Charged,
     strict: StrictKex,
+    burst: Burst,
 }
 
 /// Bytes that were taken from an account; given back on drop.
@@ -252,6 +254,7 @@ impl<S> Guarded<S> {
             ahead: ReadAhead::default(),
             charged: Charged::default(),
             strict: StrictKex::new(peer),
+            burst: Burst::default(),
         };
         (guarded, guard)
     }
@@ -330,7 +333,7 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
         while self.ahead.len < bound && self.charged.may_read(self.guard.0.account.get(), self.ahead.len) {
             match self.ahead.read_from(READ, &mut self.socket, cx) {
                 Ok(Some(data)) if !data.is_empty() => {
-                    budget::charge(cx, data.len());
+                    self.burst.count(cx, data.len());
                     Self::inspect(&mut self.strict, &self.guard, data)?;
                 }
                 // No bytes, the end of file, or an error, which the next ordinary read meets again.
@@ -349,6 +352,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         this.check()?;
+        ready!(this.burst.poll_ready(cx));
         if this.ahead.len > 0 {
             // The socket, which would stop the SSH session when its budget is used up, is not asked.
             ready!(poll_proceed(cx)).made_progress();
@@ -357,7 +361,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
             if this.ahead.len == 0 {
                 this.charged = Charged::default();
             }
-            budget::charge(cx, before - out.remaining());
+            this.burst.count(cx, before - out.remaining());
             return Poll::Ready(Ok(()));
         }
         // An SSH session reads the length of a packet (four bytes), then the packet. Reading more with the length makes a
@@ -386,7 +390,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
             }
             Poll::Ready(result) => {
                 let data = out.filled().get(old..).unwrap_or_default();
-                budget::charge(cx, data.len());
+                this.burst.count(cx, data.len());
                 Self::inspect(&mut this.strict, &this.guard, data)?;
                 Poll::Ready(result)
             }
@@ -398,6 +402,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         let this = &mut *self;
         this.check()?;
+        ready!(this.burst.poll_ready(cx));
         let poll = Pin::new(&mut this.socket).poll_write(cx, data);
         match &poll {
             Poll::Pending => {
@@ -406,7 +411,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
                 this.check()?;
             }
             Poll::Ready(wrote) => {
-                budget::charge(cx, wrote.as_ref().copied().unwrap_or_default());
+                this.burst.count(cx, wrote.as_ref().copied().unwrap_or_default());
                 this.guard.0.wrote();
             }
         }
@@ -548,7 +553,7 @@ mod tests {
             guarded.lock().await.read_exact(&mut [0; PIECE]).await.unwrap();
         });
         let moved = moved.await;
-        assert!((PIECE..=budget::BURST + PIECE).contains(&moved), "{moved} bytes");
+        assert!((PIECE..=secure_comms_tunnel::budget::BURST + PIECE).contains(&moved), "{moved} bytes");
     }
 
     #[tokio::test]
@@ -558,7 +563,7 @@ mod tests {
             guarded.lock().await.write_all(&[0; PIECE]).await.unwrap();
         });
         let moved = moved.await;
-        assert!((PIECE..=budget::BURST + PIECE).contains(&moved), "{moved} bytes");
+        assert!((PIECE..=secure_comms_tunnel::budget::BURST + PIECE).contains(&moved), "{moved} bytes");
     }
 
     #[tokio::test]
@@ -572,7 +577,7 @@ mod tests {
             }
         });
         let moved = moved.await;
-        assert!((PIECE..=budget::BURST + PIECE).contains(&moved), "{moved} bytes");
+        assert!((PIECE..=secure_comms_tunnel::budget::BURST + PIECE).contains(&moved), "{moved} bytes");
     }
 
     #[test]

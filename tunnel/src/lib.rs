@@ -29,6 +29,8 @@ mod queue;
 
 pub mod budget;
 
+pub mod turns;
+
 pub mod account;
 
 pub mod flow;
