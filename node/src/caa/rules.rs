@@ -140,7 +140,16 @@ pub async fn keep(
     metrics: Metrics,
     mut stop: watch::Receiver<bool>,
 ) {
-    let mut keeper = Keeper { settings, health, metrics, applied: None, made: false, repairs: 0 };
+    let mut keeper = Keeper {
+        settings,
+        health,
+        metrics,
+        applied: None,
+        made: false,
+        repairs: 0,
+        repaired_at: None,
+        fault: None,
+    };
     tokio::select! {
         biased;
         // The sender is gone: the process ends.
@@ -157,8 +166,11 @@ struct Keeper {
     applied: Option<Listing>,
     /// Whether they were in place.
     made: bool,
-    /// How many repairs there were since they were last found in place.
+    /// How many repairs there were, each soon after the one before, and when the last was.
     repairs: u32,
+    repaired_at: Option<Instant>,
+    /// The fault that was logged, until it has passed.
+    fault: Option<String>,
 }
 
 impl Keeper {
@@ -174,10 +186,18 @@ impl Keeper {
             }
             let mut changes = changes.ok();
             let Err(error) = self.watch(&mut changes).await;
-            tracing::error!("rules: {error}");
-            self.health.fails(PART, error.to_string());
+            self.failed(error.to_string());
             sleep(RETRY).await;
         }
+    }
+
+    /// One that repeats is logged once.
+    fn failed(&mut self, fault: String) {
+        self.health.fails(PART, fault.clone());
+        if self.fault.as_ref() != Some(&fault) {
+            tracing::error!("rules: {fault}; retrying every {} s", RETRY.as_secs());
+        }
+        self.fault = Some(fault);
     }
 
     async fn watch(&mut self, changes: &mut Option<Changes>) -> Result<std::convert::Infallible, NftError> {
@@ -216,7 +236,7 @@ impl Keeper {
             self.made = true;
         }
         match self.applied {
-            Some(_) => self.health.works(PART),
+            Some(_) => self.works(),
             None => self.health.fails(PART, CHANGED_AGAIN),
         }
         Ok(())
@@ -236,13 +256,23 @@ impl Keeper {
             tracing::info!("rules: table inet {TABLE}: in place already");
             self.made = true;
         }
-        let more = self.repairs.saturating_sub(REPAIRS_SAID);
-        if more > 0 {
-            tracing::warn!("rules: table inet {TABLE}: put back {more} more times, and in place now");
+        // Our own change is announced as well: that they are in place right after it says nothing yet.
+        if self.repaired_at.is_some_and(|repaired| repaired.elapsed() >= LOOK) {
+            let more = self.repairs.saturating_sub(REPAIRS_SAID);
+            if more > 0 {
+                tracing::warn!("rules: table inet {TABLE}: put back {more} more times, and in place now");
+            }
+            (self.repairs, self.repaired_at) = (0, None);
         }
-        self.repairs = 0;
         if self.applied.is_none() {
             self.applied = found;
+        }
+        self.works();
+    }
+
+    fn works(&mut self) {
+        if self.fault.take().is_some() {
+            tracing::info!("rules: table inet {TABLE}: in place again");
         }
         self.health.works(PART);
     }
@@ -251,6 +281,7 @@ impl Keeper {
     async fn repaired(&mut self, difference: &str) {
         self.metrics.rules_put_back();
         self.repairs = self.repairs.saturating_add(1);
+        self.repaired_at = Some(Instant::now());
         if self.repairs <= REPAIRS_SAID {
             let last = if self.repairs == REPAIRS_SAID { "; further repairs are counted" } else { "" };
             tracing::warn!(

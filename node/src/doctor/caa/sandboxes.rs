@@ -232,11 +232,6 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_is_not_there_is_a_warning() {
-        assert!(matches!(Node::new().check(false).outcome, Outcome::Warning { .. }));
-    }
-
-    #[test]
     fn the_older_file_name_is_looked_at_if_alone() {
         let mut node = Node::new();
         node.sandbox("one", None, true);
