@@ -21,7 +21,7 @@ use crate::mappings::Mappings;
 use crate::mountinfo;
 use crate::mounts::{self, BusyLimit};
 use crate::roots::Roots;
-use crate::signature::{self, Signature};
+use crate::signature::{self, Signature, Unsure};
 use crate::volume::{self, FileSystem, Volume};
 
 /// How often a disk is looked at before it counts as unclear.
@@ -211,7 +211,8 @@ impl Volumes {
             looks += 1;
             match signature::look(node, &mut file) {
                 Ok(signature) => return Ok((signature, file)),
-                Err(cause) if looks == LOOKS => {
+                // Data do not become zeros by another look.
+                Err(cause) if looks == LOOKS || matches!(cause, Unsure::Data(_)) => {
                     return Err(VolumeError::Unsure { node: node.clone(), cause }.into());
                 }
                 Err(_) if patience.pause(self.settings.look_pause) == Woken::GivenUp => {

@@ -251,6 +251,9 @@ fn data_without_a_signature_are_never_overwritten() {
             disk.write_all(bytes).unwrap();
         };
         let refused = |at: u64| {
+            // At once: no pause.
+            let patience = Script::uneventful();
+            assert!(volumes.mount(&[volume("vol-0", 0)], &patience).is_err() && patience.pauses() == 0);
             for wanted in [volume("vol-0", 0), encrypted("vol-0")] {
                 let (kind, text) = failure(&volumes, &[wanted]);
                 assert_eq!(kind, FailureKind::Refused, "{text}");
