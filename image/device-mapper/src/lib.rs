@@ -1,12 +1,13 @@
 //! Devices of the kernel's device mapper, each of one target.
 //!
-//! The one ioctl that no crate wraps safely is here, so that `init` and `podvm-volumes` share it. A well-kept crate
+//! The ioctls that no crate wraps safely are here, with that of [`partitions`], so that `init` and `podvm-volumes` share it. A well-kept crate
 //! (`devicemapper`) links libdevmapper or brings a hundred times this code; a static program can't use the first, and
 //! the initrd's `init` not the second.
 
-#[expect(unsafe_code, reason = "nix does not wrap the ioctl of the device mapper")]
+#[expect(unsafe_code, reason = "nix wraps neither the ioctl of the device mapper nor that of partitions")]
 mod ioctl;
 mod message;
+pub mod partitions;
 
 use std::fs::{File, OpenOptions};
 use std::io;

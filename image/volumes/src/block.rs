@@ -127,7 +127,7 @@ impl Device {
 
     /// Number of a partition in its table.
     #[must_use]
-    pub fn partition_number(&self, roots: &Roots) -> Option<u32> {
+    pub fn partition_number(&self, roots: &Roots) -> Option<i32> {
         attribute(&self.sysfs(roots).join("partition"))?.parse().ok()
     }
 

@@ -13,9 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::text::one_line;
 
 /// Where programs are.
-const DIRECTORIES: [&str; 2] = ["/usr/sbin", "/usr/bin"];
-/// The same, for what programs run.
-const PATH: &str = "/usr/sbin:/usr/bin";
+const DIRECTORY: &str = "/usr/sbin";
 /// Most bytes of output that are kept; the rest is read and dropped.
 const OUTPUT_MAX: usize = 16 * 1024;
 
@@ -70,8 +68,8 @@ pub struct Output {
 /// # Errors
 /// It is not.
 pub fn find(name: &str) -> Result<PathBuf, ProgramError> {
-    let mut paths = DIRECTORIES.map(|directory| Path::new(directory).join(name)).into_iter();
-    paths.find(|path| path.exists()).ok_or_else(|| ProgramError::Missing(name.into()))
+    let path = Path::new(DIRECTORY).join(name);
+    if path.exists() { Ok(path) } else { Err(ProgramError::Missing(path)) }
 }
 
 /// Runs the program to its end. It has no standard input and, but for PATH and the locale, no environment.
@@ -83,7 +81,7 @@ pub fn run(path: &Path, args: &[&str], limit: Duration) -> Result<Output, Progra
     let mut child = Command::new(path)
         .args(args)
         .env_clear()
-        .env("PATH", PATH)
+        .env("PATH", DIRECTORY)
         .env("LC_ALL", "C.UTF-8")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

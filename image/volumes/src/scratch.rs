@@ -58,7 +58,7 @@ pub enum ScratchError {
         node: PathBuf,
         /// The cause.
         #[source]
-        cause: ProgramError,
+        cause: io::Error,
     },
     /// Several are.
     #[error("both {first} and {second} are labelled {LABEL}: only one may be")]

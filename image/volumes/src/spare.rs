@@ -7,15 +7,15 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
+
+use podvm_device_mapper::partitions;
 
 use crate::block::{self, Device};
 use crate::mountinfo::{self, Mount};
-use crate::program::{self, ProgramError};
 use crate::roots::Roots;
 
 /// Number of the partition: the last one in a GPT of the usual size, so none of the image's.
-pub const NUMBER: u32 = 128;
+pub const NUMBER: i32 = 128;
 /// Least size in sectors, 1 GiB. Less is what is left when a cloud rounds the image up to whole GiB: memory holds more.
 pub const SECTORS_MIN: u64 = 1 << 21;
 /// Bounds are multiples of this number of sectors, 1 MiB.
@@ -24,8 +24,6 @@ const UNIT: u64 = 1 << 11;
 const BACKUP: u64 = 33;
 /// Size of a sector in bytes, also of the image's GPT.
 const SECTOR: usize = 512;
-/// Limit for a partition to be made or removed.
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// The kernel's partitions; a test has others.
 pub trait Partitions {
@@ -33,33 +31,27 @@ pub trait Partitions {
     ///
     /// # Errors
     /// There is one with this number, or in these sectors, or the kernel refuses.
-    fn add(&self, disk: &Path, number: u32, first: u64, sectors: u64) -> Result<(), ProgramError>;
+    fn add(&self, disk: &Path, number: i32, first: u64, sectors: u64) -> io::Result<()>;
 
     /// Removes a partition.
     ///
     /// # Errors
     /// It is in use, or there is none.
-    fn remove(&self, disk: &Path, number: u32) -> Result<(), ProgramError>;
+    fn remove(&self, disk: &Path, number: i32) -> io::Result<()>;
 }
 
-/// Those of the kernel, by the programs of util-linux.
+/// Those of the kernel.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernel;
 
 impl Partitions for Kernel {
-    fn add(&self, disk: &Path, number: u32, first: u64, sectors: u64) -> Result<(), ProgramError> {
-        let numbers = [u64::from(number), first, sectors].map(|number| number.to_string());
-        let [number, first, sectors] = &numbers;
-        run("addpart", &[&disk.to_string_lossy(), number, first, sectors])
+    fn add(&self, disk: &Path, number: i32, first: u64, sectors: u64) -> io::Result<()> {
+        partitions::add(&File::open(disk)?, number, first, sectors)
     }
 
-    fn remove(&self, disk: &Path, number: u32) -> Result<(), ProgramError> {
-        run("delpart", &[&disk.to_string_lossy(), &number.to_string()])
+    fn remove(&self, disk: &Path, number: i32) -> io::Result<()> {
+        partitions::remove(&File::open(disk)?, number)
     }
-}
-
-fn run(program: &str, args: &[&str]) -> Result<(), ProgramError> {
-    program::succeed(&program::find(program)?, args, LIMIT).map(drop)
 }
 
 /// Sectors of a disk that no partition has.

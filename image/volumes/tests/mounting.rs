@@ -378,7 +378,7 @@ fn without_mkfs_an_empty_disk_is_refused_at_once() {
         wanted.fs_type = "xfs".into();
         let (kind, text) = failure(&volumes, &[wanted]);
         assert_eq!(kind, FailureKind::Refused);
-        assert!(text.ends_with("mkfs.xfs is not in this image"), "{text}");
+        assert!(text.ends_with("/usr/sbin/mkfs.xfs is not in this image"), "{text}");
         umount2("/usr/sbin", MntFlags::MNT_DETACH).unwrap();
     });
 }

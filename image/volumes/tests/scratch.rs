@@ -19,7 +19,6 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 use support::{Loop, Script, Tree, in_own_mounts, own_mounts, run};
 use volumes::failure::chain;
 use volumes::mappings::Mappings;
-use volumes::program::ProgramError;
 use volumes::scratch::{self, MAPPING, MOUNT_POINT, Outcome, ScratchError};
 use volumes::spare::{self, NUMBER, Partitions};
 use zeroize::Zeroizing;
@@ -66,11 +65,11 @@ fn labelled() -> (Tree, Loop) {
 struct NoSpace;
 
 impl Partitions for NoSpace {
-    fn add(&self, _: &Path, _: u32, _: u64, _: u64) -> Result<(), ProgramError> {
+    fn add(&self, _: &Path, _: i32, _: u64, _: u64) -> io::Result<()> {
         panic!("there is no free space")
     }
 
-    fn remove(&self, _: &Path, _: u32) -> Result<(), ProgramError> {
+    fn remove(&self, _: &Path, _: i32) -> io::Result<()> {
         panic!("there is no partition of it")
     }
 }
@@ -233,7 +232,7 @@ struct Spare<'a> {
 }
 
 impl Partitions for Spare<'_> {
-    fn add(&self, disk: &Path, number: u32, first: u64, sectors: u64) -> Result<(), ProgramError> {
+    fn add(&self, disk: &Path, number: i32, first: u64, sectors: u64) -> io::Result<()> {
         assert!(disk.ends_with("vda") && number == NUMBER);
         self.done.lock().unwrap().push(format!("add {first} {sectors}"));
         self.tree.partition("vda", "vda128", self.opened.number.major, self.opened.number.minor);
@@ -242,7 +241,7 @@ impl Partitions for Spare<'_> {
         Ok(())
     }
 
-    fn remove(&self, _: &Path, number: u32) -> Result<(), ProgramError> {
+    fn remove(&self, _: &Path, number: i32) -> io::Result<()> {
         assert_eq!(number, NUMBER);
         self.done.lock().unwrap().push("remove".to_owned());
         fs::remove_file(self.tree.roots.sys.join("class/block/vda128")).unwrap();
@@ -342,5 +341,24 @@ fn a_disk_without_a_gpt_has_no_free_space() {
         assert!(spare::find(&tree.roots, &mounts).unwrap().is_some());
         run("wipefs", &["--all", "--quiet", disk.node.to_str().unwrap()]);
         assert_eq!(spare::find(&tree.roots, &mounts).unwrap(), None);
+    });
+}
+
+#[test]
+fn the_kernel_makes_and_removes_a_partition() {
+    in_own_mounts(|| {
+        let disk = Loop::new(64 * MIB);
+        let name = disk.node.file_name().unwrap().to_str().unwrap().to_owned();
+        let sysfs = Path::new("/sys/class/block").join(format!("{name}p{NUMBER}"));
+        let kernel = spare::Kernel;
+        kernel.add(&disk.node, NUMBER, 2048, 4096).unwrap();
+        let read = |attribute| fs::read_to_string(sysfs.join(attribute)).unwrap().trim().to_owned();
+        assert_eq!(["start", "size", "partition"].map(read), ["2048", "4096", "128"]);
+        let overlaps = kernel.add(&disk.node, NUMBER - 1, 4096, 4096).unwrap_err();
+        assert_eq!(overlaps.raw_os_error(), Some(Errno::EBUSY as i32));
+        kernel.remove(&disk.node, NUMBER).unwrap();
+        assert!(!sysfs.exists());
+        assert!(kernel.remove(&disk.node, NUMBER).is_err());
+        assert!(!disk.holds(&[0xff]), "something was written");
     });
 }

@@ -146,7 +146,7 @@ impl Tree {
     }
 }
 
-/// A loop device over an empty file.
+/// A loop device over an empty file; it may have partitions.
 pub(crate) struct Loop {
     pub(crate) node: PathBuf,
     pub(crate) number: DeviceNumber,
@@ -158,7 +158,7 @@ impl Loop {
     pub(crate) fn new(bytes: u64) -> Self {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(bytes).unwrap();
-        let output = run("losetup", &["-f", "--show", file.path().to_str().unwrap()]);
+        let output = run("losetup", &["--partscan", "-f", "--show", file.path().to_str().unwrap()]);
         let node = PathBuf::from(output.trim());
         // A test that failed may have left the device so.
         run("blockdev", &["--setrw", output.trim()]);
