@@ -106,11 +106,10 @@ impl Admission {
 
 impl Queue {
     fn next(&mut self) -> Option<oneshot::Sender<Place>> {
-        if self.in_a_row < IN_A_ROW || self.attestation.is_empty() {
-            if let Some(next) = self.kubernetes.pop_front() {
-                self.in_a_row = self.in_a_row.saturating_add(1);
-                return Some(next);
-            }
+        let may_precede = self.in_a_row < IN_A_ROW || self.attestation.is_empty();
+        if may_precede && let Some(next) = self.kubernetes.pop_front() {
+            self.in_a_row = self.in_a_row.saturating_add(1);
+            return Some(next);
         }
         self.in_a_row = 0;
         self.attestation.pop_front()
