@@ -106,8 +106,8 @@ impl Admission {
 
 impl Queue {
     fn next(&mut self) -> Option<oneshot::Sender<Place>> {
-        let kubernetes_first = self.in_a_row < IN_A_ROW || self.attestation.is_empty();
-        if kubernetes_first && let Some(next) = self.kubernetes.pop_front() {
+        let may_precede = self.in_a_row < IN_A_ROW || self.attestation.is_empty();
+        if may_precede && let Some(next) = self.kubernetes.pop_front() {
             self.in_a_row = self.in_a_row.saturating_add(1);
             return Some(next);
         }
