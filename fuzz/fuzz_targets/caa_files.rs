@@ -1,5 +1,6 @@
 //! Files in the pods directory of cloud-api-adaptor.
 #![no_main]
+#![allow(dead_code, reason = "node/ uses the rest of these files")]
 
 #[path = "../../node/src/caa"]
 mod caa {

@@ -1,5 +1,6 @@
 //! First messages of TLS clients, as the way in of cloud-api-adaptor reads them.
 #![no_main]
+#![allow(dead_code, reason = "node/ uses the rest of these files")]
 
 #[path = "../../node/src/caa/front"]
 mod front {
