@@ -4,8 +4,8 @@
 //! An SSH session does not read while it writes (D2), so two busy ones can deadlock. While a write is pending, the guarded
 //! socket reads ahead into a bounded buffer. The bound is the number of bytes that the peer may have in flight, so the
 //! writes of an honest peer always proceed. Bytes are charged to the SSH session's task, so that a connection with bulk
-//! data does not keep the thread while others wait ([`budget`]). An SSH session can't be stopped from outside, because
-//! its task outlives every handle; cutting its socket ends it.
+//! data does not keep the thread while others wait ([`secure_comms_tunnel::budget`]). An SSH session can't be stopped from
+//! outside, because its task outlives every handle; cutting its socket ends it.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;

@@ -37,7 +37,7 @@ fn charge(cx: &mut Context<'_>, bytes: usize) {
 }
 
 /// What a task has moved since the others ran. A task of a [`SingleThread`] that has moved [`BURST`] bytes waits until no other
-/// has anything to do. On other runtimes it is charged as [`charge`] does.
+/// has anything to do. On other runtimes its bytes are charged to tokio's budget.
 ///
 /// [`SingleThread`]: crate::turns::SingleThread
 #[derive(Debug, Default)]

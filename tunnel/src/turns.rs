@@ -2,7 +2,7 @@
 //!
 //! tokio runs its tasks in the order in which they became ready. A request passes two tasks in each process, its relay and
 //! its SSH session, and would wait for a burst of every busy stream before each of them. Here a task that has moved a burst
-//! waits in a queue of its own ([`poll`]). One of them goes on at a time, and only when no other task is ready and the
+//! waits in a queue of its own. One of them goes on at a time, and only when no other task is ready and the
 //! sockets have nothing new: so a request waits at most for the burst that is under way.
 
 use std::cell::RefCell;
