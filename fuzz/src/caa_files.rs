@@ -108,7 +108,8 @@ fn is_server_name(name: &str) -> bool {
 fn check_secret(text: &[u8], said: &str) {
     let Ok(Value::Object(object)) = serde_json::from_slice(text) else { return };
     let Some(Value::String(key)) = object.get("tls-server-key") else { return };
-    let own_words = |part: &str| part.contains("tls-server") || part.contains("certificate");
+    let own_words =
+        |part: &str| ["tls-server", "tls-client-ca", "certificate"].iter().any(|word| part.contains(word));
     for part in key.split_whitespace().filter(|part| part.len() >= SECRET_MIN && !own_words(part)) {
         let others = object.iter().filter(|(name, _)| *name != "tls-server-key");
         let elsewhere =

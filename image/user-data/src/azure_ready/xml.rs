@@ -72,10 +72,20 @@ struct Reader<'a> {
 impl<'a> Reader<'a> {
     fn prolog(&mut self) -> Result<(), XmlFault> {
         self.rest = self.rest.trim_start();
-        if self.rest.starts_with("<?xml ") {
-            let declaration = self.until("?>")?;
-            let declared = declaration.strip_prefix("<?xml").and_then(|text| text.strip_suffix("?>"));
-            for (name, value) in attributes(declared.unwrap_or_default())? {
+        if self.rest.starts_with("<?") { self.instruction() } else { Ok(()) }
+    }
+
+    /// Takes a processing instruction. The declaration of XML is one.
+    fn instruction(&mut self) -> Result<(), XmlFault> {
+        let instruction = self.until("?>")?.strip_prefix("<?").and_then(|text| text.strip_suffix("?>"));
+        let instruction = instruction.ok_or(XmlFault::Tag)?;
+        let end = instruction.find([' ', '\t', '\r', '\n']).unwrap_or(instruction.len());
+        let (target, content) = instruction.split_at_checked(end).ok_or(XmlFault::Tag)?;
+        if !is_name(target) {
+            return Err(XmlFault::Tag);
+        }
+        if target == "xml" {
+            for (name, value) in attributes(content)? {
                 match name {
                     "version" if value != "1.0" => return Err(XmlFault::Version),
                     "encoding" if !value.eq_ignore_ascii_case("utf-8") => return Err(XmlFault::Encoding),
@@ -126,7 +136,7 @@ impl<'a> Reader<'a> {
             let data = data.strip_prefix("<![CDATA[").and_then(|data| data.strip_suffix("]]>"));
             own.push_str(data.unwrap_or_default());
         } else if self.rest.starts_with("<?") {
-            self.until("?>")?;
+            self.instruction()?;
         } else if self.rest.starts_with("<!") {
             return Err(XmlFault::DocType);
         } else if self.rest.starts_with("</") {
@@ -195,20 +205,20 @@ fn is_forbidden(character: char) -> bool {
 
 /// The attributes of a tag: names and values as they stand there. None is used; they show whether the tag is whole.
 fn attributes(text: &str) -> Result<Vec<(&str, &str)>, XmlFault> {
-    let (mut rest, mut found) = (text.trim_start(), Vec::new());
+    let (mut rest, mut found) = (text.trim_ascii_start(), Vec::new());
     while !rest.is_empty() {
         let (name, value) = rest.split_once('=').ok_or(XmlFault::Tag)?;
-        let value = value.trim_start();
+        let value = value.trim_ascii_start();
         let quote = value.chars().next().filter(|quote| "\"'".contains(*quote)).ok_or(XmlFault::Tag)?;
         let (value, after) =
             value.strip_prefix(quote).and_then(|value| value.split_once(quote)).ok_or(XmlFault::Tag)?;
-        let name = name.trim_end();
+        let name = name.trim_ascii_end();
         if !is_name(name) || value.contains('<') {
             return Err(XmlFault::Tag);
         }
         unescape(value, &mut String::new())?;
         found.push((name, value));
-        rest = after.trim_start();
+        rest = after.trim_ascii_start();
     }
     Ok(found)
 }

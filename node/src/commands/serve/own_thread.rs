@@ -25,8 +25,11 @@ impl OwnThread {
     /// # Errors
     /// There can be no more threads or file descriptors.
     pub(super) fn start(name: &str) -> io::Result<Self> {
-        let runtime =
-            Builder::new_current_thread().enable_all().max_blocking_threads(BLOCKING_THREADS).build()?;
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .thread_name(name)
+            .max_blocking_threads(BLOCKING_THREADS)
+            .build()?;
         let handle = runtime.handle().clone();
         let (end, ended) = oneshot::channel::<Infallible>();
         thread::Builder::new().name(name.to_owned()).spawn(move || {
