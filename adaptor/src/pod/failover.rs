@@ -46,12 +46,9 @@ const HANDSHAKE_TIMEOUT_MIN: Duration = Duration::from_secs(2);
 /// The interval at which the silence of a lane is checked: while the agent owes no answer, and while it does.
 const LANE_CHECK_IDLE: Duration = Duration::from_millis(250);
 const LANE_CHECK: Duration = Duration::from_millis(100);
-/// The interval at which the agent is asked for a sign of life on a lane whose streams move bytes: what it has sent may wait
-/// in its TCP's backoff, and nothing that we sent would be unanswered. A lane at rest has the pings of each `KEEPALIVE`.
+/// The interval at which the agent is asked for a sign of life while the pod's streams move bytes: what it has sent may wait
+/// in its TCP's backoff, and nothing that we sent would be unanswered. Without, there are the pings of each `KEEPALIVE`.
 const LANE_PROBE_INTERVAL: Duration = Duration::from_secs(1);
-/// Checks, within [`LANE_PROBE_INTERVAL`] of each other, that find bytes moved on a lane that moves bytes. One call and its
-/// answer, such as the runtime's `Check` of each 5 s, are not enough: they need no sign of life but the answer.
-const LANE_MOVES: u32 = 2;
 /// The part of the threshold after which a silent lane is asked for a sign of life.
 const LANE_PROBE_PART: u32 = 3;
 
@@ -96,7 +93,7 @@ pub(super) async fn await_lane_end(
 }
 
 async fn until_lane_silent(liveness: &Liveness, traffic: impl Fn() -> Option<Traffic>) {
-    let mut moves = Moves::start(Instant::now(), traffic());
+    let mut moves = Moves::start(traffic());
     loop {
         if liveness.unanswered().is_some() {
             sleep(LANE_CHECK).await;
@@ -124,34 +121,27 @@ fn next_idle_check(now: Instant) -> Instant {
     now + Duration::from_millis(u64::try_from(rest).unwrap_or_default())
 }
 
-/// Whether bytes move on a lane, as its checks see it.
+/// When a lane whose streams move bytes is to be asked for a sign of life, as its checks see it.
 #[derive(Debug)]
 struct Moves {
     traffic: Option<Traffic>,
-    /// Checks that found bytes moved since the last probe, and the time of the latest.
-    seen: u32,
-    last: Instant,
-    probed: Instant,
+    /// When bytes were first seen moved since the last probe.
+    since: Option<Instant>,
 }
 
 impl Moves {
-    fn start(now: Instant, traffic: Option<Traffic>) -> Self {
-        Self { traffic, seen: 0, last: now, probed: now }
+    fn start(traffic: Option<Traffic>) -> Self {
+        Self { traffic, since: None }
     }
 
-    /// Called at each check. After true, the next probe is due only if bytes move again.
+    /// Called at each check. A probe is due an interval after bytes have moved: the answer to a call may be stuck.
     fn probe_is_due(&mut self, now: Instant, traffic: Option<Traffic>) -> bool {
-        if now - self.last >= LANE_PROBE_INTERVAL {
-            self.seen = 0;
-        }
-        if traffic.is_some() && traffic != self.traffic {
-            self.seen += 1;
-            self.last = now;
-        }
+        let moved = (traffic.is_some() && traffic != self.traffic).then_some(now);
         self.traffic = traffic;
-        let is_due = self.seen >= LANE_MOVES && now - self.probed >= LANE_PROBE_INTERVAL;
+        self.since = self.since.or(moved);
+        let is_due = self.since.is_some_and(|since| now - since >= LANE_PROBE_INTERVAL);
         if is_due {
-            (self.seen, self.probed) = (0, now);
+            self.since = moved;
         }
         is_due
     }
@@ -274,7 +264,7 @@ mod tests {
     fn probes(moves_at: impl Fn(u32) -> bool) -> usize {
         let start = Instant::now();
         let mut traffic = Traffic::default();
-        let mut moves = Moves::start(start, Some(traffic));
+        let mut moves = Moves::start(Some(traffic));
         let due = (1..=80).filter(|check| {
             traffic.received += u64::from(moves_at(*check));
             moves.probe_is_due(start + LANE_CHECK_IDLE * *check, Some(traffic))
@@ -283,29 +273,34 @@ mod tests {
     }
 
     #[test]
-    fn a_call_every_five_seconds_needs_no_probe() {
+    fn a_lane_at_rest_needs_no_probe() {
         assert_eq!(probes(|_| false), 0);
-        assert_eq!(probes(|check| check % 20 == 0), 0);
+    }
+
+    #[test]
+    fn each_call_is_followed_by_one_probe() {
+        // The last of the four is followed by it after the 20 s.
+        assert_eq!(probes(|check| check % 20 == 0), 3);
+        assert_eq!(probes(|check| check <= 3), 1);
     }
 
     #[test]
     fn a_lane_that_moves_bytes_is_probed_every_second() {
-        assert_eq!(probes(|_| true), 20);
-        assert_eq!(probes(|check| check % 2 == 0), 20);
+        assert_eq!(probes(|_| true), 19);
+        assert_eq!(probes(|check| check % 2 == 0), 19);
         assert!(probes(|check| check % 3 == 0) >= 10);
     }
 
     #[test]
     fn a_lane_is_probed_after_its_last_bytes() {
-        // Bytes move for 2 s and 1 s; the probe at 2 s comes with the last bytes, the one of the others after them.
+        // Bytes move for 2 s: the probes are at 1.25 s and at 2.25 s.
         assert_eq!(probes(|check| check <= 8), 2);
-        assert_eq!(probes(|check| check <= 3), 1);
     }
 
     #[test]
     fn a_lane_without_streams_needs_no_probe() {
         let start = Instant::now();
-        let mut moves = Moves::start(start, None);
+        let mut moves = Moves::start(None);
         assert!((1..=80).all(|check| !moves.probe_is_due(start + LANE_CHECK_IDLE * check, None)));
     }
 

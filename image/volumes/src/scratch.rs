@@ -182,7 +182,7 @@ fn wait(
     partitions: &dyn Partitions,
     patience: &dyn Patience,
 ) -> Result<Device, ScratchError> {
-    let mut attempts = 0;
+    let (mut attempts, mut fault) = (0, None);
     loop {
         let found = find(roots).map_err(ScratchError::Search)?;
         if let [first, second, ..] = found.as_slice() {
@@ -191,13 +191,15 @@ fn wait(
         if let Some(disk) = found.into_iter().next() {
             return Ok(disk);
         }
-        // At the first attempt: this space is there from the start, and the pod waits.
-        if let Some(disk) = free_space(roots, mounts, partitions)? {
-            return Ok(disk);
+        // At the first attempt: this space is there from the start, and the pod waits. A disk with the label may still come.
+        match free_space(roots, mounts, partitions) {
+            Ok(Some(disk)) => return Ok(disk),
+            Ok(None) => {}
+            Err(error) => fault = Some(error),
         }
         attempts += 1;
         if attempts >= ATTEMPTS {
-            return Err(ScratchError::NoDisk);
+            return Err(fault.unwrap_or(ScratchError::NoDisk));
         }
         // Nothing gives a boot up; an event counts as an attempt, which keeps the wait bounded.
         match patience.pause(DELAY) {

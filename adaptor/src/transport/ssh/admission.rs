@@ -1,8 +1,8 @@
 //! Bounds the key exchanges that are under way at a time, and decides which one is next.
 //!
 //! A node that restarts has hundreds of pods that start at once. Without a bound, each step of a pod waits for one step of
-//! every other, and all of them are up at the end. With one, those that came first are up first, and what a pod that is
-//! up waits for is never more than the bounded number.
+//! every other, and all of them are up at the end. With one, those that came first are up first. The bound is soft: an
+//! exchange that waits for its agent, and one that has waited for 3 s, goes on without a place.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -106,6 +106,12 @@ impl Admission {
 
 impl Queue {
     fn next(&mut self) -> Option<oneshot::Sender<Place>> {
+        // Those that were cancelled or wait no longer count for nothing.
+        for queue in [&mut self.kubernetes, &mut self.attestation] {
+            while queue.front().is_some_and(oneshot::Sender::is_closed) {
+                queue.pop_front();
+            }
+        }
         let may_precede = self.in_a_row < IN_A_ROW || self.attestation.is_empty();
         if may_precede && let Some(next) = self.kubernetes.pop_front() {
             self.in_a_row = self.in_a_row.saturating_add(1);
