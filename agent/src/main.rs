@@ -11,7 +11,6 @@ use agent_protocol_forwarder::os::{environment, listener, logging};
 use agent_protocol_forwarder::{pod_network, run};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use secure_comms_tunnel::netns::Namespace;
-use secure_comms_tunnel::turns::SingleThread;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// musl's own allocator returns memory to the kernel and requests it again for every large message.
@@ -67,7 +66,7 @@ fn start() -> Result<(), Exit> {
     for flag in &options.unused {
         log::info!("{flag} ignored: not used by Secure Comms");
     }
-    let runtime = SingleThread::new().map_err(failed)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     if options.missing_namespace == MissingNamespace::MadeOnly {
         return runtime.block_on(make_namespace(&options));
     }

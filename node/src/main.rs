@@ -16,8 +16,7 @@ use secure_comms_node::settings::{
     ConnectSettings, KeygenSettings, LogSettings, ServeSettings, UsageError, UserDataSettings,
     unknown_variables, with_log_flags,
 };
-use secure_comms_tunnel::turns::SingleThread;
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Builder;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -95,8 +94,11 @@ fn run(cli: Cli, stderr: &Writer) -> anyhow::Result<ExitCode> {
     for warning in unknown_variables(names.iter().map(|name| name.as_os_str())) {
         tracing::warn!("{warning}");
     }
-    let threads = Threads::of(&cli.command).context("start the runtime")?;
-    threads.run(command(cli.command, settings, &env))
+    let runtime = runtime_of(&cli.command).enable_all().build().context("start the runtime")?;
+    let done = runtime.block_on(command(cli.command, settings, &env));
+    // The look-up of a name may be blocked for long: the end does not wait for it.
+    runtime.shutdown_background();
+    done
 }
 
 /// The level of the log. What `doctor` finds is its report: the lines of what it tries would only say it again.
@@ -120,42 +122,20 @@ fn service_settings(
     ServeSettings::read(with_log_flags(flags.clone(), cli), config.clone(), env).map(Some)
 }
 
-/// What runs a command.
-enum Threads {
-    /// One thread for one pod: its bytes go through one SSH session, and handing them to another thread costs more than it gains.
-    Single(SingleThread),
-    /// The pods of a node have two, so that a burst of one pod holds up no other.
-    Several(Runtime),
-}
-
-impl Threads {
-    fn of(command: &Command) -> io::Result<Self> {
-        if !matches!(command, Command::Serve(_)) {
-            return SingleThread::new().map(Self::Single);
-        }
-        // The allocator asks for huge pages, and with many pods most of each is not used: half of the memory.
-        if let Err(error) = nix::sys::prctl::set_thp_disable(true) {
-            tracing::debug!("huge pages stay on: {error}");
-        }
-        let mut runtime = Builder::new_multi_thread();
-        runtime.worker_threads(SERVE_THREADS).max_blocking_threads(BLOCKING_THREADS);
-        runtime.enable_all().build().map(Self::Several)
-    }
-
-    /// Runs a future to its end. The look-up of a name may be blocked for long: the end does not wait for it.
-    fn run<F: Future>(self, future: F) -> F::Output {
-        match self {
-            Self::Single(runtime) => {
-                let done = runtime.block_on(future);
-                runtime.shutdown_background();
-                done
+/// One thread for one pod: its bytes go through one SSH session, and handing them to another thread costs more than it
+/// gains. The pods of a node have two, so that a burst of one pod holds up no other.
+fn runtime_of(command: &Command) -> Builder {
+    match command {
+        Command::Serve(_) => {
+            let mut runtime = Builder::new_multi_thread();
+            runtime.worker_threads(SERVE_THREADS).max_blocking_threads(BLOCKING_THREADS);
+            // The allocator asks for huge pages, and with many pods most of each is not used: half of the memory.
+            if let Err(error) = nix::sys::prctl::set_thp_disable(true) {
+                tracing::debug!("huge pages stay on: {error}");
             }
-            Self::Several(runtime) => {
-                let done = runtime.block_on(future);
-                runtime.shutdown_background();
-                done
-            }
+            runtime
         }
+        _ => Builder::new_current_thread(),
     }
 }
 

@@ -17,8 +17,7 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
-use secure_comms_tunnel::Account;
-use secure_comms_tunnel::budget::Burst;
+use secure_comms_tunnel::{Account, budget};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::task::coop::poll_proceed;
 use tokio::time::Instant;
@@ -160,7 +159,6 @@ pub struct Guarded<S> {
     /// What the read-ahead has taken from the account.
     charged: Charged,
     strict: StrictKex,
-    burst: Burst,
 }
 
 /// Bytes that were taken from an account; given back on drop.
@@ -254,7 +252,6 @@ impl<S> Guarded<S> {
             ahead: ReadAhead::default(),
             charged: Charged::default(),
             strict: StrictKex::new(peer),
-            burst: Burst::default(),
         };
         (guarded, guard)
     }
@@ -333,7 +330,7 @@ impl<S: AsyncRead + Unpin> Guarded<S> {
         while self.ahead.len < bound && self.charged.may_read(self.guard.0.account.get(), self.ahead.len) {
             match self.ahead.read_from(READ, &mut self.socket, cx) {
                 Ok(Some(data)) if !data.is_empty() => {
-                    self.burst.count(cx, data.len());
+                    budget::charge(cx, data.len());
                     Self::inspect(&mut self.strict, &self.guard, data)?;
                 }
                 // No bytes, the end of file, or an error, which the next ordinary read meets again.
@@ -352,7 +349,6 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         this.check()?;
-        ready!(this.burst.poll_ready(cx));
         if this.ahead.len > 0 {
             // The socket, which would stop the SSH session when its budget is used up, is not asked.
             ready!(poll_proceed(cx)).made_progress();
@@ -361,7 +357,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
             if this.ahead.len == 0 {
                 this.charged = Charged::default();
             }
-            this.burst.count(cx, before - out.remaining());
+            budget::charge(cx, before - out.remaining());
             return Poll::Ready(Ok(()));
         }
         // An SSH session reads the length of a packet (four bytes), then the packet. Reading more with the length makes a
@@ -390,7 +386,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
             }
             Poll::Ready(result) => {
                 let data = out.filled().get(old..).unwrap_or_default();
-                this.burst.count(cx, data.len());
+                budget::charge(cx, data.len());
                 Self::inspect(&mut this.strict, &this.guard, data)?;
                 Poll::Ready(result)
             }
@@ -402,7 +398,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         let this = &mut *self;
         this.check()?;
-        ready!(this.burst.poll_ready(cx));
         let poll = Pin::new(&mut this.socket).poll_write(cx, data);
         match &poll {
             Poll::Pending => {
@@ -411,7 +406,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
                 this.check()?;
             }
             Poll::Ready(wrote) => {
-                this.burst.count(cx, wrote.as_ref().copied().unwrap_or_default());
+                budget::charge(cx, wrote.as_ref().copied().unwrap_or_default());
                 this.guard.0.wrote();
             }
         }
@@ -553,7 +548,7 @@ mod tests {
             guarded.lock().await.read_exact(&mut [0; PIECE]).await.unwrap();
         });
         let moved = moved.await;
-        assert!((PIECE..=secure_comms_tunnel::budget::BURST + PIECE).contains(&moved), "{moved} bytes");
+        assert!((PIECE..=budget::BURST + PIECE).contains(&moved), "{moved} bytes");
     }
 
     #[tokio::test]
@@ -563,7 +558,7 @@ mod tests {
             guarded.lock().await.write_all(&[0; PIECE]).await.unwrap();
         });
         let moved = moved.await;
-        assert!((PIECE..=secure_comms_tunnel::budget::BURST + PIECE).contains(&moved), "{moved} bytes");
+        assert!((PIECE..=budget::BURST + PIECE).contains(&moved), "{moved} bytes");
     }
 
     #[tokio::test]
@@ -577,7 +572,7 @@ mod tests {
             }
         });
         let moved = moved.await;
-        assert!((PIECE..=secure_comms_tunnel::budget::BURST + PIECE).contains(&moved), "{moved} bytes");
+        assert!((PIECE..=budget::BURST + PIECE).contains(&moved), "{moved} bytes");
     }
 
     #[test]

@@ -29,8 +29,6 @@ mod queue;
 
 pub mod budget;
 
-pub mod turns;
-
 pub mod account;
 
 pub mod flow;

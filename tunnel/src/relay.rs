@@ -16,7 +16,7 @@ use secure_comms_protocol::TunnelName;
 use secure_comms_protocol::limits::{FLUSH, MESSAGE_MAX};
 use tokio::time::timeout;
 
-use crate::budget::Burst;
+use crate::budget;
 use crate::flow::{Flow, Overrun};
 use crate::intercept::{FromServer, InterceptError, Interceptor, PassThrough, ToServer};
 use crate::link::{Event, Receiver, Sender, Stream};
@@ -254,12 +254,11 @@ impl<S: Sender> Ends<'_, S> {
 
     /// Writes the queue to the socket. Ends once everything before the queue's end is written.
     async fn write_local(&self) -> Result<(), RelayError> {
-        let mut burst = Burst::default();
         loop {
             match self.queue.write_to(self.socket) {
                 Ok(Next::Wrote(cost)) => {
                     self.flow.consumed(cost);
-                    burst.moved(usize::try_from(cost).unwrap_or(usize::MAX)).await;
+                    budget::moved(usize::try_from(cost).unwrap_or(usize::MAX)).await;
                 }
                 Ok(Next::Wait) => self.queue.changed().await,
                 Ok(Next::End(Ending::Complete)) => return Ok(self.socket.shutdown_write()?),
@@ -274,7 +273,6 @@ impl<S: Sender> Ends<'_, S> {
     /// Sends the bytes of the socket and the pieces that the interceptor injects. Ends with the socket's end of file.
     async fn read_local(&self, from_server: &mut impl FromServer) -> Result<(), RelayError> {
         let mut read_size = READ_MIN;
-        let mut burst = Burst::default();
         // Pieces that are to be sent before anything else is read.
         let mut pieces = VecDeque::new();
         loop {
@@ -319,7 +317,7 @@ impl<S: Sender> Ends<'_, S> {
                 return pending().await;
             }
             // Otherwise a socket that always has bytes and a link that always has room would keep the thread.
-            burst.moved(len).await;
+            budget::moved(len).await;
         }
     }
 
