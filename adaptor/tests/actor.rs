@@ -659,6 +659,7 @@ async fn one_deadline_bounds_the_publication_and_the_start() {
     *mode.lock().unwrap() = KbsMode::Accepts;
     let deadline = Deadline::after(Duration::from_secs(4));
     world.prepared(deadline).await.unwrap();
+    // The deadline passes.
     sleep(Duration::from_secs(4)).await;
     let begin = Instant::now();
     let agent = Agent::start(Mode::attestation()).await;

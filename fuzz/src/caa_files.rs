@@ -30,7 +30,7 @@ pub(crate) fn exercise(data: &[u8]) {
     let name = NAMES[usize::from(arrangement & 1)];
     let is_read = arrange(&place.join(name), arrangement >> 1, text, directory.path());
     let root = Root::open(directory.path()).unwrap();
-    assert_eq!(root.ids().unwrap(), (vec![id.clone()], false), "what is beside it is no sandbox");
+    assert_eq!(root.ids().unwrap(), (vec![id.clone()], false), "the other entries are no sandboxes");
     assert!(matches!(root.look(&id).unwrap(), Place::File(_)));
     match root.read(&id).unwrap() {
         Content::Nothing => panic!("a file is there"),

@@ -33,7 +33,7 @@ const GRACE: u32 = 300;
 const TICKS: f64 = 100.0;
 /// Length of a cut of a pod that flaps, and of the time between two.
 const FLAP: Duration = Duration::from_millis(300);
-/// Checks that are timed, in each of so many rounds.
+/// Rounds, and the checks that are timed in each.
 const CHECKS: usize = 1000;
 const ROUNDS: usize = 3;
 /// From a kata agent's answer to our Check to `StartVM`'s answer, eleven processes wake each other: ten of these, as
