@@ -92,7 +92,8 @@ def main(adaptor, schemathesis, seed, examples):
             wait_for(path, service)
             url = f"http://127.0.0.1:{bridge(path)}"
             environment = clean | {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(HERE.resolve())}
-            command = [schemathesis, "--config-file", str((HERE / "schemathesis.toml").resolve()), "run",
+            # It runs in another directory: a relative name would not be found there.
+            command = [os.path.abspath(schemathesis), "--config-file", str((HERE / "schemathesis.toml").resolve()), "run",
                        f"{url}/openapi.json", "--url", url, "--seed", seed, "--max-examples", examples,
                        "--generation-database", "none", "--workers", "2",
                        "--request-timeout", "20", "--no-color", "--warnings", "off",
