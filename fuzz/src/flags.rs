@@ -3,6 +3,7 @@
 use agent_protocol_forwarder::config::flags::{self, Exit, MissingNamespace, Options, StatePlace};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 /// Arguments are separated by newlines.
 pub(crate) fn exercise(data: &[u8]) {
@@ -48,35 +49,70 @@ fn other_dashes(arg: &OsStr) -> OsString {
     [OsStr::new(dashes), OsStr::from_bytes(rest)].into_iter().collect()
 }
 
-/// Flags that must appear in the options.
+/// The flags that give these options, whatever their defaults are.
 fn write(options: &Options) -> Vec<String> {
-    let path = |path: &std::path::Path| path.to_str().expect("flags are UTF-8").to_owned();
-    let (made, only) = match options.missing_namespace {
+    // Each field by its name: a new one does not compile before it is written.
+    let Options {
+        config,
+        kata_agent_socket,
+        pod_namespace,
+        missing_namespace,
+        namespace_address,
+        host_interface,
+        secure_comms,
+        inbounds,
+        outbounds,
+        user_data,
+        user_data_hosts,
+        init_data,
+        init_data_digest,
+        pod_id,
+        separate_resources,
+        listen,
+        guest_api,
+        state_dir,
+        state_place,
+        require_pq,
+        mount_prefixes,
+        volumes_socket,
+        rekey_bytes,
+        unused: _,
+    } = options;
+    let path = |path: &Path| path.to_str().expect("flags are UTF-8").to_owned();
+    let path_or_none = |name: Option<&Path>| name.map(path).unwrap_or_default();
+    let (made, only) = match missing_namespace {
         MissingNamespace::Awaited => (false, false),
         MissingNamespace::Made => (true, false),
         MissingNamespace::MadeOnly => (false, true),
     };
+    let hosts: Vec<String> = user_data_hosts.iter().map(ToString::to_string).collect();
     let mut written = vec![
-        format!("-config={}", options.config.as_deref().map(path).unwrap_or_default()),
-        format!("-kata-agent-socket={}", path(&options.kata_agent_socket)),
-        format!("--pod-namespace={}", options.pod_namespace.as_deref().unwrap_or_default()),
+        format!("-config={}", path_or_none(config.as_deref())),
+        format!("-kata-agent-socket={}", path(kata_agent_socket)),
+        format!("--pod-namespace={}", pod_namespace.as_deref().unwrap_or_default()),
         format!("-create-pod-namespace={made}"),
         format!("-create-pod-namespace-only={only}"),
-        format!("-host-interface={}", options.host_interface.as_deref().unwrap_or_default()),
-        format!("--secure-comms={}", options.secure_comms),
+        format!("-host-interface={}", host_interface.as_deref().unwrap_or_default()),
+        format!("--secure-comms={secure_comms}"),
         "-secure-comms-inbounds".into(),
-        options.inbounds.clone(),
+        inbounds.clone(),
         "--secure-comms-outbounds".into(),
-        options.outbounds.clone(),
-        format!("-secure-comms-listen={}", options.listen),
-        format!("-secure-comms-guest-api={}", options.guest_api),
-        format!("-secure-comms-state-dir={}", path(&options.state_dir)),
-        format!("-secure-comms-state-dir-on-disk={}", options.state_place == StatePlace::AnyDisk),
-        format!("-secure-comms-require-pq={}", options.require_pq),
-        format!("-secure-comms-mount-prefixes={}", options.mount_prefixes),
-        format!("-secure-comms-volumes-socket={}", path(&options.volumes_socket)),
-        format!("-secure-comms-rekey-bytes={}", options.rekey_bytes),
+        outbounds.clone(),
+        format!("-secure-comms-user-data={user_data}"),
+        format!("-secure-comms-user-data-hosts={}", hosts.join(",")),
+        format!("-secure-comms-init-data={}", path_or_none(init_data.as_deref())),
+        format!("-secure-comms-init-data-digest={}", path_or_none(init_data_digest.as_deref())),
+        format!("-secure-comms-separate-resources={separate_resources}"),
+        format!("-secure-comms-listen={listen}"),
+        format!("-secure-comms-guest-api={guest_api}"),
+        format!("-secure-comms-state-dir={}", path(state_dir)),
+        format!("-secure-comms-state-dir-on-disk={}", *state_place == StatePlace::AnyDisk),
+        format!("-secure-comms-require-pq={require_pq}"),
+        format!("-secure-comms-mount-prefixes={mount_prefixes}"),
+        format!("-secure-comms-volumes-socket={}", path(volumes_socket)),
+        format!("-secure-comms-rekey-bytes={rekey_bytes}"),
     ];
-    written.extend(options.namespace_address.map(|address| format!("-pod-namespace-address={address}")));
+    written.extend(namespace_address.map(|address| format!("-pod-namespace-address={address}")));
+    written.extend(pod_id.as_ref().map(|pod| format!("-secure-comms-pod-id={pod}")));
     written
 }

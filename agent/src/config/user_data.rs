@@ -1,6 +1,7 @@
 //! What the VM's user data (apf.json) may decide. The cloud writes it, and no measurement holds it.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use secure_comms_keys::text::one_line;
@@ -80,6 +81,18 @@ fn same_host(one: &Host, other: &Host) -> bool {
         (Host::Ip(one), Host::Ip(other)) => one == other,
         (Host::Name(one), Host::Name(other)) => one.eq_ignore_ascii_case(other),
         _ => false,
+    }
+}
+
+/// As it is read.
+impl fmt::Display for AllowedHost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Host::Ip(IpAddr::V6(ip)) => write!(f, "[{ip}]")?,
+            Host::Ip(ip) => write!(f, "{ip}")?,
+            Host::Name(name) => f.write_str(name)?,
+        }
+        self.port.map_or(Ok(()), |port| write!(f, ":{port}"))
     }
 }
 

@@ -158,3 +158,10 @@ fn hosts_are_read_as_tags_read_them() {
         assert!(text.parse::<AllowedHost>().is_err(), "{text}");
     }
 }
+
+#[test]
+fn hosts_are_written_as_they_are_read() {
+    for text in ["kbs.example", "kbs.example:8080", "10.0.0.1", "10.0.0.1:80", "[fd00::1]", "[fd00::1]:443"] {
+        assert_eq!(text.parse::<AllowedHost>().unwrap().to_string(), text);
+    }
+}
