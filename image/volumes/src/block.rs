@@ -97,6 +97,12 @@ impl Device {
         attribute(&self.sysfs(roots).join("size"))?.parse().ok()
     }
 
+    /// Size of its logical blocks, the unit of its partition table, in bytes.
+    #[must_use]
+    pub fn block_size(&self, roots: &Roots) -> Option<usize> {
+        attribute(&self.sysfs(roots).join("queue/logical_block_size"))?.parse().ok()
+    }
+
     /// The serial number that the host has given it (virtio, NVMe).
     #[must_use]
     pub fn serial(&self, roots: &Roots) -> Option<String> {
