@@ -430,6 +430,17 @@ fn a_partition_of_the_table_alone_is_not_free() {
 }
 
 #[test]
+fn a_partition_of_the_kernel_alone_is_not_free() {
+    in_own_mounts(|| {
+        let (tree, _disk) = image_on(4 * GIB);
+        tree.partition("vda", "vda3", 254, 3);
+        tree.attribute("class/block/vda3/start", "262144\n").attribute("class/block/vda3/size", "4194304\n");
+        let mounts = volumes::mountinfo::read(&tree.roots).unwrap();
+        assert_eq!(spare::find(&tree.roots, &mounts).unwrap().first, 4_456_448);
+    });
+}
+
+#[test]
 fn a_table_that_lies_is_refused() {
     in_own_mounts(|| {
         let (tree, disk) = image_on(4 * GIB);
