@@ -1,6 +1,6 @@
 //! Block devices as sysfs shows them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -177,11 +177,16 @@ pub fn disks_under(roots: &Roots, number: DeviceNumber) -> BTreeSet<String> {
     disks
 }
 
-/// The whole disks of all mounts.
+/// The whole disks of all mounts, and where each is mounted first.
 #[must_use]
-pub fn disks_of_mounts(roots: &Roots, mounts: &[Mount]) -> BTreeSet<String> {
-    let numbers: BTreeSet<_> = mounts.iter().map(|mount| mount.device).collect();
-    numbers.into_iter().flat_map(|number| disks_under(roots, number)).collect()
+pub fn disks_of_mounts<'a>(roots: &Roots, mounts: &'a [Mount]) -> BTreeMap<String, &'a Path> {
+    let (mut numbers, mut disks) = (BTreeSet::new(), BTreeMap::new());
+    for mount in mounts.iter().filter(|mount| numbers.insert(mount.device)) {
+        for disk in disks_under(roots, mount.device) {
+            disks.entry(disk).or_insert(mount.at.as_path());
+        }
+    }
+    disks
 }
 
 fn collect_disks(roots: &Roots, name: &str, depth: u32, disks: &mut BTreeSet<String>) {
