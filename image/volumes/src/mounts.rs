@@ -89,6 +89,15 @@ pub fn attach(node: &Path, fs: FileSystem, at: &Path, read_only: bool) -> io::Re
             io::ErrorKind::ReadOnlyFilesystem,
             "it is read-only, and its file system was not unmounted: attach it once for writing",
         )),
+        // What the kernel says of a superblock that it does not take.
+        Err(error @ (Errno::EINVAL | Errno::EUCLEAN | Errno::EBADMSG | Errno::EIO)) => {
+            let error = io::Error::from(error);
+            let why = format!(
+                "{error}: its {} is damaged, or has a feature that this kernel lacks (the kernel's log says which)",
+                fs.name()
+            );
+            Err(io::Error::new(error.kind(), why))
+        }
         result => result.map_err(io::Error::from),
     }
 }

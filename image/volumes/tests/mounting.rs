@@ -282,6 +282,7 @@ fn data_without_a_signature_are_never_overwritten() {
 #[test]
 fn an_odd_disk_is_mounted_or_refused_with_its_reason() {
     const GPT: &str = "echo label: gpt | sfdisk -q NODE";
+    const UNKNOWN: &str = "mkfs.ext4 -q NODE; debugfs -w -R 'ssv feature_incompat 0x80000242' NODE; debugfs -w -R 'ssv checksum_type 9' NODE";
     const DIRTY: &str = "mkfs.ext4 -q NODE; debugfs -w -R 'feature needs_recovery' NODE";
     in_own_mounts(|| {
         for (bytes, script, is_read_only, expected) in [
@@ -292,6 +293,7 @@ fn an_odd_disk_is_mounted_or_refused_with_its_reason() {
             (16 * MIB, &format!("{GPT}; dd if=/dev/zero of=NODE count=34"), false, "data at byte 16776704"),
             (16 * MIB, "mkfs.ext4 -q NODE; debugfs -w -R 'ssv state 2' NODE", false, ""),
             (16 * MIB, DIRTY, false, ""),
+            (16 * MIB, UNKNOWN, false, ": its ext4 is damaged, or has a feature that this kernel lacks"),
             (16 * MIB, DIRTY, true, "it is read-only, and its file system was not unmounted"),
         ] {
             let (tree, device) = tree(bytes);
