@@ -54,6 +54,12 @@ pub enum ScratchError {
         for its root, or remove {MARKER} from the user data"
     )]
     NoDisk(#[source] NoSpace),
+    /// No disk is labelled, and no other one is to be taken.
+    #[error(
+        "no unused partition with the GPT label {LABEL}, and no disk without partitions with the serial number {LABEL} \
+        (--labelled-only): images stay in memory; attach one when the VM is made, or remove {MARKER} from the user data"
+    )]
+    NoLabelled,
     /// The free space of the image's own disk can't be used.
     #[error("making a partition of the free space of {}", node.display())]
     Partition {
@@ -135,7 +141,8 @@ pub enum Outcome {
     WasMounted,
 }
 
-/// Encrypts, formats and mounts the scratch disk, if the marker is there. What was on the disk is lost.
+/// Encrypts, formats and mounts the scratch disk, if the marker is there. What was on the disk is lost. Without `partitions`
+/// only a labelled one counts, and the free space is left alone.
 ///
 /// # Errors
 /// The first step that fails; what was made before it is removed, but for the kernel's partition of the free space, which
@@ -144,7 +151,7 @@ pub fn run(
     roots: &Roots,
     marker: &Path,
     mappings: &dyn Mappings,
-    partitions: &dyn Partitions,
+    partitions: Option<&dyn Partitions>,
     patience: &dyn Patience,
 ) -> Result<Outcome, ScratchError> {
     if !marker.exists() {
@@ -214,7 +221,7 @@ fn remove_left_behind(
 fn wait(
     roots: &Roots,
     mounts: &[Mount],
-    partitions: &dyn Partitions,
+    partitions: Option<&dyn Partitions>,
     patience: &dyn Patience,
 ) -> Result<Device, ScratchError> {
     let mut attempts = 0;
@@ -227,7 +234,9 @@ fn wait(
             return Ok(disk);
         }
         // At the first attempt: this space is there from the start, and the pod waits. A disk with the label may still come.
-        let fault = match free_space(roots, mounts, partitions) {
+        let free = partitions
+            .map_or(Err(ScratchError::NoLabelled), |partitions| free_space(roots, mounts, partitions));
+        let fault = match free {
             Ok(disk) => return Ok(disk),
             Err(fault) => fault,
         };

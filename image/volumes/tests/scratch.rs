@@ -19,6 +19,7 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 use support::{Loop, Script, Tree, in_own_mounts, own_mounts, run};
 use volumes::failure::chain;
 use volumes::mappings::Mappings;
+use volumes::mounting::Woken;
 use volumes::roots::Roots;
 use volumes::scratch::{self, MAPPING, MOUNT_POINT, Outcome, ScratchError};
 use volumes::spare::{self, NUMBER, Partitions};
@@ -73,7 +74,7 @@ impl Partitions for NoSpace {
 
 fn make(tree: &Tree, fake: &Fake) -> Result<Outcome, ScratchError> {
     fs::write(MARKER, "").unwrap();
-    scratch::run(&own_mounts(&tree.roots), Path::new(MARKER), fake, &NoSpace, &Script::uneventful())
+    scratch::run(&own_mounts(&tree.roots), Path::new(MARKER), fake, Some(&NoSpace), &Script::uneventful())
 }
 
 fn failure(tree: &Tree) -> String {
@@ -86,7 +87,7 @@ fn without_the_marker_no_disk_is_touched() {
         let (tree, _disk) = labelled();
         let fake = Fake::default();
         let roots = own_mounts(&tree.roots);
-        let outcome = scratch::run(&roots, Path::new(MARKER), &fake, &NoSpace, &Script::uneventful());
+        let outcome = scratch::run(&roots, Path::new(MARKER), &fake, Some(&NoSpace), &Script::uneventful());
         assert_eq!(outcome.unwrap(), Outcome::NotWanted);
         assert!(fake.created.lock().unwrap().is_empty());
     });
@@ -225,7 +226,7 @@ fn a_mapping_of_an_earlier_run_may_be_in_use_for_a_while() {
         let roots = own_mounts(&tree.roots);
         let marker = Path::new(MARKER);
         let stays = Busy(Mutex::new(u32::MAX), Fake::default());
-        let error = scratch::run(&roots, marker, &stays, &NoSpace, &Script::uneventful()).unwrap_err();
+        let error = scratch::run(&roots, marker, &stays, Some(&NoSpace), &Script::uneventful()).unwrap_err();
         let text = chain(&error);
         assert!(text.starts_with("removing the mapping podvm-scratch of an earlier run: "), "{text}");
         assert!(text.contains("or restart the VM: ") && text.contains("busy"), "{text}");
@@ -233,7 +234,7 @@ fn a_mapping_of_an_earlier_run_may_be_in_use_for_a_while() {
 
         let ends = Busy(Mutex::new(3), Fake::default());
         let patience = Script::uneventful();
-        assert_eq!(scratch::run(&roots, marker, &ends, &NoSpace, &patience).unwrap(), Outcome::Mounted);
+        assert_eq!(scratch::run(&roots, marker, &ends, Some(&NoSpace), &patience).unwrap(), Outcome::Mounted);
         assert_eq!(patience.pauses(), 3);
     });
 }
@@ -256,7 +257,8 @@ fn the_kernels_refusal_is_the_cause() {
         let (tree, _disk) = labelled();
         fs::write(MARKER, "").unwrap();
         let roots = own_mounts(&tree.roots);
-        let outcome = scratch::run(&roots, Path::new(MARKER), &Refuses, &NoSpace, &Script::uneventful());
+        let outcome =
+            scratch::run(&roots, Path::new(MARKER), &Refuses, Some(&NoSpace), &Script::uneventful());
         let error = outcome.unwrap_err();
         let text = chain(&error);
         assert!(text.starts_with("encrypting ") && text.contains("No such file"), "{text}");
@@ -329,7 +331,7 @@ fn free_space_behind_the_image_is_the_scratch_disk() {
         fs::write(MARKER, "").unwrap();
         let space = Spare { tree: &tree, opened: &under, done: Mutex::default() };
         let (fake, marker, patience) = (Fake::default(), Path::new(MARKER), Script::uneventful());
-        let made = scratch::run(&tree.roots, marker, &fake, &space, &patience);
+        let made = scratch::run(&tree.roots, marker, &fake, Some(&space), &patience);
         assert_eq!(made.unwrap(), Outcome::Mounted);
         // Behind the backup of the partition table, up to where the end's would be.
         let (first, sectors) = (120 * MIB / 512, (4 * GIB - 121 * MIB) / 512);
@@ -340,7 +342,7 @@ fn free_space_behind_the_image_is_the_scratch_disk() {
 
         // What a run that was killed has left is taken as it is.
         run("umount", &[MOUNT_POINT]);
-        let made = scratch::run(&tree.roots, marker, &fake, &space, &patience);
+        let made = scratch::run(&tree.roots, marker, &fake, Some(&space), &patience);
         assert_eq!(made.unwrap(), Outcome::Mounted);
         assert_eq!(space.done.lock().unwrap().len(), 1);
         assert!(
@@ -370,7 +372,7 @@ fn a_partition_128_of_the_table_is_never_taken() {
 
         fs::write(MARKER, "").unwrap();
         let (marker, patience) = (Path::new(MARKER), Script::uneventful());
-        let made = scratch::run(&tree.roots, marker, &Fake::default(), &NoSpace, &patience);
+        let made = scratch::run(&tree.roots, marker, &Fake::default(), Some(&NoSpace), &patience);
         let text = chain(&made.unwrap_err());
         assert!(text.contains("images stay in memory") && text.ends_with(expected), "{text}");
     });
@@ -500,6 +502,32 @@ fn the_kernels_partition_of_free_space_is_found_again() {
 }
 
 #[test]
+fn a_late_labelled_disk_is_waited_for_if_it_alone_counts() {
+    in_own_mounts(|| {
+        let (tree, _disk) = image_on(4 * GIB);
+        let (own, opened) = (Loop::new(64 * MIB), Loop::new(64 * MIB));
+        tree.loop_disk("dm-5", &opened);
+        fs::write(MARKER, "").unwrap();
+        let (fake, marker, patience) = (Fake::default(), Path::new(MARKER), Script::uneventful());
+        let text = chain(&scratch::run(&tree.roots, marker, &fake, None, &patience).unwrap_err());
+        assert!(
+            text.contains("(--labelled-only): images stay in memory") && patience.pauses() == 59,
+            "{text}"
+        );
+
+        let late = Script::new(|pause| {
+            if pause == 50 {
+                tree.loop_disk("vdb", &own).attribute("class/block/vdb/serial", "trusted_store\n");
+            }
+            Woken::Time
+        });
+        assert_eq!(scratch::run(&tree.roots, marker, &fake, None, &late).unwrap(), Outcome::Mounted);
+        let (table, _) = fake.created.lock().unwrap()[0].clone();
+        assert!(table.ends_with(&format!(" 0 {} 0 1 sector_size:4096", own.number)), "{table}");
+    });
+}
+
+#[test]
 fn a_labelled_disk_counts_before_free_space() {
     in_own_mounts(|| {
         let (tree, _disk) = image_on(4 * GIB);
@@ -507,8 +535,13 @@ fn a_labelled_disk_counts_before_free_space() {
         tree.loop_disk("vdb", &own).attribute("class/block/vdb/serial", "trusted_store\n");
         tree.loop_disk("dm-5", &opened);
         fs::write(MARKER, "").unwrap();
-        let made =
-            scratch::run(&tree.roots, Path::new(MARKER), &Fake::default(), &NoSpace, &Script::uneventful());
+        let made = scratch::run(
+            &tree.roots,
+            Path::new(MARKER),
+            &Fake::default(),
+            Some(&NoSpace),
+            &Script::uneventful(),
+        );
         assert_eq!(made.unwrap(), Outcome::Mounted);
     });
 }
@@ -521,7 +554,8 @@ fn too_little_free_space_is_left_alone() {
             let (tree, _disk) = image_on(bytes);
             fs::write(MARKER, "").unwrap();
             let patience = Script::uneventful();
-            let made = scratch::run(&tree.roots, Path::new(MARKER), &Fake::default(), &NoSpace, &patience);
+            let made =
+                scratch::run(&tree.roots, Path::new(MARKER), &Fake::default(), Some(&NoSpace), &patience);
             let text = chain(&made.unwrap_err());
             assert!(
                 text.contains("no free space behind the image on its own disk: images stay in"),
