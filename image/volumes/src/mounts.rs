@@ -90,7 +90,7 @@ pub fn attach(node: &Path, fs: FileSystem, at: &Path, read_only: bool) -> io::Re
             "it is read-only, and its file system was not unmounted: attach it once for writing",
         )),
         // What the kernel says of a superblock that it does not take.
-        Err(error @ (Errno::EINVAL | Errno::EUCLEAN | Errno::EBADMSG | Errno::EIO)) => {
+        Err(error @ (Errno::EINVAL | Errno::EUCLEAN | Errno::EBADMSG)) => {
             let error = io::Error::from(error);
             let why = format!(
                 "{error}: its {} is damaged, or has a feature that this kernel lacks (the kernel's log says which)",
