@@ -25,17 +25,10 @@ pub(crate) fn call(control: &File, command: Command, message: &mut Message) -> R
 
 /// `BLKPG` of <linux/blkpg.h>.
 const BLKPG: ioctl_num_type = 0x1269;
+/// `BLKPG_ADD_PARTITION`
+const ADD: libc::c_int = 1;
 /// Bytes of a name in a [`Partition`], which the kernel ignores.
 const NAME: usize = 64;
-
-/// What to do with a partition.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum PartitionCommand {
-    /// `BLKPG_ADD_PARTITION`
-    Add = 1,
-    /// `BLKPG_DEL_PARTITION`
-    Remove = 2,
-}
 
 /// `struct blkpg_partition`
 #[repr(C)]
@@ -55,18 +48,11 @@ struct Argument {
     data: *mut Partition,
 }
 
-/// Makes or removes a partition, in the kernel only; bounds are in bytes.
-pub(crate) fn partition(
-    disk: &File,
-    command: PartitionCommand,
-    start: i64,
-    length: i64,
-    number: i32,
-) -> Result<(), Errno> {
+/// Makes a partition, in the kernel only; bounds are in bytes.
+pub(crate) fn add_partition(disk: &File, start: i64, length: i64, number: i32) -> Result<(), Errno> {
     let mut partition = Partition { start, length, number, names: [[0; NAME]; 2] };
     let size = size_of::<Partition>().try_into().map_err(|_| Errno::EINVAL)?;
-    let mut argument =
-        Argument { command: command as libc::c_int, flags: 0, length: size, data: &raw mut partition };
+    let mut argument = Argument { command: ADD, flags: 0, length: size, data: &raw mut partition };
     // SAFETY: the descriptor is open as long as `disk` is borrowed. The kernel copies a blkpg_ioctl_arg from the pointer
     // and a blkpg_partition from its `data` (block/ioctl.c), both of them initialised and alive for the call; it writes
     // to neither and keeps no pointer.

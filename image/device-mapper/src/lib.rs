@@ -1,9 +1,10 @@
 //! Devices of the kernel's device mapper, each of one target.
 //!
-//! The ioctls that no crate wraps safely are here, with that of [`partitions`], so that `init` and `podvm-volumes` share it. A well-kept crate
+//! The ioctls that no crate wraps safely are here, with that of [`partitions`], and the disk's own table of them ([`gpt`]), so that `init` and `podvm-volumes` share it. A well-kept crate
 //! (`devicemapper`) links libdevmapper or brings a hundred times this code; a static program can't use the first, and
 //! the initrd's `init` not the second.
 
+pub mod gpt;
 #[expect(unsafe_code, reason = "nix wraps neither the ioctl of the device mapper nor that of partitions")]
 mod ioctl;
 mod message;

@@ -18,13 +18,5 @@ pub fn add(disk: &File, number: i32, first: u64, sectors: u64) -> io::Result<()>
     let (Some(start), Some(length)) = (bytes(first), bytes(sectors)) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
-    Ok(ioctl::partition(disk, ioctl::PartitionCommand::Add, start, length, number)?)
-}
-
-/// Removes a partition of the kernel's. Nothing is written to the disk.
-///
-/// # Errors
-/// It is in use (EBUSY), there is none (ENXIO), or the caller has no CAP_SYS_ADMIN (EACCES).
-pub fn remove(disk: &File, number: i32) -> io::Result<()> {
-    Ok(ioctl::partition(disk, ioctl::PartitionCommand::Remove, 0, 0, number)?)
+    Ok(ioctl::add_partition(disk, start, length, number)?)
 }

@@ -132,20 +132,12 @@ fn partitions(disk: &str) -> Result<Vec<(Uuid, Partition)>, Failure> {
 
 fn read_gpt(disk: &str, sysfs: &Path) -> Result<Vec<Option<Uuid>>, Failure> {
     let reading = || format!("reading the partition table of {disk}");
-    let block_size: usize = fs::read_to_string(sysfs.join("queue/logical_block_size"))
+    let block_size = fs::read_to_string(sysfs.join("queue/logical_block_size"))
         .and_then(|size| parse(&size))
         .context(reading)?;
-    if !(512..=65536).contains(&block_size) {
-        return Err(Failure::new(reading(), format_args!("blocks of {block_size} bytes")));
-    }
     let device = open(disk).context(reading)?;
-    let mut block = vec![0; block_size];
-    let block_size = block_size as u64;
-    device.read_exact_at(&mut block, block_size).context(reading)?;
-    let header = gpt::Header::parse(&block).context(reading)?;
-    let mut entries = vec![0; header.bytes()];
-    device.read_exact_at(&mut entries, header.first_block().saturating_mul(block_size)).context(reading)?;
-    header.partitions(&entries).context(reading)
+    let (_, partitions) = gpt::read(&device, block_size).context(reading)?;
+    Ok(partitions.into_iter().map(|entry| entry.map(|entry| Uuid::from_gpt(entry.uuid))).collect())
 }
 
 /// Superblock at the start of the hash partition.

@@ -6,7 +6,7 @@
 pub mod cmdline;
 pub mod root_hash;
 
-pub mod gpt;
+pub use podvm_device_mapper::gpt;
 
 pub mod superblock;
 pub mod table;

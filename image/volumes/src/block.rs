@@ -1,6 +1,6 @@
 //! Block devices as sysfs shows them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -97,6 +97,12 @@ impl Device {
         attribute(&self.sysfs(roots).join("size"))?.parse().ok()
     }
 
+    /// Size of its logical blocks, the unit of its partition table, in bytes.
+    #[must_use]
+    pub fn block_size(&self, roots: &Roots) -> Option<usize> {
+        attribute(&self.sysfs(roots).join("queue/logical_block_size"))?.parse().ok()
+    }
+
     /// The serial number that the host has given it (virtio, NVMe).
     #[must_use]
     pub fn serial(&self, roots: &Roots) -> Option<String> {
@@ -171,11 +177,16 @@ pub fn disks_under(roots: &Roots, number: DeviceNumber) -> BTreeSet<String> {
     disks
 }
 
-/// The whole disks of all mounts.
+/// The whole disks of all mounts, and where each is mounted first.
 #[must_use]
-pub fn disks_of_mounts(roots: &Roots, mounts: &[Mount]) -> BTreeSet<String> {
-    let numbers: BTreeSet<_> = mounts.iter().map(|mount| mount.device).collect();
-    numbers.into_iter().flat_map(|number| disks_under(roots, number)).collect()
+pub fn disks_of_mounts<'a>(roots: &Roots, mounts: &'a [Mount]) -> BTreeMap<String, &'a Path> {
+    let (mut numbers, mut disks) = (BTreeSet::new(), BTreeMap::new());
+    for mount in mounts.iter().filter(|mount| numbers.insert(mount.device)) {
+        for disk in disks_under(roots, mount.device) {
+            disks.entry(disk).or_insert(mount.at.as_path());
+        }
+    }
+    disks
 }
 
 fn collect_disks(roots: &Roots, name: &str, depth: u32, disks: &mut BTreeSet<String>) {

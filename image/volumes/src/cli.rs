@@ -52,7 +52,12 @@ pub struct Serve {
 /// /run/kata-containers/image, if /run/peerpod/scratch-space.marker exists.
 #[derive(Clone, Debug, PartialEq, Eq, FromArgs)]
 #[argh(subcommand, name = "scratch")]
-pub struct Scratch {}
+pub struct Scratch {
+    /// wait up to 30 s for a partition or a disk that is labelled trusted_store,
+    /// and never take the free space behind the image
+    #[argh(switch)]
+    pub labelled_only: bool,
+}
 
 /// A variable of the environment is wrong.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -118,7 +123,10 @@ mod tests {
             Options::from_args(&["podvm-volumes"], &["serve", "--socket", "/s", "--require-encryption"]);
         let Command::Serve(serve) = options.unwrap().command else { panic!("not serve") };
         assert_eq!(serve, Serve { socket: "/s".into(), require_encryption: true });
-        assert!(Options::from_args(&["podvm-volumes"], &["scratch"]).is_ok());
+        for (args, labelled_only) in [(&["scratch"][..], false), (&["scratch", "--labelled-only"], true)] {
+            let options = Options::from_args(&["podvm-volumes"], args);
+            assert_eq!(options.unwrap().command, Command::Scratch(Scratch { labelled_only }));
+        }
         assert!(Options::from_args(&["podvm-volumes"], &[]).is_err());
     }
 }

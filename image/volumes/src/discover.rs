@@ -1,13 +1,14 @@
 //! Which disk is a volume's: by the names that each cloud's disks have, then by the SCSI address.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::block::{self, Device};
 use crate::mountinfo::{self, Mount};
 use crate::roots::Roots;
+use crate::text::one_line;
 use crate::volume::Volume;
 
 /// Chassis asset tag of a VM in Azure.
@@ -102,7 +103,12 @@ pub fn is_mounted(roots: &Roots, volume: &Volume, mounts: &[Mount], device: &Dev
 }
 
 /// Why the disk can't be a volume's; none if it can.
-fn why_not(roots: &Roots, disk: &Device, rule: Rule, used: &BTreeSet<String>) -> io::Result<Option<String>> {
+fn why_not(
+    roots: &Roots,
+    disk: &Device,
+    rule: Rule,
+    used: &BTreeMap<String, &Path>,
+) -> io::Result<Option<String>> {
     let partitions = disk.partitions(roots)?;
     let mut holders = disk.holders(roots)?;
     for partition in &partitions {
@@ -111,8 +117,9 @@ fn why_not(roots: &Roots, disk: &Device, rule: Rule, used: &BTreeSet<String>) ->
     let host0 = disk.scsi_address(roots).is_some_and(|[host, ..]| host == 0);
     Ok(if disk.is_partition(roots) {
         Some("is a partition".to_owned())
-    } else if used.contains(&disk.name) {
-        Some("is in use: it, or a partition of it, is mounted".to_owned())
+    } else if let Some(at) = used.get(&disk.name) {
+        let at = one_line(&at.to_string_lossy());
+        Some(format!("is in use: it, or a partition of it, is mounted at {at}"))
     } else if let Some(holder) = holders.first() {
         Some(format!("is in use by {holder}"))
     } else if is_user_data(roots, disk, &partitions) {

@@ -39,6 +39,7 @@ pub mod service;
 
 pub mod socket;
 
+pub mod layout;
 pub mod spare;
 
 pub mod scratch;

@@ -6,14 +6,15 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use argh::FromArgs;
-use volumes::cli::{Command, Options, Serve};
+use volumes::cli::{Command, Options, Scratch, Serve};
 use volumes::failure::chain;
 use volumes::log;
 use volumes::mappings::Kernel;
 use volumes::mounting::{Patience, Volumes, Woken};
 use volumes::roots::Roots;
 use volumes::scratch::{self, MARKER, Outcome};
-use volumes::{service, socket, spare};
+use volumes::spare::{self, Partitions};
+use volumes::{service, socket};
 
 fn main() -> ExitCode {
     let args: Vec<String> =
@@ -33,7 +34,7 @@ fn main() -> ExitCode {
     };
     let result = match options.command {
         Command::Serve(options) => serve(&options),
-        Command::Scratch(_) => make_scratch(),
+        Command::Scratch(options) => make_scratch(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -52,12 +53,13 @@ fn serve(options: &Serve) -> Result<(), String> {
     service::serve(&listener, volumes).map_err(|error| format!("starting the service: {error}"))
 }
 
-fn make_scratch() -> Result<(), String> {
+fn make_scratch(options: &Scratch) -> Result<(), String> {
     // The key is in this process for a moment.
     if let Err(error) = nix::sys::prctl::set_dumpable(false) {
         log::line(format_args!("scratch: forbidding core dumps: {error}; set LimitCORE=0 in the unit"));
     }
-    match scratch::run(&Roots::system(), MARKER.as_ref(), &Kernel, &spare::Kernel, &Boot) {
+    let partitions: Option<&dyn Partitions> = (!options.labelled_only).then_some(&spare::Kernel);
+    match scratch::run(&Roots::system(), MARKER.as_ref(), &Kernel, partitions, &Boot) {
         Ok(Outcome::Mounted) => {}
         Ok(Outcome::WasMounted) => log::line(format_args!("scratch: it is mounted already")),
         Ok(Outcome::NotWanted) => {

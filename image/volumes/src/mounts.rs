@@ -41,14 +41,33 @@ pub enum Unmounted {
 /// # Errors
 /// One of them can't be made, or is no directory. A link is none: the mount would come to lie where it leads, and not count.
 pub fn make_directory(at: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(at)?;
+    // The parent first: nothing is made where a link leads.
     for directory in at.parent().into_iter().chain([at]) {
-        if !fs::symlink_metadata(directory)?.is_dir() {
-            let why = format!("{} is a link, not a directory", directory.display());
-            return Err(io::Error::new(io::ErrorKind::NotADirectory, why));
+        if !is_directory(directory)? {
+            DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         }
     }
     Ok(())
+}
+
+/// Whether the directory is there.
+///
+/// # Errors
+/// A link or something else is in its place, or it can't be looked at.
+pub fn is_directory(path: &Path) -> io::Result<bool> {
+    let what = match fs::symlink_metadata(path) {
+        Ok(there) if there.is_dir() => return Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        there => {
+            if there?.is_symlink() {
+                "a link"
+            } else {
+                "a file"
+            }
+        }
+    };
+    let why = format!("{} is {what}, not a directory", path.display());
+    Err(io::Error::new(io::ErrorKind::NotADirectory, why))
 }
 
 /// Mounts the file system of a disk.
@@ -70,6 +89,15 @@ pub fn attach(node: &Path, fs: FileSystem, at: &Path, read_only: bool) -> io::Re
             io::ErrorKind::ReadOnlyFilesystem,
             "it is read-only, and its file system was not unmounted: attach it once for writing",
         )),
+        // What the kernel says of a superblock that it does not take.
+        Err(error @ (Errno::EINVAL | Errno::EUCLEAN | Errno::EBADMSG)) => {
+            let error = io::Error::from(error);
+            let why = format!(
+                "{error}: its {} is damaged, or has a feature that this kernel lacks (the kernel's log says which)",
+                fs.name()
+            );
+            Err(io::Error::new(error.kind(), why))
+        }
         result => result.map_err(io::Error::from),
     }
 }

@@ -63,6 +63,16 @@ pub struct Output {
     pub stderr: Vec<u8>,
 }
 
+impl Output {
+    /// The failure of the program, with what it said about it.
+    #[must_use]
+    pub fn failed(&self, path: &Path, said: &[u8]) -> ProgramError {
+        let said = Some(one_line(&String::from_utf8_lossy(said))).filter(|said| !said.is_empty());
+        let said = said.unwrap_or_else(|| "it gave no reason".to_owned());
+        ProgramError::Failed { path: path.to_owned(), status: self.status, said }
+    }
+}
+
 /// Path of a program of this name, if it is in the image.
 ///
 /// # Errors
@@ -112,8 +122,7 @@ pub fn succeed(path: &Path, args: &[&str], limit: Duration) -> Result<Output, Pr
     if output.status.success() {
         return Ok(output);
     }
-    let said = one_line(&String::from_utf8_lossy(&output.stderr));
-    Err(ProgramError::Failed { path: path.to_owned(), status: output.status, said })
+    Err(output.failed(path, &output.stderr))
 }
 
 /// An output of a program.
@@ -197,6 +206,8 @@ mod tests {
     fn a_failure_has_its_words_in_one_line() {
         let failed = succeed(Path::new(SHELL), &["-c", "printf 'a\\nb' >&2; exit 1"], LONG).unwrap_err();
         assert_eq!(failed.to_string(), "/bin/sh failed (exit status: 1): a b");
+        let silent = succeed(Path::new(SHELL), &["-c", "kill -9 $$"], LONG).unwrap_err();
+        assert_eq!(silent.to_string(), "/bin/sh failed (signal: 9 (SIGKILL)): it gave no reason");
         assert!(matches!(find("no-such-program"), Err(ProgramError::Missing(_))));
     }
 }

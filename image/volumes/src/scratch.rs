@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use zeroize::Zeroizing;
 
 use crate::block::{self, Device};
@@ -17,7 +18,7 @@ use crate::mounts;
 use crate::program::ProgramError;
 use crate::roots::Roots;
 use crate::signature;
-use crate::spare::{self, Partitions};
+use crate::spare::{self, NoSpace, Partitions};
 use crate::volume::FileSystem;
 
 /// File with which the user data asks for the disk, as in cloud-api-adaptor.
@@ -31,6 +32,8 @@ pub const LABEL: &str = "trusted_store";
 
 /// Number of attempts to find the disk.
 const ATTEMPTS: u32 = 60;
+/// Number of attempts to remove the mapping of an earlier run, which a program that was killed with it may hold for a moment.
+const REMOVALS: u32 = 20;
 /// Pause between two of them.
 const DELAY: Duration = Duration::from_millis(500);
 /// Bytes of the key: two keys of AES-256, for XTS.
@@ -47,10 +50,16 @@ pub enum ScratchError {
     /// No disk is for it.
     #[error(
         "no unused partition with the GPT label {LABEL}, no disk without partitions with the serial number {LABEL}, \
-        and less than {} MiB free behind the image on its own disk: images stay in memory; give the VM a larger disk \
-        for its root, or remove {MARKER} from the user data", spare::SECTORS_MIN / 2048
+        and no free space behind the image on its own disk: images stay in memory; give the VM a larger disk \
+        for its root, or remove {MARKER} from the user data"
     )]
-    NoDisk,
+    NoDisk(#[source] NoSpace),
+    /// No disk is labelled, and no other one is to be taken.
+    #[error(
+        "no unused partition with the GPT label {LABEL}, and no disk without partitions with the serial number {LABEL} \
+        (--labelled-only): images stay in memory; attach one when the VM is made, or remove {MARKER} from the user data"
+    )]
+    NoLabelled,
     /// The free space of the image's own disk can't be used.
     #[error("making a partition of the free space of {}", node.display())]
     Partition {
@@ -60,6 +69,21 @@ pub enum ScratchError {
         #[source]
         cause: io::Error,
     },
+    /// The kernel has made it, and it is not there or is another one.
+    #[error("the kernel has made partition {} of {}, but it can't be used", spare::NUMBER, node.display())]
+    Made {
+        /// The disk.
+        node: PathBuf,
+        /// The cause.
+        #[source]
+        cause: NoSpace,
+    },
+    /// The mapping of an earlier run is in use.
+    #[error(
+        "removing the mapping {MAPPING} of an earlier run: images stay in memory; if it is in use, end what uses it \
+        and start scratch-disk.service again, or restart the VM"
+    )]
+    LeftBehind(#[source] io::Error),
     /// Several are.
     #[error("both {first} and {second} are labelled {LABEL}: only one may be")]
     Several {
@@ -117,16 +141,17 @@ pub enum Outcome {
     WasMounted,
 }
 
-/// Encrypts, formats and mounts the scratch disk, if the marker is there. What was on the disk is lost.
+/// Encrypts, formats and mounts the scratch disk, if the marker is there. What was on the disk is lost. Without `partitions`
+/// only a labelled one counts, and the free space is left alone.
 ///
 /// # Errors
 /// The first step that fails; what was made before it is removed, but for the kernel's partition of the free space, which
-/// the next run makes again.
+/// the next run takes as it is.
 pub fn run(
     roots: &Roots,
     marker: &Path,
     mappings: &dyn Mappings,
-    partitions: &dyn Partitions,
+    partitions: Option<&dyn Partitions>,
     patience: &dyn Patience,
 ) -> Result<Outcome, ScratchError> {
     if !marker.exists() {
@@ -137,7 +162,7 @@ pub fn run(
         let is_ours = block::mapping_of(roots, mount.device).as_deref() == Some(MAPPING);
         return if is_ours { Ok(Outcome::WasMounted) } else { Err(ScratchError::OtherMounted) };
     }
-    remove_left_behind(roots, mappings)?;
+    remove_left_behind(roots, mappings, patience)?;
     let disk = wait(roots, &mounts, partitions, patience)?;
     let _held = signature::open_unused(&disk)
         .map_err(|cause| ScratchError::Open { node: disk.node.clone(), cause })?;
@@ -167,22 +192,39 @@ pub fn run(
 }
 
 /// Removes the mapping of a run that was interrupted before its mount.
-fn remove_left_behind(roots: &Roots, mappings: &dyn Mappings) -> Result<(), ScratchError> {
+fn remove_left_behind(
+    roots: &Roots,
+    mappings: &dyn Mappings,
+    patience: &dyn Patience,
+) -> Result<(), ScratchError> {
     let names = block::names(roots).map_err(ScratchError::Search)?;
-    if names.iter().any(|name| block::mapping_named(roots, name).as_deref() == Some(MAPPING)) {
-        let node = PathBuf::from(MAPPING);
-        mappings.remove(MAPPING, false).map_err(|cause| ScratchError::Encrypt { node, cause })?;
+    if !names.iter().any(|name| block::mapping_named(roots, name).as_deref() == Some(MAPPING)) {
+        return Ok(());
     }
-    Ok(())
+    let mut attempts = 1;
+    loop {
+        match mappings.remove(MAPPING, false) {
+            Err(cause) if cause.raw_os_error() == Some(Errno::EBUSY as i32) && attempts < REMOVALS => {
+                attempts += 1;
+                // As in `wait`.
+                match patience.pause(DELAY) {
+                    Woken::Time | Woken::Event | Woken::GivenUp => {}
+                }
+            }
+            // Its removal was deferred by that run, and came to pass.
+            Err(cause) if cause.raw_os_error() == Some(Errno::ENXIO as i32) => return Ok(()),
+            result => return result.map_err(ScratchError::LeftBehind),
+        }
+    }
 }
 
 fn wait(
     roots: &Roots,
     mounts: &[Mount],
-    partitions: &dyn Partitions,
+    partitions: Option<&dyn Partitions>,
     patience: &dyn Patience,
 ) -> Result<Device, ScratchError> {
-    let (mut attempts, mut fault) = (0, None);
+    let mut attempts = 0;
     loop {
         let found = find(roots).map_err(ScratchError::Search)?;
         if let [first, second, ..] = found.as_slice() {
@@ -192,14 +234,15 @@ fn wait(
             return Ok(disk);
         }
         // At the first attempt: this space is there from the start, and the pod waits. A disk with the label may still come.
-        match free_space(roots, mounts, partitions) {
-            Ok(Some(disk)) => return Ok(disk),
-            Ok(None) => {}
-            Err(error) => fault = Some(error),
-        }
+        let free = partitions
+            .map_or(Err(ScratchError::NoLabelled), |partitions| free_space(roots, mounts, partitions));
+        let fault = match free {
+            Ok(disk) => return Ok(disk),
+            Err(fault) => fault,
+        };
         attempts += 1;
         if attempts >= ATTEMPTS {
-            return Err(fault.unwrap_or(ScratchError::NoDisk));
+            return Err(fault);
         }
         // Nothing gives a boot up; an event counts as an attempt, which keeps the wait bounded.
         match patience.pause(DELAY) {
@@ -209,18 +252,19 @@ fn wait(
 }
 
 /// A partition of the free space behind the image on its own disk, where the cloud made that disk larger than the image.
-fn free_space(
-    roots: &Roots,
-    mounts: &[Mount],
-    partitions: &dyn Partitions,
-) -> Result<Option<Device>, ScratchError> {
-    let Some(space) = spare::find(roots, mounts).map_err(ScratchError::Search)? else { return Ok(None) };
-    let failed = |cause| ScratchError::Partition { node: space.disk.node.clone(), cause };
-    if spare::partition(roots, &space.disk).map_err(ScratchError::Search)?.is_some() {
-        partitions.remove(&space.disk.node, spare::NUMBER).map_err(failed)?;
+fn free_space(roots: &Roots, mounts: &[Mount], partitions: &dyn Partitions) -> Result<Device, ScratchError> {
+    let space = spare::find(roots, mounts).map_err(ScratchError::NoDisk)?;
+    if let Some(partition) = space.partition {
+        return Ok(partition);
     }
-    partitions.add(&space.disk.node, spare::NUMBER, space.first, space.sectors).map_err(failed)?;
-    spare::partition(roots, &space.disk).map_err(ScratchError::Search)
+    let node = space.disk.node;
+    partitions
+        .add(&node, spare::NUMBER, space.first, space.sectors)
+        .map_err(|cause| ScratchError::Partition { node: node.clone(), cause })?;
+    // Its bounds are checked, as those of an earlier run's.
+    let made =
+        spare::find(roots, mounts).map_err(|cause| ScratchError::Made { node: node.clone(), cause })?;
+    made.partition.ok_or_else(|| ScratchError::Partition { node, cause: io::ErrorKind::NotFound.into() })
 }
 
 /// The partitions with the label; only if there is none, the disks with it.

@@ -79,8 +79,14 @@ pub fn open_unused(device: &Device) -> io::Result<File> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "another device by now"));
     }
     // Closed again: a mount needs to be the exclusive user itself.
-    drop(open(libc::O_EXCL)?);
-    Ok(file)
+    match open(libc::O_EXCL) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            "it is busy: mounted where this program does not see it, such as by a container that has not ended, or \
+             part of another device",
+        )),
+        excluded => excluded.map(|_| file),
+    }
 }
 
 /// Looks at a disk once.
@@ -91,10 +97,7 @@ pub fn look(node: &Path, disk: &mut File) -> Result<Signature, Unsure> {
     let blkid = program::find("blkid")?;
     let node = node.to_string_lossy();
     let output = program::run(&blkid, &["-p", "-o", "export", &node], LIMIT)?;
-    let failed = |said: &[u8]| {
-        let said = one_line(&String::from_utf8_lossy(said));
-        Unsure::Program(ProgramError::Failed { path: blkid.clone(), status: output.status, said })
-    };
+    let failed = |said: &[u8]| Unsure::Program(output.failed(&blkid, said));
     match output.status.code() {
         Some(0) => named(&String::from_utf8_lossy(&output.stdout)).ok_or_else(|| failed(&output.stdout)),
         // It says so too if it can't read the disk.

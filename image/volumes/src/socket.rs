@@ -14,10 +14,14 @@ use crate::mounts;
 /// The socket that systemd passes on, or else a new one at the path.
 ///
 /// # Errors
-/// systemd's is no unix stream socket; the path's directory is open to others, or something listens there.
+/// systemd's is no unix stream socket; the path is not absolute, its directory is open to others, or something listens there.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
     if let Some(listener) = ListenFd::from_env().take_unix_listener(0)? {
         return Ok(listener);
+    }
+    // An empty one would become an address outside of the file system, which no file permissions protect.
+    if !path.is_absolute() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not an absolute path"));
     }
     if let Some(directory) = path.parent() {
         mounts::make_directory(directory)?;

@@ -2,29 +2,24 @@
 //!
 //! It gets a partition in the kernel only, by BLKPG: the table on the disk stays as it is, and so does PCR 5, which the
 //! firmware extends by it. What is in the partition is of no use after the boot anyway.
+//!
+//! The cloud can write the table. Free is what is behind every partition, by the table and by the kernel; a table that
+//! contradicts itself or the disk's size is refused, whatever it may mean.
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
 use std::path::Path;
 
-use podvm_device_mapper::partitions;
+use podvm_device_mapper::{gpt, partitions};
 
 use crate::block::{self, Device};
+use crate::layout::{self, Contradiction, Layout, SECTOR, SECTORS_MIN, length};
 use crate::mountinfo::{self, Mount};
 use crate::roots::Roots;
 
 /// Number of the partition: the last one in a GPT of the usual size, so none of the image's.
 pub const NUMBER: i32 = 128;
-/// Least size in sectors, 1 GiB. Less is what is left when a cloud rounds the image up to whole GiB: memory holds more.
-pub const SECTORS_MIN: u64 = 1 << 21;
-/// Bounds are multiples of this number of sectors, 1 MiB.
-const UNIT: u64 = 1 << 11;
-/// Sectors of a backup GPT: its entries, and behind them its header.
-const BACKUP: u64 = 33;
-/// Size of a sector in bytes, also of the image's GPT.
-const SECTOR: usize = 512;
-
 /// The kernel's partitions; a test has others.
 pub trait Partitions {
     /// Makes a partition of these sectors, of 512 bytes each, and its node.
@@ -32,12 +27,6 @@ pub trait Partitions {
     /// # Errors
     /// There is one with this number, or in these sectors, or the kernel refuses.
     fn add(&self, disk: &Path, number: i32, first: u64, sectors: u64) -> io::Result<()>;
-
-    /// Removes a partition.
-    ///
-    /// # Errors
-    /// It is in use, or there is none.
-    fn remove(&self, disk: &Path, number: i32) -> io::Result<()>;
 }
 
 /// Those of the kernel.
@@ -48,13 +37,9 @@ impl Partitions for Kernel {
     fn add(&self, disk: &Path, number: i32, first: u64, sectors: u64) -> io::Result<()> {
         partitions::add(&File::open(disk)?, number, first, sectors)
     }
-
-    fn remove(&self, disk: &Path, number: i32) -> io::Result<()> {
-        partitions::remove(&File::open(disk)?, number)
-    }
 }
 
-/// Sectors of a disk that no partition has.
+/// Sectors of a disk that no partition has, but for one of an earlier run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Space {
     /// The disk.
@@ -63,105 +48,144 @@ pub struct Space {
     pub first: u64,
     /// Their number.
     pub sectors: u64,
+    /// The partition that an earlier run has made of them.
+    pub partition: Option<Device>,
 }
 
-/// The free space on the root's disk, if it is of use. A partition with [`NUMBER`] counts as free.
+/// Why the image's own disk has no free space for a scratch disk.
+#[derive(Debug, thiserror::Error)]
+pub enum NoSpace {
+    /// The root is in memory, or on several disks.
+    #[error("the root is not on one disk")]
+    NoDisk,
+    /// sysfs can't be read, or does not have what it should.
+    #[error("reading the partitions of {disk} in sysfs")]
+    Sysfs {
+        /// The disk.
+        disk: String,
+        /// The cause.
+        #[source]
+        cause: io::Error,
+    },
+    /// The table can't be read or is not valid.
+    #[error("reading the partition table of {disk}")]
+    Table {
+        /// The disk.
+        disk: String,
+        /// The cause.
+        #[source]
+        cause: io::Error,
+    },
+    /// The table can't be right.
+    #[error("the partition table of {disk} can't be right: {why}")]
+    Contradiction {
+        /// The disk.
+        disk: String,
+        /// What is wrong.
+        why: Contradiction,
+    },
+    /// The number is taken in the table.
+    #[error(
+        "the partition table of {0} has a partition {NUMBER} itself: the scratch disk's would have this number"
+    )]
+    NumberInTable(String),
+    /// The number is taken in the kernel, by a partition that is none of an earlier run.
+    #[error(
+        "{0} has a partition {NUMBER} that is neither in its partition table nor in its free space: \
+        remove it (delpart(8)), or restart the VM"
+    )]
+    NumberTaken(String),
+    /// There is too little.
+    #[error("{disk} has less than {} MiB free behind its last partition, which ends at {} MiB of {}",
+        SECTORS_MIN / 2048, end / 2048, size / 2048)]
+    TooLittle {
+        /// The disk.
+        disk: String,
+        /// Where its last partition ends, in sectors.
+        end: u64,
+        /// Its size in sectors.
+        size: u64,
+    },
+}
+
+/// The free space on the root's disk. Only a partition with [`NUMBER`] that the table does not have, and that is within
+/// the free space, is taken for one of an earlier run.
 ///
 /// # Errors
-/// sysfs or the disk can't be read.
-pub fn find(roots: &Roots, mounts: &[Mount]) -> io::Result<Option<Space>> {
-    let Some(root) = mountinfo::at(mounts, Path::new("/")) else { return Ok(None) };
+/// There is none, or too little, or it is not sure what is free.
+pub fn find(roots: &Roots, mounts: &[Mount]) -> Result<Space, NoSpace> {
+    let disk = disk_of_root(roots, mounts).ok_or(NoSpace::NoDisk)?;
+    let name = disk.name.clone();
+    let layout = layout_of(roots, &disk)?;
+    let kernel =
+        KernelPartitions::read(roots, &disk).map_err(|cause| NoSpace::Sysfs { disk: name.clone(), cause })?;
+    let end = layout.end.max(kernel.end);
+    let parts = layout::free(end, &layout.backup, layout.tail);
+    let size = layout.size;
+    let largest = parts.iter().max_by_key(|part| length(part)).filter(|part| length(part) >= SECTORS_MIN);
+    let space = largest.ok_or(NoSpace::TooLittle { disk: name.clone(), end, size })?;
+    let (first, sectors) = (space.start, length(space));
+    let Some((partition, bounds)) = kernel.numbered else {
+        return Ok(Space { disk, first, sectors, partition: None });
+    };
+    // Smaller than the space if the cloud has made the disk larger since.
+    let is_ours = length(&bounds) >= SECTORS_MIN
+        && parts.iter().any(|part| part.start <= bounds.start && bounds.end <= part.end);
+    if !is_ours {
+        return Err(NoSpace::NumberTaken(name));
+    }
+    Ok(Space { disk, first: bounds.start, sectors: length(&bounds), partition: Some(partition) })
+}
+
+fn disk_of_root(roots: &Roots, mounts: &[Mount]) -> Option<Device> {
+    let root = mountinfo::at(mounts, Path::new("/"))?;
     let disks = block::disks_under(roots, root.device);
-    let (Some(name), 1) = (disks.first(), disks.len()) else { return Ok(None) };
-    // The root of a VM without a disk: in memory.
-    let Ok(disk) = Device::named(roots, name) else { return Ok(None) };
-    let Some(size) = disk.sectors(roots) else { return Ok(None) };
-    let Some(backup) = backup_of(&disk)? else { return Ok(None) };
-    let mut end = 0;
-    for name in disk.partitions(roots)? {
-        let partition = Device::named(roots, &name)?;
-        if partition.partition_number(roots) != Some(NUMBER) {
+    let name = disks.first().filter(|_| disks.len() == 1)?;
+    // The root of a VM without a disk, in memory, has no block device.
+    Device::named(roots, name).ok()
+}
+
+/// What the kernel says about a disk's partitions, in sectors.
+struct KernelPartitions {
+    /// The one with [`NUMBER`].
+    numbered: Option<(Device, Range<u64>)>,
+    /// Where the last of the others ends.
+    end: u64,
+}
+
+impl KernelPartitions {
+    fn read(roots: &Roots, disk: &Device) -> io::Result<Self> {
+        let mut kernel = Self { numbered: None, end: 0 };
+        for name in disk.partitions(roots)? {
+            let partition = Device::named(roots, &name)?;
             let bounds = partition.first_sector(roots).zip(partition.sectors(roots));
-            let Some(last) = bounds.and_then(|(first, sectors)| first.checked_add(sectors)) else {
-                return Ok(None);
-            };
-            end = end.max(last);
-        }
-    }
-    Ok(free(end, backup, size).map(|(first, sectors)| Space { disk, first, sectors }))
-}
-
-/// The partition with [`NUMBER`], if there is one.
-///
-/// # Errors
-/// sysfs can't be read.
-pub fn partition(roots: &Roots, disk: &Device) -> io::Result<Option<Device>> {
-    for name in disk.partitions(roots)? {
-        let partition = Device::named(roots, &name)?;
-        if partition.partition_number(roots) == Some(NUMBER) {
-            return Ok(Some(partition));
-        }
-    }
-    Ok(None)
-}
-
-/// First sector and number of sectors behind the last partition. The backup GPT splits this space, unless it was moved to
-/// the end of the disk: firmware would write it again, so the larger part without it counts.
-fn free(end: u64, backup: u64, size: u64) -> Option<(u64, u64)> {
-    let before = (end, backup.min(size).saturating_sub(BACKUP));
-    let behind = (end.max(backup.saturating_add(1)), size.saturating_sub(BACKUP));
-    let parts = [before, behind].into_iter().filter_map(|(first, end)| {
-        let first = first.checked_next_multiple_of(UNIT)?;
-        let sectors = (end / UNIT * UNIT).checked_sub(first)?;
-        Some((first, sectors))
-    });
-    parts.max_by_key(|(_, sectors)| *sectors).filter(|(_, sectors)| *sectors >= SECTORS_MIN)
-}
-
-/// Where the disk's GPT says that its backup is, in sectors; none if there is no GPT.
-fn backup_of(disk: &Device) -> io::Result<Option<u64>> {
-    const SIGNATURE: &[u8] = b"EFI PART";
-    let mut header = [0; SECTOR];
-    File::open(&disk.node)?.read_exact_at(&mut header, SECTOR as u64)?;
-    let number = header.get(32..40).and_then(|bytes| bytes.try_into().ok());
-    Ok(number.filter(|_| header.starts_with(SIGNATURE)).map(u64::from_le_bytes))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const GIB: u64 = 1 << 21;
-
-    #[test]
-    fn an_image_as_large_as_its_disk_leaves_nothing() {
-        assert_eq!(free(240_000, 245_759, 245_760), None);
-        // Whole GiB, as Google Cloud takes images, with the backup moved to the end or not.
-        assert_eq!(free(240_000, GIB - 1, GIB), None);
-        assert_eq!(free(240_000, 245_759, GIB), None);
-    }
-
-    #[test]
-    fn what_the_cloud_added_is_free() {
-        let (first, sectors) = free(240_000, 245_759, 30 * GIB).unwrap();
-        assert_eq!(first, 245_760);
-        assert_eq!(first + sectors, 30 * GIB - UNIT);
-        // The backup was moved to the end.
-        let (first, sectors) = free(240_000, 30 * GIB - 1, 30 * GIB).unwrap();
-        assert_eq!((first, first + sectors), (241_664, 30 * GIB - UNIT));
-    }
-
-    #[test]
-    fn no_partition_and_no_backup_is_ever_within() {
-        for end in [0, 1, 2047, 2048, 240_000, 5 * GIB, u64::MAX] {
-            for backup in [0, 1, 34, 239_999, 245_759, 2 * GIB, 30 * GIB - 1, 30 * GIB, u64::MAX] {
-                for size in [0, 1, 245_760, 30 * GIB, u64::MAX] {
-                    let Some((first, sectors)) = free(end, backup, size) else { continue };
-                    let last = first + sectors;
-                    assert!(first >= end && last <= size && sectors >= SECTORS_MIN, "{end} {backup} {size}");
-                    assert!(backup < first || backup >= last, "{end} {backup} {size}: {first} to {last}");
-                }
+            let bounds = bounds.and_then(|(first, sectors)| Some(first..first.checked_add(sectors)?));
+            let bounds = bounds
+                .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("no bounds of {name}")))?;
+            if partition.partition_number(roots) == Some(NUMBER) {
+                kernel.numbered = Some((partition, bounds));
+            } else {
+                kernel.end = kernel.end.max(bounds.end);
             }
         }
+        Ok(kernel)
     }
+}
+
+fn layout_of(roots: &Roots, disk: &Device) -> Result<Layout, NoSpace> {
+    let sysfs = || {
+        let cause = io::Error::new(io::ErrorKind::InvalidData, "no size, or none of its blocks");
+        NoSpace::Sysfs { disk: disk.name.clone(), cause }
+    };
+    let size = disk.sectors(roots).ok_or_else(sysfs)?;
+    let block_size = disk.block_size(roots).ok_or_else(sysfs)?;
+    let (header, entries) = File::open(&disk.node)
+        .and_then(|file| gpt::read(&file, block_size))
+        .map_err(|cause| NoSpace::Table { disk: disk.name.clone(), cause })?;
+    if usize::try_from(NUMBER - 1).is_ok_and(|at| entries.get(at).is_some_and(Option::is_some)) {
+        return Err(NoSpace::NumberInTable(disk.name.clone()));
+    }
+    let scale = block_size as u64 / SECTOR;
+    Layout::of(&header, &entries, scale, size)
+        .map_err(|why| NoSpace::Contradiction { disk: disk.name.clone(), why })
 }

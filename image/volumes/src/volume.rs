@@ -1,6 +1,6 @@
 //! A volume of a request, checked: what these types hold can be part of a path, an option or an argument.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -29,6 +29,14 @@ pub enum BadVolume {
     /// Two have the same name.
     #[error("volume {0}: two volumes have this name")]
     Twice(VolumeName),
+    /// Two are on the same disk.
+    #[error("volume {second}: the same lun and disk_id as volume {first}: a disk is one volume's")]
+    SameDisk {
+        /// One of them.
+        first: VolumeName,
+        /// The other one.
+        second: VolumeName,
+    },
     /// A name is not one path component of the characters that are allowed.
     #[error("a volume's name '{0}' is not 1 to {NAME_MAX} of A-Z, a-z, 0-9, '.', '_' and '-'")]
     Name(String),
@@ -141,10 +149,17 @@ pub fn check(volumes: &[volumes::Volume]) -> Result<Vec<Volume>, BadVolume> {
     }
     let checked = volumes.iter().map(Volume::check).collect::<Result<Vec<_>, _>>()?;
     let mut names = BTreeSet::new();
-    match checked.iter().find(|volume| !names.insert(&volume.name)) {
-        Some(volume) => Err(BadVolume::Twice(volume.name.clone())),
-        None => Ok(checked),
+    if let Some(volume) = checked.iter().find(|volume| !names.insert(&volume.name)) {
+        return Err(BadVolume::Twice(volume.name.clone()));
     }
+    // Otherwise the second one would be waited for, and its disk be found in use.
+    let mut disks = BTreeMap::new();
+    for volume in &checked {
+        if let Some(first) = disks.insert((volume.lun, &volume.disk_id), &volume.name) {
+            return Err(BadVolume::SameDisk { first: first.clone(), second: volume.name.clone() });
+        }
+    }
+    Ok(checked)
 }
 
 impl Volume {
@@ -283,10 +298,28 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_comes_once() {
+        let on = |name: &str, lun: &str, disk_id: &str| volumes::Volume {
+            name: name.into(),
+            lun: lun.into(),
+            disk_id: disk_id.into(),
+            ..good()
+        };
+        let twice = check(&[on("a", "1", ""), on("b", "2", ""), on("c", "01", "")]).unwrap_err();
+        assert_eq!(
+            twice.to_string(),
+            "volume c: the same lun and disk_id as volume a: a disk is one volume's"
+        );
+        // Where the id says which disk it is (AWS), the numbers may be the same.
+        assert!(check(&[on("a", "1", "vol-1"), on("b", "1", "vol-2"), on("c", "2", "vol-1")]).is_ok());
+    }
+
+    #[test]
     fn a_name_comes_once_and_there_are_few() {
         assert_eq!(check(&[good(), good()]).unwrap_err(), BadVolume::Twice(VolumeName("vol-0".into())));
-        let many: Vec<_> =
-            (0..=VOLUMES_MAX).map(|n| volumes::Volume { name: format!("vol-{n}"), ..good() }).collect();
+        let many: Vec<_> = (0..=VOLUMES_MAX)
+            .map(|n| volumes::Volume { name: format!("vol-{n}"), lun: n.to_string(), ..good() })
+            .collect();
         assert_eq!(check(&many).unwrap_err(), BadVolume::TooMany(VOLUMES_MAX + 1));
         assert!(check(&many[1..]).is_ok());
     }

@@ -77,7 +77,7 @@ fn an_azure_nvme_disk_in_use_is_no_volume() {
     tree.attribute("class/dmi/id/chassis_asset_tag", AZURE_TAG);
     tree.nvme("nvme0n2", 1, "MSFT NVMe Accelerator v1.0", 2).partition("nvme0n2", "nvme0n2p1", 259, 9);
     tree.mounts("40 1 259:9 / /mnt rw - ext4 /dev/x rw\n");
-    let why = "/dev/nvme0n2 is in use: it, or a partition of it, is mounted";
+    let why = "/dev/nvme0n2 is in use: it, or a partition of it, is mounted at /mnt";
     assert_eq!(found(&tree, 0, ""), Err(why.into()));
 }
 
@@ -158,7 +158,10 @@ fn a_partitioned_disk_elsewhere_is_left_to_its_signature() {
 fn the_root_disk_is_never_a_volume() {
     let tree = Tree::new();
     tree.link("disk/azure/data/by-lun/0", "vda");
-    assert_eq!(found(&tree, 0, ""), Err("/dev/vda is in use: it, or a partition of it, is mounted".into()));
+    assert_eq!(
+        found(&tree, 0, ""),
+        Err("/dev/vda is in use: it, or a partition of it, is mounted at /".into())
+    );
     // Also where the mount can't be seen.
     tree.mounts("");
     assert_eq!(found(&tree, 0, ""), Err("/dev/vda is in use by dm-0".into()));
@@ -172,7 +175,7 @@ fn a_mounted_disk_is_never_a_volume() {
         tree.mounts(&format!("40 1 {number} / /mnt rw - ext4 /dev/x rw\n"));
         assert_eq!(
             found(&tree, 0, ""),
-            Err("/dev/vdb is in use: it, or a partition of it, is mounted".into())
+            Err("/dev/vdb is in use: it, or a partition of it, is mounted at /mnt".into())
         );
     }
     tree.mounts("40 1 254:18 / /mnt rw - ext4 /dev/x rw\n");

@@ -157,7 +157,7 @@ fn without_a_disk_it_says_what_it_looked_for() {
         assert_eq!(
             text,
             "volume vol-0: no disk with LUN 7 or id vol-0abc within 28 s (/dev/vda is in use: it, or a partition of it, \
-             is mounted); check that the cloud has attached it"
+             is mounted at /); check that the cloud has attached it"
         );
     });
 }
@@ -282,6 +282,7 @@ fn data_without_a_signature_are_never_overwritten() {
 #[test]
 fn an_odd_disk_is_mounted_or_refused_with_its_reason() {
     const GPT: &str = "echo label: gpt | sfdisk -q NODE";
+    const UNKNOWN: &str = "mkfs.ext4 -q NODE; debugfs -w -R 'ssv feature_incompat 0x80000242' NODE; debugfs -w -R 'ssv checksum_type 9' NODE";
     const DIRTY: &str = "mkfs.ext4 -q NODE; debugfs -w -R 'feature needs_recovery' NODE";
     in_own_mounts(|| {
         for (bytes, script, is_read_only, expected) in [
@@ -292,6 +293,7 @@ fn an_odd_disk_is_mounted_or_refused_with_its_reason() {
             (16 * MIB, &format!("{GPT}; dd if=/dev/zero of=NODE count=34"), false, "data at byte 16776704"),
             (16 * MIB, "mkfs.ext4 -q NODE; debugfs -w -R 'ssv state 2' NODE", false, ""),
             (16 * MIB, DIRTY, false, ""),
+            (16 * MIB, UNKNOWN, false, ": its ext4 is damaged, or has a feature that this kernel lacks"),
             (16 * MIB, DIRTY, true, "it is read-only, and its file system was not unmounted"),
         ] {
             let (tree, device) = tree(bytes);
@@ -316,7 +318,7 @@ fn a_mount_point_that_is_a_link_is_refused() {
     in_own_mounts(|| {
         let (tree, device) = tree(64 * MIB);
         run("mkfs.ext4", &["-q", device.node.to_str().unwrap()]);
-        fs::create_dir_all("/run/elsewhere").unwrap();
+        fs::create_dir_all("/run/elsewhere/empty").unwrap();
         let volumes = volumes_of(&tree, settings(), Fake::default());
         fs::create_dir("/run/cloud-volumes").unwrap();
         for link in [AT, "/run/cloud-volumes"] {
@@ -324,11 +326,19 @@ fn a_mount_point_that_is_a_link_is_refused() {
             let (_, text) = failure(&volumes, &[volume("vol-0", 0)]);
             assert!(text.ends_with(&format!("{link} is a link, not a directory")), "{text}");
             assert_eq!(mounts_at("/run/elsewhere") + mounts_at("/run/elsewhere/vol-0"), 0);
+            // Nothing is made or removed where it leads.
+            volumes.unmount_all().unwrap();
+            let there = fs::read_dir("/run/elsewhere").unwrap().map(|entry| entry.unwrap().file_name());
+            assert_eq!(there.collect::<Vec<_>>(), ["empty"]);
             fs::remove_file(link).unwrap();
             if link == AT {
                 fs::remove_dir("/run/cloud-volumes").unwrap();
             }
         }
+        fs::create_dir("/run/cloud-volumes").unwrap();
+        fs::write(AT, "").unwrap();
+        let (_, text) = failure(&volumes, &[volume("vol-0", 0)]);
+        assert!(text.ends_with("vol-0 is a file, not a directory"), "{text}");
     });
 }
 
@@ -426,10 +436,17 @@ fn a_disk_serves_one_volume() {
     in_own_mounts(|| {
         let (tree, _device) = tree(64 * MIB);
         let volumes = volumes_of(&tree, settings(), Fake::default());
-        let (kind, text) = failure(&volumes, &[volume("vol-0", 0), volume("vol-1", 0)]);
+        let twice = [volume("vol-0", 0), volume("vol-1", 0)];
+        let (kind, text) = failure(&volumes, &twice);
+        assert!(kind == FailureKind::Invalid && text.contains("the same lun"), "{text}");
+        assert_eq!(mounts_at(AT), 0);
+
+        volumes.mount(&twice[..1], &Script::uneventful()).unwrap();
+        let (kind, text) = failure(&volumes, &twice[1..]);
         assert_eq!(kind, FailureKind::NoDisk);
+        assert!(text.starts_with("volume vol-1: no disk with LUN 0 within 28 s ("), "{text}");
         assert!(
-            text.starts_with("volume vol-1: no disk with LUN 0 within 28 s (") && text.contains("is mounted"),
+            text.contains(&format!("is in use: it, or a partition of it, is mounted at {AT})")),
             "{text}"
         );
         // What was mounted before the fault stays.
@@ -492,7 +509,7 @@ fn all_volumes_are_checked_before_the_first_is_mounted() {
         let (kind, _) = failure(&volumes, &[volume("vol-0", 0), volume("../vol-1", 1)]);
         assert_eq!(kind, FailureKind::Invalid);
         let strict = volumes_of(&tree, Settings { require_encryption: true, ..settings() }, Fake::default());
-        let (kind, text) = failure(&strict, &[encrypted("vol-1"), volume("vol-0", 0)]);
+        let (kind, text) = failure(&strict, &[encrypted("vol-1"), volume("vol-0", 1)]);
         assert_eq!(kind, FailureKind::Refused);
         assert!(
             text.starts_with("volume vol-0: it is not encrypted, and this image refuses such volumes"),

@@ -19,6 +19,8 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 use support::{Loop, Script, Tree, in_own_mounts, own_mounts, run};
 use volumes::failure::chain;
 use volumes::mappings::Mappings;
+use volumes::mounting::Woken;
+use volumes::roots::Roots;
 use volumes::scratch::{self, MAPPING, MOUNT_POINT, Outcome, ScratchError};
 use volumes::spare::{self, NUMBER, Partitions};
 use zeroize::Zeroizing;
@@ -68,15 +70,11 @@ impl Partitions for NoSpace {
     fn add(&self, _: &Path, _: i32, _: u64, _: u64) -> io::Result<()> {
         panic!("there is no free space")
     }
-
-    fn remove(&self, _: &Path, _: i32) -> io::Result<()> {
-        panic!("there is no partition of it")
-    }
 }
 
 fn make(tree: &Tree, fake: &Fake) -> Result<Outcome, ScratchError> {
     fs::write(MARKER, "").unwrap();
-    scratch::run(&own_mounts(&tree.roots), Path::new(MARKER), fake, &NoSpace, &Script::uneventful())
+    scratch::run(&own_mounts(&tree.roots), Path::new(MARKER), fake, Some(&NoSpace), &Script::uneventful())
 }
 
 fn failure(tree: &Tree) -> String {
@@ -89,7 +87,7 @@ fn without_the_marker_no_disk_is_touched() {
         let (tree, _disk) = labelled();
         let fake = Fake::default();
         let roots = own_mounts(&tree.roots);
-        let outcome = scratch::run(&roots, Path::new(MARKER), &fake, &NoSpace, &Script::uneventful());
+        let outcome = scratch::run(&roots, Path::new(MARKER), &fake, Some(&NoSpace), &Script::uneventful());
         assert_eq!(outcome.unwrap(), Outcome::NotWanted);
         assert!(fake.created.lock().unwrap().is_empty());
     });
@@ -198,6 +196,49 @@ fn a_failure_leaves_no_mapping_behind() {
     });
 }
 
+/// A device mapper with a mapping that stays in use for this number of attempts to remove it.
+struct Busy(Mutex<u32>, Fake);
+
+impl Mappings for Busy {
+    fn table(&self, name: &str) -> io::Result<(String, Zeroizing<String>)> {
+        self.1.table(name)
+    }
+    fn create_crypt(&self, name: &str, table: &str, sectors: u64) -> io::Result<u32> {
+        self.1.create_crypt(name, table, sectors)
+    }
+    fn remove(&self, name: &str, deferred: bool) -> io::Result<()> {
+        let mut left = self.0.lock().unwrap();
+        if *left > 0 {
+            *left -= 1;
+            return Err(Errno::EBUSY.into());
+        }
+        self.1.remove(name, deferred)
+    }
+}
+
+#[test]
+fn a_mapping_of_an_earlier_run_may_be_in_use_for_a_while() {
+    in_own_mounts(|| {
+        let (tree, _disk) = labelled();
+        let opened = Loop::new(64 * MIB);
+        tree.mapping("dm-5", opened.number.major, opened.number.minor, MAPPING, &[]);
+        fs::write(MARKER, "").unwrap();
+        let roots = own_mounts(&tree.roots);
+        let marker = Path::new(MARKER);
+        let stays = Busy(Mutex::new(u32::MAX), Fake::default());
+        let error = scratch::run(&roots, marker, &stays, Some(&NoSpace), &Script::uneventful()).unwrap_err();
+        let text = chain(&error);
+        assert!(text.starts_with("removing the mapping podvm-scratch of an earlier run: "), "{text}");
+        assert!(text.contains("or restart the VM: ") && text.contains("busy"), "{text}");
+        assert!(stays.1.created.lock().unwrap().is_empty());
+
+        let ends = Busy(Mutex::new(3), Fake::default());
+        let patience = Script::uneventful();
+        assert_eq!(scratch::run(&roots, marker, &ends, Some(&NoSpace), &patience).unwrap(), Outcome::Mounted);
+        assert_eq!(patience.pauses(), 3);
+    });
+}
+
 #[test]
 fn the_kernels_refusal_is_the_cause() {
     struct Refuses;
@@ -216,7 +257,8 @@ fn the_kernels_refusal_is_the_cause() {
         let (tree, _disk) = labelled();
         fs::write(MARKER, "").unwrap();
         let roots = own_mounts(&tree.roots);
-        let outcome = scratch::run(&roots, Path::new(MARKER), &Refuses, &NoSpace, &Script::uneventful());
+        let outcome =
+            scratch::run(&roots, Path::new(MARKER), &Refuses, Some(&NoSpace), &Script::uneventful());
         let error = outcome.unwrap_err();
         let text = chain(&error);
         assert!(text.starts_with("encrypting ") && text.contains("No such file"), "{text}");
@@ -236,35 +278,38 @@ impl Partitions for Spare<'_> {
         assert!(disk.ends_with("vda") && number == NUMBER);
         self.done.lock().unwrap().push(format!("add {first} {sectors}"));
         self.tree.partition("vda", "vda128", self.opened.number.major, self.opened.number.minor);
-        self.tree.attribute("class/block/vda128/partition", "128\n");
-        self.tree.attribute("class/block/vda128/size", &format!("{sectors}\n"));
-        Ok(())
-    }
-
-    fn remove(&self, _: &Path, number: i32) -> io::Result<()> {
-        assert_eq!(number, NUMBER);
-        self.done.lock().unwrap().push("remove".to_owned());
-        fs::remove_file(self.tree.roots.sys.join("class/block/vda128")).unwrap();
-        fs::remove_dir_all(self.tree.roots.sys.join("class/block/vda/vda128")).unwrap();
-        fs::remove_file(self.tree.roots.dev.join("vda128")).unwrap();
-        let number = self.opened.number;
-        fs::remove_file(self.tree.roots.sys.join(format!("dev/block/{number}"))).unwrap();
+        number_128(self.tree, first, sectors);
         Ok(())
     }
 }
 
-/// A tree whose root is a partition of a disk of this size, as image/build makes it for 120 MiB.
-fn image_on(bytes: u64) -> (Tree, Loop) {
-    let (tree, mut disk) = (Tree::bare(), Loop::new(120 * MIB));
+/// Makes vda128 a partition with these bounds and the number 128.
+fn number_128(tree: &Tree, first: u64, sectors: u64) {
+    for (attribute, value) in [("partition", 128), ("start", first), ("size", sectors)] {
+        tree.attribute(&format!("class/block/vda128/{attribute}"), &format!("{value}\n"));
+    }
+}
+
+/// Writes a partition table with sfdisk(8); the kernel does not read it.
+fn write_table(disk: &Loop, how: &[&str], table: &str) {
     let mut sfdisk = std::process::Command::new("sfdisk");
     sfdisk
-        .args(["--quiet", "--no-reread", "--no-tell-kernel"])
+        .args(["--quiet", "--force", "--no-reread", "--no-tell-kernel"])
+        .args(how)
         .arg(&disk.node)
         .stdin(std::process::Stdio::piped());
     let mut child = sfdisk.spawn().unwrap();
-    let table = b"label: gpt\nstart=2048, size=81920\nstart=83968, size=159744\n";
-    std::io::Write::write_all(&mut child.stdin.take().unwrap(), table).unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), table.as_bytes()).unwrap();
     assert!(child.wait().unwrap().success());
+}
+
+/// The table of an image of 120 MiB.
+const TABLE: &str = "label: gpt\nstart=2048, size=81920\nstart=83968, size=159744\n";
+
+/// A tree whose root is a partition of a disk of this size, as image/build makes it for 120 MiB.
+fn image_on(bytes: u64) -> (Tree, Loop) {
+    let (tree, mut disk) = (Tree::bare(), Loop::new(120 * MIB));
+    write_table(&disk, &[], TABLE);
     disk.grow(bytes);
     tree.loop_disk("vda", &disk);
     for (name, minor, first, sectors) in [("vda1", 1, 2048, 81_920), ("vda2", 2, 83_968, 159_744)] {
@@ -286,7 +331,7 @@ fn free_space_behind_the_image_is_the_scratch_disk() {
         fs::write(MARKER, "").unwrap();
         let space = Spare { tree: &tree, opened: &under, done: Mutex::default() };
         let (fake, marker, patience) = (Fake::default(), Path::new(MARKER), Script::uneventful());
-        let made = scratch::run(&tree.roots, marker, &fake, &space, &patience);
+        let made = scratch::run(&tree.roots, marker, &fake, Some(&space), &patience);
         assert_eq!(made.unwrap(), Outcome::Mounted);
         // Behind the backup of the partition table, up to where the end's would be.
         let (first, sectors) = (120 * MIB / 512, (4 * GIB - 121 * MIB) / 512);
@@ -295,12 +340,190 @@ fn free_space_behind_the_image_is_the_scratch_disk() {
         assert!(table.ends_with(&format!(" 0 {} 0 1 sector_size:4096", under.number)), "{table}");
         assert_eq!((mapped, patience.pauses()), (sectors, 0));
 
-        // What a run that was killed has left is made again.
+        // What a run that was killed has left is taken as it is.
         run("umount", &[MOUNT_POINT]);
-        let made = scratch::run(&tree.roots, marker, &fake, &space, &patience);
+        let made = scratch::run(&tree.roots, marker, &fake, Some(&space), &patience);
         assert_eq!(made.unwrap(), Outcome::Mounted);
-        let again = format!("add {first} {sectors}");
-        assert_eq!(*space.done.lock().unwrap(), [again.clone(), "remove".to_owned(), again]);
+        assert_eq!(space.done.lock().unwrap().len(), 1);
+        assert!(
+            fake.created.lock().unwrap()[1].0.ends_with(&format!(" 0 {} 0 1 sector_size:4096", under.number))
+        );
+    });
+}
+
+/// Why there is no scratch disk in the free space of vda.
+fn no_space(tree: &Tree) -> String {
+    let mounts = volumes::mountinfo::read(&tree.roots).unwrap();
+    chain(&spare::find(&tree.roots, &mounts).unwrap_err())
+}
+
+#[test]
+fn a_partition_128_of_the_table_is_never_taken() {
+    in_own_mounts(|| {
+        let (tree, disk) = image_on(4 * GIB);
+        // Where the scratch disk would be, and known to the kernel or not.
+        write_table(&disk, &["--append"], "128: start=262144, size=6291456\n");
+        let expected = "the partition table of vda has a partition 128 itself: \
+                        the scratch disk's would have this number";
+        assert_eq!(no_space(&tree), expected);
+        tree.partition("vda", "vda128", 254, 3);
+        number_128(&tree, 262_144, 6_291_456);
+        assert_eq!(no_space(&tree), expected);
+
+        fs::write(MARKER, "").unwrap();
+        let (marker, patience) = (Path::new(MARKER), Script::uneventful());
+        let made = scratch::run(&tree.roots, marker, &Fake::default(), Some(&NoSpace), &patience);
+        let text = chain(&made.unwrap_err());
+        assert!(text.contains("images stay in memory") && text.ends_with(expected), "{text}");
+    });
+}
+
+#[test]
+fn a_partition_128_is_ours_only_within_free_space() {
+    in_own_mounts(|| {
+        let (tree, _disk) = image_on(4 * GIB);
+        let mounts = volumes::mountinfo::read(&tree.roots).unwrap();
+        let space = spare::find(&tree.roots, &mounts).unwrap();
+        tree.partition("vda", "vda128", 254, 3);
+        let (first, sectors) = (space.first, space.sectors);
+        for (first, sectors) in [
+            (0, sectors),
+            (2048, 81_920),
+            // Over the root's end, the backup of the table, or the end of the disk.
+            (first - 2048, sectors),
+            (first - 1, sectors),
+            (first, sectors + 4096),
+            (first, 0),
+            (first, 4096),
+            (first, u64::MAX),
+            (u64::MAX, u64::MAX),
+        ] {
+            number_128(&tree, first, sectors);
+            let text = no_space(&tree);
+            let is_clear = text
+                .starts_with("vda has a partition 128 that is neither in its partition table nor in ")
+                || text == "reading the partitions of vda in sysfs: no bounds of vda128";
+            assert!(is_clear, "{first} {sectors}: {text}");
+        }
+        // An earlier run's, also if the cloud has made the disk larger since.
+        for sectors in [sectors, sectors - 2048] {
+            number_128(&tree, first, sectors);
+            let found = spare::find(&tree.roots, &mounts).unwrap();
+            assert_eq!((found.first, found.sectors), (first, sectors));
+            assert!(found.partition.unwrap().node.ends_with("vda128"));
+        }
+    });
+}
+
+#[test]
+fn a_partition_of_the_table_alone_is_not_free() {
+    in_own_mounts(|| {
+        let (tree, disk) = image_on(4 * GIB);
+        write_table(&disk, &["--append"], "5: start=262144, size=4194304\n");
+        let mounts = volumes::mountinfo::read(&tree.roots).unwrap();
+        let space = spare::find(&tree.roots, &mounts).unwrap();
+        assert_eq!((space.first, space.sectors), (4_456_448, 8_388_608 - 2048 - 4_456_448));
+        write_table(&disk, &["--append"], "6: start=4456448, size=2097152\n");
+        assert_eq!(
+            no_space(&tree),
+            "vda has less than 1024 MiB free behind its last partition, which ends at 3200 MiB of 4096"
+        );
+    });
+}
+
+#[test]
+fn a_partition_of_the_kernel_alone_is_not_free() {
+    in_own_mounts(|| {
+        let (tree, _disk) = image_on(4 * GIB);
+        tree.partition("vda", "vda3", 254, 3);
+        tree.attribute("class/block/vda3/start", "262144\n").attribute("class/block/vda3/size", "4194304\n");
+        let mounts = volumes::mountinfo::read(&tree.roots).unwrap();
+        assert_eq!(spare::find(&tree.roots, &mounts).unwrap().first, 4_456_448);
+    });
+}
+
+#[test]
+fn a_table_that_lies_is_refused() {
+    in_own_mounts(|| {
+        let (tree, disk) = image_on(4 * GIB);
+        write_table(&disk, &["--append"], "5: start=262144, size=4194304\n");
+        // The disk became smaller.
+        tree.attribute("class/block/vda/size", "4456447\n");
+        assert_eq!(
+            no_space(&tree),
+            "the partition table of vda can't be right: partition 5 ends beyond the disk"
+        );
+        tree.attribute("class/block/vda/size", "nonsense\n");
+        assert_eq!(no_space(&tree), "reading the partitions of vda in sysfs: no size, or none of its blocks");
+        tree.attribute("class/block/vda/size", "8388608\n");
+        // A byte of its entries, then of its header, is another.
+        let write = |at, byte| {
+            let file = fs::OpenOptions::new().write(true).open(&disk.node).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, &[byte], at).unwrap();
+        };
+        write(2 * 512 + 200, 7);
+        assert_eq!(
+            no_space(&tree),
+            "reading the partition table of vda: GPT entries: checksum does not match"
+        );
+        write(512 + 40, 7);
+        assert_eq!(
+            no_space(&tree),
+            "reading the partition table of vda: GPT header: checksum does not match"
+        );
+    });
+}
+
+#[test]
+fn the_kernels_partition_of_free_space_is_found_again() {
+    in_own_mounts(|| {
+        for block in ["512", "4096"] {
+            let mut disk = Loop::new(120 * MIB);
+            run("losetup", &["--sector-size", block, disk.node.to_str().unwrap()]);
+            write_table(&disk, &[], "label: gpt\nsize=100MiB\n");
+            disk.grow(3 * GIB);
+            let text = format!("36 1 {} / / ro - erofs /dev/root ro\n", disk.number);
+            let tree = Tree::bare();
+            let roots = Roots { mountinfo: tree.mounts(&text).roots.mountinfo.clone(), ..Roots::system() };
+            let mounts = volumes::mountinfo::read(&roots).unwrap();
+            let space = spare::find(&roots, &mounts).unwrap();
+            assert_eq!((space.first, space.sectors), (120 * 2048, (3 * 1024 - 121) * 2048), "{block}");
+            assert_eq!(space.partition, None);
+            spare::Kernel.add(&disk.node, NUMBER, space.first, space.sectors).unwrap();
+            // In use or not.
+            let made = spare::find(&roots, &mounts).unwrap();
+            let partition = made.partition.unwrap();
+            let _held = fs::File::open(&partition.node).unwrap();
+            assert_eq!((made.first, made.sectors), (space.first, space.sectors));
+            assert_eq!(partition.sectors(&roots), Some(space.sectors));
+            assert_eq!(spare::find(&roots, &mounts).unwrap().partition, Some(partition));
+        }
+    });
+}
+
+#[test]
+fn a_late_labelled_disk_is_waited_for_if_it_alone_counts() {
+    in_own_mounts(|| {
+        let (tree, _disk) = image_on(4 * GIB);
+        let (own, opened) = (Loop::new(64 * MIB), Loop::new(64 * MIB));
+        tree.loop_disk("dm-5", &opened);
+        fs::write(MARKER, "").unwrap();
+        let (fake, marker, patience) = (Fake::default(), Path::new(MARKER), Script::uneventful());
+        let text = chain(&scratch::run(&tree.roots, marker, &fake, None, &patience).unwrap_err());
+        assert!(
+            text.contains("(--labelled-only): images stay in memory") && patience.pauses() == 59,
+            "{text}"
+        );
+
+        let late = Script::new(|pause| {
+            if pause == 50 {
+                tree.loop_disk("vdb", &own).attribute("class/block/vdb/serial", "trusted_store\n");
+            }
+            Woken::Time
+        });
+        assert_eq!(scratch::run(&tree.roots, marker, &fake, None, &late).unwrap(), Outcome::Mounted);
+        let (table, _) = fake.created.lock().unwrap()[0].clone();
+        assert!(table.ends_with(&format!(" 0 {} 0 1 sector_size:4096", own.number)), "{table}");
     });
 }
 
@@ -312,8 +535,13 @@ fn a_labelled_disk_counts_before_free_space() {
         tree.loop_disk("vdb", &own).attribute("class/block/vdb/serial", "trusted_store\n");
         tree.loop_disk("dm-5", &opened);
         fs::write(MARKER, "").unwrap();
-        let made =
-            scratch::run(&tree.roots, Path::new(MARKER), &Fake::default(), &NoSpace, &Script::uneventful());
+        let made = scratch::run(
+            &tree.roots,
+            Path::new(MARKER),
+            &Fake::default(),
+            Some(&NoSpace),
+            &Script::uneventful(),
+        );
         assert_eq!(made.unwrap(), Outcome::Mounted);
     });
 }
@@ -326,9 +554,16 @@ fn too_little_free_space_is_left_alone() {
             let (tree, _disk) = image_on(bytes);
             fs::write(MARKER, "").unwrap();
             let patience = Script::uneventful();
-            let made = scratch::run(&tree.roots, Path::new(MARKER), &Fake::default(), &NoSpace, &patience);
+            let made =
+                scratch::run(&tree.roots, Path::new(MARKER), &Fake::default(), Some(&NoSpace), &patience);
             let text = chain(&made.unwrap_err());
-            assert!(text.contains("less than 1024 MiB free behind the image on its own disk"), "{text}");
+            assert!(
+                text.contains("no free space behind the image on its own disk: images stay in"),
+                "{text}"
+            );
+            let mib = bytes / MIB;
+            let cause = "vda has less than 1024 MiB free behind its last partition, which ends at 119 MiB of";
+            assert!(text.ends_with(&format!(": {cause} {mib}")), "{text}");
         }
     });
 }
@@ -338,14 +573,14 @@ fn a_disk_without_a_gpt_has_no_free_space() {
     in_own_mounts(|| {
         let (tree, disk) = image_on(4 * GIB);
         let mounts = volumes::mountinfo::read(&tree.roots).unwrap();
-        assert!(spare::find(&tree.roots, &mounts).unwrap().is_some());
+        assert_eq!(spare::find(&tree.roots, &mounts).unwrap().partition, None);
         run("wipefs", &["--all", "--quiet", disk.node.to_str().unwrap()]);
-        assert_eq!(spare::find(&tree.roots, &mounts).unwrap(), None);
+        assert_eq!(no_space(&tree), "reading the partition table of vda: no GPT (signature)");
     });
 }
 
 #[test]
-fn the_kernel_makes_and_removes_a_partition() {
+fn the_kernel_makes_a_partition() {
     in_own_mounts(|| {
         let disk = Loop::new(64 * MIB);
         let name = disk.node.file_name().unwrap().to_str().unwrap().to_owned();
@@ -356,9 +591,9 @@ fn the_kernel_makes_and_removes_a_partition() {
         assert_eq!(["start", "size", "partition"].map(read), ["2048", "4096", "128"]);
         let overlaps = kernel.add(&disk.node, NUMBER - 1, 4096, 4096).unwrap_err();
         assert_eq!(overlaps.raw_os_error(), Some(Errno::EBUSY as i32));
-        kernel.remove(&disk.node, NUMBER).unwrap();
-        assert!(!sysfs.exists());
-        assert!(kernel.remove(&disk.node, NUMBER).is_err());
+        let twice = kernel.add(&disk.node, NUMBER, 8192, 4096).unwrap_err();
+        assert_eq!(twice.raw_os_error(), Some(Errno::EBUSY as i32));
+        assert!(kernel.add(&disk.node, NUMBER - 1, 64 * MIB / 512 - 8, 16).is_err(), "beyond the disk");
         assert!(!disk.holds(&[0xff]), "something was written");
     });
 }

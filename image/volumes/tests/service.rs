@@ -315,6 +315,11 @@ fn wrong_arguments_and_environment_are_named() {
     let (code, text) = run(&["mount"], ("X", ""));
     assert_eq!(code, Some(2));
     assert!(text.starts_with("podvm-volumes: Unrecognized argument: mount"), "{text}");
+    for path in ["", "volumes.sock"] {
+        let (code, text) = run(&["serve", "--socket", path], ("X", ""));
+        let expected = format!("podvm-volumes: listening at {path}: not an absolute path\n");
+        assert_eq!((code, text), (Some(1), expected));
+    }
     let help = Command::new(PROGRAM).args(["serve", "--help"]).output().unwrap();
     assert!(
         help.status.success() && String::from_utf8(help.stdout).unwrap().contains("--require-encryption")

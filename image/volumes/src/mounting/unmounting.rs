@@ -79,7 +79,13 @@ fn keep_first(result: &mut Result<(), RequestError>, error: RequestError) {
 
 /// Removes the volumes' directories; one that a lazy unmount left in use is kept.
 fn remove_directories() {
-    let Ok(entries) = fs::read_dir(DIRECTORY) else { return };
+    // Not where a link leads: the directories there are not the volumes'.
+    let entries = mounts::is_directory(Path::new(DIRECTORY))
+        .and_then(|there| if there { fs::read_dir(DIRECTORY).map(Some) } else { Ok(None) });
+    let entries = match entries {
+        Ok(entries) => entries.into_iter().flatten(),
+        Err(error) => return log::line(format_args!("removing the volumes' directories: {error}")),
+    };
     for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
         if let Err(error) = fs::remove_dir(&path) {
             log::line(format_args!("removing {}: {error}", path.display()));

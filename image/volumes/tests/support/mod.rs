@@ -129,6 +129,7 @@ impl Tree {
     /// A disk that stands for this loop device.
     pub(crate) fn loop_disk(&self, name: &str, device: &Loop) -> &Self {
         self.disk(name, device.number.major, device.number.minor);
+        self.attribute(&format!("class/block/{name}/queue/logical_block_size"), "512\n");
         self.attribute(&format!("class/block/{name}/size"), &format!("{}\n", device.bytes / 512))
     }
 

@@ -1,17 +1,34 @@
-//! The GUID partition table (UEFI specification, chapter 5): the UUIDs of partitions.
+//! The GUID partition table (UEFI specification, chapter 5): the UUIDs and the bounds of partitions.
 //!
 //! Not every kernel shows a partition's UUID in sysfs (6.1 does not), so the table is read here, for all kernels alike.
 //! Only the primary table is read, because the kernel ignores the backup by default. The table is untrusted like the
-//! whole disk; a wrong UUID leads to a root that does not verify.
+//! whole disk: its checksums find damage, no forgery.
 
-use crate::root_hash::Uuid;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 
 /// Limit of the size of all entries, in bytes; usual are 128 entries of 128 bytes.
 const MAX_ENTRIES_BYTES: u64 = 1 << 20;
 
+/// Sizes in bytes that a disk's logical blocks may have.
+const BLOCK_SIZES: std::ops::RangeInclusive<usize> = 512..=65_536;
+
+/// A partition in the table. Its bounds are as they are there, in logical blocks: they may be anything.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Entry {
+    /// Its UUID, in the byte order of the disk.
+    pub uuid: [u8; 16],
+    /// Its first block.
+    pub first_block: u64,
+    /// Its last block.
+    pub last_block: u64,
+}
+
 /// Header of the table: position, size and checksum of the entries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Header {
+    backup_block: u64,
     first_block: u64,
     entry_size: u32,
     bytes: u32,
@@ -21,6 +38,9 @@ pub struct Header {
 /// The table is not valid.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BadGpt {
+    /// The disk's logical blocks have a size that none has.
+    #[error("blocks of {0} bytes")]
+    BlockSize(usize),
     /// The disk has no GPT.
     #[error("no GPT (signature)")]
     Signature,
@@ -34,7 +54,26 @@ pub enum BadGpt {
     #[error("GPT entries: checksum does not match")]
     EntriesChecksum,
 }
-crate::failure::causes!(BadGpt);
+
+/// Reads the primary table of a disk with logical blocks of this size: the header, and the partitions 1, 2, ...; none for
+/// an unused entry.
+///
+/// # Errors
+/// The disk can't be read, or the table is not valid (InvalidData, with a [`BadGpt`]).
+pub fn read(disk: &File, block_size: usize) -> io::Result<(Header, Vec<Option<Entry>>)> {
+    let invalid = |error: BadGpt| io::Error::new(io::ErrorKind::InvalidData, error);
+    if !BLOCK_SIZES.contains(&block_size) {
+        return Err(invalid(BadGpt::BlockSize(block_size)));
+    }
+    let mut block = vec![0; block_size];
+    let block_size = block_size as u64;
+    disk.read_exact_at(&mut block, block_size)?;
+    let header = Header::parse(&block).map_err(invalid)?;
+    let mut entries = vec![0; header.bytes()];
+    disk.read_exact_at(&mut entries, header.first_block().saturating_mul(block_size))?;
+    let partitions = header.partitions(&entries).map_err(invalid)?;
+    Ok((header, partitions))
+}
 
 impl Header {
     /// Reads the header from the disk's second logical block.
@@ -68,28 +107,36 @@ impl Header {
         let bytes = u64::from(count) * u64::from(entry_size);
         match u32::try_from(bytes) {
             Ok(bytes) if (1..=MAX_ENTRIES_BYTES).contains(&u64::from(bytes)) => {
-                Ok(Self { first_block, entry_size, bytes, crc })
+                Ok(Self { backup_block: u64_at(32)?, first_block, entry_size, bytes, crc })
             }
             _ => Err(BadGpt::Field("number of entries")),
         }
     }
 
+    /// Logical block of the backup's header, as the table has it: it may be anything.
+    #[must_use]
+    pub fn backup_block(&self) -> u64 {
+        self.backup_block
+    }
+
     /// Logical block in which the entries start.
+    #[must_use]
     pub fn first_block(&self) -> u64 {
         self.first_block
     }
 
     /// Size of all entries, in bytes, at most 1 MiB.
+    #[must_use]
     pub fn bytes(&self) -> usize {
         // 1 MiB fits.
         usize::try_from(self.bytes).unwrap_or(usize::MAX)
     }
 
-    /// UUIDs of the partitions 1, 2, ...; none for an unused entry. `entries` has [`Header::bytes`] bytes.
+    /// The partitions 1, 2, ...; none for an unused entry. `entries` has [`Header::bytes`] bytes.
     ///
     /// # Errors
     /// The number of bytes or the checksum is wrong.
-    pub fn partitions(&self, entries: &[u8]) -> Result<Vec<Option<Uuid>>, BadGpt> {
+    pub fn partitions(&self, entries: &[u8]) -> Result<Vec<Option<Entry>>, BadGpt> {
         if entries.len() != self.bytes() || crc32(entries.iter().copied()) != self.crc {
             return Err(BadGpt::EntriesChecksum);
         }
@@ -98,7 +145,9 @@ impl Header {
             .chunks_exact(entry_size)
             .map(|entry| {
                 let used = field::<16>(entry, 0)? != [0; 16];
-                Ok(used.then_some(Uuid::from_gpt(field(entry, 16)?)))
+                let first_block = u64::from_le_bytes(field(entry, 32)?);
+                let last_block = u64::from_le_bytes(field(entry, 40)?);
+                Ok(used.then_some(Entry { uuid: field(entry, 16)?, first_block, last_block }))
             })
             .collect()
     }
@@ -131,10 +180,12 @@ mod tests {
         for (at, byte) in entries[272..288].iter_mut().enumerate() {
             *byte = u8::try_from(at).unwrap();
         }
+        (entries[288], entries[296]) = (34, 40);
         let mut block = vec![0; 512];
         block[..8].copy_from_slice(b"EFI PART");
         block[12] = 92;
         block[24] = 1;
+        block[32] = 99;
         block[72] = 2;
         block[80..84].copy_from_slice(&128u32.to_le_bytes());
         block[84..88].copy_from_slice(&128u32.to_le_bytes());
@@ -154,10 +205,39 @@ mod tests {
     fn a_partition_is_found_at_its_number() {
         let (block, entries) = table(|_| ());
         let header = Header::parse(&block).unwrap();
-        assert_eq!((header.first_block(), header.bytes()), (2, 128 * 128));
+        let fields = (header.first_block(), header.bytes(), header.backup_block());
+        assert_eq!(fields, (2, 128 * 128, 99));
         let partitions = header.partitions(&entries).unwrap();
         assert_eq!(partitions.iter().flatten().count(), 1);
-        assert_eq!(partitions[2].unwrap().to_string(), "03020100-0504-0706-0809-0a0b0c0d0e0f");
+        let uuid = std::array::from_fn(|at| u8::try_from(at).unwrap());
+        assert_eq!(partitions[2], Some(Entry { uuid, first_block: 34, last_block: 40 }));
+    }
+
+    #[test]
+    fn a_disk_is_read_with_blocks_of_its_size() {
+        let (header, entries) = table(|_| ());
+        for size in [512, 4096] {
+            let disk = tempfile::tempfile().unwrap();
+            disk.write_all_at(&header, size).unwrap();
+            disk.write_all_at(&entries, 2 * size).unwrap();
+            let (_, partitions) = read(&disk, usize::try_from(size).unwrap()).unwrap();
+            assert_eq!(partitions.iter().flatten().count(), 1, "{size}");
+        }
+    }
+
+    #[test]
+    fn a_disk_without_a_valid_table_is_an_error() {
+        let disk = tempfile::tempfile().unwrap();
+        assert_eq!(read(&disk, 512).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        for size in [0, 511, 65_537, usize::MAX] {
+            assert_eq!(read(&disk, size).unwrap_err().to_string(), format!("blocks of {size} bytes"));
+        }
+        disk.set_len(1 << 20).unwrap();
+        assert_eq!(read(&disk, 512).unwrap_err().to_string(), "no GPT (signature)");
+        // Its entries are beyond the disk.
+        let (header, _) = table(|block| block[72..80].fill(0xff));
+        disk.write_all_at(&header, 512).unwrap();
+        assert!(read(&disk, 512).is_err());
     }
 
     #[test]
