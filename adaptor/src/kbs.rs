@@ -8,6 +8,7 @@ mod chain;
 mod error;
 mod error_body;
 mod names;
+mod outage;
 mod pace;
 mod pin;
 mod posts;
@@ -31,6 +32,7 @@ use self::auth::Admin;
 pub use self::auth::TokenError;
 use self::cause::{Cause, Failure};
 pub use self::error::KbsError;
+use self::outage::Outage;
 use self::pace::{Pace, REQUEST_TIMEOUT_MAX};
 use self::posts::Posts;
 use self::response::KbsResponse;
@@ -74,6 +76,7 @@ pub struct KbsClient {
     admin: Option<Arc<Admin>>,
     retry_for: Duration,
     posts: Posts,
+    outage: Outage,
 }
 
 impl KbsClient {
@@ -110,7 +113,7 @@ impl KbsClient {
         let http = http.build().map_err(|error| KbsError::Setup(chain::root(&error)))?;
         let url = settings.url.as_str().trim_end_matches('/');
         let url = url.strip_suffix(API).unwrap_or(url).trim_end_matches('/').to_owned();
-        Ok(Self { http, url, admin, retry_for, posts: Posts::default() })
+        Ok(Self { http, url, admin, retry_for, posts: Posts::default(), outage: Outage::default() })
     }
 
     /// The same client with calls that take no longer than `limit` either.
@@ -218,7 +221,6 @@ impl KbsClient {
         body: &Bytes,
         pace: &mut Pace,
     ) -> Result<Verdict, KbsError> {
-        let mut reported = String::new();
         loop {
             let limit = pace.next_timeout();
             let attempt = if method == Method::POST {
@@ -227,22 +229,35 @@ impl KbsClient {
                 self.attempt(method.clone(), path, body.clone(), limit).await
             };
             let failure = match attempt {
-                Ok(verdict) => return Ok(verdict),
+                Ok(verdict) => {
+                    self.say_it_answers();
+                    return Ok(verdict);
+                }
                 Err(Failure::Permanent(error)) => return Err(error),
                 Err(Failure::Transient(failure)) => failure,
             };
+            let is_new = self.outage.failed(&failure.text);
             let Some(pause) = pace.next_pause(failure.retry_after) else {
                 let (tries, seconds) = pace.spent();
                 let Cause { text: last, advice, .. } = failure;
                 return Err(KbsError::Unreachable { url: self.url.clone(), tries, seconds, last, advice });
             };
-            if failure.text != reported {
+            if is_new {
                 let seconds = pause.as_secs();
                 let when = if seconds == 0 { String::new() } else { format!(" in {seconds} s") };
                 tracing::warn!("KBS at {}: {}{}; retrying{when}", self.url, failure.text, failure.advice);
-                reported = failure.text;
             }
             tokio::time::sleep(pause).await;
+        }
+    }
+
+    fn say_it_answers(&self) {
+        if let Some(over) = self.outage.answered() {
+            let (seconds, attempts) = (over.lasted.as_secs(), over.attempts);
+            tracing::info!(
+                "KBS at {}: answers again after {seconds} s; failed attempts: {attempts}",
+                self.url
+            );
         }
     }
 
