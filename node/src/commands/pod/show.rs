@@ -173,10 +173,15 @@ fn next_step(pod: &Pod) -> (String, Option<Colour>) {
             Some(Colour::Red),
         ),
         Phase::Failed => {
-            let text = format!(
-                "none, it failed: {}; secure-comms-adaptor doctor --pod {id}, then start it again or stop it",
-                reason("unknown")
-            );
+            let why = reason("unknown");
+            let doctor = format!("secure-comms-adaptor doctor --pod {id}");
+            let text = match pod.launcher {
+                // It owns the pod: the API refuses to start it. Another agent at its VM stays another one.
+                Some(Launcher::Caa) => format!(
+                    "it failed: {why}; tried again while cloud-api-adaptor waits, unless another agent answers; {doctor}"
+                ),
+                _ => format!("none, it failed: {why}; {doctor}, then start it again or stop it"),
+            };
             (text, Some(Colour::Red))
         }
         Phase::Ending => (
