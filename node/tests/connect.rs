@@ -5,7 +5,6 @@
 mod support;
 
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
