@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_start_that_is_ordered_again_is_measured_from_the_first_order() {
+    fn a_start_ordered_again_is_measured_from_the_first_order() {
         let metrics = Metrics::default();
         let pod: PodId = "p".parse().unwrap();
         metrics.ordered(&pod, &Order::Prepare);
