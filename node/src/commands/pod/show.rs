@@ -206,6 +206,15 @@ mod tests {
     use crate::api::types::Endpoint;
 
     #[test]
+    fn a_failed_pod_of_cloud_api_adaptor_is_not_to_be_started() {
+        for (launcher, advised) in [(Launcher::Caa, false), (Launcher::Api, true)] {
+            let failed = Pod { phase: Phase::Failed, launcher: Some(launcher), ..pod("3f2a", "web-1") };
+            let (text, _) = next_step(&failed);
+            assert_eq!(text.contains("start it again"), advised, "{text}");
+        }
+    }
+
+    #[test]
     fn a_pod_is_described_in_sections() {
         let up = Pod {
             endpoints: vec![Endpoint { tunnel: "KATAAGENT".to_owned(), local: "/run/x".to_owned() }],
