@@ -398,17 +398,21 @@ impl Adaptor {
         self.ask(id, |reply| Command::Forget { reply }).await
     }
 
-    /// What the store knows of all pods, in a stable order, whether they are served or not.
+    /// What the store knows of all pods, in a stable order, whether they are served or not. A record that cannot be read is
+    /// logged and left out: it is one pod's fault, as in [`resume_all`](Self::resume_all).
     ///
     /// # Errors
-    /// The store cannot be read.
+    /// The pods cannot be listed.
     ///
     /// # Cancellation
     /// Dropping the future has no effect.
     pub async fn records(&self) -> Result<Vec<PodRecord>, StoreError> {
         let mut all = Vec::new();
         for id in self.shared.store.pods().await? {
-            all.extend(records::read(&self.shared, id).await?);
+            match records::read(&self.shared, id.clone()).await {
+                Ok(record) => all.extend(record),
+                Err(error) => tracing::warn!("pod {id}: its record is left out: {}", with_causes(&error)),
+            }
         }
         Ok(all)
     }

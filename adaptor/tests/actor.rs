@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use secure_comms_adaptor::pod::PodState;
 use secure_comms_adaptor::store::{Store, StoreError};
 use secure_comms_adaptor::{Adaptor, AdaptorError, Deadline, Endpoint, PodSpec};
+use secure_comms_protocol::PodId;
 use support::agent::{Agent, Mode};
 use support::{KATAAGENT, KbsMode, PATIENCE, World, addresses, echoes, kbs_in, own_port, pod, refused};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -703,4 +704,17 @@ async fn a_stop_interrupts_a_publication_under_way() {
     *mode.lock().unwrap() = KbsMode::Accepts;
     world.stop().await.unwrap();
     world.nothing_is_left(&local).await;
+}
+
+#[tokio::test]
+async fn a_record_that_cannot_be_read_hides_no_other() {
+    let world = World::new("").await;
+    world.prepare().await;
+    let other: PodId = "another-pod".parse().unwrap();
+    world.store.pod_key(&other).await.unwrap();
+    let labels = world.store_path().join("pods").join(other.as_str()).join("labels.json");
+    std::os::unix::fs::symlink("/dev/null", labels).unwrap();
+    assert!(world.adaptor.record(&other).await.is_err(), "it cannot be read");
+    let ids: Vec<_> = world.adaptor.records().await.unwrap().into_iter().map(|record| record.id).collect();
+    assert_eq!(ids, [pod()]);
 }

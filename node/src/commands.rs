@@ -22,7 +22,10 @@ use std::path::Path;
 use anyhow::Context as _;
 use secure_comms_adaptor::store::DirectoryStore;
 
-/// Writes a command's result to standard output.
+/// Writes a command's product to standard output: all of it, because a VM that got half of its user data would not start.
+///
+/// # Errors
+/// It cannot be written, or its reader is gone. What people read is written by [`screen::show`].
 fn print(bytes: &[u8]) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(bytes).and_then(|()| out.flush()).context("write to standard output")

@@ -67,7 +67,7 @@ fn a_held_connection_gets_no_answer() {
         let dial = tokio::spawn(keys.client().handshake(TcpStream::from_std(std).unwrap()));
         let held = scene.held().await;
         assert_eq!(peek.try_read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::WouldBlock);
-        held.refuse(Refusal::UnknownPod);
+        held.refuse_with(Refusal::UnknownPod, "it is unknown");
         assert_eq!(dial.await.unwrap().unwrap_err().kind(), ErrorKind::ConnectionReset);
         assert_eq!(scene.refused("unknown_pod"), 1);
     });
@@ -273,15 +273,18 @@ fn bytes_after_the_hello_are_part_of_the_handshake() {
 }
 
 #[test]
-fn the_newest_connections_for_a_name_are_held() {
+fn a_burst_of_dials_for_a_name_leaves_the_first_one() {
     in_namespace(|| async {
-        let limits = FrontLimits { held_per_name: 2, ..FrontLimits::default() };
-        let (mut scene, keys) = (Scene::with(limits).await, Keys::new());
-        let (_first, mut oldest) = hello_only(&mut scene, &keys).await;
-        let (_second, _older) = hello_only(&mut scene, &keys).await;
-        let (dial, newest) = scene.dial(&keys).await;
-        assert_eq!(timeout(PATIENCE, oldest.closed()).await.unwrap(), Closed::Superseded);
-        newest.finish(&keys.server).await.unwrap();
+        let (mut scene, keys) = (Scene::new().await, Keys::new());
+        let (dial, first) = scene.dial(&keys).await;
+        let mut burst = Vec::new();
+        for _ in 0..5 {
+            burst.push(hello_only(&mut scene, &keys).await);
+        }
+        let (_, second) = burst.first_mut().unwrap();
+        assert_eq!(timeout(PATIENCE, second.closed()).await.unwrap(), Closed::Superseded);
+        assert_eq!(scene.refused("superseded"), 1, "the other one was not looked at");
+        first.finish(&keys.server).await.unwrap();
         dial.await.unwrap().unwrap();
     });
 }

@@ -214,8 +214,9 @@ fn a_pod_is_started_stopped_and_forgotten() {
     ]);
     assert_eq!(started, "pod p1: Up\n  KATAAGENT /run/secure-comms/pods/x/agent.ttrpc\n");
     let requests = service.requests();
-    assert_eq!(requests[0], r#"PUT /v1/pods/p1?deadlineSeconds=90 {"podRef":{"namespace":"a","name":"b"}}"#);
-    let order: Value = serde_json::from_str(requests[1].split_once("start ").unwrap().1).unwrap();
+    assert_eq!(requests[0], "GET /v1/pods/p1");
+    assert_eq!(requests[1], r#"PUT /v1/pods/p1?deadlineSeconds=90 {"podRef":{"namespace":"a","name":"b"}}"#);
+    let order: Value = serde_json::from_str(requests[2].split_once("start ").unwrap().1).unwrap();
     assert_eq!(order["addresses"], json!(["10.0.0.7:2222", "[fd00::1]:22"]));
     assert_eq!(order["wait"], false);
 
@@ -240,6 +241,41 @@ fn a_pod_is_started_stopped_and_forgotten() {
         String::from_utf8(output.stderr).unwrap(),
         "default/pp-y may stay in the KBS: delete it there by hand\n"
     );
+}
+
+/// A pod that an earlier `pod start` has started: its phase, and what the service answers to another start.
+fn started_before(phase: &str) -> Service {
+    let service = Service::start();
+    let mut started = pod("p1", "a", "b", phase);
+    started["initDataDigest"] = json!("12".repeat(32));
+    service.answer("GET /v1/pods/p1", 200, &started);
+    service.answer("PUT /v1/pods/p1?deadlineSeconds=1", 200, &json!({ "pod": started }));
+    let refusal = json!({
+        "type": "https://example.org#already-started", "title": "The pod is already started", "status": 409,
+        "detail": "pod p1 is already started",
+    });
+    service.answer("POST /v1/pods/p1/start", 409, &refusal);
+    service
+}
+
+#[test]
+fn a_start_may_be_repeated() {
+    const AGAIN: [&str; 7] = ["pod", "start", "p1", "--address", "10.0.0.7", "--deadline", "1s"];
+    let service = started_before("Up");
+    let again = service.stdout(&AGAIN);
+    assert_eq!(again, "pod p1: Up\n  KATAAGENT /run/secure-comms/pods/x/agent.ttrpc\n");
+    let spec = service.requests()[1].split_once("=1 ").unwrap().1.to_owned();
+    let expected = json!({"podRef": {"namespace": "a", "name": "b"}, "initDataDigest": "12".repeat(32)});
+    assert_eq!(serde_json::from_str::<Value>(&spec).unwrap(), expected, "what was left out stays");
+    let elsewhere = service.run(&["pod", "start", "p1", "--address", "10.0.0.8", "--deadline", "1s"]);
+    assert_eq!(fault(&elsewhere, 1), "pod p1 is already started");
+
+    let comes = started_before("Attesting");
+    assert_eq!(fault(&comes.run(&AGAIN), 1), "start pod p1: not up within 1 s; last seen: Attesting");
+    let no_wait = comes.stdout(&[&AGAIN[..], &["--no-wait"]].concat());
+    assert!(no_wait.starts_with("pod p1: Attesting\n"), "{no_wait}");
+    let failed = started_before("Failed");
+    assert_eq!(fault(&failed.run(&AGAIN), 1), "pod p1: it was started before, and is Failed now");
 }
 
 #[test]

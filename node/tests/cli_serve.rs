@@ -117,9 +117,17 @@ fn pods_and_status_of_a_service_are_shown_until_it_ends() {
         "shop",
         "--name",
         "web-1",
+        "--init-data-digest",
+        &"12".repeat(32),
         "--no-wait",
     ]);
     assert_eq!(started.status.code(), Some(0), "{started:?}");
+    // Repeated, what is left out stays as it is.
+    let again = node.run(&["pod", "start", "3f2a0123456789", "--address", "127.0.0.1:1", "--no-wait"]);
+    assert_eq!(again.status.code(), Some(0), "{again:?}");
+    let shown = node.run(&["pod", "show", "shop/web-1", "-o", "json"]);
+    let shown: Value = serde_json::from_slice(&shown.stdout).unwrap();
+    assert_eq!(shown["initDataDigest"], "12".repeat(32));
     let listed = String::from_utf8(node.run(&["pod", "list", "--no-headers"]).stdout).unwrap();
     assert!(listed.starts_with("shop   web-1   3f2a01234567   Connecting   "), "{listed}");
     let shown = String::from_utf8(node.run(&["pod", "show", "shop/web-1"]).stdout).unwrap();

@@ -1,16 +1,18 @@
 //! The events of all pods, kept for a while: each reader has a place in them, and none holds up another.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use secure_comms_adaptor::pod::PodEvent;
+use secure_comms_protocol::PodId;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::watch;
 
 use super::types::Event;
 use super::view;
-use crate::pods::Pods;
+use crate::pods::{Happening, Launch, Pods};
 
 /// Events that are kept.
 const KEPT: usize = 4096;
@@ -52,6 +54,27 @@ pub(super) enum Read {
     Lost(Option<u64>),
 }
 
+/// How the pods are launched that have had events. A pod is gone already when its last event is recorded.
+#[derive(Debug, Default)]
+struct Launches(HashMap<PodId, Launch>);
+
+impl Launches {
+    /// How the pod of this event is launched; `now`: as the pods know it.
+    fn of(&mut self, happening: &Happening, now: Option<Launch>) -> Option<Launch> {
+        let pod = &happening.pod;
+        if matches!(*happening.event, PodEvent::Deleted) {
+            return now.or(self.0.remove(pod));
+        }
+        let Some(now) = now else { return self.0.get(pod).cloned() };
+        // More than that: events were lost, or pods were forgotten, which makes no event.
+        if self.0.len() >= KEPT && !self.0.contains_key(pod) {
+            self.0.clear();
+        }
+        self.0.insert(pod.clone(), now.clone());
+        Some(now)
+    }
+}
+
 /// The last events of all pods. A clone is the same.
 #[derive(Clone, Debug)]
 pub(super) struct History(Arc<Inner>);
@@ -83,10 +106,12 @@ impl History {
     /// Dropping the future ends the record.
     pub(super) async fn record(&self, pods: &Pods) {
         let mut happenings = pods.events();
+        let mut launches = Launches::default();
         loop {
             match happenings.recv().await {
                 Ok(happening) => {
-                    let launch = pods.get(&happening.pod).map(|pod| pod.launch);
+                    let now = pods.get(&happening.pod).map(|pod| pod.launch);
+                    let launch = launches.of(&happening, now);
                     self.push(view::event(&happening, launch.as_ref()));
                 }
                 // Their numbers are left out, so that each reader learns of them.
@@ -155,6 +180,7 @@ impl History {
 mod tests {
     use super::super::types::EventKind;
     use super::*;
+    use crate::pods::Launcher;
 
     fn event(number: u64) -> Event {
         Event {
@@ -174,6 +200,28 @@ mod tests {
             Read::Lost(count) => format!("lost {count:?}"),
         };
         read.iter().map(|(_, read)| message(read)).collect()
+    }
+
+    #[test]
+    fn the_last_event_of_a_pod_has_its_name() {
+        let happening = |pod: &str, event| Happening {
+            at: SystemTime::now(),
+            pod: pod.parse().unwrap(),
+            event: Arc::new(event),
+        };
+        let launch = Launch::now(Launcher::Api, None);
+        let mut launches = Launches::default();
+        assert_eq!(
+            launches.of(&happening("p", PodEvent::Published), Some(launch.clone())),
+            Some(launch.clone())
+        );
+        assert_eq!(launches.of(&happening("p", PodEvent::Stopped), None), Some(launch.clone()));
+        assert_eq!(launches.of(&happening("p", PodEvent::Deleted), None), Some(launch.clone()));
+        assert_eq!(launches.of(&happening("p", PodEvent::Deleted), None), None, "it is forgotten");
+        for number in 0..=KEPT {
+            launches.of(&happening(&format!("p{number}"), PodEvent::Published), Some(launch.clone()));
+        }
+        assert!(launches.0.len() <= KEPT);
     }
 
     #[test]

@@ -108,7 +108,7 @@ impl Front {
         };
         let shared = Shared {
             limits,
-            hellos: Places::new(limits.hellos, limits.hellos),
+            hellos: Places::unnamed(limits.hellos),
             held: Places::new(limits.held, limits.held_per_name),
             refusals: Refusals::new(metrics),
         };
@@ -213,7 +213,8 @@ fn admit(stream: &TcpStream, shared: &Shared) -> Option<SocketAddr> {
 /// Reads the hello and hands the connection over.
 async fn serve(stream: TcpStream, vm: SocketAddr, shared: Shared, held: mpsc::Sender<Held>) {
     let deadline = Instant::now() + shared.limits.hello_time;
-    // Never full: the oldest makes room. cloud-api-adaptor sends its hello at once and needs its place for no time.
+    // Never full: the oldest makes room, because none is recognised. cloud-api-adaptor sends its hello at once and needs its
+    // place for no time.
     let Some(mut place) = shared.hellos.enter("") else { return };
     let read = tokio::select! {
         read = timeout_at(deadline, receive::hello(&stream)) => read.unwrap_or_else(|_| Err(Refusal::HelloTimeout.into())),

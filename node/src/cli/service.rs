@@ -52,7 +52,7 @@ pub enum PodCommand {
     /// Launch a pod: publish its keys, connect to its VM, and wait until it can be used
     #[command(
         after_help = "Example:\n  secure-comms-adaptor pod start 3f2a --address 10.0.0.7 --namespace default \
-                            --name web-1\n\nIt may be repeated: a pod that is up stays so."
+                            --name web-1\n\nIt may be repeated: a pod that is up stays so, and what is left out then stays as it is."
     )]
     Start(Box<PodStartArgs>),
     /// End a pod: its channel, its keys here and at the KBS

@@ -7,7 +7,7 @@ use secure_comms_adaptor::key_source::KeySource;
 use secure_comms_keys::text::one_line;
 use serde_json::{Map, Value, json};
 
-use super::print;
+use super::screen;
 use crate::caa::strict;
 use crate::cli::serve::ConfigFormat;
 use crate::cli::setting::Kind;
@@ -25,7 +25,7 @@ pub fn show(settings: &ServeSettings, format: ConfigFormat) -> anyhow::Result<()
         ConfigFormat::Toml => settings.effective.iter().map(toml_line).collect(),
         ConfigFormat::Json => format!("{:#}\n", json_object(&settings.effective)),
     };
-    print(text.as_bytes())
+    screen::show(&text).map(drop)
 }
 
 /// Prints that the settings have no fault, after the warnings. With a fault, it is not reached. Reads the KBS's files and those
@@ -43,7 +43,7 @@ pub fn check(settings: &ServeSettings) -> anyhow::Result<()> {
     if let Some(directory) = settings.caa.as_ref().and_then(|caa| caa.certificates.as_deref()) {
         strict::load(directory)?;
     }
-    print(b"the settings have no fault\n")
+    screen::show("the settings have no fault\n").map(drop)
 }
 
 /// A line of a settings' file.

@@ -2,14 +2,15 @@
 
 use secure_comms_adaptor::store::Store as _;
 
-use super::{open_store, print};
+use super::open_store;
+use super::screen::show;
 use crate::settings::KeygenSettings;
 
 /// Prints the worker node's public key, and the pod's if one is named, as `authorized_keys` lines. Makes the keys
 /// that are missing, and logs which it made.
 ///
 /// # Errors
-/// The store failed, or standard output is closed.
+/// The store failed, or standard output cannot be written.
 pub async fn run(settings: KeygenSettings) -> anyhow::Result<()> {
     let store = open_store(&settings.store)?;
     let found = store.has_worker_node_key();
@@ -20,7 +21,7 @@ pub async fn run(settings: KeygenSettings) -> anyhow::Result<()> {
         lines += &(store.pod_key(&pod).await?.public()?.authorized_keys_line()? + "\n");
         tracing::info!("pod {pod}: key {} in {}", made_or_found(found), settings.store.display());
     }
-    print(lines.as_bytes())
+    show(&lines).map(drop)
 }
 
 fn made_or_found(found: bool) -> &'static str {

@@ -19,6 +19,8 @@ use crate::pods::Order;
 
 /// Pods whose starts are measured at a time.
 const MEASURED_MAX: usize = 10_000;
+/// The first phase of a start.
+const KEYS: &str = "keys";
 /// Bounds of the durations of a start, in seconds.
 const START_BUCKETS: [f64; 14] =
     [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0];
@@ -95,6 +97,9 @@ impl Starts {
         for result in ["up", "deadline", "failed"] {
             drop(self.starts.get_or_create(&Outcome { result }));
         }
+        for result in ["prepared", "deadline", "kbs"] {
+            drop(self.prepares.get_or_create(&Outcome { result }));
+        }
         for reason in ["timeout", "agent", "reset", "closed", "other"] {
             drop(self.losses.get_or_create(&Reason { reason }));
             drop(self.reconnects.get_or_create(&Reason { reason }));
@@ -105,7 +110,11 @@ impl Starts {
     }
 
     fn register(&self, registry: &mut Registry) {
-        registry.register("prepares", "Pods that launchers ordered to prepare", self.prepares.clone());
+        registry.register(
+            "prepares",
+            "Orders of launchers to prepare a pod, by their result; each repetition counts",
+            self.prepares.clone(),
+        );
         registry.register("starts", "Starts that launchers ordered, by their result", self.starts.clone());
         registry.register_with_unit(
             "phase_duration",
@@ -142,8 +151,10 @@ impl Starts {
     pub(super) fn ordered(&self, pod: &PodId, order: &Order<'_>) {
         match order {
             Order::Prepare => self.measure(pod, |measured| {
+                // One that is ordered again, as after a failure, is the same start: else an outage of the KBS would not show.
                 let now = Instant::now();
-                *measured = Measured { begun: Some(now), phase: Some(("keys", now)), lost: None };
+                let keys = measured.phase.filter(|(phase, _)| *phase == KEYS).unwrap_or((KEYS, now));
+                *measured = Measured { begun: measured.begun.or(Some(now)), phase: Some(keys), lost: None };
             }),
             Order::Prepared(result) => {
                 self.prepares.get_or_create(&Outcome { result: outcome(result, "prepared") }).inc();
@@ -184,6 +195,7 @@ impl Starts {
             }
             PodEvent::WithdrawFailed(_) => self.kbs_error("withdraw"),
             PodEvent::PublishFailed(_) => self.kbs_error("publish"),
+            PodEvent::DeleteFailed(_) => self.kbs_error("delete"),
             _ => {}
         }
     }
@@ -191,7 +203,7 @@ impl Starts {
     /// Ends the phase that the pod's start is in, and begins the next one. A pod that is not being started, or is in that
     /// phase or a later one, as with a second address, stays where it is.
     fn enter(&self, pod: &PodId, next: &'static str) {
-        const ORDER: [&str; 4] = ["keys", "vm", "attestation", "kubernetes"];
+        const ORDER: [&str; 4] = [KEYS, "vm", "attestation", "kubernetes"];
         let place = |phase: &str| ORDER.iter().position(|known| *known == phase);
         let mut ended = None;
         if let Some(measured) = self.measured().get_mut(pod)
@@ -325,6 +337,41 @@ mod tests {
         assert!(text.contains("secure_comms_starts_total{result=\"up\"} 1\n"), "{text}");
         assert!(text.contains("secure_comms_key_attempts_total{result=\"failed\"} 1\n"), "{text}");
         assert!(metrics.0.starts.measured().is_empty());
+    }
+
+    #[test]
+    fn a_start_ordered_again_is_measured_from_the_first_order() {
+        let metrics = Metrics::default();
+        let pod: PodId = "p".parse().unwrap();
+        metrics.ordered(&pod, &Order::Prepare);
+        let first = {
+            let mut all = metrics.0.starts.measured();
+            let measured = all.get_mut(&pod).unwrap();
+            let hour_ago = Instant::now().checked_sub(Duration::from_secs(3600)).unwrap();
+            (measured.begun, measured.phase) = (Some(hour_ago), Some((KEYS, hour_ago)));
+            hour_ago
+        };
+        metrics.ordered(&pod, &Order::Prepare);
+        let again = |metrics: &Metrics| {
+            let all = metrics.0.starts.measured();
+            (all[&pod].begun, all[&pod].phase)
+        };
+        assert_eq!(again(&metrics), (Some(first), Some((KEYS, first))));
+        metrics.happened(&pod, &PodEvent::Published);
+        metrics.ordered(&pod, &Order::Prepare);
+        let (begun, phase) = again(&metrics);
+        assert_eq!((begun, phase.map(|(phase, _)| phase)), (Some(first), Some(KEYS)));
+        assert!(phase.unwrap().1 > first, "its keys were published once");
+    }
+
+    #[test]
+    fn a_deletion_that_fails_is_an_error_of_the_kbs() {
+        let metrics = Metrics::default();
+        let text = shown(&metrics);
+        assert!(text.contains("secure_comms_prepares_total{result=\"prepared\"} 0\n"), "{text}");
+        metrics.happened(&"p".parse().unwrap(), &PodEvent::DeleteFailed("503".to_owned()));
+        let text = shown(&metrics);
+        assert!(text.contains("secure_comms_kbs_errors_total{kind=\"delete\"} 1\n"), "{text}");
     }
 
     #[test]

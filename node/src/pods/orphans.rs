@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use secure_comms_adaptor::pod::{PodSnapshot, PodState};
 use secure_comms_adaptor::store::StoreError;
-use secure_comms_adaptor::{Adaptor, AdaptorError, PodRecord};
+use secure_comms_adaptor::{Adaptor, AdaptorError, PodRecord, with_causes};
 use secure_comms_protocol::PodId;
 
 use super::launch::Launch;
@@ -82,7 +82,14 @@ pub enum CollectError {
 pub(super) async fn list(adaptor: &Adaptor, now: SystemTime) -> Result<Vec<Orphan>, StoreError> {
     let mut all = Vec::new();
     for record in adaptor.records().await? {
-        all.extend(check(adaptor, record, now).await?);
+        let id = record.id.clone();
+        match check(adaptor, record, now).await {
+            Ok(orphan) => all.extend(orphan),
+            // It is one pod's fault.
+            Err(error) => {
+                tracing::warn!("pod {id}: it is left out of the orphans: {}", with_causes(&error));
+            }
+        }
     }
     Ok(all)
 }

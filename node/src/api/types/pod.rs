@@ -132,7 +132,7 @@ pub enum Phase {
     Up,
     /// The pod was up. The adaptor retries until it is up again.
     Down,
-    /// Preparing or starting it failed. No connection is attempted any more.
+    /// Preparing or starting it failed. No connection is attempted until its launcher starts it again.
     Failed,
     /// It is being ended: its keys could not be deleted yet. That is retried until it is done.
     Ending,

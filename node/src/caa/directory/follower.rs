@@ -94,7 +94,7 @@ impl<'a> Follower<'a> {
         };
         tokio::select! {
             biased;
-            () = self.directory.0.wanted.notified() => What::All,
+            () = self.directory.0.wanted.notified() => What::Served,
             hint = self.watch.changed() => match hint {
                 Hint::These(ids) => What::These(ids),
                 Hint::All => What::All,

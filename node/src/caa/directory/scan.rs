@@ -27,9 +27,12 @@ const NO_FILE: &str = "cloud-api-adaptor listens on agent.ttrpc, but neither apf
 pub(super) enum What {
     /// These sandboxes only.
     These(Vec<PodId>),
-    /// The directory, and all sandboxes in it that are not left over.
+    /// The directory, and all sandboxes in it that are not left over. What a dial causes: any process of the node can make
+    /// one, and thousands may be left over.
+    Served,
+    /// Also whether those left over have changed.
     All,
-    /// Also those left over, and which of all live.
+    /// Also which of all live.
     Thorough,
 }
 
@@ -71,6 +74,11 @@ impl Scanner<'_> {
         let thorough = matches!(what, What::Thorough);
         let ids = match what {
             What::These(ids) => ids,
+            What::Served => {
+                let ids = look.list()?;
+                let known = self.known();
+                ids.into_iter().filter(|id| !matches!(known.before(id), Before::LeftOver(_))).collect()
+            }
             What::All | What::Thorough => look.list()?,
         };
         for id in ids {

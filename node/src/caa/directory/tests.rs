@@ -330,6 +330,12 @@ async fn thousands_left_over_cost_neither_watches_nor_keys() {
     let began = Instant::now();
     world.directory.blocking(|scanner| scanner.scan(scan::What::Thorough)).await.unwrap().unwrap();
     eprintln!("a look at everything, every 30 s: {:?}", began.elapsed());
+    let began = Instant::now();
+    world.directory.blocking(|scanner| scanner.scan(scan::What::All)).await.unwrap().unwrap();
+    eprintln!("a look at all that may have changed, every 5 s: {:?}", began.elapsed());
+    let began = Instant::now();
+    world.directory.blocking(|scanner| scanner.scan(scan::What::Served)).await.unwrap().unwrap();
+    eprintln!("a look that a dial causes: {:?}", began.elapsed());
     assert_eq!(world.directory.list().len(), 2);
     world.until(|known| known.waiting().is_empty()).await;
     assert_eq!(world.find("podvm-old-00000017").await, Ok(id("0000001700")));
@@ -337,6 +343,25 @@ async fn thousands_left_over_cost_neither_watches_nor_keys() {
     // One of them lives, after all.
     world.write("0000001700", caa.text("podvm-old-00000017"));
     world.appears("0000001700").await;
+}
+
+#[tokio::test]
+async fn a_look_for_a_dial_leaves_out_what_is_left_over() {
+    let (caa, world) = (Caa::new(), World::new(NEVER, true));
+    let scan = async |what| world.directory.blocking(|scanner| scanner.scan(what)).await.unwrap().unwrap();
+    world.write_old(A, caa.text(NAME));
+    scan(scan::What::Thorough).await;
+    assert_eq!(world.directory.counts(), (1, 1));
+    // Its file is new: what looks at it sees that.
+    world.write(A, caa.text(NAME));
+    world.write(B, caa.text("podvm-young"));
+    scan(scan::What::Served).await;
+    assert_eq!(world.directory.counts(), (2, 1));
+    scan(scan::What::All).await;
+    assert_eq!(world.directory.counts(), (2, 0));
+    fs::remove_dir_all(world.path.join(A)).unwrap();
+    scan(scan::What::Served).await;
+    assert!(world.directory.by_id(&id(A)).is_some(), "its file may be late");
 }
 
 #[tokio::test]

@@ -81,15 +81,18 @@ impl Held {
         self.place.recognise();
     }
 
-    /// Returns once the client has closed or reset the connection, or is dropped to make room for newer ones.
-    /// At once, whatever lies unread.
+    /// Returns once the client has closed or reset the connection, or is dropped to make room for newer ones, which is
+    /// counted as a refusal. At once, whatever lies unread.
     ///
     /// # Cancellation
     /// Loses nothing.
     pub async fn closed(&mut self) -> Closed {
         let Self { place, hangup, .. } = self;
         tokio::select! {
-            () = place.evicted() => Closed::Superseded,
+            () = place.evicted() => {
+                self.superseded();
+                Closed::Superseded
+            }
             hangup = poll_fn(|cx| hangup.poll(cx)) => match hangup {
                 Ok(Hangup::Closed) => Closed::ByClient,
                 // What cannot be watched cannot be held.
@@ -128,8 +131,12 @@ impl Held {
         self.refusals.refused(refusal, Some(self.vm), &detail);
     }
 
-    /// Resets the connection.
-    pub fn refuse(self, refusal: Refusal) {
-        self.refusals.refused(refusal, Some(self.vm), &format!("server name {}", self.server_name));
+    /// Counts and logs that newer connections took its place. The caller drops it.
+    pub fn superseded(&self) {
+        self.refusals.refused(
+            Refusal::Superseded,
+            Some(self.vm),
+            &format!("server name {}", self.server_name),
+        );
     }
 }

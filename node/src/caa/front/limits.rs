@@ -11,8 +11,8 @@ pub struct FrontLimits {
     pub hello_time: Duration,
     /// How many connections may be held. One more is refused, unless an unrecognised one can be closed for it.
     pub held: usize,
-    /// How many connections may be held for one server name, in the strict variant for one VM. One more makes the oldest of them lose its place:
-    /// cloud-api-adaptor dials again when it has given a connection up, maybe before we know.
+    /// How many connections may be held for one server name, in the strict variant for one VM. One more makes the oldest of
+    /// them but the first lose its place: cloud-api-adaptor waits in the first, and any process of the node can add others.
     pub held_per_name: usize,
     /// How long the rest of a handshake may take.
     pub finish_time: Duration,

@@ -1,4 +1,4 @@
-//! Bounded places for connections: a newer one takes the place of an older one.
+//! Bounded places for connections: a newer one takes the place of an older one, but not of the first with its name.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -38,17 +38,25 @@ pub(super) struct Place {
 }
 
 impl Places {
+    /// Places for connections that no name tells apart.
+    pub(super) fn unnamed(most: usize) -> Self {
+        Self::new(most, usize::MAX)
+    }
+
     pub(super) fn new(most: usize, most_per_name: usize) -> Self {
         Self(Arc::new(Mutex::new(Table { next: 0, taken: BTreeMap::new(), most, most_per_name })))
     }
 
-    /// A place, if need be that of the oldest with the same name, or else of the oldest that is not recognised. `None`: all
-    /// places are taken by recognised ones.
+    /// A place, if need be that of the second oldest with the same name, or else of the oldest that is not recognised. `None`:
+    /// all places are taken by recognised ones.
+    ///
+    /// The first one with a name stays: it is cloud-api-adaptor's, unless a stranger was faster, and the newer ones may be a
+    /// stranger's burst. A place is free as soon as its client has given up.
     pub(super) fn enter(&self, name: &str) -> Option<Place> {
         let mut table = self.lock();
         let same = || table.taken.iter().filter(|(_, taken)| taken.name == name).map(|(number, _)| *number);
         let evict = if same().count() >= table.most_per_name {
-            same().next()
+            same().nth(1).or_else(|| same().next())
         } else if table.taken.len() >= table.most {
             Some(table.taken.iter().find(|(_, taken)| !taken.recognised).map(|(number, _)| *number)?)
         } else {
@@ -103,15 +111,25 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_of_a_name_stay() {
+    fn the_first_and_the_newest_of_a_name_stay() {
         let places = Places::new(10, 2);
         let mut other = places.enter("b").unwrap();
         let mut first = places.enter("a").unwrap();
         let mut second = places.enter("a").unwrap();
-        first.recognise();
+        second.recognise();
         let mut third = places.enter("a").unwrap();
-        assert!(is_evicted(&mut first));
-        assert!(!is_evicted(&mut second) && !is_evicted(&mut third) && !is_evicted(&mut other));
+        assert!(is_evicted(&mut second));
+        assert!(!is_evicted(&mut first) && !is_evicted(&mut third) && !is_evicted(&mut other));
+        drop(first);
+        let mut fourth = places.enter("a").unwrap();
+        assert!(!is_evicted(&mut third) && !is_evicted(&mut fourth), "the first has gone by itself");
+    }
+
+    #[test]
+    fn of_those_without_a_name_the_newest_stay() {
+        let places = Places::unnamed(2);
+        let mut all: Vec<_> = (0..3).map(|_| places.enter("").unwrap()).collect();
+        assert_eq!(all.iter_mut().map(is_evicted).collect::<Vec<_>>(), [true, false, false]);
     }
 
     #[test]
@@ -130,7 +148,7 @@ mod tests {
 
     #[test]
     fn a_place_that_was_taken_over_frees_no_other() {
-        let places = Places::new(1, 1);
+        let places = Places::unnamed(1);
         let first = places.enter("a").unwrap();
         let mut second = places.enter("a").unwrap();
         drop(first);

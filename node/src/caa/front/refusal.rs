@@ -31,12 +31,6 @@ pub enum Refusal {
     Busy,
     /// No sandbox has its server name.
     UnknownPod,
-    /// A younger sandbox has the address that it dialled.
-    AddressOfAnotherPod,
-    /// Its pod cannot be used.
-    PodFailed,
-    /// The service ends.
-    Stopping,
     /// It presented no client certificate.
     NoClientCertificate,
     /// Its client certificate is not the one that belongs to the pod.
@@ -66,20 +60,12 @@ impl Refusal {
             Self::Superseded => "superseded",
             Self::Busy => "busy",
             Self::UnknownPod => "unknown_pod",
-            Self::AddressOfAnotherPod => "address_of_another_pod",
-            Self::PodFailed => "pod_failed",
-            Self::Stopping => "stopping",
             Self::NoClientCertificate => "no_client_certificate",
             Self::OtherClientCertificate => "other_client_certificate",
             Self::BadIdentity => "bad_identity",
             Self::Handshake => "handshake",
             Self::HandshakeTimeout => "handshake_timeout",
         }
-    }
-
-    /// Whether cloud-api-adaptor itself ends connections like this, in good order.
-    pub(super) fn is_usual(self) -> bool {
-        matches!(self, Self::Superseded | Self::PodFailed | Self::Stopping)
     }
 }
 
@@ -96,12 +82,9 @@ impl fmt::Display for Refusal {
             Self::BadHello => "its TLS hello is broken",
             Self::NoServerName => "it names no server (SNI): only cloud-api-adaptor may dial a VM there",
             Self::TooManyHeld => "too many connections wait for their pods",
-            Self::Superseded => "newer connections for the same pod took its place",
+            Self::Superseded => "newer connections for the same pod took its place: only cloud-api-adaptor may dial a VM there",
             Self::Busy => "it could not be looked at in time: the service is overloaded",
             Self::UnknownPod => "no sandbox of cloud-api-adaptor has its server name",
-            Self::AddressOfAnotherPod => "another sandbox has the address that it dialled",
-            Self::PodFailed => "its pod cannot be used",
-            Self::Stopping => "the service ends",
             Self::NoClientCertificate => "it presented no client certificate",
             Self::OtherClientCertificate => "its client certificate is not cloud-api-adaptor's for this pod",
             Self::BadIdentity => "the TLS key and certificates of the pod are of no use",

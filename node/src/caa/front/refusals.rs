@@ -50,10 +50,7 @@ impl Refusals {
         let vm = vm.map(|vm| format!(" to {vm}")).unwrap_or_default();
         let detail =
             if detail.is_empty() { String::new() } else { format!(" ({})", one_line(detail, MAX_DETAIL)) };
-        match refusal.is_usual() {
-            true => tracing::info!("caa front: a connection{vm} was closed: {refusal}{detail}"),
-            false => tracing::warn!("caa front: a connection{vm} was refused: {refusal}{detail}"),
-        }
+        tracing::warn!("caa front: a connection{vm} was refused: {refusal}{detail}");
     }
 
     /// A connection was not accepted because of the system.

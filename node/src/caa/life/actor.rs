@@ -20,9 +20,21 @@ use self::operations::{Done, Operations, Outcome};
 use self::view::Seen;
 pub(super) use self::view::View;
 use super::super::Sandbox;
-use super::machine::{DialNo, Effect, Input, Machine, Slot, Times};
+use super::machine::{DialNo, Effect, Input, Machine, Slot, StartFailure, Times};
 use super::world::{Dial, Failed, World};
 use crate::metrics::Metrics;
+
+/// What becomes of an operation that has failed, for people.
+const RETRIED: &str = "it is tried again while cloud-api-adaptor waits";
+const NOT_RETRIED: &str = "it is not tried again at this VM: delete the pod, so that a new VM is made";
+
+/// What becomes of a start that has failed.
+fn after(failure: StartFailure) -> &'static str {
+    match failure {
+        StartFailure::Final => NOT_RETRIED,
+        StartFailure::Again | StartFailure::NotPrepared => RETRIED,
+    }
+}
 
 /// What the sandbox's task is asked for.
 pub(super) enum Order<D> {
@@ -208,7 +220,10 @@ impl<W: World> Actor<W> {
     fn outcome(&mut self, slot: Slot, outcome: Outcome<W>) {
         let input = match outcome {
             Outcome::Prepared(result) => Input::Prepared(self.noted("publish the keys", result).is_ok()),
-            Outcome::Started(result) => Input::Started(self.noted_failure("start", result)),
+            Outcome::Started(result) => {
+                let next = result.as_ref().err().map_or(RETRIED, |failed| after(failed.failure));
+                Input::Started(self.noted_failure("start", next, result))
+            }
             Outcome::Halted => Input::Halted,
             Outcome::Stopped(result) => {
                 if let Err(reason) = result {
@@ -220,10 +235,10 @@ impl<W: World> Actor<W> {
                 if result.is_err() {
                     self.common.metrics.check_failed();
                 }
-                Input::Checked(self.noted_failure("ask the kata agent", result))
+                Input::Checked(self.noted_failure("ask the kata agent", RETRIED, result))
             }
             Outcome::Opened(result) => {
-                let result = self.noted_failure("open a stream to the kata agent", result);
+                let result = self.noted_failure("open a stream to the kata agent", RETRIED, result);
                 Input::Opened(result.map(|stream| self.stream = Some(stream)))
             }
             Outcome::Finished(dial, result) => {
@@ -246,31 +261,39 @@ impl<W: World> Actor<W> {
         self.step(input);
     }
 
-    fn noted_failure<T, F>(&mut self, what: &str, result: Result<T, Failed<F>>) -> Result<T, F> {
+    /// `next`: what becomes of it after a failure.
+    fn noted_failure<T, F>(&mut self, what: &str, next: &str, result: Result<T, Failed<F>>) -> Result<T, F> {
         match result {
             Ok(done) => {
-                self.set_obstacle(None);
+                self.clear_obstacle();
                 Ok(done)
             }
             Err(Failed { failure, reason }) => {
-                self.set_obstacle(Some(format!("{what}: {reason}")));
+                self.set_obstacle(format!("{what}: {reason}"), next);
                 Err(failure)
             }
         }
     }
 
     fn noted(&mut self, what: &str, result: Result<(), String>) -> Result<(), ()> {
-        self.noted_failure(what, result.map_err(|reason| Failed { failure: (), reason }))
+        self.noted_failure(what, RETRIED, result.map_err(|reason| Failed { failure: (), reason }))
     }
 
     /// Each cause is logged once, until it changes.
-    fn set_obstacle(&mut self, obstacle: Option<String>) {
-        if self.obstacle == obstacle {
-            return;
+    fn set_obstacle(&mut self, obstacle: String, next: &str) {
+        if self.obstacle.as_ref() != Some(&obstacle) {
+            tracing::warn!("pod {}: {obstacle}; {next}", self.id);
+            self.show_obstacle(Some(obstacle));
         }
-        if let Some(obstacle) = &obstacle {
-            tracing::warn!("pod {}: {obstacle}; it is tried again while cloud-api-adaptor waits", self.id);
+    }
+
+    pub(super) fn clear_obstacle(&mut self) {
+        if self.obstacle.is_some() {
+            self.show_obstacle(None);
         }
+    }
+
+    fn show_obstacle(&mut self, obstacle: Option<String>) {
         self.common.world.obstacle(&self.id, self.sandbox.as_deref(), obstacle.clone());
         self.obstacle = obstacle;
     }
@@ -300,7 +323,24 @@ impl<W: World> Actor<W> {
 
 #[cfg(test)]
 mod tests {
-    use super::Order;
+    use std::net::Ipv4Addr;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_failure_is_called_retried_if_it_is() {
+        let times = Times { grace: Duration::from_secs(60), first_dial: Duration::from_secs(600) };
+        let vm = Ipv4Addr::new(10, 0, 0, 1).into();
+        for failure in [StartFailure::Again, StartFailure::NotPrepared, StartFailure::Final] {
+            let mut machine = Machine::new(times);
+            machine.step(Input::Dialled { dial: 1, vm });
+            assert!(machine.step(Input::Prepared(true)).contains(&Effect::Start(vm)));
+            let effects = machine.step(Input::Started(Err(failure)));
+            let is_retried = effects.iter().any(|effect| matches!(effect, Effect::Pause(..)));
+            assert_eq!(after(failure), if is_retried { RETRIED } else { NOT_RETRIED }, "{failure:?}");
+        }
+    }
 
     #[test]
     fn a_queue_of_orders_has_no_room_for_whole_dials() {

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use secure_comms_adaptor::address::Address;
-use secure_comms_adaptor::pod::PodState;
+use secure_comms_adaptor::pod::{PodSnapshot, PodState};
 use secure_comms_adaptor::with_causes;
 use secure_comms_adaptor::{AdaptorError, Deadline, Stopped};
 use secure_comms_protocol::limits::SSH_PORT;
 use secure_comms_protocol::tag::Host;
 use secure_comms_protocol::{InitDataDigest, PodId, TunnelName};
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
@@ -30,6 +31,9 @@ const PREPARE_TIME: Duration = Duration::from_secs(60);
 const OPEN_TIME: Duration = Duration::from_secs(10);
 /// How long the kata agent may take to answer.
 const CHECK_TIME: Duration = Duration::from_secs(5);
+/// How long a pod whose address a younger sandbox claims may be down before the claim counts: the patience of its runtime,
+/// after which the VM of the older sandbox is lost anyway.
+const LOST_AFTER: Duration = Duration::from_secs(33);
 
 /// The parts of the service that lives need.
 #[derive(Debug)]
@@ -61,6 +65,10 @@ impl Dial for Held {
 
     fn refuse(self, reason: &str) {
         self.refuse_with(Refusal::UnknownPod, reason);
+    }
+
+    fn supersede(self) {
+        self.superseded();
     }
 }
 
@@ -252,8 +260,7 @@ impl World for Node {
 
     async fn until_down(&self, id: &PodId) {
         let Some(mut pod) = self.pods.subscribe(id) else { return };
-        // An error: it has ended.
-        pod.wait_for(|now| !matches!(now.state, PodState::Up { .. })).await.ok();
+        until_lost(&mut pod).await;
     }
 
     fn show(&self, id: &PodId, runtime: Runtime) {
@@ -263,5 +270,81 @@ impl World for Node {
     fn obstacle(&self, id: &PodId, sandbox: Option<&Sandbox>, reason: Option<String>) {
         let name = sandbox.and_then(|sandbox| sandbox.name.clone());
         self.pods.set_obstacle(id, &Launch::now(Launcher::Caa, name), reason);
+    }
+}
+
+/// Completes once the pod has ended or failed, or was not up for [`LOST_AFTER`] without a break. A shorter interruption, as
+/// a reset of its line, says nothing of who has the address.
+async fn until_lost(pod: &mut watch::Receiver<PodSnapshot>) {
+    let is_up = |now: &PodSnapshot| matches!(now.state, PodState::Up { .. });
+    let is_over = |now: &PodSnapshot| !is_up(now) && !matches!(now.state, PodState::Down { .. });
+    loop {
+        // An error: it has ended.
+        if pod.wait_for(|now| !is_up(now)).await.is_err() {
+            return;
+        }
+        match timeout(LOST_AFTER, pod.wait_for(|now| is_up(now) || is_over(now))).await {
+            Ok(Ok(now)) if is_up(&now) => {}
+            _ => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::sleep;
+
+    use super::*;
+
+    fn snapshot(state: PodState) -> PodSnapshot {
+        PodSnapshot {
+            state,
+            since: std::time::SystemTime::UNIX_EPOCH,
+            labels: Default::default(),
+            addresses: Vec::new(),
+            endpoints: Vec::new(),
+            init_data: None,
+            session: None,
+        }
+    }
+
+    fn up() -> PodState {
+        PodState::Up { instance: "one".to_owned() }
+    }
+
+    fn down() -> PodState {
+        PodState::Down { reason: "cut".to_owned() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_short_interruption_loses_no_address() {
+        let (sender, mut pod) = watch::channel(snapshot(up()));
+        let lost = tokio::spawn(async move { until_lost(&mut pod).await });
+        for _ in 0..3 {
+            sender.send_replace(snapshot(down()));
+            sleep(LOST_AFTER - Duration::from_secs(1)).await;
+            assert!(!lost.is_finished(), "its runtime still waits");
+            sender.send_replace(snapshot(up()));
+            sleep(2 * LOST_AFTER).await;
+        }
+        assert!(!lost.is_finished());
+        sender.send_replace(snapshot(down()));
+        sleep(LOST_AFTER + Duration::from_secs(1)).await;
+        assert!(lost.is_finished(), "down for longer than its runtime waits");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_ends_loses_its_address_at_once() {
+        for end in [PodState::Failed { reason: "another agent".to_owned() }, PodState::Stopped] {
+            for before in [up(), down()] {
+                let (sender, mut pod) = watch::channel(snapshot(before));
+                let lost = tokio::spawn(async move { until_lost(&mut pod).await });
+                sleep(Duration::from_secs(1)).await;
+                assert!(!lost.is_finished());
+                sender.send_replace(snapshot(end.clone()));
+                sleep(Duration::from_secs(1)).await;
+                assert!(lost.is_finished(), "{end:?}");
+            }
+        }
     }
 }

@@ -212,8 +212,8 @@ impl<W: World> Router<W> {
         self.order(sandbox.id.clone(), Order::Dial(Box::new(dial), sandbox));
     }
 
-    /// A dial proves nothing before its handshake, so it does not end a pod that is connected and up. But a pod that is not up
-    /// must not go on: it would connect to the younger sandbox's VM.
+    /// A dial proves nothing before its handshake, so it does not end a pod that is connected and up, nor one whose line is
+    /// interrupted. But a pod that stays down must not go on: it would connect to the younger sandbox's VM.
     fn supersede(&mut self, loss: Loss) {
         let Some(life) = self.lives.get(&loss.pod) else { return };
         if life.view.get().relaying {

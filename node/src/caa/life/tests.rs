@@ -107,6 +107,10 @@ impl Dial for FakeDial {
     fn refuse(self, reason: &str) {
         self.scene.say(format!("refused {}: {reason}", self.number));
     }
+
+    fn supersede(self) {
+        self.scene.say(format!("superseded {}", self.number));
+    }
 }
 
 struct Fake(Arc<Scene>);
@@ -444,6 +448,20 @@ async fn a_dial_alone_does_not_end_a_pod_that_is_connected() {
     stage.scene.down.send_modify(|down| assert!(down.insert("old".to_owned())));
     stage.sees("closed 1").await;
     stage.sees("stop old").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_that_makes_room_is_counted_as_superseded() {
+    let mut stage = Stage::new();
+    stage.appears(&sandbox("a", 1));
+    stage.scene.hangs.lock().unwrap().insert("start a 10.0.0.1".to_owned());
+    let mut dials = Vec::new();
+    for _ in 0..4 {
+        dials.push(stage.dial("a", vm(1)).await);
+    }
+    stage.sees("superseded 2").await;
+    stage.sees("closed 2").await;
+    assert!(!stage.log().iter().any(|line| line == "closed 1"));
 }
 
 #[tokio::test(start_paused = true)]

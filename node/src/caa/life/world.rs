@@ -24,6 +24,9 @@ pub(super) trait Dial: Send + 'static {
 
     /// Closes it, and says why.
     fn refuse(self, reason: &str);
+
+    /// Closes it: newer ones took its place.
+    fn supersede(self);
 }
 
 /// The changes of the pods directory.
@@ -91,7 +94,7 @@ pub(super) trait World: Send + Sync + 'static {
         stream: Self::Stream,
     ) -> impl Future<Output = String> + Send;
 
-    /// Completes once the pod is not up.
+    /// Completes once the pod has ended, or was down for longer than its runtime waits.
     fn until_down(&self, id: &PodId) -> impl Future<Output = ()> + Send;
 
     /// Shows how the runtime's connection is.

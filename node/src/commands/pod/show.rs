@@ -173,10 +173,15 @@ fn next_step(pod: &Pod) -> (String, Option<Colour>) {
             Some(Colour::Red),
         ),
         Phase::Failed => {
-            let text = format!(
-                "none, it failed: {}; secure-comms-adaptor doctor --pod {id}, then start it again or stop it",
-                reason("unknown")
-            );
+            let why = reason("unknown");
+            let doctor = format!("secure-comms-adaptor doctor --pod {id}");
+            let text = match pod.launcher {
+                // It owns the pod: the API refuses to start it. Another agent at its VM stays another one.
+                Some(Launcher::Caa) => format!(
+                    "it failed: {why}; tried again while cloud-api-adaptor waits, unless another agent answers; {doctor}"
+                ),
+                _ => format!("none, it failed: {why}; {doctor}, then start it again or stop it"),
+            };
             (text, Some(Colour::Red))
         }
         Phase::Ending => (
@@ -199,6 +204,15 @@ mod tests {
     use super::super::list::tests::pod;
     use super::*;
     use crate::api::types::Endpoint;
+
+    #[test]
+    fn a_failed_pod_of_cloud_api_adaptor_is_not_to_be_started() {
+        for (launcher, advised) in [(Launcher::Caa, false), (Launcher::Api, true)] {
+            let failed = Pod { phase: Phase::Failed, launcher: Some(launcher), ..pod("3f2a", "web-1") };
+            let (text, _) = next_step(&failed);
+            assert_eq!(text.contains("start it again"), advised, "{text}");
+        }
+    }
 
     #[test]
     fn a_pod_is_described_in_sections() {

@@ -34,10 +34,11 @@ impl<D: Dial> HeldDials<D> {
         async move {
             tokio::select! {
                 back = taken => {
-                    // An error means that it is removed: so is the dial.
-                    if let Ok(back) = back {
+                    match back {
                         // If nothing waits for it, it is closed.
-                        drop(back.send(dial));
+                        Ok(back) => drop(back.send(dial)),
+                        // It was removed: there are too many.
+                        Err(_) => dial.supersede(),
                     }
                     None
                 }

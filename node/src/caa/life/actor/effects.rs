@@ -64,7 +64,7 @@ impl<W: World> Actor<W> {
             }),
             Effect::Stop(cause) => {
                 self.log_end(cause);
-                self.set_obstacle(None);
+                self.clear_obstacle();
                 self.operations
                     .begin(Slot::Channel, async move { Outcome::Stopped(common.world.stop(&id).await) });
             }
