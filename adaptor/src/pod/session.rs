@@ -181,11 +181,7 @@ impl Driver {
         let Main { address, connection, cut } = main;
         let number = connection.join(session, Lane::Main);
         let liveness = connection.liveness();
-        main_lane.send_replace(Some(MainLane {
-            address: *address,
-            number,
-            round_trip: liveness.round_trip(),
-        }));
+        main_lane.send_replace(Some(MainLane { address: *address, number, liveness: liveness.clone() }));
         self.status.lane(Lane::Main, true);
         let instance = connection.agent().instance.clone().unwrap_or_default();
         match *cut {
@@ -217,9 +213,11 @@ impl Driver {
         });
         let joining = Joining { lane: Lane::Main, session: Some(session.id().clone()) };
         let redial = || Redial::new(self.plan.clone(), joining.clone(), *address, liveness.round_trip());
+        let lane_limits = self.plan.lane_limits;
         let vm_log = self.vm_log.show(log, &instance, &self.status);
         let traffic = || (session.streams_of(Lane::Main) > 0).then(|| self.status.account().traffic());
-        let (mut end, mut vm_log) = (pin!(await_lane_end(connection, traffic, redial)), pin!(vm_log));
+        let (mut end, mut vm_log) =
+            (pin!(await_lane_end(connection, lane_limits, traffic, redial)), pin!(vm_log));
         loop {
             tokio::select! {
                 never = &mut vm_log => match never {},

@@ -331,7 +331,7 @@ impl<P: ClientPhase> AgentConnection<P> {
 }
 
 /// Evidence that the agent at the other end of a connection answers.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Liveness {
     outbox: Outbox,
     guard: Guard,
