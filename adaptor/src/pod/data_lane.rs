@@ -20,7 +20,7 @@ use tokio::time::{Instant, interval, sleep};
 
 use super::failover::{LaneEnd, await_lane_end, failover_reason, is_lane_silent};
 use super::plan::{LaneLimits, Plan};
-use super::redial::Redial;
+use super::redial::{Pace, Redial};
 use super::status::StatusReporter;
 use crate::transport::agent_connection::{AgentConnection, EndCause, Joined, Joining, Liveness};
 use crate::transport::ssh::AgentSession;
@@ -28,8 +28,6 @@ use crate::transport::ssh::AgentSession;
 /// The time of failed attempts after which streams that wait for the lane go on over the main one. A connection that is
 /// silent for this long counts as lost: its streams could not go on elsewhere before.
 const FALL_BACK: Duration = Duration::from_secs(3);
-/// The pause after a connection that the network has cut soon.
-const PAUSE_MIN: Duration = Duration::from_millis(100);
 /// How often it is checked, within the time after which the lane is closed, that no stream needs it.
 const IDLE_CHECKS: u32 = 12;
 /// The shortest interval at which a silence is looked at.
@@ -52,6 +50,7 @@ pub(super) struct DataLane {
     wanted: Arc<Notify>,
     status: StatusReporter,
     backoff: Backoff,
+    pace: Pace,
 }
 
 /// How a connection of the lane ended.
@@ -68,7 +67,15 @@ impl DataLane {
         main: watch::Receiver<Option<MainLane>>,
         status: StatusReporter,
     ) -> Self {
-        Self { plan, session, main, wanted: Arc::default(), status, backoff: Backoff::default() }
+        Self {
+            plan,
+            session,
+            main,
+            wanted: Arc::default(),
+            status,
+            backoff: Backoff::default(),
+            pace: Pace::default(),
+        }
     }
 
     /// Wakes the lane because the agent wants it.
@@ -118,7 +125,7 @@ impl DataLane {
                     }
                 }
                 // What the network does is no reason to let the streams wait for longer.
-                End::Lost(EndCause::Broken) => sleep(PAUSE_MIN).await,
+                End::Lost(EndCause::Broken) => sleep(self.pace.pause(since.elapsed())).await,
                 End::Lost(_) if since.elapsed() < FALL_BACK => self.backoff.pause().await,
                 End::Lost(_) => self.backoff.reset(),
                 End::Replaced(address, connection) => replacement = Some((address, *connection)),
@@ -170,9 +177,9 @@ impl DataLane {
                 }
                 let streams = self.session.resume(Lane::Data, on.number).await;
                 if streams > 0 {
-                    let pod = &self.plan.id;
-                    tracing::warn!(
-                        "pod {pod}: lane data: no connection; {streams} streams go on over lane main"
+                    self.status.log_data_lane(
+                        true,
+                        format_args!("no connection; {streams} streams go on over lane main"),
                     );
                 }
             }
@@ -189,7 +196,7 @@ impl DataLane {
         connection: &AgentConnection<Kubernetes>,
         cut: Option<Instant>,
     ) -> End {
-        let (session, id) = (&self.session, &self.plan.id);
+        let (session, status) = (&self.session, &self.status);
         let number = connection.join(session, Lane::Data);
         self.status.lane(Lane::Data, true);
         connection.say(Control::Streams(KnownStreams { known: session.known() }));
@@ -204,8 +211,9 @@ impl DataLane {
             let streams = session.resume(Lane::Data, number).await;
             if let Some(cut) = cut.filter(|_| streams > 0) {
                 let after = cut.elapsed().as_secs_f32();
-                tracing::info!(
-                    "pod {id}: lane data: connected again after {after:.1} s; {streams} streams go on"
+                status.log_data_lane(
+                    false,
+                    format_args!("connected again after {after:.1} s; {streams} streams go on"),
                 );
             }
             pending::<Infallible>().await
@@ -226,16 +234,17 @@ impl DataLane {
                         if end.cause == EndCause::AgentWithSession {
                             session.end(&end.to_string());
                         }
-                        tracing::warn!("pod {id}: lane data: {end}");
+                        status.log_data_lane(true, format_args!("{end}"));
                         return End::Lost(end.cause);
                     }
                     LaneEnd::Replaced(next, connection) => {
-                        tracing::warn!("pod {id}: lane data: {}", failover_reason(address, next));
+                        status.log_data_lane(true, format_args!("{}", failover_reason(address, next)));
                         return End::Replaced(next, connection);
                     }
                 },
                 () = until_silent_for_long(&liveness) => {
-                    tracing::warn!("pod {id}: lane data: the agent was silent for {} s", FALL_BACK.as_secs());
+                    let silence = FALL_BACK.as_secs();
+                    status.log_data_lane(true, format_args!("the agent was silent for {silence} s"));
                     return End::Lost(EndCause::Broken);
                 }
                 // The failover goes to where the main lane is.

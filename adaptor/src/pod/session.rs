@@ -28,7 +28,7 @@ use super::connect::{AnyConnection, Connected};
 use super::data_lane::{DataLane, MainLane};
 use super::driver::{Driver, Ended, Stop, stopped};
 use super::failover::{LaneEnd, await_lane_end, failover_reason};
-use super::redial::Redial;
+use super::redial::{Pace, Redial};
 use super::status::PodEvent;
 use super::withdrawal::{READABLE, until_gone};
 use crate::transport::agent_connection::{AgentConnection, ConnectionEnd, EndCause, Joined, Joining};
@@ -41,8 +41,6 @@ const KUBERNETES_ONLY: Duration = Duration::from_secs(2);
 /// The time in which the main lane is connected again quickly, besides the search at all addresses in both phases. An agent
 /// may keep the session for as long: from when it notices the loss.
 const REDIAL: Duration = SESSION_LINGER.saturating_mul(2);
-/// The shortest time between two connections.
-const PAUSE_MIN: Duration = Duration::from_millis(100);
 
 /// What serves a session.
 struct Serving {
@@ -51,6 +49,8 @@ struct Serving {
     main_lane: watch::Sender<Option<MainLane>>,
     /// Wakes the data lane because the agent wants it.
     data_wanted: Arc<Notify>,
+    /// Of the connections of the main lane.
+    pace: Pace,
     /// The task of the data lane.
     data_lane: Pin<Box<dyn Future<Output = Infallible> + Send>>,
 }
@@ -97,6 +97,7 @@ impl Driver {
             session: session.clone(),
             main_lane,
             data_wanted,
+            pace: Pace::default(),
             data_lane: Box::pin(data_lane.run()),
         };
         self.routes.set_kubernetes(KubernetesLink::Session(session.link()));
@@ -146,7 +147,7 @@ impl Driver {
                     drop(main.connection);
                     let joining = Joining { lane: Lane::Main, session: self.plan.session.clone() };
                     let redial = Redial::new(self.plan.clone(), joining, main.address, liveness.round_trip());
-                    let pause = self.pause_after(&end, since);
+                    let pause = self.pause_after(&end, since, &mut serving.pace);
                     match self.reconnect(&mut serving, &redial, pause).await? {
                         Some(connected) => connected,
                         None => return Ok(None),
@@ -177,7 +178,7 @@ impl Driver {
 
     /// Serves a connection of the main lane until it ends, is replaced, or the pod is stopped.
     async fn serve_main(&mut self, serving: &mut Serving, main: &mut Main) -> MainEnd {
-        let Serving { session, main_lane, data_wanted, data_lane } = serving;
+        let Serving { session, main_lane, data_wanted, data_lane, .. } = serving;
         let Main { address, connection, cut } = main;
         let number = connection.join(session, Lane::Main);
         let liveness = connection.liveness();
@@ -285,11 +286,11 @@ impl Driver {
     }
 
     /// An agent that ends its connections soon is not connected to in a tight loop. What the network breaks is tried again
-    /// at once.
-    fn pause_after(&mut self, end: &ConnectionEnd, since: Instant) -> Duration {
+    /// at once, or soon if that happens all the time.
+    fn pause_after(&mut self, end: &ConnectionEnd, since: Instant, pace: &mut Pace) -> Duration {
         let lasted = since.elapsed();
         match end.cause {
-            EndCause::Broken => PAUSE_MIN.saturating_sub(lasted),
+            EndCause::Broken => pace.pause(lasted),
             EndCause::Agent | EndCause::AgentWithSession if lasted < RETRY_MAX => self.backoff.next_pause(),
             EndCause::Agent | EndCause::AgentWithSession => Duration::ZERO,
         }
