@@ -22,7 +22,7 @@ use super::failover::{LaneEnd, await_lane_end, failover_reason, is_lane_silent};
 use super::plan::{LaneLimits, Plan};
 use super::redial::{Pace, Redial};
 use super::status::StatusReporter;
-use crate::transport::agent_connection::{AgentConnection, EndCause, Joined, Joining, Liveness};
+use crate::transport::agent_connection::{AgentConnection, EndCause, Farewell, Joined, Joining, Liveness};
 use crate::transport::ssh::AgentSession;
 
 /// The time of failed attempts after which streams that wait for the lane go on over the main one. A connection that is
@@ -48,6 +48,8 @@ pub(super) struct DataLane {
     /// None while the main lane is not connected.
     main: watch::Receiver<Option<MainLane>>,
     wanted: Arc<Notify>,
+    /// The connection, while there is one, for the end of the session.
+    farewell: watch::Sender<Option<Farewell>>,
     status: StatusReporter,
     backoff: Backoff,
     pace: Pace,
@@ -72,6 +74,7 @@ impl DataLane {
             session,
             main,
             wanted: Arc::default(),
+            farewell: watch::Sender::default(),
             status,
             backoff: Backoff::default(),
             pace: Pace::default(),
@@ -81,6 +84,11 @@ impl DataLane {
     /// Wakes the lane because the agent wants it.
     pub(super) fn wanted(&self) -> Arc<Notify> {
         Arc::clone(&self.wanted)
+    }
+
+    /// The last word on the lane's connection; none while it has none.
+    pub(super) fn farewell(&self) -> watch::Receiver<Option<Farewell>> {
+        self.farewell.subscribe()
     }
 
     /// Never returns; dropping the future cuts the lane.
@@ -112,7 +120,9 @@ impl DataLane {
                 continue;
             }
             let since = Instant::now();
+            self.farewell.send_replace(Some(connection.farewell()));
             let end = self.serve_connection(address, &connection, cut).await;
+            self.farewell.send_replace(None);
             let heard = Instant::now() - connection.liveness().unanswered().unwrap_or_default();
             self.status.lane(Lane::Data, false);
             match end {

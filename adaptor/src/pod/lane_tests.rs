@@ -34,7 +34,7 @@ struct Scene {
     data: String,
     /// Its driver and its inbounds. The driver ends once the order is gone.
     _tasks: JoinSet<()>,
-    _order: watch::Sender<Option<Stop>>,
+    order: watch::Sender<Option<Stop>>,
 }
 
 impl Scene {
@@ -63,7 +63,7 @@ impl Scene {
         tasks.spawn(async move { drop(driver.run(Entry::Restarted).await) });
         events.wait("kubernetes phase up", 1).await;
         let [kata, data] = local.try_into().unwrap();
-        Self { agent, latched, events, now, kata, data, _tasks: tasks, _order: order }
+        Self { agent, latched, events, now, kata, data, _tasks: tasks, order }
     }
 
     /// Behind a network that can stand still.
@@ -125,6 +125,19 @@ async fn a_pause_that_ends_soon_replaces_nothing() {
         kata.hear().await;
     }
     assert_eq!(scene.agent.seen.count("lane main"), 1, "{:?}", scene.agent.seen.all());
+}
+
+#[tokio::test]
+async fn a_stop_without_the_main_lane_ends_the_session() {
+    let mut scene = Scene::new(PATIENT).await;
+    let _data = Talk::new(&scene.data).await;
+    scene.until_lanes(&Lane::ALL).await;
+    let session = scene.agent.session();
+    scene.agent.become_(Mode { hangs_up: true, ..scene.latched.clone() });
+    scene.agent.cut_lane(Lane::Main);
+    scene.until_lanes(&[Lane::Data]).await;
+    scene.order.send_replace(Some(Stop { reason: "the pod is gone", drain: Duration::ZERO }));
+    assert_eq!(timeout(PATIENCE, session.ended()).await.unwrap(), "the pod is gone");
 }
 
 #[tokio::test]

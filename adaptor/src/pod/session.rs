@@ -31,7 +31,9 @@ use super::failover::{LaneEnd, await_lane_end, failover_reason};
 use super::redial::{Pace, Redial};
 use super::status::PodEvent;
 use super::withdrawal::{READABLE, until_gone};
-use crate::transport::agent_connection::{AgentConnection, ConnectionEnd, EndCause, Joined, Joining};
+use crate::transport::agent_connection::{
+    AgentConnection, ConnectionEnd, EndCause, Farewell, Joined, Joining,
+};
 use crate::transport::routes::KubernetesLink;
 use crate::transport::ssh::{AgentSession, ClientPhase};
 
@@ -49,6 +51,8 @@ struct Serving {
     main_lane: watch::Sender<Option<MainLane>>,
     /// Wakes the data lane because the agent wants it.
     data_wanted: Arc<Notify>,
+    /// The last word on the connection of the data lane, while that has one.
+    data_farewell: watch::Receiver<Option<Farewell>>,
     /// Of the connections of the main lane.
     pace: Pace,
     /// The task of the data lane.
@@ -92,11 +96,12 @@ impl Driver {
         self.plan.session = Some(id);
         let (main_lane, seen) = watch::channel(None);
         let data_lane = DataLane::new(self.plan.clone(), session.clone(), seen, self.status.clone());
-        let data_wanted = data_lane.wanted();
+        let (data_wanted, data_farewell) = (data_lane.wanted(), data_lane.farewell());
         let serving = Serving {
             session: session.clone(),
             main_lane,
             data_wanted,
+            data_farewell,
             pace: Pace::default(),
             data_lane: Box::pin(data_lane.run()),
         };
@@ -148,9 +153,14 @@ impl Driver {
                     let joining = Joining { lane: Lane::Main, session: self.plan.session.clone() };
                     let redial = Redial::new(self.plan.clone(), joining, main.address, liveness.round_trip());
                     let pause = self.pause_after(&end, since, &mut serving.pace);
-                    match self.reconnect(&mut serving, &redial, pause).await? {
-                        Some(connected) => connected,
-                        None => return Ok(None),
+                    match self.reconnect(&mut serving, &redial, pause).await {
+                        Ok(Some(connected)) => connected,
+                        Ok(None) => return Ok(None),
+                        Err(ended) => {
+                            let farewell = serving.data_farewell.borrow().clone();
+                            self.end_without_main(farewell).await;
+                            return Err(ended);
+                        }
                     }
                 }
             };
@@ -283,6 +293,15 @@ impl Driver {
     fn over_without_main<T>(&self, session: &AgentSession, why: &str) -> Option<T> {
         self.status.emit(&PodEvent::SessionOver(format!("{why}{}", reset(session))));
         None
+    }
+
+    /// The pod's channel ends while the main lane is not connected: the agent learns it from the data lane, if that is, and keeps
+    /// the session no longer.
+    async fn end_without_main(&self, farewell: Option<Farewell>) {
+        let stop = self.stop.borrow().clone();
+        if let Some(farewell) = farewell {
+            farewell.end_session(stop.map_or("the session is over", |stop| stop.reason)).await;
+        }
     }
 
     /// An agent that ends its connections soon is not connected to in a tight loop. What the network breaks is tried again
