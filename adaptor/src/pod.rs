@@ -41,9 +41,11 @@ pub(crate) use self::driver::{Driver, Ended, Entry, Stop};
 pub(crate) use self::expected_agent::ExpectedAgent;
 pub use self::expected_agent::{AgentTunnels, KATA_AGENT_SOCKETS};
 pub(crate) use self::lost_vm::LostLimits;
-pub(crate) use self::plan::{AttestationLimits, Plan};
+pub(crate) use self::plan::{AttestationLimits, LaneLimits, Plan};
 pub(crate) use self::status::StatusReporter;
 pub use self::status::{Endpoint, Observer, PodEvent, PodSnapshot, PodState, SessionStatus, VmLine};
 
 #[cfg(test)]
 mod driver_tests;
+#[cfg(test)]
+mod lane_tests;

@@ -3,7 +3,6 @@
 
 mod support;
 
-use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
@@ -12,11 +11,8 @@ use secure_comms_adaptor::pod::PodState;
 use secure_comms_protocol::{Lane, TunnelName};
 use secure_comms_tunnel::{Event, Link, Receiver, Sender};
 use support::agent::{Agent, Mode};
+use support::talk::{Network, Talk};
 use support::{PATIENCE, World, addresses, kbs, pod};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
 use tokio::time::timeout;
 
 /// A pod that is up, with clients of both lanes.
@@ -59,106 +55,6 @@ impl Scene {
 
     async fn happened(&self, what: &str, times: usize) {
         self.world.events.wait(what, times).await;
-    }
-}
-
-/// A conversation with the echo server behind a tunnel.
-struct Talk {
-    socket: TcpStream,
-    said: u8,
-}
-
-impl Talk {
-    async fn new(local: &str) -> Self {
-        let mut talk = Self { socket: TcpStream::connect(local).await.unwrap(), said: 0 };
-        talk.say().await;
-        talk
-    }
-
-    /// Says something that was not said before, and hears it.
-    async fn say(&mut self) {
-        self.send().await;
-        self.hear().await;
-    }
-
-    fn words(&self) -> Vec<u8> {
-        (0..5000_u32).map(|n| (n % 251) as u8 ^ self.said).collect()
-    }
-
-    async fn send(&mut self) {
-        self.said += 1;
-        let words = self.words();
-        self.socket.write_all(&words).await.unwrap();
-    }
-
-    async fn hear(&mut self) {
-        let mut heard = vec![0; self.words().len()];
-        timeout(PATIENCE, self.socket.read_exact(&mut heard)).await.unwrap().unwrap();
-        assert!(heard == self.words(), "other bytes");
-    }
-
-    /// Ends it in good order, and hears nothing more.
-    async fn end(mut self) {
-        self.socket.shutdown().await.unwrap();
-        let rest = timeout(PATIENCE, self.socket.read_to_end(&mut Vec::new())).await.unwrap();
-        assert_eq!(rest.unwrap(), 0);
-    }
-
-    async fn ends_with_a_reset(mut self) {
-        let end = timeout(PATIENCE, self.socket.read_to_end(&mut Vec::new())).await.unwrap();
-        assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
-    }
-}
-
-/// A network whose connections can stand still. New ones are not affected.
-#[derive(Clone)]
-struct Network {
-    address: SocketAddr,
-    stands: Arc<Mutex<watch::Sender<bool>>>,
-}
-
-impl Network {
-    fn before(agent: SocketAddr) -> Self {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.set_nonblocking(true).unwrap();
-        let address = listener.local_addr().unwrap();
-        let network = Self { address, stands: Arc::new(Mutex::new(watch::Sender::new(false))) };
-        let (listener, own) = (TcpListener::from_std(listener).unwrap(), network.clone());
-        tokio::spawn(async move {
-            loop {
-                let (near, _) = listener.accept().await.unwrap();
-                let stands = own.stands.lock().unwrap().subscribe();
-                tokio::spawn(carry(near, agent, stands));
-            }
-        });
-        network
-    }
-
-    /// Stops the connections that exist; the returned value lets them go on.
-    fn stop(&self) -> watch::Sender<bool> {
-        let stopped = std::mem::replace(&mut *self.stands.lock().unwrap(), watch::Sender::new(false));
-        stopped.send_replace(true);
-        stopped
-    }
-}
-
-async fn carry(near: TcpStream, to: SocketAddr, stands: watch::Receiver<bool>) {
-    let far = TcpStream::connect(to).await.unwrap();
-    let ((from_near, to_near), (from_far, to_far)) = (near.into_split(), far.into_split());
-    tokio::select! {
-        () = flow(from_near, to_far, stands.clone()) => {}
-        () = flow(from_far, to_near, stands) => {}
-    }
-}
-
-async fn flow(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut stands: watch::Receiver<bool>) {
-    let mut buffer = vec![0; 16 * 1024];
-    while let Ok(len @ 1..) = from.read(&mut buffer).await {
-        // An error: the connection can't be stopped any more.
-        drop(stands.wait_for(|stands| !stands).await);
-        if to.write_all(&buffer[..len]).await.is_err() {
-            return;
-        }
     }
 }
 
@@ -276,24 +172,6 @@ async fn an_agent_of_version_1_has_no_session() {
 }
 
 #[tokio::test]
-async fn each_lane_goes_on_by_itself() {
-    let scene = Scene::new().await;
-    let (mut kata, mut data) = (Talk::new(&scene.kata).await, Talk::new(&scene.data).await);
-    scene.agent.seen.wait("lane data resumed", 1).await;
-    scene.agent.cut_lane(Lane::Data);
-    data.say().await;
-    kata.say().await;
-    scene.agent.seen.wait("lane data resumed", 2).await;
-    assert_eq!(scene.world.events.count("channel down"), 0, "{:?}", scene.world.events.all());
-    scene.agent.cut_lane(Lane::Main);
-    kata.say().await;
-    data.say().await;
-    assert_eq!(scene.agent.seen.count("lane data resumed"), 2, "{:?}", scene.agent.seen.all());
-    let lanes = scene.world.adaptor.snapshot(&pod()).unwrap().session.unwrap().lanes;
-    assert_eq!(lanes.into_iter().collect::<Vec<_>>(), Lane::ALL);
-}
-
-#[tokio::test]
 async fn streams_without_their_lane_use_the_main_one() {
     let scene = Scene::with(|mode| mode.lanes = &[Lane::Main]).await;
     // A new stream waits for the lane for a second.
@@ -303,21 +181,6 @@ async fn streams_without_their_lane_use_the_main_one() {
     data.say().await;
     data.end().await;
     assert_eq!(scene.world.events.count("reset"), 0, "{:?}", scene.world.events.all());
-}
-
-#[tokio::test]
-async fn streams_of_a_lost_lane_go_on_over_the_main_one() {
-    let scene = Scene::new().await;
-    let mut data = Talk::new(&scene.data).await;
-    scene.agent.seen.wait("lane data resumed", 1).await;
-    let mut mode = scene.latched.clone();
-    mode.lanes = &[Lane::Main];
-    scene.agent.become_(mode);
-    scene.agent.cut_lane(Lane::Data);
-    data.say().await;
-    assert_eq!(scene.agent.seen.count("lane data"), 1, "{:?}", scene.agent.seen.all());
-    assert_eq!(scene.agent.seen.count("lane main"), 1, "{:?}", scene.agent.seen.all());
-    data.end().await;
 }
 
 #[tokio::test]
@@ -352,31 +215,6 @@ async fn a_stale_connection_that_comes_back_does_no_harm() {
     data.end().await;
     assert_eq!(scene.agent.seen.count("lane main new"), 1, "{:?}", scene.agent.seen.all());
     assert_eq!(scene.world.events.count("reset"), 0, "{:?}", scene.world.events.all());
-}
-
-#[tokio::test]
-async fn a_pause_that_ends_soon_replaces_nothing() {
-    let network = Arc::new(Mutex::new(None));
-    let made = network.clone();
-    let scene = Scene::at(
-        |_| {},
-        move |agent| {
-            let network = Network::before(agent.address);
-            let address = network.address;
-            *made.lock().unwrap() = Some(network);
-            address
-        },
-    )
-    .await;
-    let network = network.lock().unwrap().clone().unwrap();
-    let mut kata = Talk::new(&scene.kata).await;
-    for _ in 0..3 {
-        let stopped = network.stop();
-        kata.send().await;
-        stopped.send_replace(false);
-        kata.hear().await;
-    }
-    assert_eq!(scene.agent.seen.count("lane main"), 1, "{:?}", scene.agent.seen.all());
 }
 
 #[tokio::test]

@@ -18,32 +18,27 @@ use secure_comms_tunnel::flow::LaneNumber;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, interval, sleep};
 
-use super::failover::{LaneEnd, await_lane_end, failover_reason};
-use super::plan::Plan;
-use super::redial::Redial;
+use super::failover::{LaneEnd, await_lane_end, failover_reason, is_lane_silent};
+use super::plan::{LaneLimits, Plan};
+use super::redial::{Pace, Redial};
 use super::status::StatusReporter;
-use crate::transport::agent_connection::{AgentConnection, EndCause, Joined, Joining, Liveness};
+use crate::transport::agent_connection::{AgentConnection, EndCause, Farewell, Joined, Joining, Liveness};
 use crate::transport::ssh::AgentSession;
 
 /// The time of failed attempts after which streams that wait for the lane go on over the main one. A connection that is
 /// silent for this long counts as lost: its streams could not go on elsewhere before.
 const FALL_BACK: Duration = Duration::from_secs(3);
-/// The pause after a connection that the network has cut soon.
-const PAUSE_MIN: Duration = Duration::from_millis(100);
-/// The time without a stream after which the lane is closed.
-const IDLE: Duration = Duration::from_secs(60);
-/// The interval at which it is checked.
-const IDLE_CHECK: Duration = Duration::from_secs(5);
+/// How often it is checked, within the time after which the lane is closed, that no stream needs it.
+const IDLE_CHECKS: u32 = 12;
 /// The shortest interval at which a silence is looked at.
 const SILENCE_CHECK: Duration = Duration::from_millis(100);
 
 /// The connection of the main lane.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct MainLane {
     pub(super) address: SocketAddr,
     pub(super) number: LaneNumber,
-    /// The shortest round trip seen.
-    pub(super) round_trip: Duration,
+    pub(super) liveness: Liveness,
 }
 
 /// The task of the lane.
@@ -53,13 +48,16 @@ pub(super) struct DataLane {
     /// None while the main lane is not connected.
     main: watch::Receiver<Option<MainLane>>,
     wanted: Arc<Notify>,
+    /// The connection, while there is one, for the end of the session.
+    farewell: watch::Sender<Option<Farewell>>,
     status: StatusReporter,
     backoff: Backoff,
+    pace: Pace,
 }
 
 /// How a connection of the lane ended.
 enum End {
-    Idle(LaneNumber),
+    Idle,
     Lost(EndCause),
     Replaced(SocketAddr, Box<AgentConnection<Kubernetes>>),
 }
@@ -71,12 +69,26 @@ impl DataLane {
         main: watch::Receiver<Option<MainLane>>,
         status: StatusReporter,
     ) -> Self {
-        Self { plan, session, main, wanted: Arc::default(), status, backoff: Backoff::default() }
+        Self {
+            plan,
+            session,
+            main,
+            wanted: Arc::default(),
+            farewell: watch::Sender::default(),
+            status,
+            backoff: Backoff::default(),
+            pace: Pace::default(),
+        }
     }
 
     /// Wakes the lane because the agent wants it.
     pub(super) fn wanted(&self) -> Arc<Notify> {
         Arc::clone(&self.wanted)
+    }
+
+    /// The last word on the lane's connection; none while it has none.
+    pub(super) fn farewell(&self) -> watch::Receiver<Option<Farewell>> {
+        self.farewell.subscribe()
     }
 
     /// Never returns; dropping the future cuts the lane.
@@ -108,12 +120,14 @@ impl DataLane {
                 continue;
             }
             let since = Instant::now();
+            self.farewell.send_replace(Some(connection.farewell()));
             let end = self.serve_connection(address, &connection, cut).await;
+            self.farewell.send_replace(None);
             let heard = Instant::now() - connection.liveness().unanswered().unwrap_or_default();
             self.status.lane(Lane::Data, false);
             match end {
-                End::Idle(number) => {
-                    self.session.disconnect(number);
+                End::Idle => {
+                    // Until the agent has ended it, the connection serves the streams that cross the bye.
                     connection.close("no stream needs the lane").await;
                     // One may have got onto the lane at the last moment.
                     if self.session.streams_of(Lane::Data) == 0 {
@@ -121,7 +135,7 @@ impl DataLane {
                     }
                 }
                 // What the network does is no reason to let the streams wait for longer.
-                End::Lost(EndCause::Broken) => sleep(PAUSE_MIN).await,
+                End::Lost(EndCause::Broken) => sleep(self.pace.pause(since.elapsed())).await,
                 End::Lost(_) if since.elapsed() < FALL_BACK => self.backoff.pause().await,
                 End::Lost(_) => self.backoff.reset(),
                 End::Replaced(address, connection) => replacement = Some((address, *connection)),
@@ -138,20 +152,20 @@ impl DataLane {
         self.plan.expected.check(connection.agent()).err().map(|unexpected| unexpected.to_string())
     }
 
-    fn redial(&self, to: MainLane) -> Redial {
+    fn redial(&self, to: &MainLane) -> Redial {
         let joining = Joining { lane: Lane::Data, session: Some(self.session.id().clone()) };
-        Redial::new(self.plan.at(to.address), joining, to.address, to.round_trip)
+        Redial::new(self.plan.at(to.address), joining, to.address, to.liveness.round_trip())
     }
 
     /// Connects to where the main lane is.
     async fn connect(&self) -> (SocketAddr, AgentConnection<Kubernetes>) {
         let (mut main, mut fall_back) = (self.main.clone(), pin!(self.fall_back()));
         loop {
-            let Some(to) = main.wait_for(Option::is_some).await.ok().and_then(|main| *main) else {
+            let Some(to) = main.wait_for(Option::is_some).await.ok().and_then(|main| main.clone()) else {
                 // The session is over, and drops this future.
                 return pending().await;
             };
-            let redial = self.redial(to);
+            let redial = self.redial(&to);
             tokio::select! {
                 connected = redial.connect() => return connected,
                 () = until_elsewhere(&mut main, to.address) => {}
@@ -160,21 +174,22 @@ impl DataLane {
         }
     }
 
-    /// Lets the streams that wait for the lane go on over the main one, after a while in which that is connected.
+    /// Lets the streams that wait for the lane go on over the main one, after a while in which that answers: they stay there
+    /// until they end. While the main lane is silent, the network carries neither, and they wait.
     async fn fall_back(&self) -> Infallible {
         let mut main = self.main.clone();
         loop {
-            let on = *main.borrow_and_update();
+            let on = main.borrow_and_update().clone();
             if let Some(on) = on {
                 tokio::select! {
                     Ok(()) = main.changed() => continue,
-                    () = sleep(FALL_BACK) => {}
+                    () = until_answering(&on.liveness, self.plan.lane_limits) => {}
                 }
                 let streams = self.session.resume(Lane::Data, on.number).await;
                 if streams > 0 {
-                    let pod = &self.plan.id;
-                    tracing::warn!(
-                        "pod {pod}: lane data: no connection; {streams} streams go on over lane main"
+                    self.status.log_data_lane(
+                        true,
+                        format_args!("no connection; {streams} streams go on over lane main"),
                     );
                 }
             }
@@ -191,7 +206,7 @@ impl DataLane {
         connection: &AgentConnection<Kubernetes>,
         cut: Option<Instant>,
     ) -> End {
-        let (session, id) = (&self.session, &self.plan.id);
+        let (session, status) = (&self.session, &self.status);
         let number = connection.join(session, Lane::Data);
         self.status.lane(Lane::Data, true);
         connection.say(Control::Streams(KnownStreams { known: session.known() }));
@@ -206,37 +221,40 @@ impl DataLane {
             let streams = session.resume(Lane::Data, number).await;
             if let Some(cut) = cut.filter(|_| streams > 0) {
                 let after = cut.elapsed().as_secs_f32();
-                tracing::info!(
-                    "pod {id}: lane data: connected again after {after:.1} s; {streams} streams go on"
+                status.log_data_lane(
+                    false,
+                    format_args!("connected again after {after:.1} s; {streams} streams go on"),
                 );
             }
             pending::<Infallible>().await
         };
         let liveness = connection.liveness();
-        let (mut main, round_trip) = (self.main.clone(), liveness.round_trip());
-        let (mut resume, mut idle) = (pin!(resume), pin!(until_idle(session)));
-        let mut to = MainLane { address, number, round_trip };
+        let mut main = self.main.clone();
+        let (mut resume, mut idle) = (pin!(resume), pin!(until_idle(session, self.plan.lane_limits.idle)));
+        let mut to = MainLane { address, number, liveness: liveness.clone() };
+        let limits = self.plan.lane_limits;
         loop {
-            to = main.borrow_and_update().unwrap_or(to);
+            to = main.borrow_and_update().clone().unwrap_or(to);
             let traffic = || (session.streams_of(Lane::Data) > 0).then(|| self.status.account().traffic());
             tokio::select! {
                 never = &mut resume => match never {},
-                () = &mut idle => return End::Idle(number),
-                end = await_lane_end(connection, traffic, || self.redial(to)) => match end {
+                () = &mut idle => return End::Idle,
+                end = await_lane_end(connection, limits, traffic, || self.redial(&to)) => match end {
                     LaneEnd::Lost(end) => {
                         if end.cause == EndCause::AgentWithSession {
                             session.end(&end.to_string());
                         }
-                        tracing::warn!("pod {id}: lane data: {end}");
+                        status.log_data_lane(true, format_args!("{end}"));
                         return End::Lost(end.cause);
                     }
                     LaneEnd::Replaced(next, connection) => {
-                        tracing::warn!("pod {id}: lane data: {}", failover_reason(address, next));
+                        status.log_data_lane(true, format_args!("{}", failover_reason(address, next)));
                         return End::Replaced(next, connection);
                     }
                 },
                 () = until_silent_for_long(&liveness) => {
-                    tracing::warn!("pod {id}: lane data: the agent was silent for {} s", FALL_BACK.as_secs());
+                    let silence = FALL_BACK.as_secs();
+                    status.log_data_lane(true, format_args!("the agent was silent for {silence} s"));
                     return End::Lost(EndCause::Broken);
                 }
                 // The failover goes to where the main lane is.
@@ -248,7 +266,7 @@ impl DataLane {
 
 /// Waits until the main lane is connected to another address.
 async fn until_elsewhere(main: &mut watch::Receiver<Option<MainLane>>, address: SocketAddr) {
-    let is_elsewhere = |main: &Option<MainLane>| main.is_some_and(|main| main.address != address);
+    let is_elsewhere = |main: &Option<MainLane>| main.as_ref().is_some_and(|main| main.address != address);
     if main.wait_for(is_elsewhere).await.is_err() {
         // The session is over, and drops this future.
         pending().await
@@ -266,10 +284,23 @@ async fn until_silent_for_long(liveness: &Liveness) {
     }
 }
 
-/// Waits until no stream has used the lane for a while.
-async fn until_idle(session: &AgentSession) {
-    let (mut checks, mut used) = (interval(IDLE_CHECK), Instant::now());
-    while used.elapsed() < IDLE {
+/// Waits until a connection has answered for [`FALL_BACK`].
+async fn until_answering(liveness: &Liveness, limits: LaneLimits) {
+    let mut silent = Instant::now();
+    while silent.elapsed() < FALL_BACK {
+        // Otherwise an idle connection would owe no answer.
+        liveness.probe();
+        sleep(SILENCE_CHECK).await;
+        if is_lane_silent(liveness, limits) {
+            silent = Instant::now();
+        }
+    }
+}
+
+/// Waits until no stream has used the lane for this long.
+async fn until_idle(session: &AgentSession, idle: Duration) {
+    let (mut checks, mut used) = (interval(idle / IDLE_CHECKS), Instant::now());
+    while used.elapsed() < idle {
         checks.tick().await;
         if session.streams_of(Lane::Data) > 0 {
             used = Instant::now();

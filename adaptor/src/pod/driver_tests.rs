@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 use super::candidates::Candidates;
 use super::connect::Failure;
 use super::{
-    AgentTunnels, AttestationLimits, Driver, Ended, Entry, ExpectedAgent, LOST, LostLimits, Plan,
+    AgentTunnels, AttestationLimits, Driver, Ended, Entry, ExpectedAgent, LOST, LaneLimits, LostLimits, Plan,
     PodSnapshot, PodState, StatusReporter, Stop,
 };
 use crate::key_source::KeySource;
@@ -37,30 +37,38 @@ struct Driven {
     latched: Mode,
 }
 
+/// A plan without addresses, and an agent that has its keys.
+pub(super) fn plan(inbounds: &str, outbounds: &str) -> (Plan, Mode) {
+    let (node_key, key) = (WorkerNodeKey::generate().unwrap(), PodKey::generate().unwrap());
+    let latched = Mode::kubernetes(key.clone(), node_key.public().unwrap());
+    let (inbounds, outbounds) = (parse_list(inbounds).unwrap(), parse_list(outbounds).unwrap());
+    let expected = ExpectedAgent::new(&pod(), &node_key, &Given::default(), &AgentTunnels::default());
+    let plan = Plan {
+        id: pod(),
+        addresses: Vec::new(),
+        node_key,
+        pod_key: key.public().unwrap(),
+        publication: None,
+        expected: Arc::new(expected),
+        attestation: KeySource::Kbs(Tunnels::new(&inbounds, &outbounds, true)),
+        kubernetes: Tunnels::new(&inbounds, &outbounds, true),
+        rekey_bytes: REKEY_BYTES,
+        kex: KeyExchange::Any,
+        admission: Admission::default(),
+        attestation_limits: patient(),
+        lost_limits: LostLimits::for_start(LONG),
+        lane_limits: LaneLimits::default(),
+        answered: Flag::default(),
+        account: Account::unlimited(),
+        session: None,
+    };
+    (plan, latched)
+}
+
 impl Driven {
     fn new(at: &[SocketAddr], limits: AttestationLimits) -> Self {
-        let (node_key, key) = (WorkerNodeKey::generate().unwrap(), PodKey::generate().unwrap());
-        let latched = Mode::kubernetes(key.clone(), node_key.public().unwrap());
-        let (inbounds, outbounds) = (parse_list(KATAAGENT).unwrap(), parse_list("").unwrap());
-        let expected = ExpectedAgent::new(&pod(), &node_key, &Given::default(), &AgentTunnels::default());
-        let plan = Plan {
-            id: pod(),
-            addresses: addresses(at),
-            node_key,
-            pod_key: key.public().unwrap(),
-            publication: None,
-            expected: Arc::new(expected),
-            attestation: KeySource::Kbs(Tunnels::new(&inbounds, &outbounds, true)),
-            kubernetes: Tunnels::new(&inbounds, &outbounds, true),
-            rekey_bytes: REKEY_BYTES,
-            kex: KeyExchange::Any,
-            admission: Admission::default(),
-            attestation_limits: limits,
-            lost_limits: LostLimits::for_start(LONG),
-            answered: Flag::default(),
-            account: Account::unlimited(),
-            session: None,
-        };
+        let (plan, latched) = plan(KATAAGENT, "");
+        let plan = Plan { addresses: addresses(at), attestation_limits: limits, ..plan };
         let events = Lines::default();
         let recorded = events.clone();
         let status = StatusReporter::new(pod(), Arc::new(move |_, event| recorded.push(event.to_string())));

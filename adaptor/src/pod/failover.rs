@@ -18,7 +18,7 @@ use secure_comms_tunnel::account::Traffic;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::connect::{Connected, connect_any};
-use super::plan::Plan;
+use super::plan::{LaneLimits, Plan};
 use super::redial::Redial;
 use crate::transport::agent_connection::{AgentConnection, ConnectionEnd, Liveness};
 use crate::transport::ssh::{AuthHold, AuthLock};
@@ -30,7 +30,7 @@ pub(super) fn failover_reason(from: SocketAddr, to: SocketAddr) -> String {
 
 /// The interval at which unanswered traffic is checked for, and the pause between failed attempts.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// A connection is silent if nothing arrives for this long although the agent owes an answer.
+/// A connection without a session is silent if nothing arrives for this long although the agent owes an answer.
 const SILENCE_MIN: Duration = Duration::from_millis(750);
 /// The same in round trips; the longer of the two counts.
 const SILENCE_ROUND_TRIPS: u32 = 3;
@@ -67,6 +67,7 @@ pub(super) enum LaneEnd {
 /// Dropping the future drops the new connection.
 pub(super) async fn await_lane_end(
     connection: &AgentConnection<Kubernetes>,
+    limits: LaneLimits,
     traffic: impl Fn() -> Option<Traffic>,
     redial: impl Fn() -> Redial,
 ) -> LaneEnd {
@@ -74,14 +75,14 @@ pub(super) async fn await_lane_end(
     loop {
         tokio::select! {
             end = &mut ended => return LaneEnd::Lost(end),
-            () = until_lane_silent(&liveness, &traffic) => {}
+            () = until_lane_silent(&liveness, limits, &traffic) => {}
         }
         let redial = redial();
         let mut connected = pin!(redial.connect());
         let end = tokio::select! {
             (address, connection) = &mut connected => return LaneEnd::Replaced(address, Box::new(connection)),
             end = &mut ended => end,
-            () = until_kept(&liveness, &redial) => continue,
+            () = until_kept(&liveness, limits, &redial) => continue,
         };
         // The agent cuts the old connection as soon as it has heard the hello of a new one: that one is nearly there.
         tokio::select! {
@@ -92,7 +93,8 @@ pub(super) async fn await_lane_end(
     }
 }
 
-async fn until_lane_silent(liveness: &Liveness, traffic: impl Fn() -> Option<Traffic>) {
+async fn until_lane_silent(liveness: &Liveness, limits: LaneLimits, traffic: impl Fn() -> Option<Traffic>) {
+    let threshold = || silent_after(liveness, limits.silence);
     let mut moves = Moves::start(traffic());
     loop {
         if liveness.unanswered().is_some() {
@@ -101,12 +103,10 @@ async fn until_lane_silent(liveness: &Liveness, traffic: impl Fn() -> Option<Tra
             sleep_until(next_idle_check(Instant::now())).await;
         }
         let silence = liveness.unanswered().unwrap_or_default();
-        if silence >= silence_threshold(liveness) {
+        if silence >= threshold() {
             return;
         }
-        if moves.probe_is_due(Instant::now(), traffic())
-            || silence >= silence_threshold(liveness) / LANE_PROBE_PART
-        {
+        if moves.probe_is_due(Instant::now(), traffic()) || silence >= threshold() / LANE_PROBE_PART {
             liveness.probe();
         }
     }
@@ -148,8 +148,8 @@ impl Moves {
 }
 
 /// Waits until the old connection answers and no new one says its hello.
-async fn until_kept(liveness: &Liveness, redial: &Redial) {
-    while is_silent(liveness) || redial.says_hello() {
+async fn until_kept(liveness: &Liveness, limits: LaneLimits, redial: &Redial) {
+    while is_lane_silent(liveness, limits) || redial.says_hello() {
         sleep(RECOVERY_CHECK_INTERVAL).await;
     }
 }
@@ -253,7 +253,16 @@ fn is_silent(liveness: &Liveness) -> bool {
 }
 
 fn silence_threshold(liveness: &Liveness) -> Duration {
-    SILENCE_MIN.max(liveness.round_trip() * SILENCE_ROUND_TRIPS)
+    silent_after(liveness, SILENCE_MIN)
+}
+
+/// Whether a lane is silent.
+pub(super) fn is_lane_silent(liveness: &Liveness, limits: LaneLimits) -> bool {
+    liveness.unanswered().is_some_and(|silence| silence >= silent_after(liveness, limits.silence))
+}
+
+fn silent_after(liveness: &Liveness, at_least: Duration) -> Duration {
+    at_least.max(liveness.round_trip() * SILENCE_ROUND_TRIPS)
 }
 
 #[cfg(test)]

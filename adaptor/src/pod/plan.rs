@@ -18,6 +18,11 @@ use crate::transport::agent_connection::Tunnels;
 use crate::transport::ssh::{Admission, Flag};
 use secure_comms_keys::{PodPublic, WorkerNodeKey};
 
+/// [`LaneLimits::silence`].
+const LANE_SILENCE: Duration = Duration::from_millis(750);
+/// [`LaneLimits::idle`].
+const LANE_IDLE: Duration = Duration::from_secs(60);
+
 /// [`AttestationLimits::progress`].
 const ATTESTATION_PROGRESS: Duration = Duration::from_secs(3 * 60);
 /// [`AttestationLimits::total`].
@@ -50,6 +55,8 @@ pub(crate) struct Plan {
     pub(crate) attestation_limits: AttestationLimits,
     /// When a start fails because the VM is lost.
     pub(crate) lost_limits: LostLimits,
+    /// When a lane of a session is silent, and when it is not needed.
+    pub(crate) lane_limits: LaneLimits,
     /// Learns of an SSH server at one of the addresses.
     pub(crate) answered: Flag,
     /// What the pod's streams hold and move.
@@ -81,5 +88,20 @@ pub(crate) struct AttestationLimits {
 impl Default for AttestationLimits {
     fn default() -> Self {
         Self { progress: ATTESTATION_PROGRESS, total: ATTESTATION_TOTAL, share: ATTESTATION_SHARE }
+    }
+}
+
+/// How long a lane of a session may be silent, or without use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LaneLimits {
+    /// A lane is silent if nothing arrives for this long although the agent owes an answer; and for some round trips.
+    pub(crate) silence: Duration,
+    /// The time without a stream after which lane `data` is closed.
+    pub(crate) idle: Duration,
+}
+
+impl Default for LaneLimits {
+    fn default() -> Self {
+        Self { silence: LANE_SILENCE, idle: LANE_IDLE }
     }
 }

@@ -36,6 +36,31 @@ const SILENCE_CHECK: Duration = Duration::from_millis(100);
 /// Names looked up whose result may wait.
 const LOOKUPS: usize = 16;
 
+/// The pause after a connection that the network has broken at once.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+/// The longest pause. Short, for the runtime waits.
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// A connection that has lasted for less was broken soon.
+const SOON: Duration = Duration::from_millis(500);
+/// How often in a row that may happen before the pauses grow: a network that comes back is used at once.
+const QUICK: u32 = 8;
+
+/// Paces the connections of a lane: what is in the network's path may break each one as soon as it is there.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    /// Connections in a row that were broken soon.
+    soon: u32,
+}
+
+impl Pace {
+    /// The pause after a connection that was broken after this long.
+    pub(super) fn pause(&mut self, lasted: Duration) -> Duration {
+        self.soon = if lasted < SOON { self.soon.saturating_add(1) } else { 0 };
+        let doublings = self.soon.saturating_sub(QUICK).min(8);
+        (PAUSE_MIN * 2_u32.pow(doublings)).min(PAUSE_MAX).saturating_sub(lasted)
+    }
+}
+
 /// How to connect a lane.
 #[derive(Clone, Debug)]
 pub(super) struct Redial {
@@ -200,5 +225,24 @@ async fn keep_looking_up(address: Address, found: mpsc::Sender<SocketAddr>) {
                 backoff.pause().await;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_while_connections_are_broken_soon() {
+        let mut pace = Pace::default();
+        let mut pauses = |lasted: u64, count: usize| -> Vec<_> {
+            (0..count).map(|_| pace.pause(Duration::from_millis(lasted)).as_millis()).collect()
+        };
+        assert_eq!(pauses(0, 12), [100, 100, 100, 100, 100, 100, 100, 100, 200, 400, 500, 500]);
+        assert_eq!(pauses(120, 2), [380, 380]);
+        // One that lasts is followed by the next at once.
+        assert_eq!(pauses(500, 1), [0]);
+        assert_eq!(pauses(30, 8), [70; 8]);
+        assert_eq!(pauses(0, u16::MAX.into()).pop(), Some(500));
     }
 }

@@ -28,10 +28,12 @@ use super::connect::{AnyConnection, Connected};
 use super::data_lane::{DataLane, MainLane};
 use super::driver::{Driver, Ended, Stop, stopped};
 use super::failover::{LaneEnd, await_lane_end, failover_reason};
-use super::redial::Redial;
+use super::redial::{Pace, Redial};
 use super::status::PodEvent;
 use super::withdrawal::{READABLE, until_gone};
-use crate::transport::agent_connection::{AgentConnection, ConnectionEnd, EndCause, Joined, Joining};
+use crate::transport::agent_connection::{
+    AgentConnection, ConnectionEnd, EndCause, Farewell, Joined, Joining,
+};
 use crate::transport::routes::KubernetesLink;
 use crate::transport::ssh::{AgentSession, ClientPhase};
 
@@ -41,8 +43,6 @@ const KUBERNETES_ONLY: Duration = Duration::from_secs(2);
 /// The time in which the main lane is connected again quickly, besides the search at all addresses in both phases. An agent
 /// may keep the session for as long: from when it notices the loss.
 const REDIAL: Duration = SESSION_LINGER.saturating_mul(2);
-/// The shortest time between two connections.
-const PAUSE_MIN: Duration = Duration::from_millis(100);
 
 /// What serves a session.
 struct Serving {
@@ -51,6 +51,10 @@ struct Serving {
     main_lane: watch::Sender<Option<MainLane>>,
     /// Wakes the data lane because the agent wants it.
     data_wanted: Arc<Notify>,
+    /// The last word on the connection of the data lane, while that has one.
+    data_farewell: watch::Receiver<Option<Farewell>>,
+    /// Of the connections of the main lane.
+    pace: Pace,
     /// The task of the data lane.
     data_lane: Pin<Box<dyn Future<Output = Infallible> + Send>>,
 }
@@ -92,11 +96,13 @@ impl Driver {
         self.plan.session = Some(id);
         let (main_lane, seen) = watch::channel(None);
         let data_lane = DataLane::new(self.plan.clone(), session.clone(), seen, self.status.clone());
-        let data_wanted = data_lane.wanted();
+        let (data_wanted, data_farewell) = (data_lane.wanted(), data_lane.farewell());
         let serving = Serving {
             session: session.clone(),
             main_lane,
             data_wanted,
+            data_farewell,
+            pace: Pace::default(),
             data_lane: Box::pin(data_lane.run()),
         };
         self.routes.set_kubernetes(KubernetesLink::Session(session.link()));
@@ -146,10 +152,15 @@ impl Driver {
                     drop(main.connection);
                     let joining = Joining { lane: Lane::Main, session: self.plan.session.clone() };
                     let redial = Redial::new(self.plan.clone(), joining, main.address, liveness.round_trip());
-                    let pause = self.pause_after(&end, since);
-                    match self.reconnect(&mut serving, &redial, pause).await? {
-                        Some(connected) => connected,
-                        None => return Ok(None),
+                    let pause = self.pause_after(&end, since, &mut serving.pace);
+                    match self.reconnect(&mut serving, &redial, pause).await {
+                        Ok(Some(connected)) => connected,
+                        Ok(None) => return Ok(None),
+                        Err(ended) => {
+                            let farewell = serving.data_farewell.borrow().clone();
+                            self.end_without_main(farewell).await;
+                            return Err(ended);
+                        }
                     }
                 }
             };
@@ -177,15 +188,11 @@ impl Driver {
 
     /// Serves a connection of the main lane until it ends, is replaced, or the pod is stopped.
     async fn serve_main(&mut self, serving: &mut Serving, main: &mut Main) -> MainEnd {
-        let Serving { session, main_lane, data_wanted, data_lane } = serving;
+        let Serving { session, main_lane, data_wanted, data_lane, .. } = serving;
         let Main { address, connection, cut } = main;
         let number = connection.join(session, Lane::Main);
         let liveness = connection.liveness();
-        main_lane.send_replace(Some(MainLane {
-            address: *address,
-            number,
-            round_trip: liveness.round_trip(),
-        }));
+        main_lane.send_replace(Some(MainLane { address: *address, number, liveness: liveness.clone() }));
         self.status.lane(Lane::Main, true);
         let instance = connection.agent().instance.clone().unwrap_or_default();
         match *cut {
@@ -217,9 +224,11 @@ impl Driver {
         });
         let joining = Joining { lane: Lane::Main, session: Some(session.id().clone()) };
         let redial = || Redial::new(self.plan.clone(), joining.clone(), *address, liveness.round_trip());
+        let lane_limits = self.plan.lane_limits;
         let vm_log = self.vm_log.show(log, &instance, &self.status);
         let traffic = || (session.streams_of(Lane::Main) > 0).then(|| self.status.account().traffic());
-        let (mut end, mut vm_log) = (pin!(await_lane_end(connection, traffic, redial)), pin!(vm_log));
+        let (mut end, mut vm_log) =
+            (pin!(await_lane_end(connection, lane_limits, traffic, redial)), pin!(vm_log));
         loop {
             tokio::select! {
                 never = &mut vm_log => match never {},
@@ -286,12 +295,21 @@ impl Driver {
         None
     }
 
+    /// The pod's channel ends while the main lane is not connected: the agent learns it from the data lane, if that is, and keeps
+    /// the session no longer.
+    async fn end_without_main(&self, farewell: Option<Farewell>) {
+        let stop = self.stop.borrow().clone();
+        if let Some(farewell) = farewell {
+            farewell.end_session(stop.map_or("the session is over", |stop| stop.reason)).await;
+        }
+    }
+
     /// An agent that ends its connections soon is not connected to in a tight loop. What the network breaks is tried again
-    /// at once.
-    fn pause_after(&mut self, end: &ConnectionEnd, since: Instant) -> Duration {
+    /// at once, or soon if that happens all the time.
+    fn pause_after(&mut self, end: &ConnectionEnd, since: Instant, pace: &mut Pace) -> Duration {
         let lasted = since.elapsed();
         match end.cause {
-            EndCause::Broken => PAUSE_MIN.saturating_sub(lasted),
+            EndCause::Broken => pace.pause(lasted),
             EndCause::Agent | EndCause::AgentWithSession if lasted < RETRY_MAX => self.backoff.next_pause(),
             EndCause::Agent | EndCause::AgentWithSession => Duration::ZERO,
         }

@@ -289,6 +289,8 @@ struct Throttles {
     connections: Throttle,
     failures: Throttle,
     mismatches: Throttle,
+    /// What the network can cause: it may break each connection of a session as soon as that is there.
+    lanes: Throttle,
 }
 
 impl Default for Throttles {
@@ -299,6 +301,8 @@ impl Default for Throttles {
             connections: Throttle::new(60),
             failures: Throttle::new(30),
             mismatches: Throttle::new(6),
+            // Two for each connection of a lane.
+            lanes: Throttle::new(60),
         }
     }
 }
@@ -312,9 +316,15 @@ impl Throttles {
             }
             PodEvent::ConnectFailed(_) => Some(&mut self.failures),
             PodEvent::TunnelMismatch(_) | PodEvent::InitDataMismatch(_) => Some(&mut self.mismatches),
+            event if is_counted(event) => Some(&mut self.lanes),
             _ => None,
         }
     }
+}
+
+/// Whether observers count these events: they get each one, and only the log is limited.
+fn is_counted(event: &PodEvent) -> bool {
+    matches!(event, PodEvent::Down(PhaseName::Kubernetes, _) | PodEvent::Resumed { .. })
 }
 
 impl fmt::Debug for StatusReporter {
@@ -434,17 +444,35 @@ impl StatusReporter {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether a line may be logged now. Says how many were not.
+    fn may_log(&self, throttle: impl FnOnce(&mut Throttles) -> Option<&mut Throttle>) -> bool {
+        let mut throttles = self.throttles.lock().unwrap_or_else(PoisonError::into_inner);
+        let allowed = throttle(&mut throttles).map_or(Some(0), Throttle::allow);
+        drop(throttles);
+        if let Some(left_out @ 1..) = allowed {
+            tracing::warn!("pod {}: {left_out} events like the next one were left out", self.id);
+        }
+        allowed.is_some()
+    }
+
+    /// Logs what has happened to lane `data`, unless there were too many such lines in this minute.
+    pub(super) fn log_data_lane(&self, is_warning: bool, what: fmt::Arguments<'_>) {
+        let id = &self.id;
+        match (self.may_log(|throttles| Some(&mut throttles.lanes)), is_warning) {
+            (false, _) => tracing::debug!("pod {id}: lane data: {what}"),
+            (true, false) => tracing::info!("pod {id}: lane data: {what}"),
+            (true, true) => tracing::warn!("pod {id}: lane data: {what}"),
+        }
+    }
+
     /// Logs the event and hands it to the observer, unless there were too many of its kind in this minute.
     pub(crate) fn emit(&self, event: &PodEvent) {
-        let mut throttles = self.throttles.lock().unwrap_or_else(PoisonError::into_inner);
-        let allowed = throttles.of(event).map_or(Some(0), Throttle::allow);
-        drop(throttles);
-        match allowed {
-            None => return tracing::debug!("pod {}: {event}", self.id),
-            Some(0) => {}
-            Some(left_out) => {
-                tracing::warn!("pod {}: {left_out} events like the next one were left out", self.id)
+        if !self.may_log(|throttles| throttles.of(event)) {
+            tracing::debug!("pod {}: {event}", self.id);
+            if is_counted(event) {
+                (self.observer)(&self.id, event);
             }
+            return;
         }
         match event {
             PodEvent::Down(..)
@@ -580,6 +608,26 @@ impl StatusReporter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn lines_of_lanes_are_limited_and_their_events_are_not() {
+        let events = Arc::new(Mutex::new(0));
+        let counted = Arc::clone(&events);
+        let observer: Observer = Arc::new(move |_, _| *counted.lock().unwrap() += 1);
+        let status = StatusReporter::new("p1".parse().unwrap(), observer);
+        let logs = || status.may_log(|throttles| Some(&mut throttles.lanes));
+        for _ in 0..29 {
+            status.down(PhaseName::Kubernetes, "reset");
+            status.resumed(([127, 0, 0, 1], 1).into(), "x".to_owned(), Duration::ZERO, 1);
+        }
+        status.log_data_lane(true, format_args!("reset"));
+        assert!(logs(), "the 60th");
+        assert!(!logs());
+        status.down(PhaseName::Kubernetes, "reset");
+        assert_eq!(*events.lock().unwrap(), 59);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert!(logs());
+    }
 
     #[tokio::test(start_paused = true)]
     async fn an_unproven_peer_causes_a_bounded_number_of_events() {

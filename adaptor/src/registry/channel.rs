@@ -17,7 +17,8 @@ use super::shared::Shared;
 use crate::address::Address;
 use crate::deadline::Deadline;
 use crate::pod::{
-    AttestationLimits, Driver, Ended, Entry, ExpectedAgent, LostLimits, Plan, PodState, StatusReporter, Stop,
+    AttestationLimits, Driver, Ended, Entry, ExpectedAgent, LaneLimits, LostLimits, Plan, PodState,
+    StatusReporter, Stop,
 };
 use crate::publication::Publication;
 use crate::transport::agent_connection::Tunnels;
@@ -72,6 +73,7 @@ impl Channel {
             attestation_limits: AttestationLimits::default(),
             // `open` sets these.
             lost_limits: LostLimits::for_start(Duration::ZERO),
+            lane_limits: LaneLimits::default(),
             answered: Flag::default(),
             account: Account::unlimited(),
             session: None,

@@ -42,6 +42,9 @@ pub struct Config {
     pub require_pq: bool,
     /// Memory, in bytes, that the streams of all pods together may hold for slow readers, beyond the initial windows: 32 KiB
     /// for each open stream, and 256 KiB for each connection. [`MEMORY`] is a choice for some hundred pods.
+    ///
+    /// What a pod's session keeps until its agent has acknowledged it is not part of it: at most as much as the agent grants,
+    /// and 96 MiB for each pod; beyond that the session ends.
     pub memory: usize,
     /// Receives every event of every pod.
     pub observer: Observer,

@@ -301,11 +301,7 @@ impl<P: ClientPhase> AgentConnection<P> {
 
     /// Waits for the end of the connection.
     pub(crate) fn ended(&self) -> impl Future<Output = ConnectionEnd> + Send + use<P> {
-        let mut peer = self.peer.clone();
-        async move {
-            let end = peer.wait_for(|state| state.end.is_some()).await;
-            end.ok().and_then(|state| state.end.clone()).unwrap_or_else(gone)
-        }
+        end_of(self.peer.clone())
     }
 
     /// Sends a bye with the reason, and waits for the agent to end the connection, for at most [`CLOSE_TIMEOUT`]. The
@@ -320,18 +316,47 @@ impl<P: ClientPhase> AgentConnection<P> {
     }
 
     async fn say_bye(self, reason: &str, ends_session: bool) {
+        self.farewell().say(reason, ends_session).await;
+    }
+
+    /// Says the last word on the connection, while another task owns it.
+    pub(crate) fn farewell(&self) -> Farewell {
+        Farewell { outbox: self.outbox.clone(), peer: self.peer.clone() }
+    }
+}
+
+/// The last word on a connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Farewell {
+    outbox: Outbox,
+    peer: watch::Receiver<PeerState>,
+}
+
+impl Farewell {
+    /// Ends the session of the connection: says bye, and waits for the agent to end the connection, for at most
+    /// [`CLOSE_TIMEOUT`].
+    pub(crate) async fn end_session(self, reason: &str) {
+        self.say(reason, true).await;
+    }
+
+    async fn say(self, reason: &str, ends_session: bool) {
         if ends_session {
             self.outbox.bye_session(reason)
         } else {
             self.outbox.bye(reason)
         }
         // An agent that does not end it is cut.
-        drop(timeout(CLOSE_TIMEOUT, self.ended()).await);
+        drop(timeout(CLOSE_TIMEOUT, end_of(self.peer)).await);
     }
 }
 
+async fn end_of(mut peer: watch::Receiver<PeerState>) -> ConnectionEnd {
+    let end = peer.wait_for(|state| state.end.is_some()).await;
+    end.ok().and_then(|state| state.end.clone()).unwrap_or_else(gone)
+}
+
 /// Evidence that the agent at the other end of a connection answers.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Liveness {
     outbox: Outbox,
     guard: Guard,

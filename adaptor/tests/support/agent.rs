@@ -22,9 +22,10 @@ use secure_comms_ssh::guard::{Guard, Guarded, Peer};
 use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_ssh::profile::{self, KeyExchange};
 use secure_comms_tunnel::flow::{LaneNumber, Side};
-use secure_comms_tunnel::session::{IncomingStream, Session};
-use secure_comms_tunnel::{Credits, Incoming, Outbounds, outbound};
+use secure_comms_tunnel::session::{IncomingStream, Session, SessionReceiver, SessionSender};
+use secure_comms_tunnel::{Credits, Incoming, Link, OpenError, Outbounds, Stream, outbound};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
 
 use super::Lines;
 
@@ -125,6 +126,14 @@ impl Opener for ForwardOpener {
 }
 
 pub type AgentSession = Session<SshLink<ForwardOpener>>;
+pub type Opened =
+    Result<Stream<SessionReceiver<SshLink<ForwardOpener>>, SessionSender<SshLink<ForwardOpener>>>, OpenError>;
+
+/// A stream that the agent opens as soon as it has heard a bye, before it ends the connection.
+struct AtBye {
+    name: TunnelName,
+    opened: oneshot::Sender<Opened>,
+}
 
 /// The agent; `seen` records what it observes.
 #[derive(Clone)]
@@ -135,6 +144,7 @@ pub struct Agent {
     modes: Arc<Mutex<VecDeque<Mode>>>,
     live: Arc<Mutex<Vec<Live>>>,
     session: Arc<Mutex<Option<AgentSession>>>,
+    at_bye: Arc<Mutex<Option<AtBye>>>,
     /// Target of its KATAAGENT outbound.
     kata: SocketAddr,
 }
@@ -148,6 +158,7 @@ impl Agent {
             modes: Arc::new(Mutex::new([mode].into())),
             live: Arc::default(),
             session: Arc::default(),
+            at_bye: Arc::default(),
             kata: super::echo().await,
         };
         let serving = agent.clone();
@@ -221,6 +232,13 @@ impl Agent {
             session.without_lanes().await;
             session.end("said bye");
         });
+    }
+
+    /// Opens a stream as soon as a connection of its session hears a bye, while the bye's sender waits for the end.
+    pub fn open_at_bye(&self, name: TunnelName) -> oneshot::Receiver<Opened> {
+        let (opened, result) = oneshot::channel();
+        *self.at_bye.lock().unwrap() = Some(AtBye { name, opened });
+        result
     }
 
     pub fn session(&self) -> AgentSession {
@@ -447,6 +465,10 @@ impl Handler for Peer_ {
             {
                 session.end(&bye.reason);
             }
+            let at_bye = agent.at_bye.lock().unwrap().take();
+            if let (Some(AtBye { name, opened }), Some((session, _))) = (at_bye, joining.joined.get()) {
+                assert!(opened.send(session.link().open(&name).await).is_ok());
+            }
             guard.cut();
         });
         Ok(())
@@ -467,7 +489,8 @@ impl Handler for Peer_ {
         if opening == Opening::New {
             self.agent.seen.push(format!("opens {host} in {}", self.mode.phase));
         } else {
-            self.agent.seen.push(format!("{originator}: {host}"));
+            let lane = self.lane.get().map(|lane| format!(" on lane {lane}")).unwrap_or_default();
+            self.agent.seen.push(format!("{originator}: {host}{lane}"));
         }
         if let Some((session, number)) = self.joined.get() {
             let incoming = session.incoming(*number, &host.parse().unwrap(), id, opening, pending);

@@ -194,6 +194,8 @@ impl<C: Channels> Entry<C> {
         let is_newest = state.claims == claim;
         if is_newest {
             state.connection = Some(connection.clone());
+            // The pongs of this connection do not answer a close that another one has carried.
+            state.closed = Arc::default();
         }
         is_newest
     }

@@ -58,7 +58,8 @@ impl<C: Channels> Session<C> {
         opening: Opening,
         pending: C::Pending,
     ) -> IncomingStream<C> {
-        // The connection has been replaced since: its peer asks again.
+        // The connection has been replaced since, and is cut: its peer asks again on the new one. On a connection that lives,
+        // the dropped open would be a refusal, which is final.
         let Some(connection) = self.numbered(on) else { return IncomingStream::Handled };
         let asked = Asked { connection, opening, pending };
         match (self.entry(id), opening) {
