@@ -11,9 +11,10 @@ pub fn pcr(pcr: u8, events: &[Event]) -> [u8; 32] {
     })
 }
 
-/// Value of TDX's RTMR 2 after these events, which takes those of PCR 8 to 15, in their order.
+/// Value of TDX's RTMR 2 after these events: those of PCR 9 to 15, in their order. The firmware would put PCR 8 there as well, but
+/// `process-user-data`, the only one that extends it, does so in a TPM alone.
 pub fn rtmr2(events: &[Event]) -> [u8; 48] {
-    events.iter().filter(|event| (8..=15).contains(&event.pcr)).fold([0; 48], |value, event| {
+    events.iter().filter(|event| (9..=15).contains(&event.pcr)).fold([0; 48], |value, event| {
         Sha384::new().chain_update(value).chain_update(event.digests.sha384).finalize().into()
     })
 }
