@@ -217,6 +217,16 @@ fn a_file_that_is_not_as_named_is_refused() {
 }
 
 #[test]
+fn a_link_as_long_as_a_digest_is_a_link() {
+    let mut tree = Tree::good();
+    let target = format!("../../{}pause_bundle/config.json", "./".repeat(13));
+    assert_eq!("symlink:".len() + target.len(), 64);
+    // A file with this content would be refused there: it is no program.
+    tree.link("usr/bin/config", &target);
+    assert!(tree.accepted().contains(&target));
+}
+
+#[test]
 fn a_link_that_is_not_as_named_is_refused() {
     for (target, said) in [
         ("/etc/passwd", "out: leads out of the tree"),
