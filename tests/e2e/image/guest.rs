@@ -317,6 +317,11 @@ fn a_manifest_that_is_not_well_formed_is_refused() {
         ("guest 1.2.3 DIGEST bin/a", "line 1: bin/a is a link in the image: write usr/bin/a"),
         ("guest 1.2.3 DIGEST manifest", "line 1: manifest is the manifest's own name"),
         ("guest 1.2.3 DIGEST usr/local/bin/azure-ready", "azure-ready: belongs to the image itself"),
+        // A link of the image, to what is not on this machine.
+        (
+            "guest 1.2.3 DIGEST etc/kata-opa/default-policy.rego",
+            "default-policy.rego: belongs to the image itself",
+        ),
         (
             "guest 1.2.3 DIGEST usr/lib/systemd/system/kata-agent.service",
             "kata-agent.service: belongs to the image itself",
