@@ -65,7 +65,8 @@ impl InitDataDigest {
             let digits = std::str::from_utf8(digits).map_err(|_| BadInitData::Digest)?;
             *byte = u8::from_str_radix(digits, 16).map_err(|_| BadInitData::Digest)?;
         }
-        // TDX has no PCR 8: its evidence carries init-data in MRCONFIGID.
+        // Of a TPM only, so without a SHA-384 digest: the evidence of TDX carries init-data in MRCONFIGID, and RTMR 2 takes nothing of
+        // PCR 8.
         Ok(Event {
             pcr: 8,
             what: "the digest of init-data".to_owned(),
@@ -77,7 +78,7 @@ impl InitDataDigest {
 #[cfg(test)]
 mod tests {
     use super::{BadInitData, InitDataDigest};
-    use crate::register::{hex, pcr};
+    use crate::register::{hex, pcr, rtmr2};
 
     #[test]
     fn the_digest_is_by_the_algorithm_that_init_data_name() {
@@ -100,6 +101,12 @@ mod tests {
             let event = InitDataDigest::parse(&text).unwrap().event().unwrap();
             assert_eq!(hex(&pcr(8, &[event])), expected);
         }
+    }
+
+    #[test]
+    fn init_data_leave_rtmr_2_as_it_is() {
+        let event = InitDataDigest::parse(&"ab".repeat(32)).unwrap().event().unwrap();
+        assert_eq!(rtmr2(&[event]), [0; 48]);
     }
 
     #[test]

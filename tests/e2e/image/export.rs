@@ -1,6 +1,6 @@
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -140,6 +140,51 @@ fn each_format_holds_the_disk_and_is_the_same_bits_again() {
     let second =
         succeeds(script("export"), &["--output", text(&directory.path().join("second")), text(&copy)]);
     assert_eq!(digests(&first), digests(&second));
+}
+
+/// What qemu-img 8 and later print before the lines of older ones: the file below the format, with a size of its own.
+const CHILDREN: &str = r#"    "children": [
+        {
+            "name": "file",
+            "info": {
+                "children": [
+                ],
+                "virtual-size": 7340544,
+                "filename": "podvm.vhd",
+                "format": "file",
+                "actual-size": 7344128,
+                "format-specific": {
+                    "type": "file",
+                    "data": {
+                    }
+                },
+                "dirty-flag": false
+            }
+        }
+    ],
+"#;
+
+#[test]
+fn export_takes_the_size_from_a_newer_qemu_img() {
+    let directory = TempDir::new().unwrap();
+    let disk = disk(directory.path());
+    let bin = directory.path().join("bin");
+    fs::create_dir(&bin).unwrap();
+    fs::write(bin.join("children"), CHILDREN).unwrap();
+    let program = bin.join("qemu-img");
+    let newer = "#!/bin/sh
+bin=${PATH%%:*}
+PATH=${PATH#*:}
+[ \"$1\" = info ] || exec qemu-img \"$@\"
+qemu-img \"$@\" | sed \"1r $bin/children\"
+";
+    fs::write(&program, newer).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("PATH={}:{}:/usr/sbin:/sbin", text(&bin), std::env::var("PATH").unwrap());
+    let export = script("export");
+    let said = succeeds("env", &[&path, text(&export), "--format", "qcow2", "--format", "vhd", text(&disk)]);
+    let names: Vec<&str> = digests(&said).iter().map(|(_, name)| *name).collect();
+    assert_eq!(names, ["podvm.qcow2", "podvm.vhd"]);
 }
 
 #[test]

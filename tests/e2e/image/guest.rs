@@ -217,6 +217,16 @@ fn a_file_that_is_not_as_named_is_refused() {
 }
 
 #[test]
+fn a_link_as_long_as_a_digest_is_a_link() {
+    let mut tree = Tree::good();
+    let target = format!("../../{}pause_bundle/config.json", "./".repeat(13));
+    assert_eq!("symlink:".len() + target.len(), 64);
+    // A file with this content would be refused there: it is no program.
+    tree.link("usr/bin/config", &target);
+    assert!(tree.accepted().contains(&target));
+}
+
+#[test]
 fn a_link_that_is_not_as_named_is_refused() {
     for (target, said) in [
         ("/etc/passwd", "out: leads out of the tree"),
@@ -307,6 +317,11 @@ fn a_manifest_that_is_not_well_formed_is_refused() {
         ("guest 1.2.3 DIGEST bin/a", "line 1: bin/a is a link in the image: write usr/bin/a"),
         ("guest 1.2.3 DIGEST manifest", "line 1: manifest is the manifest's own name"),
         ("guest 1.2.3 DIGEST usr/local/bin/azure-ready", "azure-ready: belongs to the image itself"),
+        // A link of the image, to what is not on this machine.
+        (
+            "guest 1.2.3 DIGEST etc/kata-opa/default-policy.rego",
+            "default-policy.rego: belongs to the image itself",
+        ),
         (
             "guest 1.2.3 DIGEST usr/lib/systemd/system/kata-agent.service",
             "kata-agent.service: belongs to the image itself",
