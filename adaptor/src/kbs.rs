@@ -221,6 +221,7 @@ impl KbsClient {
         body: &Bytes,
         pace: &mut Pace,
     ) -> Result<Verdict, KbsError> {
+        let mut reported = String::new();
         loop {
             let limit = pace.next_timeout();
             let attempt = if method == Method::POST {
@@ -236,16 +237,19 @@ impl KbsClient {
                 Err(Failure::Permanent(error)) => return Err(error),
                 Err(Failure::Transient(failure)) => failure,
             };
-            let is_new = self.outage.failed(&failure.text);
-            let Some(pause) = pace.next_pause(failure.retry_after) else {
+            let pause = pace.next_pause(failure.retry_after);
+            let is_new = self.outage.failed(&failure.text, pause.is_some());
+            let Some(pause) = pause else {
                 let (tries, seconds) = pace.spent();
                 let Cause { text: last, advice, .. } = failure;
                 return Err(KbsError::Unreachable { url: self.url.clone(), tries, seconds, last, advice });
             };
-            if is_new {
+            // A KBS that fails for one path and not for others has many short outages.
+            if is_new && failure.text != reported {
                 let seconds = pause.as_secs();
                 let when = if seconds == 0 { String::new() } else { format!(" in {seconds} s") };
                 tracing::warn!("KBS at {}: {}{}; retrying{when}", self.url, failure.text, failure.advice);
+                reported = failure.text;
             }
             tokio::time::sleep(pause).await;
         }
@@ -295,7 +299,10 @@ impl KbsClient {
         let response = request.send().await.map_err(|error| Failure::of(&error, &self.url))?;
         let response = KbsResponse::read(response, method, self.admin.is_some()).await;
         match response.verdict() {
-            Verdict::Final(advice) => Err(Failure::Permanent(response.refusal(path, advice))),
+            Verdict::Final(advice) => {
+                self.say_it_answers();
+                Err(Failure::Permanent(response.refusal(path, advice)))
+            }
             Verdict::Transient(advice) => Err(Failure::Transient(Cause {
                 text: format!("answered {response}"),
                 advice: response.advice(advice),

@@ -388,9 +388,10 @@ async fn a_kbs_that_fails_for_a_while_is_retried() {
 
 #[tokio::test]
 async fn an_unreachable_kbs_fails_at_the_deadline() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    drop(listener);
+    // Held, and without a listener: another test gets no server there.
+    let closed = tokio::net::TcpSocket::new_v4().unwrap();
+    closed.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let url = format!("http://{}", closed.local_addr().unwrap());
     let start = Instant::now();
     let client = KbsClient::new(&settings(&url), Duration::from_millis(700)).unwrap();
     let error = client.publish(PATH, b"x").await.unwrap_err();

@@ -77,6 +77,9 @@ fn dials_are_redirected_and_the_rest_is_fenced() {
     in_namespace(async || {
         apply(SETTINGS).await.unwrap();
         assert_eq!(inspect(SETTINGS).await.unwrap(), IN_PLACE);
+        // Nothing has listened yet (a process that another test forks would hold a listener open): refused on this node, and never sent to the VM.
+        let error = TcpStream::connect(("192.0.2.9", 15150)).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
         // Addresses of VMs that do not exist: only the redirect makes them reachable.
         for (listen, vm) in [("127.0.0.1", "192.0.2.9"), ("::1", "2001:db8::9")] {
             let listener = TcpListener::bind((listen, 15151)).await.unwrap();
@@ -86,9 +89,6 @@ fn dials_are_redirected_and_the_rest_is_fenced() {
             listener.accept().await.unwrap().0.read_exact(&mut bytes).await.unwrap();
             assert_eq!(&bytes, b"hello");
         }
-        // Nothing listens: refused on this node, and never sent to the VM.
-        let error = TcpStream::connect(("192.0.2.9", 15150)).await.unwrap_err();
-        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
         // As after a change that takes the redirect away: the fence rejects.
         sh("nft flush chain inet secure-comms-adaptor to-adaptor");
         let error = TcpStream::connect(("192.0.2.9", 15150)).await.unwrap_err();

@@ -349,9 +349,10 @@ fn black_holes_in_ipv6_and_ipv4_do_not_hold_up_the_good_address() {
 
 #[tokio::test]
 async fn the_error_has_the_cause_at_each_address() {
-    let closed = TcpListener::bind("127.0.0.2:0").await.unwrap();
+    // Held, and without a listener: another test gets no server there.
+    let closed = TcpSocket::new_v4().unwrap();
+    closed.bind("127.0.0.2:0".parse().unwrap()).unwrap();
     let port = closed.local_addr().unwrap().port();
-    drop(closed);
     let hosts = "127.0.0.2 kbs\n127.0.0.3 kbs\n";
     let site = Site::new("", hosts, 9);
     let error = dial::connect(&site.resolver, &Host::Name("kbs".into()), port).await.unwrap_err();

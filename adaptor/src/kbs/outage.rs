@@ -29,8 +29,8 @@ pub(super) struct Over {
 }
 
 impl Outage {
-    /// An attempt failed. Returns whether its cause is to be reported.
-    pub(super) fn failed(&self, cause: &str) -> bool {
+    /// An attempt failed. Returns whether its cause is to be reported; never if the caller can't, because its call fails with it.
+    pub(super) fn failed(&self, cause: &str, can_report: bool) -> bool {
         let mut ongoing = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let ongoing = ongoing.get_or_insert_with(|| Ongoing {
             since: Instant::now(),
@@ -38,7 +38,10 @@ impl Outage {
             reported: Vec::new(),
         });
         ongoing.attempts += 1;
-        if ongoing.reported.len() >= CAUSES || ongoing.reported.iter().any(|reported| reported == cause) {
+        if !can_report
+            || ongoing.reported.len() >= CAUSES
+            || ongoing.reported.iter().any(|reported| reported == cause)
+        {
             return false;
         }
         ongoing.reported.push(cause.to_owned());
@@ -59,19 +62,20 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn many_calls_report_an_outage_once() {
         let outage = Outage::default();
+        assert!(!outage.failed("connection refused", false), "a call that is over");
         let calls: Vec<_> = (0..250).map(|_| outage.clone()).collect();
-        assert_eq!(calls.iter().filter(|call| call.failed("connection refused")).count(), 1);
-        assert!(outage.failed("no answer"), "another cause");
+        assert_eq!(calls.iter().filter(|call| call.failed("connection refused", true)).count(), 1);
+        assert!(outage.failed("no answer", true), "another cause");
         tokio::time::advance(std::time::Duration::from_secs(7)).await;
         let over = outage.answered().unwrap();
-        assert_eq!((over.lasted.as_secs(), over.attempts), (7, 251));
+        assert_eq!((over.lasted.as_secs(), over.attempts), (7, 252));
         assert_eq!(outage.answered(), None);
-        assert!(outage.failed("connection refused"), "the next outage");
+        assert!(outage.failed("connection refused", true), "the next outage");
     }
 
     #[test]
     fn ever_new_causes_are_not_all_reported() {
         let outage = Outage::default();
-        assert_eq!((0..100).filter(|number| outage.failed(&number.to_string())).count(), CAUSES);
+        assert_eq!((0..100).filter(|number| outage.failed(&number.to_string(), true)).count(), CAUSES);
     }
 }

@@ -122,13 +122,17 @@ impl DataLane {
             let since = Instant::now();
             self.farewell.send_replace(Some(connection.farewell()));
             let end = self.serve_connection(address, &connection, cut).await;
-            self.farewell.send_replace(None);
             let heard = Instant::now() - connection.liveness().unanswered().unwrap_or_default();
             self.status.lane(Lane::Data, false);
+            // An idle one says the last word itself, unless the session ends before.
+            if !matches!(end, End::Idle) {
+                self.farewell.send_replace(None);
+            }
             match end {
                 End::Idle => {
                     // Until the agent has ended it, the connection serves the streams that cross the bye.
                     connection.close("no stream needs the lane").await;
+                    self.farewell.send_replace(None);
                     // One may have got onto the lane at the last moment.
                     if self.session.streams_of(Lane::Data) == 0 {
                         return;

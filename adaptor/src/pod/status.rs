@@ -291,6 +291,8 @@ struct Throttles {
     mismatches: Throttle,
     /// What the network can cause: it may break each connection of a session as soon as that is there.
     lanes: Throttle,
+    /// The same of lane `data`, which must not hide what becomes of the main one.
+    data_lane: Throttle,
 }
 
 impl Default for Throttles {
@@ -303,6 +305,7 @@ impl Default for Throttles {
             mismatches: Throttle::new(6),
             // Two for each connection of a lane.
             lanes: Throttle::new(60),
+            data_lane: Throttle::new(60),
         }
     }
 }
@@ -458,7 +461,7 @@ impl StatusReporter {
     /// Logs what has happened to lane `data`, unless there were too many such lines in this minute.
     pub(super) fn log_data_lane(&self, is_warning: bool, what: fmt::Arguments<'_>) {
         let id = &self.id;
-        match (self.may_log(|throttles| Some(&mut throttles.lanes)), is_warning) {
+        match (self.may_log(|throttles| Some(&mut throttles.data_lane)), is_warning) {
             (false, _) => tracing::debug!("pod {id}: lane data: {what}"),
             (true, false) => tracing::info!("pod {id}: lane data: {what}"),
             (true, true) => tracing::warn!("pod {id}: lane data: {what}"),
@@ -620,8 +623,10 @@ mod tests {
             status.down(PhaseName::Kubernetes, "reset");
             status.resumed(([127, 0, 0, 1], 1).into(), "x".to_owned(), Duration::ZERO, 1);
         }
-        status.log_data_lane(true, format_args!("reset"));
-        assert!(logs(), "the 60th");
+        for _ in 0..100 {
+            status.log_data_lane(true, format_args!("reset"));
+        }
+        assert!(logs() && logs(), "those of lane data have a limit of their own");
         assert!(!logs());
         status.down(PhaseName::Kubernetes, "reset");
         assert_eq!(*events.lock().unwrap(), 59);

@@ -1,6 +1,7 @@
-//! Devices of the kernel's device mapper, each of one target.
+//! What `init` and `podvm-volumes` share of block devices: the kernel's device mapper (devices of one target each), its
+//! [`partitions`], and the disk's own table of them ([`gpt`]).
 //!
-//! The ioctls that no crate wraps safely are here, with that of [`partitions`], and the disk's own table of them ([`gpt`]), so that `init` and `podvm-volumes` share it. A well-kept crate
+//! The ioctls that no crate wraps safely are here. A well-kept crate
 //! (`devicemapper`) links libdevmapper or brings a hundred times this code; a static program can't use the first, and
 //! the initrd's `init` not the second.
 

@@ -69,7 +69,7 @@ pub enum ScratchError {
         #[source]
         cause: io::Error,
     },
-    /// The kernel has made it, and it is not there or is another one.
+    /// The kernel has made it, and it is another one.
     #[error("the kernel has made partition {} of {}, but it can't be used", spare::NUMBER, node.display())]
     Made {
         /// The disk.
@@ -81,7 +81,7 @@ pub enum ScratchError {
     /// The mapping of an earlier run is in use.
     #[error(
         "removing the mapping {MAPPING} of an earlier run: images stay in memory; if it is in use, end what uses it \
-        and start scratch-disk.service again, or restart the VM"
+        and restart scratch-disk.service, or restart the VM"
     )]
     LeftBehind(#[source] io::Error),
     /// Several are.
@@ -241,7 +241,8 @@ fn wait(
             Err(fault) => fault,
         };
         attempts += 1;
-        if attempts >= ATTEMPTS {
+        // What the kernel has made does not change.
+        if attempts >= ATTEMPTS || matches!(fault, ScratchError::Made { .. }) {
             return Err(fault);
         }
         // Nothing gives a boot up; an event counts as an attempt, which keeps the wait bounded.

@@ -66,7 +66,7 @@ pub enum Unsure {
 /// mount or a mapping. While the file is open, its device number stays this disk's.
 ///
 /// # Errors
-/// It is in use (EBUSY), is another device by now, or may not be opened.
+/// It is in use (`ResourceBusy`), is another device by now, or may not be opened.
 pub fn open_unused(device: &Device) -> io::Result<File> {
     let open = |flags| {
         let flags = flags | libc::O_NOFOLLOW | libc::O_NONBLOCK;

@@ -20,6 +20,7 @@ use crate::roots::Roots;
 
 /// Number of the partition: the last one in a GPT of the usual size, so none of the image's.
 pub const NUMBER: i32 = 128;
+
 /// The kernel's partitions; a test has others.
 pub trait Partitions {
     /// Makes a partition of these sectors, of 512 bytes each, and its node.
@@ -91,17 +92,16 @@ pub enum NoSpace {
     NumberInTable(String),
     /// The number is taken in the kernel, by a partition that is none of an earlier run.
     #[error(
-        "{0} has a partition {NUMBER} that is neither in its partition table nor in its free space: \
-        remove it (delpart(8)), or restart the VM"
+        "{0} has a partition {NUMBER} that is not in its partition table and is not one of an earlier run: restart the VM"
     )]
     NumberTaken(String),
     /// There is too little.
-    #[error("{disk} has less than {} MiB free behind its last partition, which ends at {} MiB of {}",
+    #[error("{disk} has less than {} MiB free behind its last partition and its table, which end at {} MiB of {}",
         SECTORS_MIN / 2048, end / 2048, size / 2048)]
     TooLittle {
         /// The disk.
         disk: String,
-        /// Where its last partition ends, in sectors.
+        /// Where its last partition or its table ends, in sectors.
         end: u64,
         /// Its size in sectors.
         size: u64,

@@ -282,7 +282,7 @@ fn data_without_a_signature_are_never_overwritten() {
 #[test]
 fn an_odd_disk_is_mounted_or_refused_with_its_reason() {
     const GPT: &str = "echo label: gpt | sfdisk -q NODE";
-    const UNKNOWN: &str = "mkfs.ext4 -q NODE; debugfs -w -R 'ssv feature_incompat 0x80000242' NODE; debugfs -w -R 'ssv checksum_type 9' NODE";
+    const UNKNOWN: &str = "mkfs.ext4 -q NODE; debugfs -w -R 'ssv feature_incompat 0x80000242' NODE";
     const DIRTY: &str = "mkfs.ext4 -q NODE; debugfs -w -R 'feature needs_recovery' NODE";
     in_own_mounts(|| {
         for (bytes, script, is_read_only, expected) in [

@@ -401,7 +401,7 @@ fn a_partition_128_is_ours_only_within_free_space() {
             number_128(&tree, first, sectors);
             let text = no_space(&tree);
             let is_clear = text
-                .starts_with("vda has a partition 128 that is neither in its partition table nor in ")
+                .starts_with("vda has a partition 128 that is not in its partition table and is not one of ")
                 || text == "reading the partitions of vda in sysfs: no bounds of vda128";
             assert!(is_clear, "{first} {sectors}: {text}");
         }
@@ -426,7 +426,7 @@ fn a_partition_of_the_table_alone_is_not_free() {
         write_table(&disk, &["--append"], "6: start=4456448, size=2097152\n");
         assert_eq!(
             no_space(&tree),
-            "vda has less than 1024 MiB free behind its last partition, which ends at 3200 MiB of 4096"
+            "vda has less than 1024 MiB free behind its last partition and its table, which end at 3200 MiB of 4096"
         );
     });
 }
@@ -562,7 +562,7 @@ fn too_little_free_space_is_left_alone() {
                 "{text}"
             );
             let mib = bytes / MIB;
-            let cause = "vda has less than 1024 MiB free behind its last partition, which ends at 119 MiB of";
+            let cause = "vda has less than 1024 MiB free behind its last partition and its table, which end at 119 MiB of";
             assert!(text.ends_with(&format!(": {cause} {mib}")), "{text}");
         }
     });

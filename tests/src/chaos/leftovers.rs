@@ -77,7 +77,8 @@ mod tests {
         let _disk = Disk::mount(directory.path().join("disk")).unwrap();
         let _netns = TestNamespace::new("left").unwrap();
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-        let files: Vec<_> = (0..50).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
+        // More than the other tests of this process close in the meantime.
+        let files: Vec<_> = (0..400).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
         let left = Leftovers::now().unwrap().beyond(&before);
         child.kill().unwrap();
         child.wait().unwrap();

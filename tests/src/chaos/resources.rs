@@ -57,15 +57,29 @@ impl fmt::Display for Resources {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    use std::process::{Command, Stdio};
+
     use super::*;
 
     #[test]
     fn a_file_that_stays_open_shows() {
-        let pid = i32::try_from(std::process::id()).unwrap();
-        let before = Resources::of(pid).unwrap();
-        let kept: Vec<_> = (0..20).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
-        let after = Resources::of(pid).unwrap();
-        assert!(after.files >= before.files + 10, "{before} then {after}, {} of them ours", kept.len());
+        // A process of its own: other tests open and close files in this one. It opens two when it is written a line.
+        let script = "echo; read line; exec 3</dev/null 4</dev/null; echo; read line";
+        let mut shell = Command::new("sh");
+        let mut shell =
+            shell.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let pid = i32::try_from(shell.id()).unwrap();
+        let (mut to, mut from) = (shell.stdin.take().unwrap(), BufReader::new(shell.stdout.take().unwrap()));
+        let looks = ["", "\n"].map(|line| {
+            to.write_all(line.as_bytes()).unwrap();
+            from.read_line(&mut String::new()).unwrap();
+            Resources::of(pid).unwrap()
+        });
+        drop(to);
+        assert!(shell.wait().is_ok());
+        let [before, after] = looks;
+        assert_eq!(after.files, before.files + 2, "{before} then {after}");
         let most = Resources { files: 1, threads: 1000, rss_kib: u64::MAX };
         assert!(after.over(&most).unwrap().contains("at most 1 files"));
         assert_eq!(after.over(&after), None);

@@ -172,9 +172,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_closed_port_is_an_error_and_no_question() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let addr = listener.local_addr().unwrap();
-        drop(listener);
+        // Held, and without a listener: another test gets no server there.
+        let closed = tokio::net::TcpSocket::new_v4().unwrap();
+        closed.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let addr = closed.local_addr().unwrap();
         let out = OpenSsh::new(addr).unwrap().command("kubernetes", &[], &[]).output().await.unwrap();
         assert_eq!(out.status.code(), Some(255));
         assert!(String::from_utf8_lossy(&out.stderr).contains("Connection refused"));

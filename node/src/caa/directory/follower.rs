@@ -60,7 +60,8 @@ impl<'a> Follower<'a> {
         let mut looked = Instant::now();
         let mut what = What::Thorough;
         loop {
-            if !matches!(what, What::These(_)) {
+            // A look that a dial causes is no such look: dials without a pause must not keep those left over from being looked at.
+            if matches!(what, What::All | What::Thorough) {
                 looked = Instant::now();
             }
             if matches!(what, What::Thorough) {
@@ -92,6 +93,9 @@ impl<'a> Follower<'a> {
             (true, false) => Instant::now() + UNSETTLED_TICK,
             (true, true) => all,
         };
+        if let Some(due) = self.due(all) {
+            return due;
+        }
         tokio::select! {
             biased;
             () = self.directory.0.wanted.notified() => What::Served,
@@ -99,21 +103,21 @@ impl<'a> Follower<'a> {
                 Hint::These(ids) => What::These(ids),
                 Hint::All => What::All,
             },
-            () = sleep_until(all.min(soon)) => {
-                let now = Instant::now();
-                if now >= self.thorough {
-                    What::Thorough
-                } else if now >= all {
-                    What::All
-                } else {
-                    What::These(unsettled)
-                }
-            }
+            () = sleep_until(all.min(soon)) => self.due(all).unwrap_or(What::These(unsettled)),
         }
     }
 
+    /// The look whose time has come, whatever dials want.
+    fn due(&self, all: Instant) -> Option<What> {
+        let now = Instant::now();
+        if now < all {
+            return None;
+        }
+        Some(if now >= self.thorough { What::Thorough } else { What::All })
+    }
+
     async fn look(&mut self, what: What) {
-        let all = !matches!(what, What::These(_));
+        let (all, left_over) = (!matches!(what, What::These(_)), matches!(what, What::All | What::Thorough));
         let began = Instant::now();
         let found = self.directory.blocking(move |scanner| scanner.scan(what)).await.and_then(|found| found);
         match found {
@@ -122,7 +126,7 @@ impl<'a> Follower<'a> {
                 self.again = self.watch.set(found.root, waiting);
                 self.polls = !self.directory.0.events || self.watch.fault().is_some() || found.root.is_none();
                 if all {
-                    self.report(&found);
+                    self.report(&found, left_over);
                 }
                 self.nameless.extend(found.nameless);
             }
@@ -139,7 +143,8 @@ impl<'a> Follower<'a> {
         }
     }
 
-    fn report(&mut self, found: &Found) {
+    /// `left_over`: whether those left over were looked at too. Otherwise a fault of one of them may still be there.
+    fn report(&mut self, found: &Found, left_over: bool) {
         if let Some(error) = &found.sockets
             && !self.sockets_said
         {
@@ -158,7 +163,7 @@ impl<'a> Follower<'a> {
             self.fails(format!(
                 "pods directory {path}: it has more than {max} sandboxes; remove those of pods long gone"
             ));
-        } else {
+        } else if left_over {
             self.said = None;
             self.health.works(HEALTH);
         }

@@ -280,10 +280,11 @@ async fn until_lost(pod: &mut watch::Receiver<PodSnapshot>) {
     let is_over = |now: &PodSnapshot| !is_up(now) && !matches!(now.state, PodState::Down { .. });
     loop {
         // An error: it has ended.
-        if pod.wait_for(|now| !is_up(now)).await.is_err() {
+        let Ok(down_for) = pod.wait_for(|now| !is_up(now)).await.map(|now| now.since.elapsed()) else {
             return;
-        }
-        match timeout(LOST_AFTER, pod.wait_for(|now| is_up(now) || is_over(now))).await {
+        };
+        let left = LOST_AFTER.saturating_sub(down_for.unwrap_or_default());
+        match timeout(left, pod.wait_for(|now| is_up(now) || is_over(now))).await {
             Ok(Ok(now)) if is_up(&now) => {}
             _ => return,
         }
@@ -292,6 +293,8 @@ async fn until_lost(pod: &mut watch::Receiver<PodSnapshot>) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use tokio::time::sleep;
 
     use super::*;
@@ -299,7 +302,7 @@ mod tests {
     fn snapshot(state: PodState) -> PodSnapshot {
         PodSnapshot {
             state,
-            since: std::time::SystemTime::UNIX_EPOCH,
+            since: SystemTime::now(),
             labels: Default::default(),
             addresses: Vec::new(),
             endpoints: Vec::new(),
@@ -330,6 +333,15 @@ mod tests {
         assert!(!lost.is_finished());
         sender.send_replace(snapshot(down()));
         sleep(LOST_AFTER + Duration::from_secs(1)).await;
+        assert!(lost.is_finished(), "down for longer than its runtime waits");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_time_before_the_claim_counts() {
+        let since = SystemTime::now().checked_sub(LOST_AFTER / 2).unwrap();
+        let (_sender, mut pod) = watch::channel(PodSnapshot { since, ..snapshot(down()) });
+        let lost = tokio::spawn(async move { until_lost(&mut pod).await });
+        sleep(LOST_AFTER / 2 + Duration::from_secs(1)).await;
         assert!(lost.is_finished(), "down for longer than its runtime waits");
     }
 
