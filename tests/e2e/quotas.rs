@@ -3,8 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)] // a test's helpers fail as the test does
 
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail, ensure};
 use secure_comms_protocol::limits::{CreditLimits, INBOUND_CLIENTS_MAX};
@@ -67,20 +66,21 @@ impl Pod {
 /// Clients of an inbound that come at the same time, and stay.
 struct Crowd {
     served: watch::Sender<usize>,
-    closed: Arc<AtomicUsize>,
+    /// Why clients were closed.
+    closed: Arc<Mutex<Vec<String>>>,
     clients: JoinSet<()>,
 }
 
 impl Crowd {
     fn of(number: usize, inbound: SocketAddr) -> Self {
-        let (served, closed) = (watch::Sender::new(0), Arc::new(AtomicUsize::new(0)));
+        let (served, closed) = (watch::Sender::new(0), Arc::default());
         let mut clients = JoinSet::new();
         for seed in 0..number {
-            let (served, closed) = (served.clone(), closed.clone());
+            let (served, closed) = (served.clone(), Arc::<Mutex<Vec<_>>>::clone(&closed));
             clients.spawn(async move {
                 // One that waits in the kernel's queue need not be connected yet.
-                if stay(inbound, seed as u64, &served).await.is_err() {
-                    closed.fetch_add(1, Ordering::Relaxed);
+                if let Err(error) = stay(inbound, seed as u64, &served).await {
+                    closed.lock().unwrap().push(format!("{error:#}"));
                 }
             });
         }
@@ -110,6 +110,12 @@ impl Crowd {
                 session.roundtrip(200, seed).await?;
             }
         }
+        Ok(())
+    }
+
+    fn none_closed(&self, end: &Child) -> Result<()> {
+        let closed = self.closed.lock().unwrap();
+        ensure!(closed.is_empty(), "{closed:?}\n{}", end.log());
         Ok(())
     }
 
@@ -143,7 +149,7 @@ async fn a_crowd_of_the_vm_keeps_no_other_tunnel_out(number: usize) -> Result<()
         kata.roundtrip(200, 2).await?;
     }
     ensure!(crowd.served() == FULL, "{} are served at a time", crowd.served());
-    ensure!(crowd.closed.load(Ordering::Relaxed) == 0, "{}", pod.agent.log());
+    crowd.none_closed(&pod.agent)?;
     crowd.leaves().await;
     pod.kata().await?.finish().await?;
     works(&pod.scene, &pod.adaptor).await
@@ -181,7 +187,8 @@ async fn clients_of_the_worker_node_leave_room_for_all_others() -> Result<()> {
     for _ in 0..64 {
         others.push((pod.kata().await?, pod.echo(pod.scene.node_inbound).await.context("from the VM")?));
     }
-    ensure!(crowd.served() == FULL && crowd.closed.load(Ordering::Relaxed) == 0, "{}", pod.adaptor.log());
+    ensure!(crowd.served() == FULL, "{} are served at a time", crowd.served());
+    crowd.none_closed(&pod.adaptor)?;
     crowd.leaves().await;
     works(&pod.scene, &pod.adaptor).await
 }

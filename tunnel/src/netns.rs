@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{self, Backlog};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::oneshot;
 
@@ -103,6 +104,9 @@ pub async fn listen(
     // std's bind sets SO_REUSEADDR, so that a restart does not wait for TIME_WAIT.
     let bind = move || {
         let listener = std::net::TcpListener::bind(address)?;
+        // std's queue of 128 is too short for a crowd: the kernel may reset clients that find it full. As long as the kernel allows
+        // (net.core.somaxconn).
+        socket::listen(&listener, Backlog::MAXALLOWABLE)?;
         listener.set_nonblocking(true)?;
         Ok(listener)
     };
