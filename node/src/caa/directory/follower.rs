@@ -110,10 +110,11 @@ impl<'a> Follower<'a> {
     /// The look whose time has come, whatever dials want.
     fn due(&self, all: Instant) -> Option<What> {
         let now = Instant::now();
-        if now < all {
-            return None;
+        match (now >= self.thorough, now >= all) {
+            (true, _) => Some(What::Thorough),
+            (false, true) => Some(What::All),
+            (false, false) => None,
         }
-        Some(if now >= self.thorough { What::Thorough } else { What::All })
     }
 
     async fn look(&mut self, what: What) {
