@@ -522,13 +522,15 @@ async fn no_container_is_made_for_a_runtime_that_gave_up() -> Result<()> {
         let runtime = pod.runtime().await?;
         // Long enough for the agent's reminder, which comes after a second, also while other tests run.
         let time = if leaves { PATIENCE } else { Duration::from_secs(8) };
-        let call = tokio::spawn(async move { runtime.create_container_within(&sent, time).await });
+        // The runtime keeps its connection, so that the agent does not see it leave at the moment at which it gives up itself.
+        let call = tokio::spawn(async move { (runtime.create_container_within(&sent, time).await, runtime) });
         says(&pod.agent, &format!("a container waits for its volume {}", volume.display())).await?;
         if leaves {
             call.abort();
             says(&pod.agent, "the runtime closed its connection; dropping 1 held requests").await?;
         } else {
-            ensure!(pod.within("CreateContainer", call).await??.is_err(), "it was made without its volume");
+            let (made, _runtime) = pod.within("CreateContainer", call).await??;
+            ensure!(made.is_err(), "it was made without its volume");
             // How long exactly depends on when the agent got to run.
             let refused =
                 format!("waiting for the volume {}: nothing was mounted there within", volume.display());

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::socket::{Backlog, listen};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, UnixListener};
 
@@ -112,6 +113,8 @@ impl KataAgent {
     /// If the address cannot be bound.
     pub async fn tcp(addr: SocketAddr) -> Result<Self> {
         let listener = TcpListener::bind(addr).await.with_context(|| format!("kata: binding {addr}"))?;
+        // Thousands of clients may leave at once: the kernel must not reset those behind them because the queue is full.
+        listen(&listener, Backlog::MAXALLOWABLE).context("kata: making its queue longer")?;
         let addr = listener.local_addr().context("kata: reading the bound address")?;
         let served = Arc::<Served>::default();
         Ok(Self { _serving: Served::serve(&served, listener, identity), served, tcp: Some(addr), unix: None })
