@@ -48,7 +48,8 @@ async fn answer_pings_on_main(sessions: &Arc<Sessions>, servers: &mut Servers, p
     }
 }
 
-/// Waits until both ends have forgotten all streams.
+/// Waits until both ends have forgotten all streams. All sleeps of these tests are of the paused clock: it moves once every task
+/// waits, so they wait for no processor.
 async fn settled(sessions: &Sessions) {
     let open = || [&sessions.adaptor, &sessions.agent].map(|end| end.credits().open_streams());
     let ends = async {

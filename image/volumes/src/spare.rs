@@ -90,7 +90,7 @@ pub enum NoSpace {
         "the partition table of {0} has a partition {NUMBER} itself: the scratch disk's would have this number"
     )]
     NumberInTable(String),
-    /// The number is taken in the kernel, by a partition that is none of an earlier run.
+    /// The kernel has a partition with this number that no earlier run has made.
     #[error(
         "{0} has a partition {NUMBER} that is not in its partition table and is not one of an earlier run: restart the VM"
     )]
