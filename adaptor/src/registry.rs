@@ -17,7 +17,7 @@ mod shared;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use secure_comms_protocol::{PodId, TunnelName};
+use secure_comms_protocol::{PodId, RefusalReason, TunnelName};
 pub use secure_comms_tunnel::account::Traffic;
 use secure_comms_tunnel::relay::{relay, report};
 use secure_comms_tunnel::{Link as _, MemoryBudget, OpenError, Socket};
@@ -270,7 +270,8 @@ impl Adaptor {
     /// The stream survives the loss of the pod's connections, as every stream of a session does. It ends with the pod.
     ///
     /// # Errors
-    /// The pod is not up, the agent refused the stream, or its connection was lost before the answer
+    /// The pod is not up, the agent refused the stream, all places for streams of this tunnel are taken, or the connection
+    /// was lost before the answer
     /// ([`AdaptorError::NotOpened`]).
     ///
     /// # Cancellation
@@ -284,6 +285,7 @@ impl Adaptor {
         let stream = link.open(tunnel).await.map_err(|error| {
             failed(match error {
                 OpenError::Refused(reason) => format!("the agent refused: {reason}"),
+                OpenError::Full => RefusalReason::TooManyStreams.to_string(),
                 OpenError::LinkGone => "the connection was lost".to_owned(),
             })
         })?;

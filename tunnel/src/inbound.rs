@@ -4,11 +4,11 @@ mod listen;
 mod unix;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use secure_comms_protocol::limits::{CHANNEL_OPEN, INBOUND_CLIENTS_MAX, INBOUND_WAIT, RETRY_MIN};
-use secure_comms_protocol::{InboundTag, TunnelName};
+use secure_comms_protocol::{InboundTag, RefusalReason, TunnelName};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -65,7 +65,8 @@ impl Inbound {
         &self.local
     }
 
-    /// Serves clients; never returns. Each client waits up to [`INBOUND_WAIT`] for a link, then gets a stream on it.
+    /// Serves clients; never returns. Each client waits up to [`INBOUND_WAIT`] for a link and a place among its streams, then
+    /// gets a stream on it.
     /// Dropping the future closes the listener and every client.
     pub async fn serve<L: Link>(self, links: watch::Receiver<Option<L>>) {
         let name = &self.tag.name;
@@ -127,6 +128,14 @@ enum Ended {
     Unserved(String),
 }
 
+/// What a client without a stream waits for.
+#[derive(Clone, Copy)]
+enum WaitsFor {
+    Peer,
+    Place,
+    Server,
+}
+
 /// Serves one client: waits for a stream, and relays. Of the clients of an inbound that wait for long, the first one reports
 /// it, as a [`Reminder`] asks; `waiting` is set until one has a stream.
 async fn serve_client<L: Link>(
@@ -135,9 +144,9 @@ async fn serve_client<L: Link>(
     mut links: watch::Receiver<Option<L>>,
     waiting: Arc<AtomicBool>,
 ) -> Ended {
-    let linked = AtomicBool::new(false);
+    let waits_for = Mutex::new(WaitsFor::Peer);
     let opened = {
-        let opening = open_stream(&name, &socket, &mut links, &linked);
+        let opening = open_stream(&name, &socket, &mut links, &waits_for);
         tokio::pin!(opening);
         let (mut reminder, mut reports) = (Reminder::start(), false);
         loop {
@@ -147,9 +156,10 @@ async fn serve_client<L: Link>(
             }
             reports = reports || !waiting.swap(true, Ordering::Relaxed);
             if reports {
-                let (what, limit) = match linked.load(Ordering::Relaxed) {
-                    true => ("the other end to reach its server", CHANNEL_OPEN),
-                    false => ("a peer", INBOUND_WAIT),
+                let (what, limit) = match *waits_for.lock().unwrap_or_else(PoisonError::into_inner) {
+                    WaitsFor::Peer => ("a peer", INBOUND_WAIT),
+                    WaitsFor::Place => ("a place among the streams of the connection", INBOUND_WAIT),
+                    WaitsFor::Server => ("the other end to reach its server", CHANNEL_OPEN),
                 };
                 let left = limit.saturating_sub(reminder.waited()).as_secs();
                 log::info!("inbound {name}: a client waits for {what}, {left} s left");
@@ -166,16 +176,18 @@ async fn serve_client<L: Link>(
     }
 }
 
-/// Waits for a link, which sets `linked`, and opens a stream on it. A lost link is retried until the deadline.
+/// Waits for a link, and opens a stream on it. A lost link, and one without a place, is retried until the deadline.
 async fn open_stream<L: Link>(
     name: &TunnelName,
     socket: &Socket,
     links: &mut watch::Receiver<Option<L>>,
-    linked: &AtomicBool,
+    waits_for: &Mutex<WaitsFor>,
 ) -> Result<Stream<L::Receiver, L::Sender>, Ended> {
     let deadline = Instant::now() + INBOUND_WAIT;
     let mut backoff = Backoff::default();
+    let set = |now| *waits_for.lock().unwrap_or_else(PoisonError::into_inner) = now;
     loop {
+        set(WaitsFor::Peer);
         let usable = |link: &Option<L>| link.as_ref().is_some_and(|link| !link.is_gone());
         let link = tokio::select! {
             biased;
@@ -188,7 +200,7 @@ async fn open_stream<L: Link>(
         };
         // None: the sender of links is gone, so no link will arrive.
         let Some(link) = link else { return Err(Ended::Unserved("shutting down".into())) };
-        linked.store(true, Ordering::Relaxed);
+        set(WaitsFor::Server);
         let opened = tokio::select! {
             biased;
             opened = link.open(name) => opened,
@@ -198,6 +210,19 @@ async fn open_stream<L: Link>(
             Ok(stream) => return Ok(stream),
             Err(OpenError::Refused(reason)) => {
                 return Err(Ended::Unserved(format!("the other end refused: {reason}")));
+            }
+            // The places may all be taken only here or only there: an end counts a stream until it has the other's close.
+            Err(OpenError::Full) if Instant::now() >= deadline => {
+                let (limit, why) = (INBOUND_WAIT.as_secs(), RefusalReason::TooManyStreams);
+                return Err(Ended::Unserved(format!("no place within {limit} s: {why}")));
+            }
+            Err(OpenError::Full) => {
+                set(WaitsFor::Place);
+                tokio::select! {
+                    biased;
+                    () = socket.client_gone() => return Err(Ended::Left),
+                    () = backoff.pause() => {}
+                }
             }
             Err(OpenError::LinkGone) if Instant::now() >= deadline => {
                 return Err(Ended::Unserved("the connection to the peer was lost".into()));

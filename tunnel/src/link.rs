@@ -66,6 +66,8 @@ pub struct Stream<R, S> {
 pub enum OpenError {
     /// The other end refused the stream; a retry will not help.
     Refused(String),
+    /// One of the ends has no place for another stream. Streams that end free some, so a later retry may help.
+    Full,
     /// The connection is gone; a new one may be opened.
     LinkGone,
 }

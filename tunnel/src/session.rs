@@ -63,6 +63,8 @@ pub trait Channels: Clone + Debug + Send + Sync + 'static {
 pub enum ChannelError {
     /// The other end refused it; with its reason.
     Refused(String),
+    /// The other end has no place for another stream.
+    Full,
     /// The connection has ended.
     Gone,
 }

@@ -7,7 +7,10 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
-use harness::{Connection, FIXED, MemLink, Watchdog, check_end, check_pattern, quiet, within, write_pattern};
+use harness::{
+    Connection, FIXED, MemLink, Watchdog, accept, check_end, check_pattern, quiet, tunnel, within,
+    write_pattern,
+};
 use secure_comms_protocol::limits::{CreditLimits, INBOUND_WAIT};
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{InboundTag, Kubernetes, OutboundTag};
@@ -207,6 +210,72 @@ async fn a_client_that_is_refused_sees_a_reset() {
         served.until_clients(0).await;
     })
     .await;
+}
+
+/// Places for one stream, and who has it.
+#[derive(Clone, Copy)]
+enum FullAt {
+    Here,
+    There,
+}
+
+async fn a_client_gets_the_place_that_another_frees(full: FullAt) {
+    within(async {
+        let served = Served::new("0").await;
+        let mut connection = Connection::new(CreditLimits { streams: 1, ..FIXED });
+        connection.serve(outbounds(&echo().await));
+        let taken = match full {
+            FullAt::Here => connection.adaptor.credits.open(&tunnel()).await.unwrap(),
+            FullAt::There => accept(&connection.agent.credits, 1).await.unwrap(),
+        };
+        served.links.send_replace(Some(connection.adaptor.clone()));
+        let mut client = served.connect().await;
+        let leaves = served.connect().await;
+        client.write_all(b"patient").await.unwrap();
+        client.shutdown().await.unwrap();
+        served.until_clients(2).await;
+        quiet(|| served.clients()).await;
+        drop(leaves);
+        served.until_clients(1).await;
+        drop(taken);
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"patient");
+        served.until_clients(0).await;
+        while connection.adaptor.credits.open_streams() + connection.agent.credits.open_streams() > 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_gets_the_place_that_another_frees_at_this_end() {
+    a_client_gets_the_place_that_another_frees(FullAt::Here).await;
+}
+
+#[tokio::test]
+async fn a_client_gets_the_place_that_another_frees_at_the_other_end() {
+    a_client_gets_the_place_that_another_frees(FullAt::There).await;
+}
+
+#[tokio::test]
+async fn a_client_without_a_place_is_closed_after_its_timeout() {
+    let _watchdog = Watchdog::new();
+    let served = Served::new("0").await;
+    let mut connection = Connection::new(CreditLimits { streams: 1, ..FIXED });
+    connection.serve(outbounds(&echo().await));
+    let _taken = accept(&connection.agent.credits, 1).await.unwrap();
+    served.links.send_replace(Some(connection.adaptor.clone()));
+    let mut client = served.connect().await;
+    client.write_all(b"anyone?").await.unwrap();
+    served.until_clients(1).await;
+    tokio::time::pause();
+    let start = Instant::now();
+    assert_eq!(client.read(&mut [0]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert!(start.elapsed() + std::time::Duration::from_secs(1) > INBOUND_WAIT, "{:?}", start.elapsed());
+    served.until_clients(0).await;
+    assert_eq!(connection.adaptor.credits.open_streams(), 0);
 }
 
 #[tokio::test]

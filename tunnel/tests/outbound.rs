@@ -111,8 +111,7 @@ async fn a_bad_stream_id_and_one_stream_too_many_are_refused() {
             }
             asked.await.unwrap()
         };
-        let full = "tunnel T, Kubernetes phase: too many open streams on this connection; close some";
-        assert_eq!(answer(3, &mut Some(hold)).await, Err(OpenError::Refused(full.into())));
+        assert_eq!(answer(3, &mut Some(hold)).await, Err(OpenError::Full));
         let bad = "tunnel T, Kubernetes phase: stream id 4 is in use or not the opener's to give";
         assert_eq!(answer(4, &mut None).await, Err(OpenError::Refused(bad.into())));
     })

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use harness::{Connection, FIXED, MemLink, MemReceiver, MemSender, within};
+use harness::{Connection, FIXED, MemLink, MemReceiver, MemSender, tunnel, within};
+use secure_comms_protocol::limits::CreditLimits;
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{InboundTag, Kubernetes, OutboundTag, TunnelName};
 use secure_comms_tunnel::{Inbound, Link, OpenError, Outbounds, Stream};
@@ -122,6 +123,28 @@ async fn the_first_of_the_waiting_clients_is_said_to_wait() {
             server.accept().await.unwrap();
         }
         assert_eq!(lines_with("inbound QUIET: a client waits").len(), 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_without_a_place_is_said_to_wait_for_one_and_why_it_is_closed() {
+    within(async {
+        start_log();
+        let inbound = inbound("KUBERNETES_PHASE:FULL:0").await;
+        let local = inbound.local().to_owned();
+        let connection = Connection::new(CreditLimits { streams: 1, ..FIXED });
+        let _taken = connection.adaptor.credits.open(&tunnel()).await.unwrap();
+        let (_links, seen) = watch::channel(Some(connection.adaptor.clone()));
+        tokio::spawn(inbound.serve(seen));
+        let _client = TcpStream::connect(&local).await.unwrap();
+        let line = said("inbound FULL").await;
+        let waits = "INFO: inbound FULL: a client waits for a place among the streams of the connection, ";
+        assert!(line.starts_with(waits), "{line}");
+        tokio::time::pause();
+        let line = said("inbound FULL: closing").await;
+        let why = "no place within 30 s: too many open streams on this connection; close some";
+        assert_eq!(line, format!("WARN: inbound FULL: closing a client: {why}"));
     })
     .await;
 }

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use super::entry::{Asked, Entry, Opened, Stage, close_late};
 use super::halves::halves;
 use super::{ChannelError, Channels, Connection, Session, SessionReceiver, SessionSender};
-use crate::flow::{Flow, LaneNumber, Side, StreamError};
+use crate::flow::{Flow, LaneNumber, Side};
 use crate::link::{Event, Incoming, Link, OpenError, Receiver, Sender, Stream};
 
 /// Opens streams in a session. While no connection is there, they wait for one.
@@ -39,10 +39,7 @@ impl<C: Channels> Link for SessionLink<C> {
         name: &TunnelName,
     ) -> Result<Stream<SessionReceiver<C>, SessionSender<C>>, OpenError> {
         let session = &self.0;
-        let flow = session.credits().open(name).await.map_err(|error| match error {
-            StreamError::Gone => OpenError::LinkGone,
-            other => OpenError::Refused(other.to_string()),
-        })?;
+        let flow = session.credits().open(name).await?;
         let entry = Arc::new(Entry::new(flow.id(), name.clone(), Stage::Opening));
         session.table().streams.insert(entry.id(), entry.clone());
         // From here on, a client that leaves forgets the stream.
@@ -79,6 +76,7 @@ impl<C: Channels> Session<C> {
             match answer {
                 Ok(()) => return Ok(flow),
                 Err(ChannelError::Refused(reason)) => return Err(OpenError::Refused(reason)),
+                Err(ChannelError::Full) => return Err(OpenError::Full),
                 Err(ChannelError::Gone) => {}
             }
             let next = entry.wait_for(|state| match state.stage {
@@ -188,11 +186,11 @@ impl<C: Channels> Session<C> {
                 true
             }
             // The answer to an attempt that another has replaced says nothing of the stream.
-            Err(ChannelError::Refused(_)) if entry.state().claims == claim => {
+            Err(ChannelError::Refused(_) | ChannelError::Full) if entry.state().claims == claim => {
                 self.drop_kept(entry.over().into());
                 false
             }
-            Err(ChannelError::Refused(_) | ChannelError::Gone) => false,
+            Err(ChannelError::Refused(_) | ChannelError::Full | ChannelError::Gone) => false,
         }
     }
 
@@ -320,7 +318,7 @@ impl<C: Channels> Ask<C> {
         match answer {
             Ok(()) => session.follow(&entry),
             // Nothing is left to ask for, on no connection.
-            Err(ChannelError::Refused(_)) => entry.state().again = None,
+            Err(ChannelError::Refused(_) | ChannelError::Full) => entry.state().again = None,
             Err(ChannelError::Gone) => {}
         }
         // The client may have left: then the stream is forgotten, and its channel was closed.

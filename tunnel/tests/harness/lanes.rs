@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use secure_comms_protocol::limits::{CreditLimits, KEEPALIVE};
-use secure_comms_protocol::{Lane, Opening, Refusal, SessionId, TunnelName};
+use secure_comms_protocol::{Lane, Opening, Refusal, RefusalKind, SessionId, TunnelName};
 use secure_comms_tunnel::flow::{LaneNumber, Side};
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::session::{ChannelError, Channels, IncomingStream, Session};
@@ -284,6 +284,7 @@ impl Channels for MemChannels {
                 biased;
                 answer = answered => match answer {
                     Ok(Ok(())) => Ok(ours),
+                    Ok(Err(refusal)) if refusal.kind == RefusalKind::Shortage => Err(ChannelError::Full),
                     Ok(Err(refusal)) => Err(ChannelError::Refused(refusal.reason)),
                     // A channel that is dropped without an answer has one in SSH: never.
                     Err(_) => {

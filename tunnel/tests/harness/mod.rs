@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use secure_comms_protocol::limits::CreditLimits;
-use secure_comms_protocol::{Phase, Refusal, TunnelName};
+use secure_comms_protocol::{Phase, Refusal, RefusalKind, TunnelName};
 use secure_comms_tunnel::flow::{LaneNumber, PeerFlow, Side, StreamError, cost};
 use secure_comms_tunnel::intercept::{Interceptor, PassThrough};
 use secure_comms_tunnel::link::Gone;
@@ -349,10 +349,7 @@ impl Link for MemLink {
     type Sender = MemSender;
 
     async fn open(&self, name: &TunnelName) -> Result<Stream<MemReceiver, MemSender>, OpenError> {
-        let flow = self.credits.open(name).await.map_err(|error| match error {
-            StreamError::Gone => OpenError::LinkGone,
-            other => OpenError::Refused(other.to_string()),
-        })?;
+        let flow = self.credits.open(name).await?;
         let [mine, theirs] = halves(&self.wire, flow.id());
         let (answer, answered) = oneshot::channel();
         let incoming = MemIncoming { halves: theirs, answer };
@@ -362,6 +359,7 @@ impl Link for MemLink {
         tokio::select! {
             answer = answered => match answer {
                 Ok(Ok(())) => Ok(Stream { receiver: mine.0, sender: mine.1, flow }),
+                Ok(Err(refusal)) if refusal.kind == RefusalKind::Shortage => Err(OpenError::Full),
                 Ok(Err(refusal)) => Err(OpenError::Refused(refusal.reason)),
                 Err(_) => Err(OpenError::LinkGone),
             },
