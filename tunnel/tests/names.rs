@@ -16,6 +16,8 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::{Instant, timeout};
 
 const ANY: &str = "127.0.0.1:0";
+/// Longer than any pause of a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A resolver with files of its own.
 struct Site {
@@ -41,7 +43,7 @@ impl Site {
     async fn lookup(&self, name: &str) -> String {
         let start = Instant::now();
         let found = self.resolver.lookup(name, 7).await;
-        assert!(start.elapsed() < NAME_LOOKUP + Duration::from_secs(5), "{:?}", start.elapsed());
+        assert!(start.elapsed() < NAME_LOOKUP + PATIENCE, "it hangs: {:?}", start.elapsed());
         match found {
             Ok(found) => {
                 assert!(found.iter().all(|address| address.port() == 7));
@@ -78,10 +80,15 @@ async fn one_good_kind_of_address_is_enough() {
             _ => bad.clone(),
         })
         .await;
-        let start = Instant::now();
-        assert_eq!(site.lookup("four").await, "10.0.0.4", "{kind}");
-        assert_eq!(site.lookup("six").await, "fd00::6", "{kind}");
-        assert!(start.elapsed() < NAME_LOOKUP, "{kind}: {:?}", start.elapsed());
+        // A lookup that waits for the bad kind takes the whole time, on each try; a busy machine does not slow all of them so much.
+        let mut took = Vec::new();
+        while took.len() < 5 && took.last().is_none_or(|took| *took >= NAME_LOOKUP) {
+            let start = Instant::now();
+            assert_eq!(site.lookup("four").await, "10.0.0.4", "{kind}");
+            assert_eq!(site.lookup("six").await, "fd00::6", "{kind}");
+            took.push(start.elapsed());
+        }
+        assert!(took.iter().any(|took| *took < NAME_LOOKUP), "{kind}: {took:?}");
     }
 }
 
