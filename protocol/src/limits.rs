@@ -173,6 +173,8 @@ pub const SILENCE: Duration = Duration::from_secs(20);
 pub const HELLO: Duration = Duration::from_secs(5);
 /// Time that a client of an inbound waits for a peer before it is closed.
 pub const INBOUND_WAIT: Duration = Duration::from_secs(30);
+/// Longest pause before a client without a place among the streams tries again.
+pub const PLACE_RETRY_MAX: Duration = Duration::from_millis(500);
 /// A wait that takes longer than this says what it is for.
 pub const WAIT_REPORT: Duration = Duration::from_secs(1);
 /// Interval at which it says so again, with the time left.

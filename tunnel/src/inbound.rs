@@ -3,11 +3,15 @@
 mod listen;
 mod unix;
 
+use std::future::{Future as _, poll_fn};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 
-use secure_comms_protocol::limits::{CHANNEL_OPEN, INBOUND_CLIENTS_MAX, INBOUND_WAIT, RETRY_MIN};
+use secure_comms_protocol::limits::{
+    CHANNEL_OPEN, INBOUND_CLIENTS_MAX, INBOUND_WAIT, PLACE_RETRY_MAX, RETRY_MIN,
+};
 use secure_comms_protocol::{InboundTag, RefusalReason, TunnelName};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -72,12 +76,16 @@ impl Inbound {
         let name = &self.tag.name;
         let _report = PanicReport(name);
         let mut clients = JoinSet::new();
-        let waiting = Arc::new(AtomicBool::new(false));
+        let waiting = Arc::new(Waiting::default());
+        let mut for_places = waiting.for_places.subscribe();
         // A fault is logged when it starts, changes and ends, not for every client.
         let (mut unserved, mut failing) = (String::new(), None);
         loop {
             let room = clients.len() < INBOUND_CLIENTS_MAX;
+            // While a client waits for a place, the next ones stay in the kernel's queue: they would take places that it waits for.
+            let all_have_places = *for_places.borrow_and_update() == 0;
             tokio::select! {
+                Ok(()) = for_places.changed() => {}
                 Some(ended) = clients.join_next() => {
                     let now = match ended {
                         Ok(Ended::Served) => String::new(),
@@ -97,7 +105,7 @@ impl Inbound {
                         unserved = now;
                     }
                 }
-                accepted = self.listener.accept(), if room => match accepted {
+                accepted = self.listener.accept(), if room && all_have_places => match accepted {
                     Ok(socket) => {
                         failing = None;
                         let client = serve_client(name.clone(), socket, links.clone(), waiting.clone());
@@ -128,6 +136,31 @@ enum Ended {
     Unserved(String),
 }
 
+/// The clients of an inbound that wait.
+#[derive(Debug, Default)]
+struct Waiting {
+    /// One of them reports it, and none has a stream yet.
+    is_reported: AtomicBool,
+    /// Number of those that wait for a place among the streams.
+    for_places: watch::Sender<usize>,
+}
+
+/// A client that waits for a place among the streams; until it is dropped.
+struct WaitsForPlace<'a>(&'a watch::Sender<usize>);
+
+impl<'a> WaitsForPlace<'a> {
+    fn new(waiting: &'a watch::Sender<usize>) -> Self {
+        waiting.send_modify(|clients| *clients += 1);
+        Self(waiting)
+    }
+}
+
+impl Drop for WaitsForPlace<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|clients| *clients -= 1);
+    }
+}
+
 /// What a client without a stream waits for.
 #[derive(Clone, Copy)]
 enum WaitsFor {
@@ -137,16 +170,16 @@ enum WaitsFor {
 }
 
 /// Serves one client: waits for a stream, and relays. Of the clients of an inbound that wait for long, the first one reports
-/// it, as a [`Reminder`] asks; `waiting` is set until one has a stream.
+/// it, as a [`Reminder`] asks.
 async fn serve_client<L: Link>(
     name: TunnelName,
     socket: Socket,
     mut links: watch::Receiver<Option<L>>,
-    waiting: Arc<AtomicBool>,
+    waiting: Arc<Waiting>,
 ) -> Ended {
     let waits_for = Mutex::new(WaitsFor::Peer);
     let opened = {
-        let opening = open_stream(&name, &socket, &mut links, &waits_for);
+        let opening = open_stream(&name, &socket, &mut links, &waits_for, &waiting.for_places);
         tokio::pin!(opening);
         let (mut reminder, mut reports) = (Reminder::start(), false);
         loop {
@@ -154,7 +187,7 @@ async fn serve_client<L: Link>(
                 opened = &mut opening => break opened,
                 () = reminder.due() => {}
             }
-            reports = reports || !waiting.swap(true, Ordering::Relaxed);
+            reports = reports || !waiting.is_reported.swap(true, Ordering::Relaxed);
             if reports {
                 let (what, limit) = match *waits_for.lock().unwrap_or_else(PoisonError::into_inner) {
                     WaitsFor::Peer => ("a peer", INBOUND_WAIT),
@@ -168,7 +201,7 @@ async fn serve_client<L: Link>(
     };
     match opened {
         Ok(stream) => {
-            waiting.store(false, Ordering::Relaxed);
+            waiting.is_reported.store(false, Ordering::Relaxed);
             report(&name, relay(socket, stream).await);
             Ended::Served
         }
@@ -182,9 +215,11 @@ async fn open_stream<L: Link>(
     socket: &Socket,
     links: &mut watch::Receiver<Option<L>>,
     waits_for: &Mutex<WaitsFor>,
+    for_places: &watch::Sender<usize>,
 ) -> Result<Stream<L::Receiver, L::Sender>, Ended> {
     let deadline = Instant::now() + INBOUND_WAIT;
     let mut backoff = Backoff::default();
+    let mut for_place = None;
     let set = |now| *waits_for.lock().unwrap_or_else(PoisonError::into_inner) = now;
     loop {
         set(WaitsFor::Peer);
@@ -200,11 +235,28 @@ async fn open_stream<L: Link>(
         };
         // None: the sender of links is gone, so no link will arrive.
         let Some(link) = link else { return Err(Ended::Unserved("shutting down".into())) };
-        set(WaitsFor::Server);
-        let opened = tokio::select! {
+        tokio::select! {
             biased;
-            opened = link.open(name) => opened,
-            _ = socket.failed() => return Err(Ended::Left),
+            () = link.ready(name) => {}
+            () = socket.client_gone() => return Err(Ended::Left),
+            () = sleep_until(deadline) => {
+                return Err(Ended::Unserved(format!("no connection to the peer within {} s", INBOUND_WAIT.as_secs())));
+            }
+        }
+        set(WaitsFor::Server);
+        let opening = link.open(name);
+        tokio::pin!(opening);
+        // The first poll takes a place at this end, or finds none.
+        let opened = match poll_fn(|context| Poll::Ready(opening.as_mut().poll(context))).await {
+            Poll::Ready(opened) => opened,
+            Poll::Pending => {
+                for_place = None;
+                tokio::select! {
+                    biased;
+                    opened = opening => opened,
+                    _ = socket.failed() => return Err(Ended::Left),
+                }
+            }
         };
         match opened {
             Ok(stream) => return Ok(stream),
@@ -218,10 +270,11 @@ async fn open_stream<L: Link>(
             }
             Err(OpenError::Full) => {
                 set(WaitsFor::Place);
+                for_place.get_or_insert_with(|| WaitsForPlace::new(for_places));
                 tokio::select! {
                     biased;
                     () = socket.client_gone() => return Err(Ended::Left),
-                    () = backoff.pause() => {}
+                    () = sleep(backoff.next_pause().min(PLACE_RETRY_MAX)) => {}
                 }
             }
             Err(OpenError::LinkGone) if Instant::now() >= deadline => {

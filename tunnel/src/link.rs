@@ -87,6 +87,12 @@ pub trait Link: Clone + Send + Sync + 'static {
         &self,
         name: &TunnelName,
     ) -> impl Future<Output = Result<Stream<Self::Receiver, Self::Sender>, OpenError>> + Send;
+    /// Waits while no connection is there to open a stream of this tunnel on, as in a session between two connections. Returns at
+    /// once if the link is gone. Cancellation safe.
+    fn ready(&self, name: &TunnelName) -> impl Future<Output = ()> + Send {
+        let _ = name;
+        std::future::ready(())
+    }
     /// Whether the connection is known to be gone.
     fn is_gone(&self) -> bool;
 }

@@ -423,6 +423,16 @@ impl<C: Channels> Session<C> {
         }
     }
 
+    /// Waits for a connection for new streams of a lane: its own, or the main one. Cancellation safe.
+    async fn has_connection(&self, lane: Lane) {
+        let mut lanes = self.0.lanes.subscribe();
+        let is_there = || {
+            let table = self.table();
+            table.living_on(lane).or(table.living_on(Lane::Main)).is_some()
+        };
+        while !is_there() && lanes.changed().await.is_ok() {}
+    }
+
     /// Assigns a new stream to the connection of its lane, or to the main one if it is `late`; and whether that one is there.
     /// With the table locked: a connection that replaces this one finds the stream on it.
     fn assign(&self, entry: &Entry<C>, lane: Lane, late: bool) -> (Option<Connection<C>>, bool) {

@@ -7,13 +7,15 @@ use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
+use harness::lanes::Sessions;
 use harness::{
     Connection, FIXED, MemLink, Watchdog, accept, check_end, check_pattern, quiet, tunnel, within,
     write_pattern,
 };
 use secure_comms_protocol::limits::{CreditLimits, INBOUND_WAIT};
 use secure_comms_protocol::tag::parse_list;
-use secure_comms_protocol::{InboundTag, Kubernetes, OutboundTag};
+use secure_comms_protocol::{InboundTag, Kubernetes, Lane, OutboundTag};
+use secure_comms_tunnel::flow::Side;
 use secure_comms_tunnel::{Event, Inbound, Outbounds, Receiver, Sender};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -229,13 +231,14 @@ async fn a_client_gets_the_place_that_another_frees(full: FullAt) {
             FullAt::There => accept(&connection.agent.credits, 1).await.unwrap(),
         };
         served.links.send_replace(Some(connection.adaptor.clone()));
-        let mut client = served.connect().await;
         let leaves = served.connect().await;
-        client.write_all(b"patient").await.unwrap();
-        client.shutdown().await.unwrap();
-        served.until_clients(2).await;
+        served.until_clients(1).await;
         quiet(|| served.clients()).await;
         drop(leaves);
+        served.until_clients(0).await;
+        let mut client = served.connect().await;
+        client.write_all(b"patient").await.unwrap();
+        client.shutdown().await.unwrap();
         served.until_clients(1).await;
         drop(taken);
         let mut answer = Vec::new();
@@ -257,6 +260,34 @@ async fn a_client_gets_the_place_that_another_frees_at_this_end() {
 #[tokio::test]
 async fn a_client_gets_the_place_that_another_frees_at_the_other_end() {
     a_client_gets_the_place_that_another_frees(FullAt::There).await;
+}
+
+#[tokio::test]
+async fn clients_that_come_later_take_no_place_that_one_waits_for() {
+    within(async {
+        let served = Served::new("0").await;
+        let mut connection = Connection::new(CreditLimits { streams: 1, ..FIXED });
+        let mut asks = connection.take_asks();
+        let taken = connection.adaptor.credits.open(&tunnel()).await.unwrap();
+        served.links.send_replace(Some(connection.adaptor.clone()));
+        let first = served.connect().await;
+        served.until_clients(1).await;
+        quiet(|| served.clients()).await;
+        let later = served.connect().await;
+        quiet(|| served.clients()).await;
+        assert_eq!(served.clients(), 1, "the later one is not accepted yet");
+        drop(taken);
+        let asked = asks.recv().await.unwrap();
+        // The next one is accepted, and waits in its place.
+        served.until_clients(2).await;
+        first.set_zero_linger().unwrap();
+        drop(first);
+        drop(asked);
+        asks.recv().await.unwrap();
+        served.until_clients(1).await;
+        drop(later);
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -290,6 +321,41 @@ async fn a_client_without_a_link_is_closed_after_its_timeout() {
     assert_eq!(client.read(&mut [0]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
     assert!(start.elapsed() + std::time::Duration::from_secs(1) > INBOUND_WAIT, "{:?}", start.elapsed());
     served.until_clients(0).await;
+}
+
+#[tokio::test]
+async fn a_client_of_a_session_without_a_connection_waits_as_without_a_link() {
+    let _watchdog = Watchdog::new();
+    let (sessions, mut servers) = Sessions::new(FIXED, std::time::Duration::ZERO);
+    let inbound = Inbound::bind(&inbound_tag("KUBERNETES_PHASE:T:0")).await.unwrap();
+    let local = inbound.local().to_owned();
+    let (links, links_seen) = watch::channel(Some(sessions.session(Side::Adaptor).link()));
+    tokio::spawn(inbound.serve(links_seen));
+    let until_clients = async |count: usize| {
+        while links.receiver_count() - 1 != count {
+            tokio::task::yield_now().await;
+        }
+    };
+    // It ends in good order, as a health check does.
+    let leaves = TcpStream::connect(&local).await.unwrap();
+    let mut client = TcpStream::connect(&local).await.unwrap();
+    client.write_all(b"anyone?").await.unwrap();
+    until_clients(2).await;
+    drop(leaves);
+    until_clients(1).await;
+    tokio::time::pause();
+    let start = Instant::now();
+    assert_eq!(client.read(&mut [0]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert!(start.elapsed() + std::time::Duration::from_secs(1) > INBOUND_WAIT, "{:?}", start.elapsed());
+    assert!(start.elapsed() < 2 * INBOUND_WAIT, "{:?}", start.elapsed());
+    until_clients(0).await;
+    tokio::time::resume();
+    let mut client = TcpStream::connect(&local).await.unwrap();
+    client.write_all(b"now").await.unwrap();
+    until_clients(1).await;
+    sessions.connect(Lane::Main);
+    let (_, mut server) = servers.recv().await.unwrap();
+    server.read_exact(&mut [0; 3]).await.unwrap();
 }
 
 #[tokio::test]

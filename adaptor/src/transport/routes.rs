@@ -97,6 +97,12 @@ impl Link for KubernetesLink {
         }
     }
 
+    async fn ready(&self, name: &TunnelName) {
+        if let Self::Session(link) = self {
+            link.ready(name).await;
+        }
+    }
+
     fn is_gone(&self) -> bool {
         match self {
             Self::Alone(link) => link.is_gone(),
@@ -120,6 +126,12 @@ impl Link for PhaseLink {
         match self {
             Self::Attestation(link) => link.open(name).await.map(of_channel),
             Self::Kubernetes(link) => link.open(name).await,
+        }
+    }
+
+    async fn ready(&self, name: &TunnelName) {
+        if let Self::Kubernetes(link) = self {
+            link.ready(name).await;
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use secure_comms_protocol::TunnelName;
+use secure_comms_protocol::{RefusalReason, TunnelName};
 use secure_comms_tunnel::link::Gone;
 use secure_comms_tunnel::session::{SessionReceiver, SessionSender};
 use secure_comms_tunnel::{Event, Link, OpenError, Receiver, Sender, Stream};
@@ -121,6 +121,11 @@ pub(super) async fn open_with_deadlines(
     });
     let first = now + deadlines.first_byte;
     let Stream { receiver, sender, flow } = match timeout_at(first, link.open(name)).await {
+        // Refused, so that the guest tries again and the time goes on: a peer that has no place, try after try, is as silent as one
+        // that does not answer.
+        Ok(Err(OpenError::Full)) => {
+            return Err(OpenError::Refused(RefusalReason::TooManyStreams.to_string()));
+        }
         Ok(opened) => opened?,
         Err(_) => {
             deadlines.silent.notify_one();

@@ -36,6 +36,12 @@ impl Link for Route {
         }
     }
 
+    async fn ready(&self, name: &TunnelName) {
+        if let Self::Session(link) = self {
+            link.ready(name).await;
+        }
+    }
+
     fn is_gone(&self) -> bool {
         match self {
             Self::Peer(link) | Self::WithDeadlines(link, _) => link.is_gone(),

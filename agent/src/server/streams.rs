@@ -1,6 +1,7 @@
 //! The channels that peers open: a new stream is served, or refused.
 
-use secure_comms_protocol::{Opening, Phase};
+use log::Level;
+use secure_comms_protocol::{Opening, Phase, RefusalKind};
 use secure_comms_tunnel::intercept::Interceptor;
 use secure_comms_tunnel::link::Incoming;
 use secure_comms_tunnel::{Credits, Outbounds, outbound};
@@ -32,7 +33,12 @@ pub(super) fn serve<P: Phase, I: Interceptor>(
             tokio::spawn(outbound::serve(admitted, asked.id, incoming));
         }
         Err(refusal) => {
-            let (level, address) = (connection.count_refusal(), connection.address);
+            let address = connection.address;
+            // Of a shortage the other end's inbound says that its clients wait, and it asks often.
+            let level = match refusal.kind {
+                RefusalKind::Shortage => Level::Debug,
+                RefusalKind::Prohibited | RefusalKind::ConnectFailed => connection.count_refusal(),
+            };
             log::log!(level, "refusing a stream of {address}: {}", refusal.reason);
             tokio::spawn(incoming.refuse(refusal));
         }

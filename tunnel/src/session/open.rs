@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use secure_comms_protocol::limits::CHANNEL_OPEN;
+use secure_comms_protocol::limits::{CHANNEL_OPEN, INBOUND_WAIT};
 use secure_comms_protocol::{Lane, Opening, Position, TunnelName};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -54,6 +54,13 @@ impl<C: Channels> Link for SessionLink<C> {
         }
     }
 
+    async fn ready(&self, name: &TunnelName) {
+        tokio::select! {
+            () = self.0.has_connection(Lane::of(name)) => {}
+            () = self.0.credits().gone() => {}
+        }
+    }
+
     fn is_gone(&self) -> bool {
         self.0.credits().is_gone()
     }
@@ -65,7 +72,9 @@ type Answer = (Result<(), ChannelError>, Flow);
 impl<C: Channels> Session<C> {
     /// Asks for a new stream, on one connection after the other, until the other end answers.
     async fn open_stream(&self, entry: &Arc<Entry<C>>, mut flow: Flow) -> Result<Flow, OpenError> {
-        let mut connection = self.connection_for(entry).await;
+        let Ok(mut connection) = timeout(INBOUND_WAIT, self.connection_for(entry)).await else {
+            return Err(OpenError::LinkGone);
+        };
         let mut is_new = true;
         loop {
             let (done, answer) = oneshot::channel();

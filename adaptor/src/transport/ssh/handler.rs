@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use russh::client::{self, ChannelOpenHandle, DisconnectReason, Handle, Handler, Msg};
 use russh::keys::{HashAlg, PublicKeyOrCertificate};
 use russh::{Channel, ChannelId, ChannelOpenFailure};
-use secure_comms_protocol::{Opening, PhaseName, Refusal, RefusalReason, TunnelName};
+use secure_comms_protocol::{Opening, PhaseName, Refusal, RefusalKind, RefusalReason, TunnelName};
 use secure_comms_ssh::channel::PendingChannel;
 use secure_comms_ssh::link::{Opener, SshLink};
 use secure_comms_tunnel::flow::{LaneNumber, Side};
@@ -140,6 +140,16 @@ impl<P: ClientPhase> Shared<P> {
         }
     }
 
+    /// Logs that we refuse a stream. Of a shortage the agent's inbound says that its clients wait, and it asks often.
+    fn log_refused_stream(&self, refusal: &Refusal) {
+        match refusal.kind {
+            RefusalKind::Shortage => tracing::debug!("refused the agent: {}", quote(&refusal.reason)),
+            RefusalKind::Prohibited | RefusalKind::ConnectFailed => {
+                self.log_refusal("refused the agent", &refusal.reason);
+            }
+        }
+    }
+
     pub(super) fn refused(&self) -> ConnectError {
         ConnectError::Refused { phase: P::NAME, banner: lock(&self.banner).clone() }
     }
@@ -175,7 +185,7 @@ impl<P: ClientPhase> Shared<P> {
                 });
             }
             Err(refusal) => {
-                self.log_refusal("refused the agent", &refusal.reason);
+                self.log_refused_stream(&refusal);
                 tokio::spawn(pending.refuse(refusal));
             }
         }
@@ -197,7 +207,7 @@ impl<P: ClientPhase> Shared<P> {
         match self.admit(name, session.credits()) {
             Ok(admitted) => outbound::serve(admitted, id, stream).await,
             Err(refusal) => {
-                self.log_refusal("refused the agent", &refusal.reason);
+                self.log_refused_stream(&refusal);
                 stream.refuse(refusal).await;
             }
         }
@@ -386,13 +396,19 @@ impl<P: ClientPhase> Handler for Callbacks<P> {
     async fn channel_open_failure(
         &mut self,
         _: ChannelId,
-        _: ChannelOpenFailure,
+        reason: ChannelOpenFailure,
         description: &str,
         _: &str,
         _: &mut client::Session,
     ) -> Result<(), russh::Error> {
         // The agent's description names the tunnel, the phase and the cause.
-        self.0.log_refusal("the agent refused a stream", description);
+        match reason {
+            // The inbound says it, if it lasts.
+            ChannelOpenFailure::ResourceShortage => {
+                tracing::debug!("the agent refused a stream: {}", quote(description));
+            }
+            _ => self.0.log_refusal("the agent refused a stream", description),
+        }
         Ok(())
     }
 
