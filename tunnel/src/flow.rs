@@ -24,7 +24,6 @@ use secure_comms_protocol::{RefusalReason, TunnelName};
 use tokio::sync::{Notify, watch};
 
 use crate::account::Account;
-use crate::link::OpenError;
 
 use self::places::Places;
 use self::window::Window;
@@ -68,16 +67,6 @@ pub enum StreamError {
     /// The connection is gone.
     #[error("{}", RefusalReason::ConnectionGone)]
     Gone,
-}
-
-impl From<StreamError> for OpenError {
-    fn from(error: StreamError) -> Self {
-        match error {
-            StreamError::TooMany => Self::Full,
-            StreamError::BadId(_) => Self::Refused(error.to_string()),
-            StreamError::Gone => Self::LinkGone,
-        }
-    }
 }
 
 impl From<StreamError> for RefusalReason {

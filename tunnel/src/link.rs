@@ -5,7 +5,7 @@ use std::future::Future;
 use bytes::Bytes;
 use secure_comms_protocol::{Refusal, TunnelName};
 
-use crate::flow::Flow;
+use crate::flow::{Flow, StreamError};
 
 /// Event on the receiving half of a stream.
 #[derive(Debug, PartialEq, Eq)]
@@ -70,6 +70,16 @@ pub enum OpenError {
     Full,
     /// The connection is gone; a new one may be opened.
     LinkGone,
+}
+
+impl From<StreamError> for OpenError {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::TooMany => Self::Full,
+            StreamError::BadId(_) => Self::Refused(error.to_string()),
+            StreamError::Gone => Self::LinkGone,
+        }
+    }
 }
 
 /// A connection on which named streams can be opened.
