@@ -20,7 +20,7 @@ const CONNECTIONS: u64 = 10_000;
 /// Connections at a time, by default.
 const AT_ONCE: u64 = 1000;
 /// The adaptor has 5 s; a busy machine gets more.
-const THROUGH: Duration = Duration::from_secs(30);
+const THROUGH: Duration = Duration::from_secs(120);
 
 /// Limit of the agent's memory after a flood, with the adaptor connected, in KiB.
 const AFTER_MAX_KIB: u64 = 12 * 1024;

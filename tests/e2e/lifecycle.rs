@@ -397,7 +397,7 @@ async fn a_worker_node_with_another_key_is_refused_by_the_vm() -> Result<()> {
     let swapped = swap_worker_node(&user_data, other.lines().next().unwrap())?;
     std::fs::write(scene.path("apf.json"), swapped)?;
     let agent = scene.agent().await?;
-    scene.deadline = 5;
+    scene.deadline = 10;
     let mut adaptor = scene.adaptor()?;
     let status = adaptor.wait_exit(PATIENCE).await?;
     ensure!(status.code() == Some(1), "{status}");
@@ -421,7 +421,7 @@ async fn a_vm_with_another_host_key_gets_nothing_from_the_adaptor() -> Result<()
         scene.write_user_data().await?;
     }
     let agent = stranger.agent().await?;
-    scene.deadline = 5;
+    scene.deadline = 10;
     let mut adaptor = Child::spawn("adaptor", scene.adaptor_command(&[stranger.ssh])?)?;
     let status = adaptor.wait_exit(PATIENCE).await?;
     ensure!(status.code() == Some(1), "{status}");

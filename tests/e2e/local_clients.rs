@@ -117,7 +117,9 @@ async fn a_run_directory_that_is_not_ours_alone_is_refused() -> Result<()> {
     std::fs::create_dir(&store)?;
     std::os::unix::fs::chown(&store, Some(NOBODY), Some(NOBODY))?;
     let program = directory.path().join("adaptor");
-    std::fs::copy(&scene.binaries().adaptor, &program)?;
+    // By another process: one that a parallel test starts could hold our file, open for writing, and keep it from being run.
+    let copied = Command::new("cp").args([&scene.binaries().adaptor, &program]).status().await?;
+    ensure!(copied.success(), "cp: {copied}");
     let mut unprivileged = Command::new(&program);
     unprivileged.args(["connect", "--pod-id", &scene.pod, "--address", "127.0.0.1:1", "--store"]);
     unprivileged.arg(&store).args(["--run-dir", "/run/sc-denied"]).uid(NOBODY).gid(NOBODY);

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use secure_comms_tests::attackers::raw::Raw;
 use secure_comms_tests::attackers::stranger::{Answer, Stranger};
 use secure_comms_tests::harness::process::Child;
-use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, says, scene};
+use secure_comms_tests::harness::scene::{PATIENCE, Scene, SceneOptions, free_port, says, scene};
 use secure_comms_tests::simulators::openssh::OpenSsh;
 use tokio::time::timeout;
 
@@ -132,11 +132,8 @@ fn no_gaps(agent: &Child) -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn lines_about_strangers_and_causes_are_complete() -> Result<()> {
     let mut scene = scene().await?;
-    // Nothing listens there any more.
-    let closed = {
-        let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
-        listener.local_addr()?
-    };
+    // Nothing listens there.
+    let closed = free_port()?;
     scene.agent_flags = vec!["-secure-comms-guest-api".to_owned(), closed.to_string()];
     let agent = scene.debugged_agent().await?;
 

@@ -49,7 +49,7 @@ async fn outlives(drops: Drops, lasts: Duration) -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_stream_sees_a_silent_network() -> Result<()> {
     let mut pods = JoinSet::new();
-    let faults = [1, 5, 9, 14, 16, 25].map(|seconds| (Drops::All, seconds));
+    let faults = [1, 5, 9, 14, 16, 22].map(|seconds| (Drops::All, seconds));
     let one_sided = [Drops::ToVm, Drops::ToNode].map(|drops| [(drops, 9), (drops, 20)]);
     for (drops, seconds) in faults.into_iter().chain(one_sided.into_iter().flatten()) {
         let lasts = Duration::from_secs(seconds);

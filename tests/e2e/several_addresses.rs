@@ -106,7 +106,7 @@ async fn one_liar_does_not_overrule_an_address_that_is_not_up_yet() -> Result<()
     for liar_first in [true, false] {
         let mut scene = scene().await?;
         // With one address, the liar would end the start after 10 s.
-        scene.deadline = 30;
+        scene.deadline = 90;
         let liar = Front::start(latched(LATCHED, false)).await?;
         let mut at = vec![liar.address(), scene.ssh];
         if !liar_first {

@@ -54,6 +54,21 @@ impl Site {
     }
 }
 
+/// Does it until it takes less than `limit`, at most five times: what waits for a dead server takes that long each time, and a
+/// busy machine does not slow all of them that much.
+async fn is_quick(limit: Duration, what: &str, mut attempt: impl AsyncFnMut()) {
+    let mut took = Vec::new();
+    while took.len() < 5 {
+        let start = Instant::now();
+        attempt().await;
+        if start.elapsed() < limit {
+            return;
+        }
+        took.push(start.elapsed());
+    }
+    panic!("{what}: {took:?}");
+}
+
 /// A name server with the rule, and a resolver that asks it, with more lines in its resolv.conf.
 async fn site(more: &str, rule: impl Fn(&str, bool) -> Say + Send + Sync + 'static) -> (Site, NameServer) {
     let server = NameServer::start(ANY.parse().unwrap(), rule).await;
@@ -80,15 +95,11 @@ async fn one_good_kind_of_address_is_enough() {
             _ => bad.clone(),
         })
         .await;
-        // A lookup that waits for the bad kind takes the whole time, on each try; a busy machine does not slow all of them so much.
-        let mut took = Vec::new();
-        while took.len() < 5 && took.last().is_none_or(|took| *took >= NAME_LOOKUP) {
-            let start = Instant::now();
+        is_quick(NAME_LOOKUP, &kind, async || {
             assert_eq!(site.lookup("four").await, "10.0.0.4", "{kind}");
             assert_eq!(site.lookup("six").await, "fd00::6", "{kind}");
-            took.push(start.elapsed());
-        }
-        assert!(took.iter().any(|took| *took < NAME_LOOKUP), "{kind}: {took:?}");
+        })
+        .await;
     }
 }
 
@@ -198,9 +209,10 @@ async fn a_dead_name_server_costs_little() {
         let resolv_conf = "nameserver 127.0.0.3\nnameserver 127.0.0.1\nnameserver 127.0.0.2\n\
                            search a.test b.test c.test d.test e.test\noptions ndots:5";
         let site = Site::new(resolv_conf, "", port);
-        let start = Instant::now();
-        assert_eq!(site.lookup("kbs.x").await, "10.0.0.1", "{kind}: {:?}", second.asked());
-        assert!(start.elapsed() < NAME_LOOKUP, "{kind}: {:?}", start.elapsed());
+        is_quick(NAME_LOOKUP, &kind, async || {
+            assert_eq!(site.lookup("kbs.x").await, "10.0.0.1", "{kind}: {:?}", second.asked());
+        })
+        .await;
     }
 }
 
@@ -239,7 +251,8 @@ async fn files_are_read_again_and_hosts_come_first() {
     std::fs::remove_file(site.dir.path().join("resolv.conf")).unwrap();
     std::fs::remove_file(site.dir.path().join("hosts")).unwrap();
     assert_eq!(site.lookup("kbs").await, "10.0.0.1", "this machine is the default name server");
-    assert_eq!(server.asked().len(), 4);
+    // For each kind of address in the first lookup and in the last; more if an answer came late.
+    assert!(server.asked().len() >= 4);
 }
 
 #[tokio::test]
@@ -298,10 +311,11 @@ async fn dead_addresses_do_not_hold_up_the_good_one() {
         let mut hosts: Vec<String> = dead.split_whitespace().map(|ip| format!("{ip} kbs\n")).collect();
         hosts.push("127.0.0.5 kbs\n".to_owned());
         let site = Site::new("", &hosts.concat(), 9);
-        let start = Instant::now();
-        let stream = dial::connect(&site.resolver, &Host::Name("kbs".into()), port).await.unwrap();
-        assert_eq!(stream.peer_addr().unwrap(), at(5), "{dead:?}");
-        assert!(start.elapsed() < Duration::from_secs(4), "{dead:?}: {:?}", start.elapsed());
+        is_quick(Duration::from_secs(4), dead, async || {
+            let stream = dial::connect(&site.resolver, &Host::Name("kbs".into()), port).await.unwrap();
+            assert_eq!(stream.peer_addr().unwrap(), at(5), "{dead:?}");
+        })
+        .await;
     }
 }
 
@@ -345,11 +359,12 @@ fn black_holes_in_ipv6_and_ipv4_do_not_hold_up_the_good_address() {
         ] {
             let hosts: String = addresses.split(' ').map(|ip| format!("{ip} kbs\n")).collect();
             let site = Site::new("", &hosts, 9);
-            let start = Instant::now();
-            let stream = dial::connect(&site.resolver, &Host::Name("kbs".into()), port).await.unwrap();
-            assert_eq!(stream.peer_addr().unwrap(), reached.local_addr().unwrap(), "{addresses}");
             // The first data of a KBS stream may take 5 s.
-            assert!(start.elapsed() < Duration::from_secs(4), "{addresses}: {:?}", start.elapsed());
+            is_quick(Duration::from_secs(4), addresses, async || {
+                let stream = dial::connect(&site.resolver, &Host::Name("kbs".into()), port).await.unwrap();
+                assert_eq!(stream.peer_addr().unwrap(), reached.local_addr().unwrap(), "{addresses}");
+            })
+            .await;
         }
     });
 }

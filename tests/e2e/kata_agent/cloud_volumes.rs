@@ -257,7 +257,7 @@ async fn no_volume_is_mounted_for_a_runtime_that_gave_up() -> Result<()> {
         service: "grpc.AgentService".into(),
         method: "CreateContainer".into(),
         payload: with_volumes("late", TWO).write_to_bytes()?,
-        timeout_nano: 300_000_000,
+        timeout_nano: 3_000_000_000,
         ..RawRequest::default()
     }
     .write_to_bytes()?;

@@ -146,7 +146,7 @@ async fn it_dials_again_until_a_handshake_is_done() {
 
 #[tokio::test]
 async fn a_stop_during_the_handshake_leaves_the_connection() {
-    let node = Node::new(Duration::from_secs(3)).await;
+    let node = Node::new(Duration::from_secs(10)).await;
     let forwarder = node.forwarder(&[&TLS13]).await;
     forwarder.hold(true);
     let starting = tokio::spawn({

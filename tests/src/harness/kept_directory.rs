@@ -95,7 +95,7 @@ fn end_leftover(directory: &Path) -> Result<()> {
 /// An earlier holder may keep the lock a moment longer: a process that another of its threads starts holds a copy of each
 /// file until its exec.
 fn locked_soon(lock: &File) -> bool {
-    for _ in 0..50 {
+    for _ in 0..300 {
         if lock.try_lock().is_ok() {
             return true;
         }
