@@ -126,7 +126,7 @@ async fn strangers_that_answer_garbage_cost_an_attempt_each() -> Result<()> {
     let agent = scene.agent().await?;
     let mut strangers = Vec::new();
     let mut attempts = 0;
-    for answer in [Answer::Garbage, Answer::Closes, Answer::Refuses] {
+    for answer in [Answer::Garbage, Answer::Closes, Answer::Refuses, Answer::NoPlace] {
         let mark = agent.mark();
         let stranger = Stranger::attest(scene.ssh, &pod_id()?, answer).await?;
         agent

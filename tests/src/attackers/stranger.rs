@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use russh::client::{self, ChannelOpenHandle, DisconnectReason, Handle, Handler, Msg, Session};
 use russh::keys::{HashAlg, PrivateKey, PrivateKeyWithHashAlg, PublicKeyOrCertificate};
-use russh::{Channel, ChannelMsg, ChannelStream, ChannelWriteHalf};
+use russh::{Channel, ChannelMsg, ChannelOpenFailure, ChannelStream, ChannelWriteHalf};
 use secure_comms_protocol::Control;
 use secure_comms_protocol::Hello;
 use secure_comms_protocol::control::Lines;
@@ -33,6 +33,8 @@ pub enum Answer {
     Unanswered,
     /// Refuses the stream.
     Refuses,
+    /// Says that it has no place for the stream now.
+    NoPlace,
     /// Accepts the stream and sends nothing.
     Silent,
     /// Accepts the stream and closes it.
@@ -317,6 +319,10 @@ async fn serve(answer: Answer, channel: Channel<Msg>, reply: ChannelOpenHandle) 
     let server = match answer {
         // Dropping the reply refuses the stream.
         Answer::Refuses => return Ok(()),
+        Answer::NoPlace => {
+            reply.reject(ChannelOpenFailure::ResourceShortage).await;
+            return Ok(());
+        }
         Answer::Unanswered => {
             let _reply = reply;
             let mut channel = channel;
