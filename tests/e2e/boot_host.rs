@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use secure_comms_tests::attackers::stranger::{Answer, Stranger};
 use secure_comms_tests::boot::{
-    Boot, CloudConfig, HOST_RAN, HostCredentials, Machine, MachineOptions, MachinePermit, Pod, UserData,
+    Boot, Bus, CloudConfig, HOST_RAN, HostCredentials, Machine, MachineOptions, MachinePermit, Pod, UserData,
     apf_json, artifacts, scene,
 };
 use secure_comms_tests::harness::scene::{PATIENCE, Scene, endpoint, kata_client, up};
@@ -47,12 +47,26 @@ async fn kernel_is_closed(pod: &Pod) -> Result<()> {
     Ok(())
 }
 
+/// The root is on the SATA disk, and the user data came from the SATA CD-ROM.
+async fn runs_from_sata(pod: &Pod) -> Result<()> {
+    let mounts = pod.inspection.read("/proc/self/mounts").await?;
+    ensure!(mounts.contains("/dev/sr0 /media/cidata iso9660 ro,"), "the seed is not on a CD-ROM: {mounts}");
+    let root = mounts.lines().find(|line| line.split(' ').nth(1) == Some("/")).context("no root")?;
+    let mapping = root.split(' ').next().and_then(|device| device.rsplit('/').next()).context("no device")?;
+    let below = pod.inspection.run(&["ls", &format!("/sys/class/block/{mapping}/slaves")]).await?;
+    ensure!(below.split_whitespace().all(|name| name.starts_with("sda")), "the root is on {below}");
+    Ok(())
+}
+
+/// On the devices of cloud-api-adaptor's libvirt provider, so that the image also boots from these.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_host_runs_nothing_in_the_vm_by_credentials() -> Result<()> {
+async fn a_host_runs_nothing_in_a_vm_on_sata_by_credentials() -> Result<()> {
     let scene = scene(false).await?;
     let options = options("host-credentials", &scene, Boot::Disk(None))?;
-    let pod = Pod::start_as(scene, MachineOptions { host: HostCredentials::Hostile, ..options }).await?;
+    let options = MachineOptions { host: HostCredentials::Hostile, bus: Bus::Sata, ..options };
+    let pod = Pod::start_as(scene, options).await?;
     pod.works().await?;
+    runs_from_sata(&pod).await?;
     for unit in ["host-smbios.service", "h.service"] {
         let state = pod.inspection.run(&["systemctl", "show", "-P", "LoadState", unit]).await?;
         ensure!(state.trim() == "not-found", "{unit} is {state}");

@@ -19,6 +19,6 @@ pub use cloud_config::CloudConfig;
 pub use confinement::sees_only_its_own;
 pub use firmware::{Certificate, SECURE_VARIABLES, test_certificate};
 pub use host_credentials::{HOST_RAN, HostCredentials};
-pub use machine::{Boot, DataDisk, Machine, MachineOptions, MachinePermit, Platform};
+pub use machine::{Boot, Bus, DataDisk, Machine, MachineOptions, MachinePermit, Platform};
 pub use pod::{AGENT, Pod, scene};
 pub use user_data::{UserData, apf_json};

@@ -10,6 +10,8 @@
 
 mod export;
 mod guest;
+mod programs;
+mod sources;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -61,6 +61,35 @@ pub enum Platform {
     Tpm,
 }
 
+/// What the root and a seed with user data are attached to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bus {
+    /// Disks of virtio.
+    #[default]
+    Virtio,
+    /// A SATA disk and a SATA CD-ROM, as in cloud-api-adaptor's libvirt domains.
+    Sata,
+}
+
+impl Bus {
+    /// qemu's device for the root's drive.
+    fn root(self, drive: &str) -> String {
+        match self {
+            Self::Virtio => format!("virtio-blk-pci,drive={drive}"),
+            // On a port of the AHCI controller that q35 has.
+            Self::Sata => format!("ide-hd,bus=ide.0,drive={drive}"),
+        }
+    }
+
+    /// qemu's device for the seed's drive.
+    pub(super) fn seed(self, drive: &str) -> String {
+        match self {
+            Self::Virtio => format!("virtio-blk-pci,drive={drive}"),
+            Self::Sata => format!("ide-cd,bus=ide.1,drive={drive}"),
+        }
+    }
+}
+
 /// Options of a machine.
 #[derive(Clone, Debug)]
 pub struct MachineOptions {
@@ -70,6 +99,8 @@ pub struct MachineOptions {
     pub boot: Boot,
     /// Its platform.
     pub platform: Platform,
+    /// What its root and its seed are attached to.
+    pub bus: Bus,
     /// Port of the host that is forwarded to the guest's port 2222.
     pub ssh: SocketAddr,
     /// Source of its apf.json.
@@ -103,8 +134,8 @@ impl DataDisk {
 impl MachineOptions {
     /// A machine whose host is not hostile, and which may reboot.
     pub fn new(name: &'static str, boot: Boot, ssh: SocketAddr, user_data: UserData) -> Self {
-        let (platform, host) = (Platform::default(), HostCredentials::None);
-        Self { name, boot, platform, ssh, user_data, host, disks: Vec::new(), no_reboot: false }
+        let (platform, bus, host) = (Platform::default(), Bus::default(), HostCredentials::None);
+        Self { name, boot, platform, bus, ssh, user_data, host, disks: Vec::new(), no_reboot: false }
     }
 }
 
@@ -149,9 +180,9 @@ impl Machine {
             .args(["-netdev", &forward, "-device", "virtio-net-pci,netdev=net,romfile="])
             .args(options.host.arguments(directory.path())?)
             // In the order in which the guest numbers them.
-            .args(boot_arguments(&options.boot, options.platform, &artifacts()?, directory.path())?)
+            .args(boot_arguments(options, &artifacts()?, directory.path())?)
             .args(options.disks.iter().flat_map(DataDisk::arguments))
-            .args(options.user_data.arguments(directory.path())?);
+            .args(options.user_data.arguments(options.bus, directory.path())?);
         let tpm = match options.platform {
             Platform::Tpm | Platform::SecureBoot => Some(tpm::start(directory.path(), &mut command).await?),
             Platform::Plain => None,
@@ -258,12 +289,7 @@ fn machine(platform: Platform) -> &'static str {
     }
 }
 
-fn boot_arguments(
-    boot: &Boot,
-    platform: Platform,
-    artifacts: &Artifacts,
-    directory: &Path,
-) -> Result<Vec<String>> {
+fn boot_arguments(options: &MachineOptions, artifacts: &Artifacts, directory: &Path) -> Result<Vec<String>> {
     let text = |path: PathBuf| path.display().to_string();
     let kernel = |initrd: &str, append: String| -> Result<Vec<String>> {
         let (kernel, initrd) = (artifacts.file("podvm.vmlinuz")?, artifacts.file(initrd)?);
@@ -273,9 +299,9 @@ fn boot_arguments(
     };
     let disk = |path: PathBuf| {
         let drive = format!("if=none,id=disk,format=raw,snapshot=on,file={}", path.display());
-        ["-drive".to_owned(), drive, "-device".to_owned(), "virtio-blk-pci,drive=disk".to_owned()]
+        ["-drive".to_owned(), drive, "-device".to_owned(), options.bus.root("disk")]
     };
-    Ok(match boot {
+    Ok(match &options.boot {
         Boot::Bare => kernel("bare.cpio", artifacts.command_line(None, None)?)?,
         Boot::Fast => kernel("podvm-fast.cpio", artifacts.command_line(None, None)?)?,
         Boot::Direct { root_hash, without } => {
@@ -287,7 +313,7 @@ fn boot_arguments(
         Boot::Disk(changed) => {
             let path = changed.clone().map_or_else(|| artifacts.file("podvm.raw"), Ok)?;
             let mut arguments = Vec::from(disk(path));
-            arguments.extend(firmware::arguments(platform, directory)?);
+            arguments.extend(firmware::arguments(options.platform, directory)?);
             arguments
         }
     })

@@ -7,8 +7,8 @@ use anyhow::{Context, Result, bail};
 use base64ct::{Base64, Encoding};
 use serde_json::Value;
 
-use super::Artifacts;
 use super::cloud_config::{CloudConfig, MEASURED_OUTBOUND};
+use super::{Artifacts, Bus};
 use crate::harness::scene::Scene;
 
 /// What the metadata service answers, in the machine's directory.
@@ -78,7 +78,7 @@ impl UserData {
     }
 
     /// qemu's arguments for it; the files they need are written to `directory`.
-    pub(super) fn arguments(&self, directory: &Path) -> Result<Vec<String>> {
+    pub(super) fn arguments(&self, bus: Bus, directory: &Path) -> Result<Vec<String>> {
         Ok(match self {
             Self::NoCloud(config) => {
                 let seed = seed(&config.text()?, directory)?;
@@ -86,7 +86,7 @@ impl UserData {
                     "-drive".to_owned(),
                     format!("if=none,id=seed,format=raw,readonly=on,file={}", seed.display()),
                     "-device".to_owned(),
-                    "virtio-blk-pci,drive=seed".to_owned(),
+                    bus.seed("seed"),
                 ]
             }
             Self::Aws(config) | Self::Azure(config) => {
