@@ -89,7 +89,7 @@ impl Default for Metrics {
         );
         let parked_dials = counter(
             "parked_dials",
-            "Connections kept open without use, because a younger pod has the address",
+            "Connections kept open without use: a younger pod has the address, or theirs was ended by force",
         );
         let failed_checks =
             counter("failed_checks", "Times that a kata agent did not answer before the handshake ended");

@@ -12,7 +12,7 @@ mod runtime;
 mod stop_cost;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use secure_comms_adaptor::address::Address;
@@ -21,7 +21,7 @@ use secure_comms_adaptor::store::StoreError;
 use secure_comms_adaptor::{Adaptor, AdaptorError, Deadline, Endpoint, PodSpec, Stopped};
 use secure_comms_protocol::{InitDataDigest, PodId, TunnelName};
 use tokio::net::UnixStream;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 
 use self::orders::Orders;
 use crate::logging::names;
@@ -60,6 +60,7 @@ struct Inner {
     runtimes: Mutex<HashMap<PodId, Runtime>>,
     obstacles: Obstacles,
     orders: Orders,
+    taken_away: OnceLock<mpsc::UnboundedSender<PodId>>,
 }
 
 impl Pods {
@@ -71,6 +72,7 @@ impl Pods {
             runtimes: Mutex::default(),
             obstacles: Obstacles::default(),
             orders: Orders::default(),
+            taken_away: OnceLock::new(),
         }))
     }
 
@@ -78,6 +80,25 @@ impl Pods {
     /// ignored.
     pub fn observe_orders(&self, observer: impl Fn(&PodId, &Order<'_>) + Send + Sync + 'static) {
         self.0.orders.observe(Box::new(observer));
+    }
+
+    /// The pods of cloud-api-adaptor that another ends: see [`take_away`](Self::take_away). Only the first receiver gets any.
+    pub fn taken_away(&self) -> mpsc::UnboundedReceiver<PodId> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        // The error gives the sender back.
+        drop(self.0.taken_away.set(sender));
+        receiver
+    }
+
+    /// Has the launcher give up a pod of cloud-api-adaptor's: it would prepare one again that was only ended. For those who end
+    /// it, before they do.
+    pub fn take_away(&self, id: &PodId) {
+        if self.get(id).is_some_and(|pod| pod.launch.launcher == Some(Launcher::Caa))
+            && let Some(launcher) = self.0.taken_away.get()
+        {
+            // An error means that the service ends.
+            drop(launcher.send(id.clone()));
+        }
     }
 
     /// The adaptor, for what this type does not offer.
@@ -100,7 +121,8 @@ impl Pods {
         init_data: Option<InitDataDigest>,
         deadline: Deadline,
     ) -> Result<Vec<Endpoint>, AdaptorError> {
-        if let Some(name) = &launch.name {
+        let name = launch.name.clone();
+        if let Some(name) = &name {
             names::insert(id, name);
         }
         let state = self.0.adaptor.snapshot(id).map(|pod| pod.state);
@@ -112,6 +134,13 @@ impl Pods {
         orders::seen_through(id, async move {
             let prepared = pods.0.adaptor.prepare(&pod, spec, deadline).await;
             pods.0.orders.happened(&pod, &Order::Prepared(prepared.as_ref().map(|_| ())));
+            match &name {
+                // Without a task, no other order may come for it.
+                _ if pods.0.adaptor.snapshot(&pod).is_none() => names::remove(&pod),
+                // The end of an earlier pod of this id, which came in between, has removed it.
+                Some(name) => names::insert(&pod, name),
+                None => {}
+            }
             prepared
         })
         .await
@@ -246,7 +275,7 @@ impl Pods {
     fn ended(&self, id: &PodId) {
         self.runtimes().remove(id);
         self.0.orders.happened(id, &Order::Stopped);
-        // One whose deletion is retried is still served, and logged.
+        // One whose deletion is retried is still logged, until `PodEvent::Deleted`.
         if self.0.adaptor.snapshot(id).is_none() {
             names::remove(id);
         }
@@ -262,8 +291,10 @@ impl Pods {
     pub async fn resume_all(&self) -> Result<Vec<PodId>, AdaptorError> {
         let resumed = self.0.adaptor.resume_all().await;
         for pod in self.list() {
-            if let Some(name) = &pod.launch.name {
-                names::insert(&pod.id, name);
+            // Nothing may say that the last of one that is ending is gone.
+            let is_ending = matches!(pod.snapshot.state, PodState::Ending { .. });
+            if let Some(name) = pod.launch.name.filter(|_| !is_ending) {
+                names::insert(&pod.id, &name);
             }
         }
         resumed
@@ -280,3 +311,6 @@ impl Pods {
         self.0.runtimes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -342,3 +342,19 @@ async fn a_list_of_250_pods_that_start_is_quick() {
     assert_eq!(listed.iter().filter(|pod| pod.phase == Phase::Connecting).count(), PODS);
     drop(silent);
 }
+
+#[tokio::test]
+async fn a_pod_that_is_ended_by_force_is_taken_from_its_launcher() {
+    let node = node(None).await;
+    let mut taken_away = node.pods.taken_away();
+    node.pods.set_obstacle(&id("p1"), &Launch::now(pods::Launcher::Caa, None), Some("it waits".to_owned()));
+    for (method, path, status) in [
+        ("DELETE", "/v1/pods/p1", 409),
+        ("POST", "/v1/pods/p1/forget", 409),
+        ("DELETE", "/v1/pods/p1?force=true", 204),
+        ("POST", "/v1/pods/p1/forget?force=true", 200),
+    ] {
+        assert_eq!(node.ask(method, path, "").await.status, status, "{method} {path}");
+        assert_eq!(taken_away.try_recv().is_ok(), status != 409, "{method} {path}");
+    }
+}

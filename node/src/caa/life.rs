@@ -17,6 +17,7 @@ use std::net::IpAddr;
 
 use secure_comms_adaptor::pod::PodSnapshot;
 use secure_comms_adaptor::store::StoreError;
+use secure_comms_protocol::PodId;
 use secure_comms_protocol::tag::Host;
 use tokio::sync::{mpsc, watch};
 
@@ -35,6 +36,7 @@ use crate::pods::{Launch, Launcher, Pods};
 pub(super) struct Lives {
     router: Router<Node>,
     changes: Changes,
+    taken_away: mpsc::UnboundedReceiver<PodId>,
 }
 
 impl Lives {
@@ -49,6 +51,7 @@ impl Lives {
         (changes, identities): (Changes, Identities),
         metrics: Metrics,
     ) -> Result<Self, StoreError> {
+        let taken_away = pods.taken_away();
         let times = Times { grace: settings.grace, first_dial: settings.start_deadline };
         let node =
             Node { pods: pods.clone(), init_data, identities, start_deadline: settings.start_deadline };
@@ -60,12 +63,12 @@ impl Lives {
                 router.resume(Resumed { id: record.id, vm, created: launch.created });
             }
         }
-        Ok(Self { router, changes })
+        Ok(Self { router, changes, taken_away })
     }
 
     /// Serves until `stop` becomes true; connections are cut when it returns.
     pub(super) async fn run(mut self, dials: mpsc::Receiver<Held>, stop: watch::Receiver<bool>) {
-        self.router.run(dials, self.changes, stop).await;
+        self.router.run(dials, self.changes, self.taken_away, stop).await;
     }
 }
 

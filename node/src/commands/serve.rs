@@ -6,6 +6,7 @@
 //! ```
 
 mod drain;
+mod hang;
 mod own_thread;
 mod report;
 
@@ -55,8 +56,8 @@ pub enum ServeError {
     /// The KBS client cannot be set up.
     #[error(transparent)]
     Kbs(#[from] KbsError),
-    /// The thread of the API and the metrics cannot be started.
-    #[error("start the thread of the API")]
+    /// A thread of the service's own cannot be started.
+    #[error("start a thread")]
     Thread(#[source] io::Error),
     /// The signal handlers cannot be installed.
     #[error("wait for signals")]
@@ -99,6 +100,7 @@ pub async fn run(settings: ServeSettings) -> Result<Option<EndSignal>, ServeErro
     }
     let service = Service::new(settings)?;
     let (stop, stopped) = watch::channel(false);
+    let _hang = hang::watch(&service.pods).map_err(ServeError::Thread)?;
     let reporter = Reporter::start(&notifier, &service.pods, &service.health);
     let mut parts = Parts::new();
     let ended = tokio::select! {

@@ -20,6 +20,7 @@ pub fn remove(pod: &PodId) {
     NAMES.write().unwrap_or_else(PoisonError::into_inner).remove(pod);
 }
 
-pub(super) fn of(pod: &PodId) -> Option<PodName> {
+/// What Kubernetes calls a pod, if that is known.
+pub fn of(pod: &PodId) -> Option<PodName> {
     NAMES.read().unwrap_or_else(PoisonError::into_inner).get(pod).cloned()
 }

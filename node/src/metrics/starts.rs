@@ -17,7 +17,7 @@ use secure_comms_protocol::{KeyProgress, PhaseName, PodId};
 use super::Reason;
 use crate::pods::Order;
 
-/// Pods whose starts are measured at a time.
+/// Pods whose starts are measured at a time. One more displaces the oldest: nothing may say that a failed one is given up.
 const MEASURED_MAX: usize = 10_000;
 /// The first phase of a start.
 const KEYS: &str = "keys";
@@ -60,8 +60,9 @@ pub(super) struct Starts {
 }
 
 /// How far a pod's start has come, and why its connection was lost.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Measured {
+    added: Instant,
     begun: Option<Instant>,
     /// The phase that it is in, and since when.
     phase: Option<(&'static str, Instant)>,
@@ -154,7 +155,8 @@ impl Starts {
                 // One that is ordered again, as after a failure, is the same start: else an outage of the KBS would not show.
                 let now = Instant::now();
                 let keys = measured.phase.filter(|(phase, _)| *phase == KEYS).unwrap_or((KEYS, now));
-                *measured = Measured { begun: measured.begun.or(Some(now)), phase: Some(keys), lost: None };
+                (measured.begun, measured.phase, measured.lost) =
+                    (measured.begun.or(Some(now)), Some(keys), None);
             }),
             Order::Prepared(result) => {
                 self.prepares.get_or_create(&Outcome { result: outcome(result, "prepared") }).inc();
@@ -247,9 +249,12 @@ impl Starts {
 
     fn measure(&self, pod: &PodId, change: impl FnOnce(&mut Measured)) {
         let mut all = self.measured();
-        if all.len() < MEASURED_MAX || all.contains_key(pod) {
-            change(all.entry(pod.clone()).or_default());
+        if all.len() >= MEASURED_MAX && !all.contains_key(pod) {
+            let oldest = all.iter().min_by_key(|(_, measured)| measured.added).map(|(id, _)| id.clone());
+            oldest.and_then(|oldest| all.remove(&oldest));
         }
+        let new = || Measured { added: Instant::now(), begun: None, phase: None, lost: None };
+        change(all.entry(pod.clone()).or_insert_with(new));
     }
 
     fn measured(&self) -> MutexGuard<'_, HashMap<PodId, Measured>> {
@@ -402,8 +407,11 @@ mod tests {
         for number in 0..MEASURED_MAX + 10 {
             metrics.ordered(&format!("p{number}").parse().unwrap(), &Order::Prepare);
         }
+        let newest: PodId = format!("p{}", MEASURED_MAX + 9).parse().unwrap();
+        let is_measured = |pod: &PodId| metrics.0.starts.measured().contains_key(pod);
         assert_eq!(metrics.0.starts.measured().len(), MEASURED_MAX);
-        metrics.ordered(&"p1".parse().unwrap(), &Order::Stopped);
+        assert!(is_measured(&newest) && !is_measured(&"p0".parse().unwrap()), "the oldest made room");
+        metrics.ordered(&newest, &Order::Stopped);
         assert_eq!(metrics.0.starts.measured().len(), MEASURED_MAX - 1);
     }
 }

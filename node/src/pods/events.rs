@@ -7,6 +7,8 @@ use secure_comms_adaptor::pod::{Observer, PodEvent};
 use secure_comms_protocol::PodId;
 use tokio::sync::broadcast;
 
+use crate::logging::names;
+
 /// Events that a slow receiver may be behind before it loses the oldest.
 const BACKLOG: usize = 1024;
 
@@ -36,6 +38,9 @@ impl Events {
     pub fn observer(&self) -> Observer {
         let events = self.0.clone();
         Arc::new(move |pod: &PodId, event: &PodEvent| {
+            if matches!(event, PodEvent::Deleted) {
+                names::remove(pod);
+            }
             let happening =
                 Happening { at: SystemTime::now(), pod: pod.clone(), event: Arc::new(event.clone()) };
             // An error means that nothing receives.

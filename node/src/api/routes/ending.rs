@@ -39,7 +39,9 @@ pub(super) async fn stop(
     Id(id): Id,
     Fields(query): Fields<EndQuery>,
 ) -> Result<Response, Box<Problem>> {
-    if !query.force {
+    if query.force {
+        api.0.pods.take_away(&id);
+    } else {
         api.refuse_owned(&id, OWNED)?;
     }
     let stopped = api.unless_ending(api.0.pods.stop(&id)).await??;
@@ -61,7 +63,9 @@ pub(super) async fn forget(
     Id(id): Id,
     Fields(query): Fields<EndQuery>,
 ) -> Result<Json<Forgotten>, Box<Problem>> {
-    if !query.force {
+    if query.force {
+        api.0.pods.take_away(&id);
+    } else {
         api.refuse_owned(&id, OWNED)?;
     }
     let resources = api.unless_ending(api.0.pods.forget(&id)).await??;

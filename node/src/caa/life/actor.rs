@@ -48,6 +48,8 @@ pub(super) enum Order<D> {
     Dial(Box<D>, Arc<Sandbox>),
     /// A younger sandbox has the address of its VM: this one.
     Superseded(PodId),
+    /// Another ends the pod.
+    TakenAway,
 }
 
 /// Nothing of the sandbox is left, after this number of orders.
@@ -177,6 +179,10 @@ impl<W: World> Actor<W> {
             Order::Superseded(by) => {
                 self.last_end = format!("sandbox {by}, which is younger, has the address of its VM");
                 self.step(Input::Superseded);
+            }
+            Order::TakenAway => {
+                self.last_end = "it was ended by force, over the API".to_owned();
+                self.step(Input::TakenAway);
             }
         }
     }

@@ -7,7 +7,8 @@ use std::time::SystemTime;
 
 use secure_comms_protocol::PodId;
 
-/// Addresses that are remembered, those of sandboxes that have ended included: an older one must not get one back.
+/// Addresses that are remembered, those of sandboxes that have ended included: an older one must not get one back. The VM
+/// that is there next may be a third sandbox's, not dialled yet: it would attest with the older one's keys.
 const ADDRESSES_MAX: usize = 4096;
 
 /// A sandbox and its age.

@@ -106,6 +106,7 @@ impl Machine {
             Input::Dialled { dial, vm } => self.dialled(dial, vm, effects),
             Input::DialClosed(dial) => self.dial_closed(dial),
             Input::Superseded => self.superseded = true,
+            Input::TakenAway => self.taken_away(effects),
             Input::Prepared(done) => self.prepared(done, effects),
             Input::Started(result) => self.started(result, effects),
             Input::Halted if self.channel == Channel::Halting => self.prepare(effects),
@@ -113,7 +114,11 @@ impl Machine {
             Input::Opened(result) => self.opened(result, effects),
             Input::Finished { dial, proven } => self.finished(dial, proven, effects),
             Input::RelayEnded(dial) => self.relay_ended(dial),
-            Input::Stopped if self.channel == Channel::Stopping => self.channel = Channel::Unknown,
+            Input::Stopped if self.channel == Channel::Stopping => {
+                self.channel = Channel::Unknown;
+                // With the pod, all that was shown of it is gone.
+                self.shown = Connection::None;
+            }
             Input::Halted | Input::Stopped => {}
             Input::Due(Slot::Channel) => self.channel_due(effects),
             Input::Due(Slot::Release) => self.release_due(),
@@ -211,6 +216,15 @@ impl Machine {
         }
     }
 
+    /// Its dials are kept open without use: closed, they would come again, and with them the pod.
+    fn taken_away(&mut self, effects: &mut Vec<Effect>) {
+        if !matches!(self.channel, Channel::Unknown | Channel::Stopping) {
+            self.stop(Cause::TakenAway, effects);
+        }
+        self.wanted = false;
+        effects.extend(self.dials.remove_all().into_iter().map(Effect::Park));
+    }
+
     fn settle_grace(&mut self, effects: &mut Vec<Effect>) {
         let idle = self.relay.is_none() && self.dials.is_empty();
         let served = !matches!(self.channel, Channel::Unknown | Channel::Stopping);
@@ -221,6 +235,7 @@ impl Machine {
         let now = match (self.relay, self.dials.is_empty(), self.grace.last) {
             (Some(_), ..) => Connection::Connected,
             (None, false, _) => Connection::Held,
+            _ if self.channel == Channel::Unknown => Connection::None,
             (None, true, Expiry::NextDial(Cause::RelayEnded | Cause::DialClosed)) => Connection::Ended,
             _ => Connection::None,
         };

@@ -122,6 +122,7 @@ impl<W: World> Router<W> {
         &mut self,
         mut dials: mpsc::Receiver<W::Dial>,
         mut directory: impl Directory,
+        mut taken_away: mpsc::UnboundedReceiver<PodId>,
         mut stop: watch::Receiver<bool>,
     ) {
         loop {
@@ -130,6 +131,7 @@ impl<W: World> Router<W> {
                 _ = stop.wait_for(|stop| *stop) => break,
                 Some(dial) = dials.recv() => self.resolve(dial),
                 change = directory.next() => self.change(change),
+                Some(id) = taken_away.recv() => self.order_if_known(&id, Order::TakenAway),
                 Some(dial) = self.parked.recv() => self.park(dial),
                 Some(ended) = self.ended.recv() => self.ended(&ended),
                 Some(event) = self.events.join_next() => self.event(event),

@@ -214,6 +214,7 @@ struct Stage {
     scene: Arc<Scene>,
     dials: mpsc::Sender<FakeDial>,
     changes: mpsc::UnboundedSender<Change>,
+    taken_away: mpsc::UnboundedSender<PodId>,
     stop: watch::Sender<bool>,
     numbers: u64,
     seen: usize,
@@ -238,13 +239,16 @@ impl Stage {
         });
         let (dials, held) = mpsc::channel(16);
         let (changes, directory) = mpsc::unbounded_channel();
+        let (taken_away, is_taken_away) = mpsc::unbounded_channel();
         let (stop, stopped) = watch::channel(false);
         let mut router = Router::new(Fake(Arc::clone(&scene)), TIMES, Metrics::default());
         for pod in resumed {
             router.resume(pod);
         }
-        let running = tokio::spawn(async move { router.run(held, FakeDirectory(directory), stopped).await });
-        Self { scene, dials, changes, stop, numbers: 0, seen: 0, running }
+        let running = tokio::spawn(async move {
+            router.run(held, FakeDirectory(directory), is_taken_away, stopped).await;
+        });
+        Self { scene, dials, changes, taken_away, stop, numbers: 0, seen: 0, running }
     }
 
     /// Its directory appears.
@@ -462,6 +466,21 @@ async fn a_dial_that_makes_room_is_counted_as_superseded() {
     stage.sees("superseded 2").await;
     stage.sees("closed 2").await;
     assert!(!stage.log().iter().any(|line| line == "closed 1"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_that_is_taken_away_does_not_begin_again() {
+    let mut stage = Stage::new();
+    stage.scene.hangs.lock().unwrap().insert("start a 10.0.0.1".to_owned());
+    stage.appears(&sandbox("a", 1));
+    let caller = stage.dial("a", vm(1)).await;
+    stage.sees("start a 10.0.0.1").await;
+    stage.taken_away.send(id("a")).unwrap();
+    stage.sees("stop a").await;
+    sleep(Duration::from_secs(3600)).await;
+    assert_eq!((stage.count("prepare a"), stage.count("stop a"), stage.count("closed 1")), (1, 1, 0));
+    caller.close.send_replace(true);
+    stage.sees("closed 1").await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -27,6 +27,9 @@ impl Listing {
                 lines.push(format!("{chain}: {own} tcp dport == {forwarder_port} {verdict}"));
             }
         }
+        for own in ["ip saddr == 127.0.0.0/8", "ip6 saddr == ::1"] {
+            lines.push(format!("fence: {own} tcp sport == {listen_port} ct state in new drop"));
+        }
         Self { lines, fenced: 0 }
     }
 
@@ -100,21 +103,24 @@ fn word(expression: &Value) -> Option<String> {
         return None;
     }
     if let Some(matched) = expression.get("match") {
-        let payload = matched.get("left").and_then(|left| left.get("payload"));
-        let [protocol, field] =
-            ["protocol", "field"].map(|key| text(payload.and_then(|payload| payload.get(key))));
+        let left = |kind: &str, key: &str| matched.get("left")?.get(kind)?.get(key);
+        let subject = match left("ct", "key") {
+            Some(key) => format!("ct {}", text(Some(key))),
+            None => ["protocol", "field"].map(|key| text(left("payload", key))).join(" "),
+        };
         let right = matched.get("right");
         let value = match right.and_then(|right| right.get("prefix")) {
             Some(prefix) => format!("{}/{}", text(prefix.get("addr")), text(prefix.get("len"))),
             None => text(right),
         };
-        return Some(format!("{protocol} {field} {} {value}", text(matched.get("op"))));
+        return Some(format!("{subject} {} {value}", text(matched.get("op"))));
     }
     if let Some(redirect) = expression.get("redirect") {
         return Some(format!("redirect {}", text(redirect.get("port"))));
     }
     // How it rejects is not a matter of safety.
-    Some(if expression.get("reject").is_some() { "reject".to_owned() } else { expression.to_string() })
+    let verdict = ["reject", "drop"].into_iter().find(|verdict| expression.get(verdict).is_some());
+    Some(verdict.map_or_else(|| expression.to_string(), str::to_owned))
 }
 
 fn text(value: Option<&Value>) -> String {
@@ -150,6 +156,14 @@ mod tests {
         let v4 = r#"{"prefix": {"addr": "127.0.0.0", "len": 8}}"#;
         let redirect = r#"{"redirect": {"port": 15151}}"#;
         let reject = r#"{"counter": {"packets": 2, "bytes": 80}}, {"reject": {"type": "tcp reset"}}"#;
+        let untranslated = |family: &str, own: &str| {
+            format!(
+                r#"{{"rule": {{"family": "inet", "table": "secure-comms-adaptor", "chain": "fence", "handle": 7, "expr": [
+                {{"match": {{"op": "==", "left": {{"payload": {{"protocol": "{family}", "field": "saddr"}}}}, "right": {own}}}}},
+                {{"match": {{"op": "==", "left": {{"payload": {{"protocol": "tcp", "field": "sport"}}}}, "right": 15151}}}},
+                {{"match": {{"op": "in", "left": {{"ct": {{"key": "state"}}}}, "right": "new"}}}}, {{"drop": null}}]}}}}"#
+            )
+        };
         let all = [
             r#"{"metainfo": {"version": "1.0.6"}}"#.to_owned(),
             r#"{"table": {"family": "inet", "name": "secure-comms-adaptor", "handle": 2}}"#.to_owned(),
@@ -159,6 +173,8 @@ mod tests {
             rule("to-adaptor", "ip6", r#""::1""#, redirect),
             rule("fence", "ip", v4, reject),
             rule("fence", "ip6", r#""::1""#, reject),
+            untranslated("ip", v4),
+            untranslated("ip6", r#""::1""#),
         ];
         format!(r#"{{"nftables": [{}]}}"#, all.join(","))
     }
@@ -179,6 +195,8 @@ mod tests {
             (r#""len": 8"#, r#""len": 0"#, "127.0.0.0/8"),
             ("\"prio\": -100", "\"prio\": 5", "chain to-adaptor"),
             (r#""reject": {"type": "tcp reset"}"#, r#""accept": null"#, "reject' is missing"),
+            (r#""drop": null"#, r#""accept": null"#, "drop' is missing"),
+            (r#""right": "new""#, r#""right": "established""#, "ct state in new"),
         ] {
             let json = printed().replace(from, to);
             assert_ne!(json, printed());

@@ -153,7 +153,7 @@ impl<W: World> Actor<W> {
                 format!("{}, and no other connection came within {grace} s", self.last_end)
             }
             Cause::DirectoryGone => format!("its directory was removed {grace} s ago"),
-            Cause::Superseded => self.last_end.clone(),
+            Cause::Superseded | Cause::TakenAway => self.last_end.clone(),
         };
         tracing::info!("pod {}: stopped, its keys are deleted: {why}", self.id);
     }

@@ -38,6 +38,10 @@ impl Dials {
         removed.map(|(dial, _)| dial).collect()
     }
 
+    pub(super) fn remove_all(&mut self) -> Vec<DialNo> {
+        self.0.drain(..).map(|(dial, _)| dial).collect()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

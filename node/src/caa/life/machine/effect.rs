@@ -20,6 +20,8 @@ pub(in crate::caa::life) enum Cause {
     DirectoryGone,
     /// A younger sandbox has the VM's address.
     Superseded,
+    /// Another has ended it.
+    TakenAway,
 }
 
 /// How the runtime's connection is, for viewers.

@@ -40,6 +40,8 @@ pub(in crate::caa::life) enum Input {
     DialClosed(DialNo),
     /// A younger sandbox has the VM's address.
     Superseded,
+    /// Another ends the pod, whatever cloud-api-adaptor waits for.
+    TakenAway,
     /// The keys are published, and the inbounds listen, or not.
     Prepared(bool),
     /// The Kubernetes phase is up, or not.

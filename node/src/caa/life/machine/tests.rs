@@ -161,6 +161,33 @@ fn a_pod_whose_address_is_taken_is_stopped_and_its_dial_parked() {
 }
 
 #[test]
+fn a_pod_that_is_taken_away_stays_so_until_it_is_dialled() {
+    let mut starting = Driven::new();
+    given(&mut starting, &[Input::Appeared, DIAL, Input::Prepared(true)]);
+    given(&mut starting, &[Input::Dialled { dial: 2, vm: vm(2) }]);
+    let mut later = starting.clone();
+    given(&mut later, &[Input::Started(Err(StartFailure::NotPrepared))]);
+    for mut driven in [starting, later, connected()] {
+        let waiting = driven.dials.len();
+        given(&mut driven, &[Input::TakenAway]);
+        assert_eq!((driven.parked, driven.channel, driven.relays.len()), (waiting, Of::Stop, 0));
+        assert_eq!(driven.shown, Connection::None);
+        given(&mut driven, &[Input::Stopped]);
+        assert!(driven.ended);
+        given(&mut driven, &[DIAL]);
+        driven.succeed();
+        assert_eq!(driven.relays, [1]);
+    }
+}
+
+#[test]
+fn a_dial_that_comes_during_a_stop_is_shown_after_it() {
+    let mut driven = connected();
+    given(&mut driven, &[Input::RelayEnded(1), Input::Expired, DIAL, Input::Stopped]);
+    assert_eq!((driven.channel, driven.shown), (Of::Prepare, Connection::Held));
+}
+
+#[test]
 fn a_resumed_pod_has_the_grace_to_be_dialled() {
     let mut driven = Driven::resumed();
     assert_eq!(driven.expires, Some(TIMES.grace));

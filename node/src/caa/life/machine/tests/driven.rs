@@ -117,7 +117,7 @@ impl Driven {
                 self.ended = false;
                 true
             }
-            Input::Changed | Input::Gone | Input::Superseded => true,
+            Input::Changed | Input::Gone | Input::Superseded | Input::TakenAway => true,
             Input::DialClosed(dial) => {
                 let held = self.dials.contains(&dial) && self.release != Of::Finish(dial);
                 self.dials.retain(|other| !held || *other != dial);
@@ -133,6 +133,9 @@ impl Driven {
             Input::Stopped => {
                 let stopped = self.take_channel(Of::Stop);
                 self.has_keys &= !stopped;
+                if stopped {
+                    self.shown = Connection::None;
+                }
                 stopped
             }
             Input::Due(Slot::Channel) => self.take_channel(Of::Pause),
@@ -305,6 +308,7 @@ impl Driven {
             Input::Dialled { dial, vm: vm(1) },
             Input::Dialled { dial, vm: vm(2) },
             Input::Superseded,
+            Input::TakenAway,
             Input::Prepared(true),
             Input::Prepared(false),
             Input::Started(Ok(())),
