@@ -33,7 +33,7 @@ pub use self::auth::TokenError;
 use self::cause::{Cause, Failure};
 pub use self::error::KbsError;
 use self::outage::Outage;
-use self::pace::{Pace, REQUEST_TIMEOUT_MAX};
+use self::pace::{LAST_ATTEMPT, Pace, REQUEST_TIMEOUT_MAX};
 use self::posts::Posts;
 use self::response::KbsResponse;
 pub use self::tls::config as tls_config;
@@ -222,6 +222,7 @@ impl KbsClient {
         pace: &mut Pace,
     ) -> Result<Verdict, KbsError> {
         let mut reported = String::new();
+        let mut earlier: Option<Cause> = None;
         loop {
             let limit = pace.next_timeout();
             let attempt = if method == Method::POST {
@@ -237,6 +238,11 @@ impl KbsClient {
                 Err(Failure::Permanent(error)) => return Err(error),
                 Err(Failure::Transient(failure)) => failure,
             };
+            // An attempt that had little time must not hide what an earlier one has found.
+            let failure = match earlier.take() {
+                Some(earlier) if failure.is_no_answer() && limit < LAST_ATTEMPT => earlier,
+                _ => failure,
+            };
             let pause = pace.next_pause(failure.retry_after);
             let is_new = self.outage.failed(&failure.text, pause.is_some());
             let Some(pause) = pause else {
@@ -249,8 +255,9 @@ impl KbsClient {
                 let seconds = pause.as_secs();
                 let when = if seconds == 0 { String::new() } else { format!(" in {seconds} s") };
                 tracing::warn!("KBS at {}: {}{}; retrying{when}", self.url, failure.text, failure.advice);
-                reported = failure.text;
+                reported.clone_from(&failure.text);
             }
+            earlier = Some(failure);
             tokio::time::sleep(pause).await;
         }
     }

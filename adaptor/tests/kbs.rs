@@ -7,6 +7,7 @@
     reason = "clippy.toml lets tests fail loudly; clippy does not take the helpers of an integration test for tests"
 )]
 
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -23,10 +24,13 @@ use ed25519_dalek::{Signature, SigningKey, Verifier, VerifyingKey};
 use secure_comms_adaptor::kbs::{AdminSettings, KbsClient, KbsError, KbsSettings, RESOURCE_MAX};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 const PATH: &str = "default/pp-p1/privateKey";
+/// The time limit of a client that gets no success: enough for several attempts, also on a machine under load.
+const SHORT: Duration = Duration::from_secs(3);
 
 /// The requests that the server received, and its next responses. Without a script it responds as Trustee does.
 #[derive(Default)]
@@ -225,14 +229,17 @@ async fn a_delete_is_an_error_while_the_storage_fails() {
         "!PluginInternalError:No space left on device (os error 28)",
         "!PluginInternalError:",
     ];
+    let mut deletions = JoinSet::new();
     for detail in details {
-        let (kbs, address) = serve(&[(StatusCode::UNAUTHORIZED, detail); 50]).await;
-        let client =
-            KbsClient::new(&settings(&format!("http://{address}")), Duration::from_millis(500)).unwrap();
-        let error = client.delete(PATH).await.unwrap_err().to_string();
-        assert!(error.contains("the KBS cannot use its storage: read the KBS's log"), "{error}");
-        assert!(methods(&kbs).len() >= 3, "{:?}", methods(&kbs));
+        deletions.spawn(async move {
+            let (kbs, address) = serve(&[(StatusCode::UNAUTHORIZED, detail); 50]).await;
+            let client = KbsClient::new(&settings(&format!("http://{address}")), SHORT).unwrap();
+            let error = client.delete(PATH).await.unwrap_err().to_string();
+            assert!(error.contains("the KBS cannot use its storage: read the KBS's log"), "{error}");
+            assert!(methods(&kbs).len() >= 3, "{:?}", methods(&kbs));
+        });
     }
+    deletions.join_all().await;
 }
 
 #[tokio::test]
@@ -243,7 +250,7 @@ async fn a_kbs_that_cannot_store_is_retried_with_advice() {
     assert_eq!(methods(&kbs), ["POST"; 3]);
     let (_, address) = serve(&[failed; 50]).await;
     let url = format!("http://{address}");
-    let client = KbsClient::new(&settings(&url), Duration::from_millis(500)).unwrap();
+    let client = KbsClient::new(&settings(&url), SHORT).unwrap();
     let error = client.publish(PATH, b"x").await.unwrap_err();
     assert!(matches!(error, KbsError::Unreachable { .. }), "{error:?}");
     let text = error.to_string();
@@ -315,12 +322,12 @@ async fn a_refused_token_gets_the_advice_that_fits() {
 async fn retry_after_is_waited_for() {
     for (status, wait) in [(429, "1"), (503, "date"), (425, "0"), (503, "soon")] {
         let (kbs, address) = serve(&[]).await;
+        let start = Instant::now();
         let header = match wait {
             "date" => httpdate::fmt_http_date(std::time::SystemTime::now() + Duration::from_secs(2)),
             other => other.to_owned(),
         };
         kbs.lock().unwrap().busy = Some((status, header));
-        let start = Instant::now();
         client(&format!("http://{address}")).publish(PATH, b"x").await.unwrap();
         assert_eq!(methods(&kbs), ["POST"; 2]);
         // The others are retried after the usual pause: that this succeeds within the client's time is all that they show.
@@ -393,10 +400,11 @@ async fn an_unreachable_kbs_fails_at_the_deadline() {
     closed.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let url = format!("http://{}", closed.local_addr().unwrap());
     let start = Instant::now();
-    let client = KbsClient::new(&settings(&url), Duration::from_millis(700)).unwrap();
+    let client = KbsClient::new(&settings(&url), SHORT).unwrap();
     let error = client.publish(PATH, b"x").await.unwrap_err();
     assert!(matches!(error, KbsError::Unreachable { tries: 2.., .. }), "{error}");
-    assert!(start.elapsed() >= Duration::from_millis(550), "gave up early, after {:?}", start.elapsed());
+    let early = SHORT - Duration::from_millis(150);
+    assert!(start.elapsed() >= early, "gave up early, after {:?}", start.elapsed());
     let text = error.to_string();
     let tries = text.strip_prefix(&format!("KBS at {url}: gave up after ")).unwrap();
     let (_, cause) = tries.split_once(" s: ").unwrap();
@@ -416,6 +424,31 @@ async fn a_silent_kbs_fails_at_the_deadline() {
     let text = client.publish(PATH, b"x").await.unwrap_err().to_string();
     assert!(text.contains("no answer in time"), "{text}");
     assert!(start.elapsed() < Duration::from_secs(30));
+}
+
+#[tokio::test]
+async fn a_last_attempt_without_time_does_not_hide_the_cause() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let start = Instant::now();
+    tokio::spawn(async move {
+        let mut silent = Vec::new();
+        loop {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            let _ = socket.read(&mut [0; 4096]).await;
+            // The attempts from now on have half a second or less.
+            if start.elapsed() + Duration::from_millis(500) > SHORT {
+                silent.push(socket);
+                continue;
+            }
+            let _ = socket
+                .write_all(b"HTTP/1.1 503 Busy\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+                .await;
+        }
+    });
+    let client = KbsClient::new(&settings(&url), SHORT).unwrap();
+    let text = client.publish(PATH, b"x").await.unwrap_err().to_string();
+    assert!(text.contains(" s: answered 503"), "{text}");
 }
 
 #[tokio::test]
@@ -495,21 +528,20 @@ fn openssl(dir: &Path, command: &str) {
 
 /// Serves HTTPS with `kbs.pem` and `kbs.key` of the directory, by OpenSSL: it has kinds that rustls has not.
 fn serve_openssl(dir: &Path) -> (std::process::Child, String) {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let child = std::process::Command::new("openssl")
-        .args(["s_server", "-quiet", "-www", "-accept", &format!("127.0.0.1:{port}")])
-        .args(["-cert", "kbs.pem", "-key", "kbs.key"])
+    let mut child = std::process::Command::new("openssl")
+        .args(["s_server", "-www", "-accept", "127.0.0.1:0", "-cert", "kbs.pem", "-key", "kbs.key"])
         .current_dir(dir)
-        .stdout(std::process::Stdio::null())
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
         .stderr(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    let up = || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok();
-    assert!((0..500).any(|_| up() || {
-        std::thread::sleep(Duration::from_millis(10));
-        false
-    }));
-    (child, format!("https://127.0.0.1:{port}"))
+    // It says which port it got.
+    let mut said = BufReader::new(child.stdout.take().unwrap());
+    let address =
+        said.by_ref().lines().find_map(|line| line.unwrap().strip_prefix("ACCEPT ").map(str::to_owned));
+    child.stdout = Some(said.into_inner());
+    (child, format!("https://{}", address.unwrap()))
 }
 
 #[tokio::test]
@@ -664,12 +696,11 @@ async fn certificates_that_tls_cannot_use_get_the_command_for_a_better_one() {
 #[tokio::test]
 async fn the_wrong_scheme_is_named() {
     let fails = |url: String| async move {
-        let client = KbsClient::new(&settings(&url), Duration::from_millis(300)).unwrap();
+        let client = KbsClient::new(&settings(&url), SHORT).unwrap();
         client.publish(PATH, b"x").await.unwrap_err().to_string()
     };
     let (_, plain) = serve(&[]).await;
-    let text = fails(format!("https://{plain}")).await;
-    assert!(text.ends_with("; does the KBS speak TLS there? If not, write http:// in --kbs-url"), "{text}");
+    let plain = fails(format!("https://{plain}"));
     let closes = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("https://{}", closes.local_addr().unwrap());
     tokio::spawn(async move {
@@ -678,22 +709,26 @@ async fn the_wrong_scheme_is_named() {
             let _ = socket.read(&mut [0; 4096]).await;
         }
     });
-    let text = fails(url).await;
-    assert!(text.ends_with("; does the KBS speak TLS there? If not, write http:// in --kbs-url"), "{text}");
-    let alert = answer_raw("\x15\x03\x03\x00\x02\x02\x16".to_owned()).await;
-    let text = fails(alert).await;
-    assert!(
-        text.ends_with("its answer is not HTTP; does it speak TLS there? Then write https:// in --kbs-url"),
-        "{text}"
-    );
+    let closes = fails(url);
+    let alert = fails(answer_raw("\x15\x03\x03\x00\x02\x02\x16".to_owned()).await);
     let nginx = answer_raw(
         "HTTP/1.1 400 Bad Request\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n<html><head><title>400 The \
          plain HTTP request was sent to HTTPS port</title></head></html>"
             .to_owned(),
     )
     .await;
-    let text = fails(nginx).await;
-    assert!(text.ends_with("; it speaks TLS at this port: write https:// in --kbs-url"), "{text}");
+    let (plain, closes, alert, nginx) = tokio::join!(plain, closes, alert, fails(nginx));
+    for text in [plain, closes] {
+        assert!(
+            text.ends_with("; does the KBS speak TLS there? If not, write http:// in --kbs-url"),
+            "{text}"
+        );
+    }
+    assert!(
+        alert.ends_with("its answer is not HTTP; does it speak TLS there? Then write https:// in --kbs-url"),
+        "{alert}"
+    );
+    assert!(nginx.ends_with("; it speaks TLS at this port: write https:// in --kbs-url"), "{nginx}");
 }
 
 #[tokio::test]

@@ -15,7 +15,8 @@ use support::agent::{Agent, Mode};
 use support::{PATIENCE, World, addresses, echoes, pod};
 use tokio::net::TcpListener;
 
-const SOON: Duration = Duration::from_secs(2);
+/// For a start that fails at its deadline: also on a machine under load, an SSH handshake is done by then.
+const SOON: Duration = Duration::from_secs(5);
 
 impl World {
     async fn latched(&self) -> Mode {
@@ -50,11 +51,8 @@ async fn a_new_pod_needs_one_handshake_in_each_phase() {
     started.unwrap();
     echoes(&local).await;
     let address = agent.address;
-    // A machine under load may take longer than a second, and then says what it waits for.
-    let events: Vec<_> =
-        world.events.all().into_iter().filter(|line| !line.starts_with("waiting for ")).collect();
     assert_eq!(
-        events,
+        world.happened(),
         [
             "keys published to the KBS".to_owned(),
             "keys published to the KBS".to_owned(),
@@ -82,7 +80,7 @@ async fn a_dead_first_address_does_not_hold_up_the_second() {
     let start = Instant::now();
     let at = addresses(&[silent.local_addr().unwrap(), agent.address]);
     world.start(&at, PATIENCE).await.unwrap();
-    assert!(start.elapsed() < 4 * SOON, "{:?}", start.elapsed());
+    assert!(start.elapsed() < 2 * SOON, "{:?}", start.elapsed());
 }
 
 #[tokio::test]
@@ -98,13 +96,13 @@ async fn a_start_past_its_deadline_reports_the_last_error() {
     let (started, ()) = tokio::join!(world.start(&at, SOON), guest);
     assert_eq!(
         started.unwrap_err().to_string(),
-        "start pod pod-1: not up within 2 s; last seen: keys: attempt 7: the KBS says no; check that the VM runs and its \
+        "start pod pod-1: not up within 5 s; last seen: keys: attempt 7: the KBS says no; check that the VM runs and its \
          agent can be reached, or allow more time (--deadline)"
     );
     agent.seen.wait("gone", 1).await;
     // An address where nothing listens: the error has the address and the cause.
     let unused = std::net::SocketAddr::from(([127, 0, 0, 1], support::own_port()));
-    let error = world.start(&addresses(&[unused]), Duration::from_secs(1)).await.unwrap_err().to_string();
+    let error = world.start(&addresses(&[unused]), Duration::from_secs(3)).await.unwrap_err().to_string();
     assert!(
         error.contains(&format!("connecting: {unused}: attestation: TCP connect: Connection refused")),
         "{error}"
@@ -149,7 +147,7 @@ async fn an_agent_that_gets_its_keys_between_two_tries_is_not_lost() {
     let (started, ()) = tokio::join!(world.start(&at, PATIENCE), guest);
     started.unwrap();
     assert_eq!(agent.seen.count("connection"), 4);
-    assert_eq!(world.events.count("connecting: "), 0, "it is one round: {:?}", world.events.all());
+    assert_eq!(world.times("connecting: "), 0, "it is one round: {:?}", world.events.all());
 }
 
 #[tokio::test]
@@ -158,9 +156,14 @@ async fn a_rejected_worker_node_key_is_reported_with_advice() {
     world.prepare().await;
     let other = WorkerNodeKey::generate().unwrap().public().unwrap();
     let agent = Agent::start(Mode::kubernetes(world.pod_key().await, other)).await;
-    let error = world.start(&addresses(&[agent.address]), SOON).await.unwrap_err().to_string();
-    assert!(error.contains("rejects this worker node's (SHA256:"), "{error}");
-    assert!(error.contains("its keys were published with another worker-node key"), "{error}");
+    let stop = async {
+        world.events.wait("rejects this worker node's (SHA256:", 1).await;
+        world.events.wait("its keys were published with another worker-node key", 1).await;
+        world.adaptor.suspend(&pod()).await;
+    };
+    let at = addresses(&[agent.address]);
+    let (started, ()) = tokio::join!(world.start(&at, PATIENCE), stop);
+    assert!(matches!(started, Err(AdaptorError::Stopped(_))), "{started:?}");
 }
 
 #[tokio::test]
@@ -271,7 +274,7 @@ async fn without_trustee_there_is_no_attestation() {
     echoes(&local).await;
     assert_eq!(agent.seen.count("attestation"), 0);
     assert_eq!(world.published.all().len(), 0);
-    assert_eq!(world.events.count("check that the VM got this pod's user data"), 1);
+    assert_eq!(world.times("check that the VM got this pod's user data"), 1);
 }
 
 #[tokio::test]
@@ -308,7 +311,7 @@ async fn a_pod_can_be_started_again_after_a_failed_start() {
     let latched = world.latched().await;
     let agent = Agent::start(Mode { hangs_up: true, ..latched.clone() }).await;
     let at = addresses(&[agent.address]);
-    let error = world.start(&at, Duration::from_secs(1)).await.unwrap_err().to_string();
+    let error = world.start(&at, SOON).await.unwrap_err().to_string();
     assert!(error.contains("attestation: authenticate: the other end closed the connection"), "{error}");
     agent.become_(latched);
     world.start(&at, PATIENCE).await.unwrap();

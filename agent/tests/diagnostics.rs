@@ -10,7 +10,7 @@
 mod support;
 
 use std::io::Read;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use nix::fcntl::{FcntlArg, fcntl};
 use russh::client::{self, Handle};
 use russh::keys::PublicKeyOrCertificate;
-use support::{Agent, FREE_PORTS, HANG, Place, Systemd};
+use support::{Agent, FREE_PORTS, HANG, Place, Systemd, free_address};
 use tokio::time::{Duration, sleep, timeout};
 
 struct Client;
@@ -56,8 +56,8 @@ const LOGINS: usize = 60;
 async fn serves_on_unread(stderr: impl Into<Stdio>, log: impl Read + 'static) {
     let place = Place::new();
     let (_systemd, notify) = (Systemd::new(&place), place.path("notify"));
-    // The log that names the address is not read: this one is free now.
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    // The log that names the address is not read.
+    let address = free_address();
     let text = address.to_string();
     let args = [&FREE_PORTS[..], &["-secure-comms-listen", &text]].concat();
     let env = [("NOTIFY_SOCKET", notify.to_str().unwrap()), ("SECURE_COMMS_LOG", "debug")];
@@ -94,8 +94,7 @@ async fn a_journal_that_is_not_read_stops_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_ends_while_its_log_is_not_read() {
-    let place = Place::new();
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (place, address) = (Place::new(), free_address());
     let text = address.to_string();
     let args = [&FREE_PORTS[..], &["-secure-comms-listen", &text]].concat();
     let (reader, writer) = std::io::pipe().unwrap();

@@ -272,14 +272,19 @@ async fn events_come_in_their_order_and_are_found_again() {
         let Ok(Ok(Some(StreamItem::Event(event)))) = timeout(PATIENCE, all.next()).await else {
             panic!("the stream ended after {seen:?}");
         };
-        assert_eq!((event.namespace.as_deref(), event.name), (Some("default"), Some(event.pod.clone())));
+        // On a machine under load a prepare takes longer than a second, and says what it waits for: also before the pod has its
+        // name.
+        if event.reason != "Waiting" {
+            assert_eq!((event.namespace.as_deref(), event.name), (Some("default"), Some(event.pod.clone())));
+        }
         first = first.or_else(|| all.last_id().map(str::to_owned));
         seen.push((event.pod, event.reason));
     }
     let of = |pod: &str| -> Vec<String> {
         seen.iter().filter(|(of, _)| of == pod).map(|(_, reason)| reason.clone()).collect()
     };
-    assert_eq!(of("p2"), ["Published"]);
+    let p2: Vec<_> = of("p2").into_iter().filter(|reason| reason != "Waiting").collect();
+    assert_eq!(p2, ["Published"]);
     let p1 = of("p1");
     let places: Vec<_> = ["Published", "Withdrawn", "Up", "Stopped"]
         .map(|word| p1.iter().position(|reason| reason == word))

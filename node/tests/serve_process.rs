@@ -377,14 +377,17 @@ async fn a_pod_outlives_the_process_and_is_named() {
         }
     });
     let series = counted.await.unwrap();
-    for (name, value) in [
-        ("secure_comms_pods{phase=\"up\",launcher=\"api\"}", 1.0),
-        ("secure_comms_pod_up{pod=\"pod-1\",namespace=\"shop\",name=\"web-1\",launcher=\"api\"}", 1.0),
-        ("secure_comms_phase_duration_seconds_count{phase=\"all\"}", 1.0),
-        ("secure_comms_phase_duration_seconds_count{phase=\"attestation\"}", 1.0),
-        ("secure_comms_prepares_total{result=\"prepared\"}", 1.0),
+    for name in [
+        "secure_comms_pods{phase=\"up\",launcher=\"api\"}",
+        "secure_comms_pod_up{pod=\"pod-1\",namespace=\"shop\",name=\"web-1\",launcher=\"api\"}",
+        "secure_comms_prepares_total{result=\"prepared\"}",
     ] {
-        assert_eq!(series.get(name), Some(&value), "{name}: {series:?}");
+        assert_eq!(series.get(name), Some(&1.0), "{name}: {series:?}");
+    }
+    // A connection that a busy machine breaks is one more.
+    for phase in ["all", "attestation"] {
+        let name = format!("secure_comms_phase_duration_seconds_count{{phase=\"{phase}\"}}");
+        assert!(series.get(&name).is_some_and(|count| *count >= 1.0), "{name}: {series:?}");
     }
     serve.signal(Signal::SIGTERM);
     assert_eq!(serve.ends().await.code(), Some(0));

@@ -40,6 +40,11 @@ impl Cause {
             not_sent: false,
         }
     }
+
+    /// Whether there was no answer in the time of the attempt.
+    pub(super) fn is_no_answer(&self) -> bool {
+        self.text == NO_ANSWER
+    }
 }
 
 impl Failure {

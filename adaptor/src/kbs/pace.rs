@@ -12,8 +12,9 @@ const REQUEST_TIMEOUT_MIN: Duration = Duration::from_secs(5);
 pub(super) const REQUEST_TIMEOUT_MAX: Duration = Duration::from_secs(30);
 /// The longest pause that a KBS can ask for with `Retry-After`.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
-/// Time that the last pause leaves for the last attempt, if there is that much.
-const LAST_ATTEMPT: Duration = Duration::from_secs(1);
+/// Time that the last long pause leaves for an attempt, if there is that much. An attempt with less may be too short for an
+/// answer.
+pub(super) const LAST_ATTEMPT: Duration = Duration::from_secs(1);
 
 /// Timeouts and pauses of the attempts of one operation. No attempt and no pause outlasts the time limit.
 pub(super) struct Pace {

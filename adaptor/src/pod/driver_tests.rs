@@ -150,12 +150,13 @@ async fn an_agent_that_never_gets_its_keys_is_connected_to_again() {
 #[tokio::test]
 async fn reports_on_the_keys_keep_an_attestation() {
     let agent = Agent::start(Mode::attestation()).await;
-    let limits = AttestationLimits { progress: Duration::from_secs(2), ..patient() };
+    let limits = AttestationLimits { progress: Duration::from_secs(4), ..patient() };
     let driven = Driven::new(&[agent.address], limits);
     let (events, latched) = (driven.events.clone(), driven.latched.clone());
     let vm = async {
         agent.seen.wait("hello", 1).await;
-        for attempt in 1..12 {
+        // For longer than that.
+        for attempt in 1..18 {
             agent.keys(attempt, "not yet");
             sleep(Duration::from_millis(250)).await;
         }

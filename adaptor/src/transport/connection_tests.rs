@@ -1,7 +1,6 @@
 //! One connection to a simulated agent: whom it trusts, what it refuses, and that its end frees everything.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
 
 use crate::support::agent::{Agent, Mode};
 use crate::support::{PATIENCE, pod};
@@ -187,10 +186,9 @@ async fn an_agent_without_a_hello_times_out() {
     let tunnels = tunnels::<Attestation>("");
     let connection =
         ssh::connect_attestation(&dial(agent.address, &node), tunnels.outbounds()).await.unwrap();
-    let start = Instant::now();
-    let error = AgentConnection::establish(connection, &pod(), &tunnels, None).await.unwrap_err();
+    let established = timeout(PATIENCE, AgentConnection::establish(connection, &pod(), &tunnels, None)).await;
+    let error = established.unwrap().unwrap_err();
     assert_eq!(error.to_string(), "no answer within 5 s while waiting for the agent's hello");
-    assert!(start.elapsed() < Duration::from_secs(7));
     agent.seen.wait("gone", 1).await;
 }
 

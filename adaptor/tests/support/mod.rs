@@ -101,6 +101,8 @@ pub enum KbsMode {
     Hangs(&'static str),
     /// Answers 500.
     Fails,
+    /// Answers 403.
+    Refuses,
 }
 
 /// A KBS that can change how it behaves.
@@ -118,8 +120,9 @@ pub async fn kbs_in(mode: KbsMode) -> (url::Url, Lines, Arc<Mutex<KbsMode>>) {
             }
             let mode = *now.lock().unwrap();
             match mode {
-                KbsMode::Fails => axum::http::StatusCode::INTERNAL_SERVER_ERROR,
-                KbsMode::Hangs(_) | KbsMode::Accepts => axum::http::StatusCode::OK,
+                KbsMode::Fails => StatusCode::INTERNAL_SERVER_ERROR,
+                KbsMode::Refuses => StatusCode::FORBIDDEN,
+                KbsMode::Hangs(_) | KbsMode::Accepts => StatusCode::OK,
             }
         }
     });
@@ -130,9 +133,8 @@ pub async fn kbs_in(mode: KbsMode) -> (url::Url, Lines, Arc<Mutex<KbsMode>>) {
 }
 
 /// An URL where nothing listens.
-pub async fn refused() -> url::Url {
-    let unused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    format!("http://{unused}").parse().unwrap()
+pub fn refused() -> url::Url {
+    format!("http://127.0.0.1:{}", own_port()).parse().unwrap()
 }
 
 /// An echo server.
@@ -250,6 +252,16 @@ impl World {
 
     pub fn state(&self) -> PodState {
         self.adaptor.snapshot(&pod()).unwrap().state
+    }
+
+    /// The events without those that say what a caller waits for: these come only where a call takes longer than a second.
+    pub fn happened(&self) -> Vec<String> {
+        self.events.all().into_iter().filter(|line| !line.starts_with("waiting for ")).collect()
+    }
+
+    /// How many of them contain this.
+    pub fn times(&self, part: &str) -> usize {
+        self.happened().iter().filter(|line| line.contains(part)).count()
     }
 
     /// Prepares the pod, and returns the address of its KATAAGENT inbound.

@@ -273,9 +273,8 @@ fn each_row_of_the_table_has_its_verdict() {
 #[test]
 fn a_server_that_is_not_there_is_asked_again() {
     let timeout = Duration::from_secs(60);
-    // Refused: the port was free a moment ago. No route: nobody answers to a broadcast by TCP.
-    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    for host in [free.to_string(), "255.255.255.255".to_owned()] {
+    // Refused: the kernel hands out no port as low as this. No route: nobody answers to a broadcast by TCP.
+    for host in ["127.0.0.1:1", "255.255.255.255"] {
         let (result, log) = report_to(format!("http://{host}").parse().unwrap(), timeout, 2);
         let error = result.unwrap_err();
         assert!(!error.is_permanent());
@@ -308,7 +307,8 @@ fn no_text_of_the_server_is_in_the_log() {
     for case in ["ver-inject", "ver-notxml", "ver-slow20", "gs-no-instance", "health-500", "gs-two-instances"]
     {
         let run = run(script(case));
-        let text = format!("{}{}", run.log, with_causes(&run.result.unwrap_err()));
+        // The digits of its port could be those of a secret.
+        let text = format!("{}{}", run.log, with_causes(&run.result.unwrap_err())).replace(&run.host, "host");
         for secret in ["Evil", "hello", "cloud-config", "1111", "2222", "3333"] {
             assert!(!text.contains(secret), "{case}: {text}");
         }
