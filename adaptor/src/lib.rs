@@ -12,10 +12,8 @@
 //!
 //! use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 //! use secure_comms_adaptor::key_source::KeySource;
-//! use secure_comms_adaptor::pod::AgentTunnels;
 //! use secure_comms_adaptor::store::DirectoryStore;
-//! use secure_comms_adaptor::{Adaptor, Config, Deadline, MEMORY, PodSpec};
-//! use secure_comms_protocol::limits::REKEY_BYTES;
+//! use secure_comms_adaptor::{Adaptor, Config, Deadline, PodSpec};
 //! use secure_comms_protocol::tag::parse_list;
 //!
 //! # #[tokio::main(flavor = "current_thread")]
@@ -26,14 +24,8 @@
 //! let config = Config {
 //!     inbounds: parse_list("KUBERNETES_PHASE:KATAAGENT:/run/sc/{pod}/agent.ttrpc").map_err(|faults| format!("{faults:?}"))?,
 //!     outbounds: parse_list("BOTH_PHASES:KBS:kbs.example:8080").map_err(|faults| format!("{faults:?}"))?,
-//!     agent: AgentTunnels::default(),
-//!     worker_nodes: None,
-//!     old_agents: false,
-//!     kbs_filter: true,
-//!     rekey_bytes: REKEY_BYTES,
 //!     require_pq: true,
-//!     memory: MEMORY,
-//!     observer: Arc::new(|pod, event| println!("pod {pod}: {event}")),
+//!     ..Config::new(Arc::new(|pod, event| println!("pod {pod}: {event}")))
 //! };
 //! let adaptor = Adaptor::new(store, KeySource::Kbs(kbs), config);
 //! let pod = "sandbox-1".parse()?;

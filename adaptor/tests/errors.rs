@@ -12,10 +12,8 @@ use std::time::Duration;
 
 use secure_comms_adaptor::kbs::{AdminSettings, KbsClient, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
-use secure_comms_adaptor::pod::AgentTunnels;
 use secure_comms_adaptor::store::{DirectoryStore, Store};
 use secure_comms_adaptor::{Adaptor, Config, Deadline, PodSpec};
-use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
 
 /// The text of the error and of its sources. No text may contain that of its source.
@@ -33,18 +31,7 @@ fn chain(error: &dyn Error) -> String {
 }
 
 async fn prepare(store: &Path, inbounds: &str) -> Box<dyn Error> {
-    let config = Config {
-        inbounds: parse_list(inbounds).unwrap(),
-        outbounds: Vec::new(),
-        agent: AgentTunnels::default(),
-        worker_nodes: None,
-        old_agents: false,
-        kbs_filter: true,
-        rekey_bytes: REKEY_BYTES,
-        require_pq: false,
-        memory: secure_comms_adaptor::MEMORY,
-        observer: Arc::new(|_, _| {}),
-    };
+    let config = Config { inbounds: parse_list(inbounds).unwrap(), ..Config::new(Arc::new(|_, _| {})) };
     let store = Arc::new(DirectoryStore::open(store).unwrap());
     let adaptor = Adaptor::new(store, KeySource::UserData, config);
     let pod = "p1".parse().unwrap();

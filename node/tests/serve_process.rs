@@ -25,9 +25,9 @@ use nix::unistd::Pid;
 use secure_comms_adaptor::store::{DirectoryStore, Store};
 use serde_json::{Value, json};
 use support::agent::{Agent, Mode};
-use support::{Lines, PATIENCE, pod};
+use support::{Lines, PATIENCE, own_port, pod};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
-use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixDatagram, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixDatagram, UnixStream};
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
@@ -193,18 +193,6 @@ async fn the_service_manager_learns_of_each_step() {
     assert!(!serve.socket.exists(), "the API's socket is removed");
 }
 
-/// A free port below the range from which the kernel hands out others, so no other socket gets it by chance. Not listened on: a
-/// process that another test starts would hold a copy of the listener for a moment.
-fn free_port() -> u16 {
-    let first = u16::try_from(std::process::id() % 12_000).unwrap();
-    let is_free = |port: &u16| {
-        let probe = TcpSocket::new_v4().unwrap();
-        probe.set_reuseaddr(true).unwrap();
-        probe.bind(SocketAddr::from(([127, 0, 0, 1], *port))).is_ok()
-    };
-    (0..12_000).map(|step| 20_000 + (first + step) % 12_000).find(is_free).unwrap()
-}
-
 #[tokio::test]
 async fn a_fault_is_in_the_status_and_in_readyz() {
     let dir = tempfile::tempdir().unwrap();
@@ -212,7 +200,7 @@ async fn a_fault_is_in_the_status_and_in_readyz() {
     let manager = Manager::bind(&path);
     let pods = dir.path().join("pods");
     fs::create_dir(&pods).unwrap();
-    let port = free_port().to_string();
+    let port = own_port().to_string();
     let args = [
         "--pods-directory",
         pods.to_str().unwrap(),

@@ -16,7 +16,7 @@ use secure_comms_protocol::limits::{CreditLimits, INBOUND_WAIT};
 use secure_comms_protocol::tag::parse_list;
 use secure_comms_protocol::{InboundTag, Kubernetes, Lane, OutboundTag};
 use secure_comms_tunnel::flow::Side;
-use secure_comms_tunnel::{Event, Inbound, Outbounds, Receiver, Sender};
+use secure_comms_tunnel::{Event, Inbound, Link, Outbounds, Receiver, Sender};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::watch;
@@ -32,14 +32,20 @@ fn outbounds(list: &str) -> Outbounds<Kubernetes> {
 }
 
 /// A serving inbound `T` on any port.
-struct Served {
+struct Served<L> {
     local: String,
-    links: watch::Sender<Option<MemLink>>,
+    links: watch::Sender<Option<L>>,
     task: JoinHandle<()>,
 }
 
-impl Served {
+impl Served<MemLink> {
     async fn new(bind: &str) -> Self {
+        Self::of_links(bind).await
+    }
+}
+
+impl<L: Link> Served<L> {
+    async fn of_links(bind: &str) -> Self {
         let inbound = Inbound::bind(&inbound_tag(&format!("KUBERNETES_PHASE:T:{bind}"))).await.unwrap();
         let (links, links_seen) = watch::channel(None);
         Self { local: inbound.local().to_owned(), links, task: tokio::spawn(inbound.serve(links_seen)) }
@@ -290,6 +296,15 @@ async fn clients_that_come_later_take_no_place_that_one_waits_for() {
     .await;
 }
 
+/// A client that has been accepted is reset once it has waited as long as it may. The time stands still afterwards.
+async fn is_closed_after_its_wait(client: &mut TcpStream) {
+    tokio::time::pause();
+    let start = Instant::now();
+    assert_eq!(client.read(&mut [0]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert!(start.elapsed() + std::time::Duration::from_secs(1) > INBOUND_WAIT, "{:?}", start.elapsed());
+    assert!(start.elapsed() < 2 * INBOUND_WAIT, "{:?}", start.elapsed());
+}
+
 #[tokio::test]
 async fn a_client_without_a_place_is_closed_after_its_timeout() {
     let _watchdog = Watchdog::new();
@@ -301,10 +316,7 @@ async fn a_client_without_a_place_is_closed_after_its_timeout() {
     let mut client = served.connect().await;
     client.write_all(b"anyone?").await.unwrap();
     served.until_clients(1).await;
-    tokio::time::pause();
-    let start = Instant::now();
-    assert_eq!(client.read(&mut [0]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
-    assert!(start.elapsed() + std::time::Duration::from_secs(1) > INBOUND_WAIT, "{:?}", start.elapsed());
+    is_closed_after_its_wait(&mut client).await;
     served.until_clients(0).await;
     assert_eq!(connection.adaptor.credits.open_streams(), 0);
 }
@@ -316,10 +328,7 @@ async fn a_client_without_a_link_is_closed_after_its_timeout() {
     let mut client = served.connect().await;
     client.write_all(b"anyone?").await.unwrap();
     served.until_clients(1).await;
-    tokio::time::pause();
-    let start = Instant::now();
-    assert_eq!(client.read(&mut [0]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
-    assert!(start.elapsed() + std::time::Duration::from_secs(1) > INBOUND_WAIT, "{:?}", start.elapsed());
+    is_closed_after_its_wait(&mut client).await;
     served.until_clients(0).await;
 }
 
@@ -327,32 +336,21 @@ async fn a_client_without_a_link_is_closed_after_its_timeout() {
 async fn a_client_of_a_session_without_a_connection_waits_as_without_a_link() {
     let _watchdog = Watchdog::new();
     let (sessions, mut servers) = Sessions::new(FIXED, std::time::Duration::ZERO);
-    let inbound = Inbound::bind(&inbound_tag("KUBERNETES_PHASE:T:0")).await.unwrap();
-    let local = inbound.local().to_owned();
-    let (links, links_seen) = watch::channel(Some(sessions.session(Side::Adaptor).link()));
-    tokio::spawn(inbound.serve(links_seen));
-    let until_clients = async |count: usize| {
-        while links.receiver_count() - 1 != count {
-            tokio::task::yield_now().await;
-        }
-    };
+    let served = Served::of_links("0").await;
+    served.links.send_replace(Some(sessions.session(Side::Adaptor).link()));
     // It ends in good order, as a health check does.
-    let leaves = TcpStream::connect(&local).await.unwrap();
-    let mut client = TcpStream::connect(&local).await.unwrap();
+    let leaves = served.connect().await;
+    let mut client = served.connect().await;
     client.write_all(b"anyone?").await.unwrap();
-    until_clients(2).await;
+    served.until_clients(2).await;
     drop(leaves);
-    until_clients(1).await;
-    tokio::time::pause();
-    let start = Instant::now();
-    assert_eq!(client.read(&mut [0]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
-    assert!(start.elapsed() + std::time::Duration::from_secs(1) > INBOUND_WAIT, "{:?}", start.elapsed());
-    assert!(start.elapsed() < 2 * INBOUND_WAIT, "{:?}", start.elapsed());
-    until_clients(0).await;
+    served.until_clients(1).await;
+    is_closed_after_its_wait(&mut client).await;
+    served.until_clients(0).await;
     tokio::time::resume();
-    let mut client = TcpStream::connect(&local).await.unwrap();
+    let mut client = served.connect().await;
     client.write_all(b"now").await.unwrap();
-    until_clients(1).await;
+    served.until_clients(1).await;
     sessions.connect(Lane::Main);
     let (_, mut server) = servers.recv().await.unwrap();
     server.read_exact(&mut [0; 3]).await.unwrap();

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use secure_comms_keys::WorkerNodeKeys;
+use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::{InboundTag, InitDataDigest, OutboundTag, PodId};
 use secure_comms_tunnel::MemoryBudget;
 
@@ -48,6 +49,25 @@ pub struct Config {
     pub memory: usize,
     /// Receives every event of every pod.
     pub observer: Observer,
+}
+
+impl Config {
+    /// Without tunnels, and otherwise with the defaults of the documents: the KBS filter, no older agents, both kinds of key
+    /// exchange, [`REKEY_BYTES`] and [`MEMORY`].
+    pub fn new(observer: Observer) -> Self {
+        Self {
+            inbounds: Vec::new(),
+            outbounds: Vec::new(),
+            agent: AgentTunnels::default(),
+            worker_nodes: None,
+            old_agents: false,
+            kbs_filter: true,
+            rekey_bytes: REKEY_BYTES,
+            require_pq: false,
+            memory: MEMORY,
+            observer,
+        }
+    }
 }
 
 impl fmt::Debug for Config {

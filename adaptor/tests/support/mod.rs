@@ -3,9 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 pub mod agent;
+mod own_port;
 pub mod talk;
 
-use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -13,17 +14,18 @@ use axum::http::StatusCode;
 use secure_comms_adaptor::address::Address;
 use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
-use secure_comms_adaptor::pod::{AgentTunnels, PodState};
+use secure_comms_adaptor::pod::{PodEvent, PodState};
 use secure_comms_adaptor::store::{DirectoryStore, Store};
 use secure_comms_adaptor::{Adaptor, Config, Deadline, PodSpec};
 use secure_comms_keys::{PodKey, WorkerNodePublic};
 use secure_comms_protocol::PodId;
-use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::time::timeout;
+
+pub use own_port::own_port;
 
 /// The longest that a test waits for one event.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -275,25 +277,6 @@ impl World {
 /// The inbounds of a pod, if a test wants no others.
 pub const KATAAGENT: &str = "KUBERNETES_PHASE:KATAAGENT:0";
 
-/// A port of 127.0.0.1 that no other test of this process gets, also once it is closed: the kernel gives out none below 32768.
-///
-/// Each process begins elsewhere, because several may run at a time. The probe does not listen: a process that another thread
-/// starts holds a copy of each socket until its exec, and a listening copy would keep the port.
-pub fn own_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let start = std::process::id().wrapping_mul(97) % 20_000;
-    for _ in 0..20_000 {
-        let offset = (start + u32::from(NEXT.fetch_add(1, Ordering::Relaxed))) % 20_000;
-        let port = 10_000 + u16::try_from(offset).unwrap();
-        let probe = tokio::net::TcpSocket::new_v4().unwrap();
-        probe.set_reuseaddr(true).unwrap();
-        if probe.bind((std::net::Ipv4Addr::LOCALHOST, port).into()).is_ok() {
-            return port;
-        }
-    }
-    panic!("no port is free");
-}
-
 fn build(
     directory: &tempfile::TempDir,
     kbs: Option<&url::Url>,
@@ -327,24 +310,15 @@ fn build_changed(
         let settings = KbsSettings { url: url.clone(), ca: None, admin: None };
         KeySource::Kbs(KbsClient::new(&settings, Duration::from_secs(60)).unwrap())
     });
+    let observer = Arc::new(move |_: &PodId, event: &PodEvent| {
+        let event = event.to_string();
+        recorded.push(event.clone());
+        assert!(!panics.is_some_and(|part| event.contains(part)), "the observer panics, as the test asks");
+    });
     let mut config = Config {
         inbounds: parse_list(&inbounds.replace("KATAAGENT:0", &format!("KATAAGENT:{}", own_port()))).unwrap(),
         outbounds: parse_list(outbounds).unwrap(),
-        agent: AgentTunnels::default(),
-        worker_nodes: None,
-        old_agents: false,
-        kbs_filter: true,
-        rekey_bytes: REKEY_BYTES,
-        require_pq: false,
-        memory: secure_comms_adaptor::MEMORY,
-        observer: Arc::new(move |_, event| {
-            let event = event.to_string();
-            recorded.push(event.clone());
-            assert!(
-                !panics.is_some_and(|part| event.contains(part)),
-                "the observer panics, as the test asks"
-            );
-        }),
+        ..Config::new(observer)
     };
     change(&mut config);
     (Adaptor::new(store.clone(), keys, config), events, store)

@@ -9,17 +9,20 @@
     reason = "clippy.toml lets tests fail loudly; clippy does not take the helpers of an integration test for tests"
 )]
 
+#[path = "../../../adaptor/tests/support/own_port.rs"]
+mod own_port;
+
 use std::io::{BufRead, BufReader, Read};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tokio::net::TcpSocket;
+
+use own_port::own_port;
 
 /// Timeout of a test that hangs. Nothing is measured with it.
 pub const HANG: Duration = Duration::from_secs(60);
@@ -27,24 +30,9 @@ pub const HANG: Duration = Duration::from_secs(60);
 /// Flags with which the agent binds no fixed port.
 pub const FREE_PORTS: [&str; 3] = ["-secure-comms", "-secure-comms-inbounds", "BOTH_PHASES:KBS:0"];
 
-/// A free address that no other test of this process gets: the kernel hands out no port below 32768.
-///
-/// Each process begins elsewhere, because several may run at a time. The probe does not listen: a process that another thread
-/// starts holds a copy of each socket until its exec, and a listening copy would keep the port.
+/// A free address that no other test of this process gets.
 pub fn free_address() -> SocketAddr {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let start = std::process::id().wrapping_mul(97) % 20_000;
-    let address = |step| {
-        let offset = (start + u32::from(step)) % 20_000;
-        SocketAddr::from((Ipv4Addr::LOCALHOST, 10_000 + u16::try_from(offset).unwrap()))
-    };
-    let is_free = |address: &SocketAddr| {
-        let probe = TcpSocket::new_v4().unwrap();
-        probe.set_reuseaddr(true).unwrap();
-        probe.bind(*address).is_ok()
-    };
-    let tries = std::iter::repeat_with(|| address(NEXT.fetch_add(1, Ordering::Relaxed)));
-    tries.take(20_000).find(is_free).expect("no port is free")
+    (Ipv4Addr::LOCALHOST, own_port()).into()
 }
 
 /// A directory for apf.json and the latched keys.

@@ -1,28 +1,15 @@
+use secure_comms_adaptor::Config;
 use secure_comms_adaptor::key_source::KeySource;
-use secure_comms_adaptor::pod::{AgentTunnels, PodEvent};
+use secure_comms_adaptor::pod::PodEvent;
 use secure_comms_adaptor::store::DirectoryStore;
-use secure_comms_adaptor::{Config, MEMORY};
-use secure_comms_protocol::limits::REKEY_BYTES;
 
 use super::*;
 
 /// Without Trustee, and with no keys: nothing can be prepared.
 fn pods(directory: &tempfile::TempDir) -> Pods {
     let events = Events::default();
-    let config = Config {
-        inbounds: Vec::new(),
-        outbounds: Vec::new(),
-        agent: AgentTunnels::default(),
-        worker_nodes: None,
-        old_agents: false,
-        kbs_filter: true,
-        rekey_bytes: REKEY_BYTES,
-        require_pq: false,
-        memory: MEMORY,
-        observer: events.observer(),
-    };
     let store = Arc::new(DirectoryStore::open(directory.path().join("store")).unwrap());
-    Pods::new(Adaptor::new(store, KeySource::UserData, config), events)
+    Pods::new(Adaptor::new(store, KeySource::UserData, Config::new(events.observer())), events)
 }
 
 #[tokio::test]

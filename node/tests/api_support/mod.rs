@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use secure_comms_adaptor::kbs::{KbsClient, KbsSettings};
 use secure_comms_adaptor::key_source::KeySource;
-use secure_comms_adaptor::pod::{AgentTunnels, Observer};
+use secure_comms_adaptor::pod::Observer;
 use secure_comms_adaptor::store::DirectoryStore;
 use secure_comms_adaptor::{Adaptor, Config};
 use secure_comms_node::api::client::Client;
@@ -24,7 +24,6 @@ use secure_comms_node::health::Health;
 use secure_comms_node::metrics::Metrics;
 use secure_comms_node::pods::{Events, Pods};
 use secure_comms_protocol::PodId;
-use secure_comms_protocol::limits::REKEY_BYTES;
 use secure_comms_protocol::tag::parse_list;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -69,18 +68,7 @@ pub async fn node_for(kbs: Option<&url::Url>, allowed_uids: &[u32]) -> Node {
     let observer = events.observer();
     let run = directory.path().join("run");
     let inbound = format!("KUBERNETES_PHASE:KATAAGENT:{}/{{pod}}/a.sock", run.display());
-    let config = Config {
-        inbounds: parse_list(&inbound).unwrap(),
-        outbounds: Vec::new(),
-        agent: AgentTunnels::default(),
-        worker_nodes: None,
-        old_agents: false,
-        kbs_filter: true,
-        rekey_bytes: REKEY_BYTES,
-        require_pq: false,
-        memory: secure_comms_adaptor::MEMORY,
-        observer: observer.clone(),
-    };
+    let config = Config { inbounds: parse_list(&inbound).unwrap(), ..Config::new(observer.clone()) };
     let pods = Pods::new(Adaptor::new(store.clone(), keys, config), events);
     let socket = directory.path().join("api/adaptor.sock");
     let vm_tunnels = kbs.is_none().then(|| VmTunnels {

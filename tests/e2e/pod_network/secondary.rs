@@ -142,6 +142,7 @@ async fn a_default_route_that_follows_its_address_is_used() {
     let (site, _outside) = with_second();
     let agent = site.up(&external()).await.unwrap();
     site.vm.address("ens4", "10.77.0.2/24").unwrap();
+    // Not at the same moment: the agent sees an address without a route. Its wait for the route ends after 5 s.
     sleep(Duration::from_millis(50)).await;
     site.vm.ip(["route", "add", "default", "via", "10.77.0.1", "dev", "ens4", "metric", "300"]).unwrap();
     agent.wait_for_text("'ens4' is the pod's, with its addresses and routes", PATIENCE).await.unwrap();
